@@ -1,0 +1,116 @@
+"""Options and sizes. No torch: ``fate --help`` reads its defaults from here."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from fate_moe.core import PRECISIONS
+from fate_moe.errors import ConfigError
+
+__all__ = ["POLICIES", "PREDICTORS", "OffloadConfig", "cache_home", "format_bytes", "parse_amount", "parse_size"]
+
+POLICIES = ("arc", "lfu", "lru", "shallow-arc")
+PREDICTORS = ("cross-layer", "none")
+
+_UNITS = {"": 1, "B": 1} | {
+    prefix + suffix: base**power
+    for power, prefix in enumerate(("K", "M", "G", "T"), start=1)
+    for suffix, base in (("", 1024), ("IB", 1024), ("B", 1000))
+}
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes from "4GiB", "4096MiB", "1.5G" (binary), "4GB" (decimal) or a plain number of bytes.
+
+    Raises ConfigError when the text is no size or not positive.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
+    if not match or match[2].upper() not in _UNITS or float(match[1]) == 0:
+        raise ConfigError(f"{text!r} is not a size; write for example 4GiB, 4096MiB or 1500MB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def parse_amount(text: str | int | float, whole_bytes: int) -> int:
+    """Bytes from a size ("4GiB"), a share in percent ("25%") or as a fraction ("0.75"; 1.0 is the whole) of ``whole_bytes``.
+
+    A fraction must have a decimal point, so that "1" stays one byte and is refused as a budget later.
+    Raises ConfigError when the text is none of these or a share above the whole.
+    """
+    share = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*|\s*([01]?\.\d+)\s*", str(text))
+    if not share:
+        return parse_size(str(text))
+    fraction = float(share[1]) / 100 if share[1] else float(share[2])
+    if not 0 < fraction <= 1:
+        raise ConfigError(f"{text!r} is not a share between 0 and 100 %")
+    return int(fraction * whole_bytes)
+
+
+def format_bytes(amount: float) -> str:
+    """ "1.25 GiB" for people; three significant digits."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(amount) < 1024:
+            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.3g} {unit}" if abs(amount) < 999 else f"{amount:.0f} {unit}"
+        amount /= 1024
+    return f"{amount:.3g} TiB"
+
+
+def cache_home() -> Path:
+    """Where converted stores live: ``$FATE_HOME``, else ``~/.cache/fate``."""
+    return Path(os.environ.get("FATE_HOME") or Path.home() / ".cache" / "fate")
+
+
+def _one_of(name: str, value: str, choices: Iterable[str]) -> None:
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), list(choices), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"{name} {value!r} is not one of {', '.join(choices)}{hint}")
+
+
+@dataclass(frozen=True)
+class OffloadConfig:
+    """How a model is run. Every field is an option of the command line of the same name (``expert_cache`` is ``--expert-cache``).
+
+    ram: memory for the whole process: a size ("4GiB"), a fraction of what is free ("0.75") or "auto" (most of it).
+    expert_cache: bytes for expert slots: a size or a percentage of all experts ("25%"); None: what the budget leaves.
+    policy: which expert gives up its slot; predictor: which experts are read ahead; precision: how experts are stored.
+    context_length: tokens for which KV cache is set aside (prompt and answer together).
+    io_threads: concurrent reads; one of them is always kept for demand reads.
+    """
+
+    ram: str | int | float = "auto"
+    expert_cache: str | int | None = None
+    policy: str = "shallow-arc"
+    predictor: str = "cross-layer"
+    precision: str = "lossless"
+    context_length: int = 2048
+    io_threads: int = 4
+
+    def __post_init__(self) -> None:
+        _one_of("policy", self.policy, POLICIES)
+        _one_of("predictor", self.predictor, PREDICTORS)
+        _one_of("precision", self.precision, PRECISIONS)
+        for name, least in (("context_length", 1), ("io_threads", 2)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ConfigError(f"{name} must be a whole number of at least {least}, not {value!r}")
+        if self.ram != "auto":
+            parse_amount(self.ram, 1 << 40)
+        if self.expert_cache is not None:
+            parse_amount(self.expert_cache, 1 << 40)
+
+    @classmethod
+    def from_options(cls, options: dict[str, Any]) -> OffloadConfig:
+        """Build from keyword options; a name that does not exist raises ConfigError and names its nearest neighbour."""
+        known = [field.name for field in fields(cls)]
+        for name in options:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; options are {', '.join(known)}"
+                raise ConfigError(f"unknown option {name!r}{hint}")
+        return cls(**options)

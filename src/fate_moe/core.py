@@ -1,0 +1,171 @@
+"""The nouns and the seams. Imports nothing of ours and no torch.
+
+``layer`` everywhere in this package counts *MoE blocks* from 0, in the order in which the model runs them: dense layers in
+between do not count, so that "the next layer" is always the next one that routes.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "PRECISIONS",
+    "SLOT_ALIGNMENT",
+    "BlobLayout",
+    "Counters",
+    "EvictionPolicy",
+    "ExpertId",
+    "ExpertSource",
+    "Lookup",
+    "Part",
+    "Predictor",
+    "Routing",
+    "Section",
+]
+
+PRECISIONS = ("lossless", "int4")
+
+# Blobs start and end on multiples of this, so that one O_DIRECT read fills a slot (4 KiB sectors and pages).
+SLOT_ALIGNMENT = 4096
+
+
+class ExpertId(NamedTuple):
+    """One routed expert: MoE layer (from 0) and its index within the layer."""
+
+    layer: int
+    expert: int
+
+
+class Lookup(enum.Enum):
+    """What a lookup found at the moment the router had spoken (law 5)."""
+
+    HIT = "hit"  # the bytes are in a slot
+    IN_FLIGHT = "in_flight"  # a prefetch read had begun and has not ended
+    MISS = "miss"  # a demand read has to be made (a prefetch that was only queued counts as this)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor inside a blob: ``dtype`` is a safetensors name (BF16, F16, F32, U8), ``offset`` counts from the blob's start."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+@dataclass(frozen=True)
+class Section:
+    """A checksummed run of a blob. Reading a blob up to the end of a section gives the view that the section completes."""
+
+    name: str
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class BlobLayout:
+    """Where everything lies in one expert's blob of ``length`` bytes (a multiple of 4096).
+
+    lossless: one section ``weights``; parts ``gate_up_proj`` [2I, H] and ``down_proj`` [H, I] (``up_proj`` where experts have no
+    gate), each row-major by *output* row whatever the checkpoint did, and ``*_bias`` [out] where the family has them.
+
+    int4: sections ``scales``, then one per plane (``plane0``: 2 bits, ``plane1``: 1, ``plane2``: 1), each over all matrices; for a
+    matrix W [R, C] with G = ceil(C / group_size) groups per row the parts are ``W.scale`` F16 [R, G], ``W.zero`` F16 [R, G] (the
+    *scaled* zero: w = scale * q - zero) and ``W.plane{i}`` U8 [R, G, group_size * width / 8]. Biases lie in ``scales`` unquantized.
+    """
+
+    precision: str
+    parts: tuple[Part, ...]
+    sections: tuple[Section, ...]
+    length: int
+    group_size: int = 0
+    plane_widths: tuple[int, ...] = ()
+
+
+@dataclass
+class Counters:
+    """What the residency layer did since it was made; amounts in bytes and seconds."""
+
+    hits: int = 0
+    in_flight: int = 0
+    misses: int = 0
+    prefetched: int = 0
+    prefetch_used: int = 0
+    bytes_read: int = 0
+    stall_seconds: float = 0.0
+
+    @property
+    def lookups(self) -> int:
+        return self.hits + self.in_flight + self.misses
+
+    @property
+    def ready_on_time(self) -> float:
+        """Share of lookups whose expert was in its slot when the router had spoken; 1.0 before any lookup."""
+        return self.hits / self.lookups if self.lookups else 1.0
+
+    def as_dict(self) -> dict[str, float]:
+        return {**asdict(self), "ready_on_time": self.ready_on_time}
+
+    def since(self, earlier: Counters) -> Counters:
+        """The difference to an earlier copy of these counters."""
+        return Counters(**{key: value - getattr(earlier, key) for key, value in asdict(self).items()})
+
+
+class Routing(NamedTuple):
+    """What a router said of ``num_tokens`` tokens: ``experts`` [num_tokens, top_k] int64 in the family's own order, and ``scores``
+    [num_tokens, num_experts] (logits or probabilities), where a higher one is likelier to be chosen."""
+
+    experts: torch.Tensor
+    scores: torch.Tensor
+
+
+class EvictionPolicy(Protocol):
+    """Orders experts; owns no bytes and starts no reads. Called under the residency lock, from one thread at a time.
+
+    The residency layer calls ``admitted`` when an expert is given a slot, ``touched`` at every lookup of an expert that has one
+    (once per forward pass of its layer, also for the lookup that caused a demand read: admitted, then touched), and ``removed`` when
+    the slot is taken away. ``victim`` changes nothing: the caller follows with ``removed(victim)`` and ``admitted(incoming)``, or with
+    neither.
+    """
+
+    def admitted(self, expert: ExpertId, *, prefetched: bool = False) -> None:
+        """``expert`` got a slot: by demand, or by a prefetch that nobody has asked for yet. It must not have had one."""
+
+    def touched(self, expert: ExpertId) -> None:
+        """The router chose ``expert``, which has a slot."""
+
+    def removed(self, expert: ExpertId) -> None:
+        """``expert`` lost its slot. Ghosts may be kept."""
+
+    def victim(self, incoming: ExpertId, evictable: Callable[[ExpertId], bool]) -> ExpertId | None:
+        """The admitted expert to give up for ``incoming``, among those for which ``evictable`` is true; None if there is none."""
+
+
+class Predictor(Protocol):
+    """Names the experts that a layer will choose, before its router has spoken. May be wrong, must be cheap, never raises."""
+
+    def observe(self, layer: int, routed: Sequence[int]) -> None:
+        """``layer``'s router has spoken: the distinct experts it chose in this pass, most popular first."""
+
+    def predict(self, layer: int, gate_input: torch.Tensor) -> list[tuple[int, float]]:
+        """Experts of ``layer`` with probabilities, likeliest first, from ``gate_input`` [num_tokens, hidden] of ``layer - 1``."""
+
+
+class ExpertSource(Protocol):
+    """Brings an expert's bytes to a slot: disk, host RAM, or a test double that is slow, fails or tears."""
+
+    def read(self, expert: ExpertId, slot: memoryview) -> int:
+        """Fill ``slot`` (page-aligned, at least the blob's length) and return the bytes read. Called from several threads at once.
+
+        Raises StoreError if the bytes cannot be read whole, CorruptExpertError if they differ from their checksum.
+        """
+
+    def close(self) -> None:
+        """Give back file handles; no read may follow."""

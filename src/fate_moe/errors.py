@@ -1,0 +1,60 @@
+"""Every error a user can cause or meet, each with a sentence on what to do.
+
+FateError
+├── ConfigError            an option that does not exist or cannot be read
+├── BudgetError            the memory budget is too small; names the smallest that works
+├── DiskSpaceError         a conversion would not fit on the disk
+├── CheckpointError        the source checkpoint is missing, torn or malformed
+│   └── UnsupportedModelError   it is whole, but of a kind this engine does not run
+└── StoreError             the expert store is missing, of another version, or torn
+    └── CorruptExpertError an expert's bytes differ from their checksum
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BudgetError",
+    "CheckpointError",
+    "ConfigError",
+    "CorruptExpertError",
+    "DiskSpaceError",
+    "FateError",
+    "StoreError",
+    "UnsupportedModelError",
+]
+
+
+class FateError(Exception):
+    """Base of all errors of this package. The command line prints it as one line and exits with code 1."""
+
+
+class ConfigError(FateError):
+    """An option that does not exist or a value that cannot be read."""
+
+
+class BudgetError(FateError):
+    """The memory budget cannot hold the model; ``smallest_bytes`` is the smallest budget that works."""
+
+    def __init__(self, message: str, smallest_bytes: int) -> None:
+        super().__init__(message)
+        self.smallest_bytes = smallest_bytes
+
+
+class DiskSpaceError(FateError):
+    """The disk has no room for what is about to be written."""
+
+
+class CheckpointError(FateError):
+    """A source checkpoint that is missing, torn or malformed."""
+
+
+class UnsupportedModelError(CheckpointError):
+    """A whole checkpoint of a kind that this engine does not run (no routed experts, remote code, foreign quantization)."""
+
+
+class StoreError(FateError):
+    """An expert store that is missing, of another format version, or torn."""
+
+
+class CorruptExpertError(StoreError):
+    """The bytes of one expert differ from their checksum; names file, layer and expert."""
