@@ -1,0 +1,194 @@
+"""A Hugging Face checkpoint becomes an expert store, one tensor and one expert at a time.
+
+All work happens in DST.partial, where each file is whole or absent and a journal remembers the finished ones; the folder gets its
+name when everything in it is on the disk. So a killed conversion continues, and what it makes does not tell that it was killed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import xxhash
+from torch import Tensor
+
+from fate_moe.core import PRECISIONS
+from fate_moe.errors import CheckpointError, ConfigError, StoreError
+from fate_moe.quant.blob import encode
+from fate_moe.quant.dtypes import dtype_name
+from fate_moe.quant.solver import SOLVERS, Solver
+from fate_moe.store.files import Journal, atomic_file, locked_folder, require_space, sync_folder
+from fate_moe.store.format import FORMAT_VERSION, ExpertEntry, LayerEntry, Manifest
+from fate_moe.store.open import open_store
+from fate_moe.store.plan import Plan, ShardPlan, bytes_of, identity_of, make_plan
+from fate_moe.store.progress import Advance, progress_bar
+from fate_moe.store.source import Checkpoint, resolve_checkpoint
+
+__all__ = ["convert"]
+
+_log = logging.getLogger(__name__)
+
+# What is copied as it is, so that a store can be run without its checkpoint.
+_COPIED = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+)
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    precision: str = "lossless",
+    *,
+    solver: str = "minmax",
+    progress: bool | None = None,
+) -> Path:
+    """Make the store ``destination`` of the checkpoint ``source`` (a folder or a hub id) and return its path.
+
+    Peak memory stays near the largest single tensor (for families whose conversion mixes experts, near one layer's stack).
+    A killed conversion continues when called again; a second one at the same time waits for the first. A whole store of the same
+    source at ``destination`` is left as it is. ``progress`` draws a bar on stderr (None: when it is a terminal).
+    Raises CheckpointError or UnsupportedModelError for the source, StoreError when ``destination`` is something else,
+    DiskSpaceError when it does not fit, ConfigError for an unknown precision or solver.
+    """
+    for name, value, choices in (("precision", precision, PRECISIONS), ("solver", solver, tuple(SOLVERS))):
+        if value not in choices:
+            raise ConfigError(f"{name} {value!r} is not one of {', '.join(choices)}")
+    folder, destination = resolve_checkpoint(source), Path(destination)
+    if (folder / "fate.json").exists():
+        raise CheckpointError(f"{folder} is an expert store already; give the checkpoint it was made from")
+    checkpoint = Checkpoint(folder)
+    identity = identity_of(checkpoint, precision, solver)
+    if _is_done(destination, identity):
+        return destination
+    plan = make_plan(checkpoint, precision)
+    work = destination.with_name(destination.name + ".partial")
+    with locked_folder(work):
+        if _is_done(destination, identity):  # by the conversion that this one waited for
+            work.rmdir()
+            return destination
+        if not _is_whole(work, identity):
+            title = str(source) if not Path(source).is_dir() else folder.resolve().name
+            _fill(work, plan, title, precision, SOLVERS[solver], identity, progress)
+        for leftover in (work / "journal.json", *work.glob("*.tmp")):
+            leftover.unlink(missing_ok=True)
+        sync_folder(work)
+        os.rename(work, destination)
+        sync_folder(destination.parent)
+    return destination
+
+
+def _is_done(destination: Path, identity: str) -> bool:
+    """Whether ``destination`` is this very store. Raises StoreError when it is anything else but an empty folder or nothing."""
+    if not os.path.lexists(destination) or (destination.is_dir() and not any(destination.iterdir())):
+        return False
+    if not _is_whole(destination, identity):
+        raise StoreError(f"{destination} exists and is not a whole store of this checkpoint; delete it or choose another folder")
+    return True
+
+
+def _is_whole(folder: Path, identity: str) -> bool:
+    try:
+        return open_store(folder).manifest.identity == identity
+    except StoreError:
+        return False
+
+
+def _fill(work: Path, plan: Plan, title: str, precision: str, solver: Solver, identity: str, progress: bool | None) -> None:
+    journal = Journal(work, identity)
+    copied = sorted({path for pattern in _COPIED for path in plan.checkpoint.folder.glob(pattern) if path.is_file()})
+    sizes = {"dense.safetensors": plan.dense_bytes} | {shard.name: shard.num_bytes for shard in plan.shards}
+    missing = sum(num_bytes for name, num_bytes in sizes.items() if journal.finished(name) is None)
+    # Besides the tensors: copies, fate.json and the journal, of which the last two grow by less than 128 bytes for each expert.
+    num_experts = sum(len(shard.blobs) for shard in plan.shards)
+    require_space(work, missing + sum(path.stat().st_size for path in copied) + 3 * 128 * num_experts + (1 << 20))
+    with progress_bar("converting", sum(sizes.values()), progress) as advance:
+        if (dense_checksum := journal.finished("dense.safetensors")) is None:
+            dense_checksum = _write_dense(work / "dense.safetensors", plan, advance)
+            journal.record("dense.safetensors", dense_checksum)
+        else:
+            advance(plan.dense_bytes, "dense weights")
+        checksums = []
+        for shard in plan.shards:
+            remark = f"layer {shard.stack.layer + 1}/{len(plan.shards)}"
+            if (of_shard := journal.finished(shard.name)) is None:
+                of_shard = _write_shard(work / shard.name, plan, shard, solver, partial(advance, remark=remark))
+                journal.record(shard.name, of_shard)
+            else:
+                advance(shard.num_bytes, remark)
+            checksums.append(of_shard)
+    for path in copied:
+        with atomic_file(work / path.name) as file:
+            file.write(path.read_bytes())
+    manifest = _manifest(plan, title, precision, identity, dense_checksum, checksums)
+    with atomic_file(work / "fate.json") as file:
+        file.write(manifest.to_json().encode())
+
+
+def _write_dense(path: Path, plan: Plan, advance: Advance) -> str:
+    """The checksum of all its bytes."""
+    digest = xxhash.xxh3_64(plan.dense_header)
+    with atomic_file(path) as file:
+        file.write(plan.dense_header)
+        advance(len(plan.dense_header), "dense weights")
+        for tensor in plan.dense:
+            data = bytes_of(plan.make_dense(tensor))
+            digest.update(data)
+            file.write(data)
+            advance(len(data), "dense weights")
+    return digest.hexdigest()
+
+
+def _write_shard(path: Path, plan: Plan, shard: ShardPlan, solver: Solver, advance: Callable[[int], None]) -> list[list[str]]:
+    """The checksums of each expert's sections."""
+    checksums: list[list[str]] = []
+    whole: dict[str, Tensor] = {}
+    with atomic_file(path) as file:
+        file.write(shard.header)
+        advance(len(shard.header))
+        for expert in range(shard.stack.num_experts):
+            tensors = plan.make_experts(shard.stack, expert, whole)
+            if shard.layout.precision != "lossless" and not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+                raise CheckpointError(f"{shard.stack.name} expert {expert} is not finite everywhere; use --precision lossless")
+            blob = memoryview(encode(shard.layout, tensors, solver))
+            checksums.append([xxhash.xxh3_64_hexdigest(blob[s.offset : s.offset + s.length]) for s in shard.layout.sections])
+            file.write(blob)
+            advance(len(blob))
+    return checksums
+
+
+def _manifest(
+    plan: Plan, title: str, precision: str, identity: str, dense_checksum: str, checksums: list[list[list[str]]]
+) -> Manifest:
+    layouts = tuple(dict.fromkeys(shard.layout for shard in plan.shards))
+    layers = tuple(
+        LayerEntry(
+            shard.stack.name,
+            shard.name,
+            layouts.index(shard.layout),
+            tuple(ExpertEntry(blob.offset, tuple(sums)) for blob, sums in zip(shard.blobs, of_shard, strict=True)),
+        )
+        for shard, of_shard in zip(plan.shards, checksums, strict=True)
+    )
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        source=title,
+        family=plan.model.config.model_type,
+        precision=precision,
+        dtype=dtype_name(plan.dtype),
+        layouts=layouts,
+        layers=layers,
+        dense_bytes=plan.dense_bytes,
+        dense_checksum=dense_checksum,
+        shard_bytes={shard.name: shard.num_bytes for shard in plan.shards},
+        identity=identity,
+    )

@@ -1,0 +1,96 @@
+"""Reading past the page cache: a file's bytes land in the caller's memory and nowhere else."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import mmap
+import os
+import threading
+from pathlib import Path
+from typing import BinaryIO
+
+from fate_moe.core import SLOT_ALIGNMENT
+
+__all__ = ["DirectFile", "anonymous_buffer", "drop_from_page_cache"]
+
+_log = logging.getLogger(__name__)
+_fallback_said = threading.Event()
+_O_DIRECT = getattr(os, "O_DIRECT", 0)  # Linux only; elsewhere reads are buffered
+
+
+class DirectFile:
+    """A file opened with O_DIRECT where the file system allows it, else buffered (one log line per process says so).
+
+    Any number of threads may ``read`` at once. Offsets, lengths and memory of direct reads must be multiples of 4096.
+    """
+
+    def __init__(self, path: Path, direct: bool = True) -> None:
+        """Raises OSError when the file cannot be opened."""
+        self.path = path
+        self._lock = threading.Lock()
+        self._direct = direct and _O_DIRECT != 0
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (_O_DIRECT if self._direct else 0))
+        except OSError as error:
+            if not self._direct or error.errno != errno.EINVAL:
+                raise
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._direct = False
+            self._say_fallback()
+        self._open = [self._fd]
+
+    def read(self, memory: memoryview, offset: int) -> int:
+        """Fill ``memory`` (bytes, page-aligned) from ``offset`` on; fewer bytes are returned only where the file ends.
+
+        Raises OSError when the device fails.
+        """
+        done = 0
+        while done < len(memory):
+            direct = self._direct
+            try:
+                got = os.preadv(self._fd, [memory[done:]], offset + done)
+            except OSError as error:
+                if not direct or error.errno != errno.EINVAL:
+                    raise
+                self._fall_back()
+                continue
+            done += got
+            if got == 0:
+                break
+            if direct and done % SLOT_ALIGNMENT and done < len(memory):
+                # Only a multiple may be asked for next: go back to one, unless the file ends here.
+                if offset + done >= os.fstat(self._fd).st_size:
+                    break
+                done -= done % SLOT_ALIGNMENT
+        return done
+
+    def close(self) -> None:
+        """Give the file handle back; further reads fail."""
+        while self._open:
+            os.close(self._open.pop())
+
+    def _fall_back(self) -> None:
+        with self._lock:
+            if self._direct:
+                self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+                self._open.append(self._fd)  # other threads may still be reading through the first one
+                self._direct = False
+                self._say_fallback()
+
+    def _say_fallback(self) -> None:
+        if not _fallback_said.is_set():
+            _fallback_said.set()
+            _log.warning("O_DIRECT is refused for %s (is it on tmpfs?); stores are read through the page cache instead", self.path)
+
+
+def drop_from_page_cache(file: BinaryIO, offset: int = 0, length: int = 0) -> None:
+    """Say that ``file``'s bytes (``length`` 0: up to the end) are not needed again, so that they push nothing else out of memory."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), offset, length, os.POSIX_FADV_DONTNEED)
+
+
+def anonymous_buffer(num_bytes: int) -> mmap.mmap:
+    """Zeroed private memory, page-aligned, of ``num_bytes`` rounded up to 4096; pages count only once written."""
+    length = max(1, -(-num_bytes // SLOT_ALIGNMENT)) * SLOT_ALIGNMENT
+    return mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

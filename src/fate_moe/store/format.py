@@ -1,0 +1,253 @@
+"""The bytes of an expert store: where everything lies in a blob, and what ``fate.json`` says (docs: core.BlobLayout)."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fate_moe.core import PRECISIONS, SLOT_ALIGNMENT, BlobLayout, Part, Section
+from fate_moe.errors import StoreError
+from fate_moe.quant.dtypes import TORCH_DTYPES
+from fate_moe.store.checked import checksum, count, file_name, items, require, text
+
+__all__ = ["FORMAT_VERSION", "ExpertEntry", "LayerEntry", "Manifest", "blob_layout"]
+
+FORMAT_VERSION = 1
+
+# Parts and sections start on multiples of this: a cache line, and the widest vector load.
+PART_ALIGNMENT = 64
+
+_Tensor = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
+
+
+@dataclass(frozen=True)
+class ExpertEntry:
+    """One blob: ``offset`` in its shard file (a multiple of 4096), and one xxh3_64 in hex for each section."""
+
+    offset: int
+    checksums: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LayerEntry:
+    """One MoE layer: the experts module's path, its shard's file name, and which of the manifest's layouts its blobs have."""
+
+    name: str
+    shard: str
+    layout: int
+    experts: tuple[ExpertEntry, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What ``fate.json`` says.
+
+    ``dtype`` is the experts' own (BF16, F16, F32). ``dense_bytes`` and ``shard_bytes`` are lengths of whole files, and
+    ``dense_checksum`` is over all of dense.safetensors. ``identity`` tells stores of other sources, precisions or solvers apart.
+    """
+
+    format_version: int
+    source: str
+    family: str
+    precision: str
+    dtype: str
+    layouts: tuple[BlobLayout, ...]
+    layers: tuple[LayerEntry, ...]
+    dense_bytes: int
+    dense_checksum: str
+    shard_bytes: dict[str, int]
+    identity: str = ""
+
+    @property
+    def num_layers(self) -> int:
+        """MoE layers."""
+        return len(self.layers)
+
+    @property
+    def experts_per_layer(self) -> int:
+        """Experts of one layer; of the largest where layers differ."""
+        return max(len(layer.experts) for layer in self.layers)
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of all layers together."""
+        return sum(len(layer.experts) for layer in self.layers)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Room that any expert fits into."""
+        return max(self.layouts[layer.layout].length for layer in self.layers)
+
+    @property
+    def expert_bytes(self) -> int:
+        """All blobs together."""
+        return sum(self.layouts[layer.layout].length * len(layer.experts) for layer in self.layers)
+
+    def layout_of(self, layer: int) -> BlobLayout:
+        """The layout of every blob of MoE layer ``layer``."""
+        return self.layouts[self.layers[layer].layout]
+
+    def to_json(self) -> str:
+        """The text of ``fate.json``: same manifest, same bytes."""
+        layouts = [
+            {
+                "precision": layout.precision,
+                "length": layout.length,
+                "group_size": layout.group_size,
+                "plane_widths": layout.plane_widths,
+                "sections": [[s.name, s.offset, s.length] for s in layout.sections],
+                "parts": [[p.name, p.dtype, p.shape, p.offset] for p in layout.parts],
+            }
+            for layout in self.layouts
+        ]
+        layers = [
+            {
+                "name": layer.name,
+                "shard": layer.shard,
+                "layout": layer.layout,
+                "experts": [[expert.offset, *expert.checksums] for expert in layer.experts],
+            }
+            for layer in self.layers
+        ]
+        return json.dumps({**vars(self), "layouts": layouts, "layers": layers}, separators=(",", ":")) + "\n"
+
+    @classmethod
+    def from_json(cls, written: str | bytes, where: str = "fate.json") -> Manifest:
+        """Parse and check everything that can be checked without the other files; ``where`` is named in errors.
+
+        Raises StoreError for another format version (what to do about it depends on which is newer) and for anything that no
+        conversion could have written.
+        """
+        try:
+            data = json.loads(written)
+            version = data["format_version"]
+            if type(version) is not int:
+                raise ValueError("format_version is no number")
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise StoreError(f"{where} is damaged ({error!r}); delete the store and convert the checkpoint again") from error
+        if version != FORMAT_VERSION:
+            todo = "update fate-moe to read it" if version > FORMAT_VERSION else "delete the store and convert the checkpoint again"
+            raise StoreError(f"{where}: the store has format version {version}, this fate-moe reads {FORMAT_VERSION}; {todo}")
+        try:
+            return _manifest(data)
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+            raise StoreError(f"{where} is damaged ({error}); delete the store and convert the checkpoint again") from error
+
+
+def blob_layout(
+    precision: str,
+    shapes: dict[str, tuple[int, ...]],
+    dtype: str,
+    group_size: int = 64,
+    plane_widths: Sequence[int] = (2, 1, 1),
+) -> BlobLayout:
+    """The layout of an expert with parameters of ``shapes`` ([out, in], and [out] for names ending in ``_bias``) in ``dtype``.
+
+    ``dtype`` is a safetensors name; ``group_size`` and ``plane_widths`` concern int4 only. Raises ValueError for other precisions.
+    """
+    if precision == "lossless":
+        return _place(precision, {"weights": [(name, dtype, shape) for name, shape in shapes.items()]}, 0, ())
+    if precision != "int4":
+        raise ValueError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}")
+    matrices = {name: shape for name, shape in shapes.items() if not name.endswith("_bias")}
+    groups = {name: (rows, -(-cols // group_size)) for name, (rows, cols) in matrices.items()}
+    scales: list[_Tensor] = [(f"{name}.{kind}", "F16", shape) for name, shape in groups.items() for kind in ("scale", "zero")]
+    sections = {"scales": [*scales, *((name, dtype, shape) for name, shape in shapes.items() if name not in matrices)]}
+    for i, width in enumerate(plane_widths):
+        bytes_per_group = group_size * width // 8
+        sections[f"plane{i}"] = [(f"{name}.plane{i}", "U8", (*shape, bytes_per_group)) for name, shape in groups.items()]
+    return _place(precision, sections, group_size, tuple(plane_widths))
+
+
+def _place(precision: str, contents: dict[str, list[_Tensor]], group_size: int, widths: tuple[int, ...]) -> BlobLayout:
+    parts: list[Part] = []
+    sections: list[Section] = []
+    end = 0
+    for section, tensors in contents.items():
+        start = end
+        for name, dtype, shape in tensors:
+            parts.append(Part(name, dtype, tuple(shape), end))
+            end = _align(end + _num_bytes(dtype, shape), PART_ALIGNMENT)
+        sections.append(Section(section, start, end - start))
+    return BlobLayout(precision, tuple(parts), tuple(sections), _align(end, SLOT_ALIGNMENT), group_size, widths)
+
+
+def _align(amount: int, alignment: int) -> int:
+    return -(-amount // alignment) * alignment
+
+
+def _num_bytes(dtype: str, shape: Sequence[int]) -> int:
+    return math.prod(shape) * TORCH_DTYPES[dtype].itemsize
+
+
+# ---- reading fate.json: every number that a reader acts on is checked -------------------------------------------------------
+
+
+def _manifest(data: dict[str, Any]) -> Manifest:
+    unknown = data.keys() - Manifest.__dataclass_fields__.keys()
+    require(not unknown, f"unknown entries {sorted(unknown)}")
+    shard_bytes = {file_name(name): count(length) for name, length in data["shard_bytes"].items()}
+    layouts = tuple(_layout(entry) for entry in items(data["layouts"]))
+    layers = tuple(_layer(entry, layouts, shard_bytes) for entry in items(data["layers"]))
+    require(bool(layers), "no layers")
+    require(len({layer.name for layer in layers}) == len(layers), "two layers of one name")
+    require({layer.shard for layer in layers} == shard_bytes.keys(), "layers and shard_bytes name different shards")
+    _no_overlaps(layers, layouts)
+    require(data["precision"] in PRECISIONS, f"precision {data['precision']!r}")
+    require(all(layout.precision == data["precision"] for layout in layouts), "layouts of another precision")
+    require(data["dtype"] in ("BF16", "F16", "F32"), f"dtype {data['dtype']!r}")
+    checked: dict[str, Any] = {"layouts": layouts, "layers": layers, "shard_bytes": shard_bytes}
+    checked |= {key: text(data[key]) for key in ("source", "family", "precision", "dtype")}
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        dense_bytes=count(data["dense_bytes"]),
+        dense_checksum=checksum(data["dense_checksum"]),
+        identity=text(data.get("identity", "")),
+        **checked,
+    )
+
+
+def _layout(entry: dict[str, Any]) -> BlobLayout:
+    parts = tuple(
+        Part(text(name), text(dtype), tuple(count(n) for n in items(shape)), count(offset))
+        for name, dtype, shape, offset in items(entry["parts"])
+    )
+    sections = tuple(Section(text(name), count(offset), count(length)) for name, offset, length in items(entry["sections"]))
+    widths = tuple(count(width) for width in items(entry["plane_widths"]))
+    layout = BlobLayout(text(entry["precision"]), parts, sections, count(entry["length"]), count(entry["group_size"]), widths)
+    require(layout.length > 0 and layout.length % SLOT_ALIGNMENT == 0, f"blob length {layout.length}")
+    end = 0
+    for section in sections:
+        require(section.offset == end and end % PART_ALIGNMENT == 0, f"section {section.name} at {section.offset}")
+        end += section.length
+    require(end <= layout.length, f"sections of {end} bytes in a blob of {layout.length}")
+    covered = 0
+    for part in parts:
+        require(part.dtype in TORCH_DTYPES, f"dtype {part.dtype!r} of {part.name}")
+        require(part.offset >= covered and part.offset % PART_ALIGNMENT == 0, f"{part.name} at {part.offset}")
+        covered = part.offset + _num_bytes(part.dtype, part.shape)
+    require(covered <= end, f"parts end at {covered}, sections at {end}")
+    return layout
+
+
+def _layer(entry: dict[str, Any], layouts: tuple[BlobLayout, ...], shard_bytes: dict[str, int]) -> LayerEntry:
+    name, shard, index = text(entry["name"]), text(entry["shard"]), count(entry["layout"])
+    length, num_sections = layouts[index].length, len(layouts[index].sections)
+    experts = tuple(ExpertEntry(count(offset), tuple(map(checksum, sums))) for offset, *sums in items(entry["experts"]))
+    require(bool(experts), f"{name} has no experts")
+    for number, expert in enumerate(experts):
+        where = f"{name} expert {number}"
+        require(expert.offset > 0 and expert.offset % SLOT_ALIGNMENT == 0, f"{where} at {expert.offset}")
+        require(expert.offset + length <= shard_bytes[shard], f"{where} ends outside {shard}")
+        require(len(expert.checksums) == num_sections, f"{where} has {len(expert.checksums)} checksums instead of {num_sections}")
+    return LayerEntry(name, shard, index, experts)
+
+
+def _no_overlaps(layers: tuple[LayerEntry, ...], layouts: tuple[BlobLayout, ...]) -> None:
+    spans = sorted((layer.shard, e.offset, layouts[layer.layout].length, layer.name) for layer in layers for e in layer.experts)
+    for (shard, offset, length, name), (next_shard, next_offset, _, _) in itertools.pairwise(spans):
+        require(shard != next_shard or offset + length <= next_offset, f"experts of {name} overlap at {next_offset}")

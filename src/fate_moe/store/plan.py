@@ -1,0 +1,214 @@
+"""What a conversion will write, decided and checked before the first byte is written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import xxhash
+from torch import Tensor
+
+from fate_moe.core import BlobLayout
+from fate_moe.errors import CheckpointError, UnsupportedModelError
+from fate_moe.quant.dtypes import dtype_name
+from fate_moe.skeleton import ExpertStack, build_skeleton, expert_stacks, parameter_dtypes
+from fate_moe.store.format import FORMAT_VERSION, blob_layout
+from fate_moe.store.mapping import Recipe, find_recipes
+from fate_moe.store.source import Checkpoint
+from fate_moe.store.tensorfile import TensorEntry, place_tensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["DenseTensor", "Plan", "ShardPlan", "bytes_of", "identity_of", "make_plan"]
+
+
+@dataclass(frozen=True)
+class DenseTensor:
+    """A parameter or buffer of the model that is no routed expert, and how it is made; ``made_as`` differs from name if tied."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    recipe: Recipe
+    made_as: str
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One MoE layer's file: its header, and where each expert's blob goes."""
+
+    name: str
+    stack: ExpertStack
+    layout: BlobLayout
+    header: bytes
+    blobs: tuple[TensorEntry, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.header) + sum(blob.length for blob in self.blobs)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a conversion needs to know. ``dense`` is in the order of ``dense_entries``."""
+
+    checkpoint: Checkpoint
+    model: PreTrainedModel
+    recipes: dict[str, Recipe]
+    dtype: torch.dtype
+    dense: tuple[DenseTensor, ...]
+    dense_header: bytes
+    shards: tuple[ShardPlan, ...]
+
+    @property
+    def dense_bytes(self) -> int:
+        return len(self.dense_header) + sum(_num_bytes(tensor.dtype, tensor.shape) for tensor in self.dense)
+
+    def make_dense(self, tensor: DenseTensor) -> Tensor:
+        """The tensor itself. Raises CheckpointError when the checkpoint's is of another shape."""
+        made = tensor.recipe.make(tensor.made_as, self.model, lambda name: self._read_as(name, tensor.dtype))
+        return _checked(made, tensor.shape, tensor.name).to(tensor.dtype)
+
+    def make_experts(self, stack: ExpertStack, expert: int, whole: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Expert ``expert`` of ``stack``: matrices [out, in] and biases [out] by name, in the experts' own dtype (or wider).
+
+        ``whole`` keeps, from one expert of a stack to the next, parameters that can only be made for all its experts at once.
+        """
+        tensors = {}
+        for name, shape in stack.parameters.items():
+            target = f"{stack.name}.{name}"
+            recipe = self.recipes[target]
+            if recipe.splits(stack.num_experts, self.checkpoint.shape):
+                tensor = recipe.make_expert(target, self.model, self.checkpoint.read, expert)
+            else:
+                if name not in whole:
+                    made = recipe.make(target, self.model, self.checkpoint.read)
+                    whole[name] = _checked(made, (stack.num_experts, *shape), target)
+                tensor = whole[name][expert]
+            tensor = _checked(tensor, shape, target)
+            tensors[name] = tensor.T if stack.is_transposed and tensor.ndim == 2 else tensor
+        return tensors
+
+    def _read_as(self, name: str, dtype: torch.dtype) -> Tensor:
+        tensor = self.checkpoint.read(name)
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def identity_of(checkpoint: Checkpoint, precision: str, solver: str) -> str:
+    """Changes when the store would: names, sizes and times of the weight files, config.json, precision, solver, format version."""
+    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in checkpoint.files]
+    config = hashlib.sha256((checkpoint.folder / "config.json").read_bytes()).hexdigest()
+    facts = [FORMAT_VERSION, precision, solver if precision != "lossless" else "", config, files]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def make_plan(checkpoint: Checkpoint, precision: str) -> Plan:
+    """Raises CheckpointError naming the first parameter that the checkpoint lacks, UnsupportedModelError for odd experts."""
+    model = build_skeleton(checkpoint.folder)
+    stacks = expert_stacks(model)
+    recipes = find_recipes(model, checkpoint.names)
+    routed = {f"{stack.name}.{name}" for stack in stacks for name in stack.parameters}
+    dense = _dense_tensors(model, recipes, routed, checkpoint)
+    for stack in stacks:
+        _check_stack(stack, recipes, checkpoint)
+    dtype = _experts_dtype(checkpoint, recipes, routed)
+    header, _ = place_tensors((tensor.name, dtype_name(tensor.dtype), tensor.shape) for tensor in dense)
+    shards = tuple(_shard(stack, len(stacks), precision, dtype) for stack in stacks)
+    plan = Plan(checkpoint, model, recipes, dtype, tuple(dense), header, shards)
+    _check_tied(plan)
+    return plan
+
+
+def _shard(stack: ExpertStack, num_stacks: int, precision: str, dtype: torch.dtype) -> ShardPlan:
+    shapes = {name: shape[::-1] if stack.is_transposed else shape for name, shape in stack.parameters.items()}
+    layout = blob_layout(precision, shapes, dtype_name(dtype))
+    header, blobs = place_tensors((f"{stack.name}.{i}", "U8", (layout.length,)) for i in range(stack.num_experts))
+    return ShardPlan(f"experts-{stack.layer + 1:05}-of-{num_stacks:05}.safetensors", stack, layout, header, tuple(blobs))
+
+
+def _dense_tensors(
+    model: PreTrainedModel, recipes: dict[str, Recipe], routed: set[str], checkpoint: Checkpoint
+) -> list[DenseTensor]:
+    """In the order of writing: lengths that large powers of two divide first, so that all starts are aligned without holes."""
+    dtypes = parameter_dtypes(model)
+    tied: dict[str, str] = model.all_tied_weights_keys
+    ignored = getattr(model, "_keys_to_ignore_on_load_missing", None) or []
+    found: list[DenseTensor] = []
+    for name, value in model.state_dict().items():
+        if name in routed or name in tied:
+            continue
+        aliases = (name, *(key for key, source in tied.items() if source == name))
+        made_as = next((alias for alias in aliases if alias in recipes), None)
+        if made_as is not None:
+            dtype = dtypes[name] if value.is_floating_point() else value.dtype
+            found.append(DenseTensor(name, dtype, tuple(value.shape), recipes[made_as], made_as))
+        elif value.is_floating_point() and not any(re.search(pattern, name) for pattern in ignored):
+            raise CheckpointError(f"{checkpoint.folder} lacks {name}, which the model needs; fetch the whole checkpoint again")
+    return sorted(found, key=lambda t: (-min(64, _alignment(t)), -_num_bytes(t.dtype, t.shape), t.name))
+
+
+def _alignment(tensor: DenseTensor) -> int:
+    """The largest power of two that divides the tensor's length."""
+    length = _num_bytes(tensor.dtype, tensor.shape)
+    return length & -length or 64
+
+
+def _num_bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel() * dtype.itemsize
+
+
+def _check_stack(stack: ExpertStack, recipes: dict[str, Recipe], checkpoint: Checkpoint) -> None:
+    for name, shape in stack.parameters.items():
+        target = f"{stack.name}.{name}"
+        if len(shape) != (1 if name.endswith("_bias") else 2):
+            raise UnsupportedModelError(f"{target} is {len(shape)}-dimensional for each expert; such experts are not supported")
+        if target not in recipes:
+            raise CheckpointError(f"{checkpoint.folder} lacks {target}, which the model needs; fetch the whole checkpoint again")
+        recipe = recipes[target]
+        short = next((names for names in recipe.sources.values() if recipe.merges and len(names) < stack.num_experts), None)
+        if short is not None:
+            raise CheckpointError(
+                f"{checkpoint.folder} lacks {stack.num_experts - len(short)} of the {stack.num_experts} experts of {target} "
+                f"(it has {short[0]} to {short[-1]}); fetch the whole checkpoint again"
+            )
+
+
+def _experts_dtype(checkpoint: Checkpoint, recipes: dict[str, Recipe], routed: set[str]) -> torch.dtype:
+    """The one dtype that holds all experts without loss."""
+    sources = [name for target in routed for names in recipes[target].sources.values() for name in names]
+    dtype = checkpoint.dtype(sources[0])
+    for name in sources:
+        dtype = torch.promote_types(dtype, checkpoint.dtype(name))
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise UnsupportedModelError(f"{checkpoint.folder} has experts of {dtype}; use one in bf16, fp16, fp32 or block-scaled FP8")
+    return dtype
+
+
+def _check_tied(plan: Plan) -> None:
+    """Raises UnsupportedModelError where the config ties two parameters that the checkpoint has with different values."""
+    tied: dict[str, str] = plan.model.all_tied_weights_keys
+    for name, source in tied.items():
+        if name in plan.recipes and source in plan.recipes:
+            made = (plan.recipes[key].make(key, plan.model, plan.checkpoint.read) for key in (name, source))
+            digests = [xxhash.xxh3_64_hexdigest(bytes_of(tensor)) for tensor in made]
+            if digests[0] != digests[1]:
+                raise UnsupportedModelError(
+                    f"{plan.checkpoint.folder}: config.json ties {name} to {source}, but their values differ; "
+                    "set tie_word_embeddings to false there"
+                )
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The tensor's bytes, row-major; without a copy where they lie so."""
+    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def _checked(tensor: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
+    if tuple(tensor.shape) != shape:
+        raise CheckpointError(f"{name} is {tuple(tensor.shape)} where config.json means {shape}; fetch the whole checkpoint again")
+    return tensor

@@ -1,0 +1,39 @@
+"""One progress bar, on stderr, quiet where nobody watches."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+__all__ = ["Advance", "progress_bar"]
+
+
+class Advance(Protocol):
+    """Says that ``num_bytes`` more are done, with a remark on where."""
+
+    def __call__(self, num_bytes: int, remark: str = "") -> None: ...
+
+
+@contextmanager
+def progress_bar(what: str, total_bytes: int, show: bool | None) -> Iterator[Advance]:
+    """A bar for as long as the block runs; ``show`` None means: when stderr is a terminal."""
+    if not (sys.stderr.isatty() if show is None else show):
+        yield _ignore
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(True), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.fields[remark]}"), console=Console(stderr=True)) as bar:
+        task = bar.add_task(what, total=total_bytes, remark="")
+
+        def advance(num_bytes: int, remark: str = "") -> None:
+            bar.update(task, advance=num_bytes, remark=remark)
+
+        yield advance
+
+
+def _ignore(num_bytes: int, remark: str = "") -> None:
+    pass

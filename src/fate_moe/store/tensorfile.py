@@ -1,0 +1,104 @@
+"""safetensors files by hand: headers checked as hostile, tensors read and written one at a time.
+
+The safetensors package maps whole files, and mapped pages count as this process's memory; but a conversion must stay small, and the
+tensors of a store's files must start on a 4096-byte boundary. So the format's few rules are here: 8 bytes of length, a JSON header
+(spaces may pad it), then the tensors' bytes without holes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fate_moe.core import SLOT_ALIGNMENT
+from fate_moe.quant.dtypes import TORCH_DTYPES
+
+__all__ = ["TensorEntry", "data_start", "parse_header", "place_tensors", "read_header"]
+
+# The limit of the safetensors package itself.
+_LONGEST_HEADER = 100_000_000
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a file: ``dtype`` is a safetensors name, ``offset`` counts from the file's start."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    length: int
+
+
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """Every tensor of a file by name, in the order of their bytes.
+
+    Raises OSError when the file cannot be read and ValueError, saying what is wrong, when it is not a whole safetensors file.
+    """
+    with open(path, "rb", buffering=0) as file:
+        num_bytes = os.fstat(file.fileno()).st_size
+        start = data_start(file.read(8), num_bytes)
+        return parse_header(file.read(start - 8), num_bytes)
+
+
+def data_start(first: bytes, num_bytes: int) -> int:
+    """Where the tensors start, from a file's first 8 bytes. Raises ValueError when a file of ``num_bytes`` cannot be whole."""
+    if len(first) < 8:
+        raise ValueError("too short to be a safetensors file")
+    header_length = int.from_bytes(first, "little")
+    if not 2 <= header_length <= _LONGEST_HEADER:
+        raise ValueError("not a safetensors file")
+    if 8 + header_length > num_bytes:
+        raise ValueError(f"torn: {num_bytes} bytes, and its header alone ends at {8 + header_length}")
+    return 8 + header_length
+
+
+def parse_header(text: bytes, num_bytes: int) -> dict[str, TensorEntry]:
+    """Every tensor of a file of ``num_bytes`` with the header ``text`` (without its 8 bytes of length). Raises ValueError."""
+    start = 8 + len(text)
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        entries = sorted((_entry(name, fields, start) for name, fields in header.items()), key=lambda e: (e.offset, e.length))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"not a safetensors file ({error})") from error
+    end = start
+    for entry in entries:
+        if entry.offset != end:
+            raise ValueError(f"not a safetensors file (tensor {entry.name} at {entry.offset} instead of {end})")
+        end += entry.length
+    if end != num_bytes:
+        raise ValueError(f"torn: {num_bytes} bytes, and its header lists tensors up to {end}")
+    return {entry.name: entry for entry in entries}
+
+
+def _entry(name: str, fields: dict[str, Any], start: int) -> TensorEntry:
+    dtype, shape, (begin, end) = fields["dtype"], fields["shape"], fields["data_offsets"]
+    if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
+        raise ValueError(f"tensor {name} has shape {shape} at {begin}..{end}")
+    if dtype in TORCH_DTYPES and math.prod(shape) * TORCH_DTYPES[dtype].itemsize != end - begin:
+        raise ValueError(f"tensor {name} of {dtype} {shape} has {end - begin} bytes")
+    return TensorEntry(name, str(dtype), tuple(shape), start + begin, end - begin)
+
+
+def place_tensors(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, list[TensorEntry]]:
+    """The header of a file of ``tensors`` (name, dtype, shape), in this order, and where each one's bytes go.
+
+    The header is padded with spaces so that the tensors start on a multiple of 4096.
+    """
+    described: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    for name, dtype, shape in tensors:
+        end = begin + math.prod(shape) * TORCH_DTYPES[dtype].itemsize
+        described[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(described, separators=(",", ":")).encode()
+    length = -(-(8 + len(text)) // SLOT_ALIGNMENT) * SLOT_ALIGNMENT - 8
+    header = struct.pack("<Q", length) + text.ljust(length)
+    return header, list(parse_header(text.ljust(length), len(header) + begin).values())
