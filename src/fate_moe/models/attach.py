@@ -1,0 +1,80 @@
+"""The transformers adapter: one experts function for all families, one pre-hook on each MoE block."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from fate_moe.errors import BudgetError
+from fate_moe.models.families import find_router
+from fate_moe.runtime import ExpertRuntime, Router
+from fate_moe.skeleton import ExpertStack
+
+__all__ = ["attach", "limit_context", "routers_of"]
+
+_log = logging.getLogger(__name__)
+_IMPLEMENTATION = "fate"
+
+
+def _experts_forward(experts: Any, hidden_states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """What transformers calls instead of a family's own experts: (experts module, hidden [T, H], top-k index and weights [T, k])."""
+    runtime: ExpertRuntime = experts.fate_runtime
+    return runtime.compute(experts.fate_layer, experts, hidden_states, index, weights)
+
+
+def routers_of(model: Any, stacks: Sequence[ExpertStack]) -> list[Router | None]:
+    """How to ask each layer's router early; a layer whose router cannot be asked runs too, without look-ahead."""
+    top_k = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
+    probe = torch.zeros(1, model.config.get_text_config().hidden_size, dtype=model.dtype)
+    routers: list[Router | None] = []
+    for stack in stacks:
+        route = find_router(model.get_submodule(stack.block), stack.num_experts, top_k)
+        try:
+            if route is not None:
+                route(probe)
+        except (TypeError, StopIteration, RuntimeError) as error:
+            _log.warning("%s: its router cannot be asked early (%s); it runs without look-ahead", stack.block, error)
+            route = None
+        routers.append(route)
+    return routers
+
+
+def attach(model: Any, stacks: Sequence[ExpertStack], runtime: ExpertRuntime) -> None:
+    """Let ``model`` run its experts through ``runtime``. The experts' own parameters stay on the meta device."""
+    ALL_EXPERTS_FUNCTIONS[_IMPLEMENTATION] = _experts_forward
+    model.set_experts_implementation(_IMPLEMENTATION)
+    for stack in stacks:
+        experts = model.get_submodule(stack.name)
+        experts.fate_runtime, experts.fate_layer = runtime, stack.layer
+        model.get_submodule(stack.block).register_forward_pre_hook(_entering(runtime, stack.layer), with_kwargs=True)
+
+
+def _entering(runtime: ExpertRuntime, layer: int) -> Any:
+    def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        runtime.enter(layer, args[0] if args else kwargs["hidden_states"])
+
+    return hook
+
+
+def limit_context(model: Any, num_tokens: int, bytes_per_token: int) -> None:
+    """Refuse a forward pass that would need more KV cache than was set aside (``num_tokens`` over the whole batch)."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = next((x for x in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None)
+        past = kwargs.get("past_key_values")
+        if inputs is None:
+            return
+        wanted = inputs.shape[0] * (inputs.shape[1] + (past.get_seq_length() if past is not None else 0))
+        if wanted > num_tokens:
+            raise BudgetError(
+                f"{wanted} tokens need more KV cache than the {num_tokens} set aside; load with context_length={wanted} or more "
+                "(--context-length)",
+                (wanted - num_tokens) * bytes_per_token,
+            )
+
+    model.register_forward_pre_hook(hook, with_kwargs=True)

@@ -1,0 +1,91 @@
+"""Text from a model, timed: prefill apart from decode."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import TextStreamer
+from transformers.generation.streamers import BaseStreamer
+
+__all__ = ["Generation", "generate"]
+
+
+@dataclass
+class Generation:
+    """One answer. ``tokens`` are the new token ids; times are seconds of wall clock."""
+
+    text: str
+    tokens: list[int]
+    prompt_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """New tokens after the first, by the time they took; 0.0 where there was only one."""
+        return (len(self.tokens) - 1) / self.decode_seconds if len(self.tokens) > 1 and self.decode_seconds else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "text": self.text,
+            "tokens": self.tokens,
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": len(self.tokens),
+            "prefill_seconds": self.prefill_seconds,
+            "decode_tokens_per_second": self.decode_tokens_per_second,
+        }
+
+
+def generate(
+    model: Any, tokenizer: Any, inputs: torch.Tensor, on_text: Callable[[str], None] | None = None, **options: Any
+) -> Generation:
+    """Continue ``inputs`` [1, prompt_tokens] with ``model.generate(**options)``; ``on_text`` is given each piece of text as it comes."""
+    clock = _Clock(_Printer(tokenizer, on_text) if on_text else None)
+    if model.generation_config.pad_token_id is None and "pad_token_id" not in options:
+        options["pad_token_id"] = tokenizer.eos_token_id
+    with torch.inference_mode():
+        output = model.generate(inputs, attention_mask=torch.ones_like(inputs), streamer=clock, **options)
+    tokens = output[0, inputs.shape[1] :].tolist()
+    return Generation(
+        text=tokenizer.decode(tokens, skip_special_tokens=True),
+        tokens=tokens,
+        prompt_tokens=inputs.shape[1],
+        prefill_seconds=clock.times[0] - clock.began if clock.times else 0.0,
+        decode_seconds=clock.times[-1] - clock.times[0] if clock.times else 0.0,
+    )
+
+
+@dataclass
+class _Clock(BaseStreamer):  # type: ignore[misc]
+    """Notes when each token came, and passes it on."""
+
+    inner: BaseStreamer | None
+    began: float = field(default_factory=time.perf_counter)
+    times: list[float] = field(default_factory=list)
+    seen_prompt: bool = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.seen_prompt:
+            self.times.append(time.perf_counter())
+        self.seen_prompt = True
+        if self.inner is not None:
+            self.inner.put(value)
+
+    def end(self) -> None:
+        if self.inner is not None:
+            self.inner.end()
+
+
+class _Printer(TextStreamer):  # type: ignore[misc]
+    """transformers' streamer, giving its text to a function."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._on_text(text)

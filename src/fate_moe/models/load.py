@@ -1,0 +1,173 @@
+"""From a name to a running model: find the checkpoint, convert it once, plan, load the dense weights, attach the runtime."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, GenerationConfig
+
+from fate_moe import demo
+from fate_moe.config import OffloadConfig, cache_home
+from fate_moe.core import Predictor
+from fate_moe.errors import CheckpointError, StoreError
+from fate_moe.memory.policies import make_policy
+from fate_moe.memory.residency import Residency
+from fate_moe.memory.slots import SlotArena
+from fate_moe.models.attach import attach, limit_context, routers_of
+from fate_moe.planner import Footprint, Plan, footprint, make_plan
+from fate_moe.predict.cross_layer import CrossLayerGate
+from fate_moe.predict.null import NoPrediction
+from fate_moe.report import Report
+from fate_moe.runtime import ExpertRuntime, Router, SlotWeights
+from fate_moe.skeleton import ExpertStack, build_skeleton, expert_stacks
+from fate_moe.store.convert import convert
+from fate_moe.store.open import Store, load_dense, open_store
+from fate_moe.store.plan import identity_of
+from fate_moe.store.reader import DiskSource
+from fate_moe.store.source import Checkpoint, resolve_checkpoint
+
+__all__ = ["Fate", "Prepared", "load", "load_tokenizer", "plan", "prepare", "realize", "store_for"]
+
+_log = logging.getLogger(__name__)
+
+
+class Fate:
+    """What ``model.fate`` is: the plan the model was loaded under, the options, and what has happened since."""
+
+    def __init__(self, plan: Plan, config: OffloadConfig, runtime: ExpertRuntime) -> None:
+        self.plan = plan
+        self.config = config
+        self.runtime = runtime
+
+    def report(self) -> Report:
+        """Everything since loading: lookups, bytes, stall seconds, memory."""
+        return Report.of(self.runtime.residency.counters, self.plan, self.config)
+
+    def close(self) -> None:
+        """Stop the reading threads and close the store's files. The model cannot run afterwards."""
+        self.runtime.close()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A store that is whole and the skeleton of its model: enough to plan with, nothing loaded yet."""
+
+    store: Store
+    model: Any
+    stacks: list[ExpertStack]
+
+    def footprint(self) -> Footprint:
+        return footprint(self.model, self.stacks, self.store.manifest.precision, self.store.manifest)
+
+
+def load(model: str | Path | None = None, **options: Any) -> tuple[Any, Any]:
+    """A transformers model whose experts stream from disk, and its tokenizer.
+
+    ``model`` is a store, a Hugging Face checkpoint folder or a hub id (converted on first use into ``$FATE_HOME``); None is the
+    embedded model. ``options`` are the fields of OffloadConfig. The model has ``generate()`` and all else that transformers gives it,
+    and ``model.fate`` (see Fate). Raises FateError and its children, each with a sentence on what to do.
+    """
+    config = OffloadConfig.from_options(options)
+    prepared = prepare(store_for(model, config.precision))
+    return realize(prepared, make_plan(prepared.footprint(), config), config), load_tokenizer(prepared.store.path)
+
+
+def plan(model: str | Path | None = None, **options: Any) -> Plan:
+    """What ``load`` with the same arguments would do with the budget; converts and loads nothing. Raises BudgetError and others."""
+    config = OffloadConfig.from_options(options)
+    folder = Path(model) if model is not None and is_store(model) else resolve_checkpoint(model or demo.MODEL)
+    skeleton = build_skeleton(folder)
+    manifest = open_store(folder).manifest if is_store(folder) else None
+    precision = manifest.precision if manifest else config.precision
+    return make_plan(footprint(skeleton, expert_stacks(skeleton), precision, manifest), config)
+
+
+def is_store(path: str | Path) -> bool:
+    """Whether ``path`` is an expert store (whole or not) rather than a checkpoint."""
+    return (Path(path) / "fate.json").exists()
+
+
+def store_for(model: str | Path | None, precision: str) -> Path:
+    """The store of ``model``, converted into the cache folder on first use (and said so).
+
+    A store given directly is taken as it is, whatever ``precision`` says.
+    """
+    if model is not None and is_store(model):
+        return Path(model)
+    checkpoint = resolve_checkpoint(model if model is not None else demo.MODEL)
+    name = "embedded" if model is None else Path(str(model)).resolve().name if Path(str(model)).exists() else str(model).replace("/", "--")
+    identity = identity_of(Checkpoint(checkpoint), precision, "minmax")
+    destination = cache_home() / "stores" / f"{name}-{precision}-{identity[:8]}"
+    if not is_store(destination):
+        _log.warning("converting %s to %s (once; experts as %s)", name, destination, precision)
+        convert(checkpoint, destination, precision)
+    return destination
+
+
+def prepare(path: Path) -> Prepared:
+    """Open the store and build its model's skeleton. Raises StoreError where they do not belong together."""
+    store = open_store(path)
+    model = build_skeleton(path)
+    stacks = expert_stacks(model)
+    if [(stack.name, stack.num_experts) for stack in stacks] != [(layer.name, len(layer.experts)) for layer in store.manifest.layers]:
+        raise StoreError(f"{path}: fate.json lists other expert layers than config.json describes; convert the checkpoint again")
+    return Prepared(store, model, stacks)
+
+
+def realize(prepared: Prepared, plan: Plan, config: OffloadConfig) -> Any:
+    """Load the dense weights into the skeleton and attach the runtime under ``plan``; the skeleton becomes the model."""
+    store, model, stacks = prepared.store, prepared.model, prepared.stacks
+    _fill(model, load_dense(store), store.path)
+    if (store.path / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(store.path)
+    num_experts = [stack.num_experts for stack in stacks]
+    arena = SlotArena(plan.num_slots, plan.slot_bytes)
+    policy = make_policy(config.policy, plan.num_slots, num_experts)
+    residency = Residency(DiskSource(store), arena, policy, io_threads=config.io_threads)
+    shapes = [stack.output_rows_first() for stack in stacks]
+    weights = SlotWeights(arena, [store.manifest.layout_of(stack.layer) for stack in stacks], shapes)
+    routers = routers_of(model, stacks)
+    predictor = _make_predictor(config.predictor, routers)
+    runtime = ExpertRuntime(residency, predictor, routers, weights, num_experts=num_experts, io_threads=config.io_threads)
+    attach(model, stacks, runtime)
+    limit_context(model, plan.context_length, plan.kv_cache_bytes // plan.context_length)
+    model.fate = Fate(plan, config, runtime)
+    return model
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The checkpoint's tokenizer. Raises CheckpointError if its files are missing or unreadable."""
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # whatever hostile tokenizer files make transformers raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{path}: its tokenizer cannot be loaded ({reason}); add the checkpoint's tokenizer files") from error
+
+
+def _make_predictor(name: str, routers: list[Router | None]) -> Predictor:
+    return CrossLayerGate(routers) if name == "cross-layer" else NoPrediction()
+
+
+def _fill(model: Any, dense: dict[str, torch.Tensor], path: Path) -> None:
+    """Put every dense tensor where the skeleton has its placeholder; no copies."""
+    for name, tensor in dense.items():
+        owner_name, _, leaf = name.rpartition(".")
+        try:
+            owner = model.get_submodule(owner_name)
+        except AttributeError:
+            raise StoreError(f"{path}: dense.safetensors has {name}, which the model has not; convert the checkpoint again") from None
+        if leaf in owner._buffers:
+            owner._buffers[leaf] = tensor
+        else:
+            owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    model.tie_weights()
+    experts = {module for module in model.modules() if hasattr(module, "is_transposed") and hasattr(module, "_apply_gate")}
+    for module_name, module in model.named_modules():
+        for leaf, value in module._parameters.items():
+            if value is not None and value.device.type == "meta" and module not in experts:
+                raise StoreError(f"{path}: dense.safetensors lacks {module_name}.{leaf}; convert the checkpoint again")

@@ -1,0 +1,176 @@
+"""What fits where, decided before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from fate_moe.config import OffloadConfig, format_bytes, parse_amount
+from fate_moe.errors import BudgetError
+from fate_moe.machine import available_memory, resident_memory
+from fate_moe.quant.dtypes import dtype_name
+from fate_moe.skeleton import ExpertStack, parameter_dtypes
+from fate_moe.store.format import Manifest, blob_layout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["Footprint", "Plan", "footprint", "make_plan"]
+
+# What the process grows by between planning and its peak besides what the table lists: thread stacks, oneDNN's primitives and
+# scratch, allocator slack. Measured 30-45 MiB (torch 2.13, 2 and 8 threads, embedded model and a 3 GiB one).
+RESERVE_BYTES = 56 << 20
+# "auto" leaves a fifth of what is free to everybody else.
+AUTO_SHARE = 0.8
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a model asks for, whatever the budget. ``slot_bytes`` is one expert; ``min_slots`` one token's experts in one layer."""
+
+    family: str
+    precision: str
+    dense_bytes: int
+    kv_bytes_per_token: int
+    activation_bytes_per_token: int
+    slot_bytes: int
+    num_experts: int
+    min_slots: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where the budget goes; all amounts in bytes. ``left_bytes`` is what no line needs (all experts fit)."""
+
+    family: str
+    precision: str
+    budget_bytes: int
+    runtime_bytes: int
+    dense_bytes: int
+    kv_cache_bytes: int
+    activation_bytes: int
+    context_length: int
+    num_slots: int
+    num_experts: int
+    slot_bytes: int
+
+    @property
+    def expert_cache_bytes(self) -> int:
+        return self.num_slots * self.slot_bytes
+
+    @property
+    def left_bytes(self) -> int:
+        fixed = self.runtime_bytes + self.dense_bytes + self.kv_cache_bytes + self.activation_bytes
+        return self.budget_bytes - fixed - self.expert_cache_bytes
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "expert_cache_bytes": self.expert_cache_bytes, "left_bytes": self.left_bytes}
+
+    def rows(self) -> list[tuple[str, int, str]]:
+        """(what, bytes, remark) for a table."""
+        share = self.num_slots / self.num_experts
+        return [
+            ("Python, torch, transformers", self.runtime_bytes, "measured in this process"),
+            ("dense weights", self.dense_bytes, "attention, norms, routers, shared experts, embeddings"),
+            ("KV cache", self.kv_cache_bytes, f"{self.context_length} tokens"),
+            ("activations", self.activation_bytes, f"prefill of {self.context_length} tokens"),
+            ("expert slots", self.expert_cache_bytes, f"{self.num_slots} of {self.num_experts} experts ({share:.1%}), {self.precision}"),
+            ("left", self.left_bytes, ""),
+            ("budget", self.budget_bytes, "the whole process"),
+        ]
+
+    def line(self) -> str:
+        """The plan in one line."""
+        return (
+            f"{self.family}, {self.precision}: budget {format_bytes(self.budget_bytes)} = runtime {format_bytes(self.runtime_bytes)} + "
+            f"dense {format_bytes(self.dense_bytes)} + KV {format_bytes(self.kv_cache_bytes)} + activations "
+            f"{format_bytes(self.activation_bytes)} + {self.num_slots}/{self.num_experts} expert slots "
+            f"{format_bytes(self.expert_cache_bytes)} + left {format_bytes(self.left_bytes)}"
+        )
+
+
+def footprint(model: PreTrainedModel, stacks: list[ExpertStack], precision: str, manifest: Manifest | None = None) -> Footprint:
+    """Sizes of ``model`` (a skeleton: shapes without weights); exact from ``manifest`` where the store exists already."""
+    text = model.config.get_text_config()
+    dtypes = parameter_dtypes(model)
+    if manifest is not None:
+        slot_bytes, dense_bytes = manifest.slot_bytes, manifest.dense_bytes
+    else:
+        slot_bytes = max(blob_layout(precision, stack.output_rows_first(), dtype_name(model.dtype)).length for stack in stacks)
+        routed = {f"{stack.name}.{name}" for stack in stacks for name in stack.parameters}
+        absent = routed | (set(model.all_tied_weights_keys) if text.tie_word_embeddings else set())
+        dense_bytes = sum(value.numel() * dtypes[name].itemsize for name, value in model.state_dict().items() if name not in absent)
+    itemsize = model.dtype.itemsize
+    top_k = getattr(text, "num_experts_per_tok", None) or getattr(text, "top_k", None) or 1
+    inner = max(getattr(text, "intermediate_size", 0) or 0, *(shape[0] for stack in stacks for shape in stack.parameters.values()))
+    # One layer's transients per token at prefill: residual, norm in fp32, q k v o (about 8 hidden vectors), the experts' outputs by
+    # (token, choice) and their weighted copy, and the widest MLP three times.
+    activation = text.hidden_size * (8 * itemsize + 8 + top_k * (itemsize + 4)) + 3 * inner * itemsize
+    return Footprint(
+        family=model.config.model_type,
+        precision=precision,
+        dense_bytes=dense_bytes,
+        kv_bytes_per_token=_kv_bytes_per_token(text, itemsize),
+        activation_bytes_per_token=activation,
+        slot_bytes=slot_bytes,
+        num_experts=sum(stack.num_experts for stack in stacks),
+        min_slots=min(top_k, *(stack.num_experts for stack in stacks)),
+    )
+
+
+def make_plan(needs: Footprint, config: OffloadConfig) -> Plan:
+    """Divide the budget. Call it after torch and transformers are imported: what they take is measured, not guessed.
+
+    Raises BudgetError, naming the smallest budget that works, when the fixed parts and one token's experts do not fit, or when
+    ``expert_cache`` asks for more than the budget leaves.
+    """
+    free = available_memory() + resident_memory()
+    budget = int(free * AUTO_SHARE) if config.ram == "auto" else parse_amount(config.ram, free)
+    runtime = resident_memory() + RESERVE_BYTES
+    kv = needs.kv_bytes_per_token * config.context_length
+    activations = needs.activation_bytes_per_token * config.context_length
+    fixed = runtime + needs.dense_bytes + kv + activations
+    if config.expert_cache is None:
+        wanted, num_slots = needs.min_slots, min(needs.num_experts, (budget - fixed) // needs.slot_bytes)
+    else:
+        amount = parse_amount(config.expert_cache, needs.num_experts * needs.slot_bytes)
+        wanted = num_slots = min(needs.num_experts, amount // needs.slot_bytes)
+        if num_slots < needs.min_slots:
+            raise BudgetError(
+                f"--expert-cache {config.expert_cache} holds {num_slots} experts of {format_bytes(needs.slot_bytes)}; one token needs "
+                f"{needs.min_slots}: give at least {format_bytes(needs.min_slots * needs.slot_bytes)}",
+                fixed + needs.min_slots * needs.slot_bytes,
+            )
+    smallest = fixed + wanted * needs.slot_bytes
+    if smallest > budget:
+        mebibytes = -(-smallest // (1 << 20))
+        raise BudgetError(
+            f"a budget of {format_bytes(budget)} is too small: {format_bytes(runtime)} runtime, {format_bytes(needs.dense_bytes)} dense "
+            f"weights, {format_bytes(kv + activations)} for {config.context_length} tokens and {wanted} expert slots of "
+            f"{format_bytes(needs.slot_bytes)} need at least --ram {mebibytes}MiB (or a shorter --context-length)",
+            smallest,
+        )
+    return Plan(
+        family=needs.family,
+        precision=needs.precision,
+        budget_bytes=budget,
+        runtime_bytes=runtime,
+        dense_bytes=needs.dense_bytes,
+        kv_cache_bytes=kv,
+        activation_bytes=activations,
+        context_length=config.context_length,
+        num_slots=num_slots,
+        num_experts=needs.num_experts,
+        slot_bytes=needs.slot_bytes,
+    )
+
+
+def _kv_bytes_per_token(text: Any, itemsize: int) -> int:
+    """Upper bound over all layers (sliding windows count as full); multi-head latent attention is cached expanded by transformers."""
+    heads = text.num_attention_heads
+    if getattr(text, "kv_lora_rank", None):
+        per_layer = heads * (text.qk_nope_head_dim + text.qk_rope_head_dim + text.v_head_dim)
+    else:
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+        per_layer = 2 * (getattr(text, "num_key_value_heads", None) or heads) * head_dim
+    return int(text.num_hidden_layers * per_layer * itemsize)

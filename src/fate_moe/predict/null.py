@@ -1,0 +1,21 @@
+"""No prediction: every expert is read when its router has asked for it (load on demand)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["NoPrediction"]
+
+
+class NoPrediction:
+    """The null implementation of the Predictor seam."""
+
+    def observe(self, layer: int, routed: Sequence[int]) -> None:
+        pass
+
+    def predict(self, layer: int, gate_input: torch.Tensor) -> list[tuple[int, float]]:
+        return []

@@ -1,0 +1,67 @@
+"""Shared fixtures. Everything that is converted or cached goes to a temporary FATE_HOME."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fate_moe import load
+from fate_moe.models.load import store_for
+from tests.checkpoints import tiny_checkpoint
+
+torch.set_num_threads(1)  # two workers on two cores
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fate_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with pytest.MonkeyPatch.context() as patch:
+        home = tmp_path_factory.mktemp("fate-home")
+        patch.setenv("FATE_HOME", str(home))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield home
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A tiny random fp32 checkpoint of a family, made once a session."""
+    made: dict[str, Path] = {}
+
+    def make(family: str) -> Path:
+        if family not in made:
+            made[family] = tiny_checkpoint(family, tmp_path_factory.mktemp("checkpoints") / family)
+        return made[family]
+
+    return make
+
+
+@pytest.fixture
+def loaded(checkpoint: Callable[[str], Path]) -> Iterator[Callable[..., Any]]:
+    """Load a tiny model of a family without a tokenizer; closed when the test ends."""
+    models: list[Any] = []
+
+    def open_model(family: str, precision: str = "lossless", **options: Any) -> Any:
+        model = load_model(store_for(checkpoint(family), precision), **options)
+        models.append(model)
+        return model
+
+    yield open_model
+    for model in models:
+        model.fate.close()
+
+
+def load_model(store: Path, **options: Any) -> Any:
+    """load() without the tokenizer, which tiny checkpoints have not."""
+    from fate_moe.config import OffloadConfig
+    from fate_moe.models.load import prepare, realize
+    from fate_moe.planner import make_plan
+
+    config = OffloadConfig.from_options({"context_length": 256, **options})
+    prepared = prepare(store)
+    return realize(prepared, make_plan(prepared.footprint(), config), config)
+
+
+__all__ = ["load", "load_model"]
