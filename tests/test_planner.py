@@ -35,7 +35,13 @@ def test_amounts() -> None:
     for wrong in ("0%", "101%", "1.5x"):
         with pytest.raises(ConfigError):
             parse_amount(wrong, 1000)
-    assert [format_bytes(size) for size in (0, 1023, 1 << 20, 1000 << 20, 5 << 40)] == ["0 B", "1023 B", "1 MiB", "1000 MiB", "5 TiB"]
+    assert [format_bytes(size) for size in (0, 1023, 1 << 20, 1000 << 20, 5 << 40)] == [
+        "0 B",
+        "1023 B",
+        "1 MiB",
+        "1000 MiB",
+        "5 TiB",
+    ]
 
 
 def test_unknown_options_name_their_neighbour() -> None:

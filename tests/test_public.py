@@ -30,7 +30,9 @@ def test_unknown_attribute() -> None:
 
 
 def test_help_is_instant_and_imports_no_torch() -> None:
-    code = "import sys, fate_moe.cli\ntry: fate_moe.cli.main(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    code = (
+        "import sys, fate_moe.cli\ntry: fate_moe.cli.main(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    )
     best = float("inf")
     for _ in range(3):
         began = time.perf_counter()

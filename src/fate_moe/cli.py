@@ -48,7 +48,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fate", description="Runs Mixture-of-Experts language models that are bigger than memory.")
+    parser = argparse.ArgumentParser(
+        prog="fate", description="Runs Mixture-of-Experts language models that are bigger than memory."
+    )
     parser.add_argument("--version", action="version", version=f"fate {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
@@ -73,7 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     for verb in (run, chat, plan):
         _add_offload_options(verb)
 
-    convert = verbs.add_parser("convert", help="make a store", description="Turn a checkpoint into an expert store; resumes if killed.")
+    convert = verbs.add_parser(
+        "convert", help="make a store", description="Turn a checkpoint into an expert store; resumes if killed."
+    )
     convert.add_argument("source", help="checkpoint folder or hub id")
     convert.add_argument("destination", type=Path, help="the store's folder, made anew")
     convert.add_argument("--precision", choices=PRECISIONS, default=_DEFAULTS["precision"], help="default: %(default)s")
@@ -89,13 +93,21 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_offload_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("memory and experts")
-    group.add_argument("--ram", default=_DEFAULTS["ram"], metavar="SIZE|FRACTION|auto", help="for the whole process; default: %(default)s")
+    group.add_argument(
+        "--ram", default=_DEFAULTS["ram"], metavar="SIZE|FRACTION|auto", help="for the whole process; default: %(default)s"
+    )
     group.add_argument("--expert-cache", metavar="SIZE|PERCENT", help="for expert slots; default: what the budget leaves")
     group.add_argument("--policy", choices=POLICIES, default=_DEFAULTS["policy"], help="who gives up a slot; default: %(default)s")
-    group.add_argument("--predictor", choices=PREDICTORS, default=_DEFAULTS["predictor"], help="who is read ahead; default: %(default)s")
-    group.add_argument("--precision", choices=PRECISIONS, default=_DEFAULTS["precision"], help="of the experts; default: %(default)s")
+    group.add_argument(
+        "--predictor", choices=PREDICTORS, default=_DEFAULTS["predictor"], help="who is read ahead; default: %(default)s"
+    )
+    group.add_argument(
+        "--precision", choices=PRECISIONS, default=_DEFAULTS["precision"], help="of the experts; default: %(default)s"
+    )
     group.add_argument("--context-length", type=int, metavar="N", help="tokens to set KV cache aside for; run: as many as it needs")
-    group.add_argument("--io-threads", type=int, default=_DEFAULTS["io_threads"], metavar="N", help="reads at once; default: %(default)s")
+    group.add_argument(
+        "--io-threads", type=int, default=_DEFAULTS["io_threads"], metavar="N", help="reads at once; default: %(default)s"
+    )
 
 
 def _add_sampling_options(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
@@ -189,7 +201,9 @@ def _encode(tokenizer: Any, prompt: str, chat: bool) -> Any:
         if not tokenizer.chat_template:
             raise ConfigError("this model has no chat template; leave --chat away")
         messages = [{"role": "user", "content": prompt}]
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)[
+            "input_ids"
+        ]
     inputs = tokenizer(prompt, return_tensors="pt")["input_ids"]
     if inputs.shape[1] == 0:
         raise ConfigError("the prompt is empty")
@@ -217,7 +231,9 @@ def _chat(arguments: argparse.Namespace) -> None:
             continue
         messages.append({"role": "user", "content": said})
         if tokenizer.chat_template:
-            inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]
+            inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)[
+                "input_ids"
+            ]
         else:
             inputs = _encode(tokenizer, "\n".join(message["content"] for message in messages) + "\n", chat=False)
         options = _generate_options(arguments)
@@ -259,7 +275,9 @@ def _plan(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(result.as_dict()))
     else:
-        _print_table(f"{result.family}, {result.precision}", [(what, format_bytes(size), remark) for what, size, remark in result.rows()])
+        _print_table(
+            f"{result.family}, {result.precision}", [(what, format_bytes(size), remark) for what, size, remark in result.rows()]
+        )
 
 
 def _convert(arguments: argparse.Namespace) -> None:
@@ -269,7 +287,9 @@ def _convert(arguments: argparse.Namespace) -> None:
 
     path = convert(arguments.source, arguments.destination, arguments.precision)
     manifest = open_store(path).manifest
-    print(f"{path}: {manifest.num_experts} experts, {format_bytes(manifest.expert_bytes)}, dense {format_bytes(manifest.dense_bytes)}")
+    print(
+        f"{path}: {manifest.num_experts} experts, {format_bytes(manifest.expert_bytes)}, dense {format_bytes(manifest.dense_bytes)}"
+    )
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
@@ -296,7 +316,10 @@ def _inspect(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(facts))
         return
-    rows = [(name.replace("_", " "), format_bytes(value) if name.endswith("_bytes") else str(value), "") for name, value in facts.items()]
+    rows = [
+        (name.replace("_", " "), format_bytes(value) if name.endswith("_bytes") else str(value), "")
+        for name, value in facts.items()
+    ]
     _print_table(str(arguments.store), rows)
 
 

@@ -55,7 +55,9 @@ def format_bytes(amount: float) -> str:
     """ "1.25 GiB" for people; three significant digits."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(amount) < 1024:
-            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.3g} {unit}" if abs(amount) < 999 else f"{amount:.0f} {unit}"
+            return (
+                f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.3g} {unit}" if abs(amount) < 999 else f"{amount:.0f} {unit}"
+            )
         amount /= 1024
     return f"{amount:.3g} TiB"
 

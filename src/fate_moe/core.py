@@ -130,9 +130,9 @@ class EvictionPolicy(Protocol):
     """Orders experts; owns no bytes and starts no reads. Called under the residency lock, from one thread at a time.
 
     The residency layer calls ``admitted`` when an expert is given a slot, ``touched`` at every lookup of an expert that has one
-    (once per forward pass of its layer, also for the lookup that caused a demand read: admitted, then touched), and ``removed`` when
-    the slot is taken away. ``victim`` changes nothing: the caller follows with ``removed(victim)`` and ``admitted(incoming)``, or with
-    neither.
+    (once per forward pass of its layer, also for the lookup that caused a demand read: admitted, then touched), and ``removed``
+    when the slot is taken away. ``victim`` changes nothing: the caller follows with ``removed(victim)`` and ``admitted(incoming)``,
+    or with neither.
     """
 
     def admitted(self, expert: ExpertId, *, prefetched: bool = False) -> None:

@@ -74,7 +74,11 @@ class Plan:
             ("dense weights", self.dense_bytes, "attention, norms, routers, shared experts, embeddings"),
             ("KV cache", self.kv_cache_bytes, f"{self.context_length} tokens"),
             ("activations", self.activation_bytes, f"prefill of {self.context_length} tokens"),
-            ("expert slots", self.expert_cache_bytes, f"{self.num_slots} of {self.num_experts} experts ({share:.1%}), {self.precision}"),
+            (
+                "expert slots",
+                self.expert_cache_bytes,
+                f"{self.num_slots} of {self.num_experts} experts ({share:.1%}), {self.precision}",
+            ),
             ("left", self.left_bytes, ""),
             ("budget", self.budget_bytes, "the whole process"),
         ]
@@ -82,8 +86,8 @@ class Plan:
     def line(self) -> str:
         """The plan in one line."""
         return (
-            f"{self.family}, {self.precision}: budget {format_bytes(self.budget_bytes)} = runtime {format_bytes(self.runtime_bytes)} + "
-            f"dense {format_bytes(self.dense_bytes)} + KV {format_bytes(self.kv_cache_bytes)} + activations "
+            f"{self.family}, {self.precision}: budget {format_bytes(self.budget_bytes)} = "
+            f"runtime {format_bytes(self.runtime_bytes)} + dense {format_bytes(self.dense_bytes)} + KV {format_bytes(self.kv_cache_bytes)} + activations "
             f"{format_bytes(self.activation_bytes)} + {self.num_slots}/{self.num_experts} expert slots "
             f"{format_bytes(self.expert_cache_bytes)} + left {format_bytes(self.left_bytes)}"
         )
@@ -137,16 +141,16 @@ def make_plan(needs: Footprint, config: OffloadConfig) -> Plan:
         wanted = num_slots = min(needs.num_experts, amount // needs.slot_bytes)
         if num_slots < needs.min_slots:
             raise BudgetError(
-                f"--expert-cache {config.expert_cache} holds {num_slots} experts of {format_bytes(needs.slot_bytes)}; one token needs "
-                f"{needs.min_slots}: give at least {format_bytes(needs.min_slots * needs.slot_bytes)}",
+                f"--expert-cache {config.expert_cache} holds {num_slots} experts of {format_bytes(needs.slot_bytes)}; one token "
+                f"needs {needs.min_slots}: give at least {format_bytes(needs.min_slots * needs.slot_bytes)}",
                 fixed + needs.min_slots * needs.slot_bytes,
             )
     smallest = fixed + wanted * needs.slot_bytes
     if smallest > budget:
         mebibytes = -(-smallest // (1 << 20))
         raise BudgetError(
-            f"a budget of {format_bytes(budget)} is too small: {format_bytes(runtime)} runtime, {format_bytes(needs.dense_bytes)} dense "
-            f"weights, {format_bytes(kv + activations)} for {config.context_length} tokens and {wanted} expert slots of "
+            f"a budget of {format_bytes(budget)} is too small: {format_bytes(runtime)} runtime, {format_bytes(needs.dense_bytes)} "
+            f"dense weights, {format_bytes(kv + activations)} for {config.context_length} tokens and {wanted} expert slots of "
             f"{format_bytes(needs.slot_bytes)} need at least --ram {mebibytes}MiB (or a shorter --context-length)",
             smallest,
         )
@@ -166,7 +170,7 @@ def make_plan(needs: Footprint, config: OffloadConfig) -> Plan:
 
 
 def _kv_bytes_per_token(text: Any, itemsize: int) -> int:
-    """Upper bound over all layers (sliding windows count as full); multi-head latent attention is cached expanded by transformers."""
+    """Upper bound over all layers (sliding windows count as full); multi-head latent attention is cached expanded."""
     heads = text.num_attention_heads
     if getattr(text, "kv_lora_rank", None):
         per_layer = heads * (text.qk_nope_head_dim + text.qk_rope_head_dim + text.v_head_dim)

@@ -45,7 +45,11 @@ class Report:
 
     def __str__(self) -> str:
         experts = self.experts
-        used = f", {experts.prefetch_used / experts.prefetched:.0%} of {experts.prefetched} prefetched ones used" if experts.prefetched else ""
+        used = (
+            f", {experts.prefetch_used / experts.prefetched:.0%} of {experts.prefetched} prefetched ones used"
+            if experts.prefetched
+            else ""
+        )
         return (
             f"experts: {experts.ready_on_time:.1%} of {experts.lookups} ready on time, {experts.in_flight} in flight, "
             f"{experts.misses} missed{used}\n"

@@ -98,8 +98,8 @@ class ExpertRuntime:
     ) -> torch.Tensor:
         """The weighted sum of the chosen experts' outputs, [num_tokens, hidden].
 
-        ``experts`` is the transformers module, ``hidden`` [num_tokens, hidden], ``index`` and ``routing_weights`` [num_tokens, top_k].
-        Raises StoreError if an expert cannot be read whole.
+        ``experts`` is the transformers module, ``hidden`` [num_tokens, hidden], ``index`` and ``routing_weights``
+        [num_tokens, top_k]. Raises StoreError if an expert cannot be read whole.
         """
         num_tokens, top_k = index.shape
         rows, lease = self._acquire(layer, index)

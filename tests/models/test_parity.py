@@ -63,9 +63,7 @@ def test_context_beyond_what_was_set_aside_is_refused(loaded: Callable[..., Any]
         model.generate(torch.ones(1, 10, dtype=torch.long), max_new_tokens=20, do_sample=False, pad_token_id=0)
 
 
-def test_a_flipped_byte_stops_the_run_before_a_wrong_number(
-    checkpoint: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_a_flipped_byte_stops_the_run_before_a_wrong_number(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     from fate_moe.store.convert import convert
     from fate_moe.store.open import open_store
     from tests.conftest import load_model

@@ -22,7 +22,7 @@ _IMPLEMENTATION = "fate"
 
 
 def _experts_forward(experts: Any, hidden_states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """What transformers calls instead of a family's own experts: (experts module, hidden [T, H], top-k index and weights [T, k])."""
+    """What transformers calls instead of a family's own: (experts module, hidden [T, H], top-k index and weights [T, k])."""
     runtime: ExpertRuntime = experts.fate_runtime
     return runtime.compute(experts.fate_layer, experts, hidden_states, index, weights)
 

@@ -43,7 +43,7 @@ class Generation:
 def generate(
     model: Any, tokenizer: Any, inputs: torch.Tensor, on_text: Callable[[str], None] | None = None, **options: Any
 ) -> Generation:
-    """Continue ``inputs`` [1, prompt_tokens] with ``model.generate(**options)``; ``on_text`` is given each piece of text as it comes."""
+    """Continue ``inputs`` [1, prompt_tokens] with ``model.generate(**options)``; ``on_text`` is given each piece of text."""
     clock = _Clock(_Printer(tokenizer, on_text) if on_text else None)
     if model.generation_config.pad_token_id is None and "pad_token_id" not in options:
         options["pad_token_id"] = tokenizer.eos_token_id

@@ -69,8 +69,8 @@ def load(model: str | Path | None = None, **options: Any) -> tuple[Any, Any]:
     """A transformers model whose experts stream from disk, and its tokenizer.
 
     ``model`` is a store, a Hugging Face checkpoint folder or a hub id (converted on first use into ``$FATE_HOME``); None is the
-    embedded model. ``options`` are the fields of OffloadConfig. The model has ``generate()`` and all else that transformers gives it,
-    and ``model.fate`` (see Fate). Raises FateError and its children, each with a sentence on what to do.
+    embedded model. ``options`` are the fields of OffloadConfig. The model has ``generate()`` and all else that transformers gives
+    it, and ``model.fate`` (see Fate). Raises FateError and its children, each with a sentence on what to do.
     """
     config = OffloadConfig.from_options(options)
     prepared = prepare(store_for(model, config.precision))
@@ -100,7 +100,13 @@ def store_for(model: str | Path | None, precision: str) -> Path:
     if model is not None and is_store(model):
         return Path(model)
     checkpoint = resolve_checkpoint(model if model is not None else demo.MODEL)
-    name = "embedded" if model is None else Path(str(model)).resolve().name if Path(str(model)).exists() else str(model).replace("/", "--")
+    name = (
+        "embedded"
+        if model is None
+        else Path(str(model)).resolve().name
+        if Path(str(model)).exists()
+        else str(model).replace("/", "--")
+    )
     identity = identity_of(Checkpoint(checkpoint), precision, "minmax")
     destination = cache_home() / "stores" / f"{name}-{precision}-{identity[:8]}"
     if not is_store(destination):
@@ -114,7 +120,9 @@ def prepare(path: Path) -> Prepared:
     store = open_store(path)
     model = build_skeleton(path)
     stacks = expert_stacks(model)
-    if [(stack.name, stack.num_experts) for stack in stacks] != [(layer.name, len(layer.experts)) for layer in store.manifest.layers]:
+    if [(stack.name, stack.num_experts) for stack in stacks] != [
+        (layer.name, len(layer.experts)) for layer in store.manifest.layers
+    ]:
         raise StoreError(f"{path}: fate.json lists other expert layers than config.json describes; convert the checkpoint again")
     return Prepared(store, model, stacks)
 
@@ -160,7 +168,9 @@ def _fill(model: Any, dense: dict[str, torch.Tensor], path: Path) -> None:
         try:
             owner = model.get_submodule(owner_name)
         except AttributeError:
-            raise StoreError(f"{path}: dense.safetensors has {name}, which the model has not; convert the checkpoint again") from None
+            raise StoreError(
+                f"{path}: dense.safetensors has {name}, which the model has not; convert the checkpoint again"
+            ) from None
         if leaf in owner._buffers:
             owner._buffers[leaf] = tensor
         else:

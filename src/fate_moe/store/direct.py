@@ -85,7 +85,7 @@ class DirectFile:
 
 
 def drop_from_page_cache(file: BinaryIO, offset: int = 0, length: int = 0) -> None:
-    """Say that ``file``'s bytes (``length`` 0: up to the end) are not needed again, so that they push nothing else out of memory."""
+    """Say that ``file``'s bytes (``length`` 0: up to the end) are not needed again, so that they push nothing else out."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(file.fileno(), offset, length, os.POSIX_FADV_DONTNEED)
 
