@@ -87,9 +87,10 @@ class Plan:
         """The plan in one line."""
         return (
             f"{self.family}, {self.precision}: budget {format_bytes(self.budget_bytes)} = "
-            f"runtime {format_bytes(self.runtime_bytes)} + dense {format_bytes(self.dense_bytes)} + KV {format_bytes(self.kv_cache_bytes)} + activations "
-            f"{format_bytes(self.activation_bytes)} + {self.num_slots}/{self.num_experts} expert slots "
-            f"{format_bytes(self.expert_cache_bytes)} + left {format_bytes(self.left_bytes)}"
+            f"runtime {format_bytes(self.runtime_bytes)} + dense {format_bytes(self.dense_bytes)} + "
+            f"KV {format_bytes(self.kv_cache_bytes)} + activations {format_bytes(self.activation_bytes)} + "
+            f"{self.num_slots}/{self.num_experts} expert slots {format_bytes(self.expert_cache_bytes)} + "
+            f"left {format_bytes(self.left_bytes)}"
         )
 
 
