@@ -16,7 +16,7 @@ import xxhash
 from torch import Tensor
 
 from fate_moe.core import PRECISIONS
-from fate_moe.errors import CheckpointError, ConfigError, StoreError
+from fate_moe.errors import CheckpointError, ConfigError, DiskSpaceError, StoreError
 from fate_moe.quant.blob import encode
 from fate_moe.quant.dtypes import dtype_name
 from fate_moe.quant.solver import SOLVERS, Solver
@@ -78,7 +78,12 @@ def convert(
             return destination
         if not _is_whole(work, identity):
             title = str(source) if not Path(source).is_dir() else folder.resolve().name
-            _fill(work, plan, title, precision, SOLVERS[solver], identity, progress)
+            try:
+                _fill(work, plan, title, precision, SOLVERS[solver], identity, progress)
+            except DiskSpaceError:
+                if not any(work.iterdir()):
+                    work.rmdir()
+                raise
         for leftover in (work / "journal.json", *work.glob("*.tmp")):
             leftover.unlink(missing_ok=True)
         sync_folder(work)

@@ -98,15 +98,15 @@ class Journal:
         self._data: dict[str, Any] = {"identity": identity, "files": {}}
         try:
             found = json.loads(self.path.read_bytes())
-        except (OSError, ValueError):
-            found = None
-        if found is not None and found["identity"] == identity:
+            whole = all(type(entry["bytes"]) is int and "result" in entry for entry in found["files"].values())
+            same = found["identity"] == identity
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return  # without a journal of ours the folder may be anybody's
+        if same and whole:
             self._data = found
-            return
-        if found is not None:  # without a journal the folder may be anybody's
-            for path in folder.iterdir():
+        elif not same:
+            for path in sorted(folder.iterdir(), key=lambda path: path == self.path):  # journal last: a killed one goes on here
                 path.unlink()
-        self._write()
 
     def finished(self, name: str) -> Any:
         """What ``record`` was told about the file ``name``, or None if it has to be written."""
@@ -120,10 +120,6 @@ class Journal:
         num_bytes = self.path.with_name(name).stat().st_size
         self._data["files"][name] = {"bytes": num_bytes, "result": result}
         self._write()
-
-    def remove(self) -> None:
-        """All is done."""
-        self.path.unlink(missing_ok=True)
 
     def _write(self) -> None:
         with atomic_file(self.path) as file:
