@@ -1,0 +1,167 @@
+"""Conversions that die, stop, wait or are asked for twice: what ends up under the store's name is always whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from fate_moe.errors import DiskSpaceError, StoreError
+from fate_moe.store import convert as convert_module
+from fate_moe.store.convert import convert
+from fate_moe.store.open import open_store, verify
+from tests.checkpoints import tiny_checkpoint
+from tests.store.children import Children
+from tests.store.reading import snapshot
+
+
+@pytest.fixture(scope="module")
+def children(checkpoint: Callable[[str], Path]) -> Iterator[Children]:
+    made = Children(checkpoint("mixtral"))
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """56 MB in 5 layers: long enough to be killed in the middle."""
+    folder = tmp_path_factory.mktemp("large") / "checkpoint"
+    sizes = {"hidden_size": 256, "intermediate_size": 224, "num_local_experts": 16, "num_hidden_layers": 5}
+    return tiny_checkpoint("mixtral", folder, **sizes)
+
+
+@pytest.mark.parametrize("precision", ["lossless", "int4"])
+def test_ten_kills_at_random_moments(large: Path, children: Children, tmp_path: Path, precision: str) -> None:
+    undisturbed = tmp_path / "undisturbed"
+    seconds = children.convert(large, undisturbed, precision=precision)["seconds"]
+    store, partial = tmp_path / "store", tmp_path / "store.partial"
+    dice = random.Random(7)
+    kills, progress = 0, set()
+    while kills < 10 or (len(progress) < 3 and kills < 60):  # more on a machine so busy that all came early
+        pid = children.start(large, store, precision=precision)
+        time.sleep(dice.uniform(0, seconds * 0.8))
+        os.kill(pid, signal.SIGKILL)
+        if children.wait()["status"] == 0:  # it was faster: begin anew
+            shutil.rmtree(store)
+            continue
+        kills += 1
+        if partial.is_dir():
+            progress.add(frozenset(path.name for path in partial.iterdir()))
+            with pytest.raises(StoreError):
+                open_store(store)
+            if not (partial / "fate.json").exists():
+                with pytest.raises(StoreError, match="not an expert store"):
+                    open_store(partial)
+    assert len(progress) > 2, "the kills all came at the same moment"
+    assert children.convert(large, store, precision=precision)["status"] == 0
+    assert snapshot(store) == snapshot(undisturbed)
+    assert not partial.exists()
+
+
+def test_a_kill_at_every_change_of_the_disk(checkpoint: Callable[[str], Path], children: Children, tmp_path: Path) -> None:
+    """Before each fsync, rename, unlink and mkdir: what is left is no store, or the whole one."""
+    source = checkpoint("mixtral")
+    wanted = snapshot(convert(source, tmp_path / "undisturbed"))
+    moment = 0
+    while True:
+        store = tmp_path / f"store-{moment}"
+        if children.convert(source, store, die_at=moment)["status"] == 0:
+            break
+        if store.exists():
+            assert snapshot(store) == wanted
+        assert children.convert(source, store)["status"] == 0
+        assert snapshot(store) == wanted, f"killed at moment {moment}"
+        assert not list(tmp_path.glob("*.partial"))
+        moment += 1
+    assert moment > 30  # 2 shards, dense, journal (3 times), config, generation_config, fate.json: fsync, rename, fsync each
+
+
+def test_a_killed_conversion_does_not_do_its_work_twice(
+    large: Path, children: Children, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, partial = tmp_path / "store", tmp_path / "store.partial"
+    assert children.convert(large, store, die_at=20)["status"] == -signal.SIGKILL
+    finished = set(json.loads((partial / "journal.json").read_bytes())["files"])
+    assert {"dense.safetensors", "experts-00001-of-00005.safetensors"} <= finished
+    assert "experts-00005-of-00005.safetensors" not in finished
+    written: list[str] = []
+    write_shard = convert_module._write_shard
+
+    def watched(path: Path, *arguments: object) -> object:
+        written.append(path.name)
+        return write_shard(path, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(convert_module, "_write_shard", watched)
+    convert(large, store)
+    assert written == [
+        f"experts-{i:05}-of-00005.safetensors" for i in range(1, 6) if f"experts-{i:05}-of-00005.safetensors" not in finished
+    ]
+    verify(open_store(store))
+
+
+def test_a_partial_store_is_not_opened(large: Path, children: Children, tmp_path: Path) -> None:
+    children.convert(large, tmp_path / "store", die_at=20)
+    for path in (tmp_path / "store", tmp_path / "store.partial"):
+        with pytest.raises(StoreError, match=r"no fate\.json"):
+            open_store(path)
+
+
+def test_a_file_that_shrank_meanwhile_is_written_again(large: Path, children: Children, tmp_path: Path) -> None:
+    wanted = snapshot(convert(large, tmp_path / "undisturbed"))
+    children.convert(large, tmp_path / "store", die_at=20)
+    os.truncate(tmp_path / "store.partial" / "experts-00001-of-00005.safetensors", 5000)
+    assert snapshot(convert(large, tmp_path / "store")) == wanted
+
+
+def test_another_precision_or_checkpoint_begins_anew(
+    large: Path, checkpoint: Callable[[str], Path], children: Children, tmp_path: Path
+) -> None:
+    children.convert(large, tmp_path / "store", die_at=20)
+    assert snapshot(convert(large, tmp_path / "store", "int4")) == snapshot(convert(large, tmp_path / "int4", "int4"))
+    children.convert(large, tmp_path / "other", die_at=20)
+    assert snapshot(convert(checkpoint("olmoe"), tmp_path / "other")) == snapshot(convert(checkpoint("olmoe"), tmp_path / "m"))
+
+
+@pytest.mark.parametrize("journal", [b"", b"[]", b"{torn", b'{"identity": "x"}', b'{"identity": "x", "files": 3}'])
+def test_a_damaged_journal_is_no_journal(checkpoint: Callable[[str], Path], tmp_path: Path, journal: bytes) -> None:
+    (tmp_path / "store.partial").mkdir()
+    (tmp_path / "store.partial" / "journal.json").write_bytes(journal)
+    wanted = snapshot(convert(checkpoint("mixtral"), tmp_path / "undisturbed"))
+    assert snapshot(convert(checkpoint("mixtral"), tmp_path / "store")) == wanted
+
+
+def test_two_at_once_make_one_store(large: Path, children: Children, tmp_path: Path) -> None:
+    other = Children(large)
+    for each in (children, other):
+        each.start(large, tmp_path / "store")
+    assert [each.wait()["status"] for each in (children, other)] == [0, 0]
+    other.close()
+    assert snapshot(tmp_path / "store") == snapshot(convert(large, tmp_path / "undisturbed"))
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_disk_that_fills_up_can_be_continued(
+    checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = checkpoint("mixtral")
+    encode, calls = convert_module.encode, []
+
+    def full(*arguments: object) -> bytearray:
+        calls.append(arguments)
+        if len(calls) == 12:
+            raise OSError(28, "No space left on device")
+        return encode(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(convert_module, "encode", full)
+    with pytest.raises(DiskSpaceError, match=r"the disk is full.*continues"):
+        convert(source, tmp_path / "store")
+    assert not list((tmp_path / "store.partial").glob("*.tmp"))
+    assert snapshot(convert(source, tmp_path / "store")) == snapshot(convert(source, tmp_path / "undisturbed"))
+    assert len(calls) == 12 + 8 + 16, "the first layer was made once, the second twice"
