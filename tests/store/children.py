@@ -33,13 +33,12 @@ class Children:
 
     def start(self, source: Path, destination: Path, **request: Any) -> int:
         """Fork a child that converts; its process id."""
-        assert self._server.stdin is not None
-        self._server.stdin.write(json.dumps({"source": str(source), "destination": str(destination), **request}) + "\n")
-        self._server.stdin.flush()
+        self._ask(json.dumps({"source": str(source), "destination": str(destination), **request}))
         return int(self._answer()["pid"])
 
     def wait(self) -> dict[str, Any]:
         """``status`` of the child (0: converted, -9: killed), and what it says of itself if it was asked to."""
+        self._ask("wait")  # until now it is a zombie at the least, so that its process id is nobody else's
         return self._answer()
 
     def convert(self, source: Path, destination: Path, **request: Any) -> dict[str, Any]:
@@ -49,6 +48,11 @@ class Children:
     def close(self) -> None:
         self._server.communicate()
         assert self._server.returncode == 0
+
+    def _ask(self, line: str) -> None:
+        assert self._server.stdin is not None
+        self._server.stdin.write(line + "\n")
+        self._server.stdin.flush()
 
     def _answer(self) -> dict[str, Any]:
         assert self._server.stdout is not None
@@ -64,7 +68,7 @@ def _serve() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for precision in PRECISIONS:
             convert(sys.argv[1], Path(folder) / precision, precision)
-    for line in sys.stdin:
+    for line in iter(sys.stdin.readline, ""):
         request = json.loads(line)
         reader, writer = os.pipe()
         if (pid := os.fork()) == 0:
@@ -72,6 +76,7 @@ def _serve() -> None:
             _child(request, writer)
         os.close(writer)
         print(json.dumps({"pid": pid}), flush=True)
+        sys.stdin.readline()
         with os.fdopen(reader) as told:
             said = told.read()
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
