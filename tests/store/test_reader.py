@@ -1,0 +1,241 @@
+"""Reading blobs: whole, checked once, past the page cache where that is allowed."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import xxhash
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fate_moe.core import ExpertId
+from fate_moe.errors import CorruptExpertError, StoreError
+from fate_moe.store import direct
+from fate_moe.store import open as open_module
+from fate_moe.store.convert import convert
+from fate_moe.store.direct import DirectFile, anonymous_buffer
+from fate_moe.store.open import Store, load_dense, open_store, verify
+from fate_moe.store.reader import DiskSource
+
+
+@pytest.fixture
+def store(checkpoint: Callable[[str], Path], tmp_path: Path) -> Store:
+    return open_store(convert(checkpoint("qwen3_moe"), tmp_path / "store", "int4"))
+
+
+@pytest.fixture
+def forgetful(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process that has not fallen back to buffered reads yet."""
+    monkeypatch.setattr(direct, "_fallback_said", threading.Event())
+
+
+def slot_of(store: Store) -> memoryview:
+    return memoryview(anonymous_buffer(store.manifest.slot_bytes))
+
+
+def flip(path: Path, offset: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 1]))
+
+
+def refuse_direct(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """O_DIRECT is refused as tmpfs (before Linux 6.6), some FUSE and network file systems do; lists the flags of every open."""
+    real, seen = os.open, []
+
+    def refusing(path: object, flags: int, *rest: object, **named: object) -> int:
+        seen.append(flags)
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(path, flags, *rest, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(direct.os, "open", refusing)
+    return seen
+
+
+def test_a_flipped_byte_in_any_section_is_caught(store: Store) -> None:
+    layout = store.manifest.layout_of(1)
+    entry = store.manifest.layers[1].experts[5]
+    path = store.shard_of(ExpertId(1, 5))
+    sections = {section.name: section for section in layout.sections}
+    assert list(sections) == ["scales", "plane0", "plane1", "plane2"]
+    for name, section in sections.items():
+        for place in (section.offset, section.offset + section.length - 1):
+            flip(path, entry.offset + place)
+            source = DiskSource(store)
+            with pytest.raises(CorruptExpertError, match=rf"{path.name}: layer 1 expert 5: its {name} differ"):
+                source.read(ExpertId(1, 5), slot_of(store))
+            source.read(ExpertId(1, 4), slot_of(store))
+            source.read(ExpertId(1, 6), slot_of(store))
+            source.close()
+            with pytest.raises(CorruptExpertError, match="layer 1 expert 5"):
+                verify(store)
+            flip(path, entry.offset + place)
+    verify(store)
+
+
+def test_a_corrupt_expert_is_never_taken_for_checked(store: Store) -> None:
+    """Refused again at the second read, and good again once its bytes are."""
+    path, entry = store.shard_of(ExpertId(0, 0)), store.manifest.layers[0].experts[0]
+    flip(path, entry.offset)
+    source = DiskSource(store)
+    for _ in range(2):
+        with pytest.raises(CorruptExpertError):
+            source.read(ExpertId(0, 0), slot_of(store))
+    flip(path, entry.offset)
+    source.read(ExpertId(0, 0), slot_of(store))
+    source.close()
+
+
+def test_checksums_are_compared_at_the_first_read_only(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    real = xxhash.xxh3_64_hexdigest
+    monkeypatch.setattr(open_module.xxhash, "xxh3_64_hexdigest", lambda data: calls.append(len(data)) or real(data))
+    source = DiskSource(store)
+    for _ in range(3):
+        source.read(ExpertId(0, 3), slot_of(store))
+    assert len(calls) == 4, "one for each section"
+    source.read(ExpertId(0, 4), slot_of(store))
+    assert len(calls) == 8
+    source.close()
+
+
+def test_a_blob_that_ends_early_says_so(store: Store) -> None:
+    path = store.shard_of(ExpertId(0, 7))
+    source = DiskSource(store)
+    for lost in (1, 4096, 5000):
+        os.truncate(path, path.stat().st_size - lost)  # after opening, which would have refused it
+        with pytest.raises(StoreError, match=rf"{path.name}: layer 0 expert 7 ends after \d+ of"):
+            source.read(ExpertId(0, 7), slot_of(store))
+    source.close()
+    path.unlink()
+    with pytest.raises(StoreError, match=f"{path.name} cannot be opened"):
+        DiskSource(store)
+
+
+def test_a_failing_disk_says_so(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    source = DiskSource(store)
+    monkeypatch.setattr(direct.os, "preadv", broken)
+    with pytest.raises(StoreError, match=r"layer 1 expert 2 cannot be read \(Input/output error"):
+        source.read(ExpertId(1, 2), slot_of(store))
+    with pytest.raises(StoreError, match=r"dense\.safetensors cannot be read"):
+        load_dense(store)
+    source.close()
+
+
+def test_where_direct_reads_are_refused_one_line_says_so(
+    store: Store, forgetful: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    wanted = slot_of(store)
+    source = DiskSource(store)
+    source.read(ExpertId(1, 1), wanted)
+    source.close()
+    assert not caplog.records
+    flags = refuse_direct(monkeypatch)
+    got = slot_of(store)
+    with caplog.at_level(logging.WARNING):
+        source = DiskSource(store)
+        source.read(ExpertId(1, 1), got)
+        source.close()
+        load_dense(store)
+        verify(store)
+    assert any(flag & os.O_DIRECT for flag in flags), "nothing was refused"
+    assert bytes(got) == bytes(wanted)
+    assert [record.message.split(" for ")[0] for record in caplog.records] == ["O_DIRECT is refused"]
+    assert "page cache" in caplog.text
+
+
+def test_a_read_that_is_refused_falls_back_too(
+    store: Store, forgetful: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Some file systems take the flag when opening and refuse when reading."""
+    real = os.preadv
+    refused: list[int] = []
+
+    def refusing(handle: int, *rest: object) -> int:
+        if fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_DIRECT:
+            refused.append(handle)
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(handle, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(direct.os, "preadv", refusing)
+    source = DiskSource(store)
+    with ThreadPoolExecutor(4) as threads, caplog.at_level(logging.WARNING):
+        slots = [slot_of(store) for _ in range(16)]
+        list(threads.map(lambda i: source.read(ExpertId(i // 8, i % 8), slots[i]), range(16)))
+    assert 1 <= len(refused) <= 8, "at most one for each thread and file"
+    assert len(caplog.records) == 1
+    source.close()
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no tmpfs here")
+def test_tmpfs(store: Store) -> None:
+    """Newer kernels accept O_DIRECT there, older ones refuse it; the bytes are the same."""
+    copy = Path("/dev/shm") / f"fate-test-{os.getpid()}"
+    shutil.copytree(store.path, copy)
+    try:
+        verify(open_store(copy))
+    finally:
+        shutil.rmtree(copy)
+
+
+def test_reads_leave_the_page_cache_alone(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags: list[int] = []
+    real = os.open
+    monkeypatch.setattr(direct.os, "open", lambda path, flag, *rest: flags.append(flag) or real(path, flag, *rest))
+    source = DiskSource(store)
+    source.close()
+    buffered = DiskSource(store, direct=False)
+    buffered.read(ExpertId(0, 0), slot_of(store))
+    buffered.close()
+    assert [bool(flag & os.O_DIRECT) for flag in flags] == [True, True, False, False]
+
+
+@given(blocks=st.integers(0, 6), tail=st.integers(0, 4095), offset=st.integers(0, 7), room=st.integers(1, 8), direct=st.booleans())
+@settings(deadline=None, max_examples=60)
+def test_direct_file_reads_what_the_file_has(
+    tmp_path_factory: pytest.TempPathFactory, blocks: int, tail: int, offset: int, room: int, direct: bool
+) -> None:
+    data = os.urandom(blocks * 4096 + tail)
+    path = tmp_path_factory.mktemp("direct") / "file"
+    path.write_bytes(data)
+    file = DirectFile(path, direct)
+    memory = memoryview(anonymous_buffer(room * 4096))
+    got = file.read(memory, offset * 4096)
+    wanted = data[offset * 4096 : (offset + room) * 4096]
+    assert got == len(wanted)
+    assert bytes(memory[:got]) == wanted
+    file.close()
+
+
+def test_reads_in_pieces_are_put_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel may return less than asked for, and not only multiples of 4096."""
+    data = os.urandom(5 * 4096 + 100)
+    (tmp_path / "file").write_bytes(data)
+    real, asked = os.preadv, []
+
+    def stingy(handle: int, buffers: list[memoryview], offset: int) -> int:
+        asked.append((len(buffers[0]), offset))
+        return min(real(handle, buffers, offset), 4096 + 700 if len(asked) % 2 else 4096)
+
+    monkeypatch.setattr(direct.os, "preadv", stingy)
+    file = DirectFile(tmp_path / "file")
+    memory = memoryview(anonymous_buffer(6 * 4096))
+    assert file.read(memory, 0) == len(data)
+    assert bytes(memory[: len(data)]) == data
+    assert all(offset % 4096 == 0 for _, offset in asked)
+    file.close()
