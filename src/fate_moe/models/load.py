@@ -26,6 +26,7 @@ from fate_moe.report import Report
 from fate_moe.runtime import ExpertRuntime, Router, SlotWeights
 from fate_moe.skeleton import ExpertStack, build_skeleton, expert_stacks
 from fate_moe.store.convert import convert
+from fate_moe.store.format import blob_layout
 from fate_moe.store.open import Store, load_dense, open_store
 from fate_moe.store.plan import identity_of
 from fate_moe.store.reader import DiskSource
@@ -34,6 +35,8 @@ from fate_moe.store.source import Checkpoint, resolve_checkpoint
 __all__ = ["Fate", "Prepared", "load", "load_tokenizer", "plan", "prepare", "realize", "store_for"]
 
 _log = logging.getLogger(__name__)
+
+_AGAIN = "delete the store and convert the checkpoint again"
 
 
 class Fate:
@@ -124,6 +127,12 @@ def prepare(path: Path) -> Prepared:
         (layer.name, len(layer.experts)) for layer in store.manifest.layers
     ]:
         raise StoreError(f"{path}: fate.json lists other expert layers than config.json describes; convert the checkpoint again")
+    manifest = store.manifest
+    for stack in stacks:
+        layout = manifest.layout_of(stack.layer)
+        shapes = stack.output_rows_first()
+        if layout != blob_layout(manifest.precision, shapes, manifest.dtype, layout.group_size, layout.plane_widths):
+            raise StoreError(f"{path}: fate.json lays {stack.name} out in another way than this model needs; {_AGAIN}")
     return Prepared(store, model, stacks)
 
 
@@ -131,8 +140,11 @@ def realize(prepared: Prepared, plan: Plan, config: OffloadConfig) -> Any:
     """Load the dense weights into the skeleton and attach the runtime under ``plan``; the skeleton becomes the model."""
     store, model, stacks = prepared.store, prepared.model, prepared.stacks
     _fill(model, load_dense(store), store.path)
-    if (store.path / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(store.path)
+    if (path := store.path / "generation_config.json").exists():
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(store.path)
+        except Exception as error:  # whatever a torn or hostile file makes transformers raise
+            raise StoreError(f"{path} cannot be read ({_first_line(error)}); copy it from the checkpoint again") from error
     num_experts = [stack.num_experts for stack in stacks]
     arena = SlotArena(plan.num_slots, plan.slot_bytes)
     policy = make_policy(config.policy, plan.num_slots, num_experts)
@@ -153,8 +165,12 @@ def load_tokenizer(path: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path)
     except Exception as error:  # whatever hostile tokenizer files make transformers raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = _first_line(error)
         raise CheckpointError(f"{path}: its tokenizer cannot be loaded ({reason}); add the checkpoint's tokenizer files") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _make_predictor(name: str, routers: list[Router | None]) -> Predictor:
@@ -163,14 +179,16 @@ def _make_predictor(name: str, routers: list[Router | None]) -> Predictor:
 
 def _fill(model: Any, dense: dict[str, torch.Tensor], path: Path) -> None:
     """Put every dense tensor where the skeleton has its placeholder; no copies."""
+    modules = dict(model.named_modules())
     for name, tensor in dense.items():
         owner_name, _, leaf = name.rpartition(".")
-        try:
-            owner = model.get_submodule(owner_name)
-        except AttributeError:
-            raise StoreError(
-                f"{path}: dense.safetensors has {name}, which the model has not; convert the checkpoint again"
-            ) from None
+        owner = modules.get(owner_name, nn.Module())
+        placeholder = owner._buffers.get(leaf, owner._parameters.get(leaf))
+        if placeholder is None:
+            raise StoreError(f"{path}: dense.safetensors has {name}, which the model has not; {_AGAIN}")
+        if placeholder.shape != tensor.shape:
+            found, wanted = tuple(tensor.shape), tuple(placeholder.shape)
+            raise StoreError(f"{path}: {name} is {found} in dense.safetensors, config.json means {wanted}; {_AGAIN}")
         if leaf in owner._buffers:
             owner._buffers[leaf] = tensor
         else:
@@ -180,4 +198,4 @@ def _fill(model: Any, dense: dict[str, torch.Tensor], path: Path) -> None:
     for module_name, module in model.named_modules():
         for leaf, value in module._parameters.items():
             if value is not None and value.device.type == "meta" and module not in experts:
-                raise StoreError(f"{path}: dense.safetensors lacks {module_name}.{leaf}; convert the checkpoint again")
+                raise StoreError(f"{path}: dense.safetensors lacks {module_name}.{leaf}; {_AGAIN}")

@@ -220,6 +220,9 @@ def _layout(entry: dict[str, Any]) -> BlobLayout:
     widths = tuple(count(width) for width in items(entry["plane_widths"]))
     layout = BlobLayout(text(entry["precision"]), parts, sections, count(entry["length"]), count(entry["group_size"]), widths)
     require(layout.length > 0 and layout.length % SLOT_ALIGNMENT == 0, f"blob length {layout.length}")
+    if layout.precision != "lossless":
+        require(layout.group_size > 0 and layout.group_size % 8 == 0, f"groups of {layout.group_size}")
+        require(bool(widths) and sum(widths) <= 8 and all(width in (1, 2, 4, 8) for width in widths), f"planes of {widths} bits")
     end = 0
     for section in sections:
         require(section.offset == end and end % PART_ALIGNMENT == 0, f"section {section.name} at {section.offset}")
