@@ -48,7 +48,7 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Codes e4m3 [R, C] and scales fp32 [ceil(R / 128), ceil(C / 128)] of ``weight`` [R, C]: weight is about code * scale."""
     rows, cols = weight.shape
     padded = torch.nn.functional.pad(weight.float(), (0, -cols % BLOCK, 0, -rows % BLOCK))
-    blocks = padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))  # [R / 128, 128, C / 128, 128]
+    blocks = padded.view(-1, BLOCK, padded.shape[1] // BLOCK, BLOCK)  # [R / 128, 128, C / 128, 128]
     scale = blocks.abs().amax(dim=(1, 3)) / _LARGEST
     scale = torch.where(scale > 0, scale, 1.0)
     codes = (blocks / scale[:, None, :, None]).clamp(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
@@ -81,7 +81,7 @@ def export(model: Path, out: Path) -> Path:
         (work / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         for path in sorted({path for pattern in _COPIED for path in model.glob(pattern) if path.is_file()}):
             shutil.copyfile(path, work / path.name)
-        work.chmod(0o755)  # mkdtemp's folders are private
+        work.chmod(0o755)
         work.rename(out)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
@@ -97,6 +97,7 @@ def _write_weights(checkpoint: Checkpoint, folder: Path) -> None:
         shard = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {key: tensor for name in names for key, tensor in _made(checkpoint, name)}
         save_file(tensors, folder / shard, metadata={"format": "pt"})
+        (folder / shard).chmod(0o644)  # the safetensors package makes private files, mkdtemp a private folder
         weight_map |= dict.fromkeys(tensors, shard)
         total_size += sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
