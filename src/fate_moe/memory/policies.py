@@ -1,0 +1,101 @@
+"""Which expert gives up its slot: the policies by name, and the two simple ones. No torch."""
+
+from __future__ import annotations
+
+import heapq
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+from fate_moe.core import EvictionPolicy, ExpertId
+from fate_moe.errors import ConfigError
+from fate_moe.memory.arc import ARC
+from fate_moe.memory.shallow import ShallowARC
+
+__all__ = ["LFU", "LRU", "make_policy"]
+
+
+def make_policy(name: str, num_slots: int, experts_per_layer: Sequence[int]) -> EvictionPolicy:
+    """The policy called ``name`` (config.POLICIES) for ``num_slots`` slots and so many experts in each MoE layer.
+
+    Raises ConfigError for a name that does not exist.
+    """
+    if name == "lru":
+        return LRU()
+    if name == "lfu":
+        return LFU(half_life=8 * num_slots)
+    if name == "arc":
+        return ARC(num_slots)
+    if name == "shallow-arc":
+        return ShallowARC(num_slots, experts_per_layer)
+    raise ConfigError(f"policy {name!r} does not exist")
+
+
+class LRU:
+    """The least recently used goes first; a prefetched expert counts as used when it comes."""
+
+    def __init__(self) -> None:
+        self._order: OrderedDict[ExpertId, None] = OrderedDict()
+
+    def admitted(self, expert: ExpertId, *, prefetched: bool = False) -> None:
+        self._order[expert] = None
+
+    def touched(self, expert: ExpertId) -> None:
+        self._order.move_to_end(expert)
+
+    def removed(self, expert: ExpertId) -> None:
+        del self._order[expert]
+
+    def victim(self, incoming: ExpertId, evictable: Callable[[ExpertId], bool]) -> ExpertId | None:
+        return next(filter(evictable, self._order), None)
+
+
+class LFU:
+    """The least frequently used goes first, where a use counts half as much ``half_life`` uses (of any expert) later.
+
+    Counts outlive residency: one float per expert of the model. Instead of letting all scores decay, the worth of a new use grows;
+    the order is the same (forward decay, Cormode et al., ICDE 2009). Ties go to the expert that was admitted first.
+    """
+
+    def __init__(self, half_life: int) -> None:
+        self._growth = 2.0 ** (1.0 / half_life)
+        self._use = 1.0
+        self._scores: dict[ExpertId, float] = {}
+        self._admissions: dict[ExpertId, int] = {}  # residents
+        self._admitted = 0
+        self._heap: list[tuple[float, int, ExpertId]] = []  # one entry per resident, its score may be too low; others are dead
+
+    def admitted(self, expert: ExpertId, *, prefetched: bool = False) -> None:
+        self._admitted += 1
+        self._admissions[expert] = self._admitted
+        heapq.heappush(self._heap, (self._scores.setdefault(expert, 0.0), self._admitted, expert))
+
+    def touched(self, expert: ExpertId) -> None:
+        self._scores[expert] += self._use
+        self._use *= self._growth
+        if self._use > 1e150:
+            self._rescale()
+
+    def removed(self, expert: ExpertId) -> None:
+        del self._admissions[expert]
+
+    def victim(self, incoming: ExpertId, evictable: Callable[[ExpertId], bool]) -> ExpertId | None:
+        passed_over, chosen = [], None
+        while self._heap and chosen is None:
+            score, admission, expert = self._heap[0]
+            if self._admissions.get(expert) != admission:
+                heapq.heappop(self._heap)
+            elif score != self._scores[expert]:
+                heapq.heapreplace(self._heap, (self._scores[expert], admission, expert))
+            elif evictable(expert):
+                chosen = expert
+            else:
+                passed_over.append(heapq.heappop(self._heap))
+        for entry in passed_over:
+            heapq.heappush(self._heap, entry)
+        return chosen
+
+    def _rescale(self) -> None:
+        self._scores = {expert: score / self._use for expert, score in self._scores.items()}
+        self._use = 1.0
+        self._heap = [(self._scores[expert], admission, expert) for expert, admission in self._admissions.items()]
+        heapq.heapify(self._heap)

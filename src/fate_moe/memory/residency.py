@@ -1,0 +1,278 @@
+"""Who is where: which experts have slots, which are being read, and what lookups find."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+
+from fate_moe.core import Counters, EvictionPolicy, ExpertId, ExpertSource, Lookup
+from fate_moe.memory.slots import SlotArena
+from fate_moe.memory.transfer import TransferQueue
+
+__all__ = ["Lease", "Residency"]
+
+_log = logging.getLogger(__name__)
+
+
+class Lease:
+    """Experts that are locked for use. Iterate once, to the end or until ``release``; at most one unreleased lease per thread.
+
+    Iteration gives ``(expert, slot)``: those that were resident first, in the order asked for, then the others as they arrive. An
+    expert is unlocked when the loop asks for the next one, so that more experts than there are slots can be leased. Raises the
+    source's error (StoreError, CorruptExpertError) at the expert that cannot be read.
+    """
+
+    def __init__(self, residency: Residency, lookups: dict[ExpertId, Lookup]) -> None:
+        self.lookups = lookups
+        self._residency = residency
+        self._arrived: deque[tuple[ExpertId, Exception | None]] = deque()
+        self._held = dict.fromkeys(lookups)
+
+    def __iter__(self) -> Iterator[tuple[ExpertId, int]]:
+        hits = [expert for expert, found in self.lookups.items() if found is Lookup.HIT]
+        for expert in hits:
+            if expert in self._held:
+                yield expert, self._residency.slot_of(expert)
+                self._unlock(expert)
+        for _ in range(len(self.lookups) - len(hits)):
+            expert = self._residency._wait_for(self)
+            yield expert, self._residency.slot_of(expert)
+            self._unlock(expert)
+
+    def release(self) -> None:
+        """Unlock what is left and withdraw the demand reads that have not begun. May be called again."""
+        if self._held:
+            self._residency._unlock(self, list(self._held))
+
+    def _unlock(self, expert: ExpertId) -> None:
+        if expert in self._held:
+            self._residency._unlock(self, [expert])
+
+
+class Residency:
+    """Keeps experts in the slots of an arena: demand reads for those asked for, prefetches for those expected, eviction by a policy.
+
+    An expert is *resident*, *in flight* (it has a slot and its read has begun) or *missing*. A prefetch gets its slot only when a
+    thread begins it, and never from an expert that is locked, in flight or *fresh*: prefetched, and its layer not acquired since. A
+    demand read takes a fresh one if nothing else is left. ``acquire`` and ``prefetch`` may be called from any thread.
+    """
+
+    def __init__(self, source: ExpertSource, arena: SlotArena, policy: EvictionPolicy, *, io_threads: int = 4) -> None:
+        """``io_threads``: concurrent reads, of which one is kept for demand reads (so with 1, nothing is prefetched)."""
+        self.counters = Counters()
+        self.read_seconds = 0.0  # decayed mean of one read's duration; 0.0 before the first
+        self._source = source
+        self._arena = arena
+        self._policy = policy
+        self._lock = threading.Lock()
+        self._arrival = threading.Condition(self._lock)
+        self._free = list(reversed(range(arena.num_slots)))
+        self._slots: dict[ExpertId, int] = {}  # resident
+        self._reading: dict[ExpertId, int] = {}  # in flight, with the slot
+        self._locks: dict[ExpertId, int] = {}  # by how many leases, resident or not
+        self._waiting: dict[ExpertId, list[Lease]] = {}  # who wants to hear of an arrival
+        self._fresh: dict[int, set[ExpertId]] = {}  # by layer
+        self._unused: set[ExpertId] = set()  # prefetched, resident or in flight, not asked for yet
+        self._closed = False
+        self._queue = TransferQueue(self._lock, self._begin, io_threads)
+
+    # --- the inference thread ---
+
+    def acquire(self, experts: Sequence[ExpertId]) -> Lease:
+        """Lock ``experts``, start reading those that are missing, and say what each lookup found (law 5).
+
+        What was prefetched for their layers and not asked for is no longer fresh; prefetches still queued for these layers are
+        cancelled. Raises RuntimeError after ``close``.
+        """
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("this model has been closed; load it again")
+            lease = Lease(self, {expert: self._look_up(expert) for expert in experts})
+            for expert, found in lease.lookups.items():
+                self._locks[expert] = self._locks.get(expert, 0) + 1
+                if found is not Lookup.HIT:
+                    self._waiting.setdefault(expert, []).append(lease)
+                if found is Lookup.MISS:
+                    self._queue.demand(expert)
+            for layer in {expert.layer for expert in lease.lookups}:
+                self._fresh.pop(layer, None)
+                self._queue.cancel_prefetches(layer)
+            self._queue.slot_freed()
+        return lease
+
+    def prefetch(self, experts: Sequence[ExpertId]) -> int:
+        """Queue reads of those ``experts`` that are missing, likeliest first; how many were queued. Never waits for a read."""
+        with self._lock:
+            if self._closed:
+                return 0
+            missing = (expert for expert in experts if expert not in self._slots and expert not in self._reading)
+            return sum(self._queue.prefetch(expert) for expert in missing)
+
+    def cancel_prefetches(self) -> None:
+        """Forget the prefetches that have not begun."""
+        with self._arrival:
+            self._queue.cancel_prefetches()
+            self._arrival.notify_all()
+
+    def is_ready(self, expert: ExpertId) -> bool:
+        """Whether ``expert`` is resident."""
+        return expert in self._slots
+
+    def slot_of(self, expert: ExpertId) -> int:
+        """The slot of a resident expert; it stays valid while a lease holds the expert. Raises KeyError if it is not resident."""
+        return self._slots[expert]
+
+    def wait_idle(self) -> None:
+        """Wait until no read is under way and none can begin (a prefetch may stay queued for want of a slot)."""
+        with self._arrival:
+            while self._reading or self._can_begin():
+                self._arrival.wait()
+
+    def close(self) -> None:
+        """Wait for the reads under way, stop the threads, close the source. Waiting leases raise RuntimeError."""
+        with self._arrival:
+            self._closed = True
+        self._queue.close()
+        with self._arrival:
+            self._arrival.notify_all()
+        self._source.close()
+
+    def check_integrity(self) -> None:
+        """Raise RuntimeError unless every slot is in exactly one place and all books agree. For tests and bug hunts."""
+        with self._lock:
+            slots = sorted([*self._free, *self._slots.values(), *self._reading.values()])
+            placed = {*self._slots, *self._reading}
+            fresh = set().union(*self._fresh.values())
+            books = {
+                "every slot is in one place": slots == list(range(self._arena.num_slots)),
+                "resident and in flight are disjoint": len(placed) == len(self._slots) + len(self._reading),
+                "fresh experts have slots and are unused": fresh <= self._unused <= placed,
+                "locks are counted": all(count > 0 for count in self._locks.values()),
+                "who waits has locked": set(self._waiting) <= set(self._locks),
+                "nobody waits for a resident": not set(self._waiting) & set(self._slots),
+                "who waits is served": set(self._waiting) <= {*self._reading, *self._queue.waiting()[0]},
+            }
+        broken = [name for name, holds in books.items() if not holds]
+        if broken:
+            raise RuntimeError("residency: not so: " + "; ".join(broken))
+
+    def _look_up(self, expert: ExpertId) -> Lookup:
+        if expert not in self._slots and expert not in self._reading:
+            self.counters.misses += 1
+            return Lookup.MISS
+        self._policy.touched(expert)
+        if expert in self._unused:
+            self._unused.discard(expert)
+            self.counters.prefetch_used += 1
+        if expert in self._slots:
+            self.counters.hits += 1
+            return Lookup.HIT
+        self.counters.in_flight += 1
+        return Lookup.IN_FLIGHT
+
+    def _wait_for(self, lease: Lease) -> ExpertId:
+        """The next expert to arrive for ``lease``; the wait is a stall."""
+        with self._arrival:
+            if not lease._arrived:
+                began = time.perf_counter()
+                while not lease._arrived:
+                    if self._closed:
+                        raise RuntimeError("the model was closed while an expert was awaited")
+                    self._arrival.wait()
+                self.counters.stall_seconds += time.perf_counter() - began
+            expert, error = lease._arrived.popleft()
+        if error is not None:
+            raise error
+        return expert
+
+    def _unlock(self, lease: Lease, experts: list[ExpertId]) -> None:
+        with self._lock:
+            for expert in experts:
+                del lease._held[expert]
+                self._locks[expert] -= 1
+                if not self._locks[expert]:
+                    del self._locks[expert]
+                waiting = self._waiting.get(expert)
+                if waiting and lease in waiting:
+                    waiting.remove(lease)
+                    if not waiting:
+                        del self._waiting[expert]
+                        self._queue.withdraw(expert)
+                self._queue.slot_freed()
+
+    # --- the reading threads; the lock is held but for the read itself ---
+
+    def _begin(self, expert: ExpertId, demand: bool) -> Callable[[], None] | None:
+        """Give ``expert`` a slot; the read that fills it, or None if there is no slot for it now."""
+        if not self._free:
+            victim = self._victim(expert, demand)
+            if victim is None:
+                return None
+            self._policy.removed(victim)
+            self._free.append(self._slots.pop(victim))
+            self._forget_prefetch(victim)
+        slot = self._reading[expert] = self._free.pop()
+        self._policy.admitted(expert, prefetched=not demand)
+        if demand:
+            self._policy.touched(expert)
+        else:
+            self.counters.prefetched += 1
+            self._unused.add(expert)
+            self._fresh.setdefault(expert.layer, set()).add(expert)
+        return lambda: self._read(expert, slot, demand)
+
+    def _victim(self, incoming: ExpertId, demand: bool) -> ExpertId | None:
+        def evictable(expert: ExpertId) -> bool:
+            return expert in self._slots and expert not in self._locks
+
+        def stale(expert: ExpertId) -> bool:
+            return evictable(expert) and expert not in self._fresh.get(expert.layer, ())
+
+        victim = self._policy.victim(incoming, stale)
+        if victim is None and demand:
+            victim = self._policy.victim(incoming, evictable)
+        return victim
+
+    def _read(self, expert: ExpertId, slot: int, demand: bool) -> None:
+        began, num_bytes = time.perf_counter(), 0
+        error: Exception | None = None
+        try:
+            num_bytes = self._source.read(expert, self._arena.view(slot))
+        except Exception as failure:  # raised again in the thread that asked for it
+            error = failure
+        seconds = time.perf_counter() - began
+        with self._arrival:
+            del self._reading[expert]
+            if error is None:
+                self._slots[expert] = slot
+                self.counters.bytes_read += num_bytes
+                self.read_seconds = seconds if not self.read_seconds else self.read_seconds + 0.1 * (seconds - self.read_seconds)
+            else:
+                self._policy.removed(expert)
+                self._forget_prefetch(expert)
+                self._free.append(slot)
+            if error is not None and not demand and expert in self._waiting:
+                self._queue.demand(expert)  # it was only a prefetch that failed: those who wait for it get one read of their own
+            elif error is not None and not demand:
+                _log.info("a prefetch of expert %d in MoE layer %d failed: %s", expert.expert, expert.layer, error)
+            else:
+                for lease in self._waiting.pop(expert, []):
+                    lease._arrived.append((expert, error))
+            self._queue.slot_freed()
+            self._arrival.notify_all()
+
+    def _can_begin(self) -> bool:
+        """Whether a thread is about to begin what comes next in the queue."""
+        demands, prefetches = self._queue.waiting()
+        if demands or prefetches:
+            return bool(self._free) or self._victim((demands or prefetches)[0], demand=bool(demands)) is not None
+        return False
+
+    def _forget_prefetch(self, expert: ExpertId) -> None:
+        self._unused.discard(expert)
+        fresh = self._fresh.get(expert.layer)
+        if fresh is not None:
+            fresh.discard(expert)

@@ -1,0 +1,108 @@
+"""Reads that wait their turn, and the threads that make them."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+
+from fate_moe.core import ExpertId
+
+__all__ = ["TransferQueue"]
+
+
+class TransferQueue:
+    """Demand reads strictly before prefetches, first come first served within each.
+
+    One of ``num_threads`` threads never prefetches, so that a demand read finds a free one at once. All methods but ``close`` are
+    called with ``lock`` held. ``begin(expert, demand)`` is called with it too, when a thread is free: it gives the read to make
+    (called without the lock) or None while there is no slot for it; ``slot_freed`` then makes the queue ask again.
+    """
+
+    def __init__(
+        self, lock: threading.Lock, begin: Callable[[ExpertId, bool], Callable[[], None] | None], num_threads: int
+    ) -> None:
+        self._begin = begin
+        self._work = threading.Condition(lock)
+        self._demands: OrderedDict[ExpertId, None] = OrderedDict()
+        self._prefetches: OrderedDict[ExpertId, None] = OrderedDict()
+        self._prefetching = 0
+        self._most_prefetching = num_threads - 1
+        self._closed = False
+        self._threads = [threading.Thread(target=self._run, name=f"fate-read-{n}", daemon=True) for n in range(num_threads)]
+        for thread in self._threads:
+            thread.start()
+
+    def demand(self, expert: ExpertId) -> None:
+        """Queue a demand read; a queued prefetch of the same expert becomes one."""
+        self._prefetches.pop(expert, None)
+        self._demands[expert] = None
+        self._work.notify()
+
+    def prefetch(self, expert: ExpertId) -> bool:
+        """Queue a prefetch unless it is queued in some way already. False also where there is no thread to spare for prefetches."""
+        if expert in self._prefetches or expert in self._demands or not self._most_prefetching:
+            return False
+        self._prefetches[expert] = None
+        self._work.notify()
+        return True
+
+    def withdraw(self, expert: ExpertId) -> None:
+        """Forget a queued demand read, if there is one."""
+        self._demands.pop(expert, None)
+
+    def cancel_prefetches(self, layer: int | None = None) -> None:
+        """Forget the queued prefetches of ``layer``, or all."""
+        for expert in [expert for expert in self._prefetches if layer is None or expert.layer == layer]:
+            del self._prefetches[expert]
+
+    def slot_freed(self) -> None:
+        """A slot may have become free or evictable."""
+        if self._demands or self._prefetches:
+            self._work.notify()
+
+    def waiting(self) -> tuple[list[ExpertId], list[ExpertId]]:
+        """Queued demand reads and queued prefetches, next one first."""
+        return list(self._demands), list(self._prefetches)
+
+    def close(self) -> None:
+        """Forget what is queued, wait for the reads under way, end the threads."""
+        with self._work:
+            self._closed = True
+            self._demands.clear()
+            self._prefetches.clear()
+            self._work.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self) -> None:
+        with self._work:
+            while not self._closed:
+                taken = self._take()
+                if taken is None:
+                    self._work.wait()
+                    continue
+                read, demand = taken
+                self._prefetching += not demand
+                self.slot_freed()  # several may have become evictable at once: wake the next thread too
+                self._work.release()
+                try:
+                    read()
+                finally:
+                    self._work.acquire()
+                    self._prefetching -= not demand
+
+    def _take(self) -> tuple[Callable[[], None], bool] | None:
+        """The next read to make, out of the queue; None if nothing is queued or what comes next has no slot yet."""
+        if self._demands:
+            queue, demand = self._demands, True
+        elif self._prefetches and self._prefetching < self._most_prefetching:
+            queue, demand = self._prefetches, False
+        else:
+            return None
+        expert = next(iter(queue))
+        read = self._begin(expert, demand)
+        if read is None:
+            return None
+        del queue[expert]
+        return read, demand
