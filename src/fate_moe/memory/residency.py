@@ -53,7 +53,7 @@ class Lease:
 
 
 class Residency:
-    """Keeps experts in the slots of an arena: demand reads for those asked for, prefetches for those expected, eviction by a policy.
+    """Keeps experts in an arena's slots: demand reads for those asked for, prefetches for those expected, eviction by a policy.
 
     An expert is *resident*, *in flight* (it has a slot and its read has begun) or *missing*. A prefetch gets its slot only when a
     thread begins it, and never from an expert that is locked, in flight or *fresh*: prefetched, and its layer not acquired since. A

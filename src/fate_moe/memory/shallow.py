@@ -39,7 +39,7 @@ def shallow_quotas(num_slots: int, experts_per_layer: Sequence[int]) -> list[int
 class ShallowARC:
     """Each layer has its quota of slots (``shallow_quotas``) and its own ARC over them.
 
-    A layer at its quota gives up one of its own; one below takes from the layer that is furthest above (slots that nobody else wanted
+    A layer at its quota gives up one of its own; one below takes from the layer that is furthest above (slots nobody wanted
     yet are lent). Where nothing of that is evictable, any expert that is will do.
     """
 
