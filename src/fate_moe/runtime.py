@@ -71,14 +71,12 @@ class ExpertRuntime:
         weights: SlotWeights,
         *,
         num_experts: Sequence[int],
-        io_threads: int,
     ) -> None:
         self.residency = residency
         self._predictor = predictor
         self._routers = routers
         self._weights = weights
         self._num_experts = num_experts
-        self._prefetch_threads = io_threads - 1
         self._claim: tuple[int, torch.Tensor, dict[int, torch.Tensor], Lease] | None = None
         self._entered: tuple[int, float, float] | None = None  # layer, time and stall so far when the last block was entered
         self._layer_seconds: dict[int, float] = {}  # by the power of two of the number of tokens: one block's time without stalls
@@ -133,11 +131,10 @@ class ExpertRuntime:
         predicted = self._predictor.predict(layer, gate_input)
         if not predicted:
             return
-        missing = [ExpertId(layer, expert) for expert, _ in predicted if not self.residency.is_ready(ExpertId(layer, expert))]
         window = self._layer_seconds.get(gate_input.shape[0].bit_length(), 0.0)
         read_seconds = self.residency.read_seconds
-        fitting = int(window * self._prefetch_threads / read_seconds) if read_seconds else 0
-        self.residency.prefetch(missing[: max(1, fitting)])
+        fitting = int(window / read_seconds) if read_seconds else 0  # one after another: reads share the link and the cores
+        self.residency.prefetch([ExpertId(layer, expert) for expert, _ in predicted], max(1, fitting))
 
     def _clock(self, layer: int, num_tokens: int) -> None:
         """Learn how long one block takes without its stalls, from the time since the block before."""

@@ -41,7 +41,9 @@ class ARC:
         returning = expert in self.b1 or expert in self.b2
         self.b1.pop(expert, None)
         self.b2.pop(expert, None)
-        (self.t2 if returning else self.t1)[expert] = None
+        queue = self.t2 if returning else self.t1
+        queue[expert] = None
+        queue.move_to_end(expert, last=not prefetched)  # one that nobody asks for is the first to go
         self._new.add(expert)
         while self.b1 and len(self.t1) + len(self.b1) > self.capacity:
             self.b1.popitem(last=False)

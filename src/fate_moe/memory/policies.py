@@ -31,13 +31,14 @@ def make_policy(name: str, num_slots: int, experts_per_layer: Sequence[int]) -> 
 
 
 class LRU:
-    """The least recently used goes first; a prefetched expert counts as used when it comes."""
+    """The least recently used goes first; a prefetched expert counts as never used until it is asked for."""
 
     def __init__(self) -> None:
         self._order: OrderedDict[ExpertId, None] = OrderedDict()
 
     def admitted(self, expert: ExpertId, *, prefetched: bool = False) -> None:
         self._order[expert] = None
+        self._order.move_to_end(expert, last=not prefetched)
 
     def touched(self, expert: ExpertId) -> None:
         self._order.move_to_end(expert)

@@ -56,7 +56,7 @@ class Residency:
     """Keeps experts in an arena's slots: demand reads for those asked for, prefetches for those expected, eviction by a policy.
 
     An expert is *resident*, *in flight* (it has a slot and its read has begun) or *missing*. A prefetch gets its slot only when a
-    thread begins it, and never from an expert that is locked, in flight or *fresh*: prefetched, and its layer not acquired since. A
+    thread begins it, and never from an expert that is locked, in flight or *fresh*: expected, and its layer not acquired since. A
     demand read takes a fresh one if nothing else is left. ``acquire`` and ``prefetch`` may be called from any thread.
     """
 
@@ -84,7 +84,7 @@ class Residency:
     def acquire(self, experts: Sequence[ExpertId]) -> Lease:
         """Lock ``experts``, start reading those that are missing, and say what each lookup found (law 5).
 
-        What was prefetched for their layers and not asked for is no longer fresh; prefetches still queued for these layers are
+        What was expected of their layers and not asked for is no longer fresh; prefetches still queued for these layers are
         cancelled. Raises RuntimeError after ``close``.
         """
         with self._lock:
@@ -103,13 +103,19 @@ class Residency:
             self._queue.slot_freed()
         return lease
 
-    def prefetch(self, experts: Sequence[ExpertId]) -> int:
-        """Queue reads of those ``experts`` that are missing, likeliest first; how many were queued. Never waits for a read."""
+    def prefetch(self, expected: Sequence[ExpertId], most: int | None = None) -> int:
+        """Queue reads of the first ``most`` of those ``expected`` that are missing, likeliest first; how many were queued.
+
+        Those that are resident become fresh, so that no prefetch takes their slots. Never waits for a read.
+        """
+        queued = 0
         with self._lock:
-            if self._closed:
-                return 0
-            missing = (expert for expert in experts if expert not in self._slots and expert not in self._reading)
-            return sum(self._queue.prefetch(expert) for expert in missing)
+            for expert in () if self._closed else expected:
+                if expert in self._slots:
+                    self._fresh.setdefault(expert.layer, set()).add(expert)
+                elif expert not in self._reading and (most is None or queued < most):
+                    queued += self._queue.prefetch(expert)
+        return queued
 
     def cancel_prefetches(self) -> None:
         """Forget the prefetches that have not begun."""
@@ -149,7 +155,7 @@ class Residency:
             books = {
                 "every slot is in one place": slots == list(range(self._arena.num_slots)),
                 "resident and in flight are disjoint": len(placed) == len(self._slots) + len(self._reading),
-                "fresh experts have slots and are unused": fresh <= self._unused <= placed,
+                "fresh and unused experts have slots": fresh | self._unused <= placed,
                 "locks are counted": all(count > 0 for count in self._locks.values()),
                 "who waits has locked": set(self._waiting) <= set(self._locks),
                 "nobody waits for a resident": not set(self._waiting) & set(self._slots),
@@ -213,7 +219,7 @@ class Residency:
                 return None
             self._policy.removed(victim)
             self._free.append(self._slots.pop(victim))
-            self._forget_prefetch(victim)
+            self._forget_expected(victim)
         slot = self._reading[expert] = self._free.pop()
         self._policy.admitted(expert, prefetched=not demand)
         if demand:
@@ -252,7 +258,7 @@ class Residency:
                 self.read_seconds = seconds if not self.read_seconds else self.read_seconds + 0.1 * (seconds - self.read_seconds)
             else:
                 self._policy.removed(expert)
-                self._forget_prefetch(expert)
+                self._forget_expected(expert)
                 self._free.append(slot)
             if error is not None and not demand and expert in self._waiting:
                 self._queue.demand(expert)  # it was only a prefetch that failed: those who wait for it get one read of their own
@@ -271,7 +277,7 @@ class Residency:
             return bool(self._free) or self._victim((demands or prefetches)[0], demand=bool(demands)) is not None
         return False
 
-    def _forget_prefetch(self, expert: ExpertId) -> None:
+    def _forget_expected(self, expert: ExpertId) -> None:
         self._unused.discard(expert)
         fresh = self._fresh.get(expert.layer)
         if fresh is not None:

@@ -62,7 +62,7 @@ class ShallowARC:
             victim = self._layers[own].victim(incoming, evictable)
             if victim is not None:
                 return victim
-        for layer in sorted(range(len(self._layers)), key=self._over, reverse=True):
+        for layer in sorted(range(len(self._layers)), key=lambda layer: (self._over(layer), layer), reverse=True):
             victim = self._layers[layer].victim(incoming, evictable)
             if victim is not None:
                 return victim

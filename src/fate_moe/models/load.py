@@ -153,7 +153,7 @@ def realize(prepared: Prepared, plan: Plan, config: OffloadConfig) -> Any:
     weights = SlotWeights(arena, [store.manifest.layout_of(stack.layer) for stack in stacks], shapes)
     routers = routers_of(model, stacks)
     predictor = _make_predictor(config.predictor, routers)
-    runtime = ExpertRuntime(residency, predictor, routers, weights, num_experts=num_experts, io_threads=config.io_threads)
+    runtime = ExpertRuntime(residency, predictor, routers, weights, num_experts=num_experts)
     attach(model, stacks, runtime)
     limit_context(model, plan.context_length, plan.kv_cache_bytes // plan.context_length)
     model.fate = Fate(plan, config, runtime)
