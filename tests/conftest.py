@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from fate_moe import load
 from fate_moe.models.load import store_for
 from tests.checkpoints import tiny_checkpoint
 
@@ -62,6 +61,3 @@ def load_model(store: Path, **options: Any) -> Any:
     config = OffloadConfig.from_options({"context_length": 256, **options})
     prepared = prepare(store)
     return realize(prepared, make_plan(prepared.footprint(), config), config)
-
-
-__all__ = ["load", "load_model"]

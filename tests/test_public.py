@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 import subprocess
 import sys
@@ -16,12 +17,11 @@ MODULES = [name for _, name, _ in pkgutil.walk_packages(fate_moe.__path__, "fate
 
 
 @pytest.mark.parametrize("name", ["fate_moe", *MODULES])
-def test_exported_names_are_sorted_and_exist(name: str) -> None:
-    module = importlib.import_module(name)
-    names = getattr(module, "__all__", [])
-    assert list(names) == sorted(names)
-    for exported in names:
-        assert getattr(module, exported).__doc__ or not callable(getattr(module, exported)), f"{exported} has no docstring"
+def test_exported_names_exist_and_say_what_they_are(name: str) -> None:
+    module = importlib.import_module(name)  # ruff sorts __all__
+    for exported in getattr(module, "__all__", []):
+        value = getattr(module, exported)
+        assert value.__doc__ or not (inspect.isclass(value) or inspect.isfunction(value)), f"{exported} has no docstring"
 
 
 def test_unknown_attribute() -> None:
