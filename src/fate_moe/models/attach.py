@@ -52,6 +52,14 @@ def attach(model: Any, stacks: Sequence[ExpertStack], runtime: ExpertRuntime) ->
         experts = model.get_submodule(stack.name)
         experts.fate_runtime, experts.fate_layer = runtime, stack.layer
         model.get_submodule(stack.block).register_forward_pre_hook(_entering(runtime, stack.layer), with_kwargs=True)
+    if isinstance(model.get_output_embeddings(), nn.Linear):
+        model.get_output_embeddings().register_forward_pre_hook(_with_own_strides)
+
+
+def _with_own_strides(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """generate() gives the LM head a slice [1, 1, H] with the strides of the whole prompt, for which oneDNN copies the weight into
+    another layout: 300 ms instead of 5, and the head's size again in memory (32000 x 2048 bf16, torch 2.13)."""
+    return (args[0].clone(memory_format=torch.contiguous_format), *args[1:])
 
 
 def _entering(runtime: ExpertRuntime, layer: int) -> Any:
