@@ -20,6 +20,8 @@ __all__ = ["Footprint", "Plan", "footprint", "make_plan"]
 # What the process grows by between planning and its peak besides what the table lists: thread stacks, oneDNN's primitives and
 # scratch, allocator slack. Measured 30-45 MiB (torch 2.13, 2 and 8 threads, embedded model and a 3 GiB one).
 RESERVE_BYTES = 56 << 20
+# What a start takes differs from the next one's by a few MiB; the budget that a refusal names has to work then too.
+SPREAD_BYTES = 8 << 20
 # "auto" leaves a fifth of what is free to everybody else.
 AUTO_SHARE = 0.8
 
@@ -148,12 +150,12 @@ def make_plan(needs: Footprint, config: OffloadConfig) -> Plan:
             )
     smallest = fixed + wanted * needs.slot_bytes
     if smallest > budget:
-        mebibytes = -(-smallest // (1 << 20))
+        works = smallest + SPREAD_BYTES
         raise BudgetError(
             f"a budget of {format_bytes(budget)} is too small: {format_bytes(runtime)} runtime, {format_bytes(needs.dense_bytes)} "
             f"dense weights, {format_bytes(kv + activations)} for {config.context_length} tokens and {wanted} expert slots of "
-            f"{format_bytes(needs.slot_bytes)} need at least --ram {mebibytes}MiB (or a shorter --context-length)",
-            smallest,
+            f"{format_bytes(needs.slot_bytes)} need at least --ram {-(-works >> 20)}MiB (or a shorter --context-length)",
+            works,
         )
     return Plan(
         family=needs.family,
