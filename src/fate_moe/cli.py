@@ -319,7 +319,9 @@ def _inspect(arguments: argparse.Namespace) -> None:
     rows = [
         (name.replace("_", " "), format_bytes(value) if name.endswith("_bytes") else str(value), "")
         for name, value in facts.items()
+        if name != "sections"
     ]
+    rows += [(f"  {section.name}", format_bytes(section.length), "of each blob") for section in layout.sections]
     _print_table(str(arguments.store), rows)
 
 
@@ -327,12 +329,13 @@ def _print_table(title: str, rows: list[tuple[str, str, str]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, show_header=False, title_justify="left")
+    table = Table(show_header=False)
     table.add_column()
     table.add_column(justify="right")
     table.add_column(style="dim")
     for row in rows:
         table.add_row(*row)
+    print(title)
     Console().print(table)
 
 
