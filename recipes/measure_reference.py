@@ -2,14 +2,15 @@
 
     python recipes/measure_reference.py --model MODEL --text TEXT --page docs/reference-model.md
 
-MODEL is what `train_reference.py` wrote; TEXT holds `heldout-*.txt`. matplotlib draws the maps. Shapes below: N tokens,
-L layers, E experts, k chosen, D hidden.
+MODEL is a model folder with its `training.json`, as `train_reference.py` writes them; TEXT holds `heldout-*.txt`.
+matplotlib draws the maps. Shapes below: N tokens, L layers, E experts, k chosen, D hidden.
 """
 
 import argparse
 import heapq
 import json
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 WINDOW = 512
 WIDTHS = (4, 6, 8, 12)
 RESIDENT = (0.27, 0.50)
-LITERATURE = {  # the real Qwen1.5-MoE-A2.7B: 24 layers, 60 experts, top-4
-    "recall": (77, 88, 92, 96),
-    "overlap": 17.7,
-    "popular": 13.9,
-    "lru": (40.4, 66.2),
-    "belady": (71.0, 87.7),
-}
+# The literature's figures for the real Qwen1.5-MoE-A2.7B: 24 layers, 60 experts, top-4.
+KNOWN_OVERLAP, KNOWN_POPULAR = 17.7, 13.9
+KNOWN_RECALL = (77, 88, 92, 96)  # by WIDTHS
+KNOWN_HITS = {"LRU": (40.4, 66.2), "Belady": (71.0, 87.7)}  # by RESIDENT
 PROMPTS = (
     "It was a cold night in November, and the old man",
     '"I do not believe a word of it," said the captain,',
@@ -140,7 +138,8 @@ def lru_hits(accesses: list[int], slots: int) -> float:
 
 def belady_hits(accesses: list[int], slots: int) -> float:
     """Evict what is needed furthest in the future: the best any policy without prefetch could do."""
-    next_use, upcoming = [0] * len(accesses), {}
+    next_use = [0] * len(accesses)
+    upcoming: dict[int, int] = {}
     for at in range(len(accesses) - 1, -1, -1):
         next_use[at] = upcoming.get(accesses[at], len(accesses))
         upcoming[accesses[at]] = at
@@ -178,20 +177,20 @@ def summary(trace: Trace) -> list[str]:
     """The table against the literature; means over layers."""
     rows = [
         f"| cosine of neighbouring router inputs | {sum(c := neighbour_cosine(trace)) / len(c):.3f} | > 0.83 |",
-        f"| previous token's experts chosen again, % | {percent(previous_overlap(trace))} | {LITERATURE['overlap']} |",
-        f"| share of the tenth of experts chosen most, % | {percent(popular_share(trace))} | {LITERATURE['popular']} |",
+        f"| previous token's experts chosen again, % | {percent(previous_overlap(trace))} | {KNOWN_OVERLAP} |",
+        f"| share of the tenth of experts chosen most, % | {percent(popular_share(trace))} | {KNOWN_POPULAR} |",
     ]
-    for width, known in zip(WIDTHS, LITERATURE["recall"], strict=True):
+    for width, known in zip(WIDTHS, KNOWN_RECALL, strict=True):
         rows.append(f"| next layer's experts foretold, top-{width}, % | {percent(next_layer_recall(trace, width))} | {known} |")
-    for name, policy in (("lru", lru_hits), ("belady", belady_hits)):
-        for resident, known in zip(RESIDENT, LITERATURE[name], strict=True):
+    for name, policy in (("LRU", lru_hits), ("Belady", belady_hits)):
+        for resident, share in zip(RESIDENT, KNOWN_HITS[name], strict=True):
             hits = percent(cache_hits(trace, policy, resident))
-            rows.append(f"| {name.upper() if name == 'lru' else 'Belady'} hits, {resident:.0%} resident, % | {hits} | {known} |")
+            rows.append(f"| {name} hits, {resident:.0%} resident, % | {hits} | {share} |")
     return ["| mean over layers | here | Qwen1.5-MoE-A2.7B |", "| --- | --- | --- |", *rows]
 
 
 def by_layer(trace: Trace) -> list[str]:
-    columns = {"cosine to the layer before": [None, *neighbour_cosine(trace)]}
+    columns: dict[str, Sequence[float | None]] = {"cosine to the layer before": [None, *neighbour_cosine(trace)]}
     columns |= {f"recall at {w}, %": [None, *next_layer_recall(trace, w)] for w in WIDTHS}
     columns |= {"as previous token, %": previous_overlap(trace), "top tenth's share, %": popular_share(trace)}
     for resident in RESIDENT:
@@ -240,7 +239,7 @@ def continuations(model: Any, tokenizer: Any) -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="a folder that train_reference.py wrote")
+    parser.add_argument("--model", type=Path, required=True, help="a model folder with its training.json")
     parser.add_argument("--text", type=Path, required=True, help="folder of heldout-*.txt")
     parser.add_argument("--page", type=Path, required=True, help="the page to write; its picture goes beside it")
     parser.add_argument("--tokens", type=int, default=6144, help="tokens of each domain to route")
@@ -260,11 +259,11 @@ def main(argv: list[str] | None = None) -> None:
     page = [
         "# The reference model",
         "",
-        "Made by `python recipes/measure_reference.py --model MODEL --text TEXT --page docs/reference-model.md`, where MODEL is the",
-        "folder that `recipes/train_reference.py` wrote and TEXT holds `heldout-*.txt`.",
+        "Made by `python recipes/measure_reference.py --model MODEL --text TEXT --page docs/reference-model.md`, where MODEL is",
+        "the model's folder, with the `training.json` of its training, and TEXT holds `heldout-*.txt`.",
         "",
-        f"{config.num_hidden_layers} layers x {config.num_experts} experts, top-{config.num_experts_per_tok}, a gated shared expert; "
-        f"hidden {config.hidden_size}, expert width {config.moe_intermediate_size}, shared width "
+        f"{config.num_hidden_layers} layers x {config.num_experts} experts, top-{config.num_experts_per_tok}, "
+        f"a gated shared expert; hidden {config.hidden_size}, expert width {config.moe_intermediate_size}, shared width "
         f"{config.shared_expert_intermediate_size}; {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters.",
         f"Trained on {training['tokens_seen'] / 1e6:.0f} M tokens in {training['seconds']:.0f} s, {training['steps']} steps. "
         f"Routing below: {len(whole.starts)} held-out tokens, a third of each domain, in windows of {WINDOW}.",
@@ -279,8 +278,8 @@ def main(argv: list[str] | None = None) -> None:
         "",
         *summary(whole),
         "",
-        "Foretold: layer l + 1's router, applied to layer l's router input, one layer early. Hits: every layer has slots for that share",
-        "of its experts, tokens come one at a time, nothing is prefetched; Belady knows the future.",
+        "Foretold: layer l + 1's router, applied to layer l's router input, one layer early. Hits: every layer has slots for that",
+        "share of its experts, tokens come one at a time, nothing is prefetched; Belady knows the future.",
         "",
         "## By layer",
         "",

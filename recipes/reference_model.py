@@ -7,6 +7,7 @@ T tokens, D hidden, L layers, E experts, F expert width, S shared width, A = hea
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -33,7 +34,7 @@ class Shape:
     def head_size(self) -> int:
         return self.hidden // self.heads
 
-    def config(self) -> dict:
+    def config(self) -> dict[str, Any]:
         """As transformers' `Qwen2MoeConfig` wants it."""
         return {
             "architectures": ["Qwen2MoeForCausalLM"],
@@ -91,8 +92,8 @@ class ReferenceMoe(nn.Module):
     def __init__(self, shape: Shape):
         super().__init__()
         self.shape = shape
-        L, D, E, W, S = shape.layers, shape.hidden, shape.experts, shape.expert_width, shape.shared_width
-        A, KV = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
+        L, D, E, W, S = shape.layers, shape.hidden, shape.experts, shape.expert_width, shape.shared_width  # noqa: N806
+        A, KV = shape.heads * shape.head_size, shape.kv_heads * shape.head_size  # noqa: N806
         deep = (2 * L) ** -0.5  # what is added to the residual starts small
 
         def matrix(*size: int, scale: float = 1.0) -> nn.Parameter:
@@ -149,7 +150,8 @@ def block(shape: Shape, x: Tensor, w: dict[str, Tensor], rope: tuple[Tensor, Ten
 
 def attention(shape: Shape, x: Tensor, w: dict[str, Tensor], rope: tuple[Tensor, Tensor]) -> Tensor:
     def heads(name: str, count: int) -> Tensor:
-        return F.linear(x, w[name], w[name + "_bias"]).unflatten(-1, (count, shape.head_size)).transpose(1, 2)
+        y = F.linear(x, w[name], w[name + "_bias"])
+        return y.view(*y.shape[:-1], count, shape.head_size).transpose(1, 2)
 
     q, k, v = heads("q", shape.heads), heads("k", shape.kv_heads), heads("v", shape.kv_heads)
     y = F.scaled_dot_product_attention(turn(q, rope), turn(k, rope), v, is_causal=True, enable_gqa=True)
@@ -167,11 +169,11 @@ def experts(shape: Shape, h: Tensor, w: dict[str, Tensor]) -> tuple[Tensor, Tens
     bounds = load.cumsum(0).to(torch.int32)
     balance = shape.experts * (load / len(order) * probabilities.mean(0)).sum()
 
-    rows = Dispatch.apply(h, order, inverse)
+    rows = cast(Tensor, Dispatch.apply(h, order, inverse))  # type: ignore[no-untyped-call]
     gate_up = torch._grouped_mm(rows, torch.cat([w["expert_gate"], w["expert_up"]], dim=1).mT, offs=bounds)
     gate, up = gate_up.chunk(2, dim=-1)
     out = torch._grouped_mm(swiglu(gate, up), w["expert_down"].mT, offs=bounds)
-    y = Permute.apply(out, inverse, order).view(len(h), shape.top_k, -1)
+    y = cast(Tensor, Permute.apply(out, inverse, order)).view(len(h), shape.top_k, -1)  # type: ignore[no-untyped-call]
     return (y * weights[..., None].to(y.dtype)).sum(1), balance, load
 
 
@@ -188,12 +190,12 @@ class Permute(torch.autograd.Function):
     """rows[order]; backward is a gather by `inverse`, where autograd's scatter would add atomically."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(inverse)
         return rows[order]
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (inverse,) = ctx.saved_tensors
         return grad[inverse], None, None
 
@@ -202,13 +204,13 @@ class Dispatch(torch.autograd.Function):
     """h [T, D] -> [T k, D], row r a copy of token order[r] // k; backward gathers and sums each token's k rows."""
 
     @staticmethod
-    def forward(ctx, h: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    def forward(ctx: Any, h: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(inverse)
         ctx.tokens = len(h)
         return h[order // (len(order) // len(h))]
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (inverse,) = ctx.saved_tensors
         return grad[inverse].view(ctx.tokens, -1, grad.shape[-1]).sum(1), None, None
 

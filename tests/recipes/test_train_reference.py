@@ -15,7 +15,8 @@ import reference_model as rm
 import reference_text as rt
 import train_reference as tr
 
-WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "the", "dog", "run", "over", "the", "green", "hill", "to", "find", "the", "old", "red", "barn"]
+SENTENCE = "the cat sat on a mat and saw the dog run over the green hill to find the old red barn"
+WORDS = SENTENCE.split()
 
 
 def story(seed: int, length: int) -> str:
@@ -97,13 +98,18 @@ def model_shape() -> rm.Shape:
     return rm.Shape(**{**vars(tr.TINY_SHAPE), "vocab": 320})
 
 
-def test_a_stopped_run_continues_exactly(world: Path, trained: tuple[Path, dict], tmp_path: Path) -> None:
+def test_a_stopped_run_continues_exactly(
+    world: Path, trained: tuple[Path, dict], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     while run(world, tmp_path, "--stop-after", "0.3", "--every", "0.1")["steps"] < 60:
         pass
     whole = torch.load(trained[0] / "state.pt", weights_only=True)["model"]
     pieces = torch.load(tmp_path / "state.pt", weights_only=True)["model"]
     for name, value in whole.items():
         torch.testing.assert_close(pieces[name], value, rtol=0, atol=1e-6)
+    printed = capsys.readouterr().out
+    assert printed.count("starts anew") == 1  # what was lost must not look like what continues
+    assert "continues from step" in printed
 
 
 def test_an_epoch_sees_every_window_once() -> None:
@@ -112,7 +118,8 @@ def test_an_epoch_sees_every_window_once() -> None:
     stream = tr.batches(tokens, recipe, 0)
     first = [next(stream) for _ in range(32)]
     starts = [int(s) for batch in first for s in batch[:, 0]]
-    assert len(set(starts)) == 96 and len({s % 10 for s in starts}) == 1
+    assert len(set(starts)) == 96
+    assert len({s % 10 for s in starts}) == 1
     assert all(torch.equal(row, torch.arange(row[0], row[0] + 11)) for batch in first for row in batch)
     later = tr.batches(tokens, recipe, 40)
     for _ in range(8):
@@ -123,7 +130,8 @@ def test_an_epoch_sees_every_window_once() -> None:
 def test_orthogonalize_makes_singular_values_nearly_equal() -> None:
     for size in ((3, 64, 192), (3, 192, 64)):
         values = torch.linalg.svdvals(tr.orthogonalize(torch.randn(size)))
-        assert values.min() > 0.6 and values.max() < 1.3
+        assert values.min() > 0.6
+        assert values.max() < 1.3
 
 
 def test_the_rate_warms_up_holds_and_falls_to_nothing() -> None:
@@ -139,6 +147,7 @@ def test_shards_stay_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     model = rm.ReferenceMoe(model_shape())
     rm.save_checkpoint(model, tmp_path)
     shards = list(tmp_path.glob("*.safetensors"))
-    assert len(shards) > 2 and all(shard.stat().st_size < 210_000 for shard in shards)
+    assert len(shards) > 2
+    assert all(shard.stat().st_size < 210_000 for shard in shards)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert len(index["weight_map"]) == len(rm.published(model))
