@@ -1,6 +1,6 @@
 """Load on demand against prefetch, side by side: how many experts are there when the router has spoken, and what it costs.
 
-    python -m benchmarks.ready_on_time [MODEL] [--expert-cache 25%] [--new-tokens 200] [--runs 5] [--json]
+    python -m benchmarks.ready_on_time [MODEL] [--expert-cache 25% ...] [--new-tokens 200] [--runs 5] [--plot PNG] [--json]
 
 Every run is a process of its own (`fate run --json`), the predictors take turns, medians over the runs are shown. The text is the
 same in all of them (greedy, the same prompt), so the lookups are too.
@@ -12,15 +12,18 @@ import argparse
 import json
 import subprocess
 import sys
+from itertools import product
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 from fate_moe.config import POLICIES, PREDICTORS, format_bytes
 
+Kind = tuple[str, str, str]  # expert cache, policy, predictor
 COLUMNS = ("ready on time", "in flight", "from disk per token", "prefetched used", "waited per token", "tokens/s")
 
 
-def measure(model: list[str], cache: str, new_tokens: int, policy: str, predictor: str) -> dict[str, float]:
+def measure(model: list[str], new_tokens: int, cache: str, policy: str, predictor: str) -> dict[str, float]:
     """One run: shares of lookups, bytes and seconds per token (prompt included), decode speed."""
     command = [sys.executable, "-m", "fate_moe", "run", *model, "--json", "--no-do-sample", "--expert-cache", cache]
     command += ["--max-new-tokens", str(new_tokens), "--policy", policy, "--predictor", predictor]
@@ -42,27 +45,50 @@ def measure(model: list[str], cache: str, new_tokens: int, policy: str, predicto
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("model", nargs="*", help="model and prompt, as for `fate run`; none: the embedded one")
-    parser.add_argument("--expert-cache", default="25%")
+    parser.add_argument("--expert-cache", nargs="+", default=["25%"])
     parser.add_argument("--new-tokens", type=int, default=200)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--policy", choices=POLICIES, nargs="+", default=["shallow-arc"])
+    parser.add_argument("--plot", type=Path, help="draw ready on time by cache size (needs matplotlib)")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    kinds = [(policy, predictor) for policy in arguments.policy for predictor in PREDICTORS]
-    runs: dict[tuple[str, str], list[dict[str, float]]] = {kind: [] for kind in kinds}
+    kinds = list(product(arguments.expert_cache, arguments.policy, PREDICTORS))
+    runs: dict[Kind, list[dict[str, float]]] = {kind: [] for kind in kinds}
     for _ in range(arguments.runs):
         for kind in kinds:
-            runs[kind].append(measure(arguments.model, arguments.expert_cache, arguments.new_tokens, *kind))
+            runs[kind].append(measure(arguments.model, arguments.new_tokens, *kind))
     rows = {kind: {column: median(run[column] for run in runs[kind]) for column in COLUMNS} for kind in kinds}
+    if arguments.plot:
+        plot(rows, arguments.plot)
     if arguments.json:
-        print(json.dumps([{"policy": policy, "predictor": predictor, **row} for (policy, predictor), row in rows.items()]))
-        return
-    print("| policy, predictor | " + " | ".join(COLUMNS) + " |")
+        names = ("expert_cache", "policy", "predictor")
+        print(json.dumps([dict(zip(names, kind, strict=True)) | row for kind, row in rows.items()]))
+    else:
+        print_table(rows)
+
+
+def print_table(rows: dict[Kind, dict[str, float]]) -> None:
+    print("| cache, policy, predictor | " + " | ".join(COLUMNS) + " |")
     print("| --- " * (len(COLUMNS) + 1) + "|")
-    for (policy, predictor), row in rows.items():
+    for kind, row in rows.items():
         cells = [f"{row['ready on time']:.1%}", f"{row['in flight']:.1%}", format_bytes(int(row["from disk per token"]))]
-        cells += ["-" if predictor == "none" else f"{row['prefetched used']:.0%}", f"{row['waited per token'] * 1e3:.2f} ms"]
-        print(f"| `{policy}`, `{predictor}` | " + " | ".join([*cells, f"{row['tokens/s']:.0f}"]) + " |")
+        cells += ["-" if kind[-1] == "none" else f"{row['prefetched used']:.0%}", f"{row['waited per token'] * 1e3:.2f} ms"]
+        print(f"| {kind[0]}, `{kind[1]}`, `{kind[2]}` | " + " | ".join([*cells, f"{row['tokens/s']:.0f}"]) + " |")
+
+
+def plot(rows: dict[Kind, dict[str, float]], path: Path) -> None:
+    """Ready on time by cache size, one line per policy and predictor."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
+    caches = list(dict.fromkeys(cache for cache, _, _ in rows))
+    for policy, predictor in dict.fromkeys((policy, predictor) for _, policy, predictor in rows):
+        ready = [100 * rows[cache, policy, predictor]["ready on time"] for cache in caches]
+        axes.plot([float(cache.rstrip("%")) for cache in caches], ready, marker="o", label=f"{policy}, {predictor}")
+    axes.set(xlabel="experts in memory, %", ylabel="ready on time, %", ylim=(0, 100), xlim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":
