@@ -13,7 +13,6 @@ import pytest
 
 from fate_moe.models.load import store_for
 
-
 # A process that is started from a big one inherits its peak (ru_maxrss survives vfork and exec), so a small one stands between.
 WITNESS = """
 import resource, subprocess, sys
