@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fate_moe.errors import CheckpointError, FateError
-from fate_moe.store.source import Checkpoint
+from fate_moe.store.source import COMPANIONS, Checkpoint
 
 __all__ = ["export", "main", "quantize"]
 
@@ -31,17 +31,7 @@ BLOCK = 128
 SHARD_BYTES = 15 << 20  # small enough for a repository that people read
 _LARGEST = torch.finfo(torch.float8_e4m3fn).max  # 448
 _KEPT = re.compile(r"(^|\.)(embed_\w+|wte|wpe|lm_head|gate|router|shared_expert_gate|\w*norm\w*)\.weight$")
-_COPIED = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template*",
-    "generation_config.json",
-    "README*",
-    "LICENSE*",
-)
+_COPIED = (*COMPANIONS, "README*", "LICENSE*")
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,9 +68,9 @@ def export(model: Path, out: Path) -> Path:
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         _write_weights(checkpoint, work)
-        (work / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         for path in sorted({path for pattern in _COPIED for path in model.glob(pattern) if path.is_file()}):
             shutil.copyfile(path, work / path.name)
+        (work / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         work.chmod(0o755)
         work.rename(out)
     except BaseException:

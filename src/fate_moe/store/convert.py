@@ -25,23 +25,11 @@ from fate_moe.store.format import FORMAT_VERSION, ExpertEntry, LayerEntry, Manif
 from fate_moe.store.open import open_store
 from fate_moe.store.plan import Plan, ShardPlan, bytes_of, identity_of, make_plan
 from fate_moe.store.progress import Advance, progress_bar
-from fate_moe.store.source import Checkpoint, resolve_checkpoint
+from fate_moe.store.source import COMPANIONS, Checkpoint, resolve_checkpoint
 
 __all__ = ["convert"]
 
 _log = logging.getLogger(__name__)
-
-# What is copied as it is, so that a store can be run without its checkpoint.
-_COPIED = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template*",
-)
 
 
 def convert(
@@ -110,7 +98,7 @@ def _is_whole(folder: Path, identity: str) -> bool:
 
 def _fill(work: Path, plan: Plan, title: str, precision: str, solver: Solver, identity: str, progress: bool | None) -> None:
     journal = Journal(work, identity)
-    copied = sorted({path for pattern in _COPIED for path in plan.checkpoint.folder.glob(pattern) if path.is_file()})
+    copied = sorted({path for pattern in COMPANIONS for path in plan.checkpoint.folder.glob(pattern) if path.is_file()})
     sizes = {"dense.safetensors": plan.dense_bytes} | {shard.name: shard.num_bytes for shard in plan.shards}
     missing = sum(num_bytes for name, num_bytes in sizes.items() if journal.finished(name) is None)
     # Besides the tensors: copies, fate.json and the journal, of which the last two grow by less than 128 bytes for each expert.

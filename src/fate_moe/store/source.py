@@ -17,10 +17,8 @@ from fate_moe.store.tensorfile import TensorEntry, read_header
 
 __all__ = ["Checkpoint", "resolve_checkpoint"]
 
-# What a snapshot needs to be run: not the same weights again in other formats, which some repositories keep in subfolders.
-_WANTED = (
-    "*.safetensors",
-    "*.safetensors.index.json",
+# What goes with the weights, copied as it is, so that a store can be run without its checkpoint.
+COMPANIONS = (
     "config.json",
     "generation_config.json",
     "tokenizer*",
@@ -30,6 +28,8 @@ _WANTED = (
     "merges.txt",
     "chat_template*",
 )
+# What a snapshot needs to be run: not the same weights again in other formats, which some repositories keep in subfolders.
+_WANTED = ("*.safetensors", "*.safetensors.index.json", *COMPANIONS)
 _UNWANTED = ("*/*", "consolidated*")
 
 # Names that only foreign quantizers write (GPTQ, AWQ, bitsandbytes, compressed-tensors, MXFP4).
