@@ -19,7 +19,7 @@ ORDER = [
     {"quant"},
     {"kernels", "skeleton"},
     {"store", "memory", "predict"},
-    {"planner", "runtime"},
+    {"planner", "runtime", "trace"},
     {"report"},
     {"models"},
     {"cli", "__init__"},
