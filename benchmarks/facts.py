@@ -1,0 +1,76 @@
+"""What the machine is and can do, measured in the same run as everything else: the two floors come from here."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import platform
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+__all__ = ["disk_bandwidth", "machine_facts", "memory_bandwidth"]
+
+_READ_BYTES = 4 << 20  # about an expert
+
+
+def memory_bandwidth(threads: int, array_bytes: int = 1 << 30) -> float:
+    """Bytes per second of a reading sweep (dot product of fp32) with ``threads`` threads; median of five."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        a = torch.ones(array_bytes // 8)
+        b = torch.ones(array_bytes // 8)
+        seconds = []
+        for _ in range(6):
+            start = time.perf_counter()
+            torch.dot(a, b)
+            seconds.append(time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(before)
+    return array_bytes / median(seconds[1:])
+
+
+def disk_bandwidth(file: Path, threads: int = 2, total_bytes: int = 1 << 30) -> float:
+    """Bytes per second of O_DIRECT reads of 4 MiB spread over ``file``, with ``threads`` threads; median of three sweeps."""
+    count = min(file.stat().st_size, total_bytes) // _READ_BYTES
+    stride = file.stat().st_size // max(1, count) // _READ_BYTES * _READ_BYTES
+
+    def sweep(first: int) -> None:
+        descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
+        try:
+            with mmap.mmap(-1, _READ_BYTES) as buffer:
+                for index in range(first, count, threads):
+                    os.preadv(descriptor, [buffer], index * stride)
+        finally:
+            os.close(descriptor)
+
+    seconds = []
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(3):
+            start = time.perf_counter()
+            list(pool.map(sweep, range(threads)))
+            seconds.append(time.perf_counter() - start)
+    return count * _READ_BYTES / median(seconds)
+
+
+def machine_facts(file: Path, threads: int) -> dict[str, Any]:
+    """Processor, memory, bandwidths; ``file``, a large one, tells the disk's."""
+    cpu = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
+    cpu = {name.strip(): value.strip() for name, value in cpu.items()}
+    flags = set(cpu.get("flags", cpu.get("Features", "")).split())
+    wanted = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "asimddp", "i8mm")
+    return {
+        "processor": cpu.get("model name", platform.processor()),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "instructions": [flag for flag in wanted if flag in flags],
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_bytes_per_second": memory_bandwidth(threads),
+        "disk_bytes_per_second": disk_bandwidth(file),
+        "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
+    }

@@ -1,0 +1,161 @@
+"""One cell of the table: one peer, one variant, one limit, one workload, in a process and a control group of its own."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import tempfile
+import threading
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.limits import can_limit, drop_caches, memory_group
+from benchmarks.workloads import Workload
+
+__all__ = ["Cell", "Sample", "run_cell"]
+
+
+@dataclass
+class Sample:
+    """A prompt, turn or batch of prompts: ``count`` tokens (a prompt) came in ``seconds`` after the first one."""
+
+    prompt_tokens: int = 0
+    first_seconds: float = math.nan
+    count: int = 0
+    seconds: float = math.nan
+    counters: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Cell:
+    """What came of it. ``outcome``: "ok", "killed" (by the limit), "slow" (cut at the time given; what came counts), "failed"."""
+
+    peer: str
+    variant: str
+    workload: str
+    limit_bytes: int | None
+    outcome: str = "failed"
+    message: str = ""
+    load_seconds: float = math.nan
+    peak_bytes: int | None = None
+    batch: int = 1
+    samples: list[Sample] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[str, str, str, int | None]:
+        return self.peer, self.variant, self.workload, self.limit_bytes
+
+    def measured(self) -> list[Sample]:
+        """All but the first sample, which warms up; that one too if it is all there is."""
+        begun = [sample for sample in self.samples if not math.isnan(sample.first_seconds)]
+        return begun[1:] if len(begun) > 1 else begun
+
+    def decode_rates(self) -> list[float]:
+        """New tokens a second, all prompts of the batch together, one figure a sample."""
+        return [self.batch * s.count / s.seconds for s in self.measured() if s.count and s.seconds > 0]
+
+    def first_seconds(self) -> list[float]:
+        return [sample.first_seconds for sample in self.measured()]
+
+    def prefill_rates(self) -> list[float]:
+        return [self.batch * s.prompt_tokens / s.first_seconds for s in self.measured()]
+
+    def rate(self) -> float | None:
+        """The median tokens per second that the workload is about, None if nothing came."""
+        rates = self.prefill_rates() if self.workload.startswith("prefill") else self.decode_rates()
+        return median(rates) if rates else None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Cell:
+        return cls(**{**fields, "samples": [Sample(**sample) for sample in fields["samples"]]})
+
+
+def run_cell(python: Path, worker: Path, job: dict[str, Any], cell: Cell, workload: Workload, max_seconds: float) -> Cell:
+    """Run ``worker`` on ``job`` from cold caches and fill ``cell`` from what it says; never raises for what a peer does."""
+    cell.batch, cell.settings = workload.batch, job["settings"]
+    drop_caches()
+    group_or_not = nullcontext(None) if can_limit() else memory_group(cell.limit_bytes)
+    with group_or_not as group, tempfile.TemporaryFile("w+") as errors:
+        command = [str(python), str(worker)]
+        process = subprocess.Popen(
+            group.command(command) if group else command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+        cut = threading.Event()
+
+        def end() -> None:
+            cut.set()
+            process.kill()
+
+        timer = threading.Timer(max_seconds, end)
+        timer.start()
+        try:
+            _listen(process, job, cell)
+            code = process.wait()
+        finally:
+            timer.cancel()
+            process.kill()
+            process.wait()
+        errors.seek(0)
+        said = [line for line in errors.read().splitlines() if line.strip()]
+        if group:
+            cell.peak_bytes = group.peak_bytes()
+        if cut.is_set():
+            cell.outcome = "slow"
+        elif group and group.kills():
+            cell.outcome = "killed"
+        elif code == 0:
+            cell.outcome = "ok"
+        else:
+            cell.outcome = "failed"
+            cell.message = cell.message or (said[-1][:300] if said else f"exit {code}")
+    return cell
+
+
+def _listen(process: subprocess.Popen[str], job: dict[str, Any], cell: Cell) -> None:
+    if process.stdin is None or process.stdout is None:
+        return
+    try:
+        with process.stdin as stdin:
+            json.dump(job, stdin)
+    except BrokenPipeError:  # it was killed before it read: the exit code tells
+        pass
+    for line in process.stdout:
+        try:
+            said = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # a library that prints on standard output
+        if isinstance(said, dict):
+            _take(said, cell)
+
+
+def _take(said: dict[str, Any], cell: Cell) -> None:
+    event = said.get("event")
+    if event in ("first", "tokens", "counters"):
+        while len(cell.samples) <= said["sample"]:
+            cell.samples.append(Sample())
+        sample = cell.samples[said["sample"]]
+    if event == "loaded":
+        cell.load_seconds = said["seconds"]
+    elif event == "first":
+        sample.prompt_tokens, sample.first_seconds = said["prompt_tokens"], said["seconds"]
+    elif event == "tokens":
+        sample.count, sample.seconds = said["count"], said["seconds"]
+    elif event == "counters":
+        sample.counters = said["counters"]
+    elif event == "done":
+        cell.versions = said.get("versions", {})
+    elif event == "failed":
+        cell.message = said["message"]

@@ -1,0 +1,80 @@
+"""This engine in its ways to run, and transformers with accelerate's disk offload: one worker, two virtual environments."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.peers import Variant
+
+__all__ = ["Accelerate", "Fate"]
+
+_WORKER = Path(__file__).with_name("transformers_worker.py")
+_PROJECT = Path(__file__).parents[2]
+# A control group counts the page cache of the libraries too. With 128 MiB beside the budget a batch of 4 thrashed on it: 1.4
+# instead of 54 tokens a second at 700 MiB.
+_HEADROOM_BYTES = 256 << 20
+
+
+class Fate:
+    """This checkout, run by the interpreter that runs the benchmark; experts INT4 as the peers' are."""
+
+    worker = _WORKER
+
+    def __init__(self, name: str = "fate", **options: Any) -> None:
+        self.name = name
+        self.options = options
+
+    def install(self, home: Path) -> Path:
+        return Path(sys.executable)
+
+    def prepare(self, checkpoint: Path, home: Path) -> Path:
+        store = home / "stores" / f"{checkpoint.name}-int4"
+        subprocess.run(
+            [sys.executable, "-m", "fate_moe", "convert", str(checkpoint), str(store), "--precision", "int4"], check=True
+        )
+        return store
+
+    def variants(self, model: Path, limit_bytes: int | None) -> list[Variant]:
+        ram = {} if limit_bytes is None else {"ram": str(limit_bytes - _HEADROOM_BYTES)}
+        return [Variant("", {"engine": "fate", **ram, **self.options})]
+
+
+class Accelerate:
+    """transformers and accelerate, weights that do not fit in an offload folder; bf16, for it has no quantized offload on a CPU."""
+
+    name = "transformers + accelerate"
+    worker = _WORKER
+    _packages = ("torch", "transformers", "accelerate==1.15.0", "safetensors")
+
+    def install(self, home: Path) -> Path:
+        folder = home / "venvs" / "accelerate"
+        python = folder / "bin" / "python"
+        if not (folder / ".installed").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+            pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+            constraints = ["-c", str(_PROJECT / "constraints.txt")]
+            try:
+                subprocess.run([*pip, *constraints, *self._packages], check=True, stderr=subprocess.DEVNULL)
+            except subprocess.CalledProcessError as error:
+                raise RuntimeError("pip could not install transformers and accelerate") from error
+            (folder / ".installed").touch()
+        self._offload = home / "offload"
+        return python
+
+    def prepare(self, checkpoint: Path, home: Path) -> Path:
+        return checkpoint
+
+    def variants(self, model: Path, limit_bytes: int | None) -> list[Variant]:
+        # Without a limit: what is free; with one: what is left beside Python and torch (about 0.7 GiB).
+        free = limit_bytes - (768 << 20) if limit_bytes else int(0.85 * _available_bytes())
+        return [Variant("", {"engine": "accelerate", "memory_bytes": free, "offload_folder": str(self._offload / model.name)})]
+
+
+def _available_bytes() -> int:
+    meminfo = Path("/proc/meminfo").read_text()
+    return 1024 * int(next(line.split()[1] for line in meminfo.splitlines() if line.startswith("MemAvailable:")))

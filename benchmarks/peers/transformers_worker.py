@@ -1,0 +1,91 @@
+"""One job on a transformers model: this engine, or transformers with accelerate's disk offload. See peers/__init__.py."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+
+def say(event: str, **fields: Any) -> None:
+    print(json.dumps({"event": event, **fields}), flush=True)
+
+
+def load(job: dict[str, Any]) -> tuple[Any, dict[str, str], Callable[[], dict[str, Any]]]:
+    """(model, versions, counters): counters() says bytes and stalls so far, where the engine counts them."""
+    import torch
+    import transformers
+
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    settings = dict(job["settings"])
+    if settings.pop("engine") == "fate":
+        import fate_moe
+
+        model, _ = fate_moe.load(job["model"], **settings)
+        return model, versions | {"fate-moe": fate_moe.__version__}, lambda: model.fate.report().as_dict()
+    import accelerate
+
+    offload = settings.pop("offload_folder")
+    memory = {"cpu": settings.pop("memory_bytes")}
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        job["model"], dtype="auto", device_map="auto", max_memory=memory, offload_folder=offload, **settings
+    )
+    return model, versions | {"accelerate": accelerate.__version__}, dict
+
+
+def main() -> None:
+    job = json.load(sys.stdin)
+    import torch
+    from transformers import DynamicCache, StoppingCriteria
+
+    torch.set_num_threads(job["threads"])
+    start = time.perf_counter()
+    model, versions, counters = load(job)
+    model.eval()
+    say("loaded", seconds=time.perf_counter() - start)
+
+    class Clock(StoppingCriteria):  # type: ignore[misc]
+        """Called once a new token: says when it came; never stops."""
+
+        def __init__(self, sample: int, prompt_tokens: int) -> None:
+            self.sample, self.prompt_tokens, self.count, self.began = sample, prompt_tokens, 0, time.perf_counter()
+
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+            now = time.perf_counter()
+            if self.count == 0:
+                say("first", sample=self.sample, prompt_tokens=self.prompt_tokens, seconds=now - self.began)
+                self.first = now
+            else:
+                say("tokens", sample=self.sample, count=self.count, seconds=now - self.first)
+            self.count += 1
+            return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+    history, kept = None, None
+    for index, prompts in enumerate(job["samples"]):
+        ids = torch.tensor(prompts)
+        if job["workload"] == "chat":
+            history = ids if history is None else torch.cat([history, ids], dim=1)
+            kept = kept if kept is not None else DynamicCache(config=model.config)
+            ids = history
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=job["new_tokens"],
+            min_new_tokens=job["new_tokens"],
+            do_sample=False,
+            past_key_values=kept,
+            stopping_criteria=[Clock(index, len(prompts[0]))],
+        )
+        history = out if job["workload"] == "chat" else None
+        say("counters", sample=index, counters=counters())
+    say("done", versions=versions)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except Exception as error:
+        say("failed", message=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}")
+        sys.exit(1)

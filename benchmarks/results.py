@@ -1,0 +1,104 @@
+"""The result file: one JSON document a model, written whole after every cell, so that a run can be stopped and continued."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from benchmarks.measure import Cell
+from fate_moe.skeleton import build_skeleton, expert_stacks
+
+__all__ = ["ModelFacts", "Results", "model_facts"]
+
+INT4_BITS = 4.5  # Q4_0's 32 codes and one fp16 scale; ours is 4 + 32 / 64 = 4.5 too
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Amounts in bytes of INT4 (4.5 bits a weight) unless named otherwise."""
+
+    name: str
+    family: str
+    parameters: int
+    num_layers: int
+    num_experts: int
+    top_k: int
+    model_bytes: int
+    expert_bytes: int
+    active_bytes: int
+    """What one token's decode step must read: everything but embeddings (one row) and the experts that it did not choose."""
+
+
+def model_facts(checkpoint: Path) -> ModelFacts:
+    """From config.json alone."""
+    model = build_skeleton(checkpoint)
+    stacks = expert_stacks(model)
+    config = AutoConfig.from_pretrained(checkpoint).get_text_config()
+    top_k = getattr(config, "num_experts_per_tok", None) or config.top_k
+    tied = set(model.all_tied_weights_keys) if config.tie_word_embeddings else set()
+    sizes = {name: value.numel() for name, value in model.state_dict().items() if name not in tied}
+    total = sum(sizes.values())
+    routed = sum(size for name, size in sizes.items() if any(name.startswith(stack.name + ".") for stack in stacks))
+    embedding = 0 if config.tie_word_embeddings else model.get_input_embeddings().weight.numel()
+    num_experts = sum(stack.num_experts for stack in stacks)
+    active = total - routed - embedding + routed // num_experts * top_k * len(stacks)
+
+    def int4(parameters: int) -> int:
+        return int(parameters * INT4_BITS / 8)
+
+    return ModelFacts(
+        name=checkpoint.name,
+        family=config.model_type,
+        parameters=total,
+        num_layers=len(stacks),
+        num_experts=stacks[0].num_experts,
+        top_k=top_k,
+        model_bytes=int4(total),
+        expert_bytes=int4(routed // num_experts),
+        active_bytes=int4(active),
+    )
+
+
+@dataclass
+class Results:
+    """Everything a table or picture is made from."""
+
+    model: ModelFacts
+    machine: dict[str, Any]
+    cells: list[Cell] = field(default_factory=list)
+
+    def has(self, key: tuple[str, str, str, int | None]) -> bool:
+        return any(cell.key == key for cell in self.cells)
+
+    def add(self, cell: Cell) -> None:
+        self.cells = [other for other in self.cells if other.key != cell.key] + [cell]
+
+    def best(self, peer: str, workload: str, limit_bytes: int | None) -> Cell | None:
+        """The peer's fastest variant; one that was killed or failed only if none came through."""
+        cells = [cell for cell in self.cells if (cell.peer, cell.workload, cell.limit_bytes) == (peer, workload, limit_bytes)]
+        return max(cells, key=lambda cell: (cell.outcome in ("ok", "slow"), cell.rate() or 0.0), default=None)
+
+    def peers(self) -> list[str]:
+        return list(dict.fromkeys(cell.peer for cell in self.cells))
+
+    def workloads(self) -> list[str]:
+        return list(dict.fromkeys(cell.workload for cell in self.cells))
+
+    def limits(self) -> list[int | None]:
+        """The unlimited first, then falling."""
+        return sorted({cell.limit_bytes for cell in self.cells}, key=lambda limit: -(limit or 1 << 62))
+
+    def save(self, path: Path) -> None:
+        document = {"model": asdict(self.model), "machine": self.machine, "cells": [cell.as_dict() for cell in self.cells]}
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(document, indent=1) + "\n")
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Results:
+        document = json.loads(path.read_text())
+        return cls(ModelFacts(**document["model"]), document["machine"], [Cell.from_dict(cell) for cell in document["cells"]])

@@ -1,0 +1,58 @@
+"""What is asked of every engine: real prompts, cut to exact lengths, as token ids."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["WORKLOADS", "Workload", "samples"]
+
+_PROMPTS = Path(__file__).with_name("prompts.json")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """``kind`` as in a worker's job; the first of ``num_samples`` warms up and is reported apart. Lengths in tokens."""
+
+    name: str
+    kind: str
+    prompt_tokens: int
+    new_tokens: int
+    batch: int = 1
+    num_samples: int = 4
+
+
+WORKLOADS = {
+    workload.name: workload
+    for workload in (
+        Workload("decode", "decode", 64, 128),
+        Workload("decode-batch-4", "decode", 64, 64, batch=4, num_samples=3),
+        Workload("prefill-128", "prefill", 128, 1),
+        Workload("prefill-512", "prefill", 512, 1),
+        Workload("prefill-2048", "prefill", 2048, 1, num_samples=3),
+        Workload("chat", "chat", 32, 64, num_samples=4),
+    )
+}
+
+
+def samples(workload: Workload, tokenizer: Any, vocab_size: int) -> list[list[list[int]]]:
+    """[sample][prompt of the batch][token id]; every prompt ``prompt_tokens`` long, repeated text where the source is shorter.
+
+    Ids stay below ``vocab_size``: a model of random weights may be measured with another model's tokenizer.
+    """
+    texts = json.loads(_PROMPTS.read_text("utf-8"))
+    size = workload.prompt_tokens
+    count = workload.num_samples * workload.batch
+    if workload.kind == "prefill":
+        ids = tokenizer(texts["prefill"])["input_ids"]
+        starts = [index * size for index in range(count)]  # other text each time, so that no engine finds it in its cache
+    else:
+        ids, starts = [], []
+        for index in range(count):
+            starts.append(len(ids))
+            prompt = tokenizer(texts[workload.kind][index % len(texts[workload.kind])])["input_ids"]
+            ids += (prompt * (size // len(prompt) + 1))[:size]
+    cut = [[ids[(start + k) % len(ids)] % vocab_size for k in range(size)] for start in starts]
+    return [cut[index : index + workload.batch] for index in range(0, count, workload.batch)]
