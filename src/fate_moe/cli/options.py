@@ -1,0 +1,109 @@
+"""What verbs share: groups of options, what they become, and tables."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from typing import Any
+
+from fate_moe.config import POLICIES, PREDICTORS, OffloadConfig
+from fate_moe.core import PRECISIONS
+
+__all__ = [
+    "DEFAULTS",
+    "MODEL_HELP",
+    "add_offload_options",
+    "add_sampling_options",
+    "generate_options",
+    "offload_config",
+    "print_table",
+    "quiet_transformers",
+]
+
+MODEL_HELP = "checkpoint folder, hub id or store; none: the embedded model"
+DEFAULTS = {field.name: field.default for field in fields(OffloadConfig)}
+# Options of generate(), by their names in transformers.
+_SAMPLING: dict[str, tuple[type, str]] = {
+    "temperature": (float, "higher is more surprising"),
+    "top_k": (int, "sample among the k likeliest tokens"),
+    "top_p": (float, "sample among the likeliest tokens that together have this probability"),
+    "min_p": (float, "drop tokens below this share of the likeliest one's probability"),
+    "repetition_penalty": (float, "above 1.0 discourages repeating"),
+    "num_beams": (int, "beam search"),
+}
+
+
+def add_offload_options(parser: argparse.ArgumentParser) -> None:
+    """One option for every field of OffloadConfig."""
+    group = parser.add_argument_group("memory and experts")
+    group.add_argument(
+        "--ram", default=DEFAULTS["ram"], metavar="SIZE|FRACTION|auto", help="for the whole process; default: %(default)s"
+    )
+    group.add_argument("--expert-cache", metavar="SIZE|PERCENT", help="for expert slots; default: what the budget leaves")
+    group.add_argument("--policy", choices=POLICIES, default=DEFAULTS["policy"], help="who gives up a slot; default: %(default)s")
+    group.add_argument(
+        "--predictor", choices=PREDICTORS, default=DEFAULTS["predictor"], help="who is read ahead; default: %(default)s"
+    )
+    group.add_argument(
+        "--precision", choices=PRECISIONS, default=DEFAULTS["precision"], help="of the experts; default: %(default)s"
+    )
+    group.add_argument("--context-length", type=int, metavar="N", help="tokens to set KV cache aside for; run: as many as it needs")
+    group.add_argument(
+        "--io-threads", type=int, default=DEFAULTS["io_threads"], metavar="N", help="reads at once; default: %(default)s"
+    )
+
+
+def add_sampling_options(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+    """Options of ``generate()``; ``max_new_tokens`` is the default of that one."""
+    group = parser.add_argument_group("sampling (names and meanings as in transformers; default: the model's generation config)")
+    group.add_argument("--max-new-tokens", type=_positive, default=max_new_tokens, metavar="N", help="default: %(default)s")
+    group.add_argument("--do-sample", action=argparse.BooleanOptionalAction, help="sample, or take the likeliest token")
+    for name, (kind, text) in _SAMPLING.items():
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=kind.__name__.upper(), help=text)
+    group.add_argument("--seed", type=int, metavar="N", help="make sampling repeatable")
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise ValueError
+    return value
+
+
+def offload_config(arguments: argparse.Namespace, context_length: int) -> OffloadConfig:
+    """The parsed offload options; ``context_length`` where none was given."""
+    options = {name: getattr(arguments, name) for name in DEFAULTS}
+    options["context_length"] = context_length if arguments.context_length is None else arguments.context_length
+    return OffloadConfig.from_options(options)
+
+
+def generate_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of ``generate()``; seeds the generator where a seed was given."""
+    import transformers
+
+    if arguments.seed is not None:
+        transformers.set_seed(arguments.seed)
+    options = {name: getattr(arguments, name) for name in ("max_new_tokens", "do_sample", *_SAMPLING)}
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def quiet_transformers() -> None:
+    """No warnings and bars of its own from transformers."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def print_table(title: str, rows: list[tuple[str, str, str]]) -> None:
+    """Rows of (what, amount, remark)."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_column(style="dim")
+    for row in rows:
+        table.add_row(*row)
+    print(title)
+    Console().print(table)

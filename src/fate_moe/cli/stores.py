@@ -1,0 +1,97 @@
+"""Verbs about models at rest: plan, convert, inspect."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from fate_moe.cli.options import DEFAULTS, MODEL_HELP, add_offload_options, offload_config, print_table, quiet_transformers
+from fate_moe.config import OffloadConfig, format_bytes
+from fate_moe.core import PRECISIONS
+
+__all__ = ["add_verbs"]
+
+
+def add_verbs(verbs: Any) -> None:
+    """Add this group's verbs to the parser's ``verbs``."""
+    plan = verbs.add_parser("plan", help="show what fits where", description="Show where the budget would go; loads nothing.")
+    plan.add_argument("model", nargs="?", help=MODEL_HELP)
+    plan.add_argument("--json", action="store_true", help="print one JSON object")
+    plan.set_defaults(verb=_plan)
+    add_offload_options(plan)
+
+    convert = verbs.add_parser(
+        "convert", help="make a store", description="Turn a checkpoint into an expert store; resumes if killed."
+    )
+    convert.add_argument("source", help="checkpoint folder or hub id")
+    convert.add_argument("destination", type=Path, help="the store's folder, made anew")
+    convert.add_argument("--precision", choices=PRECISIONS, default=DEFAULTS["precision"], help="default: %(default)s")
+    convert.set_defaults(verb=_convert)
+
+    inspect = verbs.add_parser("inspect", help="describe a store", description="Describe a store; --verify reads every byte.")
+    inspect.add_argument("store", type=Path)
+    inspect.add_argument("--verify", action="store_true", help="check every checksum")
+    inspect.add_argument("--json", action="store_true", help="print one JSON object")
+    inspect.set_defaults(verb=_inspect)
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    quiet_transformers()
+    from fate_moe.models.load import plan
+
+    config = offload_config(arguments, OffloadConfig.context_length)
+    result = plan(arguments.model, **{field.name: getattr(config, field.name) for field in fields(config)})
+    if arguments.json:
+        print(json.dumps(result.as_dict()))
+    else:
+        print_table(
+            f"{result.family}, {result.precision}", [(what, format_bytes(size), remark) for what, size, remark in result.rows()]
+        )
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    quiet_transformers()
+    from fate_moe.store.convert import convert
+    from fate_moe.store.open import open_store
+
+    path = convert(arguments.source, arguments.destination, arguments.precision)
+    manifest = open_store(path).manifest
+    print(
+        f"{path}: {manifest.num_experts} experts, {format_bytes(manifest.expert_bytes)}, dense {format_bytes(manifest.dense_bytes)}"
+    )
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from fate_moe.store.open import open_store, verify
+
+    store = open_store(arguments.store)
+    manifest = store.manifest
+    layout = manifest.layouts[0]
+    facts: dict[str, Any] = {
+        "family": manifest.family,
+        "precision": manifest.precision,
+        "format_version": manifest.format_version,
+        "source": manifest.source,
+        "layers": manifest.num_layers,
+        "experts": manifest.num_experts,
+        "expert_bytes": manifest.expert_bytes,
+        "slot_bytes": manifest.slot_bytes,
+        "dense_bytes": manifest.dense_bytes,
+        "sections": {section.name: section.length for section in layout.sections},
+    }
+    if arguments.verify:
+        verify(store)
+        facts["verified"] = True
+    if arguments.json:
+        print(json.dumps(facts))
+        return
+    rows = [
+        (name.replace("_", " "), format_bytes(value) if name.endswith("_bytes") else str(value), "")
+        for name, value in facts.items()
+        if name != "sections"
+    ]
+    rows += [(f"  {section.name}", format_bytes(section.length), "of each blob") for section in layout.sections]
+    print_table(str(arguments.store), rows)
