@@ -19,8 +19,10 @@ from benchmarks.facts import machine_facts
 from benchmarks.limits import can_limit
 from benchmarks.measure import Cell, run_cell
 from benchmarks.peers import Peer
+from benchmarks.peers.llama_cpp import LlamaCpp
 from benchmarks.peers.transformers_based import Accelerate, Fate
-from benchmarks.report import cell_text, limit_name, markdown, plot
+from benchmarks.pictures import plot
+from benchmarks.report import cell_text, limit_name, markdown
 from benchmarks.results import Results, model_facts
 from benchmarks.workloads import WORKLOADS, samples
 from fate_moe.config import parse_amount
@@ -28,6 +30,8 @@ from fate_moe.config import parse_amount
 PEERS: dict[str, Callable[[], Peer]] = {
     "load-on-demand": lambda: Fate("load-on-demand", predictor="none", policy="lru"),
     "fate": lambda: Fate("fate"),
+    "llama.cpp": lambda: LlamaCpp("llama.cpp", "llama-cpp-python==0.3.36"),
+    "llama.cpp-wheel": lambda: LlamaCpp("llama.cpp (wheel)", "xllamacpp==2026.10.11549"),
     "accelerate": Accelerate,
 }
 LIMITS = ("none", "78%", "65%", "52%", "39%")

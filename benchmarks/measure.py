@@ -27,6 +27,7 @@ class Sample:
     first_seconds: float = math.nan
     count: int = 0
     seconds: float = math.nan
+    counters_at_first: dict[str, Any] = field(default_factory=dict)
     counters: dict[str, Any] = field(default_factory=dict)
 
 
@@ -132,13 +133,14 @@ def _listen(process: subprocess.Popen[str], job: dict[str, Any], cell: Cell) -> 
             json.dump(job, stdin)
     except BrokenPipeError:  # it was killed before it read: the exit code tells
         pass
-    for line in process.stdout:
-        try:
-            said = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # a library that prints on standard output
-        if isinstance(said, dict):
-            _take(said, cell)
+    with process.stdout as stdout:
+        for line in stdout:
+            try:
+                said = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # a library that prints on standard output
+            if isinstance(said, dict):
+                _take(said, cell)
 
 
 def _take(said: dict[str, Any], cell: Cell) -> None:
@@ -151,6 +153,7 @@ def _take(said: dict[str, Any], cell: Cell) -> None:
         cell.load_seconds = said["seconds"]
     elif event == "first":
         sample.prompt_tokens, sample.first_seconds = said["prompt_tokens"], said["seconds"]
+        sample.counters_at_first = said.get("counters", {})
     elif event == "tokens":
         sample.count, sample.seconds = said["count"], said["seconds"]
     elif event == "counters":

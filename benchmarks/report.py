@@ -1,36 +1,28 @@
-"""Tables and pictures, from result files only."""
+"""The page's tables, from result files only."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from statistics import median
 
+from benchmarks.analysis import cost, memory_floor, overlap, ratio
 from benchmarks.measure import Cell
 from benchmarks.results import Results
 from fate_moe.config import format_bytes
 
-__all__ = ["floors", "markdown", "plot"]
+__all__ = ["cell_text", "limit_name", "markdown"]
 
-
-def floors(results: Results) -> tuple[float, Callable[[float], float]]:
-    """Seconds per decoded token that no engine on this machine can go below with INT4: (memory, bytes missed -> disk)."""
-    memory = results.model.active_bytes / results.machine["memory_bytes_per_second"]
-    return memory, lambda missed_bytes: missed_bytes / results.machine["disk_bytes_per_second"]
-
-
-def read_per_token(cell: Cell) -> tuple[float, float] | None:
-    """(bytes from disk, seconds waited) per token of the measured samples, prompts included; None if the engine does not count."""
-    counted = [sample for sample in cell.samples if sample.counters.get("experts")]
-    if len(counted) < 2:
-        return None
-    first, last = counted[0].counters["experts"], counted[-1].counters["experts"]
-    tokens = sum(sample.prompt_tokens + sample.count for sample in counted[1:]) * cell.batch
-    return (last["bytes_read"] - first["bytes_read"]) / tokens, (last["stall_seconds"] - first["stall_seconds"]) / tokens
+# Whose speed is compared with whose: this engine's ways to run, and the engine that users would take instead.
+OURS = ("fate", "best")
+OTHERS = ("load-on-demand", "eap", "llama.cpp", "llama.cpp (wheel)")
 
 
 def limit_name(limit_bytes: int | None) -> str:
     return "none" if limit_bytes is None else format_bytes(limit_bytes)
+
+
+def number(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def cell_text(cell: Cell | None) -> str:
@@ -40,126 +32,111 @@ def cell_text(cell: Cell | None) -> str:
     if cell.outcome in ("killed", "failed") or rate is None:
         return cell.outcome
     rates = cell.prefill_rates() if cell.workload.startswith("prefill") else cell.decode_rates()
-    spread = f" ({_number(min(rates))}-{_number(max(rates))})" if len(rates) > 1 else ""
-    return f"{_number(rate)}{spread}" + (" cut" if cell.outcome == "slow" else "")
-
-
-def _number(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    spread = f" ({number(min(rates))}-{number(max(rates))})" if len(rates) > 1 else ""
+    return f"{number(rate)}{spread}" + (" cut" if cell.outcome == "slow" else "")
 
 
 def markdown(results: Results) -> str:
-    """The page's part about one model: facts, one table a workload, variants tried, what failed and why."""
-    model, machine = results.model, results.machine
-    memory, _ = floors(results)
-    lines = [
-        f"## {model.name}",
-        "",
-        f"{model.family}, {model.parameters / 1e9:.2f} B parameters, {model.num_layers} MoE layers x {model.num_experts} experts, "
-        f"top-{model.top_k}; INT4 {format_bytes(model.model_bytes)}, an expert {format_bytes(model.expert_bytes)}, read per token "
-        f"{format_bytes(model.active_bytes)}. {machine['processor']}, {machine['threads']} threads of {machine['cores']} cores, "
-        f"memory {machine['memory_bytes_per_second'] / 1e9:.1f} GB/s, disk {machine['disk_bytes_per_second'] / 1e9:.2f} GB/s (both "
-        f"measured in this run). Memory floor of INT4 decode: {1 / memory:.1f} tokens/s.",
-    ]
-    limits, peers = results.limits(), results.peers()
+    """The page's part about one model."""
+    parts = [facts(results)]
     for workload in results.workloads():
-        what = "prompt tokens/s" if workload.startswith("prefill") else "new tokens/s"
-        lines += ["", f"### {workload}: {what}, median (lowest-highest) by memory limit", ""]
-        lines += ["| engine | " + " | ".join(limit_name(limit) for limit in limits) + " |", "| --- " * (len(limits) + 1) + "|"]
-        for peer in peers:
-            texts = [cell_text(results.best(peer, workload, limit)) for limit in limits]
-            if any(texts):
-                lines.append(f"| {peer} | " + " | ".join(texts) + " |")
-        if not workload.startswith("prefill"):
-            lines += ["", f"First token, seconds ({workload}):", ""]
-            lines += ["| engine | " + " | ".join(limit_name(limit) for limit in limits) + " |", "| --- " * (len(limits) + 1) + "|"]
-            for peer in peers:
-                cells = [results.best(peer, workload, limit) for limit in limits]
-                texts = [_number(median(cell.first_seconds())) if cell and cell.first_seconds() else "" for cell in cells]
-                if any(texts):
-                    lines.append(f"| {peer} | " + " | ".join(texts) + " |")
-    traffic = [(cell, read) for cell in results.cells if cell.workload == "decode" and (read := read_per_token(cell))]
-    if traffic:
-        lines += ["", "### Where the time goes (decode; prompt tokens counted in)", ""]
-        lines += ["| engine | limit | from disk per token | waited per token | disk floor per token |", "| --- " * 5 + "|"]
-        for cell, (missed, stall) in traffic:
-            amounts = f"{format_bytes(missed)} | {stall * 1e3:.1f} ms | {floors(results)[1](missed) * 1e3:.1f} ms"
-            lines.append(f"| {cell.peer} | {limit_name(cell.limit_bytes)} | {amounts} |")
-    lines += [
-        "",
-        "### Every cell",
-        "",
-        "| engine | variant | workload | limit | outcome | rate | peak memory |",
-        "| --- " * 7 + "|",
-    ]
-    for cell in results.cells:
-        rate = cell.rate()
-        lines.append(
-            f"| {cell.peer} | {cell.variant} | {cell.workload} | {limit_name(cell.limit_bytes)} | {cell.outcome}"
-            f"{': ' + cell.message.replace('|', ' ') if cell.message else ''} | {_number(rate) if rate else ''} | "
-            f"{format_bytes(cell.peak_bytes) if cell.peak_bytes else ''} |"
-        )
-    versions = {cell.peer: cell.versions for cell in results.cells if cell.versions}
-    lines += [
-        "",
-        "Versions: " + "; ".join(f"{peer}: " + ", ".join(f"{k} {v}" for k, v in used.items()) for peer, used in versions.items()),
-    ]
+        parts.append(speeds(results, workload))
+    parts += [compared(results), time_spent(results), every_cell(results)]
+    return "\n".join(part for part in parts if part)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
     return "\n".join(lines) + "\n"
 
 
-def plot(results: Results, folder: Path) -> list[Path]:
-    """Decode speed and first-token time against the limit, bytes and stall per token; PNG files in ``folder``."""
-    import matplotlib
+def facts(results: Results) -> str:
+    model, machine = results.model, results.machine
+    return (
+        f"## {model.name}\n\n"
+        f"{model.family}, {model.parameters / 1e9:.2f} B parameters, {model.num_layers} MoE layers x {model.num_experts} experts, "
+        f"top-{model.top_k}; INT4 {format_bytes(model.model_bytes)}, an expert {format_bytes(model.expert_bytes)}, read per token "
+        f"{format_bytes(model.active_bytes)}. {machine['processor']}, {machine['threads']} threads of {machine['cores']} cores "
+        f"({', '.join(machine['instructions'])}), memory {machine['memory_bytes_per_second'] / 1e9:.1f} GB/s, disk "
+        f"{machine['disk_bytes_per_second'] / 1e9:.2f} GB/s (both measured in this run). Memory floor of INT4 decode: "
+        f"{1 / memory_floor(results):.1f} tokens/s.\n"
+    )
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    folder.mkdir(parents=True, exist_ok=True)
-    limits = results.limits()
-    places = list(range(len(limits)))
-    memory, disk = floors(results)
-    made = []
+def speeds(results: Results, workload: str) -> str:
+    prefill = workload.startswith("prefill")
+    what = "prompt tokens/s" if prefill else "new tokens/s"
+    text = f"### {workload}: {what}, median (lowest-highest) by memory limit\n\n"
+    text += by_limit(results, workload, cell_text)
+    if not prefill:
+        text += f"\nSeconds to the first token ({workload}):\n\n"
+        text += by_limit(results, workload, lambda cell: number(median(cell.first_seconds())) if cell.first_seconds() else "")
+    return text
 
-    def finish(figure: plt.Figure, axes: plt.Axes, what: str, ylabel: str) -> None:
-        axes.set_xticks(places, [limit_name(limit) for limit in limits])
-        axes.set(xlabel="memory limit", ylabel=ylabel, title=results.model.name)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-        made.append(folder / f"{results.model.name}-{what}.png")
-        figure.savefig(made[-1], dpi=110)
-        plt.close(figure)
 
-    def line(axes: plt.Axes, peer: str, value: Callable[[Cell], float | None], style: str = "o-") -> None:
-        cells = [results.best(peer, "decode", limit) for limit in limits]
-        points = [(place, v) for place, cell in zip(places, cells, strict=True) if cell and (v := value(cell)) is not None]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=peer)
-
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+def by_limit(results: Results, workload: str, show: Callable[[Cell], str]) -> str:
+    cells = [c for c in results.cells if c.workload == workload]
+    limits = [limit for limit in results.limits() if any(c.limit_bytes == limit for c in cells)]
+    rows = []
     for peer in results.peers():
-        line(axes, peer, Cell.rate)
-    axes.axhline(1 / memory, color="grey", linestyle=":", label="floor: active bytes / memory bandwidth")
-    for peer in results.peers():
-        cells = [results.best(peer, "decode", limit) for limit in limits]
-        reads = [(place, read[0]) for place, cell in zip(places, cells, strict=True) if cell and (read := read_per_token(cell))]
-        points = [(place, 1 / disk(missed)) for place, missed in reads if missed and disk(missed) > memory / 4]
-        if points:
-            axes.plot(*zip(*points, strict=True), "x:", color="grey", label=f"floor: {peer}'s bytes / disk bandwidth")
-    axes.set_yscale("log")
-    finish(figure, axes, "decode", "new tokens/s")
+        best = [results.best(peer, workload, limit) for limit in limits]
+        if any(best):
+            rows.append([peer, *(show(cell) if cell else "" for cell in best)])
+    return table(["engine", *map(limit_name, limits)], rows)
 
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for peer in results.peers():
-        line(axes, peer, lambda cell: median(cell.first_seconds()) if cell.first_seconds() else None)
-    axes.set_yscale("log")
-    finish(figure, axes, "first-token", "seconds to the first token (64 tokens)")
 
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for peer in results.peers():
-        line(axes, peer, lambda cell: traffic[0] / 1e6 if (traffic := read_per_token(cell)) else None)
-    stall = axes.twinx()
-    for peer in results.peers():
-        line(stall, peer, lambda cell: traffic[1] * 1e3 if (traffic := read_per_token(cell)) else None, "x:")
-    stall.set_ylabel("waited, ms per token (dotted)")
-    finish(figure, axes, "traffic", "from disk, MB per token")
-    return made
+def compared(results: Results) -> str:
+    rows = []
+    for workload in results.workloads():
+        for ours in OURS:
+            for other in OTHERS:
+                ratios = [ratio(results, ours, other, workload, limit) for limit in results.limits()]
+                if any(ratios):
+                    rows.append([workload, f"{ours} / {other}", *(f"{r:.2f}x" if r else "" for r in ratios)])
+    if not rows:
+        return ""
+    head = ["workload", "speed of", *map(limit_name, results.limits())]
+    return "### How many times faster\n\n" + table(head, rows)
+
+
+def time_spent(results: Results) -> str:
+    rows = []
+    for cell in results.cells:
+        spent, hidden = cost(cell), overlap(results, cell)
+        if spent is None or hidden is None or spent.read_bytes is None or spent.stall_seconds is None:
+            continue
+        rows.append(
+            [
+                cell.peer,
+                cell.workload,
+                limit_name(cell.limit_bytes),
+                format_bytes(spent.read_bytes),
+                *(f"{1e3 * s:.1f}" for s in (spent.seconds, hidden.compute_seconds, hidden.read_seconds, spent.stall_seconds)),
+                f"{hidden.efficiency:.0%}",
+                f"{hidden.most:.2f}x",
+            ]
+        )
+    if not rows:
+        return ""
+    return (
+        "### What the time is made of\n\n"
+        "Of one new token, or of one prompt in prefill; milliseconds. *Compute*: the same engine without a limit, less its\n"
+        "waiting there. *Disk floor*: the bytes read at this disk's bandwidth. *Overlap*: the larger of these two, of the time\n"
+        "measured; 100 % is all that hiding one behind the other can bring. *At most*: how many times faster than reading and\n"
+        "computing in turn the same bytes can be.\n\n"
+        + table(["engine", "workload", "limit", "from disk", "time", "compute", "disk floor", "waited", "overlap", "at most"], rows)
+    )
+
+
+def every_cell(results: Results) -> str:
+    rows = []
+    for cell in results.cells:
+        rate = cell.rate()
+        message = f": {cell.message.replace('|', ' ')}" if cell.message else ""
+        peak = format_bytes(cell.peak_bytes) if cell.peak_bytes else ""
+        name = limit_name(cell.limit_bytes)
+        rows.append([cell.peer, cell.variant, cell.workload, name, cell.outcome + message, number(rate) if rate else "", peak])
+    versions = {cell.peer: cell.versions for cell in results.cells if cell.versions}
+    said = "; ".join(f"{peer}: " + ", ".join(f"{k} {v}" for k, v in used.items()) for peer, used in versions.items())
+    head = ["engine", "variant", "workload", "limit", "outcome", "rate", "peak memory"]
+    return f"### Every cell\n\n{table(head, rows)}\nVersions: {said}\n"

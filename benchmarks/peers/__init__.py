@@ -4,12 +4,14 @@ A peer runs in its own virtual environment and process: a *worker* script that i
 as JSON on standard input and writes one JSON object a line on standard output, at once (flush), so that a killed process leaves
 what it measured:
 
-    {"event": "loaded", "seconds": s}                                       weights are there, or mapped
-    {"event": "first", "sample": i, "prompt_tokens": n, "seconds": s}       from the call to the first new token(s)
-    {"event": "tokens", "sample": i, "count": k, "seconds": s}              k tokens after the first, s seconds after it; cumulative
-    {"event": "counters", "sample": i, "counters": {...}}                   what the engine counts, from the start; where it does
+    {"event": "loaded", "seconds": s}                                    weights are there, or mapped
+    {"event": "first", "sample": i, "prompt_tokens": n, "seconds": s}    from the call to the first new token(s)
+    {"event": "tokens", "sample": i, "count": k, "seconds": s}           k tokens after the first, s seconds after it; cumulative
+    {"event": "counters", "sample": i, "counters": {...}}                at the sample's end: what the engine counts, from the start
     {"event": "done", "versions": {...}}
-    {"event": "failed", "message": "..."}                                   then a non-zero exit
+    {"event": "failed", "message": "..."}                                then a non-zero exit
+
+An engine that counts nothing leaves "counters" out; one that does gives them with "first" too.
 
 The job: ``model`` path; ``workload`` "decode" (each sample is a prompt of its own, the KV cache emptied), "prefill" (the same,
 with no new tokens after the first) or "chat" (each sample is a turn, appended to what the cache holds); ``samples`` a list of

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from benchmarks.peers import Variant
+from benchmarks.peers.environment import virtual_environment
 
 __all__ = ["Accelerate", "Fate"]
 
@@ -51,18 +51,7 @@ class Accelerate:
     _packages = ("torch", "transformers", "accelerate==1.15.0", "safetensors")
 
     def install(self, home: Path) -> Path:
-        folder = home / "venvs" / "accelerate"
-        python = folder / "bin" / "python"
-        if not (folder / ".installed").exists():
-            shutil.rmtree(folder, ignore_errors=True)
-            subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-            pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-            constraints = ["-c", str(_PROJECT / "constraints.txt")]
-            try:
-                subprocess.run([*pip, *constraints, *self._packages], check=True, stderr=subprocess.DEVNULL)
-            except subprocess.CalledProcessError as error:
-                raise RuntimeError("pip could not install transformers and accelerate") from error
-            (folder / ".installed").touch()
+        python = virtual_environment(home / "venvs" / "accelerate", self._packages, _PROJECT / "constraints.txt")
         self._offload = home / "offload"
         return python
 

@@ -55,7 +55,7 @@ def main() -> None:
         def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
             now = time.perf_counter()
             if self.count == 0:
-                say("first", sample=self.sample, prompt_tokens=self.prompt_tokens, seconds=now - self.began)
+                say("first", sample=self.sample, prompt_tokens=self.prompt_tokens, seconds=now - self.began, counters=counters())
                 self.first = now
             else:
                 say("tokens", sample=self.sample, count=self.count, seconds=now - self.first)

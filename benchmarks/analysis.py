@@ -1,0 +1,96 @@
+"""What a cell's time is made of: computing, reading, waiting; and how far from the machine's floors it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import median
+
+from benchmarks.measure import Cell, Sample
+from benchmarks.results import Results
+
+__all__ = ["Cost", "Overlap", "cost", "memory_floor", "overlap", "ratio"]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one new token, or of one prompt where the workload is prefill. What the engine does not count is None."""
+
+    seconds: float
+    read_bytes: float | None
+    stall_seconds: float | None
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """``seconds`` of a unit next to what computing it takes when everything is resident and what reading its bytes takes."""
+
+    seconds: float
+    compute_seconds: float
+    read_seconds: float
+
+    @property
+    def efficiency(self) -> float:
+        """1.0: reading and computing hide each other wholly."""
+        return max(self.compute_seconds, self.read_seconds) / self.seconds
+
+    @property
+    def most(self) -> float:
+        """How many times faster than reading on demand, one after the other, the same bytes can be at best: twice."""
+        return (self.compute_seconds + self.read_seconds) / max(self.compute_seconds, self.read_seconds)
+
+
+def memory_floor(results: Results) -> float:
+    """Seconds per decoded token that no engine on this machine can go below with INT4: active bytes / memory bandwidth."""
+    return results.model.active_bytes / float(results.machine["memory_bytes_per_second"])
+
+
+def cost(cell: Cell) -> Cost | None:
+    """Medians over the measured samples; None if nothing came."""
+    prefill = cell.workload.startswith("prefill")
+    earlier = dict(zip(map(id, cell.samples[1:]), cell.samples, strict=False))
+    units = [
+        _prompt(sample, earlier.get(id(sample))) if prefill else _token(sample, cell.batch)
+        for sample in cell.measured()
+        if prefill or sample.count
+    ]
+    if not units:
+        return None
+    reads = [unit.read_bytes for unit in units if unit.read_bytes is not None]
+    stalls = [unit.stall_seconds for unit in units if unit.stall_seconds is not None]
+    return Cost(median(u.seconds for u in units), median(reads) if reads else None, median(stalls) if stalls else None)
+
+
+def overlap(results: Results, cell: Cell) -> Overlap | None:
+    """None where the engine counts no bytes or has no cell without a limit to tell its computing time."""
+    unlimited = next((c for c in results.cells if c.key == (*cell.key[:3], None)), None)
+    here, free = cost(cell), cost(unlimited) if unlimited else None
+    if here is None or free is None or here.read_bytes is None:
+        return None
+    disk = results.machine["disk_bytes_per_second"]
+    return Overlap(here.seconds, free.seconds - (free.stall_seconds or 0.0), here.read_bytes / disk)
+
+
+def ratio(results: Results, peer: str, than: str, workload: str, limit_bytes: int | None) -> float | None:
+    """How many times faster ``peer`` is than ``than``, each with its best variant; None if one of them has no figure."""
+    rates = [
+        cell.rate() if cell and cell.outcome in ("ok", "slow") else None
+        for cell in (results.best(name, workload, limit_bytes) for name in (peer, than))
+    ]
+    return rates[0] / rates[1] if rates[0] and rates[1] else None
+
+
+def _token(sample: Sample, batch: int) -> Cost:
+    tokens = sample.count * batch
+    first, last = sample.counters_at_first.get("experts"), sample.counters.get("experts")
+    if not first or not last:
+        return Cost(sample.seconds / tokens, None, None)
+    read, stall = (last[key] - first[key] for key in ("bytes_read", "stall_seconds"))
+    return Cost(sample.seconds / tokens, read / tokens, stall / tokens)
+
+
+def _prompt(sample: Sample, earlier: Sample | None) -> Cost:
+    before = earlier.counters.get("experts") if earlier else {"bytes_read": 0, "stall_seconds": 0.0}
+    after = sample.counters_at_first.get("experts")
+    if not before or not after:
+        return Cost(sample.first_seconds, None, None)
+    return Cost(sample.first_seconds, *(after[key] - before[key] for key in ("bytes_read", "stall_seconds")))

@@ -1,0 +1,133 @@
+"""The same weights for llama.cpp: a Hugging Face checkpoint as a GGUF file, matrices Q4_0, routers and norms F32.
+
+    python -m benchmarks.gguf_export CHECKPOINT FILE.gguf
+
+Tensor names are the `gguf` package's own map, quantization is its own too; memory stays at one layer's stack of experts. The
+vocabulary is a list of stand-ins: every workload speaks in token ids. llama.cpp's qwen2moe graph does not normalize the routing
+weights, whatever `norm_topk_prob` says: where that is true its text differs, its work does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from rich.progress import track
+from transformers import AutoConfig
+
+from fate_moe.config import format_bytes
+from fate_moe.errors import FateError, UnsupportedModelError
+from fate_moe.store.source import Checkpoint
+
+ARCHITECTURES = {
+    "qwen2_moe": gguf.MODEL_ARCH.QWEN2MOE,
+    "qwen3_moe": gguf.MODEL_ARCH.QWEN3MOE,
+    "olmoe": gguf.MODEL_ARCH.OLMOE,
+}
+
+
+def export(folder: Path, file: Path) -> Path:
+    """Write ``file``, whole or not at all. Raises UnsupportedModelError for a family that is not in ARCHITECTURES."""
+    config = AutoConfig.from_pretrained(folder)
+    if config.model_type not in ARCHITECTURES:
+        raise UnsupportedModelError(f"{config.model_type} cannot be written as GGUF here; only {', '.join(ARCHITECTURES)}")
+    arch, checkpoint = ARCHITECTURES[config.model_type], Checkpoint(folder)
+    pieces = stacks(checkpoint, arch, config.num_hidden_layers)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_name(file.name + ".partial")
+    writer = gguf.GGUFWriter(unfinished, gguf.MODEL_ARCH_NAMES[arch])
+    describe(writer, config)
+    for gguf_name, names in pieces.items():
+        shape, kind = form(checkpoint, gguf_name, names)
+        bytes_shape = gguf.quant_shape_to_byte_shape(shape, kind)
+        writer.add_tensor_info(gguf_name, bytes_shape, np.dtype(np.uint8), int(np.prod(bytes_shape)), kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # numpy lets go of the GIL: two threads are twice as fast
+        for gguf_name, names in track(pieces.items(), description="GGUF", disable=not sys.stderr.isatty()):
+            kind = form(checkpoint, gguf_name, names)[1]
+            weights = (checkpoint.read(name).float().numpy() for name in names)
+            quantized = pool.map(partial(gguf.quants.quantize, qtype=kind), weights)
+            writer.write_tensor_data(np.concatenate([part.reshape(-1).view(np.uint8) for part in quantized]))
+    writer.close()
+    unfinished.replace(file)
+    return file
+
+
+def stacks(checkpoint: Checkpoint, arch: gguf.MODEL_ARCH, num_layers: int) -> dict[str, list[str]]:
+    """GGUF name -> the checkpoint's names of it: one, or each expert's in order, since llama.cpp wants them as one stack."""
+    known = gguf.get_tensor_name_map(arch, num_layers)
+    found: dict[str, dict[int, str]] = defaultdict(dict)
+    for name in checkpoint.names:
+        expert = re.search(r"\.experts\.(\d+)\.", name)
+        gguf_name = known.get_name(name.replace(expert[0], ".experts.") if expert else name, try_suffixes=(".weight", ".bias"))
+        if gguf_name is None:
+            raise UnsupportedModelError(f"{checkpoint.folder}: no GGUF name is known for {name}")
+        found[gguf_name][int(expert[1]) if expert else 0] = name
+    return {gguf_name: [names[expert] for expert in sorted(names)] for gguf_name, names in found.items()}
+
+
+def form(checkpoint: Checkpoint, gguf_name: str, names: list[str]) -> tuple[tuple[int, ...], gguf.GGMLQuantizationType]:
+    """The stacked tensor's shape and type: matrices are Q4_0, but for routers and rows that are no whole blocks of 32."""
+    shape = checkpoint.shape(names[0])
+    if len(shape) == 1 or shape[0] == 1:  # norms, biases, the shared expert's gate
+        return shape[-1:], gguf.GGMLQuantizationType.F32
+    kinds = gguf.GGMLQuantizationType
+    kind = kinds.F32 if "ffn_gate_inp" in gguf_name else kinds.F16 if shape[-1] % 32 else kinds.Q4_0
+    return ((len(names), *shape) if len(names) > 1 else shape), kind
+
+
+def describe(writer: gguf.GGUFWriter, config: Any) -> None:
+    heads = config.num_attention_heads
+    writer.add_name("benchmark")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config.num_key_value_heads or heads)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_expert_count(config.num_experts)
+    writer.add_expert_used_count(config.num_experts_per_tok)
+    if head_size := getattr(config, "head_dim", None):
+        writer.add_key_length(head_size)
+        writer.add_value_length(head_size)
+    if width := getattr(config, "moe_intermediate_size", None):
+        writer.add_expert_feed_forward_length(width)
+    if width := getattr(config, "shared_expert_intermediate_size", None):
+        writer.add_expert_shared_feed_forward_length(width)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([f"<{token}>" for token in range(config.vocab_size)])
+    writer.add_token_types([int(gguf.TokenType.NORMAL)] * config.vocab_size)
+    writer.add_token_merges(["< 0"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+    writer.add_add_bos_token(False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("file", type=Path)
+    arguments = parser.parse_args()
+    try:
+        print(f"{export(arguments.checkpoint, arguments.file)}: {format_bytes(arguments.file.stat().st_size)}")
+    except (FateError, OSError) as error:
+        raise SystemExit(f"gguf_export: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

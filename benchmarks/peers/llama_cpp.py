@@ -1,0 +1,35 @@
+"""llama.cpp, twice: built for this processor (llama-cpp-python) and as a prebuilt wheel for AVX2 (xllamacpp)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from benchmarks.gguf_export import export
+from benchmarks.peers import Variant
+from benchmarks.peers.environment import virtual_environment
+
+__all__ = ["LlamaCpp"]
+
+
+class LlamaCpp:
+    """Q4_0 through mmap, as llama.cpp does by itself; repacking into the processor's own layout, its default, on and off."""
+
+    worker = Path(__file__).with_name("llama_worker.py")
+
+    def __init__(self, name: str, package: str) -> None:
+        self.name = name
+        self.package = package
+
+    def install(self, home: Path) -> Path:
+        return virtual_environment(home / "venvs" / self.package.split("==")[0], [self.package])
+
+    def prepare(self, checkpoint: Path, home: Path) -> Path:
+        file = home / "gguf" / f"{checkpoint.name}-Q4_0.gguf"
+        return file if file.exists() else export(checkpoint, file)
+
+    def variants(self, model: Path, limit_bytes: int | None) -> list[Variant]:
+        engine = {"engine": self.package.split("==")[0], "mmap": True}
+        return [
+            Variant("repacked", {**engine, "repack": True}),
+            Variant("not repacked", {**engine, "repack": False}),
+        ]

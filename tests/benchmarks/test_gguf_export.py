@@ -1,0 +1,49 @@
+"""The GGUF file holds the checkpoint's weights under the names, shapes and types that llama.cpp reads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("gguf")
+
+import gguf
+
+from benchmarks.gguf_export import export
+from fate_moe.errors import UnsupportedModelError
+from fate_moe.store.source import Checkpoint
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe", "olmoe"])
+def test_weights(family: str, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    source = Checkpoint(checkpoint(family))
+    reader = gguf.GGUFReader(export(checkpoint(family), tmp_path / "model.gguf"))
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+
+    def held(name: str) -> np.ndarray:
+        return gguf.quants.dequantize(tensors[name].data, tensors[name].tensor_type)
+
+    gates = [source.read(f"model.layers.1.mlp.experts.{expert}.gate_proj.weight").numpy() for expert in range(8)]
+    stacked = held("blk.1.ffn_gate_exps.weight")
+    assert stacked.shape == (8, *gates[0].shape)
+    assert tensors["blk.1.ffn_gate_exps.weight"].tensor_type == gguf.GGMLQuantizationType.Q4_0
+    for gate, got in zip(gates, stacked, strict=True):
+        blocks = gate.reshape(-1, 32)
+        step = np.abs(blocks).max(1, keepdims=True) / 8  # codes -8..7: the side that has no eighth step is off by up to one
+        assert (np.abs(got.reshape(-1, 32) - blocks) <= 1.01 * step).all()
+    np.testing.assert_array_equal(held("blk.0.ffn_gate_inp.weight"), source.read("model.layers.0.mlp.gate.weight").numpy())
+    np.testing.assert_array_equal(held("output_norm.weight"), source.read("model.norm.weight").numpy())
+    assert len(tensors) == len({re.sub(r"experts\.\d+", "experts", name) for name in source.names})
+    field = reader.get_field(f"{family.replace('_', '')}.expert_used_count")
+    assert field is not None
+    assert field.contents() == 2
+
+
+def test_other_families_are_refused(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="gpt_oss cannot be written as GGUF"):
+        export(checkpoint("gpt_oss"), tmp_path / "model.gguf")
+    assert not list(tmp_path.iterdir())
