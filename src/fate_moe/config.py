@@ -13,10 +13,23 @@ from typing import Any
 from fate_moe.core import PRECISIONS
 from fate_moe.errors import ConfigError
 
-__all__ = ["POLICIES", "PREDICTORS", "OffloadConfig", "cache_home", "format_bytes", "parse_amount", "parse_size"]
+__all__ = [
+    "GROUP_SIZES",
+    "POLICIES",
+    "PREDICTORS",
+    "SOLVERS",
+    "OffloadConfig",
+    "cache_home",
+    "format_bytes",
+    "parse_amount",
+    "parse_size",
+]
 
 POLICIES = ("arc", "lfu", "lru", "shallow-arc")
 PREDICTORS = ("cross-layer", "none")
+# How a conversion to fewer bits chooses codes, best first; and how many weights may share a scale.
+SOLVERS = ("hqq", "minmax")
+GROUP_SIZES = (32, 64, 128)
 
 _UNITS = {"": 1, "B": 1} | {
     prefix + suffix: base**power

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fate_moe import config
 from fate_moe.config import OffloadConfig
 from fate_moe.errors import ConfigError
 from fate_moe.quant import solver
@@ -144,7 +145,7 @@ def test_ragged_blob() -> None:
 def test_the_seam_takes_any_solver(checkpoint_of: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[tuple[int, ...], int, int]] = []
 
-    def all_zero(weights: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    def all_zero(weights: Tensor, bits: int, group_size: int, importance: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         asked.append((tuple(weights.shape), bits, group_size))
         assert weights.dtype == torch.float32
         groups = torch.zeros(weights.shape[0], -(-weights.shape[1] // group_size), dtype=torch.float16)
@@ -152,7 +153,7 @@ def test_the_seam_takes_any_solver(checkpoint_of: Path, tmp_path: Path, monkeypa
 
     monkeypatch.setitem(solver.SOLVERS, "zero", all_zero)
     first = convert(checkpoint_of, tmp_path / "zero", "int4", solver="zero")
-    second = convert(checkpoint_of, tmp_path / "minmax", "int4")
+    second = convert(checkpoint_of, tmp_path / "minmax", "int4", solver="minmax")
     assert set(asked) == {((64, 64), 4, 64), ((64, 32), 4, 64)}
     names = ["experts-00001-of-00002.safetensors"]
     assert [(first / name).read_bytes() for name in names] != [(second / name).read_bytes() for name in names]
@@ -166,6 +167,8 @@ def checkpoint_of(checkpoint: object) -> Path:
 def test_unknown_solvers_and_precisions_are_errors(checkpoint_of: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"solver.*'hqqq'.*minmax"):
         convert(checkpoint_of, tmp_path / "store", "int4", solver="hqqq")
+    with pytest.raises(ConfigError, match=r"group_size 48 is not one of 32, 64, 128"):
+        convert(checkpoint_of, tmp_path / "store", "int4", group_size=48)
     with pytest.raises(ConfigError, match=r"precision.*'int3'.*int4"):
         convert(checkpoint_of, tmp_path / "store", "int3")
     with pytest.raises(ConfigError):
@@ -173,4 +176,4 @@ def test_unknown_solvers_and_precisions_are_errors(checkpoint_of: Path, tmp_path
     with pytest.raises(ValueError, match="int3"):
         blob_layout("int3", {"down_proj": (4, 4)}, "F32")
     assert not list(tmp_path.iterdir())
-    assert "minmax" in SOLVERS
+    assert tuple(SOLVERS) == config.SOLVERS

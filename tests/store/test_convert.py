@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from fate_moe.core import SLOT_ALIGNMENT, ExpertId
 from fate_moe.errors import CheckpointError, DiskSpaceError, StoreError, UnsupportedModelError
 from fate_moe.quant.blob import views
-from fate_moe.quant.solver import minmax
+from fate_moe.quant.solver import hqq
 from fate_moe.store import files
 from fate_moe.store.convert import convert
 from fate_moe.store.direct import anonymous_buffer
@@ -94,7 +94,7 @@ def test_int4_is_the_solver_applied_to_the_checkpoint(checkpoint: Callable[[str]
             if tensor.ndim == 1:
                 assert same_bits(parts[name], tensor)
                 continue
-            _, scale, zero = minmax(tensor.float(), 4, 64)
+            _, scale, zero = hqq(tensor.float(), 4, 64)
             assert same_bits(parts[f"{name}.scale"], scale)
             assert same_bits(parts[f"{name}.zero"], zero)
     source.close()

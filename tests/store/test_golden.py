@@ -80,7 +80,7 @@ GOLDEN = {
 
 @pytest.mark.parametrize("precision", GOLDEN)
 def test_a_whole_store(tmp_path: Path, precision: str) -> None:
-    store = convert(write_checkpoint(tmp_path / "checkpoint"), tmp_path / "store", precision)
+    store = convert(write_checkpoint(tmp_path / "checkpoint"), tmp_path / "store", precision, solver="minmax")
     assert sorted(path.name for path in store.iterdir()) == ["config.json", "dense.safetensors", SHARD, "fate.json"]
     facts = json.loads((store / "fate.json").read_bytes())
     facts["identity"] = ""  # has the checkpoint's time in it
@@ -91,7 +91,7 @@ def test_a_whole_store(tmp_path: Path, precision: str) -> None:
 
 def test_int4_fate_json_in_full(tmp_path: Path) -> None:
     """The manifest as text: a reader in another language could be written from this."""
-    store = convert(write_checkpoint(tmp_path / "checkpoint"), tmp_path / "store", "int4")
+    store = convert(write_checkpoint(tmp_path / "checkpoint"), tmp_path / "store", "int4", solver="minmax")
     text = (store / "fate.json").read_text()
     assert Manifest.from_json(text).to_json() == text
     facts = json.loads(text)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fate_moe.cli.options import DEFAULTS, MODEL_HELP, add_offload_options, offload_config, print_table, quiet_transformers
-from fate_moe.config import OffloadConfig, format_bytes
+from fate_moe.config import GROUP_SIZES, SOLVERS, OffloadConfig, format_bytes
 from fate_moe.core import PRECISIONS
 
 __all__ = ["add_verbs"]
@@ -29,6 +29,10 @@ def add_verbs(verbs: Any) -> None:
     convert.add_argument("source", help="checkpoint folder or hub id")
     convert.add_argument("destination", type=Path, help="the store's folder, made anew")
     convert.add_argument("--precision", choices=PRECISIONS, default=DEFAULTS["precision"], help="default: %(default)s")
+    convert.add_argument("--solver", choices=SOLVERS, default=SOLVERS[0], help="how codes are chosen; default: %(default)s")
+    convert.add_argument(
+        "--group-size", type=int, choices=GROUP_SIZES, default=64, help="weights that share a scale; default: %(default)s"
+    )
     convert.set_defaults(verb=_convert)
 
     inspect = verbs.add_parser("inspect", help="describe a store", description="Describe a store; --verify reads every byte.")
@@ -57,7 +61,13 @@ def _convert(arguments: argparse.Namespace) -> None:
     from fate_moe.store.convert import convert
     from fate_moe.store.open import open_store
 
-    path = convert(arguments.source, arguments.destination, arguments.precision)
+    path = convert(
+        arguments.source,
+        arguments.destination,
+        arguments.precision,
+        solver=arguments.solver,
+        group_size=arguments.group_size,
+    )
     manifest = open_store(path).manifest
     print(
         f"{path}: {manifest.num_experts} experts, {format_bytes(manifest.expert_bytes)}, dense {format_bytes(manifest.dense_bytes)}"

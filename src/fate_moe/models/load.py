@@ -110,7 +110,7 @@ def store_for(model: str | Path | None, precision: str) -> Path:
         if Path(str(model)).exists()
         else str(model).replace("/", "--")
     )
-    identity = identity_of(Checkpoint(checkpoint), precision, "minmax")
+    identity = identity_of(Checkpoint(checkpoint), precision)
     destination = cache_home() / "stores" / f"{name}-{precision}-{identity[:8]}"
     if not is_store(destination):
         _log.warning("converting %s to %s (once; experts as %s)", name, destination, precision)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -15,10 +16,16 @@ from fate_moe.quant.solver import Solver, minmax
 __all__ = ["encode", "views"]
 
 
-def encode(layout: BlobLayout, tensors: dict[str, Tensor], solver: Solver = minmax) -> bytearray:
+def encode(
+    layout: BlobLayout,
+    tensors: Mapping[str, Tensor],
+    solver: Solver = minmax,
+    importance: Mapping[str, Tensor] | None = None,
+) -> bytearray:
     """The blob (``layout.length`` bytes, gaps zero) of an expert's ``tensors``: matrices [out, in] and biases [out] by name.
 
-    Every part of the layout must be among the tensors or made from one of them (KeyError otherwise).
+    ``importance`` [in] by matrix is handed to the solver; without it all channels matter alike. Every part of the layout must be
+    among the tensors or made from one of them (KeyError otherwise).
     """
     blob = bytearray(layout.length)
     parts = views(layout, torch.frombuffer(blob, dtype=torch.uint8))
@@ -26,7 +33,8 @@ def encode(layout: BlobLayout, tensors: dict[str, Tensor], solver: Solver = minm
         if name in parts:
             parts[name].copy_(tensor)
             continue
-        codes, scale, zero = solver(tensor.float(), sum(layout.plane_widths), layout.group_size)
+        matter = importance.get(name) if importance else None
+        codes, scale, zero = solver(tensor.float(), sum(layout.plane_widths), layout.group_size, matter)
         parts[f"{name}.scale"].copy_(scale)
         parts[f"{name}.zero"].copy_(zero)
         for i, plane in enumerate(pack(codes, layout.group_size, layout.plane_widths)):

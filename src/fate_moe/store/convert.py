@@ -15,11 +15,12 @@ from pathlib import Path
 import xxhash
 from torch import Tensor
 
+from fate_moe.config import GROUP_SIZES
 from fate_moe.core import PRECISIONS
 from fate_moe.errors import CheckpointError, ConfigError, DiskSpaceError, StoreError
 from fate_moe.quant.blob import encode
 from fate_moe.quant.dtypes import dtype_name
-from fate_moe.quant.solver import SOLVERS, Solver
+from fate_moe.quant.solver import DEFAULT_SOLVER, SOLVERS, Solver
 from fate_moe.store.files import Journal, atomic_file, locked_folder, require_space, sync_folder
 from fate_moe.store.format import FORMAT_VERSION, ExpertEntry, LayerEntry, Manifest
 from fate_moe.store.open import open_store
@@ -37,28 +38,34 @@ def convert(
     destination: str | Path,
     precision: str = "lossless",
     *,
-    solver: str = "minmax",
+    solver: str = DEFAULT_SOLVER,
+    group_size: int = 64,
     progress: bool | None = None,
 ) -> Path:
     """Make the store ``destination`` of the checkpoint ``source`` (a folder or a hub id) and return its path.
 
     Peak memory stays near the largest single tensor (for families whose conversion mixes experts, near one layer's stack).
     A killed conversion continues when called again; a second one at the same time waits for the first. A whole store of the same
-    source at ``destination`` is left as it is. ``progress`` draws a bar on stderr (None: when it is a terminal).
+    source at ``destination`` is left as it is. ``solver`` and ``group_size`` concern quantized precisions. ``progress`` draws a bar
+    on stderr (None: when it is a terminal).
     Raises CheckpointError or UnsupportedModelError for the source, StoreError when ``destination`` is something else,
-    DiskSpaceError when it does not fit, ConfigError for an unknown precision or solver.
+    DiskSpaceError when it does not fit, ConfigError for an unknown precision, solver or group size.
     """
-    for name, value, choices in (("precision", precision, PRECISIONS), ("solver", solver, tuple(SOLVERS))):
+    for name, value, choices in (
+        ("precision", precision, PRECISIONS),
+        ("solver", solver, tuple(SOLVERS)),
+        ("group_size", group_size, GROUP_SIZES),
+    ):
         if value not in choices:
-            raise ConfigError(f"{name} {value!r} is not one of {', '.join(choices)}")
+            raise ConfigError(f"{name} {value!r} is not one of {', '.join(map(str, choices))}")
     folder, destination = resolve_checkpoint(source), Path(destination)
     if (folder / "fate.json").exists():
         raise CheckpointError(f"{folder} is an expert store already; give the checkpoint it was made from")
     checkpoint = Checkpoint(folder)
-    identity = identity_of(checkpoint, precision, solver)
+    identity = identity_of(checkpoint, precision, solver, group_size)
     if _is_done(destination, identity):
         return destination
-    plan = make_plan(checkpoint, precision)
+    plan = make_plan(checkpoint, precision, group_size)
     work = destination.with_name(destination.name + ".partial")
     with locked_folder(work):
         if _is_done(destination, identity):  # by the conversion that this one waited for

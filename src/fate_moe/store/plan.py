@@ -15,6 +15,7 @@ from torch import Tensor
 from fate_moe.core import BlobLayout
 from fate_moe.errors import CheckpointError, UnsupportedModelError
 from fate_moe.quant.dtypes import dtype_name
+from fate_moe.quant.solver import DEFAULT_SOLVER
 from fate_moe.skeleton import ExpertStack, build_skeleton, expert_stacks, parameter_dtypes
 from fate_moe.store.format import FORMAT_VERSION, blob_layout
 from fate_moe.store.mapping import Recipe, find_recipes
@@ -99,15 +100,15 @@ class Plan:
         return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
-def identity_of(checkpoint: Checkpoint, precision: str, solver: str) -> str:
-    """Changes when the store would: names, sizes and times of the weight files, config.json, precision, solver, format version."""
+def identity_of(checkpoint: Checkpoint, precision: str, solver: str = DEFAULT_SOLVER, group_size: int = 64) -> str:
+    """Changes when the store would: the weight files' names, sizes and times, config.json, what is asked for, format version."""
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in checkpoint.files]
     config = hashlib.sha256((checkpoint.folder / "config.json").read_bytes()).hexdigest()
-    facts = [FORMAT_VERSION, precision, solver if precision != "lossless" else "", config, files]
+    facts = [FORMAT_VERSION, precision, [solver, group_size] if precision != "lossless" else "", config, files]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
-def make_plan(checkpoint: Checkpoint, precision: str) -> Plan:
+def make_plan(checkpoint: Checkpoint, precision: str, group_size: int = 64) -> Plan:
     """Raises CheckpointError naming the first parameter that the checkpoint lacks, UnsupportedModelError for odd experts."""
     model = build_skeleton(checkpoint.folder)
     stacks = expert_stacks(model)
@@ -118,15 +119,15 @@ def make_plan(checkpoint: Checkpoint, precision: str) -> Plan:
         _check_stack(stack, recipes, checkpoint)
     dtype = _experts_dtype(checkpoint, recipes, routed)
     header, _ = place_tensors((tensor.name, dtype_name(tensor.dtype), tensor.shape) for tensor in dense)
-    shards = tuple(_shard(stack, len(stacks), precision, dtype) for stack in stacks)
+    shards = tuple(_shard(stack, len(stacks), precision, dtype, group_size) for stack in stacks)
     plan = Plan(checkpoint, model, recipes, dtype, tuple(dense), header, shards)
     _check_tied(plan)
     return plan
 
 
-def _shard(stack: ExpertStack, num_stacks: int, precision: str, dtype: torch.dtype) -> ShardPlan:
+def _shard(stack: ExpertStack, num_stacks: int, precision: str, dtype: torch.dtype, group_size: int) -> ShardPlan:
     shapes = {name: shape[::-1] if stack.is_transposed else shape for name, shape in stack.parameters.items()}
-    layout = blob_layout(precision, shapes, dtype_name(dtype))
+    layout = blob_layout(precision, shapes, dtype_name(dtype), group_size)
     header, blobs = place_tensors((f"{stack.name}.{i}", "U8", (layout.length,)) for i in range(stack.num_experts))
     return ShardPlan(f"experts-{stack.layer + 1:05}-of-{num_stacks:05}.safetensors", stack, layout, header, tuple(blobs))
 
