@@ -11,12 +11,12 @@ import os
 import sys
 
 from fate_moe import __version__
-from fate_moe.cli import stores, text
+from fate_moe.cli import quality, stores, text
 from fate_moe.errors import FateError
 
 __all__ = ["main"]
 
-GROUPS = (text, stores)
+GROUPS = (text, stores, quality)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,0 +1,135 @@
+"""Verbs about how good a model is: eval perplexity, eval compare."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from fate_moe.cli.options import MODEL_HELP, add_offload_options, offload_config, print_table, quiet_transformers
+from fate_moe.config import OffloadConfig, format_bytes
+from fate_moe.errors import ConfigError
+
+__all__ = ["add_verbs"]
+
+
+def add_verbs(verbs: Any) -> None:
+    """Add this group's verbs to the parser's ``verbs``."""
+    group = verbs.add_parser("eval", help="measure quality", description="Measure how well a model predicts text.")
+    kinds = group.add_subparsers(required=True, metavar="WHAT")
+    one = kinds.add_parser("perplexity", help="of a text", description="Perplexity of a text, in windows.")
+    one.add_argument("model", nargs="?", help=MODEL_HELP)
+    one.add_argument("--stride", type=int, metavar="N", help="tokens from one window to the next; default: window - 1")
+    one.set_defaults(verb=_perplexity)
+    two = kinds.add_parser(
+        "compare",
+        help="two models on a text",
+        description="How far B's predictions are from A's. A is the reference: a store, or a checkpoint taken lossless; "
+        "the options are B's.",
+    )
+    two.add_argument("a", help="checkpoint folder, hub id or store")
+    two.add_argument("b", nargs="?", help="default: the same as A")
+    two.set_defaults(verb=_compare)
+    for kind in (one, two):
+        kind.add_argument("--text", type=Path, required=True, metavar="FILE", help="the text, UTF-8")
+        kind.add_argument("--max-tokens", type=int, metavar="N", help="take no more than the text's first N tokens")
+        kind.add_argument("--window", type=int, default=512, metavar="N", help="tokens read at once; default: %(default)s")
+        kind.add_argument(
+            "--decode", action="store_true", help="feed tokens one at a time, as in writing; default: windows at once"
+        )
+        kind.add_argument("--json", action="store_true", help="print one JSON object")
+        add_offload_options(kind)
+
+
+def _perplexity(arguments: argparse.Namespace) -> None:
+    quiet_transformers()
+    from fate_moe.models.evaluate import perplexity
+    from fate_moe.models.load import load_tokenizer, store_for
+    from fate_moe.store.progress import count_bar
+
+    path = store_for(arguments.model, arguments.precision)
+    tokens = _read_tokens(arguments, load_tokenizer(path))
+    model = _open(path, offload_config(arguments, arguments.window), arguments.window)
+    with count_bar("tokens", len(tokens)) as advance:
+        found = perplexity(
+            model, tokens, window=arguments.window, stride=arguments.stride, decode=arguments.decode, advance=advance
+        )
+    report = model.fate.report()
+    model.fate.close()
+    per_token = report.experts.bytes_read / found.tokens
+    if arguments.json:
+        name = "embedded" if arguments.model is None else arguments.model
+        print(json.dumps({"model": name, **found.as_dict(), "bytes_read_per_token": per_token, **report.as_dict()}))
+        return
+    rows = [
+        ("perplexity", f"{found.perplexity:.4g}", f"{found.loss:.4f} nats per token"),
+        ("tokens", str(found.tokens), f"windows of {found.window}, every {found.stride}"),
+        ("tokens per second", f"{found.tokens / found.seconds:.1f}", "one at a time" if arguments.decode else "windows at once"),
+        ("read from disk per token", format_bytes(per_token), ""),
+    ]
+    print_table(str(arguments.text), rows)
+    print(report, file=sys.stderr)
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    quiet_transformers()
+    from fate_moe.models.evaluate import compare
+    from fate_moe.models.load import load_tokenizer, store_for
+    from fate_moe.store.progress import count_bar
+
+    reference = store_for(arguments.a, "lossless")
+    path = store_for(arguments.b or arguments.a, arguments.precision)
+    tokens = _read_tokens(arguments, load_tokenizer(reference))
+    config = offload_config(arguments, arguments.window)
+    plain = OffloadConfig(ram=config.ram, context_length=config.context_length)
+    with count_bar("tokens", 2 * len(tokens)) as advance:
+        found = compare(
+            lambda: _open(reference, plain, arguments.window),
+            lambda: _open(path, config, arguments.window),
+            tokens,
+            window=arguments.window,
+            decode=arguments.decode,
+            advance=advance,
+        )
+    if arguments.json:
+        print(json.dumps({"a": arguments.a, "b": str(path), **found.as_dict()}))
+        return
+    change = found.perplexity_b / found.perplexity_a - 1
+    rows = [
+        ("KL divergence", f"{found.kl_divergence:.5f}", "nats per token, of B's predictions from A's"),
+        ("same likeliest token", f"{found.top1_agreement:.2%}", f"of {found.tokens} tokens"),
+        ("perplexity of A", f"{found.perplexity_a:.4g}", str(reference)),
+        ("perplexity of B", f"{found.perplexity_b:.4g}", f"{change:+.2%}, {path}"),
+    ]
+    print_table(str(arguments.text), rows)
+
+
+def _open(path: Path, config: OffloadConfig, window: int) -> Any:
+    """The model of the store, with room for a window's logits set aside besides its KV cache."""
+    from dataclasses import replace
+
+    from fate_moe.models.evaluate import logits_bytes
+    from fate_moe.models.load import prepare, realize
+    from fate_moe.planner import make_plan
+
+    prepared = prepare(path)
+    needs = prepared.footprint()
+    extra = logits_bytes(prepared.model.config.get_text_config().vocab_size, window)
+    per_token = needs.kv_bytes_per_token + needs.activation_bytes_per_token
+    roomy = replace(config, context_length=config.context_length + -(-extra // per_token))
+    plan = make_plan(needs, roomy)
+    print(plan.line(), file=sys.stderr, flush=True)
+    return realize(prepared, plan, roomy)
+
+
+def _read_tokens(arguments: argparse.Namespace, tokenizer: Any) -> Any:
+    """Token ids [num_tokens]."""
+    import torch
+
+    try:
+        text = arguments.text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the text {arguments.text} cannot be read: {error}") from error
+    return torch.tensor(tokenizer(text, verbose=False)["input_ids"][: arguments.max_tokens], dtype=torch.int64)
