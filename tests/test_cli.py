@@ -41,7 +41,7 @@ def test_run_json(store: Path) -> None:
     assert experts["bytes_read"] > 0
     assert experts["stall_seconds"] > 0
     assert 0 < memory["peak_bytes"] <= memory["budget_bytes"]
-    assert (config["policy"], config["predictor"], config["precision"]) == ("shallow-arc", "cross-layer", "lossless")
+    assert (config["policy"], config["predictor"], config["precision"]) == ("co-activation", "combined", "lossless")
     assert "expert slots" in done.stderr, "the plan is shown before anything loads"
 
 

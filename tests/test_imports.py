@@ -16,9 +16,10 @@ ROOT = Path(fate_moe.__file__).parent
 # Each room may import from the rooms of the lines above its own, and from itself.
 ORDER = [
     {"errors", "config", "core", "demo", "machine"},
-    {"quant"},
+    {"quant", "usage"},
     {"kernels", "skeleton"},
     {"store", "memory", "predict"},
+    {"prefetch"},
     {"planner", "runtime", "trace"},
     {"report"},
     {"models"},
@@ -70,6 +71,7 @@ def test_core_and_errors_import_nothing_of_ours() -> None:
         "fate_moe.errors",
         "fate_moe.cli",
         "fate_moe.memory.policies",
+        "fate_moe.usage",
         "fate_moe.demo",
     ],
 )

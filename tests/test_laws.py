@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from fate_moe.config import POLICIES, PREDICTORS
+from fate_moe.models.load import store_for
+from fate_moe.store.learned import save_gates
 
 NUM_EXPERTS_KEPT = ("2", "7", "100%")  # of 2 layers x 8 experts, top-2: one token's experts, fewer than a layer, all
+PAIRS = [(policy, "cross-layer") for policy in POLICIES] + [("co-activation", predictor) for predictor in PREDICTORS]
 
 
 def logits_of(model: Any, batch: int) -> list[torch.Tensor]:
@@ -43,12 +47,21 @@ def resident() -> dict[Any, list[torch.Tensor]]:
 
 
 @pytest.mark.parametrize("kept", NUM_EXPERTS_KEPT)
-@pytest.mark.parametrize("predictor", PREDICTORS)
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(("policy", "predictor"), PAIRS)
 @pytest.mark.parametrize(("family", "precision"), [("qwen2_moe", "lossless"), ("qwen2_moe", "int4"), ("deepseek_v3", "lossless")])
 def test_logits_are_bit_identical_to_fully_resident(
-    loaded: Callable[..., Any], resident: dict[Any, Any], family: str, precision: str, policy: str, predictor: str, kept: str
+    loaded: Callable[..., Any],
+    checkpoint: Callable[[str], Path],
+    resident: dict[Any, Any],
+    family: str,
+    precision: str,
+    policy: str,
+    predictor: str,
+    kept: str,
 ) -> None:
+    if predictor == "learned":
+        generator = torch.Generator().manual_seed(7)
+        save_gates(store_for(checkpoint(family), precision), [torch.randn(8, 65, generator=generator) for _ in range(2)])
     key = family, precision
     if key not in resident:
         whole = loaded(family, precision, policy="lru", predictor="none", expert_cache="100%")

@@ -17,6 +17,7 @@ __all__ = [
     "GROUP_SIZES",
     "POLICIES",
     "PREDICTORS",
+    "PRESETS",
     "SOLVERS",
     "OffloadConfig",
     "cache_home",
@@ -25,8 +26,15 @@ __all__ = [
     "parse_size",
 ]
 
-POLICIES = ("arc", "lfu", "lru", "shallow-arc")
-PREDICTORS = ("cross-layer", "none")
+POLICIES = ("arc", "co-activation", "decayed", "least-stale", "lfu", "lru", "shallow-arc")
+PREDICTORS = ("activation-path", "combined", "cross-layer", "cross-layer-calibrated", "learned", "none", "temporal")
+# What published systems do, and what does best here (docs/prediction.md): (policy, predictor).
+PRESETS = {
+    "best": ("co-activation", "combined"),
+    "eap": ("lfu", "activation-path"),
+    "fate": ("shallow-arc", "cross-layer"),
+    "load-on-demand": ("lru", "none"),
+}
 # How a conversion to fewer bits chooses codes, best first; and how many weights may share a scale.
 SOLVERS = ("hqq", "minmax")
 GROUP_SIZES = (32, 64, 128)
@@ -93,22 +101,26 @@ class OffloadConfig:
 
     ram: memory for the whole process: a size ("4GiB"), a fraction of what is free ("0.75") or "auto" (most of it).
     expert_cache: bytes for expert slots: a size or a percentage of all experts ("25%"); None: what the budget leaves.
-    policy: which expert gives up its slot; predictor: which experts are read ahead; precision: how experts are stored.
+    preset: a pair of policy and predictor: what does best here, or what a published system does.
+    policy: which expert gives up its slot; predictor: which experts are read ahead; None: the preset's.
+    precision: how experts are stored.
     context_length: tokens for which KV cache is set aside (prompt and answer together).
     io_threads: concurrent reads; one of them is always kept for demand reads.
     """
 
     ram: str | int | float = "auto"
     expert_cache: str | int | None = None
-    policy: str = "shallow-arc"
-    predictor: str = "cross-layer"
+    preset: str = "best"
+    policy: str | None = None
+    predictor: str | None = None
     precision: str = "lossless"
     context_length: int = 2048
     io_threads: int = 4
 
     def __post_init__(self) -> None:
-        _one_of("policy", self.policy, POLICIES)
-        _one_of("predictor", self.predictor, PREDICTORS)
+        _one_of("preset", self.preset, PRESETS)
+        _one_of("policy", self.policy_name, POLICIES)
+        _one_of("predictor", self.predictor_name, PREDICTORS)
         _one_of("precision", self.precision, PRECISIONS)
         for name, least in (("context_length", 1), ("io_threads", 2)):
             value = getattr(self, name)
@@ -118,6 +130,16 @@ class OffloadConfig:
             parse_amount(self.ram, 1 << 40)
         if self.expert_cache is not None:
             parse_amount(self.expert_cache, 1 << 40)
+
+    @property
+    def policy_name(self) -> str:
+        """The policy that is in force."""
+        return self.policy or PRESETS[self.preset][0]
+
+    @property
+    def predictor_name(self) -> str:
+        """The predictor that is in force."""
+        return self.predictor or PRESETS[self.preset][1]
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> OffloadConfig:

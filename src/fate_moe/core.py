@@ -132,8 +132,12 @@ class EvictionPolicy(Protocol):
     The residency layer calls ``admitted`` when an expert is given a slot, ``touched`` at every lookup of an expert that has one
     (once per forward pass of its layer, also for the lookup that caused a demand read: admitted, then touched), and ``removed``
     when the slot is taken away. ``victim`` changes nothing: the caller follows with ``removed(victim)`` and ``admitted(incoming)``,
-    or with neither.
+    or with neither. ``routed`` comes once per forward pass of a layer, before its ``touched``.
     """
+
+    def routed(self, layer: int, experts: Sequence[int], counts: Sequence[int] | None = None, num_tokens: int = 1) -> None:
+        """``layer``'s router chose these distinct experts, with a slot or without, for ``counts`` of ``num_tokens`` tokens."""
+        return
 
     def admitted(self, expert: ExpertId, *, prefetched: bool = False) -> None:
         """``expert`` got a slot: by demand, or by a prefetch that nobody has asked for yet. It must not have had one."""
@@ -144,18 +148,31 @@ class EvictionPolicy(Protocol):
     def removed(self, expert: ExpertId) -> None:
         """``expert`` lost its slot. Ghosts may be kept."""
 
-    def victim(self, incoming: ExpertId, evictable: Callable[[ExpertId], bool]) -> ExpertId | None:
-        """The admitted expert to give up for ``incoming``, among those for which ``evictable`` is true; None if there is none."""
+    def victim(self, incoming: ExpertId, evictable: Callable[[ExpertId], bool], probability: float = 1.0) -> ExpertId | None:
+        """The admitted expert to give up for ``incoming``, among those for which ``evictable`` is true; None if there is none.
+
+        ``probability`` is that of ``incoming`` being used in the coming pass of its layer. A policy that knows the same of its own
+        experts may give None rather than a likelier one; never at 1.0, which a demand read has.
+        """
 
 
 class Predictor(Protocol):
-    """Names the experts that a layer will choose, before its router has spoken. May be wrong, must be cheap, never raises."""
+    """Names the experts that a layer will choose, before its router has spoken. May be wrong, must be cheap, never raises.
+
+    ``calibrated`` says that its probabilities are frequencies: of the experts given 0.3, three in ten are used. Then they are
+    weighed against what a read costs (``predict.rule``); else the list is taken in its order.
+    """
+
+    calibrated: bool
 
     def observe(self, layer: int, routed: Sequence[int]) -> None:
         """``layer``'s router has spoken: the distinct experts it chose in this pass, most popular first."""
 
     def predict(self, layer: int, gate_input: torch.Tensor) -> list[tuple[int, float]]:
-        """Experts of ``layer`` with probabilities, likeliest first, from ``gate_input`` [num_tokens, hidden] of ``layer - 1``."""
+        """Experts of ``layer`` with probabilities, likeliest first, from ``gate_input`` [num_tokens, hidden] of ``layer - 1``.
+
+        For layer 0 it is the tokens' embeddings, given as soon as the tokens are known.
+        """
 
 
 class ExpertSource(Protocol):

@@ -28,7 +28,13 @@ class Report:
     @classmethod
     def of(cls, counters: Counters, plan: Plan, config: OffloadConfig) -> Report:
         return cls(
-            counters, plan.budget_bytes, peak_memory(), config.policy, config.predictor, plan.precision, plan.expert_cache_bytes
+            counters,
+            plan.budget_bytes,
+            peak_memory(),
+            config.policy_name,
+            config.predictor_name,
+            plan.precision,
+            plan.expert_cache_bytes,
         )
 
     def as_dict(self) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from fate_moe.core import BlobLayout, ExpertId, Predictor, Routing
 from fate_moe.kernels.reference import expert_mlp, expert_weights
 from fate_moe.memory.residency import Lease, Residency
 from fate_moe.memory.slots import SlotArena
+from fate_moe.prefetch import Prefetcher
 from fate_moe.quant.blob import views
 
 __all__ = ["ExpertRuntime", "Router", "SlotWeights", "rows_by_expert"]
@@ -73,23 +73,24 @@ class ExpertRuntime:
         num_experts: Sequence[int],
     ) -> None:
         self.residency = residency
-        self._predictor = predictor
+        self._prefetcher = Prefetcher(residency, predictor, len(routers))
         self._routers = routers
         self._weights = weights
         self._num_experts = num_experts
         self._claim: tuple[int, torch.Tensor, dict[int, torch.Tensor], Lease] | None = None
-        self._entered: tuple[int, float, float] | None = None  # layer, time and stall so far when the last block was entered
-        self._layer_seconds: dict[int, float] = {}  # by the power of two of the number of tokens: one block's time without stalls
+
+    def embedded(self, embeddings: torch.Tensor) -> None:
+        """A forward pass begins on these ``embeddings`` [..., hidden]: layer 0 may be read ahead."""
+        self._prefetcher.embedded(embeddings.reshape(-1, embeddings.shape[-1]))
 
     def enter(self, layer: int, gate_input: torch.Tensor) -> None:
         """MoE block ``layer`` is about to run on ``gate_input`` [..., hidden]: start its reads, then those of the next block."""
         hidden = gate_input.reshape(-1, gate_input.shape[-1])
-        self._clock(layer, hidden.shape[0])
+        self._prefetcher.entered(layer, hidden.shape[0])
         route = self._routers[layer]
         if route is not None:
             self._acquire(layer, route(hidden).experts)
-        if layer + 1 < len(self._routers):
-            self._prefetch(layer + 1, hidden)
+        self._prefetcher.look_ahead(layer, hidden)
 
     def compute(
         self, layer: int, experts: Any, hidden: torch.Tensor, index: torch.Tensor, routing_weights: torch.Tensor
@@ -110,7 +111,7 @@ class ExpertRuntime:
         finally:
             lease.release()
             self._claim = None
-        self._predictor.observe(layer, list(rows))
+        self._prefetcher.observe(layer, list(rows))
         weighted = outputs.view(num_tokens, top_k, -1) * routing_weights.reshape(num_tokens, top_k, 1)
         return weighted.sum(1).to(hidden.dtype)
 
@@ -122,29 +123,10 @@ class ExpertRuntime:
                 return rows, lease
             lease.release()  # a forward pass that was cut short, or a router whose real call differs from ours
         rows = rows_by_expert(index, self._num_experts[layer])
-        lease = self.residency.acquire([ExpertId(layer, expert) for expert in rows])
+        counts = None if len(index) == 1 else [len(chosen) for chosen in rows.values()]
+        lease = self.residency.acquire([ExpertId(layer, expert) for expert in rows], counts, len(index))
         self._claim = (layer, index, rows, lease)
         return rows, lease
-
-    def _prefetch(self, layer: int, gate_input: torch.Tensor) -> None:
-        """Queue the likeliest missing experts of ``layer``, as many as can be read while one block computes, at least one."""
-        predicted = self._predictor.predict(layer, gate_input)
-        if not predicted:
-            return
-        window = self._layer_seconds.get(gate_input.shape[0].bit_length(), 0.0)
-        read_seconds = self.residency.read_seconds
-        fitting = int(window / read_seconds) if read_seconds else 0  # one after another: reads share the link and the cores
-        self.residency.prefetch([ExpertId(layer, expert) for expert, _ in predicted], max(1, fitting))
-
-    def _clock(self, layer: int, num_tokens: int) -> None:
-        """Learn how long one block takes without its stalls, from the time since the block before."""
-        now, stalled = time.perf_counter(), self.residency.counters.stall_seconds
-        if self._entered is not None and self._entered[0] == layer - 1:
-            spent = (now - self._entered[1]) - (stalled - self._entered[2])
-            bucket = num_tokens.bit_length()
-            known = self._layer_seconds.get(bucket, spent)
-            self._layer_seconds[bucket] = known + 0.1 * (spent - known)
-        self._entered = (layer, now, stalled)
 
     def close(self) -> None:
         """Stop reading and give the slots back; the model cannot run afterwards."""

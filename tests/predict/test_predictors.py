@@ -1,12 +1,19 @@
 from __future__ import annotations
 
+import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fate_moe.config import PREDICTORS
 from fate_moe.core import Routing
+from fate_moe.errors import ConfigError
+from fate_moe.predict.activation_path import ActivationPath
 from fate_moe.predict.cross_layer import CrossLayerGate
-from fate_moe.predict.null import NoPrediction
+from fate_moe.predict.gates import FittedGates
+from fate_moe.predict.make import make_predictor
+from fate_moe.predict.temporal import Temporal
 from fate_moe.runtime import Router, rows_by_expert
 from tests.predict.contract import check_predictor
 
@@ -23,10 +30,75 @@ def linear_router(seed: int) -> Router:
     return route
 
 
-def test_contract() -> None:
+@pytest.mark.parametrize("name", PREDICTORS)
+@pytest.mark.parametrize("seed", range(3))
+def test_contract(name: str, seed: int) -> None:
     routers: list[Router | None] = [linear_router(0), linear_router(1), None]
-    check_predictor(NoPrediction(), NUM_LAYERS, NUM_EXPERTS, HIDDEN)
-    check_predictor(CrossLayerGate(routers), NUM_LAYERS, NUM_EXPERTS, HIDDEN)
+    generator = torch.Generator().manual_seed(seed)
+    fitted = FittedGates([torch.randn(NUM_EXPERTS, HIDDEN + 1, generator=generator) for _ in range(NUM_LAYERS)])
+    check_predictor(make_predictor(name, [NUM_EXPERTS] * NUM_LAYERS, routers, TOP_K, fitted), NUM_LAYERS, NUM_EXPERTS, HIDDEN)
+
+
+def test_names() -> None:
+    with pytest.raises(ConfigError, match="fate fit"):
+        make_predictor("learned", [4], [None], 2)
+    with pytest.raises(ConfigError, match="'oracle'"):
+        make_predictor("oracle", [4], [None], 2)
+    combined = make_predictor("combined", [4], [None], 2)
+    assert combined.predict(0, torch.zeros(3, HIDDEN)) == [], "without fitted gates nothing is known of layer 0's many tokens"
+
+
+def test_activation_path_names_what_the_most_similar_sequence_used() -> None:
+    predictor = ActivationPath([8, 8])
+    one, many = torch.zeros(1, HIDDEN), torch.zeros(5, HIDDEN)
+    for first, second in (([0, 1], [2, 3]), ([4, 5], [6, 7])):
+        predictor.predict(0, many)  # a prompt: another sequence begins
+        for _ in range(3):
+            predictor.observe(0, first)
+            predictor.observe(1, second)
+    predictor.predict(0, many)
+    predictor.observe(0, [0, 1])
+    predictor.observe(1, [2, 4])
+    assert [expert for expert, _ in predictor.predict(1, one)] == [2, 3]
+
+
+def test_temporal_names_what_follows() -> None:
+    predictor = Temporal([6])
+    for _ in range(40):  # 0 and 1 take turns with 2 and 3
+        predictor.observe(0, [0, 1])
+        predictor.observe(0, [2, 3])
+    assert {expert for expert, _ in predictor.predict(0, torch.zeros(1, HIDDEN))[:2]} == {0, 1}
+
+
+def test_calibrated_probabilities_are_frequencies() -> None:
+    """The router of the next layer on a noisy gate input: of what is given p, a share of p is chosen, and order is the router's."""
+    generator = torch.Generator().manual_seed(5)
+    route = linear_router(1)
+    predictor = make_predictor("cross-layer-calibrated", [NUM_EXPERTS] * 2, [None, route], TOP_K)
+    said, came = [], []
+    for step in range(1500):
+        truth = torch.randn(1, HIDDEN, generator=generator)
+        seen = truth + 0.7 * torch.randn(1, HIDDEN, generator=generator)
+        predicted = predictor.predict(1, seen)
+        ranked = route(seen).scores[0].argsort(descending=True).tolist()
+        assert [expert for expert, _ in predicted] == ranked[: len(predicted)]
+        chosen = route(truth).experts[0].tolist()
+        if step >= 500:
+            said += [probability for _, probability in predicted]
+            came += [expert in chosen for expert, _ in predicted]
+        predictor.observe(1, chosen)
+    said_array, came_array = np.array(said), np.array(came)
+    for low, high in ((0.05, 0.2), (0.2, 0.5), (0.5, 1.01)):
+        among = (said_array >= low) & (said_array < high)
+        assert among.sum() > 100
+        error = 3 * (0.25 / among.sum()) ** 0.5  # three standard errors of a share
+        assert abs(said_array[among].mean() - came_array[among].mean()) < error + 0.02
+
+
+def test_fitted_gates_are_affine() -> None:
+    weight = torch.randn(5, HIDDEN + 1, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(2, HIDDEN, generator=torch.Generator().manual_seed(2))
+    assert torch.allclose(FittedGates([weight]).scores(0, x), x @ weight[:, :-1].T + weight[:, -1], atol=1e-6)
 
 
 def test_cross_layer_is_the_next_router_on_this_gate_input() -> None:

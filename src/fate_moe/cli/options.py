@@ -6,7 +6,7 @@ import argparse
 from dataclasses import fields
 from typing import Any
 
-from fate_moe.config import POLICIES, PREDICTORS, OffloadConfig
+from fate_moe.config import POLICIES, PREDICTORS, PRESETS, OffloadConfig
 from fate_moe.core import PRECISIONS
 
 __all__ = [
@@ -40,10 +40,11 @@ def add_offload_options(parser: argparse.ArgumentParser) -> None:
         "--ram", default=DEFAULTS["ram"], metavar="SIZE|FRACTION|auto", help="for the whole process; default: %(default)s"
     )
     group.add_argument("--expert-cache", metavar="SIZE|PERCENT", help="for expert slots; default: what the budget leaves")
-    group.add_argument("--policy", choices=POLICIES, default=DEFAULTS["policy"], help="who gives up a slot; default: %(default)s")
     group.add_argument(
-        "--predictor", choices=PREDICTORS, default=DEFAULTS["predictor"], help="who is read ahead; default: %(default)s"
+        "--preset", choices=PRESETS, default=DEFAULTS["preset"], help="who is kept and who is read ahead; default: %(default)s"
     )
+    group.add_argument("--policy", choices=POLICIES, help="who gives up a slot; default: the preset's")
+    group.add_argument("--predictor", choices=PREDICTORS, help="who is read ahead; default: the preset's")
     group.add_argument(
         "--precision", choices=PRECISIONS, default=DEFAULTS["precision"], help="of the experts; default: %(default)s"
     )

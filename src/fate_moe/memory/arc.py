@@ -6,14 +6,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from itertools import chain
 
-from fate_moe.core import ExpertId
+from fate_moe.core import EvictionPolicy, ExpertId
 
 __all__ = ["ARC"]
 
 _Queue = OrderedDict[ExpertId, None]  # least recent first
 
 
-class ARC:
+class ARC(EvictionPolicy):
     """Adaptive Replacement Cache (Megiddo and Modha, FAST 2003, figure 4), for ``capacity`` slots.
 
     ``T1`` holds experts used once, ``T2`` those used again, ``B1`` and ``B2`` remember what either lost. ``p`` is the size that T1
@@ -68,7 +68,7 @@ class ARC:
             del self.t2[expert]
             self.b2[expert] = None
 
-    def victim(self, incoming: ExpertId, evictable: Callable[[ExpertId], bool]) -> ExpertId | None:
+    def victim(self, incoming: ExpertId, evictable: Callable[[ExpertId], bool], probability: float = 1.0) -> ExpertId | None:
         p = self._adapt(incoming)
         self._adapted = (incoming, p)
         over = len(self.t1) > p or (incoming in self.b2 and len(self.t1) == p)

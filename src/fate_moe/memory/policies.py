@@ -1,4 +1,4 @@
-"""Which expert gives up its slot: the policies by name, and the two simple ones. No torch."""
+"""Which expert gives up its slot: the policies by name, and the three simple ones. No torch."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from fate_moe.core import EvictionPolicy, ExpertId
 from fate_moe.errors import ConfigError
 from fate_moe.memory.arc import ARC
+from fate_moe.memory.decayed import Decayed
 from fate_moe.memory.shallow import ShallowARC
 
-__all__ = ["LFU", "LRU", "make_policy"]
+__all__ = ["LFU", "LRU", "LeastStale", "make_policy"]
 
 
 def make_policy(name: str, num_slots: int, experts_per_layer: Sequence[int]) -> EvictionPolicy:
@@ -27,10 +28,14 @@ def make_policy(name: str, num_slots: int, experts_per_layer: Sequence[int]) -> 
         return ARC(num_slots)
     if name == "shallow-arc":
         return ShallowARC(num_slots, experts_per_layer)
+    if name == "least-stale":
+        return LeastStale()
+    if name in ("decayed", "co-activation"):
+        return Decayed(experts_per_layer, co_activation=name == "co-activation")
     raise ConfigError(f"policy {name!r} does not exist")
 
 
-class LRU:
+class LRU(EvictionPolicy):
     """The least recently used goes first; a prefetched expert counts as never used until it is asked for."""
 
     def __init__(self) -> None:
@@ -46,11 +51,44 @@ class LRU:
     def removed(self, expert: ExpertId) -> None:
         del self._order[expert]
 
-    def victim(self, incoming: ExpertId, evictable: Callable[[ExpertId], bool]) -> ExpertId | None:
+    def victim(self, incoming: ExpertId, evictable: Callable[[ExpertId], bool], probability: float = 1.0) -> ExpertId | None:
         return next(filter(evictable, self._order), None)
 
 
-class LFU:
+class LeastStale(EvictionPolicy):
+    """What this pass has used or prefetched stays; of what is left from the pass before, the least recently used goes first.
+
+    A pass begins when the router of a layer speaks that is no later than the one before. If nothing stale is evictable, the
+    shallowest layer's experts go: it will be longest until they are needed again.
+    """
+
+    def __init__(self) -> None:
+        self._stale: OrderedDict[ExpertId, None] = OrderedDict()
+        self._current: OrderedDict[ExpertId, None] = OrderedDict()
+        self._layer = -1
+
+    def routed(self, layer: int, experts: Sequence[int], counts: Sequence[int] | None = None, num_tokens: int = 1) -> None:
+        if layer <= self._layer:
+            self._stale.update(self._current)
+            self._current.clear()
+        self._layer = layer
+
+    def admitted(self, expert: ExpertId, *, prefetched: bool = False) -> None:
+        self._current[expert] = None
+
+    def touched(self, expert: ExpertId) -> None:
+        self.removed(expert)
+        self._current[expert] = None
+
+    def removed(self, expert: ExpertId) -> None:
+        del (self._current if expert in self._current else self._stale)[expert]
+
+    def victim(self, incoming: ExpertId, evictable: Callable[[ExpertId], bool], probability: float = 1.0) -> ExpertId | None:
+        victim = next(filter(evictable, self._stale), None)
+        return min(filter(evictable, self._current), default=None) if victim is None else victim
+
+
+class LFU(EvictionPolicy):
     """The least frequently used goes first, where a use counts half as much ``half_life`` uses (of any expert) later.
 
     Counts outlive residency: one float per expert of the model. Instead of letting all scores decay, the worth of a new use grows;
@@ -79,7 +117,7 @@ class LFU:
     def removed(self, expert: ExpertId) -> None:
         del self._admissions[expert]
 
-    def victim(self, incoming: ExpertId, evictable: Callable[[ExpertId], bool]) -> ExpertId | None:
+    def victim(self, incoming: ExpertId, evictable: Callable[[ExpertId], bool], probability: float = 1.0) -> ExpertId | None:
         passed_over, chosen = [], None
         while self._heap and chosen is None:
             score, admission, expert = self._heap[0]

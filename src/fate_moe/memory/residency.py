@@ -63,7 +63,7 @@ class Residency:
     def __init__(self, source: ExpertSource, arena: SlotArena, policy: EvictionPolicy, *, io_threads: int = 4) -> None:
         """``io_threads``: concurrent reads, of which one is kept for demand reads (so with 1, nothing is prefetched)."""
         self.counters = Counters()
-        self.read_seconds = 0.0  # decayed mean of one read's duration; 0.0 before the first
+        self.read_seconds = 0.0  # the link's time per read (decayed mean), however many are under way at once; 0.0 before the first
         self._source = source
         self._arena = arena
         self._policy = policy
@@ -76,20 +76,25 @@ class Residency:
         self._waiting: dict[ExpertId, list[Lease]] = {}  # who wants to hear of an arrival
         self._fresh: dict[int, set[ExpertId]] = {}  # by layer
         self._unused: set[ExpertId] = set()  # prefetched, resident or in flight, not asked for yet
+        self._probability: dict[ExpertId, float] = {}  # of queued prefetches
+        self._link_since = 0.0  # when the reads under way began, or the last one of them ended
         self._closed = False
         self._queue = TransferQueue(self._lock, self._begin, io_threads)
 
     # --- the inference thread ---
 
-    def acquire(self, experts: Sequence[ExpertId]) -> Lease:
+    def acquire(self, experts: Sequence[ExpertId], counts: Sequence[int] | None = None, num_tokens: int = 1) -> Lease:
         """Lock ``experts``, start reading those that are missing, and say what each lookup found (law 5).
 
-        What was expected of their layers and not asked for is no longer fresh; prefetches still queued for these layers are
-        cancelled. Raises RuntimeError after ``close``.
+        The experts are distinct and of one layer, chosen for ``counts`` of ``num_tokens`` tokens (None: for all of them). What was
+        expected of their layer and not asked for is no longer fresh; prefetches still queued for it are cancelled. Raises
+        RuntimeError after ``close``.
         """
         with self._lock:
             if self._closed:
                 raise RuntimeError("this model has been closed; load it again")
+            if experts:
+                self._policy.routed(experts[0].layer, [expert.expert for expert in experts], counts, num_tokens)
             lease = Lease(self, {expert: self._look_up(expert) for expert in experts})
             for expert, found in lease.lookups.items():
                 self._locks[expert] = self._locks.get(expert, 0) + 1
@@ -103,19 +108,27 @@ class Residency:
             self._queue.slot_freed()
         return lease
 
-    def prefetch(self, expected: Sequence[ExpertId], most: int | None = None) -> int:
+    def prefetch(self, expected: Sequence[ExpertId], most: int | None = None, probabilities: Sequence[float] | None = None) -> int:
         """Queue reads of the first ``most`` of those ``expected`` that are missing, likeliest first; how many were queued.
 
-        Those that are resident become fresh, so that no prefetch takes their slots. Never waits for a read.
+        Those that are resident become fresh, so that no prefetch takes their slots. ``probabilities``, where they are known, let
+        the policy keep what is likelier than what would come. Never waits for a read.
         """
         queued = 0
         with self._lock:
-            for expert in () if self._closed else expected:
+            for index, expert in enumerate(() if self._closed else expected):
                 if expert in self._slots:
                     self._fresh.setdefault(expert.layer, set()).add(expert)
-                elif expert not in self._reading and (most is None or queued < most):
-                    queued += self._queue.prefetch(expert)
+                elif expert not in self._reading and (most is None or queued < most) and self._queue.prefetch(expert):
+                    queued += 1
+                    if probabilities is not None:
+                        self._probability[expert] = probabilities[index]
         return queued
+
+    def missing(self, experts: Sequence[ExpertId]) -> list[bool]:
+        """Which of ``experts`` are neither resident nor in flight."""
+        with self._lock:
+            return [expert not in self._slots and expert not in self._reading for expert in experts]
 
     def cancel_prefetches(self) -> None:
         """Forget the prefetches that have not begun."""
@@ -212,7 +225,12 @@ class Residency:
     # --- the reading threads; the lock is held but for the read itself ---
 
     def _begin(self, expert: ExpertId, demand: bool) -> Callable[[], None] | None:
-        """Give ``expert`` a slot; the read that fills it, or None if there is no slot for it now."""
+        """Give ``expert`` a slot; the read that fills it, or None if there is no slot for it now.
+
+        No prefetch begins while somebody waits for a read: they would share the link (law 3).
+        """
+        if not demand and self._waiting:
+            return None
         if not self._free:
             victim = self._victim(expert, demand)
             if victim is None:
@@ -220,6 +238,8 @@ class Residency:
             self._policy.removed(victim)
             self._free.append(self._slots.pop(victim))
             self._forget_expected(victim)
+        if not self._reading:
+            self._link_since = time.perf_counter()
         slot = self._reading[expert] = self._free.pop()
         self._policy.admitted(expert, prefetched=not demand)
         if demand:
@@ -237,20 +257,20 @@ class Residency:
         def stale(expert: ExpertId) -> bool:
             return evictable(expert) and expert not in self._fresh.get(expert.layer, ())
 
-        victim = self._policy.victim(incoming, stale)
+        victim = self._policy.victim(incoming, stale, 1.0 if demand else self._probability.get(incoming, 1.0))
         if victim is None and demand:
             victim = self._policy.victim(incoming, evictable)
         return victim
 
     def _read(self, expert: ExpertId, slot: int, demand: bool) -> None:
-        began, num_bytes = time.perf_counter(), 0
+        num_bytes = 0
         error: Exception | None = None
         try:
             num_bytes = self._source.read(expert, self._arena.view(slot))
         except Exception as failure:  # raised again in the thread that asked for it
             error = failure
-        seconds = time.perf_counter() - began
         with self._arrival:
+            seconds, self._link_since = time.perf_counter() - self._link_since, time.perf_counter()
             del self._reading[expert]
             if error is None:
                 self._slots[expert] = slot
@@ -273,7 +293,7 @@ class Residency:
     def _can_begin(self) -> bool:
         """Whether a thread is about to begin what comes next in the queue."""
         demands, prefetches = self._queue.waiting()
-        if demands or prefetches:
+        if demands or (prefetches and not self._waiting):
             return bool(self._free) or self._victim((demands or prefetches)[0], demand=bool(demands)) is not None
         return False
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from fate_moe.core import ExpertId
+from fate_moe.core import EvictionPolicy, ExpertId
 from fate_moe.memory.arc import ARC
 
 __all__ = ["ShallowARC", "shallow_quotas"]
@@ -36,7 +36,7 @@ def shallow_quotas(num_slots: int, experts_per_layer: Sequence[int]) -> list[int
     return quotas
 
 
-class ShallowARC:
+class ShallowARC(EvictionPolicy):
     """Each layer has its quota of slots (``shallow_quotas``) and its own ARC over them.
 
     A layer at its quota gives up one of its own; one below takes from the layer that is furthest above (slots nobody wanted
@@ -56,7 +56,7 @@ class ShallowARC:
     def removed(self, expert: ExpertId) -> None:
         self._layers[expert.layer].removed(expert)
 
-    def victim(self, incoming: ExpertId, evictable: Callable[[ExpertId], bool]) -> ExpertId | None:
+    def victim(self, incoming: ExpertId, evictable: Callable[[ExpertId], bool], probability: float = 1.0) -> ExpertId | None:
         own = incoming.layer
         if self._over(own) >= 0:
             victim = self._layers[own].victim(incoming, evictable)

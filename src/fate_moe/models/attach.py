@@ -15,7 +15,7 @@ from fate_moe.models.families import find_router
 from fate_moe.runtime import ExpertRuntime, Router
 from fate_moe.skeleton import ExpertStack
 
-__all__ = ["attach", "limit_context", "routers_of"]
+__all__ = ["attach", "limit_context", "routers_of", "top_k_of"]
 
 _log = logging.getLogger(__name__)
 _IMPLEMENTATION = "fate"
@@ -27,9 +27,14 @@ def _experts_forward(experts: Any, hidden_states: torch.Tensor, index: torch.Ten
     return runtime.compute(experts.fate_layer, experts, hidden_states, index, weights)
 
 
+def top_k_of(model: Any) -> int:
+    """How many experts a token is routed to; 1 where the config does not say."""
+    return getattr(model.config.get_text_config(), "num_experts_per_tok", None) or 1
+
+
 def routers_of(model: Any, stacks: Sequence[ExpertStack]) -> list[Router | None]:
     """How to ask each layer's router early; a layer whose router cannot be asked runs too, without look-ahead."""
-    top_k = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
+    top_k = top_k_of(model)
     probe = torch.zeros(1, model.config.get_text_config().hidden_size, dtype=model.dtype)
     routers: list[Router | None] = []
     for stack in stacks:
@@ -52,6 +57,8 @@ def attach(model: Any, stacks: Sequence[ExpertStack], runtime: ExpertRuntime) ->
         experts = model.get_submodule(stack.name)
         experts.fate_runtime, experts.fate_layer = runtime, stack.layer
         model.get_submodule(stack.block).register_forward_pre_hook(_entering(runtime, stack.layer), with_kwargs=True)
+    if (embeddings := model.get_input_embeddings()) is not None:
+        embeddings.register_forward_hook(lambda module, args, output: runtime.embedded(output))
     if isinstance(model.get_output_embeddings(), nn.Linear):
         model.get_output_embeddings().register_forward_pre_hook(_with_own_strides)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +14,22 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from fate_moe import demo
 from fate_moe.config import OffloadConfig, cache_home
-from fate_moe.core import Predictor
-from fate_moe.errors import CheckpointError, StoreError
+from fate_moe.core import EvictionPolicy
+from fate_moe.errors import CheckpointError, ConfigError, StoreError
+from fate_moe.memory.decayed import Decayed
 from fate_moe.memory.policies import make_policy
 from fate_moe.memory.residency import Residency
 from fate_moe.memory.slots import SlotArena
-from fate_moe.models.attach import attach, limit_context, routers_of
+from fate_moe.models.attach import attach, limit_context, routers_of, top_k_of
 from fate_moe.planner import Footprint, Plan, footprint, make_plan
-from fate_moe.predict.cross_layer import CrossLayerGate
-from fate_moe.predict.null import NoPrediction
+from fate_moe.predict.gates import FittedGates
+from fate_moe.predict.make import make_predictor
 from fate_moe.report import Report
-from fate_moe.runtime import ExpertRuntime, Router, SlotWeights
+from fate_moe.runtime import ExpertRuntime, SlotWeights
 from fate_moe.skeleton import ExpertStack, build_skeleton, expert_stacks
 from fate_moe.store.convert import convert
 from fate_moe.store.format import blob_layout
+from fate_moe.store.learned import gates_bytes, load_gates, load_statistics, save_statistics
 from fate_moe.store.open import Store, load_dense, open_store
 from fate_moe.store.plan import identity_of
 from fate_moe.store.reader import DiskSource
@@ -42,18 +45,20 @@ _AGAIN = "delete the store and convert the checkpoint again"
 class Fate:
     """What ``model.fate`` is: the plan the model was loaded under, the options, and what has happened since."""
 
-    def __init__(self, plan: Plan, config: OffloadConfig, runtime: ExpertRuntime) -> None:
+    def __init__(self, plan: Plan, config: OffloadConfig, runtime: ExpertRuntime, keep: Callable[[], None]) -> None:
         self.plan = plan
         self.config = config
         self.runtime = runtime
+        self._keep = keep
 
     def report(self) -> Report:
         """Everything since loading: lookups, bytes, stall seconds, memory."""
         return Report.of(self.runtime.residency.counters, self.plan, self.config)
 
     def close(self) -> None:
-        """Stop the reading threads and close the store's files. The model cannot run afterwards."""
+        """Stop the reading threads, close the store's files, keep what was learned. The model cannot run afterwards."""
         self.runtime.close()
+        self._keep()
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,8 @@ class Prepared:
     stacks: list[ExpertStack]
 
     def footprint(self) -> Footprint:
-        return footprint(self.model, self.stacks, self.store.manifest.precision, self.store.manifest)
+        needs = footprint(self.model, self.stacks, self.store.manifest.precision, self.store.manifest)
+        return replace(needs, dense_bytes=needs.dense_bytes + gates_bytes(self.store.path))
 
 
 def load(model: str | Path | None = None, **options: Any) -> tuple[Any, Any]:
@@ -147,17 +153,34 @@ def realize(prepared: Prepared, plan: Plan, config: OffloadConfig) -> Any:
             raise StoreError(f"{path} cannot be read ({_first_line(error)}); copy it from the checkpoint again") from error
     num_experts = [stack.num_experts for stack in stacks]
     arena = SlotArena(plan.num_slots, plan.slot_bytes)
-    policy = make_policy(config.policy, plan.num_slots, num_experts)
+    policy = make_policy(config.policy_name, plan.num_slots, num_experts)
+    _recall(policy, store.path)
     residency = Residency(DiskSource(store), arena, policy, io_threads=config.io_threads)
     shapes = [stack.output_rows_first() for stack in stacks]
     weights = SlotWeights(arena, [store.manifest.layout_of(stack.layer) for stack in stacks], shapes)
     routers = routers_of(model, stacks)
-    predictor = _make_predictor(config.predictor, routers)
+    gates = load_gates(store.path, num_experts, model.config.get_text_config().hidden_size)
+    fitted = FittedGates(gates) if gates is not None else None
+    predictor = make_predictor(config.predictor_name, num_experts, routers, top_k_of(model), fitted)
     runtime = ExpertRuntime(residency, predictor, routers, weights, num_experts=num_experts)
     attach(model, stacks, runtime)
     limit_context(model, plan.context_length, plan.kv_cache_bytes // plan.context_length)
-    model.fate = Fate(plan, config, runtime)
+    model.fate = Fate(plan, config, runtime, lambda: _remember(policy, store.path))
     return model
+
+
+def _recall(policy: EvictionPolicy, store: Path) -> None:
+    """Warm start: go on from what earlier runs learned of the routing."""
+    if isinstance(policy, Decayed) and (state := load_statistics(store)) is not None:
+        try:
+            policy.restore(state)
+        except ConfigError as error:
+            _log.warning("%s: %s", store, error)
+
+
+def _remember(policy: EvictionPolicy, store: Path) -> None:
+    if isinstance(policy, Decayed):
+        save_statistics(store, policy.state())
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -171,10 +194,6 @@ def load_tokenizer(path: Path) -> Any:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _make_predictor(name: str, routers: list[Router | None]) -> Predictor:
-    return CrossLayerGate(routers) if name == "cross-layer" else NoPrediction()
 
 
 def _fill(model: Any, dense: dict[str, torch.Tensor], path: Path) -> None:

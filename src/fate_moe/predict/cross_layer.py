@@ -22,6 +22,8 @@ class CrossLayerGate:
     prediction. Layer 0 has no predecessor: nothing is predicted for it, the shallow-favouring cache keeps it resident instead.
     """
 
+    calibrated = False
+
     def __init__(self, routers: Sequence[Callable[[torch.Tensor], Routing] | None]) -> None:
         self._routers = routers
 

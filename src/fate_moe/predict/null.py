@@ -14,6 +14,8 @@ __all__ = ["NoPrediction"]
 class NoPrediction:
     """The null implementation of the Predictor seam."""
 
+    calibrated = True
+
     def observe(self, layer: int, routed: Sequence[int]) -> None:
         pass
 

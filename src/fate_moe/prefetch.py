@@ -1,0 +1,124 @@
+"""Reading ahead: when to ask the predictor, how much to read, and when to leave it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from fate_moe.core import ExpertId, Predictor
+from fate_moe.memory.residency import Residency
+from fate_moe.predict.null import NoPrediction
+from fate_moe.predict.rule import reads_worth
+
+__all__ = ["Prefetcher", "Trial"]
+
+KEPT_FROM = 0.25  # a resident expert that is at least so likely is kept from prefetches until its layer has run
+
+
+class Trial:
+    """Finds out whether reading ahead pays here: a few tokens with, a few without, then the faster way (law 3).
+
+    Each way is tried for ``BLOCK`` tokens in turn until each has had ``FIRST``, and again every ``PERIOD`` tokens: what pays
+    depends on what is resident by then. Compared are the means of the block's tokens but the first, decayed over blocks.
+    """
+
+    BLOCK, FIRST, PERIOD = 4, 8, 128
+
+    def __init__(self) -> None:
+        self.reading_ahead = True
+        self._seconds: dict[bool, float] = {}  # by way
+        self._tokens = 0
+        self._block: list[float] = []
+        self._began = 0.0
+
+    def token(self, now: float) -> bool:
+        """A decode step begins; whether to read ahead in it."""
+        if self._began:
+            self._block.append(now - self._began)
+        self._began = now
+        if len(self._block) > self.BLOCK:
+            typical = sorted(self._block[1:])[(len(self._block) - 1) // 2]
+            known = self._seconds.get(self.reading_ahead, typical)
+            self._seconds[self.reading_ahead] = known + 0.5 * (typical - known)
+            self._block.clear()
+            self._tokens += self.BLOCK
+            if self._tokens <= 2 * self.FIRST or self._tokens % self.PERIOD < self.BLOCK:
+                self.reading_ahead = not self.reading_ahead
+            else:
+                self.reading_ahead = self._seconds.get(True, 0.0) <= self._seconds.get(False, float("inf"))
+        return self.reading_ahead
+
+    def pause(self) -> None:
+        """What follows is not comparable: a prompt is read, or time has passed."""
+        self._began = 0.0
+        self._block.clear()
+
+
+class Prefetcher:
+    """Asks the predictor about the next layer and queues what is worth its read. Called by the inference thread."""
+
+    def __init__(self, residency: Residency, predictor: Predictor, num_layers: int) -> None:
+        self.predictor = predictor
+        self._residency = residency
+        self._num_layers = num_layers
+        self._idle = isinstance(predictor, NoPrediction)
+        self._trial = Trial() if predictor.calibrated and not self._idle else None
+        self._reading_ahead = not self._idle
+        self._entered: tuple[int, float, float] | None = None  # layer, time and stall so far when the last block was entered
+        self._layer_seconds: dict[int, float] = {}  # by the power of two of the number of tokens: one block's time without stalls
+
+    def embedded(self, embeddings: torch.Tensor) -> None:
+        """A forward pass begins on these tokens' ``embeddings`` [num_tokens, hidden]."""
+        if self._trial is not None:
+            if embeddings.shape[0] == 1:
+                self._reading_ahead = self._trial.token(time.perf_counter())
+            else:
+                self._trial.pause()
+                self._reading_ahead = True
+        self._entered = None
+        self._read(0, embeddings)
+
+    def entered(self, layer: int, num_tokens: int) -> None:
+        """Block ``layer`` is about to run: learn how long one block takes without its stalls."""
+        now, stalled = time.perf_counter(), self._residency.counters.stall_seconds
+        if self._entered is not None and self._entered[0] == layer - 1:
+            spent = (now - self._entered[1]) - (stalled - self._entered[2])
+            bucket = num_tokens.bit_length()
+            known = self._layer_seconds.get(bucket, spent)
+            self._layer_seconds[bucket] = known + 0.1 * (spent - known)
+        self._entered = (layer, now, stalled)
+
+    def look_ahead(self, layer: int, gate_input: torch.Tensor) -> None:
+        """The reads of ``layer`` are under way: queue those of the next one, from ``gate_input`` [num_tokens, hidden]."""
+        if layer + 1 < self._num_layers:
+            self._read(layer + 1, gate_input)
+
+    def observe(self, layer: int, routed: Sequence[int]) -> None:
+        """``layer``'s router has spoken."""
+        if not self._idle:
+            self.predictor.observe(layer, routed)
+
+    def _read(self, layer: int, gate_input: torch.Tensor) -> None:
+        if not self._reading_ahead:
+            return
+        predicted = self.predictor.predict(layer, gate_input)
+        if not predicted:
+            return
+        window = self._layer_seconds.get(gate_input.shape[0].bit_length(), 0.0)
+        read_seconds = self._residency.read_seconds
+        if not self.predictor.calibrated:  # one after another: reads share the link and the cores
+            fitting = int(window / read_seconds) if read_seconds else 0
+            self._residency.prefetch([ExpertId(layer, expert) for expert, _ in predicted], max(1, fitting))
+            return
+        experts = [ExpertId(layer, expert) for expert, _ in predicted]
+        missing = self._residency.missing(experts)
+        chances = [probability for (_, probability), absent in zip(predicted, missing, strict=True) if absent]
+        most = reads_worth(chances, window, read_seconds) if read_seconds else 1
+        likely = [
+            (expert, probability)
+            for expert, (_, probability), absent in zip(experts, predicted, missing, strict=True)
+            if absent or probability >= KEPT_FROM
+        ]
+        self._residency.prefetch([expert for expert, _ in likely], most, [probability for _, probability in likely])

@@ -1,0 +1,59 @@
+"""What is kept beside a store: read back, and left alone when it is damaged."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fate_moe.store.learned import GATES, STATISTICS, gates_bytes, load_gates, load_statistics, save_gates, save_statistics
+
+WEIGHTS = [torch.randn(4, 9, generator=torch.Generator().manual_seed(layer)).bfloat16() for layer in range(3)]
+
+
+def test_gates_are_read_back(tmp_path: Path) -> None:
+    assert load_gates(tmp_path, [4] * 3, 8) is None
+    assert gates_bytes(tmp_path) == 0
+    save_gates(tmp_path, WEIGHTS)
+    weights = load_gates(tmp_path, [4] * 3, 8)
+    assert weights is not None
+    assert all(torch.equal(got, want.float()) for got, want in zip(weights, WEIGHTS, strict=True))
+    assert gates_bytes(tmp_path) >= sum(weight.nbytes for weight in weights)
+
+
+@pytest.mark.parametrize("damage", ["torn", "other", "nan", "layers"])
+def test_damaged_gates_are_not_used(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+    weights = [weight.clone() for weight in WEIGHTS]
+    if damage == "nan":
+        weights[1][0, 0] = float("nan")
+    save_gates(tmp_path, weights[: 2 if damage == "layers" else 3])
+    if damage == "torn":
+        (tmp_path / GATES).write_bytes((tmp_path / GATES).read_bytes()[:-40])
+    with caplog.at_level(logging.WARNING):
+        assert load_gates(tmp_path, [4] * 3, 12 if damage == "other" else 8) is None
+    assert "fate fit" in caplog.text
+
+
+def test_statistics_are_read_back(tmp_path: Path) -> None:
+    assert load_statistics(tmp_path) is None
+    save_statistics(tmp_path, {"recent": np.arange(6, dtype=np.float32)})
+    state = load_statistics(tmp_path)
+    assert state is not None
+    assert state["recent"].tolist() == list(range(6))
+    assert [path.name for path in tmp_path.iterdir()] == [STATISTICS]
+
+
+def test_damaged_statistics_are_not_used(tmp_path: Path) -> None:
+    for content in (b"", b"PK\x03\x04 no zip", b"\x80\x04pickle"):
+        (tmp_path / STATISTICS).write_bytes(content)
+        assert load_statistics(tmp_path) is None
+    np.savez(tmp_path / STATISTICS, objects=np.array([{}], dtype=object))
+    assert load_statistics(tmp_path) is None, "nothing is unpickled"
+
+
+def test_a_store_that_cannot_be_written_stays_as_it_is(tmp_path: Path) -> None:
+    save_statistics(tmp_path / "nowhere", {"recent": np.zeros(1)})
+    assert not (tmp_path / "nowhere").exists()

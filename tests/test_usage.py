@@ -1,0 +1,105 @@
+"""Expected uses per token: by hand, and against what the trace does next."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fate_moe.errors import ConfigError
+from fate_moe.usage import DECAYS, MAX_TABLE_BYTES, CoActivation, Usage
+
+
+def test_worth_is_the_mean_of_decayed_means() -> None:
+    usage = Usage([3], co_activation=False)
+    for experts in ([0], [1], [0, 2]):
+        usage.routed(0, experts)
+    for expert, ages in ((0, (0, 2)), (1, (1,)), (2, (0,))):
+        expected = np.mean([sum((1 - decay) * decay**age for age in ages) for decay in DECAYS])
+        assert usage.worth[0, expert] == pytest.approx(expected, rel=1e-5)
+
+
+def test_many_tokens_count_by_their_shares() -> None:
+    usage = Usage([3], co_activation=False)
+    usage.routed(0, [0, 1], [4000, 1000], 4000)
+    assert usage.worth[0].tolist() == pytest.approx([1.0, 0.25, 0.0], abs=1e-3)
+
+
+def test_what_follows_is_worth_more() -> None:
+    """Ten pairs of groups of four, in random order, the second of a pair always after the first: it shows in the second's worth."""
+    ranks = {}
+    for co_activation in (False, True):
+        rng, usage, found = np.random.default_rng(0), Usage([80, 80], co_activation=co_activation), []
+        for step in range(400):
+            first = int(rng.integers(10))
+            for group in (2 * first, 2 * first + 1):
+                for layer in range(2):
+                    usage.routed(layer, list(range(4 * group, 4 * group + 4)))
+                if step > 200 and group == 2 * first:
+                    odd = usage.worth[1].reshape(20, 4).sum(1)[1::2]
+                    found.append(int((odd > odd[first]).sum()))
+        ranks[co_activation] = np.mean(found)
+    assert ranks[True] < 1 < 3 < ranks[False]
+
+
+def test_tables_that_would_be_large_are_left_away() -> None:
+    assert MAX_TABLE_BYTES < 58 * 256 * 256 * 8
+    assert "pairs" not in Usage([256] * 58).state()
+    assert "pairs" in Usage([64] * 26).state()
+
+
+@given(st.lists(st.lists(st.integers(0, 4), min_size=2, max_size=2, unique=True), max_size=40), st.integers(0, 3))
+def test_worth_is_positive_and_a_prompt_in_between_does_no_harm(tokens: list[list[int]], prompt_at: int) -> None:
+    usage = Usage([5, 5])
+    for index, experts in enumerate(tokens):
+        for layer in range(2):
+            if index % 4 == prompt_at:
+                usage.routed(layer, [0, 1, 2, 3, 4], [3, 1, 1, 1, 2], 4)
+            else:
+                usage.routed(layer, experts)
+    assert np.isfinite(usage.worth).all()
+    assert (usage.worth >= 0).all()
+
+
+def test_state_goes_on_where_it_was() -> None:
+    rng = np.random.default_rng(0)
+    tokens = [[rng.choice(6, 2, replace=False).tolist() for _ in range(3)] for _ in range(60)]
+    first, second = Usage([6] * 3), Usage([6] * 3)
+    for token in tokens:
+        for layer, experts in enumerate(token):
+            first.routed(layer, experts)
+    second.restore({name: array.copy() for name, array in first.state().items()})
+    for usage in (first, second):
+        for token in tokens[:20]:
+            for layer, experts in enumerate(token):
+                usage.routed(layer, experts)
+    np.testing.assert_allclose(first.worth, second.worth, rtol=0.05)
+
+
+@pytest.mark.parametrize("damage", ["absent", "shape", "dtype", "nan", "negative"])
+def test_foreign_state_is_refused_and_changes_nothing(damage: str) -> None:
+    usage = Usage([6] * 3)
+    state = {name: array.copy() for name, array in Usage([6] * 3).state().items()}
+    if damage == "absent":
+        del state["recent"]
+    elif damage == "shape":
+        state["recent"] = state["recent"][:2]
+    elif damage == "dtype":
+        state["recent"] = state["recent"].astype(np.float64)
+    else:
+        state["recent"][0] = np.nan if damage == "nan" else -1
+    before = {name: array.copy() for name, array in usage.state().items()}
+    with pytest.raises(ConfigError, match="not used"):
+        usage.restore(state)
+    for name, array in usage.state().items():
+        assert np.array_equal(array, before[name])
+
+
+def test_evidence_is_naive_bayes() -> None:
+    """After many independent tokens nothing speaks for anything."""
+    rng = np.random.default_rng(1)
+    evidence = CoActivation(1, 8)
+    for _ in range(3000):
+        evidence.routed(0, rng.choice(8, 2, replace=False).tolist())
+    np.testing.assert_allclose(evidence.factor, 1, atol=0.06)
