@@ -108,8 +108,8 @@ def footprint(model: PreTrainedModel, stacks: list[ExpertStack], precision: str,
         absent = routed | (set(model.all_tied_weights_keys) if text.tie_word_embeddings else set())
         dense_bytes = sum(value.numel() * dtypes[name].itemsize for name, value in model.state_dict().items() if name not in absent)
     itemsize = model.dtype.itemsize
-    top_k = getattr(text, "num_experts_per_tok", None) or getattr(text, "top_k", None) or 1
-    inner = max(getattr(text, "intermediate_size", 0) or 0, *(shape[0] for stack in stacks for shape in stack.parameters.values()))
+    top_k = max(stack.top_k for stack in stacks)
+    inner = max(_width(text, "intermediate_size"), *(shape[0] for stack in stacks for shape in stack.parameters.values()))
     # One layer's transients per token at prefill: residual, norm in fp32, q k v o (about 8 hidden vectors), the experts' outputs by
     # (token, choice) and their weighted copy, and the widest MLP three times.
     activation = text.hidden_size * (8 * itemsize + 8 + top_k * (itemsize + 4)) + 3 * inner * itemsize
@@ -173,11 +173,22 @@ def make_plan(needs: Footprint, config: OffloadConfig) -> Plan:
 
 
 def _kv_bytes_per_token(text: Any, itemsize: int) -> int:
-    """Upper bound over all layers (sliding windows count as full); multi-head latent attention is cached expanded."""
-    heads = text.num_attention_heads
-    if getattr(text, "kv_lora_rank", None):
-        per_layer = heads * (text.qk_nope_head_dim + text.qk_rope_head_dim + text.v_head_dim)
-    else:
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-        per_layer = 2 * (getattr(text, "num_key_value_heads", None) or heads) * head_dim
-    return int(text.num_hidden_layers * per_layer * itemsize)
+    """Upper bound over all layers: sliding windows and layers without a KV cache count as full ones."""
+    layers = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text] * text.num_hidden_layers
+    return sum(_kv_width(layer) for layer in layers) * itemsize
+
+
+def _kv_width(layer: Any) -> int:
+    """Numbers cached by one layer for one token; multi-head latent attention is cached expanded, an indexer caches one key."""
+    heads = layer.num_attention_heads
+    index = _width(layer, "index_head_dim") or _width(layer, "indexer_head_dim")
+    if _width(layer, "kv_lora_rank"):
+        return int(heads * (layer.qk_nope_head_dim + layer.qk_rope_head_dim + layer.v_head_dim) + index)
+    head_dim = _width(layer, "head_dim") or layer.hidden_size // heads
+    of_window = 2 * _width(layer, "swa_num_key_value_heads") * _width(layer, "swa_head_dim")
+    return max(2 * (_width(layer, "num_key_value_heads") or heads) * head_dim, of_window) + index
+
+
+def _width(config: Any, name: str) -> int:
+    value = getattr(config, name, None) or 0
+    return max(value) if isinstance(value, list | tuple) else value

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +21,15 @@ from fate_moe.errors import CheckpointError, UnsupportedModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["ExpertStack", "build_skeleton", "expert_stacks", "parameter_dtypes"]
+__all__ = ["TEXT_CLASSES", "ExpertStack", "auto_class", "build_skeleton", "expert_stacks", "is_experts", "parameter_dtypes"]
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+# transformers' Auto classes of models that write text, those of text alone first.
+TEXT_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+# Families whose model for text is a part that no Auto class finds.
+_TEXT_PART = {"qwen3_omni_moe": "thinker_config"}
+# What families call the number of experts that a token takes.
+_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", "top_k")
 # Elements. No buffer that a constructor computes is made by torch.empty at this size.
 _LARGE = 1 << 20
 
@@ -33,7 +39,8 @@ class ExpertStack:
     """The routed experts of one MoE block: ``name`` is the experts module's path in the model ("model.layers.3.mlp.experts").
 
     ``parameters`` maps a parameter's own name to the shape of *one* expert's slice as the module holds it ([in, out] where
-    ``is_transposed``, else [out, in]; biases [out]). ``layer`` counts MoE blocks from 0.
+    ``is_transposed``, else [out, in]; biases [out]). A token takes ``top_k`` experts. ``layer`` counts MoE blocks from 0.
+    ``twins`` are other experts modules with the very same weights (an encoder's, tied to its decoder's).
     """
 
     layer: int
@@ -41,6 +48,8 @@ class ExpertStack:
     num_experts: int
     parameters: dict[str, tuple[int, ...]]
     is_transposed: bool
+    top_k: int
+    twins: tuple[str, ...] = ()
 
     @property
     def block(self) -> str:
@@ -75,12 +84,16 @@ def build_skeleton(folder: str | Path) -> PreTrainedModel:
         remote = isinstance(raw, dict) and "auto_map" in raw
         hint = "the checkpoint's own code is never run" if remote else "update transformers if the family is new"
         raise UnsupportedModelError(f"{path}: transformers {transformers.__version__} has no model type {family!r}; {hint}")
-    raw.pop("quantization_config", None)
     try:
+        raw = transformers.CONFIG_MAPPING[family].get_config_dict(folder)[0]  # as transformers reads it: infinities, old names
+        raw.pop("quantization_config", None)
         config = transformers.CONFIG_MAPPING[family].from_dict(raw)
+        config = getattr(config, _TEXT_PART.get(family, ""), config)
         dtype = config.dtype or _stored_dtype(Path(folder))
         with no_init_weights(), _parameters_on_meta(), _LargeTensorsOnMeta():
-            model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model: Any = auto_class(config).from_config(config, dtype=dtype)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{path}: {error}") from error
     except Exception as error:  # whatever a hostile config makes transformers raise
         raise CheckpointError(f"{path}: transformers cannot build this {family} model from it ({_first_line(error)})") from error
     if not expert_stacks(model):
@@ -89,19 +102,60 @@ def build_skeleton(folder: str | Path) -> PreTrainedModel:
     return model  # type: ignore[no-any-return]
 
 
+def auto_class(config: Any, names: Sequence[str] = TEXT_CLASSES) -> Any:
+    """transformers' Auto class of the model that writes text under ``config``: the first of ``names`` that knows it.
+
+    Raises UnsupportedModelError when none does: a classifier, an encoder, a part of a larger model.
+    """
+    import transformers
+
+    for name in names:
+        auto = getattr(transformers, name)
+        if type(config) in auto._model_mapping:
+            return auto
+    raise UnsupportedModelError(
+        f"transformers {transformers.__version__} has no model that writes text for {config.model_type} "
+        f"(looked in {', '.join(names)}); give a language model's checkpoint"
+    )
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether ``module`` holds routed experts and runs them through transformers' interface (its decorator leaves these)."""
+    return hasattr(module, "is_transposed") and hasattr(module, "_apply_gate")
+
+
 def expert_stacks(model: nn.Module) -> list[ExpertStack]:
     """All routed experts of ``model``, in module order, which is the order in which the layers run."""
     stacks: list[ExpertStack] = []
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
     for name, module in model.named_modules():
-        if not (hasattr(module, "is_transposed") and hasattr(module, "_apply_gate")):
+        if not is_experts(module):
             continue
         shapes = {key: tuple(value.shape) for key, value in module.named_parameters(recurse=False)}
+        if all(f"{name}.{key}" in tied for key in shapes):
+            continue
         counts = {shape[0] for shape in shapes.values()}
         if len(counts) != 1:
             raise UnsupportedModelError(f"{name}: its parameters do not share one leading dimension of experts: {shapes}")
         per_expert = {key: shape[1:] for key, shape in shapes.items()}
-        stacks.append(ExpertStack(len(stacks), name, counts.pop(), per_expert, bool(module.is_transposed)))
+        first = f"{name}.{next(iter(shapes))}"
+        twins = tuple(key.rpartition(".")[0] for key, source in tied.items() if source == first)
+        stacks.append(
+            ExpertStack(len(stacks), name, counts.pop(), per_expert, bool(module.is_transposed), _top_k(model, name), twins)
+        )
     return stacks
+
+
+def _top_k(model: nn.Module, experts: str) -> int:
+    """How many experts a token takes: what the configuration says, under any of the names that families have for it."""
+    text = model.config.get_text_config()  # type: ignore[operator,union-attr]
+    said = next((value for name in _TOP_K if (value := getattr(text, name, None))), None)
+    if said is None:
+        raise UnsupportedModelError(
+            f"{experts}: the configuration of {text.model_type} does not say how many experts a token takes "
+            f"(none of {', '.join(_TOP_K)}); please report the family"
+        )
+    return int(max(said) if isinstance(said, list | tuple) else said)
 
 
 def parameter_dtypes(model: PreTrainedModel) -> dict[str, torch.dtype]:

@@ -11,11 +11,11 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from fate_moe.errors import BudgetError
-from fate_moe.models.families import find_router
+from fate_moe.models.families import entrance, find_router
 from fate_moe.runtime import ExpertRuntime, Router
 from fate_moe.skeleton import ExpertStack
 
-__all__ = ["attach", "limit_context", "routers_of", "top_k_of"]
+__all__ = ["attach", "limit_context", "routers_of"]
 
 _log = logging.getLogger(__name__)
 _IMPLEMENTATION = "fate"
@@ -27,25 +27,15 @@ def _experts_forward(experts: Any, hidden_states: torch.Tensor, index: torch.Ten
     return runtime.compute(experts.fate_layer, experts, hidden_states, index, weights)
 
 
-def top_k_of(model: Any) -> int:
-    """How many experts a token is routed to; 1 where the config does not say."""
-    return getattr(model.config.get_text_config(), "num_experts_per_tok", None) or 1
-
-
 def routers_of(model: Any, stacks: Sequence[ExpertStack]) -> list[Router | None]:
     """How to ask each layer's router early; a layer whose router cannot be asked runs too, without look-ahead."""
-    top_k = top_k_of(model)
     probe = torch.zeros(1, model.config.get_text_config().hidden_size, dtype=model.dtype)
     routers: list[Router | None] = []
     for stack in stacks:
-        route = find_router(model.get_submodule(stack.block), stack.num_experts, top_k)
-        try:
-            if route is not None:
-                route(probe)
-        except (TypeError, StopIteration, RuntimeError) as error:
-            _log.warning("%s: its router cannot be asked early (%s); it runs without look-ahead", stack.block, error)
-            route = None
-        routers.append(route)
+        route = find_router(model.get_submodule(stack.block), stack, probe)
+        if isinstance(route, str):
+            _log.info("%s: its router cannot be asked early (%s); it runs without look-ahead", stack.block, route)
+        routers.append(None if isinstance(route, str) else route)
     return routers
 
 
@@ -54,9 +44,11 @@ def attach(model: Any, stacks: Sequence[ExpertStack], runtime: ExpertRuntime) ->
     ALL_EXPERTS_FUNCTIONS[_IMPLEMENTATION] = _experts_forward
     model.set_experts_implementation(_IMPLEMENTATION)
     for stack in stacks:
-        experts = model.get_submodule(stack.name)
-        experts.fate_runtime, experts.fate_layer = runtime, stack.layer
-        model.get_submodule(stack.block).register_forward_pre_hook(_entering(runtime, stack.layer), with_kwargs=True)
+        for name in (stack.name, *stack.twins):
+            experts = model.get_submodule(name)
+            experts.fate_runtime, experts.fate_layer = runtime, stack.layer
+            block = entrance(model.get_submodule(name.rpartition(".")[0]))
+            block.register_forward_pre_hook(_entering(runtime, stack.layer), with_kwargs=True)
     if (embeddings := model.get_input_embeddings()) is not None:
         embeddings.register_forward_hook(lambda module, args, output: runtime.embedded(output))
     if isinstance(model.get_output_embeddings(), nn.Linear):
@@ -71,7 +63,7 @@ def _with_own_strides(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ..
 
 def _entering(runtime: ExpertRuntime, layer: int) -> Any:
     def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        runtime.enter(layer, args[0] if args else kwargs["hidden_states"])
+        runtime.enter(layer, args[0] if args else next(iter(kwargs.values())))
 
     return hook
 

@@ -1,40 +1,108 @@
-"""What differs between families, and the generic rule that covers most of them."""
+"""What differs between families, and the generic rules that cover most of them.
+
+The rules: a router is the MoE block's child of a known name; of what it returns, the integer tensor is the expert index and the
+floating one with a column for each expert the scores; what it wants besides hidden states are the block's own tensors of that name.
+"""
 
 from __future__ import annotations
 
+import inspect
+import re
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fate_moe.core import Routing
 from fate_moe.runtime import Router
+from fate_moe.skeleton import TEXT_CLASSES, ExpertStack
 
-__all__ = ["find_router"]
+__all__ = ["entrance", "find_router", "moe_families", "router_of"]
 
 # The names transformers' MoE blocks give their router.
 ROUTER_NAMES = ("gate", "router", "wg")
+# Blocks that text never enters (Ernie-VL has a second set of experts for images): reading ahead for them would be for nothing.
+NOT_FOR_TEXT = ("vision_moe",)
 
 
-def find_router(block: nn.Module, num_experts: int, top_k: int | None) -> Router | None:
-    """How to ask the router of ``block`` about hidden states [num_tokens, hidden] before the block runs; None if nobody knows.
+def moe_families() -> list[str]:
+    """Every model type of the installed transformers that writes text and whose experts use the experts interface.
 
-    Families return a router's parts in their own order, so they are told apart by what they are: the integer tensor is the expert
-    index, the floating one with ``num_experts`` columns the scores. A plain Linear router returns scores alone: take their top-k.
+    Found by looking, not listed: modelling files that apply ``use_experts_implementation``, the model types that these files
+    implement, and model types that hold one of those as their text model; of all these, the ones in a table of text writers.
     """
-    router = next((child for name, child in block.named_children() if name in ROUTER_NAMES), None)
+    import transformers
+    from transformers.models.auto import configuration_auto as auto
+
+    root = Path(auto.__file__).parents[1]
+    using = {path.parent.name for path in root.glob("*/modeling_*.py") if "@use_experts_implementation" in path.read_text()}
+    writing = [getattr(transformers, name)._model_mapping._model_mapping for name in TEXT_CLASSES]
+    module_of = auto.model_type_to_module_name
+    of_experts = {name for name in auto.CONFIG_MAPPING_NAMES if module_of(name) in using}
+    mentions = re.compile(rf"""["'](?:{"|".join(of_experts)})["']|\.(?:{"|".join(using)})[. ]""")
+
+    def holds(family: str) -> bool:
+        files = (root / module_of(family)).glob("configuration_*.py")
+        if not any(mentions.search(path.read_text()) for path in files):  # configurations are slow to import: 5 s for all
+            return False
+        text = getattr(transformers.CONFIG_MAPPING[family], "sub_configs_defaults", {}).get("text_config")
+        return getattr(text, "model_type", None) in of_experts
+
+    families = (name for name in auto.CONFIG_MAPPING_NAMES if any(name in table for table in writing))
+    return sorted(name for name in families if name in of_experts or holds(name))
+
+
+def router_of(block: nn.Module) -> nn.Module | None:
+    """The module of ``block`` that chooses experts; None if it has no child of a name that routers have."""
+    return next((child for name, child in block.named_children() if name in ROUTER_NAMES), None)
+
+
+def entrance(block: nn.Module) -> nn.Module:
+    """The module whose input the router of ``block`` sees: the block, or the router where attention is in the block too (Gemma)."""
+    return router_of(block) or block if isinstance(block, GradientCheckpointingLayer) else block
+
+
+def find_router(block: nn.Module, stack: ExpertStack, probe: torch.Tensor) -> Router | str:
+    """How to ask the router of ``block`` about hidden states [num_tokens, hidden] before the block runs, or why nobody can.
+
+    ``probe`` [1, hidden] is what it is tried with. A plain Linear router returns scores alone: take their top-k. The call passes
+    hooks by: it is a question, not a step.
+    """
+    router = router_of(block)
     if router is None:
-        return None
+        return f"none of {', '.join(ROUTER_NAMES)} is in it"
+    if stack.block.rpartition(".")[2] in NOT_FOR_TEXT:
+        return "text does not enter it"
+    wanted = list(inspect.signature(router.forward).parameters.values())[1:]
+    names = [parameter.name for parameter in wanted if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+    if foreign := [name for name in names if not isinstance(getattr(block, name, None), torch.Tensor)]:
+        return f"its router wants {', '.join(foreign)}, which only the running model knows"
 
-    def route(hidden: torch.Tensor) -> Routing:
-        with torch.no_grad():
-            answer: Any = router(hidden)
-        parts = [answer] if isinstance(answer, torch.Tensor) else [part for part in answer if isinstance(part, torch.Tensor)]
-        flat = [part.reshape(-1, part.shape[-1]) for part in parts]
-        scores = next(part for part in flat if part.is_floating_point() and part.shape[-1] == num_experts)
-        index = next((part for part in flat if not part.is_floating_point()), None)
-        if index is None:
-            index = scores.topk(top_k or 1, dim=-1).indices
-        return Routing(index, scores)
+    def asking(leading: tuple[int, ...]) -> Router:
+        def route(hidden: torch.Tensor) -> Routing:
+            with torch.no_grad():
+                answer: Any = router.forward(hidden.view(*leading, *hidden.shape), **{name: getattr(block, name) for name in names})
+            return _routing(answer, stack)
 
-    return route
+        return route
+
+    reason = ""
+    for leading in ((), (1,)):  # nearly all take tokens in a row, a few insist on a batch
+        route = asking(leading)
+        try:
+            route(probe)
+        except Exception as error:  # whatever a family's router makes of a call that it does not expect
+            reason = str(error) or f"nothing in what it returns has {stack.num_experts} columns"
+        else:
+            return route
+    return reason
+
+
+def _routing(answer: Any, stack: ExpertStack) -> Routing:
+    parts = [answer] if isinstance(answer, torch.Tensor) else [part for part in answer if isinstance(part, torch.Tensor)]
+    flat = [part.reshape(-1, part.shape[-1]) for part in parts]
+    scores = next(part for part in flat if part.is_floating_point() and part.shape[-1] == stack.num_experts)
+    index = next((part for part in flat if not part.is_floating_point()), None)
+    return Routing(scores.topk(stack.top_k, dim=-1).indices if index is None else index, scores)

@@ -20,13 +20,13 @@ from fate_moe.memory.decayed import Decayed
 from fate_moe.memory.policies import make_policy
 from fate_moe.memory.residency import Residency
 from fate_moe.memory.slots import SlotArena
-from fate_moe.models.attach import attach, limit_context, routers_of, top_k_of
+from fate_moe.models.attach import attach, limit_context, routers_of
 from fate_moe.planner import Footprint, Plan, footprint, make_plan
 from fate_moe.predict.gates import FittedGates
 from fate_moe.predict.make import make_predictor
 from fate_moe.report import Report
 from fate_moe.runtime import ExpertRuntime, SlotWeights
-from fate_moe.skeleton import ExpertStack, build_skeleton, expert_stacks
+from fate_moe.skeleton import ExpertStack, build_skeleton, expert_stacks, is_experts
 from fate_moe.store.convert import convert
 from fate_moe.store.format import blob_layout
 from fate_moe.store.learned import gates_bytes, load_gates, load_statistics, save_statistics
@@ -161,7 +161,7 @@ def realize(prepared: Prepared, plan: Plan, config: OffloadConfig) -> Any:
     routers = routers_of(model, stacks)
     gates = load_gates(store.path, num_experts, model.config.get_text_config().hidden_size)
     fitted = FittedGates(gates) if gates is not None else None
-    predictor = make_predictor(config.predictor_name, num_experts, routers, top_k_of(model), fitted)
+    predictor = make_predictor(config.predictor_name, num_experts, routers, max(stack.top_k for stack in stacks), fitted)
     runtime = ExpertRuntime(residency, predictor, routers, weights, num_experts=num_experts)
     attach(model, stacks, runtime)
     limit_context(model, plan.context_length, plan.kv_cache_bytes // plan.context_length)
@@ -213,7 +213,7 @@ def _fill(model: Any, dense: dict[str, torch.Tensor], path: Path) -> None:
         else:
             owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
     model.tie_weights()
-    experts = {module for module in model.modules() if hasattr(module, "is_transposed") and hasattr(module, "_apply_gate")}
+    experts = {module for module in model.modules() if is_experts(module)}
     for module_name, module in model.named_modules():
         for leaf, value in module._parameters.items():
             if value is not None and value.device.type == "meta" and module not in experts:

@@ -1,0 +1,38 @@
+"""The verb about what can be run: models."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from fate_moe.cli.options import print_table, quiet_transformers
+
+__all__ = ["add_verbs"]
+
+
+def add_verbs(verbs: Any) -> None:
+    """Add this group's verbs to the parser's ``verbs``."""
+    models = verbs.add_parser(
+        "models",
+        help="list the families that run",
+        description="List every Mixture-of-Experts family of the installed transformers, and whether it runs.",
+    )
+    models.add_argument("--json", action="store_true", help="print a JSON array, one object for each family")
+    models.set_defaults(verb=_models)
+
+
+def _models(arguments: argparse.Namespace) -> None:
+    quiet_transformers()
+    from fate_moe.models.families import moe_families
+    from fate_moe.models.table import known_families, tried_with
+
+    rows = known_families(moe_families())
+    if arguments.json:
+        print(json.dumps([row.as_dict() for row in rows]))
+        return
+    good = sum(row.status == "ok" for row in rows)
+    print_table(
+        f"{good} of {len(rows)} families run (transformers {tried_with()}); names of a layer's experts in the checkpoint",
+        [(row.family, row.status, ", ".join(row.keys)) for row in rows],
+    )
