@@ -4,7 +4,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test check clean
+.PHONY: demo test check bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fate run --expert-cache 25% --max-new-tokens 120 --seed 1
@@ -17,6 +17,15 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# This engine, llama.cpp and accelerate on the same real weights (10.6 B parameters, upcycled), under real memory limits: hours, and
+# 50 GB under BENCH. Stopped, it goes on where it was.
+BENCH ?= build/bench
+bench: $(VENV)/.installed-bench
+	test -f $(BENCH)/smollm2-wide/model.safetensors.index.json || \
+	  $(BIN)/python -m benchmarks.upcycle $(BENCH)/smollm2-wide --hidden 2304 --expert-width 768 --shared-width 1536
+	$(BIN)/python -m benchmarks run $(BENCH)/smollm2-wide --home $(BENCH) --results docs/benchmarks/smollm2-wide.json
+	$(BIN)/python -m benchmarks report docs/benchmarks/*.json --page docs/benchmarks.md
+
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
@@ -25,6 +34,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(VENV)/.installed-bench: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	touch $@
 
 clean:

@@ -45,6 +45,11 @@ shown; all are listed at the end.
 """
 
 
+def default_workloads(limit: str) -> list[str]:
+    """Decoding and one prompt length at every limit, the other workloads without one and at a middle one: hours less."""
+    return list(WORKLOADS) if limit in ("none", "52%") else ["decode", "prefill-512"]
+
+
 def run(arguments: argparse.Namespace) -> None:
     """Install and prepare each peer once, then measure cell after cell, the peers taking turns at each limit."""
     console = Console(stderr=True)
@@ -71,8 +76,8 @@ def run(arguments: argparse.Namespace) -> None:
             ready.append((peer, peer.install(arguments.home), peer.prepare(arguments.checkpoint, arguments.home)))
         except (RuntimeError, OSError) as error:
             console.print(f"{name}: left out, {error}")
-    for limit in limits:
-        for workload in (WORKLOADS[name] for name in arguments.workloads):
+    for limit, share in zip(limits, arguments.limits, strict=False):
+        for workload in (WORKLOADS[name] for name in arguments.workloads or default_workloads(share)):
             prompts = samples(workload, tokenizer, vocab_size)
             for peer, python, model in ready:
                 for variant in peer.variants(model, limit):
@@ -117,7 +122,9 @@ def main(argv: list[str] | None = None) -> None:
     verb.add_argument("--tokenizer", type=Path, help="take the tokenizer from here")
     verb.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS))
     verb.add_argument("--limits", nargs="+", default=list(LIMITS), help="sizes, or shares of the INT4 size, or none")
-    verb.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
+    verb.add_argument(
+        "--workloads", nargs="+", choices=list(WORKLOADS), help="default: decode and prefill-512 at every limit, all at some"
+    )
     verb.add_argument("--threads", type=int, default=2)
     verb.add_argument("--seconds", type=float, default=240, help="a cell is cut after this long")
     verb.add_argument("--again", action="store_true", help="measure cells anew that the result file has")
