@@ -19,7 +19,7 @@ from benchmarks.facts import machine_facts
 from benchmarks.limits import can_limit
 from benchmarks.measure import Cell, run_cell
 from benchmarks.peers import Peer
-from benchmarks.peers.llama_cpp import LlamaCpp
+from benchmarks.peers.llama_based import LlamaCpp
 from benchmarks.peers.transformers_based import Accelerate, Fate
 from benchmarks.pictures import plot
 from benchmarks.report import cell_text, limit_name, markdown

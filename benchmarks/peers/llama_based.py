@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 
 from benchmarks.gguf_export import export
@@ -9,6 +10,11 @@ from benchmarks.peers import Variant
 from benchmarks.peers.environment import virtual_environment
 
 __all__ = ["LlamaCpp"]
+
+# llama-cpp-python compiles for the processor it is on. 0.3.36's AMX kernels crash (a segmentation fault in ggml_backend_amx_mul_mat
+# at the first prompt, Sapphire Rapids), so they are left out; AVX-512 with VNNI and BF16 stays. Neither are its image tools needed.
+_NO_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+BUILD = {"CMAKE_ARGS": f"-DLLAVA_BUILD=OFF -DCMAKE_C_FLAGS='{_NO_AMX}' -DCMAKE_CXX_FLAGS='{_NO_AMX}'"}
 
 
 class LlamaCpp:
@@ -21,7 +27,8 @@ class LlamaCpp:
         self.package = package
 
     def install(self, home: Path) -> Path:
-        return virtual_environment(home / "venvs" / self.package.split("==")[0], [self.package])
+        build = BUILD if platform.machine() == "x86_64" else {}
+        return virtual_environment(home / "venvs" / self.package.split("==")[0], [self.package], build=build)
 
     def prepare(self, checkpoint: Path, home: Path) -> Path:
         file = home / "gguf" / f"{checkpoint.name}-Q4_0.gguf"
