@@ -37,10 +37,18 @@ PEERS: dict[str, Callable[[], Peer]] = {
 LIMITS = ("none", "78%", "65%", "52%", "39%")
 HEADER = """# Benchmarks
 
-Made by `python -m benchmarks report` from the result files named there. Every cell is a process of its own, started from cold
-caches in a control group of the limit named (page cache included). *killed*: by the limit. *cut*: stopped at the time allowed;
-what came is counted. The first prompt of a cell warms up and is not counted. Of several variants of an engine the fastest is
-shown; all are listed at the end.
+Made by `python -m benchmarks report` from the result files beside the pictures. Every cell is a process of its own, started from
+cold caches in a control group of the limit named (page cache included). *killed*: by the limit. *cut*: stopped at the time allowed;
+what came is counted. The first prompt of a cell warms up and is not counted. Of several variants of an engine the fastest is shown;
+all are listed at the end. Greedy; prompts are real text, cut to length.
+
+- `load-on-demand`, `eap`, `fate`, `best`: this engine's presets, experts and dense weights quantized, budget = limit less 256 MiB
+  for the page cache of Python's and torch's libraries.
+- `llama.cpp`: llama-cpp-python, compiled for the processor it runs on (AVX-512 with VNNI and BF16; its AMX kernels crash and are
+  left out); `llama.cpp (wheel)`: xllamacpp's prebuilt one, AVX2. Q4_0 from the same checkpoint, mmap, repacked (its default) or
+  not. Its qwen2moe graph does not normalize routing weights: where the model asks for that, its text differs, its work does not.
+- `transformers + accelerate`: bf16, what does not fit offloaded to disk.
+- Left out: kt-kernel 0.7.2 installs but is kernels only; its engine, sglang-kt, needs CUDA.
 
 """
 

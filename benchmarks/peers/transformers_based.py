@@ -33,9 +33,9 @@ class Fate:
 
     def prepare(self, checkpoint: Path, home: Path) -> Path:
         store = home / "stores" / f"{checkpoint.name}-int4"
-        subprocess.run(
-            [sys.executable, "-m", "fate_moe", "convert", str(checkpoint), str(store), "--precision", "int4"], check=True
-        )
+        convert = [sys.executable, "-m", "fate_moe", "convert", str(checkpoint), str(store), "--precision", "int4"]
+        if not (store / "fate.json").exists():
+            subprocess.run(convert, check=True)
         return store
 
     def variants(self, model: Path, limit_bytes: int | None) -> list[Variant]:
