@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -28,8 +29,7 @@ from benchmarks.workloads import WORKLOADS, samples
 from fate_moe.config import parse_amount
 
 PEERS: dict[str, Callable[[], Peer]] = {
-    "load-on-demand": lambda: Fate("load-on-demand", predictor="none", policy="lru"),
-    "fate": lambda: Fate("fate"),
+    **{preset: partial(Fate, preset) for preset in ("load-on-demand", "eap", "fate", "best")},
     "llama.cpp": lambda: LlamaCpp("llama.cpp", "llama-cpp-python==0.3.36"),
     "llama.cpp-wheel": lambda: LlamaCpp("llama.cpp (wheel)", "xllamacpp==2026.10.11549"),
     "accelerate": Accelerate,

@@ -20,13 +20,12 @@ _HEADROOM_BYTES = 256 << 20
 
 
 class Fate:
-    """This checkout, run by the interpreter that runs the benchmark; experts INT4 as the peers' are."""
+    """This checkout with one of its presets, run by the interpreter that runs the benchmark; experts INT4 as the peers' are."""
 
     worker = _WORKER
 
-    def __init__(self, name: str = "fate", **options: Any) -> None:
-        self.name = name
-        self.options = options
+    def __init__(self, preset: str) -> None:
+        self.name = preset
 
     def install(self, home: Path) -> Path:
         return Path(sys.executable)
@@ -40,7 +39,7 @@ class Fate:
 
     def variants(self, model: Path, limit_bytes: int | None) -> list[Variant]:
         ram = {} if limit_bytes is None else {"ram": str(limit_bytes - _HEADROOM_BYTES)}
-        return [Variant("", {"engine": "fate", **ram, **self.options})]
+        return [Variant("", {"engine": "fate", "preset": self.name, **ram})]
 
 
 class Accelerate:
