@@ -19,7 +19,7 @@ ORDER = [
     {"quant", "usage"},
     {"kernels", "skeleton"},
     {"store", "memory", "predict"},
-    {"prefetch"},
+    {"prefetch", "tailor"},
     {"planner", "runtime", "trace"},
     {"report"},
     {"models"},

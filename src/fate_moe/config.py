@@ -16,6 +16,7 @@ from fate_moe.errors import ConfigError
 __all__ = [
     "GROUP_SIZES",
     "POLICIES",
+    "PRECISION_POLICIES",
     "PREDICTORS",
     "PRESETS",
     "SOLVERS",
@@ -35,6 +36,8 @@ PRESETS = {
     "fate": ("shallow-arc", "cross-layer"),
     "load-on-demand": ("lru", "none"),
 }
+# How much of a missing expert is read; only "full" keeps every number.
+PRECISION_POLICIES = ("full", "prefill-popularity", "gate-weighted", "budget")
 # How a conversion to fewer bits chooses codes, best first; and how many weights may share a scale.
 SOLVERS = ("hqq", "minmax")
 GROUP_SIZES = (32, 64, 128)
@@ -104,6 +107,7 @@ class OffloadConfig:
     preset: a pair of policy and predictor: what does best here, or what a published system does.
     policy: which expert gives up its slot; predictor: which experts are read ahead; None: the preset's.
     precision: how experts are stored.
+    precision_policy: how many of an INT4 expert's bits are read; anything but "full" trades exactness for bytes.
     context_length: tokens for which KV cache is set aside (prompt and answer together).
     io_threads: concurrent reads; one of them is always kept for demand reads.
     """
@@ -114,6 +118,7 @@ class OffloadConfig:
     policy: str | None = None
     predictor: str | None = None
     precision: str = "lossless"
+    precision_policy: str = "full"
     context_length: int = 2048
     io_threads: int = 4
 
@@ -122,6 +127,7 @@ class OffloadConfig:
         _one_of("policy", self.policy_name, POLICIES)
         _one_of("predictor", self.predictor_name, PREDICTORS)
         _one_of("precision", self.precision, PRECISIONS)
+        _one_of("precision_policy", self.precision_policy, PRECISION_POLICIES)
         for name, least in (("context_length", 1), ("io_threads", 2)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:

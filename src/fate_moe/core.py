@@ -23,7 +23,9 @@ __all__ = [
     "ExpertId",
     "ExpertSource",
     "Lookup",
+    "Need",
     "Part",
+    "PrecisionPolicy",
     "Predictor",
     "Routing",
     "Section",
@@ -98,6 +100,7 @@ class Counters:
     misses: int = 0
     prefetched: int = 0
     prefetch_used: int = 0
+    upgrades: int = 0  # lookups that found fewer bits than they wanted; they count as misses
     bytes_read: int = 0
     stall_seconds: float = 0.0
 
@@ -175,12 +178,38 @@ class Predictor(Protocol):
         """
 
 
+class Need(NamedTuple):
+    """One of a pass's distinct experts in one layer, as a precision policy sees it.
+
+    ``num_tokens`` chose it, ``weight`` is their gate weight (in no unit); ``held`` bits are in its slot, 0 if it is missing.
+    """
+
+    num_tokens: int
+    weight: float
+    held: int
+
+
+class PrecisionPolicy(Protocol):
+    """Says how many bits of each expert a pass wants; what a slot holds beyond that is used too, what it lacks is read.
+
+    The one seam that may change numbers, and only because the user chose it. Decides at once, from what it is given alone.
+    """
+
+    def bits(self, needs: Sequence[Need], views: Sequence[int], affordable: float) -> list[int]:
+        """For each of ``needs`` one of ``views`` (bits that a read may end with, ascending; the last is everything).
+
+        ``affordable``: how many bits of experts, summed over them, can be read while one layer computes; 0.0 before it is known.
+        """
+
+
 class ExpertSource(Protocol):
     """Brings an expert's bytes to a slot: disk, host RAM, or a test double that is slow, fails or tears."""
 
-    def read(self, expert: ExpertId, slot: memoryview) -> int:
+    def read(self, expert: ExpertId, slot: memoryview, first: int = 0, last: int | None = None) -> int:
         """Fill ``slot`` (page-aligned, at least the blob's length) and return the bytes read. Called from several threads at once.
 
+        Only the sections from ``first`` up to but without ``last`` (None: to the end) need be read, each to its place; reads begin
+        and end on multiples of 4096, so that bytes of a neighbouring section may come along, never others than it has.
         Raises StoreError if the bytes cannot be read whole, CorruptExpertError if they differ from their checksum.
         """
 

@@ -100,6 +100,11 @@ class Prefetcher:
         if not self._idle:
             self.predictor.observe(layer, routed)
 
+    def affordable(self, num_tokens: int) -> float:
+        """How many experts can be read while one block computes ``num_tokens`` tokens; 0.0 before that is known."""
+        window, read_seconds = self._layer_seconds.get(num_tokens.bit_length(), 0.0), self._residency.read_seconds
+        return window / read_seconds if read_seconds else 0.0
+
     def _read(self, layer: int, gate_input: torch.Tensor) -> None:
         if not self._reading_ahead:
             return
@@ -109,7 +114,7 @@ class Prefetcher:
         window = self._layer_seconds.get(gate_input.shape[0].bit_length(), 0.0)
         read_seconds = self._residency.read_seconds
         if not self.predictor.calibrated:  # one after another: reads share the link and the cores
-            fitting = int(window / read_seconds) if read_seconds else 0
+            fitting = int(self.affordable(len(gate_input)))
             self._residency.prefetch([ExpertId(layer, expert) for expert, _ in predicted], max(1, fitting))
             return
         experts = [ExpertId(layer, expert) for expert, _ in predicted]

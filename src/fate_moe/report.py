@@ -24,9 +24,11 @@ class Report:
     predictor: str
     precision: str
     expert_cache_bytes: int
+    precision_policy: str
+    uses_by_bits: dict[int, int]
 
     @classmethod
-    def of(cls, counters: Counters, plan: Plan, config: OffloadConfig) -> Report:
+    def of(cls, counters: Counters, plan: Plan, config: OffloadConfig, uses_by_bits: dict[int, int]) -> Report:
         return cls(
             counters,
             plan.budget_bytes,
@@ -35,16 +37,19 @@ class Report:
             config.predictor_name,
             plan.precision,
             plan.expert_cache_bytes,
+            config.precision_policy,
+            uses_by_bits,
         )
 
     def as_dict(self) -> dict[str, Any]:
         return {
-            "experts": self.experts.as_dict(),
+            "experts": {**self.experts.as_dict(), "uses_by_bits": self.uses_by_bits},
             "memory": {"budget_bytes": self.budget_bytes, "peak_bytes": self.peak_bytes},
             "config": {
                 "policy": self.policy,
                 "predictor": self.predictor,
                 "precision": self.precision,
+                "precision_policy": self.precision_policy,
                 "expert_cache_bytes": self.expert_cache_bytes,
             },
         }
@@ -56,10 +61,14 @@ class Report:
             if experts.prefetched
             else ""
         )
+        uses = max(1, sum(self.uses_by_bits.values()))
+        bits = ", ".join(f"{count / uses:.1%} of uses with {bits} bits" for bits, count in self.uses_by_bits.items())
+        tailored = f"{self.precision_policy}: {bits}, {experts.upgrades} upgrades\n" if self.precision_policy != "full" else ""
         return (
             f"experts: {experts.ready_on_time:.1%} of {experts.lookups} ready on time, {experts.in_flight} in flight, "
             f"{experts.misses} missed{used}\n"
             f"read from disk: {format_bytes(experts.bytes_read)}, {experts.stall_seconds:.2f} s waited for it\n"
+            f"{tailored}"
             f"memory: peak {format_bytes(self.peak_bytes)} of {format_bytes(self.budget_bytes)} budget, "
             f"{format_bytes(self.expert_cache_bytes)} of it expert slots ({self.policy}, {self.predictor}, {self.precision})"
         )

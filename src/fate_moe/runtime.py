@@ -13,6 +13,7 @@ from fate_moe.memory.residency import Lease, Residency
 from fate_moe.memory.slots import SlotArena
 from fate_moe.prefetch import Prefetcher
 from fate_moe.quant.blob import views
+from fate_moe.tailor import Tailor
 
 __all__ = ["ExpertRuntime", "Router", "SlotWeights", "rows_by_expert"]
 
@@ -47,13 +48,14 @@ class SlotWeights:
         self._shapes = shapes
         self._views: dict[tuple[int, int], dict[str, torch.Tensor]] = {}  # making them costs 10 us a part, so they are kept
 
-    def of(self, layer: int, slot: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    def of(self, layer: int, slot: int, dtype: torch.dtype, num_planes: int | None = None) -> dict[str, torch.Tensor]:
+        """The parameters of the expert in ``slot``, from its first ``num_planes`` planes (None: all there are)."""
         layout = self._layouts[layer]
         parts = self._views.get((id(layout), slot))
         if parts is None:
             start = slot * self._slot_bytes
             parts = self._views[id(layout), slot] = views(layout, self._memory[start : start + layout.length])
-        return expert_weights(layout, parts, self._shapes[layer], dtype)
+        return expert_weights(layout, parts, self._shapes[layer], dtype, num_planes)
 
 
 class ExpertRuntime:
@@ -71,8 +73,10 @@ class ExpertRuntime:
         weights: SlotWeights,
         *,
         num_experts: Sequence[int],
+        tailor: Tailor,
     ) -> None:
         self.residency = residency
+        self.tailor = tailor
         self._prefetcher = Prefetcher(residency, predictor, len(routers))
         self._routers = routers
         self._weights = weights
@@ -89,7 +93,8 @@ class ExpertRuntime:
         self._prefetcher.entered(layer, hidden.shape[0])
         route = self._routers[layer]
         if route is not None:
-            self._acquire(layer, route(hidden).experts)
+            routing = route(hidden)
+            self._acquire(layer, routing.experts, routing)
         self._prefetcher.look_ahead(layer, hidden)
 
     def compute(
@@ -101,13 +106,14 @@ class ExpertRuntime:
         [num_tokens, top_k]. Raises StoreError if an expert cannot be read whole.
         """
         num_tokens, top_k = index.shape
-        rows, lease = self._acquire(layer, index)
+        rows, lease = self._acquire(layer, index, routing_weights)
         outputs = hidden.new_zeros(num_tokens * top_k, hidden.shape[-1])  # by (token, choice)
         try:
-            for (_, expert), slot in lease:
-                chosen = rows[expert]
+            for expert, slot in lease:
+                chosen = rows[expert.expert]
                 x = hidden if num_tokens == 1 else hidden[chosen // top_k]
-                outputs[chosen] = expert_mlp(experts, self._weights.of(layer, slot, hidden.dtype), x)
+                weights = self._weights.of(layer, slot, hidden.dtype, self.tailor.num_planes(expert))
+                outputs[chosen] = expert_mlp(experts, weights, x)
         finally:
             lease.release()
             self._claim = None
@@ -115,8 +121,11 @@ class ExpertRuntime:
         weighted = outputs.view(num_tokens, top_k, -1) * routing_weights.reshape(num_tokens, top_k, 1)
         return weighted.sum(1).to(hidden.dtype)
 
-    def _acquire(self, layer: int, index: torch.Tensor) -> tuple[dict[int, torch.Tensor], Lease]:
-        """The lease on the experts in ``index``: the one already held where the routing is the same, else a new one."""
+    def _acquire(self, layer: int, index: torch.Tensor, weighing: Routing | torch.Tensor) -> tuple[dict[int, torch.Tensor], Lease]:
+        """The lease on the experts in ``index``: the one already held where the routing is the same, else a new one.
+
+        ``weighing`` has their gate weights, or the scores that these come from.
+        """
         if self._claim is not None:
             held_layer, held_index, rows, lease = self._claim
             if held_layer == layer and torch.equal(held_index, index):
@@ -124,7 +133,8 @@ class ExpertRuntime:
             lease.release()  # a forward pass that was cut short, or a router whose real call differs from ours
         rows = rows_by_expert(index, self._num_experts[layer])
         counts = None if len(index) == 1 else [len(chosen) for chosen in rows.values()]
-        lease = self.residency.acquire([ExpertId(layer, expert) for expert in rows], counts, len(index))
+        sections = self.tailor.sections(layer, rows, weighing, self._prefetcher.affordable(len(index)))
+        lease = self.residency.acquire([ExpertId(layer, expert) for expert in rows], counts, len(index), sections=sections)
         self._claim = (layer, index, rows, lease)
         return rows, lease
 

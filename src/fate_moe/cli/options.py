@@ -6,7 +6,7 @@ import argparse
 from dataclasses import fields
 from typing import Any
 
-from fate_moe.config import POLICIES, PREDICTORS, PRESETS, OffloadConfig
+from fate_moe.config import POLICIES, PRECISION_POLICIES, PREDICTORS, PRESETS, OffloadConfig
 from fate_moe.core import PRECISIONS
 
 __all__ = [
@@ -47,6 +47,12 @@ def add_offload_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--predictor", choices=PREDICTORS, help="who is read ahead; default: the preset's")
     group.add_argument(
         "--precision", choices=PRECISIONS, default=DEFAULTS["precision"], help="of the experts; default: %(default)s"
+    )
+    group.add_argument(
+        "--precision-policy",
+        choices=PRECISION_POLICIES,
+        default=DEFAULTS["precision_policy"],
+        help="bits read of a missing expert; default: %(default)s, the only one that keeps every number",
     )
     group.add_argument("--context-length", type=int, metavar="N", help="tokens to set KV cache aside for; run: as many as it needs")
     group.add_argument(

@@ -6,13 +6,15 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from fate_moe.core import Counters, EvictionPolicy, ExpertId, ExpertSource, Lookup
 from fate_moe.memory.slots import SlotArena
 from fate_moe.memory.transfer import TransferQueue
 
-__all__ = ["Lease", "Residency"]
+__all__ = ["WHOLE", "Lease", "Residency"]
+
+WHOLE = 1 << 30  # sections: more than any blob has
 
 _log = logging.getLogger(__name__)
 
@@ -25,8 +27,9 @@ class Lease:
     source's error (StoreError, CorruptExpertError) at the expert that cannot be read.
     """
 
-    def __init__(self, residency: Residency, lookups: dict[ExpertId, Lookup]) -> None:
+    def __init__(self, residency: Residency, lookups: dict[ExpertId, Lookup], wanted: Mapping[ExpertId, int]) -> None:
         self.lookups = lookups
+        self._wanted = wanted
         self._residency = residency
         self._arrived: deque[tuple[ExpertId, Exception | None]] = deque()
         self._held = dict.fromkeys(lookups)
@@ -41,6 +44,10 @@ class Lease:
             expert = self._residency._wait_for(self)
             yield expert, self._residency.slot_of(expert)
             self._unlock(expert)
+
+    def wanted(self, expert: ExpertId) -> int:
+        """How many sections of ``expert``'s blob are enough."""
+        return self._wanted.get(expert, WHOLE)
 
     def release(self) -> None:
         """Unlock what is left and withdraw the demand reads that have not begun. May be called again."""
@@ -57,13 +64,16 @@ class Residency:
 
     An expert is *resident*, *in flight* (it has a slot and its read has begun) or *missing*. A prefetch gets its slot only when a
     thread begins it, and never from an expert that is locked, in flight or *fresh*: expected, and its layer not acquired since. A
-    demand read takes a fresh one if nothing else is left. ``acquire`` and ``prefetch`` may be called from any thread.
+    demand read takes a fresh one if nothing else is left. A slot may hold only the first sections of its blob; a demand for more
+    reads the rest into the same slot, and meanwhile the expert is in flight. ``acquire`` and ``prefetch`` may be called from any
+    thread.
     """
 
     def __init__(self, source: ExpertSource, arena: SlotArena, policy: EvictionPolicy, *, io_threads: int = 4) -> None:
         """``io_threads``: concurrent reads, of which one is kept for demand reads (so with 1, nothing is prefetched)."""
         self.counters = Counters()
-        self.read_seconds = 0.0  # the link's time per read (decayed mean), however many are under way at once; 0.0 before the first
+        # The link's time per whole blob (decayed mean), however many are under way at once; 0.0 before the first.
+        self.read_seconds = 0.0
         self._source = source
         self._arena = arena
         self._policy = policy
@@ -71,6 +81,7 @@ class Residency:
         self._arrival = threading.Condition(self._lock)
         self._free = list(reversed(range(arena.num_slots)))
         self._slots: dict[ExpertId, int] = {}  # resident
+        self._held: dict[ExpertId, int] = {}  # by resident and in flight: how many sections its slot holds
         self._reading: dict[ExpertId, int] = {}  # in flight, with the slot
         self._locks: dict[ExpertId, int] = {}  # by how many leases, resident or not
         self._waiting: dict[ExpertId, list[Lease]] = {}  # who wants to hear of an arrival
@@ -83,19 +94,27 @@ class Residency:
 
     # --- the inference thread ---
 
-    def acquire(self, experts: Sequence[ExpertId], counts: Sequence[int] | None = None, num_tokens: int = 1) -> Lease:
+    def acquire(
+        self,
+        experts: Sequence[ExpertId],
+        counts: Sequence[int] | None = None,
+        num_tokens: int = 1,
+        *,
+        sections: Mapping[ExpertId, int] | None = None,
+    ) -> Lease:
         """Lock ``experts``, start reading those that are missing, and say what each lookup found (law 5).
 
         The experts are distinct and of one layer, chosen for ``counts`` of ``num_tokens`` tokens (None: for all of them). What was
-        expected of their layer and not asked for is no longer fresh; prefetches still queued for it are cancelled. Raises
-        RuntimeError after ``close``.
+        expected of their layer and not asked for is no longer fresh; prefetches still queued for it are cancelled. ``sections``: of
+        which blobs the first so many are enough. Raises RuntimeError after ``close``.
         """
         with self._lock:
             if self._closed:
                 raise RuntimeError("this model has been closed; load it again")
             if experts:
                 self._policy.routed(experts[0].layer, [expert.expert for expert in experts], counts, num_tokens)
-            lease = Lease(self, {expert: self._look_up(expert) for expert in experts})
+            wanted = sections or {}
+            lease = Lease(self, {expert: self._look_up(expert, wanted.get(expert, WHOLE)) for expert in experts}, wanted)
             for expert, found in lease.lookups.items():
                 self._locks[expert] = self._locks.get(expert, 0) + 1
                 if found is not Lookup.HIT:
@@ -142,7 +161,11 @@ class Residency:
 
     def slot_of(self, expert: ExpertId) -> int:
         """The slot of a resident expert; it stays valid while a lease holds the expert. Raises KeyError if it is not resident."""
-        return self._slots[expert]
+        return self._slots[expert] if expert in self._slots else self._reading[expert]  # in flight: more of it is being read
+
+    def held(self, expert: ExpertId) -> int:
+        """How many sections of ``expert``'s blob its slot holds: 0 if it is missing, WHOLE if all of them."""
+        return self._held.get(expert, 0)
 
     def wait_idle(self) -> None:
         """Wait until no read is under way and none can begin (a prefetch may stay queued for want of a slot)."""
@@ -168,17 +191,18 @@ class Residency:
             books = {
                 "every slot is in one place": slots == list(range(self._arena.num_slots)),
                 "resident and in flight are disjoint": len(placed) == len(self._slots) + len(self._reading),
+                "who has a slot holds a number of sections": placed == self._held.keys(),
                 "fresh and unused experts have slots": fresh | self._unused <= placed,
                 "locks are counted": all(count > 0 for count in self._locks.values()),
                 "who waits has locked": set(self._waiting) <= set(self._locks),
-                "nobody waits for a resident": not set(self._waiting) & set(self._slots),
+                "nobody waits for a whole resident": all(self._held[e] < WHOLE for e in {*self._waiting} & {*self._slots}),
                 "who waits is served": set(self._waiting) <= {*self._reading, *self._queue.waiting()[0]},
             }
         broken = [name for name, holds in books.items() if not holds]
         if broken:
             raise RuntimeError("residency: not so: " + "; ".join(broken))
 
-    def _look_up(self, expert: ExpertId) -> Lookup:
+    def _look_up(self, expert: ExpertId, wanted: int) -> Lookup:
         if expert not in self._slots and expert not in self._reading:
             self.counters.misses += 1
             return Lookup.MISS
@@ -186,6 +210,10 @@ class Residency:
         if expert in self._unused:
             self._unused.discard(expert)
             self.counters.prefetch_used += 1
+        if expert in self._slots and self._held[expert] < wanted:
+            self.counters.misses += 1
+            self.counters.upgrades += 1
+            return Lookup.MISS
         if expert in self._slots:
             self.counters.hits += 1
             return Lookup.HIT
@@ -231,16 +259,22 @@ class Residency:
         """
         if not demand and self._waiting:
             return None
+        last = max((lease.wanted(expert) for lease in self._waiting.get(expert, ())), default=WHOLE) if demand else WHOLE
+        if not self._reading:
+            self._link_since = time.perf_counter()
+        if expert in self._slots:  # it has the first sections
+            slot = self._reading[expert] = self._slots.pop(expert)
+            return lambda: self._read(expert, slot, demand, last)
         if not self._free:
             victim = self._victim(expert, demand)
             if victim is None:
                 return None
             self._policy.removed(victim)
             self._free.append(self._slots.pop(victim))
+            del self._held[victim]
             self._forget_expected(victim)
-        if not self._reading:
-            self._link_since = time.perf_counter()
         slot = self._reading[expert] = self._free.pop()
+        self._held[expert] = 0
         self._policy.admitted(expert, prefetched=not demand)
         if demand:
             self._policy.touched(expert)
@@ -248,7 +282,7 @@ class Residency:
             self.counters.prefetched += 1
             self._unused.add(expert)
             self._fresh.setdefault(expert.layer, set()).add(expert)
-        return lambda: self._read(expert, slot, demand)
+        return lambda: self._read(expert, slot, demand, last)
 
     def _victim(self, incoming: ExpertId, demand: bool) -> ExpertId | None:
         def evictable(expert: ExpertId) -> bool:
@@ -262,11 +296,15 @@ class Residency:
             victim = self._policy.victim(incoming, evictable)
         return victim
 
-    def _read(self, expert: ExpertId, slot: int, demand: bool) -> None:
+    def _read(self, expert: ExpertId, slot: int, demand: bool, last: int) -> None:
         num_bytes = 0
         error: Exception | None = None
         try:
-            num_bytes = self._source.read(expert, self._arena.view(slot))
+            if last == WHOLE and not self._held[expert]:
+                num_bytes = self._source.read(expert, self._arena.view(slot))
+            else:
+                end = None if last == WHOLE else last
+                num_bytes = self._source.read(expert, self._arena.view(slot), self._held[expert], end)
         except Exception as failure:  # raised again in the thread that asked for it
             error = failure
         with self._arrival:
@@ -274,19 +312,28 @@ class Residency:
             del self._reading[expert]
             if error is None:
                 self._slots[expert] = slot
+                self._held[expert] = last
                 self.counters.bytes_read += num_bytes
+                seconds *= self._arena.slot_bytes / num_bytes  # what all of it would have taken
                 self.read_seconds = seconds if not self.read_seconds else self.read_seconds + 0.1 * (seconds - self.read_seconds)
             else:
                 self._policy.removed(expert)
                 self._forget_expected(expert)
+                del self._held[expert]
                 self._free.append(slot)
             if error is not None and not demand and expert in self._waiting:
                 self._queue.demand(expert)  # it was only a prefetch that failed: those who wait for it get one read of their own
             elif error is not None and not demand:
                 _log.info("a prefetch of expert %d in MoE layer %d failed: %s", expert.expert, expert.layer, error)
             else:
-                for lease in self._waiting.pop(expert, []):
-                    lease._arrived.append((expert, error))
+                waiting = self._waiting.pop(expert, [])
+                short = [lease for lease in waiting if error is None and lease.wanted(expert) > last]
+                if short:  # one came after this read had begun and wants more sections than it brought
+                    self._waiting[expert] = short
+                    self._queue.demand(expert)
+                for lease in waiting:
+                    if lease not in short:
+                        lease._arrived.append((expert, error))
             self._queue.slot_freed()
             self._arrival.notify_all()
 
@@ -294,7 +341,8 @@ class Residency:
         """Whether a thread is about to begin what comes next in the queue."""
         demands, prefetches = self._queue.waiting()
         if demands or (prefetches and not self._waiting):
-            return bool(self._free) or self._victim((demands or prefetches)[0], demand=bool(demands)) is not None
+            coming = (demands or prefetches)[0]
+            return bool(self._free) or coming in self._slots or self._victim(coming, demand=bool(demands)) is not None
         return False
 
     def _forget_expected(self, expert: ExpertId) -> None:

@@ -14,10 +14,11 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from fate_moe import demo
 from fate_moe.config import OffloadConfig, cache_home
-from fate_moe.core import EvictionPolicy
+from fate_moe.core import EvictionPolicy, ExpertId
 from fate_moe.errors import CheckpointError, ConfigError, StoreError
 from fate_moe.memory.decayed import Decayed
 from fate_moe.memory.policies import make_policy
+from fate_moe.memory.precision import make_precision_policy
 from fate_moe.memory.residency import Residency
 from fate_moe.memory.slots import SlotArena
 from fate_moe.models.attach import attach, limit_context, routers_of
@@ -34,6 +35,7 @@ from fate_moe.store.open import Store, load_dense, open_store
 from fate_moe.store.plan import identity_of
 from fate_moe.store.reader import DiskSource
 from fate_moe.store.source import Checkpoint, resolve_checkpoint
+from fate_moe.tailor import Tailor
 
 __all__ = ["Fate", "Prepared", "load", "load_tokenizer", "plan", "prepare", "realize", "store_for"]
 
@@ -53,7 +55,11 @@ class Fate:
 
     def report(self) -> Report:
         """Everything since loading: lookups, bytes, stall seconds, memory."""
-        return Report.of(self.runtime.residency.counters, self.plan, self.config)
+        return Report.of(self.runtime.residency.counters, self.plan, self.config, self.runtime.tailor.by_bits())
+
+    def bits_used(self) -> dict[tuple[ExpertId, int], int]:
+        """How often each expert was computed with how many bits, since loading."""
+        return dict(self.runtime.tailor.used)
 
     def close(self) -> None:
         """Stop the reading threads, close the store's files, keep what was learned. The model cannot run afterwards."""
@@ -157,12 +163,14 @@ def realize(prepared: Prepared, plan: Plan, config: OffloadConfig) -> Any:
     _recall(policy, store.path)
     residency = Residency(DiskSource(store), arena, policy, io_threads=config.io_threads)
     shapes = [stack.output_rows_first() for stack in stacks]
-    weights = SlotWeights(arena, [store.manifest.layout_of(stack.layer) for stack in stacks], shapes)
+    layouts = [store.manifest.layout_of(stack.layer) for stack in stacks]
+    weights = SlotWeights(arena, layouts, shapes)
     routers = routers_of(model, stacks)
     gates = load_gates(store.path, num_experts, model.config.get_text_config().hidden_size)
     fitted = FittedGates(gates) if gates is not None else None
     predictor = make_predictor(config.predictor_name, num_experts, routers, max(stack.top_k for stack in stacks), fitted)
-    runtime = ExpertRuntime(residency, predictor, routers, weights, num_experts=num_experts)
+    tailor = Tailor(make_precision_policy(config.precision_policy), layouts, residency)
+    runtime = ExpertRuntime(residency, predictor, routers, weights, num_experts=num_experts, tailor=tailor)
     attach(model, stacks, runtime)
     limit_context(model, plan.context_length, plan.kv_cache_bytes // plan.context_length)
     model.fate = Fate(plan, config, runtime, lambda: _remember(policy, store.path))

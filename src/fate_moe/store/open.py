@@ -17,7 +17,7 @@ from fate_moe.store.format import Manifest
 from fate_moe.store.progress import progress_bar
 from fate_moe.store.tensorfile import TensorEntry, data_start, parse_header, read_header
 
-__all__ = ["Store", "check_blob", "load_dense", "open_store", "verify"]
+__all__ = ["Store", "check_blob", "check_section", "load_dense", "open_store", "verify"]
 
 # Big enough for full disk bandwidth (4 MiB reads: 1.0-1.2 GB/s), small enough to stay in the cache for the checksum.
 _CHUNK_BYTES = 4 << 20
@@ -128,9 +128,9 @@ def open_file(path: Path, direct: bool = True) -> DirectFile:
         raise StoreError(f"{path} cannot be opened ({error.strerror}); {_AGAIN}") from error
 
 
-def read_blob(store: Store, file: DirectFile, expert: ExpertId, blob: memoryview) -> None:
-    """Fill ``blob`` (exactly the blob's length) with ``expert``'s bytes. Raises StoreError when they cannot be read whole."""
-    offset = store.manifest.layers[expert.layer].experts[expert.expert].offset
+def read_blob(store: Store, file: DirectFile, expert: ExpertId, blob: memoryview, start: int = 0) -> None:
+    """Fill ``blob`` with ``expert``'s bytes from ``start`` on. Raises StoreError when they cannot be read whole."""
+    offset = store.manifest.layers[expert.layer].experts[expert.expert].offset + start
     where = f"{file.path}: layer {expert.layer} expert {expert.expert}"
     try:
         got = file.read(blob, offset)
@@ -142,11 +142,17 @@ def read_blob(store: Store, file: DirectFile, expert: ExpertId, blob: memoryview
 
 def check_blob(store: Store, expert: ExpertId, blob: memoryview) -> None:
     """Compare ``blob`` with ``expert``'s checksums, section by section. Raises CorruptExpertError naming file, layer and expert."""
-    checksums = store.manifest.layers[expert.layer].experts[expert.expert].checksums
-    for section, checksum in zip(store.manifest.layout_of(expert.layer).sections, checksums, strict=True):
-        if xxhash.xxh3_64_hexdigest(blob[section.offset : section.offset + section.length]) != checksum:
-            where = f"{store.shard_of(expert)}: layer {expert.layer} expert {expert.expert}"
-            raise CorruptExpertError(f"{where}: its {section.name} differ from their checksum; {_AGAIN}")
+    for number in range(len(store.manifest.layout_of(expert.layer).sections)):
+        check_section(store, expert, blob, number)
+
+
+def check_section(store: Store, expert: ExpertId, blob: memoryview, number: int) -> None:
+    """As ``check_blob``, section ``number`` alone; the rest of ``blob`` may be anything."""
+    section = store.manifest.layout_of(expert.layer).sections[number]
+    checksum = store.manifest.layers[expert.layer].experts[expert.expert].checksums[number]
+    if xxhash.xxh3_64_hexdigest(blob[section.offset : section.offset + section.length]) != checksum:
+        where = f"{store.shard_of(expert)}: layer {expert.layer} expert {expert.expert}"
+        raise CorruptExpertError(f"{where}: its {section.name} differ from their checksum; {_AGAIN}")
 
 
 def _checked_read(path: Path, num_bytes: int, checksum: str, memory: memoryview, reuse: bool = False) -> None:

@@ -2,37 +2,43 @@
 
 from __future__ import annotations
 
-from fate_moe.core import ExpertId
-from fate_moe.store.open import Store, check_blob, open_file, read_blob
+from fate_moe.core import SLOT_ALIGNMENT, ExpertId
+from fate_moe.store.open import Store, check_section, open_file, read_blob
 
 __all__ = ["DiskSource"]
 
 
 class DiskSource:
-    """An ExpertSource that reads whole blobs from a store's shards, with O_DIRECT unless ``direct`` is false or it is refused.
+    """An ExpertSource that reads blobs from a store's shards, with O_DIRECT unless ``direct`` is false or it is refused.
 
-    Each expert's checksums are compared at its first read in this object's life. Any number of threads may read at once.
+    Each section's checksum is compared at its first read in this object's life. Any number of threads may read at once.
     """
 
     def __init__(self, store: Store, direct: bool = True) -> None:
         """Opens every shard. Raises StoreError naming one that cannot be opened."""
         self.store = store
         self._files = {shard: open_file(store.path / shard, direct) for shard in store.manifest.shard_bytes}
-        self._verified: set[ExpertId] = set()
+        self._verified: set[tuple[ExpertId, int]] = set()  # and section
 
-    def read(self, expert: ExpertId, slot: memoryview) -> int:
-        """Fill ``slot`` (page-aligned, at least the blob's length) and return the bytes read.
+    def read(self, expert: ExpertId, slot: memoryview, first: int = 0, last: int | None = None) -> int:
+        """Bring the sections ``first`` up to but without ``last`` (None: to the blob's end) to their places in ``slot``.
 
-        Raises StoreError if the bytes cannot be read whole, CorruptExpertError if they differ from their checksum; both name file,
-        layer and expert.
+        ``slot`` is page-aligned and has at least the blob's length. Returns the bytes read, whole blocks of 4096. Raises StoreError
+        if they cannot be read whole, CorruptExpertError if a section differs from its checksum; both name file, layer and expert.
         """
-        layer = self.store.manifest.layers[expert.layer]
-        blob = slot[: self.store.manifest.layouts[layer.layout].length]
-        read_blob(self.store, self._files[layer.shard], expert, blob)
-        if expert not in self._verified:
-            check_blob(self.store, expert, blob)
-            self._verified.add(expert)
-        return len(blob)
+        manifest = self.store.manifest
+        layout = manifest.layout_of(expert.layer)
+        sections = layout.sections[first:last]
+        start = sections[0].offset // SLOT_ALIGNMENT * SLOT_ALIGNMENT
+        stop = layout.length
+        if sections[-1] != layout.sections[-1]:
+            stop = -(-(sections[-1].offset + sections[-1].length) // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
+        read_blob(self.store, self._files[manifest.layers[expert.layer].shard], expert, slot[start:stop], start)
+        for number in range(first, first + len(sections)):
+            if (expert, number) not in self._verified:
+                check_section(self.store, expert, slot, number)
+                self._verified.add((expert, number))
+        return stop - start
 
     def close(self) -> None:
         """Close the shards; no read may follow."""

@@ -1,0 +1,163 @@
+"""Experts whose slots hold only the first sections: what is read, what is upgraded, and that nobody gets less than asked for."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fate_moe.core import ExpertId, Lookup
+from fate_moe.errors import CorruptExpertError
+from fate_moe.memory.policies import make_policy
+from fate_moe.memory.residency import WHOLE, Residency
+from fate_moe.memory.slots import SlotArena
+
+SLOT, SECTIONS = 4096, 4
+
+
+class Source:
+    """Section i of an expert is byte i of its slot. Remembers which sections were read; ``gate`` holds reads back."""
+
+    def __init__(self) -> None:
+        self.reads: list[tuple[ExpertId, int, int]] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.fails = False
+
+    def read(self, expert: ExpertId, slot: memoryview, first: int = 0, last: int | None = None) -> int:
+        last = SECTIONS if last is None else last
+        self.reads.append((expert, first, last))
+        assert self.gate.wait(10)
+        if self.fails:
+            raise CorruptExpertError(f"{expert}")
+        if first == 0:
+            slot[:SECTIONS] = b"\xff" * SECTIONS
+        for section in range(first, last):
+            slot[section] = expert.expert * 10 + section
+        return (last - first) * 1024
+
+    def close(self) -> None:
+        pass
+
+
+Make = Callable[[int], tuple[Residency, Source, SlotArena]]
+
+
+@pytest.fixture
+def make() -> Iterator[Make]:
+    made: list[tuple[Residency, Source]] = []
+
+    def build(num_slots: int) -> tuple[Residency, Source, SlotArena]:
+        source, arena = Source(), SlotArena(num_slots, SLOT)
+        residency = Residency(source, arena, make_policy("lru", num_slots, [6, 6]))
+        made.append((residency, source))
+        return residency, source, arena
+
+    yield build
+    for residency, source in made:
+        source.gate.set()
+        residency.close()
+
+
+A, B, C = (ExpertId(0, expert) for expert in range(3))
+
+
+def use(residency: Residency, arena: SlotArena, wanted: dict[ExpertId, int]) -> dict[ExpertId, Lookup]:
+    """Acquire as the runtime does; every slot must hold at least what was wanted, and what ``held`` says."""
+    lease = residency.acquire(list(wanted), sections=wanted)
+    for expert, slot in lease:
+        held = min(residency.held(expert), SECTIONS)
+        assert held >= min(wanted[expert], SECTIONS)
+        assert list(arena.view(slot)[:held]) == [expert.expert * 10 + section for section in range(held)]
+    lease.release()
+    residency.check_integrity()
+    return lease.lookups
+
+
+def test_a_short_view_then_the_rest_into_the_same_slot(make: Make) -> None:
+    residency, source, arena = make(2)
+    assert use(residency, arena, {A: 2}) == {A: Lookup.MISS}
+    slot = residency.slot_of(A)
+    assert use(residency, arena, {A: 2}) == {A: Lookup.HIT}
+    assert use(residency, arena, {A: 1}) == {A: Lookup.HIT}
+    assert use(residency, arena, {A: 3}) == {A: Lookup.MISS}
+    assert use(residency, arena, {A: WHOLE}) == {A: Lookup.MISS}
+    assert use(residency, arena, {A: WHOLE}) == {A: Lookup.HIT}
+    assert source.reads == [(A, 0, 2), (A, 2, 3), (A, 3, 4)]
+    assert residency.slot_of(A) == slot
+    assert residency.counters.bytes_read == 4096, "nothing is read twice"
+    assert (residency.counters.upgrades, residency.counters.misses, residency.counters.hits) == (2, 3, 3)
+
+
+def test_prefetches_are_whole(make: Make) -> None:
+    residency, source, arena = make(2)
+    residency.prefetch([A])
+    residency.wait_idle()
+    assert use(residency, arena, {A: 2}) == {A: Lookup.HIT}
+    assert source.reads == [(A, 0, SECTIONS)]
+
+
+def test_an_eviction_forgets_what_was_held(make: Make) -> None:
+    residency, source, arena = make(1)
+    use(residency, arena, {A: 2})
+    use(residency, arena, {B: WHOLE})
+    assert residency.held(A) == 0
+    use(residency, arena, {A: 3})
+    assert source.reads == [(A, 0, 2), (B, 0, 4), (A, 0, 3)]
+
+
+def test_who_wants_more_than_the_read_under_way_brings_gets_it(make: Make) -> None:
+    residency, source, arena = make(2)
+    source.gate.clear()
+    first = residency.acquire([A], sections={A: 2})
+    while not source.reads:
+        pass
+    second = residency.acquire([A], sections={A: WHOLE})
+    assert second.lookups == {A: Lookup.IN_FLIGHT}
+    source.gate.set()
+    for lease, least in ((first, 2), (second, SECTIONS)):
+        ((_, slot),) = list(lease)
+        assert list(arena.view(slot)[:least]) == list(range(least))
+        lease.release()
+    assert source.reads == [(A, 0, 2), (A, 2, 4)]
+    residency.check_integrity()
+
+
+def test_an_upgrade_that_fails_is_raised_and_the_slot_is_free(make: Make) -> None:
+    residency, source, arena = make(1)
+    use(residency, arena, {A: 2})
+    source.fails = True
+    lease = residency.acquire([A])
+    with pytest.raises(CorruptExpertError):
+        list(lease)
+    lease.release()
+    source.fails = False
+    residency.check_integrity()
+    assert residency.held(A) == 0
+    assert use(residency, arena, {B: WHOLE}) == {B: Lookup.MISS}
+
+
+def test_the_time_of_a_whole_read_is_reckoned_from_short_ones(make: Make) -> None:
+    residency, _, arena = make(1)
+    use(residency, arena, {A: 1})
+    assert residency.read_seconds > 0
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(
+        st.dictionaries(
+            st.builds(ExpertId, st.just(0), st.integers(0, 5)), st.sampled_from([1, 2, 3, WHOLE]), min_size=1, max_size=4
+        ),
+        min_size=1,
+        max_size=12,
+    )
+)
+def test_any_sequence(make: Make, passes: list[dict[ExpertId, int]]) -> None:
+    residency, _, arena = make(3)
+    for wanted in passes:
+        residency.prefetch([next(iter(wanted))])
+        use(residency, arena, wanted)
