@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 from benchmarks.peers import Variant
 from benchmarks.peers.environment import virtual_environment
