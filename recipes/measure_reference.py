@@ -15,7 +15,7 @@ import torch
 from reference_text import heldout_tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from fate_moe.trace.routing import WINDOW, Trace, by_layer, join, load, record, summary
+from fate_moe.trace.routing import WINDOW, by_layer, join, record, summary
 
 PROMPTS = (
     "It was a cold night in November, and the old man",
@@ -34,16 +34,16 @@ PROMPTS = (
 # ---- the page --------------------------------------------------------------------------------------------------------
 
 
-def draw_maps(traces: dict[str, Trace], file: Path) -> None:
-    """One heat map per domain: how often each expert is chosen, relative to an even load."""
+def draw_maps(loads: dict[str, list[list[int]]], file: Path) -> None:
+    """One heat map per domain of tokens per [layer, expert], relative to an even load."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(len(traces), 1, figsize=(10, 2.6 * len(traces)), sharex=True, layout="constrained")
-    for axis, (domain, trace) in zip(axes, traces.items(), strict=True):
-        counts = load(trace).float()
+    figure, axes = pyplot.subplots(len(loads), 1, figsize=(10, 2.6 * len(loads)), sharex=True, layout="constrained")
+    for axis, (domain, load) in zip(axes, loads.items(), strict=True):
+        counts = torch.tensor(load, dtype=torch.float32)
         image = axis.imshow(counts / counts.mean(1, keepdim=True), aspect="auto", cmap="magma", vmin=0, vmax=4)
         axis.set(title=domain.removeprefix("heldout-"), ylabel="layer")
     axes[-1].set_xlabel("expert")
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     whole = join(list(traces.values()))
     training = json.loads((args.model / "training.json").read_text())
     picture = args.page.with_suffix("") / "expert-maps.png"
-    draw_maps(traces, picture)
+    draw_maps(training["load"], picture)
 
     losses = ["| domain | nats per token, all held-out text | here, fp32 |", "| --- | --- | --- |"]
     losses += [f"| {d.removeprefix('heldout-')} | {training['heldout_loss'][d]:.3f} | {t.loss:.3f} |" for d, t in traces.items()]
@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
         "",
         "## Expert maps",
         "",
-        "How often each expert is chosen, by domain, relative to an even load.",
+        "How often each expert is chosen on all held-out text, by domain, relative to an even load.",
         "",
         f"![expert maps by domain]({picture.parent.name}/{picture.name})",
         "",
