@@ -1,0 +1,195 @@
+// AVX2: two registers hold a group's 64 codes; integer products go through 16 bits.
+#include "ops.h"
+
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#include <immintrin.h>
+
+#include <cstring>
+
+namespace fate {
+namespace {
+
+constexpr int64_t kBlock = 2;
+struct Codes {
+  __m256i part[4];  // planes: elements 16j .. 16j + 15 of two groups; int8: halves of two groups
+};
+using Sums = __m256;
+
+inline Sums zero() { return _mm256_setzero_ps(); }
+
+inline float total(Sums sums) {
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
+  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+}
+
+inline void add_products(Sums& sums, const float* a, const float* b, int64_t n) {
+  for (int64_t i = 0; i < n; i += 8) sums = _mm256_fmadd_ps(_mm256_loadu_ps(a + i), _mm256_loadu_ps(b + i), sums);
+}
+
+inline void halves(const uint16_t* in, int64_t n, float* out) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i))));
+  for (; i < n; ++i) out[i] = _cvtsh_ss(in[i]);
+}
+
+// Part j takes bytes 2j and 2j + 1 of each group's 8: each eight times, so that each element meets its bit.
+template <int j>
+inline __m256i with_bits(__m256i part, __m256i plane, char value) {
+  constexpr int64_t step = 0x0101010101010101;
+  const __m256i spread = _mm256_setr_epi64x(2 * j * step, (2 * j + 1) * step, (2 * j + 8) * step, (2 * j + 9) * step);
+  const __m256i each = _mm256_set1_epi64x(int64_t(0x8040201008040201));
+  const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(_mm256_shuffle_epi8(plane, spread), each), each);
+  return _mm256_or_si256(part, _mm256_and_si256(set, _mm256_set1_epi8(value)));
+}
+
+template <Kind kind, int j>
+inline __m256i part_of(__m256i h, __m256i m, __m256i l) {
+  __m256i part = _mm256_and_si256(h, _mm256_set1_epi8(12));  // two bits have come to bits 2 and 3
+  if constexpr (kind != Kind::kPlanes1) part = with_bits<j>(part, m, 2);
+  if constexpr (kind == Kind::kPlanes3) part = with_bits<j>(part, l, 1);
+  return part;
+}
+
+template <Kind kind>
+inline Codes codes_of(__m256i h, __m128i m, __m128i l) {
+  const __m256i m2 = _mm256_broadcastsi128_si256(m), l2 = _mm256_broadcastsi128_si256(l);
+  return {{part_of<kind, 0>(_mm256_slli_epi32(h, 2), m2, l2), part_of<kind, 1>(h, m2, l2),
+           part_of<kind, 2>(_mm256_srli_epi32(h, 2), m2, l2), part_of<kind, 3>(_mm256_srli_epi32(h, 4), m2, l2)}};
+}
+
+inline __m256i load32(const uint8_t* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
+inline __m128i load16(const uint8_t* from) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)); }
+inline __m128i load8(const uint8_t* from) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)); }
+
+template <Kind kind>
+inline Codes decode(const Matrix& m, int64_t at) {
+  if constexpr (kind == Kind::kInt8) {
+    const uint8_t* from = m.planes[0] + at * 64;
+    return {{load32(from), load32(from + 32), load32(from + 64), load32(from + 96)}};
+  }
+  const __m128i none = _mm_setzero_si128();
+  return codes_of<kind>(load32(m.planes[0] + at * 16), kind == Kind::kPlanes1 ? none : load16(m.planes[1] + at * 8),
+                        kind == Kind::kPlanes3 ? load16(m.planes[2] + at * 8) : none);
+}
+
+template <Kind kind>
+inline Codes decode_some(const Matrix& m, int64_t at, int64_t) {  // one group
+  if constexpr (kind == Kind::kInt8) {
+    const uint8_t* from = m.planes[0] + at * 64;
+    return {{load32(from), load32(from + 32), _mm256_setzero_si256(), _mm256_setzero_si256()}};
+  }
+  const __m128i none = _mm_setzero_si128();
+  return codes_of<kind>(_mm256_zextsi128_si256(load16(m.planes[0] + at * 16)),
+                        kind == Kind::kPlanes1 ? none : load8(m.planes[1] + at * 8),
+                        kind == Kind::kPlanes3 ? load8(m.planes[2] + at * 8) : none);
+}
+
+inline __m256i pairs(__m256i codes, __m256i q) {  // 8-bit codes to 255: 16-bit products, 32-bit sums of two
+  const __m256i low = _mm256_madd_epi16(_mm256_cvtepu8_epi16(_mm256_castsi256_si128(codes)),
+                                        _mm256_cvtepi8_epi16(_mm256_castsi256_si128(q)));
+  const __m256i high = _mm256_madd_epi16(_mm256_cvtepu8_epi16(_mm256_extracti128_si256(codes, 1)),
+                                         _mm256_cvtepi8_epi16(_mm256_extracti128_si256(q, 1)));
+  return _mm256_add_epi32(low, high);
+}
+
+inline __m256i load_q(const int8_t* q) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q)); }
+
+template <Kind kind>
+inline void dot(Sums& sums, const Codes& codes, const int8_t* q, const float* factors) {
+  if constexpr (kind == Kind::kInt8) {
+    FATE_UNROLL
+    for (int g = 0; g < 2; ++g) {
+      const __m256i products = _mm256_add_epi32(pairs(codes.part[2 * g], load_q(q + 64 * g)),
+                                                pairs(codes.part[2 * g + 1], load_q(q + 64 * g + 32)));
+      sums = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products), _mm256_set1_ps(factors[g]), sums);
+    }
+    return;
+  }
+  __m256i sixteen = _mm256_maddubs_epi16(codes.part[0], load_q(q));  // at most 4 * 2 * 15 * 127 in 16 bits
+  FATE_UNROLL
+  for (int j = 1; j < 4; ++j) sixteen = _mm256_add_epi16(sixteen, _mm256_maddubs_epi16(codes.part[j], load_q(q + 32 * j)));
+  const __m256i products = _mm256_madd_epi16(sixteen, _mm256_set1_epi16(1));
+  const __m256 spread = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_set1_ps(factors[0])), _mm_set1_ps(factors[1]), 1);
+  sums = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products), spread, sums);
+}
+
+inline __m256 numbers(const uint8_t* codes) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes))));
+}
+
+// The block's codes in natural order.
+template <Kind kind>
+inline void store(const Codes& codes, uint8_t* out) {
+  FATE_UNROLL
+  for (int j = 0; j < 4; ++j) {
+    if constexpr (kind == Kind::kInt8) {
+      _mm256_store_si256(reinterpret_cast<__m256i*>(out + 32 * j), codes.part[j]);
+    } else {
+      _mm_store_si128(reinterpret_cast<__m128i*>(out + 16 * j), _mm256_castsi256_si128(codes.part[j]));
+      _mm_store_si128(reinterpret_cast<__m128i*>(out + 64 + 16 * j), _mm256_extracti128_si256(codes.part[j], 1));
+    }
+  }
+}
+
+template <Kind kind>
+inline void dot(Sums& sums, const Codes& codes, const float* x, const float* factors) {
+  alignas(32) uint8_t bytes[128];
+  store<kind>(codes, bytes);
+  FATE_UNROLL
+  for (int g = 0; g < 2; ++g) {
+    __m256 products = _mm256_setzero_ps();
+    for (int i = 64 * g; i < 64 * g + 64; i += 8) products = _mm256_fmadd_ps(numbers(bytes + i), _mm256_loadu_ps(x + i), products);
+    sums = _mm256_fmadd_ps(products, _mm256_set1_ps(factors[g]), sums);
+  }
+}
+
+inline void dot_bf16(Sums& sums, const uint16_t* w, const float* x) {
+  for (int i = 0; i < 64; i += 8) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w + i)));
+    sums = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16)), _mm256_loadu_ps(x + i), sums);
+  }
+}
+
+template <Kind kind>
+void expand_codes(const Matrix& m, int64_t at, const Codes& codes, int64_t n, float* out);
+template <Kind kind>
+void expand_codes(const Matrix& m, int64_t at, const Codes& codes, int64_t n, uint16_t* out);
+
+#include "loops.inc"
+
+template <Kind kind>
+inline void expand_codes(const Matrix& m, int64_t at, const Codes& codes, int64_t n, float* out) {
+  alignas(32) uint8_t bytes[128];
+  store<kind>(codes, bytes);
+  for (int64_t g = 0; g < n; ++g) {
+    const __m256 scale = _mm256_set1_ps(_cvtsh_ss(m.scale[at + g])), zero = _mm256_set1_ps(_cvtsh_ss(m.zero[at + g]));
+    for (int64_t i = 64 * g; i < 64 * g + 64; i += 8) {
+      const __m256 centred = _mm256_add_ps(numbers(bytes + i), _mm256_set1_ps(middle(kind)));
+      _mm256_storeu_ps(out + i, _mm256_sub_ps(_mm256_mul_ps(centred, scale), zero));
+    }
+  }
+}
+
+template <Kind kind>
+inline void expand_codes(const Matrix& m, int64_t at, const Codes& codes, int64_t n, uint16_t* out) {
+  alignas(32) float values[128];
+  expand_codes<kind>(m, at, codes, n, values);
+  for (int64_t i = 0; i < 64 * n; ++i) out[i] = round_to_bf16(values[i]);
+}
+
+const Ops kOps = {"avx2", product, quantize, sum_groups, gate, expand, to_float, from_float, combine};
+
+}  // namespace
+
+const Ops* avx2_ops() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") ? &kOps : nullptr;
+}
+
+}  // namespace fate
+#else
+namespace fate {
+const Ops* avx2_ops() { return nullptr; }
+}  // namespace fate
+#endif

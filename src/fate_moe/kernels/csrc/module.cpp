@@ -1,0 +1,107 @@
+// The Python face: addresses and sizes as numbers. kernels/cpu.py checks what it passes; nothing here does.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <stdexcept>
+
+#include "products.h"
+#include "threads.h"
+
+namespace nb = nanobind;
+using namespace fate;
+
+namespace {
+
+const Ops* const kCandidates[] = {avx512_ops(), avx2_ops(), neon_ops(), portable_ops()};  // best first
+
+const Ops* best() {
+  for (const Ops* ops : kCandidates)
+    if (ops) return ops;
+  return nullptr;
+}
+
+const Ops* chosen = best();
+
+std::vector<std::string> names() {
+  std::vector<std::string> found;
+  for (const Ops* ops : kCandidates)
+    if (ops) found.push_back(ops->name);
+  return found;
+}
+
+void choose(const std::string& name) {
+  for (const Ops* ops : kCandidates)
+    if (ops && name == ops->name) {
+      chosen = ops;
+      return;
+    }
+  throw std::invalid_argument("no kernels called " + name);
+}
+
+Place make_place(int kind, int64_t rows, int64_t cols, const std::vector<int64_t>& planes, int64_t scale, int64_t zero,
+                 int64_t bias, int bias_dtype) {
+  Place place = {Kind(kind), rows, cols, {0, 0, 0}, scale, zero, bias, Dtype(bias_dtype)};
+  for (size_t i = 0; i < planes.size() && i < 3; ++i) place.planes[i] = planes[i];
+  return place;
+}
+
+void experts(const ExpertPlace& place, std::vector<uint64_t> addresses, std::vector<int> num_planes, std::vector<int64_t> starts,
+             std::vector<int64_t> choices, uintptr_t x, int x_dtype, int64_t num_tokens, int64_t top_k, uintptr_t out, bool exact,
+             int num_threads) {
+  const Batch batch = {std::move(addresses), std::move(num_planes), std::move(starts), std::move(choices),
+                       reinterpret_cast<const void*>(x), Dtype(x_dtype), num_tokens, top_k, reinterpret_cast<float*>(out)};
+  const nb::gil_scoped_release release;
+  run_experts(*chosen, place, batch, exact, num_threads);
+}
+
+void linear(const Place& place, uintptr_t address, int num_planes, uintptr_t x, int x_dtype, int64_t num_tokens, uintptr_t out,
+            int out_dtype, bool exact, int num_threads) {
+  const nb::gil_scoped_release release;
+  run_linear(*chosen, place.at(address, num_planes), reinterpret_cast<const void*>(x), Dtype(x_dtype), num_tokens,
+             reinterpret_cast<void*>(out), Dtype(out_dtype), exact, num_threads);
+}
+
+void expand(const Place& place, uintptr_t address, int num_planes, uintptr_t out, int dtype, int num_threads) {
+  const nb::gil_scoped_release release;
+  run_expand(*chosen, place.at(address, num_planes), reinterpret_cast<void*>(out), Dtype(dtype), num_threads);
+}
+
+void combine(uintptr_t rows, uintptr_t weights, int weights_dtype, int64_t num_tokens, int64_t top_k, int64_t hidden, uintptr_t out,
+             int out_dtype) {
+  const nb::gil_scoped_release release;
+  run_combine(*chosen, reinterpret_cast<const float*>(rows), reinterpret_cast<const void*>(weights), Dtype(weights_dtype),
+              num_tokens, top_k, hidden, reinterpret_cast<void*>(out), Dtype(out_dtype));
+}
+
+void gate_rows(const Gate& gate, uintptr_t gate_up, int64_t n, uintptr_t inner) {
+  chosen->gate(gate, reinterpret_cast<const float*>(gate_up), n, reinterpret_cast<float*>(inner));
+}
+
+uint64_t read_memory(uintptr_t address, int64_t num_bytes, int num_threads) {
+  const nb::gil_scoped_release release;
+  return read_all(reinterpret_cast<const void*>(address), num_bytes, num_threads);
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.doc() = "Expert kernels on raw addresses; use fate_moe.kernels.cpu.";
+  m.def("instruction_sets", &names, "What this processor can run, best first.");
+  m.def("instruction_set", [] { return std::string(chosen->name); }, "What is used.");
+  m.def("choose", &choose, "Use another instruction set (tests and benchmarks).");
+  m.def("team", [] { return std::string(team_name()); }, "Whose threads are used.");
+  nb::class_<Place>(m, "Place").def_static("make", &make_place);
+  nb::class_<Gate>(m, "Gate").def_static("make", [](int activation, bool gated, bool interleaved, float alpha, float limit, float up_offset) {
+    return Gate{Activation(activation), gated, interleaved, alpha, limit, up_offset};
+  });
+  nb::class_<ExpertPlace>(m, "ExpertPlace").def_static("make", [](const Place& up, const Place& down, const Gate& gate) {
+    return ExpertPlace{up, down, gate};
+  });
+  m.def("experts", &experts);
+  m.def("linear", &linear);
+  m.def("expand", &expand);
+  m.def("combine", &combine);
+  m.def("gate", &gate_rows);
+  m.def("read_memory", &read_memory);
+}

@@ -1,0 +1,76 @@
+// What every instruction set implements: products of quantized rows with a few tokens, and the small loops around them.
+// The plain torch twin of each function is in kernels/reference.py and defines it.
+#pragma once
+#include <cstdint>
+
+// Before loops over registers: compilers keep arrays of them in registers only where such loops are unrolled early.
+#if defined(__clang__)
+#define FATE_UNROLL _Pragma("unroll")
+#else
+#define FATE_UNROLL _Pragma("GCC unroll 8")
+#endif
+
+namespace fate {
+
+constexpr int64_t kGroup = 64;  // weights that share a scale and a zero; also the step in which unquantized rows are read
+constexpr int64_t kTokens = 4;  // tokens of one pass over a row: 2 rows x 4 tokens fill the accumulators of AVX2
+
+enum class Kind : int32_t { kPlanes1 = 1, kPlanes2 = 2, kPlanes3 = 3, kInt8 = 8, kBf16 = 16 };  // kPlanesN: N planes of 2+1+1
+enum class Dtype : int32_t { kF32 = 0, kBf16 = 1, kF16 = 2 };
+enum class Activation : int32_t { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3, kRelu2 = 4 };
+
+// A matrix [rows, cols] as it lies in a slot. Quantized: planes[i] is [rows, groups, bytes], scale and zero are fp16 [rows, groups].
+// Bf16: planes[0] is [rows, cols] of bf16.
+struct Matrix {
+  Kind kind;
+  int64_t rows, cols, groups;  // groups = ceil(cols / 64)
+  const uint8_t* planes[3];
+  const uint16_t* scale;
+  const uint16_t* zero;
+  const void* bias;  // [rows] of bias_dtype, or null
+  Dtype bias_dtype;
+};
+
+// One token's input to a product. With int8 activations x = scale * q in each group; with exact ones scale is null.
+struct Token {
+  const int8_t* q;     // [padded * 64] where padded is groups rounded up to a multiple of 16; zero beyond cols
+  const float* scale;  // [padded]
+  const float* sum;    // [padded]: the group's sum of x as the product sees it
+  const float* x;      // [padded * 64] fp32, zero beyond cols (exact activations and bf16 weights)
+  float* out;          // [rows]: what the product writes
+};
+
+// act(min(gate, limit) * ...) as the families have it: g * sigmoid(alpha * g) for kSilu; the other factor is clamp(up) + up_offset.
+struct Gate {
+  Activation activation;
+  bool gated;        // two rows an inner value (gate and up), else one
+  bool interleaved;  // gate0, up0, gate1, ... instead of all gates, then all ups
+  float alpha, limit, up_offset;
+};
+
+struct Ops {
+  const char* name;
+  // out[row] of each token for rows [begin, end), bias included.
+  void (*product)(const Matrix&, const Token* tokens, int64_t num_tokens, int64_t begin, int64_t end);
+  // One token's groups: int8 codes, scale = amax / 127, and scale * sum of codes; x has groups * 64 values. Blocked: in the order
+  // in which this instruction set reads planes (see loops.inc), else as they come (kInt8).
+  void (*quantize)(const float* x, int64_t groups, bool blocked, int8_t* q, float* scale, float* sum);
+  // Sums of x in each group, for exact activations.
+  void (*sum_groups)(const float* x, int64_t groups, float* sum);
+  // inner [n] of gate_up [2n] (or [n] without a gate).
+  void (*gate)(const Gate&, const float* gate_up, int64_t n, float* inner);
+  // Rows [begin, end) as numbers of `dtype` (fp32 or bf16), row r at out + (r - begin) * cols.
+  void (*expand)(const Matrix&, int64_t begin, int64_t end, void* out, Dtype dtype);
+  void (*to_float)(const void* in, Dtype dtype, int64_t n, float* out);
+  void (*from_float)(const float* in, int64_t n, void* out, Dtype dtype);
+  // out[i] = sum over j (in order) of weights[j] * rows[j * n + i].
+  void (*combine)(const float* rows, const float* weights, int64_t num_rows, int64_t n, float* out);
+};
+
+// Null where this build or this processor has no such instructions.
+const Ops* avx512_ops();
+const Ops* avx2_ops();
+const Ops* neon_ops();
+const Ops* portable_ops();
+
+}  // namespace fate

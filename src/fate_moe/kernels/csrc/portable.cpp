@@ -1,0 +1,117 @@
+// Plain C++: what runs where nothing else does, and what the others are compared with.
+#include "ops.h"
+
+#include <cstring>
+
+namespace fate {
+namespace {
+
+constexpr int64_t kBlock = 1;
+struct Codes {
+  uint8_t code[64];
+};
+struct Sums {
+  float lane[16];
+};
+
+inline Sums zero() { return {}; }
+
+inline void add_products(Sums& sums, const float* a, const float* b, int64_t n) {
+  for (int64_t i = 0; i < n; i += 16)
+    for (int64_t j = 0; j < 16; ++j) sums.lane[j] += a[i + j] * b[i + j];
+}
+
+inline void halves(const uint16_t* in, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) {  // the exponent's bias by one multiplication, which also makes subnormals right
+    const uint32_t magnitude = uint32_t(in[i] & 0x7fff) << 13;
+    float value;
+    std::memcpy(&value, &magnitude, 4);
+    value *= 0x1p112f;
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    bits |= magnitude >= 0x0f800000 ? 0x7f800000 : 0;  // infinities and NaN
+    bits |= uint32_t(in[i] & 0x8000) << 16;
+    std::memcpy(out + i, &bits, 4);
+  }
+}
+
+template <Kind kind>
+inline Codes decode(const Matrix& m, int64_t at) {
+  Codes codes;
+  if constexpr (kind == Kind::kInt8) {
+    std::memcpy(codes.code, m.planes[0] + at * 64, 64);
+    return codes;
+  }
+  const uint8_t* h = m.planes[0] + at * 16;
+  for (int j = 0; j < 4; ++j)
+    for (int b = 0; b < 16; ++b) codes.code[16 * j + b] = uint8_t((h[b] >> (2 * j) & 3) << 2);
+  if constexpr (kind != Kind::kPlanes1)
+    for (int e = 0; e < 64; ++e) codes.code[e] |= uint8_t((m.planes[1][at * 8 + e / 8] >> (e % 8) & 1) << 1);
+  if constexpr (kind == Kind::kPlanes3)
+    for (int e = 0; e < 64; ++e) codes.code[e] |= uint8_t(m.planes[2][at * 8 + e / 8] >> (e % 8) & 1);
+  return codes;
+}
+
+template <Kind kind>
+inline Codes decode_some(const Matrix& m, int64_t at, int64_t) {  // blocks of one group are never cut
+  return decode<kind>(m, at);
+}
+
+template <Kind kind>
+inline void dot(Sums& sums, const Codes& codes, const int8_t* q, const float* factors) {
+  int32_t products = 0;
+  for (int i = 0; i < 64; ++i) products += int32_t(codes.code[i]) * q[i];
+  sums.lane[0] += factors[0] * float(products);
+}
+
+template <Kind kind>
+inline void dot(Sums& sums, const Codes& codes, const float* x, const float* factors) {
+  float lane[16] = {};
+  for (int i = 0; i < 64; i += 16)
+    for (int j = 0; j < 16; ++j) lane[j] += float(codes.code[i + j]) * x[i + j];
+  for (int j = 0; j < 16; ++j) sums.lane[j] += factors[0] * lane[j];
+}
+
+inline void dot_bf16(Sums& sums, const uint16_t* w, const float* x) {
+  for (int i = 0; i < 64; i += 16)
+    for (int j = 0; j < 16; ++j) {
+      const uint32_t bits = uint32_t(w[i + j]) << 16;
+      float weight;
+      std::memcpy(&weight, &bits, 4);
+      sums.lane[j] += weight * x[i + j];
+    }
+}
+
+inline float total(Sums sums);
+
+template <Kind kind>
+void expand_codes(const Matrix& m, int64_t at, const Codes& codes, int64_t n, float* out);
+template <Kind kind>
+void expand_codes(const Matrix& m, int64_t at, const Codes& codes, int64_t n, uint16_t* out);
+
+#include "loops.inc"
+
+inline float total(Sums sums) { return tree_sum(sums.lane); }
+
+template <Kind kind>
+inline void expand_codes(const Matrix& m, int64_t at, const Codes& codes, int64_t, float* out) {
+  float scale, zero;
+  halves(m.scale + at, 1, &scale);
+  halves(m.zero + at, 1, &zero);
+  for (int i = 0; i < 64; ++i) out[i] = (float(codes.code[i]) + middle(kind)) * scale - zero;
+}
+
+template <Kind kind>
+inline void expand_codes(const Matrix& m, int64_t at, const Codes& codes, int64_t n, uint16_t* out) {
+  float values[64];
+  expand_codes<kind>(m, at, codes, n, values);
+  for (int i = 0; i < 64; ++i) out[i] = round_to_bf16(values[i]);
+}
+
+const Ops kOps = {"portable", product, quantize, sum_groups, gate, expand, to_float, from_float, combine};
+
+}  // namespace
+
+const Ops* portable_ops() { return &kOps; }
+
+}  // namespace fate

@@ -1,0 +1,235 @@
+#include "products.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <new>
+
+#include "threads.h"
+
+namespace fate {
+namespace {
+
+constexpr int64_t kTaskBytes = 96 << 10;  // weights of one task: far below a core's cache, far above the cost of taking it
+
+// Memory that a calling thread keeps from call to call; starts on a cache line.
+class Scratch {
+ public:
+  ~Scratch() { std::free(memory_); }
+
+  template <class T>
+  T* of(int64_t count) {
+    const size_t wanted = (size_t(count) * sizeof(T) + 63) / 64 * 64;
+    if (wanted > size_) {
+      std::free(memory_);
+      memory_ = nullptr, size_ = 0;
+      if (!(memory_ = std::aligned_alloc(64, wanted))) throw std::bad_alloc();
+      size_ = wanted;
+    }
+    return static_cast<T*>(memory_);
+  }
+
+ private:
+  void* memory_ = nullptr;
+  size_t size_ = 0;
+};
+
+int64_t groups_of(int64_t cols) { return (cols + kGroup - 1) / kGroup; }
+
+int64_t row_bytes(const Matrix& m) {
+  static constexpr int64_t per_group[] = {0, 20, 28, 36};
+  if (m.kind == Kind::kBf16) return m.cols * 2;
+  return m.groups * (m.kind == Kind::kInt8 ? 68 : per_group[int(m.kind)]);
+}
+
+// Rows of one task, a multiple of 8.
+int64_t rows_of_task(const Matrix& m) { return std::max<int64_t>(1, kTaskBytes / (8 * std::max<int64_t>(1, row_bytes(m)))) * 8; }
+
+// The inputs of one product: fp32 values padded to whole groups, and what `product` needs of them.
+class Inputs {
+ public:
+  void resize(int64_t count, int64_t cols) {
+    cols_ = cols, groups_ = (groups_of(cols) + 15) / 16 * 16;  // padded to whole blocks and registers
+    x_ = values_.of<float>(count * groups_ * kGroup);
+    q_ = codes_.of<int8_t>(count * groups_ * kGroup);
+    scale_ = scales_.of<float>(count * groups_);
+    sum_ = sums_.of<float>(count * groups_);
+  }
+
+  float* x(int64_t i) const { return x_ + i * groups_ * kGroup; }
+
+  // After x(i)'s first cols values are written.
+  void finish(const Ops& ops, int64_t i, Kind kind, bool integers) const {
+    std::fill(x(i) + cols_, x(i) + groups_ * kGroup, 0.0f);
+    if (integers) {
+      ops.quantize(x(i), groups_, kind != Kind::kInt8, q_ + i * groups_ * kGroup, scale_ + i * groups_, sum_ + i * groups_);
+    } else if (kind != Kind::kBf16) {
+      ops.sum_groups(x(i), groups_, sum_ + i * groups_);
+    }
+  }
+
+  Token token(int64_t i, bool integers, float* out) const {
+    return {q_ + i * groups_ * kGroup, integers ? scale_ + i * groups_ : nullptr, sum_ + i * groups_, x(i), out};
+  }
+
+ private:
+  int64_t cols_ = 0, groups_ = 0;
+  Scratch values_, codes_, scales_, sums_;
+  float *x_ = nullptr, *scale_ = nullptr, *sum_ = nullptr;
+  int8_t* q_ = nullptr;
+};
+
+int64_t size_of(Dtype dtype) { return dtype == Dtype::kF32 ? 4 : 2; }
+
+const void* at(const void* memory, Dtype dtype, int64_t index) { return static_cast<const char*>(memory) + index * size_of(dtype); }
+void* at(void* memory, Dtype dtype, int64_t index) { return static_cast<char*>(memory) + index * size_of(dtype); }
+
+// A task: rows [begin, end) of one expert's matrix.
+struct Rows {
+  int64_t expert, begin, end;
+};
+
+void cut(std::vector<Rows>& tasks, int64_t expert, const Matrix& m) {
+  const int64_t step = rows_of_task(m);
+  for (int64_t row = 0; row < m.rows; row += step) tasks.push_back({expert, row, std::min(row + step, m.rows)});
+}
+
+}  // namespace
+
+Matrix Place::at(uint64_t address, int num_planes) const {
+  const uint8_t* base = reinterpret_cast<const uint8_t*>(address);
+  const Kind used = kind == Kind::kPlanes3 ? Kind(num_planes) : kind;
+  Matrix m = {used, rows, cols, groups_of(cols), {}, nullptr, nullptr, bias < 0 ? nullptr : base + bias, bias_dtype};
+  for (int i = 0; i < 3; ++i) m.planes[i] = base + planes[i];
+  if (kind != Kind::kBf16) {
+    m.scale = reinterpret_cast<const uint16_t*>(base + scale);
+    m.zero = reinterpret_cast<const uint16_t*>(base + zero);
+  }
+  return m;
+}
+
+void run_experts(const Ops& ops, const ExpertPlace& place, const Batch& batch, bool exact, int num_threads) {
+  static thread_local Inputs tokens, inners;
+  static thread_local Scratch gate_ups;
+  const int64_t num_experts = int64_t(batch.addresses.size()), num_rows = int64_t(batch.choices.size());
+  const int64_t hidden = place.up.cols, wide = place.up.rows, inner = place.down.cols;
+  const Kind kind = place.up.kind;
+  const bool integers = !exact && kind != Kind::kBf16;
+  tokens.resize(batch.num_tokens, hidden);
+  inners.resize(num_rows, inner);
+  float* const gate_up = gate_ups.of<float>(num_rows * wide);
+  std::vector<Matrix> ups, downs;
+  std::vector<Rows> up_tasks, down_tasks;
+  for (int64_t e = 0; e < num_experts; ++e) {
+    ups.push_back(place.up.at(batch.addresses[e], batch.num_planes[e]));
+    downs.push_back(place.down.at(batch.addresses[e], batch.num_planes[e]));
+    cut(up_tasks, e, ups.back());
+    cut(down_tasks, e, downs.back());
+  }
+  // The calling thread's own copies of pointers: thread_local names would mean another thread's in the team.
+  Inputs &of_tokens = tokens, &of_inners = inners;
+  Phases phases;
+  auto multiply = [&](const Rows& task, const Matrix& m, bool down) {
+    for (int64_t i = batch.starts[task.expert]; i < batch.starts[task.expert + 1]; i += kTokens) {
+      Token some[kTokens];
+      const int64_t count = std::min(kTokens, batch.starts[task.expert + 1] - i);
+      for (int64_t j = 0; j < count; ++j) {
+        const int64_t row = batch.choices[i + j];
+        some[j] = down ? of_inners.token(i + j, integers, batch.out + row * place.down.rows)
+                       : of_tokens.token(row / batch.top_k, integers, gate_up + (i + j) * wide);
+      }
+      ops.product(m, some, count, task.begin, task.end);
+    }
+  };
+  auto work = [&] {
+    phases.each(0, batch.num_tokens, [&](int64_t t) {
+      ops.to_float(at(batch.x, batch.x_dtype, t * hidden), batch.x_dtype, hidden, of_tokens.x(t));
+      of_tokens.finish(ops, t, kind, integers);
+    });
+    phases.each(1, int64_t(up_tasks.size()), [&](int64_t i) { multiply(up_tasks[i], ups[up_tasks[i].expert], false); });
+    phases.each(2, num_rows, [&](int64_t i) {
+      ops.gate(place.gate, gate_up + i * wide, inner, of_inners.x(i));
+      of_inners.finish(ops, i, kind, integers);
+    });
+    phases.each(3, int64_t(down_tasks.size()), [&](int64_t i) { multiply(down_tasks[i], downs[down_tasks[i].expert], true); });
+  };
+  run_phases(num_threads, work);
+}
+
+void run_linear(const Ops& ops, const Matrix& m, const void* x, Dtype x_dtype, int64_t num_tokens, void* out, Dtype out_dtype,
+                bool exact, int num_threads) {
+  static thread_local Inputs tokens;
+  static thread_local Scratch results;
+  const bool integers = !exact && m.kind != Kind::kBf16;
+  tokens.resize(num_tokens, m.cols);
+  float* const result = out_dtype == Dtype::kF32 ? static_cast<float*>(out) : results.of<float>(num_tokens * m.rows);
+  std::vector<Rows> tasks;
+  cut(tasks, 0, m);
+  Inputs& of_tokens = tokens;
+  Phases phases;
+  auto work = [&] {
+    phases.each(0, num_tokens, [&](int64_t t) {
+      ops.to_float(at(x, x_dtype, t * m.cols), x_dtype, m.cols, of_tokens.x(t));
+      of_tokens.finish(ops, t, m.kind, integers);
+    });
+    phases.each(1, int64_t(tasks.size()), [&](int64_t i) {
+      const Rows& task = tasks[i];
+      for (int64_t t = 0; t < num_tokens; t += kTokens) {
+        Token some[kTokens];
+        const int64_t count = std::min(kTokens, num_tokens - t);
+        for (int64_t j = 0; j < count; ++j) some[j] = of_tokens.token(t + j, integers, result + (t + j) * m.rows);
+        ops.product(m, some, count, task.begin, task.end);
+        if (out_dtype != Dtype::kF32)
+          for (int64_t j = t; j < t + count; ++j)
+            ops.from_float(result + j * m.rows + task.begin, task.end - task.begin, at(out, out_dtype, j * m.rows + task.begin),
+                           out_dtype);
+      }
+    });
+  };
+  run_phases(num_threads, work);
+}
+
+void run_expand(const Ops& ops, const Matrix& m, void* out, Dtype dtype, int num_threads) {
+  std::vector<Rows> tasks;
+  cut(tasks, 0, m);
+  Phases phases;
+  auto work = [&] {
+    phases.each(0, int64_t(tasks.size()), [&](int64_t i) {
+      ops.expand(m, tasks[i].begin, tasks[i].end, at(out, dtype, tasks[i].begin * m.cols), dtype);
+    });
+  };
+  run_phases(num_threads, work);
+}
+
+void run_combine(const Ops& ops, const float* rows, const void* weights, Dtype weights_dtype, int64_t num_tokens, int64_t top_k,
+                 int64_t hidden, void* out, Dtype out_dtype) {
+  static thread_local Scratch factors, results;
+  float* const factor = factors.of<float>(top_k);
+  float* const result = results.of<float>(hidden);
+  for (int64_t t = 0; t < num_tokens; ++t) {
+    ops.to_float(at(weights, weights_dtype, t * top_k), weights_dtype, top_k, factor);
+    ops.combine(rows + t * top_k * hidden, factor, top_k, hidden, result);
+    ops.from_float(result, hidden, at(out, out_dtype, t * hidden), out_dtype);
+  }
+}
+
+uint64_t read_all(const void* memory, int64_t num_bytes, int num_threads) {
+  constexpr int64_t step = 1 << 20;
+  std::atomic<uint64_t> sum{0};
+  Phases phases;
+  auto work = [&] {
+    phases.each(0, (num_bytes + step - 1) / step, [&](int64_t i) {
+      const uint64_t* words = reinterpret_cast<const uint64_t*>(static_cast<const char*>(memory) + i * step);
+      const int64_t count = std::min(step, num_bytes - i * step) / 8;
+      uint64_t lanes[32] = {};
+      int64_t w = 0;
+      for (; w + 32 <= count; w += 32)
+        for (int j = 0; j < 32; ++j) lanes[j] ^= words[w + j];
+      for (; w < count; ++w) lanes[0] ^= words[w];
+      for (const uint64_t lane : lanes) sum.fetch_xor(lane, std::memory_order_relaxed);
+    });
+  };
+  run_phases(num_threads, work);
+  return sum;
+}
+
+}  // namespace fate
