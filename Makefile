@@ -4,7 +4,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench native clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fate run --expert-cache 25% --max-new-tokens 120 --seed 1
@@ -40,5 +40,13 @@ $(VENV)/.installed-bench: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	touch $@
 
+# The C++ kernels, built into src/ for the interpreter PYTHON (an editable install has done so already).
+native:
+	$(PYTHON) -m venv build/tools
+	build/tools/bin/python -m pip install --quiet --disable-pip-version-check nanobind cmake ninja
+	PATH="$(CURDIR)/build/tools/bin:$$PATH" cmake -S src/fate_moe/kernels/csrc -B build/native -G Ninja \
+	  -DPython_EXECUTABLE="$(CURDIR)/build/tools/bin/python"
+	PATH="$(CURDIR)/build/tools/bin:$$PATH" cmake --build build/native
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build src/fate_moe/kernels/_native* .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -110,6 +110,7 @@ class OffloadConfig:
     precision_policy: how many of an INT4 expert's bits are read; anything but "full" trades exactness for bytes.
     context_length: tokens for which KV cache is set aside (prompt and answer together).
     io_threads: concurrent reads; one of them is always kept for demand reads.
+    exact_activations: multiply quantized weights with fp32 activations instead of int8 ones.
     """
 
     ram: str | int | float = "auto"
@@ -121,6 +122,7 @@ class OffloadConfig:
     precision_policy: str = "full"
     context_length: int = 2048
     io_threads: int = 4
+    exact_activations: bool = False
 
     def __post_init__(self) -> None:
         _one_of("preset", self.preset, PRESETS)

@@ -27,7 +27,7 @@ class Tailor:
         self._views = [list(accumulate(layout.plane_widths)) or [_bits(layout)] for layout in layouts]
 
     def sections(
-        self, layer: int, rows: Mapping[int, torch.Tensor], weighing: Routing | torch.Tensor, affordable: float
+        self, layer: int, rows: Mapping[int, Sequence[int]], weighing: Routing | torch.Tensor, affordable: float
     ) -> dict[ExpertId, int] | None:
         """How many sections of each expert in ``rows`` (rows of the flat routing by expert) are wanted; None: all of all.
 

@@ -131,9 +131,9 @@ def test_rows_by_expert(num_tokens: int, top_k: int, num_experts: int, seed: int
     index = torch.randint(-1, num_experts + 1, (num_tokens, top_k), generator=torch.Generator().manual_seed(seed))
     rows = rows_by_expert(index, num_experts)
     flat = index.flatten().tolist()
-    assert sorted(row for chosen in rows.values() for row in chosen.tolist()) == [
+    assert sorted(row for chosen in rows.values() for row in chosen) == [
         row for row, expert in enumerate(flat) if 0 <= expert < num_experts
     ]
-    assert all(flat[row] == expert for expert, chosen in rows.items() for row in chosen.tolist())
+    assert all(flat[row] == expert for expert, chosen in rows.items() for row in chosen)
     counts = [len(chosen) for chosen in rows.values()]
     assert counts == sorted(counts, reverse=True)

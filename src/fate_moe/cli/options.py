@@ -58,6 +58,9 @@ def add_offload_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--io-threads", type=int, default=DEFAULTS["io_threads"], metavar="N", help="reads at once; default: %(default)s"
     )
+    group.add_argument(
+        "--exact-activations", action="store_true", help="multiply quantized weights with fp32 activations, not int8 ones"
+    )
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:

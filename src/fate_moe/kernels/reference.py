@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 from fate_moe.core import BlobLayout
 from fate_moe.quant.planes import unpack
 
-__all__ = ["dequantize", "expert_mlp", "expert_weights"]
+__all__ = ["dequantize", "expert_mlp", "expert_weights", "linear_quantized", "quantize_activations"]
 
 
 def dequantize(
@@ -34,6 +34,51 @@ def dequantize(
     rows, groups = scale.shape
     grouped = codes.view(rows, groups, group_size)
     return (grouped * scale.float().unsqueeze(-1) - zero.float().unsqueeze(-1)).view(rows, -1)[:, :cols]
+
+
+def quantize_activations(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 activations: codes [T, G, group_size] (as fp32) and scale [T, G] with x ~ scale * code, from ``x`` fp32 [T, C].
+
+    scale = amax / 127 of each group, codes are rounded to nearest even; columns beyond C count as zeros. A group that is not finite
+    everywhere has scale NaN.
+    """
+    cols = x.shape[1]
+    grouped = pad(x, (0, -cols % group_size)).view(len(x), -1, group_size)
+    amax = grouped.abs().amax(2)
+    finite = amax.isfinite()
+    inverse = torch.where(finite & (amax >= 1e-30), 127 / amax, 0.0)
+    codes = torch.where(finite.unsqueeze(2), grouped * inverse.unsqueeze(2), 0.0).round()
+    return codes, torch.where(finite, amax / 127, torch.nan)
+
+
+def linear_quantized(
+    x: torch.Tensor,
+    planes: list[torch.Tensor],
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    *,
+    group_size: int,
+    widths: tuple[int, ...],
+    num_planes: int | None = None,
+    exact: bool = False,
+) -> torch.Tensor:
+    """``x`` fp32 [T, C] times a quantized matrix [R, C] (see ``dequantize``): fp32 [T, R].
+
+    x is rounded to int8 first unless ``exact`` (then xq = x and sx = 1). Scales are applied to each group's sums, not to weights:
+    y = sum over groups of (scale * sx) * (q . xq) + (scale * middle - zero) * (sx * sum(xq)).
+    """
+    used = len(widths) if num_planes is None else num_planes
+    rows, groups = scale.shape
+    codes = unpack(planes[:used], widths, group_size, used).view(rows, groups, group_size).float()
+    if exact:
+        q = pad(x, (0, -x.shape[1] % group_size)).view(len(x), groups, group_size)
+        sx = torch.ones(len(x), groups)
+    else:
+        q, sx = quantize_activations(x, group_size)
+    products = torch.einsum("rgk,tgk->trg", codes, q)  # of integers: at most 64 * 255 * 127, exact in fp32
+    middle = (2 ** sum(widths[used:]) - 1) / 2
+    offset = scale.float() * middle - zero.float()
+    return (scale.float() * sx.unsqueeze(1) * products).sum(2) + (sx * q.sum(2)) @ offset.T
 
 
 def expert_weights(

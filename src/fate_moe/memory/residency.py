@@ -49,6 +49,21 @@ class Lease:
         """How many sections of ``expert``'s blob are enough."""
         return self._wanted.get(expert, WHOLE)
 
+    def batches(self) -> Iterator[list[tuple[ExpertId, int]]]:
+        """The same in lists, each unlocked when the next is asked for: all that were resident, then those that have arrived."""
+        hits = [expert for expert, found in self.lookups.items() if found is Lookup.HIT and expert in self._held]
+        if hits:
+            yield [(expert, self._residency.slot_of(expert)) for expert in hits]
+            self._residency._unlock(self, [expert for expert in hits if expert in self._held])
+        missing = len(self.lookups) - len(hits)
+        while missing:
+            arrived = [self._residency._wait_for(self)]
+            while self._arrived:
+                arrived.append(self._residency._wait_for(self))
+            missing -= len(arrived)
+            yield [(expert, self._residency.slot_of(expert)) for expert in arrived]
+            self._residency._unlock(self, [expert for expert in arrived if expert in self._held])
+
     def release(self) -> None:
         """Unlock what is left and withdraw the demand reads that have not begun. May be called again."""
         if self._held:

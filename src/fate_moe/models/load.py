@@ -16,6 +16,7 @@ from fate_moe import demo
 from fate_moe.config import OffloadConfig, cache_home
 from fate_moe.core import EvictionPolicy, ExpertId
 from fate_moe.errors import CheckpointError, ConfigError, StoreError
+from fate_moe.kernels.cpu import SlotExperts
 from fate_moe.memory.decayed import Decayed
 from fate_moe.memory.policies import make_policy
 from fate_moe.memory.precision import make_precision_policy
@@ -26,7 +27,7 @@ from fate_moe.planner import Footprint, Plan, footprint, make_plan
 from fate_moe.predict.gates import FittedGates
 from fate_moe.predict.make import make_predictor
 from fate_moe.report import Report
-from fate_moe.runtime import ExpertRuntime, SlotWeights
+from fate_moe.runtime import ExpertRuntime
 from fate_moe.skeleton import ExpertStack, build_skeleton, expert_stacks, is_experts
 from fate_moe.store.convert import convert
 from fate_moe.store.format import blob_layout
@@ -164,13 +165,13 @@ def realize(prepared: Prepared, plan: Plan, config: OffloadConfig) -> Any:
     residency = Residency(DiskSource(store), arena, policy, io_threads=config.io_threads)
     shapes = [stack.output_rows_first() for stack in stacks]
     layouts = [store.manifest.layout_of(stack.layer) for stack in stacks]
-    weights = SlotWeights(arena, layouts, shapes)
+    slots = SlotExperts(arena.buffer, arena.slot_bytes, layouts, shapes, exact=config.exact_activations)
     routers = routers_of(model, stacks)
     gates = load_gates(store.path, num_experts, model.config.get_text_config().hidden_size)
     fitted = FittedGates(gates) if gates is not None else None
     predictor = make_predictor(config.predictor_name, num_experts, routers, max(stack.top_k for stack in stacks), fitted)
     tailor = Tailor(make_precision_policy(config.precision_policy), layouts, residency)
-    runtime = ExpertRuntime(residency, predictor, routers, weights, num_experts=num_experts, tailor=tailor)
+    runtime = ExpertRuntime(residency, predictor, routers, slots, num_experts=num_experts, tailor=tailor)
     attach(model, stacks, runtime)
     limit_context(model, plan.context_length, plan.kv_cache_bytes // plan.context_length)
     model.fate = Fate(plan, config, runtime, lambda: _remember(policy, store.path))

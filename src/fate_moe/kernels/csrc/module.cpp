@@ -68,10 +68,10 @@ void expand(const Place& place, uintptr_t address, int num_planes, uintptr_t out
 }
 
 void combine(uintptr_t rows, uintptr_t weights, int weights_dtype, int64_t num_tokens, int64_t top_k, int64_t hidden, uintptr_t out,
-             int out_dtype) {
+             int out_dtype, int num_threads) {
   const nb::gil_scoped_release release;
   run_combine(*chosen, reinterpret_cast<const float*>(rows), reinterpret_cast<const void*>(weights), Dtype(weights_dtype),
-              num_tokens, top_k, hidden, reinterpret_cast<void*>(out), Dtype(out_dtype));
+              num_tokens, top_k, hidden, reinterpret_cast<void*>(out), Dtype(out_dtype), num_threads);
 }
 
 void gate_rows(const Gate& gate, uintptr_t gate_up, int64_t n, uintptr_t inner) {

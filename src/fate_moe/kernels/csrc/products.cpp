@@ -201,15 +201,19 @@ void run_expand(const Ops& ops, const Matrix& m, void* out, Dtype dtype, int num
 }
 
 void run_combine(const Ops& ops, const float* rows, const void* weights, Dtype weights_dtype, int64_t num_tokens, int64_t top_k,
-                 int64_t hidden, void* out, Dtype out_dtype) {
+                 int64_t hidden, void* out, Dtype out_dtype, int num_threads) {
   static thread_local Scratch factors, results;
-  float* const factor = factors.of<float>(top_k);
-  float* const result = results.of<float>(hidden);
-  for (int64_t t = 0; t < num_tokens; ++t) {
-    ops.to_float(at(weights, weights_dtype, t * top_k), weights_dtype, top_k, factor);
-    ops.combine(rows + t * top_k * hidden, factor, top_k, hidden, result);
-    ops.from_float(result, hidden, at(out, out_dtype, t * hidden), out_dtype);
-  }
+  float* const factor = factors.of<float>(num_tokens * top_k);
+  float* const result = out_dtype == Dtype::kF32 ? static_cast<float*>(out) : results.of<float>(num_tokens * hidden);
+  ops.to_float(weights, weights_dtype, num_tokens * top_k, factor);
+  Phases phases;
+  auto work = [&] {
+    phases.each(0, num_tokens, [&](int64_t t) {
+      ops.combine(rows + t * top_k * hidden, factor + t * top_k, top_k, hidden, result + t * hidden);
+      if (out_dtype != Dtype::kF32) ops.from_float(result + t * hidden, hidden, at(out, out_dtype, t * hidden), out_dtype);
+    });
+  };
+  run_phases(num_tokens > 4 ? num_threads : 1, work);
 }
 
 uint64_t read_all(const void* memory, int64_t num_bytes, int num_threads) {

@@ -46,7 +46,7 @@ void run_expand(const Ops&, const Matrix&, void* out, Dtype dtype, int num_threa
 
 // out [num_tokens, hidden] of out_dtype: rows [num_tokens, top_k, hidden] weighted and summed in order.
 void run_combine(const Ops&, const float* rows, const void* weights, Dtype weights_dtype, int64_t num_tokens, int64_t top_k,
-                 int64_t hidden, void* out, Dtype out_dtype);
+                 int64_t hidden, void* out, Dtype out_dtype, int num_threads);
 
 // Reads every byte once; the sum keeps the compiler honest.
 uint64_t read_all(const void* memory, int64_t num_bytes, int num_threads);

@@ -1,0 +1,212 @@
+"""The experts in an arena's slots, computed on the CPU: by the C++ kernels where they can, else by the plain torch twins."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from fate_moe.core import BlobLayout
+from fate_moe.kernels.gates import find_gate
+from fate_moe.kernels.native import BF16, DTYPES, matrix_place, native, why_not
+from fate_moe.kernels.reference import expert_mlp, expert_weights
+from fate_moe.quant.blob import views
+
+__all__ = ["SlotExperts"]
+
+_log = logging.getLogger(__name__)
+
+# Up to this many tokens an expert's rows are multiplied as they lie; more pay for writing them out as numbers for torch's GEMM.
+MOST_TOKENS = 8
+
+Ready = Sequence[tuple[int, int]]  # (expert's index in its layer, slot)
+
+
+class SlotExperts:
+    """Runs experts on their tokens straight from the slots' bytes. One thread at a time.
+
+    Few tokens: one call of the extension for all ready experts, with int8 activations by group of 64 (``exact``: fp32). Many: each
+    expert is written out once as numbers in the model's dtype and multiplied by torch. What an expert gives depends on its own
+    tokens alone, whoever else is in the call.
+    """
+
+    def __init__(
+        self,
+        memory: Any,
+        slot_bytes: int,
+        layouts: Sequence[BlobLayout],
+        shapes: Sequence[dict[str, tuple[int, ...]]],
+        *,
+        exact: bool = False,
+    ) -> None:
+        """``memory`` is the slots' buffer; ``layouts`` and ``shapes`` (parameter name to [out, in] or [out]) by layer."""
+        self._memory = torch.frombuffer(memory, dtype=torch.uint8)
+        self._address = self._memory.data_ptr()
+        self._slot_bytes = slot_bytes
+        self._layouts = layouts
+        self._shapes = shapes
+        self._exact = exact
+        self._kernels: dict[int, _LayerKernel | None] = {}
+        self._views: dict[tuple[int, int], dict[str, torch.Tensor]] = {}  # making them costs 10 us a part, so they are kept
+
+    def outputs(self, layer: int, experts: Any, hidden: torch.Tensor, num_rows: int) -> torch.Tensor:
+        """Zeros [num_rows, hidden] for ``run`` to write to, by (token, choice): fp32 for kernels, else the model's dtype."""
+        kernel = self._kernel(layer, experts)
+        dtype = torch.float32 if kernel is not None and hidden.dtype in DTYPES else hidden.dtype
+        return torch.zeros(num_rows, hidden.shape[1], dtype=dtype)
+
+    def run(
+        self,
+        layer: int,
+        experts: Any,
+        ready: Ready,
+        rows: Mapping[int, Sequence[int]],
+        hidden: torch.Tensor,
+        outputs: torch.Tensor,
+        num_planes: Mapping[int, int | None] | None = None,
+    ) -> None:
+        """Write the outputs of the ``ready`` experts of ``layer``, before the routing weight.
+
+        ``hidden`` is [num_tokens, hidden], ``rows[expert]`` the (token, choice) rows of ``outputs`` that chose it, a multiple of
+        num_tokens of them in all. ``num_planes[expert]`` computes a shorter view of an expert (1: 2 bits, 2: 3 bits); it needs no
+        more of the blob than that. ``experts`` is the transformers module.
+        """
+        kernel = self._kernel(layer, experts) if outputs.dtype == torch.float32 else None
+        top_k = len(outputs) // len(hidden)
+        planes = num_planes or {}
+        many: Ready = ready
+        if kernel is not None and hidden.dtype in DTYPES:
+            few = [(expert, slot) for expert, slot in ready if len(rows[expert]) <= MOST_TOKENS] if kernel.whole is not None else []
+            if few:
+                many = [item for item in ready if len(rows[item[0]]) > MOST_TOKENS]
+                self._fused(kernel, few, rows, hidden, outputs, top_k, planes)
+        for expert, slot in many:
+            chosen = torch.tensor(rows[expert])
+            x = hidden if len(hidden) == 1 else hidden[chosen // top_k]
+            weights = self._weights(layer, slot, hidden.dtype, kernel, planes.get(expert))
+            outputs[chosen] = expert_mlp(experts, weights, x).to(outputs.dtype)
+
+    def combine(self, outputs: torch.Tensor, routing_weights: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """[num_tokens, hidden] in ``hidden``'s dtype: the rows of ``outputs`` times ``routing_weights`` [num_tokens, top_k], summed
+        in routing order."""
+        num_tokens, top_k = routing_weights.shape
+        if outputs.dtype != torch.float32 or native is None or hidden.dtype not in (torch.float32, torch.bfloat16):
+            return (outputs.view(num_tokens, top_k, -1) * routing_weights.unsqueeze(2)).sum(1).to(hidden.dtype)
+        if routing_weights.dtype not in DTYPES or not routing_weights.is_contiguous():
+            routing_weights = routing_weights.float().contiguous()
+        out = torch.empty(num_tokens, outputs.shape[1], dtype=hidden.dtype)
+        native.combine(
+            outputs.data_ptr(),
+            routing_weights.data_ptr(),
+            DTYPES[routing_weights.dtype],
+            num_tokens,
+            top_k,
+            outputs.shape[1],
+            out.data_ptr(),
+            DTYPES[out.dtype],
+            torch.get_num_threads(),
+        )
+        return out
+
+    def _fused(
+        self,
+        kernel: _LayerKernel,
+        ready: Ready,
+        rows: Mapping[int, Sequence[int]],
+        hidden: torch.Tensor,
+        outputs: torch.Tensor,
+        top_k: int,
+        planes: Mapping[int, int | None],
+    ) -> None:
+        hidden = hidden.contiguous()
+        starts, choices = [0], []
+        for expert, _ in ready:
+            choices += rows[expert]
+            starts.append(len(choices))
+        native.experts(
+            kernel.whole,
+            [self._address + slot * self._slot_bytes for _, slot in ready],
+            [planes.get(expert) or kernel.num_planes for expert, _ in ready],
+            starts,
+            choices,
+            hidden.data_ptr(),
+            DTYPES[hidden.dtype],
+            len(hidden),
+            top_k,
+            outputs.data_ptr(),
+            self._exact,
+            torch.get_num_threads(),
+        )
+
+    def _weights(
+        self, layer: int, slot: int, dtype: torch.dtype, kernel: _LayerKernel | None, num_planes: int | None
+    ) -> dict[str, torch.Tensor]:
+        """One expert's parameters in ``dtype``; quantized ones are made anew, by the extension where it can."""
+        layout = self._layouts[layer]
+        parts = self._views.get((id(layout), slot))
+        if parts is None:
+            start = slot * self._slot_bytes
+            parts = self._views[id(layout), slot] = views(layout, self._memory[start : start + layout.length])
+        if kernel is None or not layout.plane_widths or dtype not in (torch.float32, torch.bfloat16):
+            return expert_weights(layout, parts, self._shapes[layer], dtype, num_planes)
+        weights = {}
+        for name, shape in self._shapes[layer].items():
+            if name in parts:
+                weights[name] = parts[name].to(dtype)
+                continue
+            weights[name] = torch.empty(shape, dtype=dtype)
+            native.expand(
+                kernel.places[name],
+                self._address + slot * self._slot_bytes,
+                num_planes or kernel.num_planes,
+                weights[name].data_ptr(),
+                DTYPES[dtype],
+                torch.get_num_threads(),
+            )
+        return weights
+
+    def _kernel(self, layer: int, experts: Any) -> _LayerKernel | None:
+        if layer not in self._kernels:
+            found = _layer_kernel(self._layouts[layer], self._shapes[layer], experts)
+            if isinstance(found, str):
+                _warn_once(found)
+            self._kernels[layer] = found if isinstance(found, _LayerKernel) else None
+        return self._kernels[layer]
+
+
+class _LayerKernel:
+    """What the extension needs to know of one layer: ``places`` of its matrices, and ``whole``, the fused expert (None: its gate
+    has no kernel, so matrices are written out and multiplied by torch)."""
+
+    def __init__(self, places: dict[str, Any], whole: Any, num_planes: int) -> None:
+        self.places = places
+        self.whole = whole
+        self.num_planes = num_planes
+
+
+def _layer_kernel(layout: BlobLayout, shapes: dict[str, tuple[int, ...]], experts: Any) -> _LayerKernel | str:
+    """The layer's kernel, or why it has none."""
+    if (reason := why_not()) is not None:
+        return reason
+    places = {}
+    for name, shape in shapes.items():
+        if not name.endswith("_bias"):
+            place = matrix_place(layout, name, shape, f"{name}_bias")
+            if isinstance(place, str):
+                return place
+            places[name] = place
+    up = "gate_up_proj" if experts.has_gate else "up_proj"
+    gate = find_gate(experts) if {up, "down_proj"} == set(places) else None
+    whole = native.ExpertPlace.make(places[up], places["down_proj"], gate) if gate is not None else None
+    return _LayerKernel(places, whole, len(layout.plane_widths) or BF16)
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(reason: str) -> None:
+    if reason not in _warned:
+        _warned.add(reason)
+        _log.warning("experts run on torch: %s", reason)

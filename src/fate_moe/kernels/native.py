@@ -1,0 +1,109 @@
+"""The C++ extension: whether it is there, and numbers for what it takes as numbers. The kernels themselves are in ``csrc``."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+from typing import Any
+
+import torch
+
+from fate_moe.core import BlobLayout
+
+try:
+    from fate_moe.kernels import _native
+
+    native: Any = _native
+    _missing = ""
+except ImportError as error:
+    native = None
+    _missing = str(error)
+
+__all__ = ["BF16", "DTYPES", "GROUP_SIZE", "INT8", "PLANES", "WIDTHS", "kernel_facts", "matrix_place", "native", "why_not"]
+
+# The extension's enumerations (csrc/ops.h).
+PLANES, INT8, BF16 = 3, 8, 16
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_DTYPE_NAMES = {"F32": 0, "BF16": 1, "F16": 2}
+GROUP_SIZE = 64
+WIDTHS = {(2, 1, 1): PLANES, (8,): INT8}
+# Best first, and what a processor needs for each (csrc/*.cpp: *_ops).
+_NEEDS = {
+    "avx512-vnni": ("x86", ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "avx512vbmi")),
+    "avx2": ("x86", ("avx2", "fma", "f16c")),
+    "neon": ("arm", ("asimddp",)),
+    "portable": ("", ()),
+}
+
+
+def why_not() -> str | None:
+    """Why the extension cannot be used, and what to do; None where it can."""
+    if native is not None:
+        return None
+    return (
+        f"the C++ kernels are not built ({_missing}); install a wheel, or with a C++17 compiler run "
+        "`pip install --force-reinstall --no-deps fate-moe` (in a source tree: `make native`)"
+    )
+
+
+def kernel_facts() -> list[tuple[str, bool, str]]:
+    """(instruction set, whether it is the one used, why or why not), best first."""
+    facts = []
+    available = native.instruction_sets() if native is not None else []
+    for name, (family, features) in _NEEDS.items():
+        used = native is not None and native.instruction_set() == name
+        if name in available:
+            why = f"used, {native.team()}" if used else "available, slower"
+        elif native is None:
+            why = why_not() or ""
+        elif family and family != _family():
+            why = f"for {family} processors"
+        else:
+            lacking = [feature for feature in features if feature not in _processor_features()]
+            why = f"this processor lacks {', '.join(lacking)}" if lacking else "this build was made without it"
+        facts.append((name, used, why))
+    return facts
+
+
+def _family() -> str:
+    machine = platform.machine().lower()
+    return "x86" if machine in ("x86_64", "amd64", "i386", "i686") else "arm" if machine in ("aarch64", "arm64") else machine
+
+
+def _processor_features() -> set[str]:
+    """Linux' names of this processor's features, without underscores; empty elsewhere."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            line = next(line for line in file if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        return set()
+    return {name.replace("_", "") for name in line.partition(":")[2].split()}
+
+
+def matrix_place(layout: BlobLayout, name: str, shape: tuple[int, ...], bias: str | None = None) -> Any:
+    """The extension's Place of matrix ``name`` [rows, cols] in blobs of ``layout``; a str that says why it has no kernel.
+
+    ``bias`` names the part that is added to each row, if the layout has it.
+    """
+    parts = {part.name: part for part in layout.parts}
+    rows, cols = shape
+    bias_part = parts.get(bias or "")
+    bias_at, bias_dtype = (bias_part.offset, _DTYPE_NAMES.get(bias_part.dtype)) if bias_part else (-1, 0)
+    if bias_dtype is None:
+        return f"{bias} is {bias_part.dtype if bias_part else ''}"
+    if name in parts:
+        if parts[name].dtype != "BF16":
+            return f"{name} is {parts[name].dtype}; of unquantized weights only bf16 has a kernel"
+        return native.Place.make(BF16, rows, cols, [parts[name].offset], 0, 0, bias_at, bias_dtype)
+    kind = WIDTHS.get(layout.plane_widths)
+    if kind is None or layout.group_size != GROUP_SIZE:
+        return f"planes of {layout.plane_widths} bits in groups of {layout.group_size} have no kernel"
+    planes = [parts[f"{name}.plane{i}"].offset for i in range(len(layout.plane_widths))]
+    return native.Place.make(
+        kind, rows, cols, planes, parts[f"{name}.scale"].offset, parts[f"{name}.zero"].offset, bias_at, bias_dtype
+    )
+
+
+def address_of(buffer: Any) -> int:
+    """Where a writable buffer starts."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))

@@ -1,0 +1,259 @@
+"""The C++ kernels against their torch twins, for every instruction set that this machine has."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fate_moe.core import BlobLayout
+from fate_moe.kernels.cpu import SlotExperts
+from fate_moe.kernels.gates import find_gate
+from fate_moe.kernels.native import BF16, DTYPES, matrix_place, native
+from fate_moe.kernels.reference import dequantize, expert_mlp, expert_weights, linear_quantized, quantize_activations
+from fate_moe.quant.blob import encode, views
+from fate_moe.store.format import blob_layout
+
+if native is None:
+    pytest.skip("the extension is not built", allow_module_level=True)
+
+EPSILON = torch.finfo(torch.float32).eps
+WIDTHS = {"int4": (2, 1, 1), "int8": (8,)}
+SETS = native.instruction_sets()
+
+
+@pytest.fixture(params=SETS)
+def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
+    native.choose(request.param)
+    yield request.param
+    native.choose(SETS[0])
+
+
+def a_blob(kind: str, rows: int, cols: int, seed: int) -> tuple[BlobLayout, torch.Tensor, dict[str, torch.Tensor]]:
+    """A matrix W [rows, cols] with a bias, encoded, in a buffer that ends where the blob's last part does (for the sanitizers)."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes: dict[str, tuple[int, ...]] = {"W": (rows, cols), "W_bias": (rows,)}
+    if kind == "bf16":
+        layout = blob_layout("lossless", shapes, "BF16")
+    else:
+        layout = blob_layout("int4", shapes, "F32", plane_widths=WIDTHS[kind])
+    tensors = {"W": torch.randn(rows, cols, generator=generator), "W_bias": torch.randn(rows, generator=generator)}
+    whole = torch.frombuffer(encode(layout, tensors), dtype=torch.uint8)
+    parts = views(layout, whole)
+    end = max(part.offset + parts[part.name].nbytes for part in layout.parts)
+    return layout, whole[:end].clone(), parts
+
+
+def native_linear(layout: BlobLayout, blob: torch.Tensor, shape: tuple[int, int], x: torch.Tensor, planes: int, exact: bool) -> Any:
+    place = matrix_place(layout, "W", shape, "W_bias")
+    out = torch.full((len(x), shape[0]), math.nan)
+    native.linear(place, blob.data_ptr(), planes, x.data_ptr(), DTYPES[x.dtype], len(x), out.data_ptr(), 0, exact, 2)
+    return out
+
+
+def check_linear(kind: str, rows: int, cols: int, tokens: int, planes: int, exact: bool, seed: int) -> None:
+    """Error against float64 at most twice the twin's own, and a rounding of the terms' magnitudes where the twin was lucky."""
+    layout, blob, parts = a_blob(kind, rows, cols, seed)
+    x = torch.randn(tokens, cols, generator=torch.Generator().manual_seed(seed + 1))
+    bias = parts["W_bias"].float()
+    got = native_linear(layout, blob, (rows, cols), x, planes, exact)
+    if kind == "bf16":
+        weights, seen = parts["W"].float(), x.double()
+        twin, terms = x @ weights.T + bias, weights.abs()
+    else:
+        quantized = [parts[f"W.plane{i}"] for i in range(len(WIDTHS[kind]))], parts["W.scale"], parts["W.zero"]
+        shared = {"group_size": 64, "widths": WIDTHS[kind], "num_planes": planes if kind == "int4" else None}
+        weights = dequantize(*quantized, cols=cols, **shared)
+        planes_of, scale_of, zero_of = quantized
+        terms = dequantize(planes_of, scale_of, -zero_of.abs(), cols=cols, **shared)  # scale * q and zero nearly cancel
+        codes, scale = quantize_activations(x, 64)
+        seen = x.double() if exact else (codes.double() * scale.double().unsqueeze(2)).flatten(1)[:, :cols]
+        twin = linear_quantized(x, *quantized, **shared, exact=exact) + bias
+    true = seen @ weights.double().T + bias.double()
+    rounding = EPSILON * (seen.abs() @ terms.double().T + bias.double().abs())
+    error, allowed = (got - true).abs(), 2 * (twin - true).abs().max() + rounding
+    assert (error <= allowed).all(), f"{error.max()} where the twin has {(twin - true).abs().max()}"
+
+
+@pytest.mark.parametrize("kind", ["int4", "int8", "bf16"])
+@pytest.mark.parametrize("exact", [False, True])
+def test_odd_shapes_and_unaligned_heads(instructions: str, kind: str, exact: bool) -> None:
+    """1 to 9 groups with whole and cut last ones, odd rows, 1 to 9 tokens, every view."""
+    for cols, tokens in zip((1, 63, 64, 65, 130, 192, 250, 256, 320, 530), itertools.cycle(range(1, 10)), strict=False):
+        for planes in (3, 2, 1) if kind == "int4" else (3,):
+            check_linear(kind, 7, cols, tokens, planes, exact, cols)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from(SETS),
+    st.sampled_from(["int4", "int8", "bf16"]),
+    st.integers(1, 40),
+    st.integers(1, 700),
+    st.integers(1, 9),
+    st.integers(1, 3),
+    st.booleans(),
+    st.integers(0, 10**6),
+)
+def test_any_shape(name: str, kind: str, rows: int, cols: int, tokens: int, planes: int, exact: bool, seed: int) -> None:
+    native.choose(name)
+    try:
+        check_linear(kind, rows, cols, tokens, planes, exact, seed)
+    finally:
+        native.choose(SETS[0])
+
+
+def test_a_tokens_result_does_not_depend_on_its_company(instructions: str) -> None:
+    layout, blob, _ = a_blob("int4", 33, 1408, 0)
+    x = torch.randn(8, 1408, generator=torch.Generator().manual_seed(1))
+    together = native_linear(layout, blob, (33, 1408), x, 3, False)
+    for token in range(8):
+        alone = native_linear(layout, blob, (33, 1408), x[token : token + 1].clone(), 3, False)
+        assert torch.equal(alone[0], together[token])
+
+
+def test_infinity_and_nan_show(instructions: str) -> None:
+    layout, blob, _ = a_blob("int4", 4, 128, 0)
+    for value in (math.inf, math.nan):
+        x = torch.ones(2, 128)
+        x[1, 70] = value
+        got = native_linear(layout, blob, (4, 128), x, 3, False)
+        assert got[0].isfinite().all()
+        assert got[1].isnan().all()
+
+
+@pytest.mark.parametrize(("kind", "planes"), [("int4", 3), ("int4", 2), ("int4", 1), ("int8", 1)])
+def test_written_out_numbers_are_the_twins(instructions: str, kind: str, planes: int) -> None:
+    for cols in (1, 64, 250, 256, 600):
+        layout, blob, parts = a_blob(kind, 5, cols, cols)
+        stored = [parts[f"W.plane{i}"] for i in range(len(WIDTHS[kind]))]
+        shared = {"group_size": 64, "widths": WIDTHS[kind], "num_planes": planes}
+        want = dequantize(stored, parts["W.scale"], parts["W.zero"], cols=cols, **shared)
+        for dtype in (torch.float32, torch.bfloat16):
+            got = torch.empty(5, cols, dtype=dtype)
+            place = matrix_place(layout, "W", (5, cols))
+            native.expand(place, blob.data_ptr(), planes, got.data_ptr(), DTYPES[dtype], 2)
+            assert torch.equal(got, want.to(dtype))
+
+
+def an_experts_module(gated: bool, act: Any, limit: float = math.inf, interleaved: bool = False, **numbers: float) -> Any:
+    def apply_gate(x: torch.Tensor) -> torch.Tensor:
+        gate, up = (x[..., ::2], x[..., 1::2]) if interleaved else x.chunk(2, -1)
+        alpha, offset = numbers.get("alpha", 1.0), numbers.get("offset", 0.0)
+        value = gate.clamp(max=limit)
+        shown = value * torch.sigmoid(alpha * value) if act is None else act(value)
+        return shown * (up.clamp(-limit, limit) + offset)
+
+    return SimpleNamespace(has_gate=gated, act_fn=act, _apply_gate=apply_gate, limit=limit, alpha=numbers.get("alpha", 1.0))
+
+
+FAMILIES = {
+    "silu": an_experts_module(True, torch.nn.functional.silu),
+    "gelu": an_experts_module(True, torch.nn.functional.gelu),
+    "gelu_tanh": an_experts_module(True, torch.nn.GELU("tanh")),
+    "relu": an_experts_module(True, torch.relu),
+    "limited": an_experts_module(True, torch.nn.functional.silu, limit=7.0),
+    "gpt_oss": an_experts_module(True, None, limit=7.0, interleaved=True, alpha=1.702, offset=1.0),
+    "plain_relu2": an_experts_module(False, lambda x: torch.relu(x).square()),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_gates_are_found_and_accurate(instructions: str, family: str) -> None:
+    module = FAMILIES[family]
+    gate = find_gate(module)
+    assert gate is not None
+    x = torch.randn(1, 300, generator=torch.Generator().manual_seed(3)) * 8
+    twin = module._apply_gate(x) if module.has_gate else module.act_fn(x)
+    true = module._apply_gate(x.double()) if module.has_gate else module.act_fn(x.double())
+    got = torch.empty_like(twin)
+    native.gate(gate, x.data_ptr(), got.shape[1], got.data_ptr())
+    error, rounding = (got - true).abs(), 4 * EPSILON * true.abs()  # exp, two divisions or products, each rounded
+    assert (error <= 2 * (twin - true).abs().max() + rounding).all()
+
+
+def test_unknown_gates_are_not_mistaken() -> None:
+    assert find_gate(an_experts_module(True, torch.tanh)) is None
+
+
+def mlp_twin(module: Any, layout: BlobLayout, parts: Any, weights: Any, x: torch.Tensor, num_planes: int | None) -> torch.Tensor:
+    """The fused expert from the products' own twins."""
+
+    def product(name: str, x: torch.Tensor) -> torch.Tensor:
+        bias = weights[f"{name}_bias"]
+        if not layout.plane_widths:
+            return x @ weights[name].T + bias
+        planes = [parts[f"{name}.plane{i}"] for i in range(len(layout.plane_widths))]
+        scales = parts[f"{name}.scale"], parts[f"{name}.zero"]
+        how = {"group_size": 64, "widths": layout.plane_widths, "num_planes": num_planes, "exact": True}
+        return linear_quantized(x, planes, *scales, **how) + bias
+
+    if module.has_gate:
+        return product("down_proj", module._apply_gate(product("gate_up_proj", x)))
+    return product("down_proj", module.act_fn(product("up_proj", x)))
+
+
+@pytest.mark.parametrize("kind", ["int4", "int8", "bf16"])
+@pytest.mark.parametrize("family", ["silu", "gpt_oss", "plain_relu2"])
+@pytest.mark.parametrize("tokens", [1, 3, 20])
+def test_fused_experts(kind: str, family: str, tokens: int) -> None:
+    """All experts in one call or one by one, at any number of planes: the same bits, and near the twin in fp32."""
+    module, hidden, inner, top_k = FAMILIES[family], 130, 70, 2
+    generator = torch.Generator().manual_seed(tokens)
+    up = "gate_up_proj" if module.has_gate else "up_proj"
+    shapes: dict[str, tuple[int, ...]] = {
+        up: (inner * (2 if module.has_gate else 1), hidden),
+        f"{up}_bias": (inner * (2 if module.has_gate else 1),),
+        "down_proj": (hidden, inner),
+        "down_proj_bias": (hidden,),
+    }
+    layout = blob_layout("lossless", shapes, "BF16") if kind == "bf16" else blob_layout("int4", shapes, "F32", 64, WIDTHS[kind])
+    memory = bytearray()
+    for _ in range(4):
+        memory += encode(layout, {name: torch.randn(shape, generator=generator) / 8 for name, shape in shapes.items()})
+    x = torch.randn(tokens, hidden, generator=generator)
+    index = torch.stack([torch.randperm(4, generator=generator)[:top_k] for _ in range(tokens)]).flatten().tolist()
+    rows = {expert: [row for row, chosen in enumerate(index) if chosen == expert] for expert in set(index)}
+    ready = [(expert, 3 - expert) for expert in rows]
+    planes = {expert: 1 + expert % 3 for expert in rows} if kind == "int4" else {}
+    slots = SlotExperts(memory, layout.length, [layout], [shapes], exact=True)
+    together, apart = (slots.outputs(0, module, x, len(index)) for _ in range(2))
+    slots.run(0, module, ready, rows, x, together, planes)
+    for item in reversed(ready):
+        slots.run(0, module, [item], rows, x, apart, planes)
+    assert torch.equal(together, apart)
+    for expert, slot in ready:
+        blob = torch.frombuffer(memory, dtype=torch.uint8)[slot * layout.length :]
+        weights = expert_weights(layout, views(layout, blob), shapes, torch.float32, planes.get(expert))
+        inputs = x[torch.tensor(rows[expert]) // top_k]
+        twin = mlp_twin(module, layout, views(layout, blob), weights, inputs, planes.get(expert))
+        true = expert_mlp(module, {name: w.double() for name, w in weights.items()}, inputs.double())
+        error = (together[rows[expert]] - true).abs().max()
+        assert error <= 2 * (twin - true).abs().max() + EPSILON * true.abs().max()
+
+
+def test_combine_is_a_weighted_sum_in_order() -> None:
+    generator = torch.Generator().manual_seed(0)
+    slots = SlotExperts(bytearray(4096), 4096, [], [])
+    for dtype, tokens in itertools.product((torch.float32, torch.bfloat16), (1, 7)):
+        rows, weights = torch.randn(tokens * 3, 50, generator=generator), torch.rand(tokens, 3, generator=generator)
+        want = torch.zeros(tokens, 50)
+        for choice in range(3):
+            want += weights[:, choice : choice + 1] * rows.view(tokens, 3, 50)[:, choice]
+        got = slots.combine(rows, weights, torch.empty(tokens, 50, dtype=dtype))
+        assert torch.equal(got, want.to(dtype))
+
+
+def test_a_matrix_without_a_kernel_says_why() -> None:
+    shapes: dict[str, tuple[int, ...]] = {"W": (4, 64)}
+    assert "F16" in matrix_place(blob_layout("lossless", shapes, "F16"), "W", (4, 64))
+    assert "groups of 32" in matrix_place(blob_layout("int4", shapes, "F32", 32), "W", (4, 64))
+    assert not isinstance(matrix_place(blob_layout("lossless", shapes, "BF16"), "W", (4, 64)), str)
+    assert BF16 == 16
