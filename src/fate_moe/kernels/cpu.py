@@ -121,7 +121,8 @@ class SlotExperts:
         planes: Mapping[int, int | None],
     ) -> None:
         hidden = hidden.contiguous()
-        starts, choices = [0], []
+        starts: list[int] = [0]
+        choices: list[int] = []
         for expert, _ in ready:
             choices += rows[expert]
             starts.append(len(choices))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
+import importlib
 import platform
 from typing import Any
 
@@ -11,9 +11,7 @@ import torch
 from fate_moe.core import BlobLayout
 
 try:
-    from fate_moe.kernels import _native
-
-    native: Any = _native
+    native: Any = importlib.import_module("fate_moe.kernels._native")
     _missing = ""
 except ImportError as error:
     native = None
@@ -102,8 +100,3 @@ def matrix_place(layout: BlobLayout, name: str, shape: tuple[int, ...], bias: st
     return native.Place.make(
         kind, rows, cols, planes, parts[f"{name}.scale"].offset, parts[f"{name}.zero"].offset, bias_at, bias_dtype
     )
-
-
-def address_of(buffer: Any) -> int:
-    """Where a writable buffer starts."""
-    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))

@@ -78,7 +78,8 @@ def linear_quantized(
     products = torch.einsum("rgk,tgk->trg", codes, q)  # of integers: at most 64 * 255 * 127, exact in fp32
     middle = (2 ** sum(widths[used:]) - 1) / 2
     offset = scale.float() * middle - zero.float()
-    return (scale.float() * sx.unsqueeze(1) * products).sum(2) + (sx * q.sum(2)) @ offset.T
+    y: torch.Tensor = (scale.float() * sx.unsqueeze(1) * products).sum(2) + (sx * q.sum(2)) @ offset.T
+    return y
 
 
 def expert_weights(
