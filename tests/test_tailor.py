@@ -90,7 +90,7 @@ def test_full_is_the_default_and_counts_everything_as_four_bits(loaded: Callable
 
 @pytest.mark.parametrize("policy", ["prefill-popularity", "gate-weighted", "budget"])
 def test_policies_read_less_and_what_is_read_is_what_is_computed_with(loaded: Callable[..., Any], policy: str) -> None:
-    options = {"expert_cache": "40%", "preset": "load-on-demand"}
+    options = {"expert_cache": "40%", "preset": "load-on-demand", "exact_activations": True}
     full = loaded("qwen2_moe", "int4", **options)
     want = run(full)
     model = loaded("qwen2_moe", "int4", precision_policy=policy, **options)
