@@ -20,7 +20,7 @@ ORDER = [
     {"kernels", "skeleton"},
     {"store", "memory", "predict"},
     {"prefetch", "tailor"},
-    {"planner", "runtime", "trace"},
+    {"gpu", "planner", "runtime", "trace"},
     {"report"},
     {"models"},
     {"cli", "__init__"},

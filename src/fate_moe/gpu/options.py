@@ -1,0 +1,36 @@
+"""How residency on the device behaves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fate_moe.errors import ConfigError
+
+__all__ = ["DeviceOptions"]
+
+
+@dataclass(frozen=True)
+class DeviceOptions:
+    """Who gives up a slot and what is fetched ahead.
+
+    eviction: "frequency" (uses, halved every ``half_life`` tokens) or "recency".
+    limit: prefetches per layer, 0 for none: about (a layer's time) / (an expert's copy time).
+    num_predicted: that many of the likeliest experts are expected (0: the router's top-k), if their softmax probability is at
+    least ``least``.
+    num_whole: layers kept whole, from the first on. overlap: compute the resident experts while the missing ones are fetched.
+    """
+
+    eviction: str = "frequency"
+    half_life: float = 32.0
+    limit: int = 1
+    num_predicted: int = 0
+    least: float = 0.02
+    num_whole: int = 0
+    overlap: bool = True
+    fetch_programs: int = 16
+
+    def __post_init__(self) -> None:
+        if self.eviction not in ("frequency", "recency"):
+            raise ConfigError(f"eviction {self.eviction!r} is not one of frequency, recency")
+        if self.limit < 0 or self.num_predicted < 0 or self.num_whole < 0 or self.half_life <= 0 or self.fetch_programs < 1:
+            raise ConfigError(f"{self}: counts must not be negative, half-life and fetch programs must be positive")

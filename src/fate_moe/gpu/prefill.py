@@ -1,0 +1,142 @@
+"""Many tokens at once: resident experts first, the others streamed through staging slots, most popular first.
+
+Two halves of the staging slots take turns: one is copied to by the DMA engine while the grouped kernels read the other. Nearly
+every expert of a layer is used, so the first half of the next layer's missing ones is copied before its router has spoken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+
+from fate_moe.gpu.streams import Lane
+from fate_moe.kernels.triton_grouped import grouped_kernel
+
+if TYPE_CHECKING:
+    from fate_moe.gpu.experts import DeviceExperts
+
+__all__ = ["Prefill", "dot_dtype"]
+
+# With fewer choices than this per expert of a layer, too many experts are not chosen at all to copy any before the router has
+# spoken.
+_AHEAD_CHOICES = 4
+
+
+class Prefill:
+    """Prefill through ``experts``' pool; its residency does not move. One host synchronization per layer."""
+
+    def __init__(self, experts: DeviceExperts) -> None:
+        self._experts = experts
+        device = experts.pool.bytes.device
+        self._main, self._copies = Lane(device, False), Lane(device, True)
+        self._half = experts.pool.num_staging // 2
+        self._turn = self._reading = 0  # the half that is copied to next, and the one that is read next
+        self._free: list[Any] = [None, None]  # by half: the mark after which nothing reads it
+        self._arrived: list[Any] = []  # marks of copies not yet released, oldest first
+        self._early: list[tuple[int, int]] = []  # (expert, slot) copied before the router of ``_early_layer`` has spoken
+        self._early_layer = -1
+
+    def compute(self, layer: int, hidden: torch.Tensor, index: torch.Tensor, routing_weights: torch.Tensor) -> torch.Tensor:
+        """As ``DeviceExperts.compute``."""
+        experts, num_experts = self._experts, self._experts.tables.num_experts
+        tokens, top_k = index.shape
+        hidden = hidden.contiguous()
+        flat = index.reshape(-1)
+        flat = flat.where((flat >= 0) & (flat < num_experts), num_experts)
+        order = torch.argsort(flat, stable=True)
+        popularity = torch.bincount(flat, minlength=num_experts + 1)[:num_experts]
+        told = torch.cat([popularity, experts.tables.slot_of[layer : layer + 2].reshape(-1)]).tolist()
+        counts, slots, next_slots = told[:num_experts], told[num_experts : 2 * num_experts], told[2 * num_experts :]
+        first = [sum(counts[:expert]) for expert in range(num_experts)]
+        chosen = sorted((expert for expert in range(num_experts) if counts[expert]), key=lambda expert: -counts[expert])
+        layout = experts.layouts[layer]
+        inner = hidden.new_empty(tokens * top_k, layout.width)
+        outputs = hidden.new_zeros(tokens * top_k, layout.cols)  # rows without an expert stay 0
+
+        def run(placed: Sequence[tuple[int, int]]) -> None:
+            self._run(layer, [(slot, first[expert], counts[expert]) for expert, slot in placed], order, hidden, inner, outputs)
+
+        early = self._early if self._early_layer == layer else []
+        missing = [expert for expert in chosen if slots[expert] < 0 and expert not in dict(early)]
+        waves = [missing[start : start + self._half] for start in range(0, len(missing), self._half)]
+        copied = self._copy(layer, waves[0]) if waves else []  # under way while the residents compute
+        run([(expert, slots[expert]) for expert in chosen if slots[expert] >= 0])
+        if early:
+            self._await()
+            run([(expert, slot) for expert, slot in early if counts[expert]])
+            self._release()
+        for wave in [*waves[1:], None][: len(waves)]:
+            self._await()
+            run(copied)
+            self._release()
+            copied = self._copy(layer, wave) if wave else []
+        many = tokens * top_k >= _AHEAD_CHOICES * num_experts
+        ahead = [expert for expert, slot in enumerate(next_slots) if slot < 0][: self._half] if many else []
+        self._early, self._early_layer = self._copy(layer + 1, ahead), layer + 1
+        weighted = outputs.view(tokens, top_k, -1) * routing_weights.reshape(tokens, top_k, 1)
+        return weighted.sum(1).to(hidden.dtype)
+
+    def _copy(self, layer: int, wanted: Sequence[int]) -> list[tuple[int, int]]:
+        """Start copying ``wanted`` (at most half of the staging slots) and say where each will be: (expert, slot)."""
+        experts = self._experts
+        if not wanted:
+            return []
+        start = experts.pool.num_slots + self._turn * self._half
+        self._copies.wait(self._free[self._turn])
+        self._turn ^= 1
+        placed = [(expert, start + i) for i, expert in enumerate(wanted)]
+        with self._copies:
+            for expert, slot in placed:
+                blob = experts.arena.blob(layer * experts.tables.num_experts + expert)
+                experts.pool.slot(slot).copy_(blob, non_blocking=True)
+        self._arrived.append(self._copies.mark())
+        return placed
+
+    def _await(self) -> None:
+        """What is enqueued from now on finds the oldest copies that nobody awaited yet."""
+        self._main.wait(self._arrived[0])
+
+    def _release(self) -> None:
+        """The oldest copies have been read by all that is enqueued so far: their half may be written again."""
+        del self._arrived[0]
+        self._free[self._reading] = self._main.mark()
+        self._reading ^= 1
+
+    def _run(
+        self,
+        layer: int,
+        placed: Sequence[tuple[int, int, int]],
+        order: torch.Tensor,
+        hidden: torch.Tensor,
+        inner: torch.Tensor,
+        outputs: torch.Tensor,
+    ) -> None:
+        """Compute experts given as (slot, first place in ``order``, number of rows)."""
+        experts, layout = self._experts, self._experts.layouts[layer]
+        block = 16 if order.numel() <= 16 * experts.tables.num_experts else 64  # whatever is resident: law 1
+        tiles = [
+            (slot, first + start, min(block, count - start)) for slot, first, count in placed for start in range(0, count, block)
+        ]
+        if not tiles:
+            return
+        table = torch.tensor(tiles, dtype=torch.int32).to(hidden.device, non_blocking=True)
+        for source, out, offsets, cols, rows, activation in (
+            (hidden, inner, layout.gate_up, layout.cols, layout.width, layout.activation),
+            (inner, outputs, layout.down, layout.width, layout.cols, ""),
+        ):
+            grouped_kernel[(len(tiles), triton.cdiv(rows, 64))](
+                experts.pool.bytes, table, order, source, out, experts.pool.slot_bytes, *offsets,
+                top_k=experts.top_k, cols=cols, rows=rows, DTYPE=layout.dtype,
+                DOT=dot_dtype(hidden.dtype, hidden.device), PLANES=layout.planes,
+                ACT=activation, BM=block, BN=64, GB=4, num_warps=4,
+            )  # fmt: skip
+
+
+def dot_dtype(dtype: torch.dtype, device: torch.device) -> Any:
+    """Triton's name of the dtype that products are made in: fp32 on the CPU, whose interpreter has no bf16 product."""
+    kinds = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+    return kinds.get(dtype, tl.float32) if device.type == "cuda" else tl.float32

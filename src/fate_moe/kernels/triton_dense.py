@@ -1,0 +1,197 @@
+"""The dense part of one decode step for one token: matrix-vector products with their norms, and attention over a static KV cache.
+
+Six launches a layer where torch.compile leaves about twenty. Twins: the transformers modules they replace
+(tests/gpu/test_fused.py).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fate_moe.kernels.triton_experts import staged_index
+
+__all__ = ["attend_kernel", "combine_kernel", "matvec_kernel"]
+
+
+@triton.jit
+def matvec_kernel(
+    x,
+    norm,
+    weight,
+    bias,
+    residual,
+    gate,
+    normed,
+    staged,
+    out,
+    eps,
+    cols: tl.constexpr,
+    rows: tl.constexpr,
+    NORM: tl.constexpr,
+    BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    GATE: tl.constexpr,
+    SILU: tl.constexpr,
+    STAGE: tl.constexpr,
+    STAGE_PLANES: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """out[n] = f(weight[n] . x), n < rows; ``x`` [cols], ``weight`` [rows, cols]. Grid (rows / BN).
+
+    NORM: x is RMS-normalized first (times ``norm`` [cols]). BIAS: plus ``bias`` [rows]. SILU: ``weight`` has 2 * rows rows and
+    out = silu(first half) * second half. GATE: times ``gate`` [1]'s sigmoid. RESIDUAL: plus ``residual`` [rows]. STAGE: program 0
+    also writes the normalized x to ``normed``, and program 1 its staged form for the experts. Rounded to out's dtype where
+    transformers rounds.
+    """
+    kind: tl.constexpr = x.dtype.element_ty
+    groups: tl.constexpr = (cols + 63) // 64
+    rstd = 1.0
+    if NORM:
+        squares = tl.zeros((BK,), tl.float32)
+        for start in tl.static_range(0, cols, BK):
+            k = start + tl.arange(0, BK)
+            part = tl.load(x + k, mask=k < cols, other=0.0).to(tl.float32)
+            squares += part * part
+        rstd = tl.rsqrt(tl.sum(squares, axis=0) / cols + eps)
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    total = tl.zeros((BN,), tl.float32)
+    second = tl.zeros((BN,), tl.float32)
+    for start in tl.static_range(0, cols, BK):
+        k = start + tl.arange(0, BK)
+        xs = tl.load(x + k, mask=k < cols, other=0.0).to(tl.float32)
+        if NORM:
+            scale = tl.load(norm + k, mask=k < cols, other=0.0).to(tl.float32)
+            xs = ((xs * rstd).to(kind).to(tl.float32) * scale).to(kind).to(tl.float32)
+            if STAGE:
+                if tl.program_id(0) == 0:
+                    tl.store(normed + k, xs.to(kind), mask=k < cols)
+                if tl.program_id(0) == 1:
+                    tl.store(staged + staged_index(k, groups, STAGE_PLANES), xs, mask=k < cols)
+        at = n[:, None] * cols + k[None, :]
+        if cols % BK == 0 and rows % BN == 0:
+            w = tl.load(weight + at).to(tl.float32)
+            total += tl.sum(w * xs[None, :], axis=1)
+            if SILU:
+                w = tl.load(weight + rows * cols + at).to(tl.float32)
+                second += tl.sum(w * xs[None, :], axis=1)
+        else:
+            mask = (n < rows)[:, None] & (k < cols)[None, :]
+            w = tl.load(weight + at, mask=mask, other=0.0).to(tl.float32)
+            total += tl.sum(w * xs[None, :], axis=1)
+            if SILU:
+                w = tl.load(weight + rows * cols + at, mask=mask, other=0.0).to(tl.float32)
+                second += tl.sum(w * xs[None, :], axis=1)
+    if BIAS:
+        total += tl.load(bias + n, mask=n < rows, other=0.0).to(tl.float32)
+    if SILU:
+        total = total.to(kind).to(tl.float32)
+        total = (total * tl.sigmoid(total)).to(kind).to(tl.float32) * second.to(kind).to(tl.float32)
+    if GATE:
+        total = total.to(kind).to(tl.float32) * tl.sigmoid(tl.load(gate).to(tl.float32))
+    if RESIDUAL:
+        total = total.to(kind).to(tl.float32) + tl.load(residual + n, mask=n < rows, other=0.0).to(tl.float32)
+    tl.store(out + n, total.to(out.dtype.element_ty), mask=n < rows)
+
+
+@triton.jit
+def _head(base, norm, d, eps, position, inv_freq, NORM: tl.constexpr, D: tl.constexpr):
+    """Heads ``base`` [rows, 1] + d [1, D], normalized and turned by rotary position (halves), in fp32; rounded where transformers
+    does."""
+    kind: tl.constexpr = base.dtype.element_ty
+    half: tl.constexpr = D // 2
+    other = tl.where(d < half, d + half, d - half)
+    value = tl.load(base + d).to(tl.float32)
+    turned = tl.load(base + other).to(tl.float32)
+    if NORM:
+        rstd = tl.rsqrt(tl.sum(value * value, axis=1)[:, None] / D + eps)
+        value = ((value * rstd).to(kind).to(tl.float32) * tl.load(norm + d).to(tl.float32)).to(kind).to(tl.float32)
+        turned = ((turned * rstd).to(kind).to(tl.float32) * tl.load(norm + other).to(tl.float32)).to(kind).to(tl.float32)
+    angle = position.to(tl.float32) * tl.load(inv_freq + d % half)
+    cos = tl.cos(angle).to(kind).to(tl.float32)
+    sin = tl.sin(angle).to(kind).to(tl.float32)
+    return (value * cos + tl.where(d < half, -turned, turned) * sin).to(kind).to(tl.float32)
+
+
+@triton.jit
+def attend_kernel(
+    qkv,
+    q_norm,
+    k_norm,
+    inv_freq,
+    position,
+    keys,
+    values,
+    most,
+    sums,
+    parts,
+    eps,
+    scaling,
+    length,
+    num_kv: tl.constexpr,
+    group: tl.constexpr,
+    NORM: tl.constexpr,
+    DOT: tl.constexpr,
+    D: tl.constexpr,
+    GP: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BS: tl.constexpr,
+):
+    """One query token over a part of the cache; the part that holds ``position`` also appends the new key and value.
+
+    Grid (kv heads, splits); ``qkv`` [(group + 2) * kv heads * D], ``keys``/``values`` [kv heads, length, D], ``position`` int64
+    [1]. GP is the group's size, at least 16; products are made in DOT. Writes each split's maximum and sum of weights [heads,
+    splits] and weighted values [heads, splits, D], fp32.
+    """
+    head, split = tl.program_id(0), tl.program_id(1)
+    splits = tl.num_programs(1)
+    at = tl.load(position)
+    d = tl.arange(0, D)[None, :]
+    i = tl.arange(0, GP)
+    query = qkv + (head * group + tl.minimum(i, group - 1))[:, None] * D
+    q = _head(query, q_norm, d, eps, at, inv_freq, NORM, D).to(DOT)  # [GP, D]
+    heads: tl.constexpr = num_kv * group
+    one = tl.zeros((1, 1), tl.int32)
+    k_new = _head(qkv + (heads + head) * D + one, k_norm, d, eps, at, inv_freq, NORM, D)  # [1, D]
+    v_new = tl.load(qkv + (heads + num_kv + head) * D + d).to(tl.float32)
+    kind: tl.constexpr = keys.dtype.element_ty
+    top = tl.zeros((GP,), tl.float32) - float("inf")
+    total = tl.zeros((GP,), tl.float32)
+    acc = tl.zeros((GP, D), tl.float32)
+    first = split * CHUNK
+    for start in range(first, tl.minimum(first + CHUNK, (at + 1).to(tl.int32)), BS):
+        s = start + tl.arange(0, BS)
+        here = (head * length + s)[:, None] * D + d
+        mine = s < first + CHUNK
+        old = (mine & (s < at))[:, None]
+        new = (mine & (s == at))[:, None]
+        k = tl.load(keys + here, mask=old, other=0.0).to(tl.float32) + tl.where(new, k_new, 0.0)
+        v = tl.load(values + here, mask=old, other=0.0).to(tl.float32) + tl.where(new, v_new, 0.0)
+        tl.store(keys + here, (k_new + tl.zeros((BS, 1), tl.float32)).to(kind), mask=new)
+        tl.store(values + here, (v_new + tl.zeros((BS, 1), tl.float32)).to(kind), mask=new)
+        score = tl.dot(q, tl.trans(k.to(DOT)), input_precision="ieee") * scaling  # [GP, BS]
+        score = tl.where((mine & (s <= at))[None, :], score, float("-inf"))
+        higher = tl.maximum(top, tl.max(score, axis=1))
+        p = tl.exp(score - higher[:, None])
+        old_share = tl.exp(top - higher)
+        total = total * old_share + tl.sum(p, axis=1)
+        acc = tl.dot(p.to(DOT), v.to(DOT), acc * old_share[:, None], input_precision="ieee")
+        top = higher
+    row = (head * group + i) * splits + split
+    tl.store(most + row, top, mask=i < group)
+    tl.store(sums + row, total, mask=i < group)
+    tl.store(parts + row[:, None] * D + d, acc, mask=(i < group)[:, None])
+
+
+@triton.jit
+def combine_kernel(most, sums, parts, out, splits, D: tl.constexpr, SP: tl.constexpr):
+    """The splits of each head together: ``out`` [heads * D]. Grid (heads)."""
+    head = tl.program_id(0)
+    s = tl.arange(0, SP)
+    d = tl.arange(0, D)
+    top = tl.load(most + head * splits + s, mask=s < splits, other=float("-inf"))
+    share = tl.exp(top - tl.max(top, axis=0))
+    total = tl.sum(share * tl.load(sums + head * splits + s, mask=s < splits, other=0.0), axis=0)
+    part = tl.load(parts + (head * splits + s)[:, None] * D + d[None, :], mask=(s < splits)[:, None], other=0.0)
+    tl.store(out + head * D + d, (tl.sum(part * share[:, None], axis=0) / total).to(out.dtype.element_ty))

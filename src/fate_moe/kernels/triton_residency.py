@@ -1,0 +1,317 @@
+"""Residency on the device: lookup, eviction, remapping and the lists of what to fetch, without the host.
+
+Each MoE layer owns a fixed number of slots (its quota), always full. So the layer that runs and the layer that is prefetched for
+touch different rows of every table, and need no lock. Tables, [layers, experts] each: ``slot_of`` int32 (-1: not resident),
+``score`` fp32 (the resident expert of lowest score gives up its slot; ties go to the lowest index), ``unused`` int32 (1:
+prefetched and not asked for since; 2: and its layer has not run since, so the copy may not have ended). ``counters`` int64
+[layers, 4]: hits, misses, prefetched, prefetches used.
+
+Scores: by recency, the time of the last use, and a prefetched expert counts as never used until it is asked for; by decayed
+frequency, the base-2 logarithm of the sum over uses of 2^(time / half-life), which orders experts as letting all their counts
+decay would (forward decay, Cormode et al., ICDE 2009); it outlives residency.
+
+Twin: ``kernels/reference.py: ResidencyTable``, over the policies that run on the CPU.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fate_moe.kernels.triton_experts import stage_token
+
+__all__ = ["logits_kernel", "prefetch_kernel", "residency_kernel", "route_kernel"]
+
+
+@triton.jit
+def _lowest(score, candidates, expert, E: tl.constexpr):
+    """The candidate of lowest score, the lowest index among equals; E if there is none."""
+    masked = tl.where(candidates, score, float("inf"))
+    best = tl.min(masked, axis=0)
+    return tl.min(tl.where(candidates & (masked == best), expert, E), axis=0)
+
+
+@triton.jit
+def _settle(
+    choice,
+    slots,
+    late_rows,
+    wanted,
+    count,
+    slot_of,
+    score,
+    unused,
+    counters,
+    clock,
+    layer,
+    last,
+    half_life,
+    num_experts: tl.constexpr,
+    num_rows: tl.constexpr,
+    FREQUENCY: tl.constexpr,
+    E: tl.constexpr,
+    R: tl.constexpr,
+):
+    """Move the tables of ``layer`` for ``choice`` int32 [R] (-1: no expert); see ``residency_kernel``."""
+    expert = tl.arange(0, E)
+    known = expert < num_experts
+    at = layer * num_experts + expert
+    slot = tl.load(slot_of + at, mask=known, other=-1)
+    value = tl.load(score + at, mask=known, other=0.0)
+    waiting = tl.load(unused + at, mask=known, other=0)
+    now = tl.load(clock)
+    if layer == last:
+        tl.store(clock, now + 1)
+    r = tl.arange(0, R)
+    chosen = choice[:, None] == expert[None, :]  # [R, E]
+    routed = (tl.max(chosen.to(tl.int32), axis=0) > 0) & known
+    if FREQUENCY:
+        use = now.to(tl.float32) / half_life
+        most = tl.maximum(value, use)
+        used = most + tl.log2(tl.exp2(value - most) + tl.exp2(use - most))
+    else:
+        used = tl.zeros((E,), tl.float32) + now.to(tl.float32)
+    value = tl.where(routed, used, value)
+    under_way = waiting == 2  # the copy of a prefetch may still run: whoever needs it waits, and nobody may have its slot
+    missing = routed & (slot < 0)
+    num_missing = tl.sum(missing.to(tl.int32), axis=0)
+    num_routed = tl.sum(routed.to(tl.int32), axis=0)
+    num_used = tl.sum((routed & (waiting > 0)).to(tl.int32), axis=0)
+    waiting = tl.where(routed, 0, tl.minimum(waiting, 1))
+    late = missing | (routed & under_way)
+    for i in range(num_missing):
+        incoming = tl.min(tl.where(missing, expert, E), axis=0)
+        victim = _lowest(value, (slot >= 0) & ~routed & ~under_way, expert, E)
+        freed = tl.max(tl.where(expert == victim, slot, -1), axis=0)
+        slot = tl.where(expert == victim, -1, tl.where(expert == incoming, freed, slot))
+        waiting = tl.where(expert == victim, 0, waiting)
+        missing = missing & (expert != incoming)
+        tl.store(wanted + 2 * i, layer * num_experts + incoming)
+        tl.store(wanted + 2 * i + 1, freed)
+    tl.store(count, num_missing)
+    tl.store(slot_of + at, slot, mask=known)
+    tl.store(score + at, value, mask=known)
+    tl.store(unused + at, waiting, mask=known)
+    tl.store(slots + r, tl.max(tl.where(chosen, slot[None, :], -1), axis=1), mask=r < num_rows)
+    tl.store(late_rows + r, tl.max((chosen & late[None, :]).to(tl.int32), axis=1), mask=r < num_rows)
+    counted = counters + layer * 4
+    tl.store(counted, tl.load(counted) + num_routed - num_missing)
+    tl.store(counted + 1, tl.load(counted + 1) + num_missing)
+    tl.store(counted + 3, tl.load(counted + 3) + num_used)
+
+
+@triton.jit(do_not_specialize=["layer", "last"])
+def residency_kernel(
+    index,
+    hidden,
+    staged,
+    slots,
+    late_rows,
+    wanted,
+    count,
+    slot_of,
+    score,
+    unused,
+    counters,
+    clock,
+    layer,
+    last,
+    half_life,
+    num_experts: tl.constexpr,
+    num_rows: tl.constexpr,
+    cols: tl.constexpr,
+    PLANES: tl.constexpr,
+    FREQUENCY: tl.constexpr,
+    E: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The router of ``layer`` has spoken: ``index`` int64 [rows] (outside 0..num_experts-1: no expert). Grid (1 + tokens).
+
+    Program 0 fills ``slots`` int32 [rows] (-1: no expert), ``late_rows`` int32 [rows] (1: the expert is being copied), ``wanted``
+    int32 [.., 2] pairs (expert of the whole model, slot) and ``count`` int32 [1], and moves the tables; layer ``last`` advances
+    ``clock`` int32 [1] for the next token. The other programs stage the tokens' activations for ``gate_up_kernel``. The quota must
+    be at least the number of distinct experts in ``index`` plus the prefetches of one layer.
+    """
+    if tl.program_id(0) > 0:
+        groups: tl.constexpr = (cols + 63) // 64
+        stage_token(hidden, staged, tl.program_id(0) - 1, cols, groups, PLANES, BLOCK)
+    else:
+        r = tl.arange(0, R)
+        choice = tl.load(index + r, mask=r < num_rows, other=-1).to(tl.int32)
+        _settle(
+            choice, slots, late_rows, wanted, count, slot_of, score, unused, counters, clock, layer, last, half_life,
+            num_experts, num_rows, FREQUENCY, E, R,
+        )  # fmt: skip
+
+
+@triton.jit
+def logits_kernel(hidden, weight, logits, cols: tl.constexpr, num_experts: tl.constexpr, BE: tl.constexpr, BLOCK: tl.constexpr):
+    """logits[t] = weight hidden[t], fp32: a router [num_experts, cols] on another layer's gate input. Grid (tokens, experts /
+    BE)."""
+    token = tl.program_id(0)
+    expert = tl.program_id(1) * BE + tl.arange(0, BE)
+    total = tl.zeros((BE,), tl.float32)
+    for start in range(0, cols, BLOCK):
+        col = start + tl.arange(0, BLOCK)
+        x = tl.load(hidden + token * cols + col, mask=col < cols, other=0.0).to(tl.float32)
+        mask = (expert < num_experts)[:, None] & (col < cols)[None, :]
+        w = tl.load(weight + expert[:, None] * cols + col[None, :], mask=mask, other=0.0).to(tl.float32)
+        total += tl.sum(w * x[None, :], axis=1)
+    tl.store(logits + token * num_experts + expert, total, mask=expert < num_experts)
+
+
+@triton.jit
+def _look_ahead(
+    logits,
+    wanted,
+    count,
+    slot_of,
+    score,
+    unused,
+    counters,
+    clock,
+    layer,
+    num_tokens,
+    num_predicted,
+    least,
+    limit,
+    num_experts: tl.constexpr,
+    FREQUENCY: tl.constexpr,
+    E: tl.constexpr,
+):
+    """See ``prefetch_kernel``."""
+    expert = tl.arange(0, E)
+    known = expert < num_experts
+    at = layer * num_experts + expert
+    none = tl.zeros((E,), tl.float32) + 1.0
+    for token in range(num_tokens):
+        x = tl.load(logits + token * num_experts + expert, mask=known, other=float("-inf"))
+        p = tl.exp(x - tl.max(x, axis=0))
+        none *= 1.0 - p / tl.sum(p, axis=0)
+    chance = tl.where(known, 1.0 - none, -1.0)
+    slot = tl.load(slot_of + at, mask=known, other=-1)
+    above = (chance[None, :] > chance[:, None]) | ((chance[None, :] == chance[:, None]) & (expert[None, :] < expert[:, None]))
+    rank = tl.sum(above.to(tl.int32), axis=1)  # of each expert among all, 0 the likeliest
+    expected = known & (rank < num_predicted) & (chance >= least)
+    value = tl.load(score + at, mask=known, other=0.0)
+    waiting = tl.minimum(tl.load(unused + at, mask=known, other=0), 1)  # older copies end first: one lane
+    now = tl.load(clock).to(tl.float32)
+    missing = expected & (slot < 0)
+    evictable = (slot >= 0) & ~expected
+    num = tl.minimum(tl.sum(missing.to(tl.int32), axis=0), tl.minimum(limit, tl.sum(evictable.to(tl.int32), axis=0)))
+    for i in range(num):
+        best = tl.min(tl.where(missing, rank, E), axis=0)
+        incoming = tl.min(tl.where(missing & (rank == best), expert, E), axis=0)
+        victim = _lowest(value, evictable, expert, E)
+        freed = tl.max(tl.where(expert == victim, slot, -1), axis=0)
+        slot = tl.where(expert == victim, -1, tl.where(expert == incoming, freed, slot))
+        waiting = tl.where(expert == victim, 0, tl.where(expert == incoming, 2, waiting))
+        if not FREQUENCY:
+            value = tl.where(expert == incoming, -64.0 * now - i, value)  # the latest and least likely goes first
+        missing = missing & (expert != incoming)
+        evictable = evictable & (expert != victim)
+        tl.store(wanted + 2 * i, layer * num_experts + incoming)
+        tl.store(wanted + 2 * i + 1, freed)
+    tl.store(count, num)
+    tl.store(slot_of + at, slot, mask=known)
+    tl.store(score + at, value, mask=known)
+    tl.store(unused + at, waiting, mask=known)
+    counted = counters + layer * 4
+    tl.store(counted + 2, tl.load(counted + 2) + num)
+
+
+@triton.jit(do_not_specialize=["layer", "num_tokens", "num_predicted", "limit"])
+def prefetch_kernel(
+    logits,
+    wanted,
+    count,
+    slot_of,
+    score,
+    unused,
+    counters,
+    clock,
+    layer,
+    num_tokens,
+    num_predicted,
+    least,
+    limit,
+    num_experts: tl.constexpr,
+    FREQUENCY: tl.constexpr,
+    E: tl.constexpr,
+):
+    """Choose what to fetch ahead for ``layer`` from ``logits`` fp32 [num_tokens, num_experts]. One program.
+
+    An expert's probability is that at least one token chooses it, softmax taken as the chance. The ``num_predicted`` likeliest of
+    at least ``least`` are expected: those that are resident are not evicted here, and the ``limit`` likeliest of the others get
+    slots and are listed in ``wanted`` and ``count`` as ``residency_kernel`` does.
+    """
+    _look_ahead(
+        logits, wanted, count, slot_of, score, unused, counters, clock, layer, num_tokens, num_predicted, least, limit,
+        num_experts, FREQUENCY, E,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["layer", "last", "num_predicted", "limit"])
+def route_kernel(
+    logits,
+    routing_weights,
+    slots,
+    late_rows,
+    wanted,
+    count,
+    ahead,
+    ahead_count,
+    slot_of,
+    score,
+    unused,
+    counters,
+    clock,
+    layer,
+    last,
+    half_life,
+    num_predicted,
+    least,
+    limit,
+    num_experts: tl.constexpr,
+    top_k: tl.constexpr,
+    next_at: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    FREQUENCY: tl.constexpr,
+    E: tl.constexpr,
+    R: tl.constexpr,
+):
+    """For one token, a softmax router, its residency step and the next layer's prefetch in one launch. Grid (1) or (2).
+
+    ``logits`` fp32: this layer's [num_experts], and from ``next_at`` on the next one's on the same gate input. Program 0 takes the
+    ``top_k`` likeliest (ties to the lowest index), their probabilities (summing to 1 with NORMALIZE) as ``routing_weights``
+    [top_k], and does what ``residency_kernel`` does; program 1 what ``prefetch_kernel`` does for ``layer + 1``, into ``ahead`` and
+    ``ahead_count``.
+    """
+    if tl.program_id(0) == 1:
+        _look_ahead(
+            logits + next_at, ahead, ahead_count, slot_of, score, unused, counters, clock, layer + 1, 1, num_predicted, least,
+            limit, num_experts, FREQUENCY, E,
+        )  # fmt: skip
+    else:
+        expert = tl.arange(0, E)
+        r = tl.arange(0, R)
+        x = tl.load(logits + expert, mask=expert < num_experts, other=float("-inf"))
+        p = tl.exp(x - tl.max(x, axis=0))
+        p = p / tl.sum(p, axis=0)
+        left = p
+        choice = tl.zeros((R,), tl.int32) - 1
+        weight = tl.zeros((R,), tl.float32)
+        for i in tl.static_range(top_k):
+            best = tl.max(left, axis=0)
+            which = tl.min(tl.where(left == best, expert, E), axis=0)
+            choice = tl.where(r == i, which, choice)
+            weight = tl.where(r == i, best, weight)
+            left = tl.where(expert == which, -1.0, left)
+        if NORMALIZE:
+            weight = weight / tl.sum(weight, axis=0)
+        tl.store(routing_weights + r, weight.to(routing_weights.dtype.element_ty), mask=r < top_k)
+        _settle(
+            choice, slots, late_rows, wanted, count, slot_of, score, unused, counters, clock, layer, last, half_life,
+            num_experts, top_k, FREQUENCY, E, R,
+        )  # fmt: skip
