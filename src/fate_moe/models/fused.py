@@ -1,0 +1,236 @@
+"""A whole decode step of plain decoder layers in a dozen launches a layer, captured in one CUDA graph.
+
+Plain: RMS norm, grouped-query attention with rotary halves over a static KV cache, RMS norm, softmax router, experts and perhaps
+one shared expert. Of everything else the transformers modules run as they are (``models/device.py``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+from fate_moe.gpu.experts import DeviceExperts
+from fate_moe.gpu.prefill import dot_dtype
+from fate_moe.kernels.triton_dense import attend_kernel, combine_kernel, matvec_kernel
+
+__all__ = ["FusedStep", "why_not_fused"]
+
+_FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe")
+ATTEND_ROWS = 32
+_SPLITS = 16  # of the KV cache's length, per head: 64 programs for 4 key-value heads
+
+
+def why_not_fused(model: Any) -> list[str]:
+    """Reasons why ``model``'s layers are not plain; none if they are."""
+    config = model.config
+    reasons = []
+    if config.model_type not in _FAMILIES:
+        reasons.append(f"{config.model_type} is not one of {', '.join(_FAMILIES)}")
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        reasons.append("it has a sliding window")
+    if config.hidden_act != "silu":
+        reasons.append(f"its activation is {config.hidden_act}")
+    if not all(hasattr(layer.mlp, "experts") for layer in model.model.layers):
+        reasons.append("some of its layers have no experts")
+    if (config.rope_parameters or {}).get("rope_type", "default") != "default":
+        reasons.append("its rotary frequencies are scaled")
+    return reasons
+
+
+@dataclass
+class _Layer:
+    """One layer's weights; q, k and v are one matrix, and so are a shared expert's gate and up. ``qkv_bias`` may be empty."""
+
+    norm: torch.Tensor
+    qkv: torch.Tensor
+    qkv_bias: torch.Tensor | None
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    out: torch.Tensor
+    post_norm: torch.Tensor
+    shared_gate_up: torch.Tensor | None
+    shared_down: torch.Tensor | None
+    keys: torch.Tensor  # [kv heads, length, head_dim]
+    values: torch.Tensor
+
+
+class FusedStep:
+    """``step()`` turns the token in ``token`` int64 [1] at ``position`` int64 [1] into ``logits`` fp32 [vocabulary] and the next
+    token.
+
+    It reads and extends ``cache`` (transformers' StaticCache of one sequence, already used once), writes the likeliest next token
+    to ``token`` and to ``tokens[position]``, and advances ``position``. ``capture`` records the step; ``replay`` runs the record.
+    """
+
+    def __init__(self, model: Any, experts: DeviceExperts, cache: Any) -> None:
+        config = model.config
+        self._experts, self._model, self._cache = experts, model, cache
+        self._eps = config.rms_norm_eps
+        self._heads, self._kv = config.num_attention_heads, config.num_key_value_heads
+        self._dim = getattr(config, "head_dim", None) or config.hidden_size // self._heads
+        self._normalize = bool(getattr(config, "norm_topk_prob", True))
+        self._layers = [_layer(block, cache.layers[i]) for i, block in enumerate(model.model.layers)]
+        self._length = self._layers[0].keys.shape[1]
+        device, dtype = model.device, model.dtype
+        self._dot = dot_dtype(dtype, device)
+        shared = self._layers[0].shared_gate_up is not None
+        # Rows of a layer: its router, then its shared expert's gate; so this router, gate and the next router are one matrix.
+        blocks = []
+        for block in model.model.layers:
+            blocks.append(block.mlp.gate.weight)
+            if shared:
+                blocks.append(block.mlp.shared_expert_gate.weight)
+        self._routers = torch.cat(blocks)
+        self._rows = blocks[0].shape[0] + shared
+        self._inv_freq = model.model.rotary_emb.inv_freq.float()
+        hidden = config.hidden_size
+
+        def empty(*shape: int, kind: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.zeros(shape, dtype=kind, device=device)
+
+        self._x, self._normed = empty(1, hidden, kind=dtype), empty(hidden, kind=dtype)
+        self._qkv, self._attended = empty(self._layers[0].qkv.shape[0], kind=dtype), empty(self._heads * self._dim, kind=dtype)
+        self._most, self._sums = empty(self._heads, _SPLITS), empty(self._heads, _SPLITS)
+        self._parts = empty(self._heads, _SPLITS, self._dim)
+        self._router_logits = empty(2 * self._rows)
+        self._weights = empty(1, experts.top_k, kind=dtype)
+        self._shared = empty(self._layers[0].shared_down.shape[1] if self._layers[0].shared_down is not None else 1, kind=dtype)
+        self.token, self.position = empty(1, kind=torch.int64), empty(1, kind=torch.int64)
+        self.logits = empty(config.vocab_size)
+        self.tokens = empty(self._length + 1, kind=torch.int64)
+        self.script: torch.Tensor | None = None  # int64 [length + 1]: tokens to go on with instead of the likeliest (measurements)
+        self._graph: Any = None
+
+    def begin(self, token: int, position: int) -> None:
+        """The next step is given ``token`` at ``position`` (tokens already in the cache)."""
+        self.token.fill_(token)
+        self.position.fill_(position)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        torch.index_select(self._model.model.embed_tokens.weight, 0, self.token, out=self._x)
+        for number, layer in enumerate(self._layers):
+            self._attend(layer)
+            self._moe(number, layer)
+        head, norm = self._model.lm_head.weight, self._model.model.norm.weight
+        self._matvec(self._x, head, self.logits, norm=norm)
+        torch.argmax(self.logits, 0, keepdim=True, out=self.token)
+        self.position.add_(1)
+        self.tokens.index_copy_(0, self.position, self.token)
+        if self.script is not None:
+            torch.index_select(self.script, 0, self.position, out=self.token)
+
+    @torch.no_grad()
+    def capture(self) -> None:
+        """Record one step; the model's state afterwards is as before, except for residency, which moves."""
+        token, position = self.token.clone(), self.position.clone()
+        side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):  # compiles what is not compiled yet
+                self.step()
+        torch.cuda.current_stream().wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self.step()
+        self.token.copy_(token)
+        self.position.copy_(position)
+
+    def replay(self) -> None:
+        """Run the recorded step."""
+        self._graph.replay()
+
+    def _attend(self, layer: _Layer) -> None:
+        self._matvec(self._x, layer.qkv, self._qkv, norm=layer.norm, bias=layer.qkv_bias)
+        group = self._heads // self._kv
+        norm = layer.q_norm is not None
+        attend_kernel[(self._kv, _SPLITS)](
+            self._qkv, layer.q_norm if norm else self._qkv, layer.k_norm if norm else self._qkv, self._inv_freq, self.position,
+            layer.keys, layer.values, self._most, self._sums, self._parts, self._eps, self._dim**-0.5, self._length,
+            num_kv=self._kv, group=group, NORM=norm, D=self._dim, GP=max(16, triton.next_power_of_2(group)), DOT=self._dot,
+            CHUNK=triton.cdiv(self._length, _SPLITS), BS=ATTEND_ROWS, num_warps=4,
+        )  # fmt: skip
+        combine_kernel[(self._heads,)](
+            self._most,
+            self._sums,
+            self._parts,
+            self._attended,
+            _SPLITS,
+            D=self._dim,
+            SP=triton.next_power_of_2(_SPLITS),
+            num_warps=4,
+        )
+        self._matvec(self._attended, layer.out, self._x, residual=self._x)
+
+    def _moe(self, number: int, layer: _Layer) -> None:
+        last = number == len(self._layers) - 1
+        rows = self._routers[number * self._rows : (number + (1 if last else 2)) * self._rows]
+        self._matvec(self._x, rows, self._router_logits, norm=layer.post_norm, stage=True)
+        self._experts.route(number, self._router_logits, self._rows, self._weights, self._normalize)
+        beside = None
+        if layer.shared_gate_up is not None and layer.shared_down is not None:
+            gate_up, down, gate = layer.shared_gate_up, layer.shared_down, self._router_logits[self._rows - 1 :]
+
+            def beside() -> None:
+                self._matvec(self._normed, gate_up, self._shared, silu=True)
+                self._matvec(self._shared, down, self._x, residual=self._x, gate=gate)
+
+        self._experts.run(number, self._weights, self._x, add=True, beside=beside)
+
+    def _matvec(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        out: torch.Tensor,
+        *,
+        norm: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
+        gate: torch.Tensor | None = None,
+        silu: bool = False,
+        stage: bool = False,
+    ) -> None:
+        rows, cols = weight.shape[0] // (2 if silu else 1), weight.shape[1]
+        none = out  # a pointer for what a flag turns off
+        block, wide, warps = matvec_tile(rows, cols)
+        matvec_kernel[(triton.cdiv(rows, block),)](
+            x, none if norm is None else norm, weight, none if bias is None else bias, none if residual is None else residual,
+            none if gate is None else gate, self._normed, self._experts.staged, out, self._eps,
+            cols=cols, rows=rows, NORM=norm is not None, BIAS=bias is not None, RESIDUAL=residual is not None,
+            GATE=gate is not None, SILU=silu, STAGE=stage, STAGE_PLANES=self._experts.layouts[0].planes, BN=block,
+            BK=wide, num_warps=warps,
+        )  # fmt: skip
+
+
+def matvec_tile(rows: int, cols: int) -> tuple[int, int, int]:
+    """(rows of a program, columns at once, warps)."""
+    return 4 if rows < 32768 else 16, min(2048, triton.next_power_of_2(cols)), 8
+
+
+def _layer(block: Any, cache: Any) -> _Layer:
+    attention, shared = block.self_attn, getattr(block.mlp, "shared_expert", None)
+    parts = [attention.q_proj, attention.k_proj, attention.v_proj]
+    return _Layer(
+        norm=block.input_layernorm.weight,
+        qkv=_joined(parts),
+        qkv_bias=torch.cat([part.bias for part in parts]) if parts[0].bias is not None else None,
+        q_norm=attention.q_norm.weight if hasattr(attention, "q_norm") else None,
+        k_norm=attention.k_norm.weight if hasattr(attention, "k_norm") else None,
+        out=attention.o_proj.weight,
+        post_norm=block.post_attention_layernorm.weight,
+        shared_gate_up=_joined([shared.gate_proj, shared.up_proj]) if shared is not None else None,
+        shared_down=shared.down_proj.weight if shared is not None else None,
+        keys=cache.keys[0],
+        values=cache.values[0],
+    )
+
+
+def _joined(linears: list[Any]) -> torch.Tensor:
+    """The weights of ``linears`` as one matrix; theirs become views of it, so that nothing is stored twice."""
+    joined = torch.cat([linear.weight.data for linear in linears])
+    for linear, part in zip(linears, torch.split(joined, [linear.weight.shape[0] for linear in linears]), strict=True):
+        linear.weight.data = part
+    return joined
