@@ -71,6 +71,8 @@ def test_core_and_errors_import_nothing_of_ours() -> None:
         "fate_moe.errors",
         "fate_moe.cli",
         "fate_moe.memory.policies",
+        "fate_moe.prefetch",
+        "fate_moe.trace.simulate",
         "fate_moe.usage",
         "fate_moe.demo",
     ],

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
 
-import torch
-
-from fate_moe.core import ExpertId, Predictor
-from fate_moe.memory.residency import Residency
+from fate_moe.core import Counters, ExpertId, Predictor
 from fate_moe.predict.null import NoPrediction
 from fate_moe.predict.rule import reads_worth
 
-__all__ = ["Prefetcher", "Trial"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Prefetcher", "Slots", "Trial"]
 
 KEPT_FROM = 0.25  # a resident expert that is at least so likely is kept from prefetches until its layer has run
+
+
+class Slots(Protocol):
+    """What reading ahead wants of a residency, the real one or the simulator's."""
+
+    counters: Counters
+    read_seconds: float
+
+    def prefetch(self, expected: Sequence[ExpertId], most: int | None = None, probabilities: Sequence[float] | None = None) -> int:
+        """Queue reads of the first ``most`` of those ``expected`` that are missing; how many were queued."""
+
+    def missing(self, experts: Sequence[ExpertId]) -> list[bool]:
+        """Which of ``experts`` are neither resident nor in flight."""
 
 
 class Trial:
@@ -59,13 +73,17 @@ class Trial:
 class Prefetcher:
     """Asks the predictor about the next layer and queues what is worth its read. Called by the inference thread."""
 
-    def __init__(self, residency: Residency, predictor: Predictor, num_layers: int) -> None:
+    def __init__(
+        self, residency: Slots, predictor: Predictor, num_layers: int, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
         self.predictor = predictor
+        self.idle = isinstance(predictor, NoPrediction)
+        self.predicted: dict[int, list[tuple[int, float]]] = {}  # what was said of each layer last
+        self._clock = clock
         self._residency = residency
         self._num_layers = num_layers
-        self._idle = isinstance(predictor, NoPrediction)
-        self._trial = Trial() if predictor.calibrated and not self._idle else None
-        self._reading_ahead = not self._idle
+        self._trial = Trial() if predictor.calibrated and not self.idle else None
+        self._reading_ahead = not self.idle
         self._entered: tuple[int, float, float] | None = None  # layer, time and stall so far when the last block was entered
         self._layer_seconds: dict[int, float] = {}  # by the power of two of the number of tokens: one block's time without stalls
 
@@ -73,7 +91,7 @@ class Prefetcher:
         """A forward pass begins on these tokens' ``embeddings`` [num_tokens, hidden]."""
         if self._trial is not None:
             if embeddings.shape[0] == 1:
-                self._reading_ahead = self._trial.token(time.perf_counter())
+                self._reading_ahead = self._trial.token(self._clock())
             else:
                 self._trial.pause()
                 self._reading_ahead = True
@@ -82,7 +100,7 @@ class Prefetcher:
 
     def entered(self, layer: int, num_tokens: int) -> None:
         """Block ``layer`` is about to run: learn how long one block takes without its stalls."""
-        now, stalled = time.perf_counter(), self._residency.counters.stall_seconds
+        now, stalled = self._clock(), self._residency.counters.stall_seconds
         if self._entered is not None and self._entered[0] == layer - 1:
             spent = (now - self._entered[1]) - (stalled - self._entered[2])
             bucket = num_tokens.bit_length()
@@ -97,7 +115,7 @@ class Prefetcher:
 
     def observe(self, layer: int, routed: Sequence[int]) -> None:
         """``layer``'s router has spoken."""
-        if not self._idle:
+        if not self.idle:
             self.predictor.observe(layer, routed)
 
     def affordable(self, num_tokens: int) -> float:
@@ -107,8 +125,9 @@ class Prefetcher:
 
     def _read(self, layer: int, gate_input: torch.Tensor) -> None:
         if not self._reading_ahead:
+            self.predicted.pop(layer, None)
             return
-        predicted = self.predictor.predict(layer, gate_input)
+        predicted = self.predicted[layer] = self.predictor.predict(layer, gate_input)
         if not predicted:
             return
         window = self._layer_seconds.get(gate_input.shape[0].bit_length(), 0.0)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from fate_moe.core import ExpertId, Predictor, Routing
+from fate_moe.core import ExpertId, Lookup, Predictor, Routing
 from fate_moe.kernels.cpu import SlotExperts
 from fate_moe.memory.residency import Lease, Residency
 from fate_moe.prefetch import Prefetcher
 from fate_moe.tailor import Tailor
 
-__all__ = ["ExpertRuntime", "Router", "rows_by_expert"]
+__all__ = ["ExpertRuntime", "Observer", "Router", "rows_by_expert"]
 
 Router = Callable[[torch.Tensor], Routing]
 
@@ -28,6 +28,27 @@ def rows_by_expert(index: torch.Tensor, num_experts: int) -> dict[int, list[int]
         if 0 <= expert < num_experts:
             rows.setdefault(expert, []).append(row)
     return rows if len(index) == 1 else dict(sorted(rows.items(), key=lambda item: -len(item[1])))
+
+
+class Observer(Protocol):
+    """Is told of every pass, before anything else happens to it; see trace.record.Recorder. Must not change what it is given."""
+
+    def embedded(self, embeddings: torch.Tensor) -> None:
+        """A forward pass begins on ``embeddings`` [num_tokens, hidden]."""
+
+    def entered(self, layer: int, gate_input: torch.Tensor) -> None:
+        """``layer`` is about to run on ``gate_input`` [num_tokens, hidden]."""
+
+    def computed(
+        self,
+        layer: int,
+        index: torch.Tensor,
+        weights: torch.Tensor,
+        lookups: dict[ExpertId, Lookup],
+        stall_seconds: float,
+        predicted: list[tuple[int, float]],
+    ) -> None:
+        """``layer`` ran: what was chosen, found, waited for, and what had been predicted of it."""
 
 
 class ExpertRuntime:
@@ -54,14 +75,20 @@ class ExpertRuntime:
         self._slots = slots
         self._num_experts = num_experts
         self._claim: tuple[int, torch.Tensor, dict[int, list[int]], Lease] | None = None
+        self.observer: Observer | None = None
 
     def embedded(self, embeddings: torch.Tensor) -> None:
         """A forward pass begins on these ``embeddings`` [..., hidden]: layer 0 may be read ahead."""
-        self._prefetcher.embedded(embeddings.reshape(-1, embeddings.shape[-1]))
+        flat = embeddings.reshape(-1, embeddings.shape[-1])
+        if self.observer is not None:
+            self.observer.embedded(flat)
+        self._prefetcher.embedded(flat)
 
     def enter(self, layer: int, gate_input: torch.Tensor) -> None:
         """MoE block ``layer`` is about to run on ``gate_input`` [..., hidden]: start its reads, then those of the next block."""
         hidden = gate_input.reshape(-1, gate_input.shape[-1])
+        if self.observer is not None:
+            self.observer.entered(layer, hidden)
         self._prefetcher.entered(layer, hidden.shape[0])
         route = self._routers[layer]
         if route is not None:
@@ -78,6 +105,7 @@ class ExpertRuntime:
         [num_tokens, top_k]. Raises StoreError if an expert cannot be read whole.
         """
         rows, lease = self._acquire(layer, index, routing_weights)
+        stalled = self.residency.counters.stall_seconds
         outputs = self._slots.outputs(layer, experts, hidden, index.numel())  # by (token, choice)
         try:
             for arrived in lease.batches():
@@ -87,6 +115,10 @@ class ExpertRuntime:
         finally:
             lease.release()
             self._claim = None
+        if self.observer is not None:
+            stall = self.residency.counters.stall_seconds - stalled
+            said = self._prefetcher.predicted.get(layer, [])
+            self.observer.computed(layer, index, routing_weights, lease.lookups, stall, said)
         self._prefetcher.observe(layer, list(rows))
         return self._slots.combine(outputs, routing_weights.reshape(index.shape), hidden)
 

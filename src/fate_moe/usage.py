@@ -23,7 +23,8 @@ DECAYS = (0.8, 0.95, 0.99)
 # better at 40 % and above, both together are good everywhere.
 LAGS = ((1, 0.12), (8, 0.07))
 PRIOR = 0.5  # virtual observations of independence
-MAX_TABLE_BYTES = 8 << 20  # a usage whose tables would be larger (58 layers of 256 experts: 30 MiB) goes without evidence
+FLOOR = 0.02
+MAX_TABLE_BYTES = 8 << 20  # a usage whose tables would be larger (58 layers of 256 experts: 58 MiB) goes without evidence
 
 
 class Usage:
@@ -36,29 +37,32 @@ class Usage:
     def __init__(self, experts_per_layer: Sequence[int], *, co_activation: bool = True) -> None:
         num_layers, width = len(experts_per_layer), max(experts_per_layer)
         self.worth: Floats = np.zeros((num_layers, width), np.float32)
-        self._recent: Floats = np.zeros((num_layers, len(DECAYS), width), np.float32)
-        self._decays: Floats = np.array(DECAYS, np.float32)[:, None]
+        self._recent: Floats = np.zeros((num_layers, width, len(DECAYS)), np.float32)
+        self._decays: Floats = np.array(DECAYS, np.float32)
         self._gain: Floats = (1 - self._decays) / np.float32(len(DECAYS))
-        fits = num_layers * width * width * 4 * len(LAGS) <= MAX_TABLE_BYTES
+        self._ones: Floats = np.ones(len(DECAYS), np.float32)
+        fits = num_layers * width * width * 4 * 2 * len(LAGS) <= MAX_TABLE_BYTES
         self._evidence = CoActivation(num_layers, width) if co_activation and fits else None
 
     def routed(self, layer: int, experts: Sequence[int], counts: Sequence[int] | None = None, num_tokens: int = 1) -> None:
         """``layer``'s router chose the distinct ``experts``, for ``counts`` of the ``num_tokens`` tokens (None: for all)."""
         recent = self._recent[layer]
-        chosen = list(experts)
+        chosen = np.array(experts, np.intp)
         if num_tokens == 1:
             recent *= self._decays
-            recent[:, chosen] += self._gain
+            recent[chosen] += self._gain
         else:  # as if the tokens had come one by one, in equal proportions
             kept = self._decays**num_tokens
             recent *= kept
-            share = np.asarray(counts if counts is not None else num_tokens, np.float32) / num_tokens
-            recent[:, chosen] += (1 - kept) / len(DECAYS) * share
+            share = np.asarray(counts if counts is not None else num_tokens, np.float32).reshape(-1, 1) / num_tokens
+            recent[chosen] += (1 - kept) / len(DECAYS) * share
+        worth = recent.dot(self._ones)
         if self._evidence is None:
-            recent.sum(0, out=self.worth[layer])
-            return
-        self._evidence.routed(layer, chosen if num_tokens == 1 else None)
-        np.multiply(recent.sum(0) + self._evidence.floor[layer], self._evidence.factor[layer], out=self.worth[layer])
+            self.worth[layer] = worth
+        else:
+            factor, floor = self._evidence.routed(layer, chosen if num_tokens == 1 else None)
+            worth += floor
+            np.multiply(worth, factor, out=self.worth[layer])
 
     def state(self) -> dict[str, NDArray[Any]]:
         """What ``restore`` takes: arrays by name."""
@@ -75,57 +79,71 @@ class Usage:
                 raise ConfigError(f"these routing statistics are damaged ({name} is negative); they are not used")
         for name, array in mine.items():
             array[...] = state[name]
-        self._recent.sum(1, out=self.worth)
+        self._recent.sum(2, out=self.worth)
+        if self._evidence is not None:
+            self._evidence.read()
 
 
 class CoActivation:
     """Which experts of a layer follow which: counts of (expert at token t, expert at t + lag), read as naive Bayes' evidence.
 
-    ``factor`` [L, E] is by how much the last token's experts make each expert likelier than it is on average, ``floor`` [L, E] a
-    little of that average. Learned and read once a token, for all layers in one go.
+    Learned once a token, for all layers in one go.
     """
 
     def __init__(self, num_layers: int, width: int) -> None:
-        self.factor: Floats = np.ones((num_layers, width), np.float32)
-        self.floor: Floats = np.zeros((num_layers, width), np.float32)
         self._pairs: Floats = np.zeros((len(LAGS), num_layers, width, width), np.float32)
         self._from: Floats = np.zeros((len(LAGS), num_layers, width), np.float32)
         self._uses: Floats = np.zeros((num_layers, width), np.float32)
         self._tokens: Floats = np.zeros(1, np.float32)
+        self._evidence: Floats = np.zeros((num_layers, width, len(LAGS), width), np.float32)  # weighted log ratios of the pairs
+        self._floor: Floats = np.zeros((num_layers, width), np.float32)
         self._layers = np.arange(num_layers)[:, None]
-        self._now: list[list[int]] = []
-        self._past: deque[NDArray[np.int64]] = deque(maxlen=max(lag for lag, _ in LAGS))  # [L, k] each, the latest last
+        self._now: list[NDArray[np.intp]] = []
+        self._past: deque[NDArray[np.intp]] = deque(maxlen=max(lag for lag, _ in LAGS))  # [L, k] each, the latest last
 
-    def routed(self, layer: int, experts: list[int] | None) -> None:
-        """``layer`` chose ``experts`` (None: those of many tokens). With the last layer a token is complete and learned from."""
+    def routed(self, layer: int, experts: NDArray[np.intp] | None) -> tuple[Floats, Floats]:
+        """``layer`` chose ``experts`` (None: those of many tokens).
+
+        By how much they make each expert of the layer likelier than it is on average, [E], and a little of that average, [E].
+        """
         if layer == 0:
             self._now = []
         if experts is None or layer != len(self._now):
             self._now = []
             self._past.clear()
-            return
+            return np.ones_like(self._floor[layer]), self._floor[layer]
         self._now.append(experts)
+        factor = np.exp(np.add.reduce(self._evidence[layer, experts], (0, 1)))
         if len(self._now) == len(self._layers) and len({len(chosen) for chosen in self._now}) == 1:
-            self._learn(np.array(self._now))
+            self._learn(np.stack(self._now))
+        return factor, self._floor[layer]
 
-    def _learn(self, now: NDArray[np.int64]) -> None:
+    def _learn(self, now: NDArray[np.intp]) -> None:
         layers = self._layers
         self._uses[layers, now] += 1
         self._tokens += 1
-        average = (self._uses + 0.05) / (self._tokens + 1)  # [L, E]
-        evidence = np.zeros_like(average)
+        average = self._average()
+        np.multiply(average, FLOOR, out=self._floor)
         for index, (lag, weight) in enumerate(LAGS):
-            pairs, origins = self._pairs[index], self._from[index]
             if len(self._past) >= lag:
                 then = self._past[-lag]
-                pairs[layers[:, :, None], then[:, :, None], now[:, None, :]] += 1
-                origins[layers, then] += 1
-            given = pairs[layers, now] + PRIOR * average[:, None]  # [L, k, E]
-            given /= (origins[layers, now] + PRIOR)[:, :, None] * average[:, None]
-            evidence += weight * np.log(given).sum(1)
-        np.exp(evidence, out=self.factor)
-        np.multiply(average, 0.02, out=self.floor)
+                self._pairs[index][layers[:, :, None], then[:, :, None], now[:, None, :]] += 1
+                self._from[index][layers, then] += 1
+                expected = average[:, None] * (self._from[index][layers, then] + PRIOR)[:, :, None]  # [L, k, E]
+                found = self._pairs[index][layers, then] + PRIOR * average[:, None]
+                self._evidence[layers, then, index] = weight * np.log(found / expected)
         self._past.append(now)
+
+    def _average(self) -> Floats:
+        return np.asarray((self._uses + 0.05) / (self._tokens + 1), np.float32)
+
+    def read(self) -> None:
+        """Let the evidence say what the counts say: they were restored."""
+        average = self._average()
+        np.multiply(average, FLOOR, out=self._floor)
+        for index, (_, weight) in enumerate(LAGS):
+            expected = average[:, None] * (self._from[index] + PRIOR)[:, :, None]
+            self._evidence[:, :, index] = weight * np.log((self._pairs[index] + PRIOR * average[:, None]) / expected)
 
     def state(self) -> dict[str, NDArray[Any]]:
         """The counts, by name."""

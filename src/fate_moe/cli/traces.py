@@ -1,0 +1,204 @@
+"""Verbs about prediction and caching: trace, simulate, fit, plot."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fate_moe.cli.options import MODEL_HELP, add_offload_options, offload_config, quiet_transformers
+from fate_moe.config import POLICIES, PREDICTORS, format_bytes, parse_size
+from fate_moe.errors import ConfigError
+
+__all__ = ["add_verbs"]
+
+END = "<|endoftext|>"
+
+
+def add_verbs(verbs: Any) -> None:
+    """Add this group's verbs to the parser's ``verbs``."""
+    trace = verbs.add_parser("trace", help="record routing", description="Record what routers choose in decode, in a .npz file.")
+    trace.add_argument("model", nargs="?", help=MODEL_HELP)
+    trace.add_argument(
+        "--prompts", type=Path, required=True, help=f"one prompt a line (or .jsonl with a 'prompt'), or texts between {END} lines"
+    )
+    trace.add_argument("--out", type=Path, required=True, help="the .npz file; its schema is in docs/prediction.md")
+    trace.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="a prompt; default: %(default)s")
+    trace.add_argument("--max-tokens", type=int, default=2000, metavar="N", help="in all; default: %(default)s")
+    trace.add_argument("--teacher", action="store_true", help="follow the file's text token by token instead of writing")
+    trace.add_argument("--gate-inputs", action="store_true", help="keep what the routers saw (two bytes a number)")
+    trace.set_defaults(verb=_trace)
+    add_offload_options(trace)
+
+    simulate = verbs.add_parser("simulate", help="replay a trace", description="What policies and predictors would do on a trace.")
+    simulate.add_argument("trace", type=Path)
+    simulate.add_argument("--policy", default="best", help=f"comma-separated: best, belady, {', '.join(POLICIES)}; default: best")
+    simulate.add_argument("--predictor", default="none", help=f"comma-separated: {', '.join(PREDICTORS)}; default: none")
+    simulate.add_argument(
+        "--capacity", default="12.5%,25%,40%,50%,75%", help="comma-separated shares of all experts; default: %(default)s"
+    )
+    simulate.add_argument("--disk-gbps", type=float, default=1.2, metavar="GB/S", help="the link; default: %(default)s")
+    simulate.add_argument("--expert-bytes", metavar="SIZE", help="one expert; default: the trace's, else 4MiB")
+    simulate.add_argument(
+        "--layer-ms", type=float, metavar="MS", help="compute of one layer; default: the trace's median, else 2.5"
+    )
+    simulate.add_argument("--overlap-ms", type=float, default=0.0, metavar="MS", help="of it before experts are needed; default: 0")
+    simulate.add_argument("--gates", type=Path, metavar="STORE", help="store whose fitted gates are used")
+    simulate.add_argument("--skip", type=int, default=0, metavar="N", help="first tokens that do not count; default: 0")
+    simulate.add_argument("--tokens", type=int, metavar="N", help="no more than the first N tokens")
+    simulate.add_argument("--json", action="store_true", help="print one JSON object")
+    simulate.set_defaults(verb=_simulate)
+
+    fit = verbs.add_parser("fit", help="learn gates", description="Fit gates that predict routing; they are kept in the store.")
+    fit.add_argument("model", nargs="?", help=MODEL_HELP)
+    fit.add_argument("--text", type=Path, required=True, help="text like what the model will read and write")
+    fit.add_argument("--max-tokens", type=int, default=30000, metavar="N", help="to learn from; default: %(default)s")
+    fit.add_argument("--json", action="store_true", help="print one JSON object")
+    fit.set_defaults(verb=_fit)
+    add_offload_options(fit)
+
+    plot = verbs.add_parser("plot", help="draw results", description="Draw pictures from result files alone (needs matplotlib).")
+    plot.add_argument("results", type=Path, help="a trace (.npz) or what `fate simulate --json` printed")
+    plot.add_argument("--out", type=Path, required=True, help="a picture; .json: a Perfetto trace of one token")
+    plot.add_argument("--kind", choices=("capacity", "heat", "recall", "timeline"), help="default: by the file")
+    plot.add_argument("--token", type=int, default=-1, metavar="N", help="of a timeline; default: the last")
+    plot.set_defaults(verb=_plot)
+
+
+def _texts(path: Path) -> list[str]:
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    if END in text:
+        return [part.strip() for part in text.split(END) if part.strip()]
+    if path.suffix == ".jsonl":
+        try:
+            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+            return [str(row.get("prompt") or row["question"]) for row in rows]
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ConfigError(f"{path}: every line must be an object with a 'prompt' ({error})") from error
+    return [line for line in text.splitlines() if line.strip()]
+
+
+def _trace(arguments: argparse.Namespace) -> None:
+    texts = _texts(arguments.prompts)
+    quiet_transformers()
+    from fate_moe.models.tracing import record_routing
+    from fate_moe.trace.schema import write_trace
+
+    config = offload_config(arguments, 2048)
+    trace = record_routing(
+        arguments.model,
+        texts,
+        config,
+        new_tokens=arguments.max_new_tokens,
+        max_tokens=arguments.max_tokens,
+        teacher=arguments.teacher,
+        gate_inputs=arguments.gate_inputs,
+    )
+    write_trace(arguments.out, trace)
+    size = format_bytes(arguments.out.stat().st_size)
+    print(f"{arguments.out}: {trace.num_tokens} tokens, {trace.num_layers} layers, {size}", file=sys.stderr)
+
+
+def _simulate(arguments: argparse.Namespace) -> None:
+    import numpy as np
+
+    from fate_moe.store.progress import progress_bar
+    from fate_moe.trace.schema import read_trace
+    from fate_moe.trace.simulate import Link, simulate
+
+    trace = read_trace(arguments.trace)
+    if arguments.tokens:
+        trace = trace.first(arguments.tokens)
+    layer_seconds = 2.5e-3
+    if arguments.layer_ms is not None:
+        layer_seconds = arguments.layer_ms / 1e3
+    elif {"seconds", "stall"} <= set(trace.extras):
+        layer_seconds = float(np.median(trace.extras["seconds"] - trace.extras["stall"]))
+    expert_bytes = parse_size(arguments.expert_bytes or trace.meta.get("expert_bytes") or "4MiB")
+    link = Link(arguments.disk_gbps * 1e9, expert_bytes, layer_seconds, arguments.overlap_ms / 1e3)
+    gates = None
+    if arguments.gates is not None:
+        from fate_moe.store.learned import load_gates
+
+        hidden = trace.extras["embeddings"].shape[-1] if "embeddings" in trace.extras else 0
+        if (gates := load_gates(arguments.gates, trace.num_experts.tolist(), hidden)) is None:
+            raise ConfigError(f"{arguments.gates} has no gates for this trace's model; make them with: fate fit")
+    runs = list(_runs(arguments))
+    rows = []
+    with progress_bar("simulating", len(runs) * trace.num_tokens, None) as advance:
+        for policy, predictor, capacity in runs:
+            rows.append(
+                simulate(trace, policy, predictor, capacity, link, gates=gates, skip=arguments.skip, advance=advance).as_dict()
+            )
+    if arguments.json:
+        link_facts = {"disk_gbps": arguments.disk_gbps, "expert_bytes": expert_bytes, "layer_ms": layer_seconds * 1e3}
+        print(json.dumps({"trace": arguments.trace.name, **link_facts, "rows": rows}))
+    else:
+        _print_rows(rows)
+
+
+def _runs(arguments: argparse.Namespace) -> Iterator[tuple[str, str, float]]:
+    try:
+        capacities = [float(text.strip().removesuffix("%")) / (100 if "%" in text else 1) for text in arguments.capacity.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"{arguments.capacity!r} is no list of shares; write for example 12.5%,25%,50%") from error
+    if not all(0 < capacity <= 1 for capacity in capacities):
+        raise ConfigError(f"{arguments.capacity!r}: shares lie between 0 and 100 %")
+    for policy in arguments.policy.split(","):
+        for predictor in arguments.predictor.split(","):
+            for capacity in capacities:
+                yield policy, predictor, capacity
+
+
+def _print_rows(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for column in (
+        "policy",
+        "predictor",
+        "resident",
+        "missed",
+        "ready on time",
+        "read per token",
+        "stall",
+        "tokens/s",
+        "prefetched used",
+    ):
+        named = column in ("policy", "predictor")
+        table.add_column(column, justify="left" if named else "right", no_wrap=named)
+    for row in rows:
+        used = f"{row['prefetch_used'] / row['prefetched']:.0%} of {row['prefetched']}" if row["prefetched"] else "-"
+        shares = [f"{row[name]:.1%}" for name in ("capacity", "miss_rate", "ready_on_time")]
+        read, stall = format_bytes(row["bytes_per_token"]), f"{row['stall_seconds']:.2f} s"
+        table.add_row(row["policy"], row["predictor"], *shares, read, stall, f"{row['tokens_per_second']:.1f}", used)
+    Console().print(table)
+
+
+def _fit(arguments: argparse.Namespace) -> None:
+    texts = _texts(arguments.text)
+    quiet_transformers()
+    from fate_moe.models.tracing import fit_gates
+
+    found = fit_gates(arguments.model, texts, offload_config(arguments, 512), max_tokens=arguments.max_tokens)
+    if arguments.json:
+        print(json.dumps(found))
+        return
+    print(
+        f"{found['gates']}: fitted on {found['fitted_tokens']} tokens; recall on {found['tested_tokens']} others, plain -> fitted"
+    )
+    for width, (plain, fitted) in found["recall"].items():
+        print(f"  top-{width}: {plain:.1%} -> {fitted:.1%}; layer 0 from the embedding {found['layer_0_recall'][width]:.1%}")
+
+
+def _plot(arguments: argparse.Namespace) -> None:
+    from fate_moe.trace.plots import draw
+
+    draw(arguments.results, arguments.out, arguments.kind, arguments.token)

@@ -1,0 +1,113 @@
+"""Pictures of traces and simulations, from their files alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fate_moe.errors import ConfigError
+from fate_moe.trace.schema import RoutingTrace, read_trace
+
+__all__ = ["draw", "timeline"]
+
+LANES = ("compute", "wait")
+FOUND = ("hit", "in flight", "miss")
+
+
+def draw(results: Path, out: Path, kind: str | None = None, token: int = -1) -> None:
+    """Draw ``results`` into ``out``: a simulation's rows as "capacity" or "recall", a trace as "heat" or "timeline".
+
+    ``out`` ending in .json is a Chrome trace (Perfetto opens it) of one ``token``. Raises ConfigError for what cannot be drawn.
+    """
+    if results.suffix == ".npz":
+        trace = read_trace(results)
+        if out.suffix == ".json":
+            out.write_text(json.dumps({"traceEvents": timeline(trace, token), "displayTimeUnit": "ms"}))
+            return
+        figure = _figure(_timeline if kind == "timeline" else _heat, trace, token)
+    else:
+        try:
+            rows = json.loads(results.read_text().splitlines()[-1])["rows"]
+        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+            raise ConfigError(f"{results} holds no rows ({error}); make it with: fate simulate --json > {results}") from error
+        figure = _figure(_recall if kind == "recall" else _capacity, rows, token)
+    figure.savefig(out, dpi=110)
+
+
+def timeline(trace: RoutingTrace, token: int) -> list[dict[str, Any]]:
+    """One token's layers as Chrome trace events (microseconds): a lane of computing, one of waiting for reads."""
+    if not {"seconds", "stall", "lookups"} <= set(trace.extras):
+        raise ConfigError("this trace has no times; record one with: fate trace")
+    seconds, stall, lookups = (trace.extras[name][token] for name in ("seconds", "stall", "lookups"))
+    events: list[dict[str, Any]] = [
+        {"name": "thread_name", "ph": "M", "pid": 0, "tid": lane, "args": {"name": name}} for lane, name in enumerate(LANES)
+    ]
+    at = 0.0
+    for layer, (whole, waited) in enumerate(zip(seconds.tolist(), stall.tolist(), strict=True)):
+        found = {name: int((lookups[layer] == value).sum()) for value, name in enumerate(FOUND)}
+        common = {"ph": "X", "pid": 0, "args": {"layer": layer, "experts": trace.experts[token, layer].tolist(), **found}}
+        if waited > 0:
+            events.append({**common, "name": f"wait {layer}", "tid": 1, "ts": at * 1e6, "dur": waited * 1e6})
+        events.append({**common, "name": f"layer {layer}", "tid": 0, "ts": (at + waited) * 1e6, "dur": (whole - waited) * 1e6})
+        at += whole
+    return events
+
+
+def _figure(paint: Any, data: Any, token: int) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError("pictures need matplotlib; install it with: pip install matplotlib") from error
+    figure = Figure(figsize=(7.2, 4.0), layout="constrained")
+    paint(figure, data, token)
+    return figure
+
+
+def _capacity(figure: Any, rows: list[dict[str, Any]], token: int) -> None:
+    axes = figure.subplots()
+    for policy, predictor in dict.fromkeys((row["policy"], row["predictor"]) for row in rows):
+        mine = sorted(
+            (row for row in rows if (row["policy"], row["predictor"]) == (policy, predictor)), key=lambda row: row["capacity"]
+        )
+        label = policy if predictor == "none" else f"{policy}, {predictor}"
+        style = {"color": "black", "linestyle": "--"} if policy == "belady" else {}
+        axes.plot(
+            [100 * row["capacity"] for row in mine], [100 * row["ready_on_time"] for row in mine], marker="o", label=label, **style
+        )
+    axes.set(xlabel="experts in memory, %", ylabel="ready on time, %")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right", fontsize=8)
+
+
+def _recall(figure: Any, rows: list[dict[str, Any]], token: int) -> None:
+    axes = figure.subplots()
+    for policy, predictor in dict.fromkeys((row["policy"], row["predictor"]) for row in rows):
+        mine = sorted(
+            (row for row in rows if (row["policy"], row["predictor"]) == (policy, predictor)), key=lambda row: row["capacity"]
+        )
+        read = [row["bytes_per_token"] / 1e6 for row in mine]
+        axes.plot(read, [100 * row["ready_on_time"] for row in mine], marker="o", label=f"{policy}, {predictor}")
+    axes.set(xlabel="MB read per token", ylabel="ready on time, %")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+
+
+def _heat(figure: Any, trace: RoutingTrace, token: int) -> None:
+    axes = figure.subplots()
+    width = int(trace.num_experts.max())
+    counts = np.stack([np.bincount(trace.experts[:, layer].reshape(-1), minlength=width) for layer in range(trace.num_layers)])
+    picture = axes.imshow(100 * counts / trace.num_tokens, aspect="auto", cmap="viridis", interpolation="nearest")
+    axes.set(xlabel="expert", ylabel="layer")
+    figure.colorbar(picture, label="tokens that chose it, %")
+
+
+def _timeline(figure: Any, trace: RoutingTrace, token: int) -> None:
+    axes = figure.subplots()
+    for event in timeline(trace, token):
+        if event["ph"] == "X":
+            color = ("tab:blue", "tab:red")[event["tid"]]
+            axes.barh(event["tid"], event["dur"] / 1e3, left=event["ts"] / 1e3, color=color, edgecolor="white", linewidth=0.5)
+    axes.set(yticks=range(len(LANES)), yticklabels=LANES, xlabel="ms")

@@ -1,0 +1,125 @@
+"""A routing trace in a ``.npz`` file: what routers chose, token by token. No torch.
+
+Version 1. N tokens (single decode steps, in order), L MoE layers, k choices, E experts (of the largest layer), D hidden:
+
+    experts      [N, L, k] uint8 or uint16    chosen experts, likeliest first
+    probs        [N, L, k] float16            their routing weights
+    start        [S + 1] int64                bounds of the generations in N: start[i] <= n < start[i + 1]
+    version      [] int64                     1
+    num_experts  [L] int64                    experts of each layer
+    and, where they were recorded:
+    lookups      [N, L, k] uint8              0 hit, 1 in flight, 2 miss
+    stall        [N, L] float32               seconds that the layer waited for reads
+    seconds      [N, L] float32               from entering the layer to entering the next, or to the next token's embedding
+    predicted    [N, L, E] float16            probabilities that were predicted; 0 where nothing was
+    gate_inputs  [N, L, D] float16            what the routers saw
+    embeddings   [N, D] float16
+    routers      [L, E, D] float32            their weights, where they are linear; scores are routers @ gate_input
+    meta         [] str                       JSON: model, expert_bytes, policy, predictor, slots, ...
+
+Files without ``version`` and ``num_experts`` (gpt-oss-20b's published traces) are read too; their layers are taken to be as wide as
+the next power of two. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fate_moe.errors import ConfigError
+
+__all__ = ["VERSION", "RoutingTrace", "read_trace", "write_trace"]
+
+VERSION = 1
+OPTIONAL = ("lookups", "stall", "seconds", "predicted", "gate_inputs", "embeddings", "routers")
+
+
+@dataclass(frozen=True)
+class RoutingTrace:
+    """See the module's docstring; ``extras`` holds the optional arrays by name."""
+
+    experts: NDArray[Any]
+    probs: NDArray[Any]
+    start: NDArray[np.int64]
+    num_experts: NDArray[np.int64]
+    extras: dict[str, NDArray[Any]] = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.experts.shape[0])
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.experts.shape[1])
+
+    def first(self, num_tokens: int) -> RoutingTrace:
+        """Its first ``num_tokens`` tokens."""
+        start = np.append(self.start[self.start < num_tokens], min(num_tokens, self.num_tokens))
+        cut = {name: array if name == "routers" else array[:num_tokens] for name, array in self.extras.items()}
+        return RoutingTrace(self.experts[:num_tokens], self.probs[:num_tokens], start, self.num_experts, cut, self.meta)
+
+
+def write_trace(path: Path, trace: RoutingTrace) -> None:
+    """Write ``trace`` to ``path``, compressed. Raises ConfigError if that cannot be done."""
+    arrays = {
+        "experts": trace.experts,
+        "probs": trace.probs,
+        "start": trace.start,
+        "num_experts": trace.num_experts,
+        "version": np.int64(VERSION),
+        "meta": np.array(json.dumps(trace.meta)),
+        **trace.extras,
+    }
+    try:
+        with path.open("wb") as file:
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+    except OSError as error:
+        raise ConfigError(f"the trace {path} cannot be written: {error.strerror}") from error
+
+
+def read_trace(path: Path) -> RoutingTrace:
+    """Read a trace and check that its arrays belong together. Raises ConfigError for what is none or damaged."""
+    try:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except OSError as error:
+        raise ConfigError(f"the trace {path} cannot be read: {error}") from error
+    except (ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+        raise ConfigError(f"{path} is not a trace or is damaged ({error}); make one with: fate trace MODEL --out {path}") from error
+    try:
+        return _checked(arrays)
+    except (KeyError, ValueError, IndexError) as error:
+        raise ConfigError(
+            f"{path} is not a trace that can be used ({error}); make one with: fate trace MODEL --out {path}"
+        ) from error
+
+
+def _checked(arrays: dict[str, NDArray[Any]]) -> RoutingTrace:
+    if int(arrays.get("version", np.int64(VERSION))) != VERSION:
+        raise ValueError(f"version {int(arrays['version'])}, this program reads {VERSION}")
+    experts, probs, start = arrays["experts"], arrays["probs"], arrays["start"]
+    if experts.ndim != 3 or experts.dtype.kind not in "ui" or not experts.size:
+        raise ValueError(f"experts are {experts.dtype} {experts.shape}")
+    if probs.shape != experts.shape or probs.dtype.kind != "f":
+        raise ValueError(f"probs are {probs.dtype} {probs.shape}")
+    num_tokens, num_layers, _ = experts.shape
+    if start.ndim != 1 or len(start) < 2 or start[0] != 0 or start[-1] != num_tokens or (np.diff(start) < 0).any():
+        raise ValueError("start does not bound the tokens")
+    widest = 1 << int(experts.max()).bit_length()
+    num_experts = arrays.get("num_experts", np.full(num_layers, widest, np.int64)).astype(np.int64)
+    if num_experts.shape != (num_layers,) or (experts.max((0, 2)) >= num_experts).any() or experts.min() < 0:
+        raise ValueError("experts beyond num_experts")
+    if (np.diff(np.sort(experts, axis=2), axis=2) == 0).any():
+        raise ValueError("a token chose an expert twice")
+    extras = {name: arrays[name] for name in OPTIONAL if name in arrays}
+    for name, array in extras.items():
+        if array.shape[0] != (num_layers if name == "routers" else num_tokens):
+            raise ValueError(f"{name} is {array.shape}")
+    return RoutingTrace(experts, probs, start.astype(np.int64), num_experts, extras, json.loads(str(arrays.get("meta", "{}"))))

@@ -1,0 +1,212 @@
+"""What a policy and a predictor would have done on a recorded trace: the production code, in virtual time. Torch only for gates."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from fate_moe.config import PRESETS
+from fate_moe.core import Counters, EvictionPolicy, Predictor
+from fate_moe.errors import ConfigError
+from fate_moe.memory.policies import make_policy
+from fate_moe.predict.activation_path import ActivationPath
+from fate_moe.predict.null import NoPrediction
+from fate_moe.predict.temporal import Temporal
+from fate_moe.prefetch import Prefetcher
+from fate_moe.trace.belady import Belady
+from fate_moe.trace.schema import RoutingTrace
+from fate_moe.trace.virtual import VirtualResidency
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Link", "Row", "policy_for", "predictor_for", "simulate"]
+
+
+@dataclass(frozen=True)
+class Link:
+    """The time model: one read at a time at ``bytes_per_second``; a layer computes for ``layer_seconds``, of which the first
+    ``overlap_seconds`` need no expert (the shared expert) and hide as much of the wait, the rest once its experts are there."""
+
+    bytes_per_second: float
+    expert_bytes: int
+    layer_seconds: float
+    overlap_seconds: float = 0.0
+
+    @property
+    def read_seconds(self) -> float:
+        return self.expert_bytes / self.bytes_per_second
+
+
+@dataclass(frozen=True)
+class Row:
+    """One simulated run; ``capacity`` is a fraction of all experts, amounts are per token where they say so, else in total."""
+
+    policy: str
+    predictor: str
+    capacity: float
+    num_tokens: int
+    lookups: int
+    miss_rate: float
+    ready_on_time: float
+    bytes_per_token: float
+    stall_seconds: float
+    tokens_per_second: float
+    prefetched: int
+    prefetch_used: int
+    lookups_per_second: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def policy_for(name: str, trace: RoutingTrace, num_slots: int) -> EvictionPolicy:
+    """A policy by its name in config.POLICIES, "best" for the default, or "belady" for the offline bound."""
+    if name == "belady":
+        return Belady(trace)
+    return make_policy(PRESETS["best"][0] if name == "best" else name, num_slots, trace.num_experts.tolist())
+
+
+def predictor_for(name: str, trace: RoutingTrace, gates: Sequence[Any] | None = None) -> Predictor:
+    """A predictor by its name in config.PREDICTORS; those that look at gate inputs need a trace with gate inputs and routers.
+
+    ``gates`` are fitted matrices (store.learned.load_gates). Raises ConfigError where the trace lacks what the predictor needs.
+    """
+    sizes = trace.num_experts.tolist()
+    if name == "none":
+        return NoPrediction()
+    if name == "temporal":
+        return Temporal(sizes)
+    if name == "activation-path":
+        return ActivationPath(sizes)
+    if not {"gate_inputs", "routers", "embeddings"} <= set(trace.extras):
+        raise ConfigError(f"predictor {name!r} needs a trace with gate inputs; record one with: fate trace --gate-inputs")
+    import torch
+
+    from fate_moe.core import Routing
+    from fate_moe.predict.gates import FittedGates
+    from fate_moe.predict.make import make_predictor
+
+    top_k = trace.experts.shape[2]
+
+    def router(weight: torch.Tensor) -> Callable[[torch.Tensor], Routing]:
+        def route(hidden: torch.Tensor) -> Routing:
+            scores = hidden @ weight.mT
+            return Routing(scores.topk(top_k, dim=-1).indices, scores)
+
+        return route
+
+    routers = [
+        router(torch.from_numpy(weight[:size].astype(np.float32)))
+        for weight, size in zip(trace.extras["routers"], sizes, strict=True)
+    ]
+    return make_predictor(name, sizes, routers, top_k, None if gates is None else FittedGates(gates))
+
+
+def simulate(
+    trace: RoutingTrace,
+    policy: str,
+    predictor: str,
+    capacity: float,
+    link: Link,
+    *,
+    gates: Sequence[Any] | None = None,
+    skip: int = 0,
+    advance: Callable[[int], None] = lambda tokens: None,
+) -> Row:
+    """Replay ``trace`` from an empty expert cache of ``capacity`` (a fraction of all), not counting the first ``skip`` tokens.
+
+    ``advance`` is told of tokens that are done. Raises ConfigError for names that do not exist and capacities below one expert.
+    """
+    num_slots = int(capacity * int(trace.num_experts.sum()) + 1e-9)
+    if num_slots < trace.experts.shape[2] or not 0 <= skip < trace.num_tokens:
+        raise ConfigError(
+            f"a capacity of {capacity:.2%} is below one token's experts in one layer, or {skip} tokens are all there are"
+        )
+    residency = VirtualResidency(policy_for(policy, trace, num_slots), num_slots, link.read_seconds, link.expert_bytes)
+    prefetcher = Prefetcher(residency, predictor_for(predictor, trace, gates), trace.num_layers, lambda: residency.now)
+    inputs, embeddings = _inputs(trace)
+    began, skipped, virtual = time.perf_counter(), Counters(), 0.0
+    rows = trace.experts.tolist()
+    starts = set(trace.start.tolist())
+    for token, layers in enumerate(rows):
+        if token == skip:
+            skipped, virtual = replace(residency.counters), residency.now
+        _pass(residency, prefetcher, layers, link, inputs, embeddings, token, token in starts)
+        if token % 256 == 255:
+            advance(256)
+    advance(len(rows) % 256)
+    elapsed = time.perf_counter() - began
+    counters, counted = residency.counters.since(skipped), len(rows) - skip
+    seconds = residency.now - virtual
+    return Row(
+        policy=policy,
+        predictor=predictor,
+        capacity=capacity,
+        num_tokens=counted,
+        lookups=counters.lookups,
+        miss_rate=counters.misses / counters.lookups,
+        ready_on_time=counters.ready_on_time,
+        bytes_per_token=counters.bytes_read / counted,
+        stall_seconds=counters.stall_seconds,
+        tokens_per_second=counted / seconds if seconds else 0.0,
+        prefetched=counters.prefetched,
+        prefetch_used=counters.prefetch_used,
+        lookups_per_second=residency.counters.lookups / elapsed,
+    )
+
+
+def _pass(
+    residency: VirtualResidency,
+    prefetcher: Prefetcher,
+    layers: list[list[int]],
+    link: Link,
+    inputs: Any,
+    embeddings: Any,
+    token: int,
+    begins: bool,
+) -> None:
+    """One token's way through all layers."""
+    if prefetcher.idle:
+        for layer, experts in enumerate(layers):
+            stalled, asked = residency.counters.stall_seconds, residency.now
+            residency.acquire(layer, experts)
+            _hide(residency, link, asked, stalled)
+            residency.now += link.layer_seconds
+        return
+    if begins and isinstance(prefetcher.predictor, ActivationPath):
+        prefetcher.predictor.predict(0, cast("torch.Tensor", np.zeros((2, 0), np.float32)))  # as a prompt would
+    prefetcher.embedded(embeddings(token))
+    for layer, experts in enumerate(layers):
+        prefetcher.entered(layer, 1)
+        stalled, asked = residency.counters.stall_seconds, residency.now
+        residency.acquire(layer, experts)
+        _hide(residency, link, asked, stalled)
+        prefetcher.look_ahead(layer, inputs(token, layer))
+        prefetcher.observe(layer, experts)
+        residency.now += link.layer_seconds
+
+
+def _hide(residency: VirtualResidency, link: Link, asked: float, stalled: float) -> None:
+    """What needs no expert is computed while reads are under way."""
+    hidden = min(link.overlap_seconds, residency.now - asked)
+    residency.now -= hidden
+    residency.counters.stall_seconds -= hidden
+
+
+def _inputs(trace: RoutingTrace) -> tuple[Callable[[int, int], Any], Callable[[int], Any]]:
+    """Gate inputs by token and layer and embeddings by token, [1, D]; placeholders where the trace has none."""
+    if "gate_inputs" not in trace.extras:
+        nothing = np.zeros((1, 0), np.float32)
+        return (lambda token, layer: nothing), (lambda token: nothing)
+    import torch
+
+    gate_inputs, embeddings = trace.extras["gate_inputs"], trace.extras["embeddings"]
+    return (
+        lambda token, layer: torch.from_numpy(gate_inputs[token, layer].astype(np.float32))[None],
+        lambda token: torch.from_numpy(embeddings[token].astype(np.float32))[None],
+    )

@@ -1,0 +1,133 @@
+"""A real engine's trace, the simulator beside it, fitted gates, and pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fate_moe.cli import main
+from fate_moe.errors import ConfigError
+from fate_moe.trace.fit import GateFitter
+from fate_moe.trace.plots import draw
+from fate_moe.trace.record import Recorder
+from fate_moe.trace.schema import RoutingTrace, write_trace
+from fate_moe.trace.simulate import Link, simulate
+
+
+@pytest.fixture
+def traced(loaded: Callable[..., Any]) -> tuple[Any, RoutingTrace]:
+    """A tiny model with room for six of sixteen experts, and the trace of 80 decoded tokens."""
+    model = loaded("qwen2_moe", policy="co-activation", predictor="none", expert_cache="37.5%")
+    recorder = Recorder([8, 8], gate_inputs=True, routers=torch.stack([layer.mlp.gate.weight for layer in model.model.layers]))
+    model.fate.runtime.observer = recorder
+    generator, past = torch.Generator().manual_seed(3), None
+    with torch.no_grad():
+        for _ in range(80):
+            token = torch.randint(1, 60, (1, 1), generator=generator)
+            past = model(token, past_key_values=past, use_cache=True).past_key_values
+    return model, recorder.trace(expert_bytes=model.fate.plan.slot_bytes)
+
+
+def test_what_is_recorded_is_what_happened(traced: tuple[Any, RoutingTrace]) -> None:
+    model, trace = traced
+    counters = model.fate.report().experts
+    assert trace.experts.shape == (80, 2, 2)
+    found = trace.extras["lookups"]
+    assert [int((found == kind).sum()) for kind in range(3)] == [counters.hits, counters.in_flight, counters.misses]
+    assert float(trace.extras["stall"].sum()) == pytest.approx(counters.stall_seconds, rel=1e-3)
+    inputs = torch.from_numpy(trace.extras["gate_inputs"]).float()
+    routers = torch.from_numpy(trace.extras["routers"])
+    scores = torch.einsum("nld,led->nle", inputs, routers)
+    chosen = torch.from_numpy(trace.experts.astype("int64"))
+    assert (scores.topk(2, dim=-1).indices.sort(-1).values == chosen.sort(-1).values).float().mean() > 0.98  # inputs are rounded
+
+
+def test_the_simulator_agrees_with_the_engine(traced: tuple[Any, RoutingTrace]) -> None:
+    model, trace = traced
+    row = simulate(trace, "co-activation", "none", 0.375, Link(1e9, model.fate.plan.slot_bytes, 1e-3))
+    measured = model.fate.report().experts.bytes_read / trace.num_tokens
+    assert row.bytes_per_token == pytest.approx(measured, rel=0.03)
+
+
+def test_many_tokens_begin_another_generation(loaded: Callable[..., Any]) -> None:
+    model = loaded("qwen2_moe")
+    recorder = Recorder([8, 8])
+    model.fate.runtime.observer = recorder
+    with torch.no_grad():
+        for length in (5, 1, 1, 4, 1):
+            model(torch.arange(1, length + 1)[None], use_cache=False)
+    trace = recorder.trace()
+    assert trace.num_tokens == 3
+    assert trace.start.tolist() == [0, 2, 3]
+
+
+def test_nothing_recorded() -> None:
+    with pytest.raises(ValueError, match="nothing was recorded"):
+        Recorder([4]).trace()
+
+
+def test_ridge_finds_a_linear_router() -> None:
+    """Layer 1's choice depends on layer 0's input through another matrix than its router: the fit finds it."""
+    generator = torch.Generator().manual_seed(0)
+    hidden_router = torch.randn(6, 10, generator=generator)
+    fitter = GateFitter([6, 6], 10)
+    for _ in range(20):
+        embedding, first = torch.randn(64, 10, generator=generator), torch.randn(64, 10, generator=generator)
+        fitter.embedded(embedding)
+        for layer, x in enumerate((embedding, first)):
+            fitter.entered(layer, first)
+            fitter.computed(layer, (x @ hidden_router.mT).topk(2).indices, torch.ones(64, 2), {}, 0.0, [])
+    gates = fitter.gates()
+    x = torch.randn(500, 10, generator=generator)
+    for gate in gates:
+        guessed = (x @ gate[:, :-1].mT + gate[:, -1]).topk(2).indices.sort(-1).values
+        truth = (x @ hidden_router.mT).topk(2).indices.sort(-1).values
+        assert (guessed == truth).float().mean() > 0.8
+    with pytest.raises(ValueError, match="ran for no token"):
+        GateFitter([6], 10).gates()
+
+
+def test_pictures_come_from_files(traced: tuple[Any, RoutingTrace], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    _, trace = traced
+    path = tmp_path / "t.npz"
+    write_trace(path, trace)
+    draw(path, tmp_path / "timeline.json", token=5)
+    events = json.loads((tmp_path / "timeline.json").read_text())["traceEvents"]
+    computing = [event for event in events if event["ph"] == "X" and event["tid"] == 0]
+    waiting = sum(event["dur"] for event in events if event["ph"] == "X" and event["tid"] == 1)
+    assert len(computing) == 2
+    assert waiting == pytest.approx(1e6 * float(trace.extras["stall"][5].sum()), rel=1e-3)
+    rows = [
+        simulate(trace, policy, "none", share, Link(1e9, 4096, 1e-3)).as_dict()
+        for policy in ("lru", "belady")
+        for share in (0.25, 0.5)
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps({"rows": rows}))
+    for kind in ("heat", "timeline"):
+        draw(path, tmp_path / f"{kind}.png", kind)
+    for kind in ("capacity", "recall"):
+        draw(tmp_path / "rows.json", tmp_path / f"{kind}.png", kind)
+    assert all((tmp_path / f"{kind}.png").stat().st_size > 5000 for kind in ("heat", "timeline", "capacity", "recall"))
+    (tmp_path / "nothing.json").write_text("[]")
+    with pytest.raises(ConfigError, match="no rows"):
+        draw(tmp_path / "nothing.json", tmp_path / "x.png")
+
+
+def test_simulate_prints_rows(tmp_path: Path, traced: tuple[Any, RoutingTrace], capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "t.npz"
+    write_trace(path, traced[1])
+    assert main(["simulate", str(path), "--policy", "lru,best,belady", "--capacity", "25%,50%", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [(row["policy"], row["capacity"]) for row in result["rows"]] == [
+        (policy, share) for policy in ("lru", "best", "belady") for share in (0.25, 0.5)
+    ]
+    assert main(["simulate", str(path), "--predictor", "temporal", "--capacity", "50%"]) == 0
+    assert "temporal" in capsys.readouterr().out
+    for wrong in (["--capacity", "much"], ["--capacity", "150%"], ["--policy", "mru"]):
+        assert main(["simulate", str(path), *wrong]) == 1
