@@ -48,11 +48,12 @@ def main() -> None:
     parser.add_argument("--expert-cache", nargs="+", default=["25%"])
     parser.add_argument("--new-tokens", type=int, default=200)
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--policy", choices=POLICIES, nargs="+", default=["shallow-arc"])
+    parser.add_argument("--policy", choices=POLICIES, nargs="+", default=["co-activation"])
+    parser.add_argument("--predictor", choices=PREDICTORS, nargs="+", default=["none", "cross-layer", "combined"])
     parser.add_argument("--plot", type=Path, help="draw ready on time by cache size (needs matplotlib)")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    kinds = list(product(arguments.expert_cache, arguments.policy, PREDICTORS))
+    kinds = list(product(arguments.expert_cache, arguments.policy, arguments.predictor))
     runs: dict[Kind, list[dict[str, float]]] = {kind: [] for kind in kinds}
     for _ in range(arguments.runs):
         for kind in kinds:

@@ -80,6 +80,7 @@ def record_routing(
 def fit_gates(model: Any, texts: Sequence[str], config: OffloadConfig, *, max_tokens: int) -> dict[str, Any]:
     """Fit one gate a layer on nine tenths of ``texts``' windows, write them into the store, and say their recall on the others.
 
+    Where the layer's own router foretells better than what was fitted, it is kept as it is: both are one matrix.
     Raises ConfigError for too little text.
     """
     prepared = prepare(store_for(model, config.precision))
@@ -98,26 +99,35 @@ def fit_gates(model: Any, texts: Sequence[str], config: OffloadConfig, *, max_to
             running(window[None], use_cache=False)
             advance(1)
     gates = fitter.gates()
-    path = save_gates(prepared.store.path, gates)
     routers = _router_weights(running, prepared.stacks)
-    running.fate.close()
     top_k = fitter.chosen[0][0].shape[1]
-    plain: dict[int, list[float]] = {}
-    fitted: dict[int, list[float]] = {}
+    widths = (top_k, top_k + 2, 2 * top_k)
+    plain: dict[int, list[float]] = {width: [] for width in widths}
+    fitted: dict[int, list[float]] = {width: [] for width in widths}
+    kept = []
     for layer, gate in enumerate(gates):
-        x, chosen = torch.cat(fitter.inputs[layer]), torch.cat(fitter.chosen[layer])
-        for width in (top_k, top_k + 2, 2 * top_k):
-            fitted.setdefault(width, []).append(recall(x @ gate[:, :-1].mT + gate[:, -1], chosen, width))
-            if layer and routers is not None:
-                plain.setdefault(width, []).append(recall(x @ routers[layer, : gate.shape[0]].float().mT, chosen, width))
-    mean = {width: (_mean(plain.get(width, [])), _mean(values[1:])) for width, values in fitted.items()}
+        x, chosen = torch.nn.functional.pad(torch.cat(fitter.inputs[layer]), (0, 1), value=1.0), torch.cat(fitter.chosen[layer])
+        for width in widths:
+            fitted[width].append(recall(x @ gate.mT, chosen, width))
+        if layer and routers is not None:
+            router = torch.nn.functional.pad(routers[layer, : gate.shape[0]].float(), (0, 1))
+            for width in widths:
+                plain[width].append(recall(x @ router.mT, chosen, width))
+            if plain[top_k + 2][-1] > fitted[top_k + 2][-1]:
+                gates[layer] = router
+                continue
+        kept.append(layer)
+    path = save_gates(prepared.store.path, gates)
+    running.fate.close()
+    mean = {width: (_mean(plain[width]), _mean(values[1:])) for width, values in fitted.items()}
     return {
         "gates": str(path),
         "fitted_tokens": WINDOW * (len(windows) - len(windows) // 10),
         "tested_tokens": WINDOW * (len(windows) // 10),
+        "fitted_layers": kept,
         "recall": mean,
         "layer_0_recall": {width: values[0] for width, values in fitted.items()},
-        "by_layer": {width: {"plain": [None, *plain.get(width, [])], "fitted": values} for width, values in fitted.items()},
+        "by_layer": {width: {"plain": [None, *plain[width]], "fitted": values} for width, values in fitted.items()},
     }
 
 
