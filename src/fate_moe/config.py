@@ -106,7 +106,7 @@ class OffloadConfig:
     expert_cache: bytes for expert slots: a size or a percentage of all experts ("25%"); None: what the budget leaves.
     preset: a pair of policy and predictor: what does best here, or what a published system does.
     policy: which expert gives up its slot; predictor: which experts are read ahead; None: the preset's.
-    precision: how experts are stored.
+    precision: how experts are stored; dense_precision: all other matrices (None: int8 beside quantized experts).
     precision_policy: how many of an INT4 expert's bits are read; anything but "full" trades exactness for bytes.
     context_length: tokens for which KV cache is set aside (prompt and answer together).
     io_threads: concurrent reads; one of them is always kept for demand reads.
@@ -119,6 +119,7 @@ class OffloadConfig:
     policy: str | None = None
     predictor: str | None = None
     precision: str = "lossless"
+    dense_precision: str | None = None
     precision_policy: str = "full"
     context_length: int = 2048
     io_threads: int = 4
@@ -129,6 +130,7 @@ class OffloadConfig:
         _one_of("policy", self.policy_name, POLICIES)
         _one_of("predictor", self.predictor_name, PREDICTORS)
         _one_of("precision", self.precision, PRECISIONS)
+        _one_of("dense_precision", self.dense_precision or "lossless", PRECISIONS)
         _one_of("precision_policy", self.precision_policy, PRECISION_POLICIES)
         for name, least in (("context_length", 1), ("io_threads", 2)):
             value = getattr(self, name)

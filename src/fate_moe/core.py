@@ -31,7 +31,7 @@ __all__ = [
     "Section",
 ]
 
-PRECISIONS = ("lossless", "int4")
+PRECISIONS = ("lossless", "int8", "int4")
 
 # Blobs start and end on multiples of this, so that one O_DIRECT read fills a slot (4 KiB sectors and pages).
 SLOT_ALIGNMENT = 4096

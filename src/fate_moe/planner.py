@@ -10,6 +10,7 @@ from fate_moe.errors import BudgetError
 from fate_moe.machine import available_memory, resident_memory
 from fate_moe.quant.dtypes import dtype_name
 from fate_moe.skeleton import ExpertStack, parameter_dtypes
+from fate_moe.store.dense import default_dense_precision, dense_layouts
 from fate_moe.store.format import Manifest, blob_layout
 
 if TYPE_CHECKING:
@@ -96,8 +97,16 @@ class Plan:
         )
 
 
-def footprint(model: PreTrainedModel, stacks: list[ExpertStack], precision: str, manifest: Manifest | None = None) -> Footprint:
-    """Sizes of ``model`` (a skeleton: shapes without weights); exact from ``manifest`` where the store exists already."""
+def footprint(
+    model: PreTrainedModel,
+    stacks: list[ExpertStack],
+    precision: str,
+    manifest: Manifest | None = None,
+    dense_precision: str | None = None,
+) -> Footprint:
+    """Sizes of ``model`` (a skeleton: shapes without weights); exact from ``manifest`` where the store exists already.
+
+    ``dense_precision`` None: what a conversion chooses by itself."""
     text = model.config.get_text_config()
     dtypes = parameter_dtypes(model)
     if manifest is not None:
@@ -106,7 +115,12 @@ def footprint(model: PreTrainedModel, stacks: list[ExpertStack], precision: str,
         slot_bytes = max(blob_layout(precision, stack.output_rows_first(), dtype_name(model.dtype)).length for stack in stacks)
         routed = {f"{stack.name}.{name}" for stack in stacks for name in stack.parameters}
         absent = routed | (set(model.all_tied_weights_keys) if text.tie_word_embeddings else set())
-        dense_bytes = sum(value.numel() * dtypes[name].itemsize for name, value in model.state_dict().items() if name not in absent)
+        quantized = dense_layouts(model, dense_precision or default_dense_precision(precision))
+        dense_bytes = sum(
+            quantized[name].length if name in quantized else value.numel() * dtypes[name].itemsize
+            for name, value in model.state_dict().items()
+            if name not in absent
+        )
     itemsize = model.dtype.itemsize
     top_k = max(stack.top_k for stack in stacks)
     inner = max(_width(text, "intermediate_size"), *(shape[0] for stack in stacks for shape in stack.parameters.values()))

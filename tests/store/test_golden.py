@@ -74,7 +74,7 @@ def test_a_header_byte_by_byte() -> None:
 
 GOLDEN = {
     "lossless": {"dense.safetensors": "427117c62ef82548", SHARD: "02bd83ff4f1a7455", "fate.json": "b550a9596f9d8378"},
-    "int4": {"dense.safetensors": "427117c62ef82548", SHARD: "0684aed8e98634bb", "fate.json": "eb18a48be62e38b5"},
+    "int4": {"dense.safetensors": "427117c62ef82548", SHARD: "0684aed8e98634bb", "fate.json": "0dd5071224a3beb5"},
 }
 
 
@@ -107,6 +107,7 @@ def test_int4_fate_json_in_full(tmp_path: Path) -> None:
         "dense_checksum",
         "shard_bytes",
         "identity",
+        "dense_precision",
     ]
     assert facts["layouts"] == [
         {

@@ -49,6 +49,9 @@ def add_offload_options(parser: argparse.ArgumentParser) -> None:
         "--precision", choices=PRECISIONS, default=DEFAULTS["precision"], help="of the experts; default: %(default)s"
     )
     group.add_argument(
+        "--dense-precision", choices=PRECISIONS, help="of all other matrices; default: int8 beside quantized experts"
+    )
+    group.add_argument(
         "--precision-policy",
         choices=PRECISION_POLICIES,
         default=DEFAULTS["precision_policy"],

@@ -29,6 +29,9 @@ def add_verbs(verbs: Any) -> None:
     convert.add_argument("source", help="checkpoint folder or hub id")
     convert.add_argument("destination", type=Path, help="the store's folder, made anew")
     convert.add_argument("--precision", choices=PRECISIONS, default=DEFAULTS["precision"], help="default: %(default)s")
+    convert.add_argument(
+        "--dense-precision", choices=PRECISIONS, help="of all other matrices; default: int8 beside quantized experts"
+    )
     convert.add_argument("--solver", choices=SOLVERS, default=SOLVERS[0], help="how codes are chosen; default: %(default)s")
     convert.add_argument(
         "--group-size", type=int, choices=GROUP_SIZES, default=64, help="weights that share a scale; default: %(default)s"
@@ -67,6 +70,7 @@ def _convert(arguments: argparse.Namespace) -> None:
         arguments.precision,
         solver=arguments.solver,
         group_size=arguments.group_size,
+        dense_precision=arguments.dense_precision,
     )
     manifest = open_store(path).manifest
     print(
@@ -83,6 +87,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
     facts: dict[str, Any] = {
         "family": manifest.family,
         "precision": manifest.precision,
+        "dense_precision": manifest.dense_precision,
         "format_version": manifest.format_version,
         "source": manifest.source,
         "layers": manifest.num_layers,

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from fate_moe import demo
 from fate_moe.config import OffloadConfig, cache_home
-from fate_moe.core import EvictionPolicy, ExpertId
+from fate_moe.core import BlobLayout, EvictionPolicy, ExpertId
 from fate_moe.errors import CheckpointError, ConfigError, StoreError
 from fate_moe.kernels.cpu import SlotExperts
 from fate_moe.memory.decayed import Decayed
@@ -23,6 +23,7 @@ from fate_moe.memory.precision import make_precision_policy
 from fate_moe.memory.residency import Residency
 from fate_moe.memory.slots import SlotArena
 from fate_moe.models.attach import attach, limit_context, routers_of
+from fate_moe.models.dense import QuantizedEmbedding, QuantizedLinear
 from fate_moe.planner import Footprint, Plan, footprint, make_plan
 from fate_moe.predict.gates import FittedGates
 from fate_moe.predict.make import make_predictor
@@ -30,6 +31,7 @@ from fate_moe.report import Report
 from fate_moe.runtime import ExpertRuntime
 from fate_moe.skeleton import ExpertStack, build_skeleton, expert_stacks, is_experts
 from fate_moe.store.convert import convert
+from fate_moe.store.dense import default_dense_precision, dense_layouts
 from fate_moe.store.format import blob_layout
 from fate_moe.store.learned import gates_bytes, load_gates, load_statistics, save_statistics
 from fate_moe.store.open import Store, load_dense, open_store
@@ -89,7 +91,7 @@ def load(model: str | Path | None = None, **options: Any) -> tuple[Any, Any]:
     it, and ``model.fate`` (see Fate). Raises FateError and its children, each with a sentence on what to do.
     """
     config = OffloadConfig.from_options(options)
-    prepared = prepare(store_for(model, config.precision))
+    prepared = prepare(store_for(model, config.precision, config.dense_precision))
     return realize(prepared, make_plan(prepared.footprint(), config), config), load_tokenizer(prepared.store.path)
 
 
@@ -100,7 +102,7 @@ def plan(model: str | Path | None = None, **options: Any) -> Plan:
     skeleton = build_skeleton(folder)
     manifest = open_store(folder).manifest if is_store(folder) else None
     precision = manifest.precision if manifest else config.precision
-    return make_plan(footprint(skeleton, expert_stacks(skeleton), precision, manifest), config)
+    return make_plan(footprint(skeleton, expert_stacks(skeleton), precision, manifest, config.dense_precision), config)
 
 
 def is_store(path: str | Path) -> bool:
@@ -108,10 +110,10 @@ def is_store(path: str | Path) -> bool:
     return (Path(path) / "fate.json").exists()
 
 
-def store_for(model: str | Path | None, precision: str) -> Path:
+def store_for(model: str | Path | None, precision: str, dense_precision: str | None = None) -> Path:
     """The store of ``model``, converted into the cache folder on first use (and said so).
 
-    A store given directly is taken as it is, whatever ``precision`` says.
+    A store given directly is taken as it is, whatever the precisions say.
     """
     if model is not None and is_store(model):
         return Path(model)
@@ -123,11 +125,12 @@ def store_for(model: str | Path | None, precision: str) -> Path:
         if Path(str(model)).exists()
         else str(model).replace("/", "--")
     )
-    identity = identity_of(Checkpoint(checkpoint), precision)
+    dense = dense_precision or default_dense_precision(precision)
+    identity = identity_of(Checkpoint(checkpoint), precision, dense=dense)
     destination = cache_home() / "stores" / f"{name}-{precision}-{identity[:8]}"
     if not is_store(destination):
         _log.warning("converting %s to %s (once; experts as %s)", name, destination, precision)
-        convert(checkpoint, destination, precision)
+        convert(checkpoint, destination, precision, dense_precision=dense)
     return destination
 
 
@@ -152,7 +155,8 @@ def prepare(path: Path) -> Prepared:
 def realize(prepared: Prepared, plan: Plan, config: OffloadConfig) -> Any:
     """Load the dense weights into the skeleton and attach the runtime under ``plan``; the skeleton becomes the model."""
     store, model, stacks = prepared.store, prepared.model, prepared.stacks
-    _fill(model, load_dense(store), store.path)
+    layouts_of_dense = dense_layouts(model, store.manifest.dense_precision)
+    _fill(model, load_dense(store), store.path, layouts_of_dense, config.exact_activations)
     if (path := store.path / "generation_config.json").exists():
         try:
             model.generation_config = GenerationConfig.from_pretrained(store.path)
@@ -205,15 +209,19 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _fill(model: Any, dense: dict[str, torch.Tensor], path: Path) -> None:
-    """Put every dense tensor where the skeleton has its placeholder; no copies."""
+def _fill(model: Any, dense: dict[str, torch.Tensor], path: Path, quantized: dict[str, BlobLayout], exact: bool) -> None:
+    """Put every dense tensor where the skeleton has its placeholder, and a module of ours where it is ``quantized``; no copies."""
     modules = dict(model.named_modules())
+    replaced: dict[str, torch.Tensor] = {}
     for name, tensor in dense.items():
         owner_name, _, leaf = name.rpartition(".")
         owner = modules.get(owner_name, nn.Module())
         placeholder = owner._buffers.get(leaf, owner._parameters.get(leaf))
         if placeholder is None:
             raise StoreError(f"{path}: dense.safetensors has {name}, which the model has not; {_AGAIN}")
+        if name in quantized and tensor.dtype == torch.uint8 and len(tensor) == quantized[name].length:
+            replaced[owner_name] = tensor  # once its bias is there
+            continue
         if placeholder.shape != tensor.shape:
             found, wanted = tuple(tensor.shape), tuple(placeholder.shape)
             raise StoreError(f"{path}: {name} is {found} in dense.safetensors, config.json means {wanted}; {_AGAIN}")
@@ -221,9 +229,23 @@ def _fill(model: Any, dense: dict[str, torch.Tensor], path: Path) -> None:
             owner._buffers[leaf] = tensor
         else:
             owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    for module_name, blob in replaced.items():
+        _replace(model, module_name, blob, quantized[f"{module_name}.weight"], exact)
     model.tie_weights()
     experts = {module for module in model.modules() if is_experts(module)}
     for module_name, module in model.named_modules():
         for leaf, value in module._parameters.items():
             if value is not None and value.device.type == "meta" and module not in experts:
                 raise StoreError(f"{path}: dense.safetensors lacks {module_name}.{leaf}; {_AGAIN}")
+
+
+def _replace(model: Any, path: str, blob: torch.Tensor, layout: BlobLayout, exact: bool) -> None:
+    """The Linear or Embedding at ``path`` by one that reads ``blob``."""
+    parent, _, name = path.rpartition(".")
+    old = model.get_submodule(path)
+    shape = (int(old.weight.shape[0]), int(old.weight.shape[1]))
+    if isinstance(old, nn.Linear):
+        new: nn.Module = QuantizedLinear(blob, layout, shape, old, model.dtype, exact)
+    else:
+        new = QuantizedEmbedding(blob, layout, shape, model.dtype)
+    setattr(model.get_submodule(parent), name, new)

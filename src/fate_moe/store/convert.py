@@ -21,6 +21,7 @@ from fate_moe.errors import CheckpointError, ConfigError, DiskSpaceError, StoreE
 from fate_moe.quant.blob import encode
 from fate_moe.quant.dtypes import dtype_name
 from fate_moe.quant.solver import DEFAULT_SOLVER, SOLVERS, Solver
+from fate_moe.store.dense import default_dense_precision
 from fate_moe.store.files import Journal, atomic_file, locked_folder, require_space, sync_folder
 from fate_moe.store.format import FORMAT_VERSION, ExpertEntry, LayerEntry, Manifest
 from fate_moe.store.open import open_store
@@ -40,19 +41,23 @@ def convert(
     *,
     solver: str = DEFAULT_SOLVER,
     group_size: int = 64,
+    dense_precision: str | None = None,
     progress: bool | None = None,
 ) -> Path:
     """Make the store ``destination`` of the checkpoint ``source`` (a folder or a hub id) and return its path.
 
     Peak memory stays near the largest single tensor (for families whose conversion mixes experts, near one layer's stack).
     A killed conversion continues when called again; a second one at the same time waits for the first. A whole store of the same
-    source at ``destination`` is left as it is. ``solver`` and ``group_size`` concern quantized precisions. ``progress`` draws a bar
+    source at ``destination`` is left as it is. ``solver`` and ``group_size`` concern quantized precisions.
+    ``dense_precision`` is that of all other matrices (None: int8 where the experts are quantized). ``progress`` draws a bar
     on stderr (None: when it is a terminal).
     Raises CheckpointError or UnsupportedModelError for the source, StoreError when ``destination`` is something else,
     DiskSpaceError when it does not fit, ConfigError for an unknown precision, solver or group size.
     """
+    dense = dense_precision or default_dense_precision(precision)
     for name, value, choices in (
         ("precision", precision, PRECISIONS),
+        ("dense_precision", dense, PRECISIONS),
         ("solver", solver, tuple(SOLVERS)),
         ("group_size", group_size, GROUP_SIZES),
     ):
@@ -62,10 +67,10 @@ def convert(
     if (folder / "fate.json").exists():
         raise CheckpointError(f"{folder} is an expert store already; give the checkpoint it was made from")
     checkpoint = Checkpoint(folder)
-    identity = identity_of(checkpoint, precision, solver, group_size)
+    identity = identity_of(checkpoint, precision, solver, group_size, dense)
     if _is_done(destination, identity):
         return destination
-    plan = make_plan(checkpoint, precision, group_size)
+    plan = make_plan(checkpoint, precision, group_size, dense)
     work = destination.with_name(destination.name + ".partial")
     with locked_folder(work):
         if _is_done(destination, identity):  # by the conversion that this one waited for
@@ -74,7 +79,7 @@ def convert(
         if not _is_whole(work, identity):
             title = str(source) if not Path(source).is_dir() else folder.resolve().name
             try:
-                _fill(work, plan, title, precision, SOLVERS[solver], identity, progress)
+                _fill(work, plan, title, precision, dense, SOLVERS[solver], identity, progress)
             except DiskSpaceError:
                 if not any(work.iterdir()):
                     work.rmdir()
@@ -103,7 +108,9 @@ def _is_whole(folder: Path, identity: str) -> bool:
         return False
 
 
-def _fill(work: Path, plan: Plan, title: str, precision: str, solver: Solver, identity: str, progress: bool | None) -> None:
+def _fill(
+    work: Path, plan: Plan, title: str, precision: str, dense: str, solver: Solver, identity: str, progress: bool | None
+) -> None:
     journal = Journal(work, identity)
     copied = sorted({path for pattern in COMPANIONS for path in plan.checkpoint.folder.glob(pattern) if path.is_file()})
     sizes = {"dense.safetensors": plan.dense_bytes} | {shard.name: shard.num_bytes for shard in plan.shards}
@@ -113,7 +120,7 @@ def _fill(work: Path, plan: Plan, title: str, precision: str, solver: Solver, id
     require_space(work, missing + sum(path.stat().st_size for path in copied) + 3 * 128 * num_experts + (1 << 20))
     with progress_bar("converting", sum(sizes.values()), progress) as advance:
         if (dense_checksum := journal.finished("dense.safetensors")) is None:
-            dense_checksum = _write_dense(work / "dense.safetensors", plan, advance)
+            dense_checksum = _write_dense(work / "dense.safetensors", plan, solver, advance)
             journal.record("dense.safetensors", dense_checksum)
         else:
             advance(plan.dense_bytes, "dense weights")
@@ -129,19 +136,19 @@ def _fill(work: Path, plan: Plan, title: str, precision: str, solver: Solver, id
     for path in copied:
         with atomic_file(work / path.name) as file:
             file.write(path.read_bytes())
-    manifest = _manifest(plan, title, precision, identity, dense_checksum, checksums)
+    manifest = _manifest(plan, title, precision, dense, identity, dense_checksum, checksums)
     with atomic_file(work / "fate.json") as file:
         file.write(manifest.to_json().encode())
 
 
-def _write_dense(path: Path, plan: Plan, advance: Advance) -> str:
+def _write_dense(path: Path, plan: Plan, solver: Solver, advance: Advance) -> str:
     """The checksum of all its bytes."""
     digest = xxhash.xxh3_64(plan.dense_header)
     with atomic_file(path) as file:
         file.write(plan.dense_header)
         advance(len(plan.dense_header), "dense weights")
         for tensor in plan.dense:
-            data = bytes_of(plan.make_dense(tensor))
+            data = bytes_of(plan.make_dense(tensor, solver))
             digest.update(data)
             file.write(data)
             advance(len(data), "dense weights")
@@ -167,7 +174,7 @@ def _write_shard(path: Path, plan: Plan, shard: ShardPlan, solver: Solver, advan
 
 
 def _manifest(
-    plan: Plan, title: str, precision: str, identity: str, dense_checksum: str, checksums: list[list[list[str]]]
+    plan: Plan, title: str, precision: str, dense: str, identity: str, dense_checksum: str, checksums: list[list[list[str]]]
 ) -> Manifest:
     layouts = tuple(dict.fromkeys(shard.layout for shard in plan.shards))
     layers = tuple(
@@ -191,4 +198,5 @@ def _manifest(
         dense_checksum=dense_checksum,
         shard_bytes={shard.name: shard.num_bytes for shard in plan.shards},
         identity=identity,
+        dense_precision=dense,
     )

@@ -21,6 +21,9 @@ FORMAT_VERSION = 1
 # Parts and sections start on multiples of this: a cache line, and the widest vector load.
 PART_ALIGNMENT = 64
 
+# By precision: int4 is progressive, int8 one plane of whole bytes.
+PLANE_WIDTHS = {"int8": (8,), "int4": (2, 1, 1)}
+
 _Tensor = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
 
 
@@ -47,7 +50,9 @@ class Manifest:
     """What ``fate.json`` says.
 
     ``dtype`` is the experts' own (BF16, F16, F32). ``dense_bytes`` and ``shard_bytes`` are lengths of whole files, and
-    ``dense_checksum`` is over all of dense.safetensors. ``identity`` tells stores of other sources, precisions or solvers apart.
+    ``dense_checksum`` is over all of dense.safetensors, whose matrices
+    are quantized as ``dense_precision`` says (store/dense.py). ``identity`` tells stores of other sources, precisions or solvers
+    apart.
     """
 
     format_version: int
@@ -61,6 +66,7 @@ class Manifest:
     dense_checksum: str
     shard_bytes: dict[str, int]
     identity: str = ""
+    dense_precision: str = "lossless"
 
     @property
     def num_layers(self) -> int:
@@ -113,7 +119,10 @@ class Manifest:
             }
             for layer in self.layers
         ]
-        return json.dumps({**vars(self), "layouts": layouts, "layers": layers}, separators=(",", ":")) + "\n"
+        facts = {**vars(self), "layouts": layouts, "layers": layers}
+        if self.dense_precision == "lossless":
+            del facts["dense_precision"]
+        return json.dumps(facts, separators=(",", ":")) + "\n"
 
     @classmethod
     def from_json(cls, written: str | bytes, where: str = "fate.json") -> Manifest:
@@ -143,16 +152,18 @@ def blob_layout(
     shapes: dict[str, tuple[int, ...]],
     dtype: str,
     group_size: int = 64,
-    plane_widths: Sequence[int] = (2, 1, 1),
+    plane_widths: Sequence[int] | None = None,
 ) -> BlobLayout:
     """The layout of an expert with parameters of ``shapes`` ([out, in], and [out] for names ending in ``_bias``) in ``dtype``.
 
-    ``dtype`` is a safetensors name; ``group_size`` and ``plane_widths`` concern int4 only. Raises ValueError for other precisions.
+    ``dtype`` is a safetensors name; ``group_size`` and ``plane_widths`` (None: PLANE_WIDTHS) concern quantized precisions.
+    Raises ValueError for other precisions.
     """
     if precision == "lossless":
         return _place(precision, {"weights": [(name, dtype, shape) for name, shape in shapes.items()]}, 0, ())
-    if precision != "int4":
+    if precision not in PLANE_WIDTHS:
         raise ValueError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}")
+    plane_widths = PLANE_WIDTHS[precision] if plane_widths is None else plane_widths
     matrices = {name: shape for name, shape in shapes.items() if not name.endswith("_bias")}
     groups = {name: (rows, -(-cols // group_size)) for name, (rows, cols) in matrices.items()}
     scales: list[_Tensor] = [(f"{name}.{kind}", "F16", shape) for name, shape in groups.items() for kind in ("scale", "zero")]
@@ -200,6 +211,8 @@ def _manifest(data: dict[str, Any]) -> Manifest:
     require(data["precision"] in PRECISIONS, f"precision {data['precision']!r}")
     require(all(layout.precision == data["precision"] for layout in layouts), "layouts of another precision")
     require(data["dtype"] in ("BF16", "F16", "F32"), f"dtype {data['dtype']!r}")
+    dense_precision = data.get("dense_precision", "lossless")
+    require(dense_precision in PRECISIONS, f"dense precision {dense_precision!r}")
     checked: dict[str, Any] = {"layouts": layouts, "layers": layers, "shard_bytes": shard_bytes}
     checked |= {key: text(data[key]) for key in ("source", "family", "precision", "dtype")}
     return Manifest(
@@ -207,6 +220,7 @@ def _manifest(data: dict[str, Any]) -> Manifest:
         dense_bytes=count(data["dense_bytes"]),
         dense_checksum=checksum(data["dense_checksum"]),
         identity=text(data.get("identity", "")),
+        dense_precision=dense_precision,
         **checked,
     )
 

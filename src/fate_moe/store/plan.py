@@ -15,8 +15,9 @@ from torch import Tensor
 from fate_moe.core import BlobLayout
 from fate_moe.errors import CheckpointError, UnsupportedModelError
 from fate_moe.quant.dtypes import dtype_name
-from fate_moe.quant.solver import DEFAULT_SOLVER
+from fate_moe.quant.solver import DEFAULT_SOLVER, Solver
 from fate_moe.skeleton import ExpertStack, build_skeleton, expert_stacks, parameter_dtypes
+from fate_moe.store.dense import dense_layouts, encode_dense
 from fate_moe.store.format import FORMAT_VERSION, blob_layout
 from fate_moe.store.mapping import Recipe, find_recipes
 from fate_moe.store.source import Checkpoint
@@ -37,6 +38,12 @@ class DenseTensor:
     shape: tuple[int, ...]
     recipe: Recipe
     made_as: str
+    layout: BlobLayout | None = None  # quantized: the file has a blob, uint8 [length]
+
+    @property
+    def stored(self) -> tuple[torch.dtype, tuple[int, ...]]:
+        """dtype and shape in the file."""
+        return (torch.uint8, (self.layout.length,)) if self.layout is not None else (self.dtype, self.shape)
 
 
 @dataclass(frozen=True)
@@ -68,12 +75,13 @@ class Plan:
 
     @property
     def dense_bytes(self) -> int:
-        return len(self.dense_header) + sum(_num_bytes(tensor.dtype, tensor.shape) for tensor in self.dense)
+        return len(self.dense_header) + sum(_num_bytes(*tensor.stored) for tensor in self.dense)
 
-    def make_dense(self, tensor: DenseTensor) -> Tensor:
-        """The tensor itself. Raises CheckpointError when the checkpoint's is of another shape."""
+    def make_dense(self, tensor: DenseTensor, solver: Solver) -> Tensor:
+        """The tensor as it is stored. Raises CheckpointError when the checkpoint's is of another shape."""
         made = tensor.recipe.make(tensor.made_as, self.model, lambda name: self._read_as(name, tensor.dtype))
-        return _checked(made, tensor.shape, tensor.name).to(tensor.dtype)
+        made = _checked(made, tensor.shape, tensor.name)
+        return made.to(tensor.dtype) if tensor.layout is None else encode_dense(tensor.name, tensor.layout, made, solver)
 
     def make_experts(self, stack: ExpertStack, expert: int, whole: dict[str, Tensor]) -> dict[str, Tensor]:
         """Expert ``expert`` of ``stack``: matrices [out, in] and biases [out] by name, in the experts' own dtype (or wider).
@@ -100,25 +108,29 @@ class Plan:
         return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
-def identity_of(checkpoint: Checkpoint, precision: str, solver: str = DEFAULT_SOLVER, group_size: int = 64) -> str:
+def identity_of(
+    checkpoint: Checkpoint, precision: str, solver: str = DEFAULT_SOLVER, group_size: int = 64, dense: str = "lossless"
+) -> str:
     """Changes when the store would: the weight files' names, sizes and times, config.json, what is asked for, format version."""
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in checkpoint.files]
     config = hashlib.sha256((checkpoint.folder / "config.json").read_bytes()).hexdigest()
-    facts = [FORMAT_VERSION, precision, [solver, group_size] if precision != "lossless" else "", config, files]
+    facts: list[object] = [FORMAT_VERSION, precision, [solver, group_size] if precision != "lossless" else "", config, files]
+    if dense != "lossless":
+        facts.append(dense)
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
-def make_plan(checkpoint: Checkpoint, precision: str, group_size: int = 64) -> Plan:
+def make_plan(checkpoint: Checkpoint, precision: str, group_size: int = 64, dense_precision: str = "lossless") -> Plan:
     """Raises CheckpointError naming the first parameter that the checkpoint lacks, UnsupportedModelError for odd experts."""
     model = build_skeleton(checkpoint.folder)
     stacks = expert_stacks(model)
     recipes = find_recipes(model, checkpoint.names)
     routed = {f"{stack.name}.{name}" for stack in stacks for name in stack.parameters}
-    dense = _dense_tensors(model, recipes, routed, checkpoint)
+    dense = _dense_tensors(model, recipes, routed, checkpoint, dense_layouts(model, dense_precision))
     for stack in stacks:
         _check_stack(stack, recipes, checkpoint)
     dtype = _experts_dtype(checkpoint, recipes, routed)
-    header, _ = place_tensors((tensor.name, dtype_name(tensor.dtype), tensor.shape) for tensor in dense)
+    header, _ = place_tensors((tensor.name, dtype_name(tensor.stored[0]), tensor.stored[1]) for tensor in dense)
     shards = tuple(_shard(stack, len(stacks), precision, dtype, group_size) for stack in stacks)
     plan = Plan(checkpoint, model, recipes, dtype, tuple(dense), header, shards)
     _check_tied(plan)
@@ -133,7 +145,11 @@ def _shard(stack: ExpertStack, num_stacks: int, precision: str, dtype: torch.dty
 
 
 def _dense_tensors(
-    model: PreTrainedModel, recipes: dict[str, Recipe], routed: set[str], checkpoint: Checkpoint
+    model: PreTrainedModel,
+    recipes: dict[str, Recipe],
+    routed: set[str],
+    checkpoint: Checkpoint,
+    layouts: dict[str, BlobLayout],
 ) -> list[DenseTensor]:
     """In the order of writing: lengths that large powers of two divide first, so that all starts are aligned without holes."""
     dtypes = parameter_dtypes(model)
@@ -147,15 +163,15 @@ def _dense_tensors(
         made_as = next((alias for alias in aliases if alias in recipes), None)
         if made_as is not None:
             dtype = dtypes[name] if value.is_floating_point() else value.dtype
-            found.append(DenseTensor(name, dtype, tuple(value.shape), recipes[made_as], made_as))
+            found.append(DenseTensor(name, dtype, tuple(value.shape), recipes[made_as], made_as, layouts.get(name)))
         elif value.is_floating_point() and not any(re.search(pattern, name) for pattern in ignored):
             raise CheckpointError(f"{checkpoint.folder} lacks {name}, which the model needs; fetch the whole checkpoint again")
-    return sorted(found, key=lambda t: (-min(64, _alignment(t)), -_num_bytes(t.dtype, t.shape), t.name))
+    return sorted(found, key=lambda t: (-min(64, _alignment(t)), -_num_bytes(*t.stored), t.name))
 
 
 def _alignment(tensor: DenseTensor) -> int:
     """The largest power of two that divides the tensor's length."""
-    length = _num_bytes(tensor.dtype, tensor.shape)
+    length = _num_bytes(*tensor.stored)
     return length & -length or 64
 
 

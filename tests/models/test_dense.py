@@ -1,0 +1,96 @@
+"""Quantized dense weights: which, how near, and that offloading still changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fate_moe.models.dense import QuantizedEmbedding, QuantizedLinear
+from fate_moe.models.load import prepare
+from fate_moe.quant.solver import minmax
+from fate_moe.store import dense
+from fate_moe.store.convert import convert
+from fate_moe.store.dense import dense_layouts, encode_dense
+from tests.conftest import load_model
+
+
+@pytest.fixture
+def small_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny models' matrices are worth quantizing too."""
+    monkeypatch.setattr(dense, "SMALLEST", 1)
+
+
+def a_linear(precision: str, rows: int, cols: int, exact: bool) -> tuple[QuantizedLinear, nn.Linear]:
+    """A layer quantized, and one of nn.Linear with the numbers it stands for."""
+    generator = torch.Generator().manual_seed(rows)
+    plain = nn.Linear(cols, rows)
+    plain.weight.data = torch.randn(rows, cols, generator=generator)
+    layout = dense.blob_layout(precision, {"weight": (rows, cols)}, "F32")
+    made = QuantizedLinear(encode_dense("w", layout, plain.weight.data, minmax), layout, (rows, cols), plain, torch.float32, exact)
+    plain.weight.data = made.weight
+    return made, plain
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("num_rows", [1, 8, 9, 40])
+def test_a_linear_is_that_of_its_numbers(monkeypatch: pytest.MonkeyPatch, precision: str, num_rows: int) -> None:
+    """Many rows go through tiles, here of a few rows each; leading dimensions are kept."""
+    monkeypatch.setattr("fate_moe.models.dense._TILE_BYTES", 2 * 130 * 16)
+    made, plain = a_linear(precision, 70, 130, exact=True)
+    x = torch.randn(1, num_rows, 130, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        got, want, true = made(x), plain(x), plain.double()(x.double())
+    assert got.shape == (1, num_rows, 70)
+    rounding = torch.finfo(torch.float32).eps * (x.abs() @ plain.weight.abs().float().T * 16)  # scale * code and zero nearly cancel
+    assert ((got - true).abs() <= 2 * (want - true).abs().max() + rounding).all()
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v2", "gpt_oss"])
+def test_default_beside_int4_experts(checkpoint: Callable[[str], Path], tmp_path: Path, small_counts: None, family: str) -> None:
+    """int8 for every Linear but routers, and for the embedding; a lossless store of the same model is near."""
+    plain, store = (convert(checkpoint(family), tmp_path / precision, precision) for precision in ("lossless", "int4"))
+    sizes = [prepare(path).footprint().dense_bytes for path in (plain, store)]
+    assert sizes[1] < sizes[0]
+    model = load_model(store, expert_cache="100%", exact_activations=True)
+    kinds = {type(module) for module in model.modules()}
+    assert {QuantizedLinear, QuantizedEmbedding} <= kinds
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear:
+            assert name.rpartition(".")[2] in dense._ROUTERS
+    inputs = torch.tensor([[1, 5, 9, 17, 3, 2, 8, 40, 41, 42]])
+    with torch.inference_mode():
+        got = model(inputs).logits
+    model.fate.close()
+    half = load_model(convert(checkpoint(family), tmp_path / "dense", "int4", dense_precision="lossless"), expert_cache="100%")
+    with torch.inference_mode():
+        want = half(inputs).logits
+    half.fate.close()
+    assert (got - want).norm() < 0.05 * want.norm()
+
+
+def test_law_one(checkpoint: Callable[[str], Path], tmp_path: Path, small_counts: None) -> None:
+    store = convert(checkpoint("qwen2_moe"), tmp_path / "store", "int8", dense_precision="int4")
+    whole, half = (load_model(store, expert_cache=size) for size in ("100%", "40%"))
+    options: dict[str, Any] = {"max_new_tokens": 5, "output_logits": True, "return_dict_in_generate": True, "do_sample": False}
+    for prompt in ([[1, 5, 9]], [list(range(3, 40))]):
+        answers = [model.generate(torch.tensor(prompt), **options) for model in (whole, half)]
+        assert all(torch.equal(a, b) for a, b in zip(answers[0].logits, answers[1].logits, strict=True))
+    for model in (whole, half):
+        model.fate.close()
+
+
+def test_tied_and_small_matrices_stay(checkpoint: Callable[[str], Path]) -> None:
+    model = prepare_skeleton(checkpoint("qwen2_moe"))
+    assert dense_layouts(model, "int8") == {}, "nothing of a tiny model is large enough"
+    assert dense_layouts(model, "lossless") == {}
+
+
+def prepare_skeleton(folder: Path) -> nn.Module:
+    from fate_moe.skeleton import build_skeleton
+
+    return build_skeleton(folder)
