@@ -24,6 +24,9 @@ TOKENS = torch.randint(4, 128, (2, 9), generator=torch.Generator().manual_seed(0
 TOLERANCE = 1e-5
 
 
+RECIPE = "transformers builds and runs the tiny model"
+
+
 class BrokenRuleError(Exception):
     """A family does not fit; the message says which of the rules it breaks."""
 
@@ -46,7 +49,7 @@ def examine(family: str, folder: Path) -> Family:
     """
     with rule("a tiny configuration (tests/models/tiny.py) is accepted"):
         tiny_config(family)
-    with rule("transformers builds and runs the tiny model"):
+    with rule(RECIPE):
         model = tiny_model(family)
         wanted = _logits(text_part(model))
         if (count := len(expert_stacks(text_part(model)))) < 1:

@@ -14,7 +14,7 @@ import transformers
 
 from fate_moe.models.families import moe_families
 from fate_moe.models.table import FAMILIES_FILE, Family, tried_families, tried_with
-from tests.models.examine import BrokenRuleError, examine
+from tests.models.examine import RECIPE, BrokenRuleError, examine
 
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
 AGAIN = "run `python -m tests.models.test_families` and look at what changed"
@@ -24,11 +24,16 @@ SAME_VERSION = bool(TABLED) and tried_with() == transformers.__version__
 
 @pytest.mark.parametrize("family", moe_families())
 def test_family(family: str, tmp_path: Path) -> None:
-    """With the version of the table every row is as it says; with any other, what the table calls ok or does not know is ok."""
+    """With the version of the table every row is as it says; with any other, what the table calls ok or does not know is ok.
+
+    Only that version has to accept the tiny configurations: in others a family's own configuration may mean something else.
+    """
     row = row_of(family, tmp_path)
     tabled = TABLED.get(family)
     if SAME_VERSION:
         assert row == tabled, f"{family} is not what the table says; {AGAIN}"
+    elif row.status.startswith(RECIPE):
+        pytest.skip(row.status)
     elif tabled is None or tabled.status == "ok":
         assert row.status == "ok", f"transformers {transformers.__version__}: {family} breaks a rule: {row.status}"
 

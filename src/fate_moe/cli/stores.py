@@ -11,6 +11,7 @@ from typing import Any
 from fate_moe.cli.options import DEFAULTS, MODEL_HELP, add_offload_options, offload_config, print_table, quiet_transformers
 from fate_moe.config import GROUP_SIZES, SOLVERS, OffloadConfig, format_bytes
 from fate_moe.core import PRECISIONS
+from fate_moe.errors import ConfigError
 
 __all__ = ["add_verbs"]
 
@@ -38,8 +39,12 @@ def add_verbs(verbs: Any) -> None:
     )
     convert.set_defaults(verb=_convert)
 
-    inspect = verbs.add_parser("inspect", help="describe a store", description="Describe a store; --verify reads every byte.")
-    inspect.add_argument("store", type=Path)
+    inspect = verbs.add_parser(
+        "inspect",
+        help="describe a store or a checkpoint",
+        description="Describe a store (--verify reads every byte), or a checkpoint before its conversion (config.json is enough).",
+    )
+    inspect.add_argument("store", type=Path, help="store or checkpoint folder")
     inspect.add_argument("--verify", action="store_true", help="check every checksum")
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
     inspect.set_defaults(verb=_inspect)
@@ -79,6 +84,9 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
+    if (arguments.store / "config.json").exists() and not (arguments.store / "fate.json").exists():
+        _inspect_checkpoint(arguments)
+        return
     from fate_moe.store.open import open_store, verify
 
     store = open_store(arguments.store)
@@ -109,4 +117,31 @@ def _inspect(arguments: argparse.Namespace) -> None:
         if name != "sections"
     ]
     rows += [(f"  {section.name}", format_bytes(section.length), "of each blob") for section in layout.sections]
+    print_table(str(arguments.store), rows)
+
+
+def _inspect_checkpoint(arguments: argparse.Namespace) -> None:
+    quiet_transformers()
+    from fate_moe.models.inspect import describe
+
+    if arguments.verify:
+        raise ConfigError(f"{arguments.store} is a checkpoint, which has no checksums; convert it first, or leave --verify away")
+    found = describe(arguments.store)
+    if arguments.json:
+        print(json.dumps(found.as_dict()))
+        return
+    rows = [
+        ("family", found.family, ""),
+        ("MoE layers", str(found.layers), ""),
+        ("experts", str(found.experts), f"in each layer, of which a token takes {found.top_k}"),
+        ("dense weights", format_bytes(found.dense_bytes), "always resident"),
+        ("KV cache", format_bytes(found.kv_bytes_per_token), "for each token of context"),
+    ]
+    for name, of in found.precisions.items():
+        rows += [(f"{name}: expert", format_bytes(of.expert_bytes), ""), ("  store", format_bytes(of.store_bytes), "on disk")]
+        if of.tokens_per_second:
+            low, high = of.tokens_per_second
+            rows.append(("  tokens a second", f"{low:.1f} to {high:.1f}", "bounds: all experts from disk, as many resident as fit"))
+    disk = f"{format_bytes(found.bandwidths.disk)}/s" if found.bandwidths.disk else "not measured"
+    rows += [("memory reads", f"{format_bytes(found.bandwidths.memory)}/s", "measured now"), ("disk reads", disk, "measured now")]
     print_table(str(arguments.store), rows)

@@ -1,4 +1,4 @@
-"""Checkpoints as others wrote them: Hugging Face folders of safetensors files, plain or in block-scaled FP8."""
+"""Checkpoints as others wrote them: Hugging Face folders of safetensors files, plain, in block-scaled FP8 or in MXFP4."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from fate_moe.errors import CheckpointError, UnsupportedModelError
 from fate_moe.quant.dtypes import TORCH_DTYPES
 from fate_moe.store.direct import drop_from_page_cache
+from fate_moe.store.mxfp4 import BLOCKS, SCALES, dequantize_mxfp4, mxfp4_shape
 from fate_moe.store.tensorfile import TensorEntry, read_header
 
 __all__ = ["Checkpoint", "resolve_checkpoint"]
@@ -32,12 +33,12 @@ COMPANIONS = (
 _WANTED = ("*.safetensors", "*.safetensors.index.json", *COMPANIONS)
 _UNWANTED = ("*/*", "consolidated*")
 
-# Names that only foreign quantizers write (GPTQ, AWQ, bitsandbytes, compressed-tensors, MXFP4).
+# Names that only foreign quantizers write (GPTQ, AWQ, bitsandbytes, compressed-tensors, MXFP4 without scales).
 _FOREIGN = re.compile(r"\.(qweight|qzeros|g_idx|SCB|absmax|quant_map|weight_packed|weight_scale|weight_zero_point)$|_proj_blocks$")
 _SCALE = "_scale_inv"
 _PLAIN = ("BF16", "F16", "F32", "F64")
 _WHOLE_NUMBERS = ("BOOL", "U8", "I8", "I16", "I32", "I64")
-_USE = "use the checkpoint in bf16, or in FP8 with weight_scale_inv"
+_USE = "use the checkpoint in bf16, in FP8 with weight_scale_inv or in MXFP4 with blocks and scales"
 
 
 def resolve_checkpoint(name: str | Path) -> Path:
@@ -62,8 +63,8 @@ def resolve_checkpoint(name: str | Path) -> Path:
 class Checkpoint:
     """The tensors of a checkpoint folder by name, each read when asked for and only as far as asked for.
 
-    Block-scaled FP8 weights (``X`` of F8_E4M3 beside ``X_scale_inv``, as in DeepSeek-V3) appear as plain bf16 tensors, and their
-    scales do not appear.
+    Block-scaled FP8 weights (``X`` of F8_E4M3 beside ``X_scale_inv``, as in DeepSeek-V3) and MXFP4 ones (``X_blocks`` and
+    ``X_scales``, as in gpt-oss) appear as plain bf16 tensors ``X``, and their scales do not appear.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -80,16 +81,22 @@ class Checkpoint:
             except ValueError as error:
                 raise CheckpointError(f"{path} is damaged ({error}); fetch the checkpoint again") from error
         self._block = _fp8_block(folder)
+        self._mxfp4 = {name.removesuffix(BLOCKS) for name in self._entries if self._has_mxfp4(name)}
+        self._parts = {name + suffix for name in self._mxfp4 for suffix in (BLOCKS, SCALES)}
         self._refuse_foreign()
-        self.names = [name for name in self._entries if not name.endswith(_SCALE)]
+        self.names = [name for name in (*self._entries, *self._mxfp4) if name not in self._parts and not name.endswith(_SCALE)]
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype that ``read`` gives."""
+        if name in self._mxfp4:
+            return torch.bfloat16
         dtype = TORCH_DTYPES[self._entries[name][1].dtype]
         return torch.bfloat16 if dtype == torch.float8_e4m3fn else dtype
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape that ``read`` gives without a range."""
+        if name in self._mxfp4:
+            return mxfp4_shape(self._entries[name + BLOCKS][1].shape)
         return self._entries[name][1].shape
 
     def read(self, name: str, index: int | None = None) -> Tensor:
@@ -97,6 +104,12 @@ class Checkpoint:
 
         Raises CheckpointError when the bytes are gone or the FP8 scales do not fit.
         """
+        if name in self._mxfp4:
+            try:
+                return dequantize_mxfp4(self._read_raw(name + BLOCKS, index), self._read_raw(name + SCALES, index))
+            except ValueError as error:
+                path = self._entries[name + BLOCKS][0]
+                raise CheckpointError(f"{path}: {name}{BLOCKS}: {error}; fetch the checkpoint again") from error
         tensor = self._read_raw(name, index)
         if tensor.dtype != torch.float8_e4m3fn:
             return tensor
@@ -128,8 +141,15 @@ class Checkpoint:
             return torch.empty(shape, dtype=TORCH_DTYPES[entry.dtype])
         return torch.frombuffer(data, dtype=TORCH_DTYPES[entry.dtype]).view(shape)
 
+    def _has_mxfp4(self, name: str) -> bool:
+        """Whether ``name`` are blocks whose scales are there too, both in bytes."""
+        parts = (name, name.removesuffix(BLOCKS) + SCALES)
+        return name.endswith(BLOCKS) and all(part in self._entries and self._entries[part][1].dtype == "U8" for part in parts)
+
     def _refuse_foreign(self) -> None:
         for name, (path, entry) in self._entries.items():
+            if name in self._parts:
+                continue
             scaled = entry.dtype == "F8_E4M3" and name + _SCALE in self._entries
             plain = entry.dtype in _PLAIN or (entry.dtype in _WHOLE_NUMBERS and not name.endswith("weight"))
             if _FOREIGN.search(name) or not (scaled or plain or name.endswith(_SCALE)):
@@ -181,7 +201,7 @@ def _indexed_files(index: Path) -> list[Path]:
 
 
 def _fp8_block(folder: Path) -> tuple[int, int]:
-    """Rows and columns that share a scale. Raises UnsupportedModelError for any quantization but block-scaled FP8."""
+    """Rows and columns that share a scale in FP8. Raises UnsupportedModelError for any quantization but FP8 and MXFP4."""
     path = folder / "config.json"
     try:
         config: Any = json.loads(path.read_bytes())
@@ -189,7 +209,7 @@ def _fp8_block(folder: Path) -> tuple[int, int]:
         method = quantization.get("quant_method")
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); give the folder of a Hugging Face checkpoint") from error
-    if quantization and method != "fp8":
+    if quantization and method not in ("fp8", "mxfp4"):
         raise UnsupportedModelError(f"{path}: quantization {method!r} is not supported; {_USE}")
     block = quantization.get("weight_block_size") or (128, 128)
     if not _is_block(block):
