@@ -96,7 +96,13 @@ def route(model: Model, layer: int, hidden: torch.Tensor) -> tuple[torch.Tensor,
 
 
 def reference(
-    model: Model, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, dtype: Any
+    model: Model,
+    layer: int,
+    hidden: torch.Tensor,
+    index: torch.Tensor,
+    weights: torch.Tensor,
+    dtype: Any,
+    num_planes: int | None = None,
 ) -> torch.Tensor:
     """The twin: every token's experts one by one in ``dtype``, summed in routing order."""
     from fate_moe.kernels.reference import expert_mlp, expert_weights
@@ -106,7 +112,7 @@ def reference(
     for token in range(x.shape[0]):
         for choice in range(index.shape[1]):
             parts = model.parts(layer, int(index[token, choice]))
-            made = expert_weights(model.layout, parts, model.shapes, torch.float32)
+            made = expert_weights(model.layout, parts, model.shapes, torch.float32, num_planes)
             made = {key: value.to(dtype) for key, value in made.items()}
             out[token] += (expert_mlp(SwiGLU(), made, x[token : token + 1])[0] * weights[token, choice].to(dtype)).to(dtype)
     return out

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -29,6 +31,20 @@ def test_error_within_twice_the_twins(precision: str, dtype: torch.dtype, hidden
     assert out.dtype == dtype
     allowed = 2 * (twin.double() - exact).abs().max() + 1e-6 * exact.abs().max()
     assert (out.double() - exact).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("planes", [1, 2])
+@pytest.mark.parametrize("tokens", [1, 17])
+def test_short_views(planes: int, tokens: int) -> None:
+    model = random_model(width=32)
+    experts = model.experts(4)
+    experts.layouts = [replace(layout, planes=planes) for layout in experts.layouts]
+    x = torch.randn(tokens, 128, generator=torch.Generator().manual_seed(planes))
+    index, weights = route(model, 0, x)
+    exact = reference(model, 0, x, index, weights, torch.float64, planes)
+    twin = reference(model, 0, x, index, weights, torch.float32, planes)
+    allowed = 2 * (twin.double() - exact).abs().max() + 1e-6 * exact.abs().max()
+    assert (experts.compute(0, x, index, weights).double() - exact).abs().max() <= allowed
 
 
 def test_a_row_without_an_expert_adds_nothing() -> None:

@@ -39,6 +39,7 @@ class AtPrecision:
     (what memory allows of it); None where the disk was not measured or the dense weights do not fit."""
 
     expert_bytes: int
+    dense_bytes: int
     store_bytes: int
     tokens_per_second: tuple[float, float] | None
 
@@ -60,6 +61,7 @@ class Description:
         precisions = {
             name: {
                 "expert_bytes": of.expert_bytes,
+                "dense_bytes": of.dense_bytes,
                 "disk_bytes": of.store_bytes,
                 "tokens_per_second": list(of.tokens_per_second) if of.tokens_per_second else None,
             }
@@ -91,10 +93,9 @@ def describe(folder: Path, bandwidths: Bandwidths | None = None) -> Description:
         }
         experts = sum(stack.num_experts * lengths[stack.layer] for stack in stacks)
         per_token = sum(min(stack.top_k, stack.num_experts) * lengths[stack.layer] for stack in stacks)
+        dense = footprint(model, stacks, precision).dense_bytes  # quantized beside quantized experts
         precisions[precision] = AtPrecision(
-            max(lengths.values()),
-            needs.dense_bytes + experts,
-            _tokens_per_second(needs.dense_bytes, per_token, experts, speeds),
+            max(lengths.values()), dense, dense + experts, _tokens_per_second(dense, per_token, experts, speeds)
         )
     return Description(
         family=needs.family,
