@@ -33,11 +33,12 @@ from fate_moe.skeleton import ExpertStack, build_skeleton, expert_stacks, is_exp
 from fate_moe.store.convert import convert
 from fate_moe.store.dense import default_dense_precision, dense_layouts
 from fate_moe.store.format import blob_layout
+from fate_moe.store.gguf import open_checkpoint
 from fate_moe.store.learned import gates_bytes, load_gates, load_statistics, save_statistics
 from fate_moe.store.open import Store, load_dense, open_store
 from fate_moe.store.plan import identity_of
 from fate_moe.store.reader import DiskSource
-from fate_moe.store.source import Checkpoint, resolve_checkpoint
+from fate_moe.store.source import resolve_checkpoint
 from fate_moe.tailor import Tailor
 
 __all__ = ["Fate", "Prepared", "load", "load_tokenizer", "plan", "prepare", "realize", "store_for"]
@@ -126,7 +127,7 @@ def store_for(model: str | Path | None, precision: str, dense_precision: str | N
         else str(model).replace("/", "--")
     )
     dense = dense_precision or default_dense_precision(precision)
-    identity = identity_of(Checkpoint(checkpoint), precision, dense=dense)
+    identity = identity_of(open_checkpoint(checkpoint), precision, dense=dense)
     destination = cache_home() / "stores" / f"{name}-{precision}-{identity[:8]}"
     if not is_store(destination):
         _log.warning("converting %s to %s (once; experts as %s)", name, destination, precision)

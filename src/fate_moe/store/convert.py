@@ -24,10 +24,11 @@ from fate_moe.quant.solver import DEFAULT_SOLVER, SOLVERS, Solver
 from fate_moe.store.dense import default_dense_precision
 from fate_moe.store.files import Journal, atomic_file, locked_folder, require_space, sync_folder
 from fate_moe.store.format import FORMAT_VERSION, ExpertEntry, LayerEntry, Manifest
+from fate_moe.store.gguf import open_checkpoint
 from fate_moe.store.open import open_store
 from fate_moe.store.plan import Plan, ShardPlan, bytes_of, identity_of, make_plan
 from fate_moe.store.progress import Advance, progress_bar
-from fate_moe.store.source import COMPANIONS, Checkpoint, resolve_checkpoint
+from fate_moe.store.source import COMPANIONS, resolve_checkpoint
 
 __all__ = ["convert"]
 
@@ -44,7 +45,7 @@ def convert(
     dense_precision: str | None = None,
     progress: bool | None = None,
 ) -> Path:
-    """Make the store ``destination`` of the checkpoint ``source`` (a folder or a hub id) and return its path.
+    """Make the store ``destination`` of the checkpoint ``source`` (a folder, a GGUF file or a hub id) and return its path.
 
     Peak memory stays near the largest single tensor (for families whose conversion mixes experts, near one layer's stack).
     A killed conversion continues when called again; a second one at the same time waits for the first. A whole store of the same
@@ -66,7 +67,7 @@ def convert(
     folder, destination = resolve_checkpoint(source), Path(destination)
     if (folder / "fate.json").exists():
         raise CheckpointError(f"{folder} is an expert store already; give the checkpoint it was made from")
-    checkpoint = Checkpoint(folder)
+    checkpoint = open_checkpoint(folder)
     identity = identity_of(checkpoint, precision, solver, group_size, dense)
     if _is_done(destination, identity):
         return destination

@@ -42,12 +42,12 @@ _USE = "use the checkpoint in bf16, in FP8 with weight_scale_inv or in MXFP4 wit
 
 
 def resolve_checkpoint(name: str | Path) -> Path:
-    """The folder of a checkpoint: ``name`` itself, or the snapshot of the hub id ``org/name``, downloaded on first use.
+    """The folder (or GGUF file) of a checkpoint: ``name``, or the snapshot of the hub id ``org/name``, downloaded on first use.
 
     Raises CheckpointError when it is neither a folder nor a model that can be reached.
     """
     folder = Path(name)
-    if folder.is_dir():
+    if folder.is_dir() or (folder.is_file() and folder.suffix == ".gguf"):
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or folder.exists():
         raise CheckpointError(f"{name} is neither a folder nor a hub id (org/name); give the folder of a Hugging Face checkpoint")
