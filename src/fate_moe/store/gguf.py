@@ -7,7 +7,9 @@ tensor for all of a layer's gate, up and down matrices each, which are joined he
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +51,8 @@ class GgufCheckpoint(Checkpoint):
             )
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         self._dequantize: Any = gguf.dequantize
-        self._kept = tempfile.TemporaryDirectory()
-        self.folder, self.files = Path(self._kept.name), [path]
+        self.folder, self.files = Path(tempfile.mkdtemp()), [path]
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         self._write_companions(path)
         self._sources = self._name(_FAMILIES[architecture])
         self.names = list(self._sources)
