@@ -30,6 +30,18 @@ def test_it_changes_its_mind() -> None:
     assert not all(run(trial, {True: 3.0, False: 2.0}, 600)[-50:])
 
 
+def test_predicting_that_takes_longer_than_what_it_saves_is_left() -> None:
+    """The tokens look faster with it, but there is less to save than it takes: that was noise."""
+    trial, now, stalled, spent, ways = Trial(), 1.0, 0.0, 0.0, []
+    for _ in range(400):
+        way = trial.token(now, stalled, spent)
+        ways.append(way)
+        now += 0.9 if way else 1.0
+        stalled += 0.0 if way else 0.01
+        spent += 0.05 if way else 0.0
+    assert ways[40:].count(False) > 0.9 * len(ways[40:])
+
+
 def test_a_pause_is_not_a_token() -> None:
     trial = Trial()
     now = 1.0

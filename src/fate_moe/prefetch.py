@@ -32,42 +32,57 @@ class Slots(Protocol):
 
 
 class Trial:
-    """Finds out whether reading ahead pays here: a few tokens with, a few without, then the faster way (law 3).
+    """Finds out whether reading ahead pays here: a few tokens with, a few without, then the better way (law 3).
 
-    Each way is tried for ``BLOCK`` tokens in turn until each has had ``FIRST``, and again every ``PERIOD`` tokens: what pays
-    depends on what is resident by then. Compared are the means of the block's tokens but the first, decayed over blocks.
+    Each way is tried for ``BLOCK`` tokens in turn until each has had ``FIRST``, and again every ``PERIOD`` tokens: what pays depends
+    on what is resident by then. Reading ahead is kept if its tokens (medians of blocks, decayed) are no slower, and if predicting
+    takes less time than there is to save: the stall of tokens without it, which is not blurred by what else the machine does.
     """
 
-    BLOCK, FIRST, PERIOD = 4, 8, 128
+    BLOCK, FIRST, PERIOD = 4, 12, 128
 
     def __init__(self) -> None:
         self.reading_ahead = True
-        self._seconds: dict[bool, float] = {}  # by way
+        self._seconds: dict[bool, float] = {}  # a token, by way
+        self._stall = float("inf")  # a token's, without
+        self._cost = 0.0  # of predicting for a token
         self._tokens = 0
         self._block: list[float] = []
-        self._began = 0.0
+        self._before = (0.0, 0.0, 0.0)  # now, stalled and spent as the last token began
+        self._sums = [0.0, 0.0]
 
-    def token(self, now: float) -> bool:
-        """A decode step begins; whether to read ahead in it."""
-        if self._began:
-            self._block.append(now - self._began)
-        self._began = now
-        if len(self._block) > self.BLOCK:
-            typical = sorted(self._block[1:])[(len(self._block) - 1) // 2]
-            known = self._seconds.get(self.reading_ahead, typical)
-            self._seconds[self.reading_ahead] = known + 0.5 * (typical - known)
-            self._block.clear()
-            self._tokens += self.BLOCK
-            if self._tokens <= 2 * self.FIRST or self._tokens % self.PERIOD < self.BLOCK:
-                self.reading_ahead = not self.reading_ahead
-            else:
-                self.reading_ahead = self._seconds.get(True, 0.0) <= self._seconds.get(False, float("inf"))
+    def token(self, now: float, stalled: float = float("inf"), spent: float = 0.0) -> bool:
+        """A decode step begins; whether to read ahead in it. ``stalled`` and ``spent`` on predicting are seconds so far, in all."""
+        then, stalled_then, spent_then = self._before
+        if then:
+            self._block.append(now - then)
+            self._sums[0] += stalled - stalled_then if stalled < float("inf") else float("inf")
+            self._sums[1] += spent - spent_then
+        self._before = (now, stalled, spent)
+        if len(self._block) >= self.BLOCK:
+            self._judge()
         return self.reading_ahead
 
     def pause(self) -> None:
         """What follows is not comparable: a prompt is read, or time has passed."""
-        self._began = 0.0
-        self._block.clear()
+        self._before = (0.0, 0.0, 0.0)
+        self._block, self._sums = [], [0.0, 0.0]
+
+    def _judge(self) -> None:
+        typical, count, way = sorted(self._block)[len(self._block) // 2], len(self._block), self.reading_ahead
+        known = self._seconds.get(way, typical)
+        self._seconds[way] = known + 0.5 * (typical - known)
+        if way:
+            self._cost = self._sums[1] / count
+        else:
+            self._stall = self._sums[0] / count
+        self._block, self._sums = [], [0.0, 0.0]
+        self._tokens += count
+        if self._tokens <= 2 * self.FIRST or self._tokens % self.PERIOD < self.BLOCK:
+            self.reading_ahead = not way
+        else:
+            no_slower = self._seconds.get(True, 0.0) <= self._seconds.get(False, float("inf"))
+            self.reading_ahead = no_slower and self._cost < self._stall
 
 
 class Prefetcher:
@@ -84,6 +99,7 @@ class Prefetcher:
         self._num_layers = num_layers
         self._trial = Trial() if predictor.calibrated and not self.idle else None
         self._reading_ahead = not self.idle
+        self._spent = 0.0  # seconds on predicting and queueing
         self._entered: tuple[int, float, float] | None = None  # layer, time and stall so far when the last block was entered
         self._layer_seconds: dict[int, float] = {}  # by the power of two of the number of tokens: one block's time without stalls
 
@@ -91,7 +107,7 @@ class Prefetcher:
         """A forward pass begins on these tokens' ``embeddings`` [num_tokens, hidden]."""
         if self._trial is not None:
             if embeddings.shape[0] == 1:
-                self._reading_ahead = self._trial.token(self._clock())
+                self._reading_ahead = self._trial.token(self._clock(), self._residency.counters.stall_seconds, self._spent)
             else:
                 self._trial.pause()
                 self._reading_ahead = True
@@ -116,7 +132,9 @@ class Prefetcher:
     def observe(self, layer: int, routed: Sequence[int]) -> None:
         """``layer``'s router has spoken."""
         if not self.idle:
+            began = self._clock()
             self.predictor.observe(layer, routed)
+            self._spent += self._clock() - began
 
     def affordable(self, num_tokens: int) -> float:
         """How many experts can be read while one block computes ``num_tokens`` tokens; 0.0 before that is known."""
@@ -127,6 +145,11 @@ class Prefetcher:
         if not self._reading_ahead:
             self.predicted.pop(layer, None)
             return
+        began = self._clock()
+        self._predict(layer, gate_input)
+        self._spent += self._clock() - began
+
+    def _predict(self, layer: int, gate_input: torch.Tensor) -> None:
         predicted = self.predicted[layer] = self.predictor.predict(layer, gate_input)
         if not predicted:
             return
