@@ -1,6 +1,6 @@
 """Law 3 by real runs: the default beside `none` behind links of known speeds.
 
-    python -m benchmarks.throttled [MODEL] [--gbps 0.3 1.2 3.5 12] [--expert-cache 25%] [--preset none best] [--new-tokens 200] [--runs 3]
+    python -m benchmarks.throttled [MODEL] [--gbps 0.3 1.2 3.5 12] [--expert-cache 25%] [--new-tokens 200] [--runs 3]
 
 The experts' bytes are held in memory and handed out one read at a time at the link's speed, so that nothing but the link differs.
 Presets take turns (`none` is the default policy without prediction); medians over the runs are shown, the last line is one JSON.

@@ -62,7 +62,7 @@ class CalibratedGate:
         self._scorer = scorer
         self._top_k = top_k
         self._sizes = list(experts_per_layer)
-        self._usage = Usage(experts_per_layer) if history else None
+        self._usage = Usage(experts_per_layer, co_activation=False) if history else None
         self._calibration = Calibration(len(self._sizes))
         self._predicted: dict[int, NDArray[np.intp]] = {}  # by layer: the experts' bins
 
