@@ -34,8 +34,8 @@ class Slots(Protocol):
 class Trial:
     """Finds out whether reading ahead pays here: a few tokens with, a few without, then the better way (law 3).
 
-    Each way is tried for ``BLOCK`` tokens until each has had ``FIRST``, and again every ``PERIOD`` tokens: what pays depends on what
-    is resident by then. Reading ahead is kept if its tokens (medians of blocks, decayed) are no slower, and if predicting
+    Each way is tried for ``BLOCK`` tokens until each has had ``FIRST``, and again every ``PERIOD`` tokens: what pays depends on
+    what is resident by then. Reading ahead is kept if its tokens (medians of blocks, decayed) are no slower, and if predicting
     takes less time than there is to save: the stall of tokens without it, which is not blurred by what else the machine does.
     """
 
