@@ -27,7 +27,7 @@ def rows_by_expert(index: torch.Tensor, num_experts: int) -> dict[int, list[int]
     for row, expert in enumerate(index.reshape(-1).tolist()):
         if 0 <= expert < num_experts:
             rows.setdefault(expert, []).append(row)
-    return rows if len(index) == 1 else dict(sorted(rows.items(), key=lambda item: -len(item[1])))
+    return rows if len(rows) == index.numel() else dict(sorted(rows.items(), key=lambda item: -len(item[1])))
 
 
 class Observer(Protocol):
