@@ -4,16 +4,43 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fate_moe.core import BlobLayout
 from fate_moe.quant.dtypes import TORCH_DTYPES
+from fate_moe.quant.groups import grouped_columns
 from fate_moe.quant.planes import pack
 from fate_moe.quant.solver import Solver, minmax
 
-__all__ = ["encode", "views"]
+__all__ = ["Grid", "encode", "on_grid", "views"]
+
+
+class Grid(NamedTuple):
+    """A matrix that is codes already: uint8 [out, in], with scale and zero [out, in], w = scale * (codes - zero)."""
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+
+
+def on_grid(layout: BlobLayout, grid: Grid) -> tuple[Tensor, Tensor, Tensor] | None:
+    """What a solver would return for ``grid``, losing nothing but fp16's rounding of ``scale * zero``; None if the layout cannot.
+
+    It cannot if a group of the layout has several scales, or the codes have more bits, or a scale is none of fp16.
+    """
+    size, bits = layout.group_size, sum(layout.plane_widths)
+    if grid.codes.numel() and int(grid.codes.max()) >> bits:
+        return None
+    scale, zero = (grouped_columns(tensor.float(), size) for tensor in (grid.scale, grid.zero))
+    if not all(torch.equal(tensor, tensor[..., :1].expand_as(tensor)) for tensor in (scale, zero)):
+        return None
+    step, shift = scale[..., 0].half(), (scale[..., 0] * zero[..., 0]).half()
+    if not torch.equal(step.float(), scale[..., 0]) or not bool(shift.isfinite().all()):
+        return None
+    return grid.codes, step, shift
 
 
 def encode(
@@ -21,10 +48,12 @@ def encode(
     tensors: Mapping[str, Tensor],
     solver: Solver = minmax,
     importance: Mapping[str, Tensor] | None = None,
+    grids: Mapping[str, Grid] | None = None,
 ) -> bytearray:
     """The blob (``layout.length`` bytes, gaps zero) of an expert's ``tensors``: matrices [out, in] and biases [out] by name.
 
-    ``importance`` [in] by matrix is handed to the solver; without it all channels matter alike. Every part of the layout must be
+    ``importance`` [in] by matrix is handed to the solver; without it all channels matter alike. Matrices
+    in ``grids`` keep their codes where the layout can hold them (see ``on_grid``). Every part of the layout must be
     among the tensors or made from one of them (KeyError otherwise).
     """
     blob = bytearray(layout.length)
@@ -34,7 +63,8 @@ def encode(
             parts[name].copy_(tensor)
             continue
         matter = importance.get(name) if importance else None
-        codes, scale, zero = solver(tensor.float(), sum(layout.plane_widths), layout.group_size, matter)
+        kept = on_grid(layout, grids[name]) if grids and name in grids else None
+        codes, scale, zero = kept or solver(tensor.float(), sum(layout.plane_widths), layout.group_size, matter)
         parts[f"{name}.scale"].copy_(scale)
         parts[f"{name}.zero"].copy_(zero)
         for i, plane in enumerate(pack(codes, layout.group_size, layout.plane_widths)):

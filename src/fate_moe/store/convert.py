@@ -167,7 +167,8 @@ def _write_shard(path: Path, plan: Plan, shard: ShardPlan, solver: Solver, advan
             tensors = plan.make_experts(shard.stack, expert, whole)
             if shard.layout.precision != "lossless" and not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
                 raise CheckpointError(f"{shard.stack.name} expert {expert} is not finite everywhere; use --precision lossless")
-            blob = memoryview(encode(shard.layout, tensors, solver))
+            grids = plan.make_grids(shard.stack, expert) if shard.layout.plane_widths else None
+            blob = memoryview(encode(shard.layout, tensors, solver, grids=grids))
             checksums.append([xxhash.xxh3_64_hexdigest(blob[s.offset : s.offset + s.length]) for s in shard.layout.sections])
             file.write(blob)
             advance(len(blob))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from fate_moe.core import BlobLayout
 from fate_moe.errors import CheckpointError, UnsupportedModelError
+from fate_moe.quant.blob import Grid
 from fate_moe.quant.dtypes import dtype_name
 from fate_moe.quant.solver import DEFAULT_SOLVER, Solver
 from fate_moe.skeleton import ExpertStack, build_skeleton, expert_stacks, parameter_dtypes
@@ -83,20 +86,46 @@ class Plan:
         made = _checked(made, tensor.shape, tensor.name)
         return made.to(tensor.dtype) if tensor.layout is None else encode_dense(tensor.name, tensor.layout, made, solver)
 
-    def make_experts(self, stack: ExpertStack, expert: int, whole: dict[str, Tensor]) -> dict[str, Tensor]:
+    def make_grids(self, stack: ExpertStack, expert: int) -> dict[str, Grid]:
+        """Codes, scales and zeros of those matrices of an expert that the checkpoint has packed; nothing where it has none.
+
+        transformers' mapping joins and turns matrices without looking into them, so it is asked three times.
+        """
+        targets = [name for name in stack.parameters if self._is_packed(self.recipes[f"{stack.name}.{name}"])]
+        packed = functools.cache(self.checkpoint.read_packed)  # each matrix is unpacked once
+        parts = [
+            self.make_experts(stack, expert, {}, lambda name, _, field=field: getattr(packed(name), field), targets)  # type: ignore[misc]
+            for field in Grid._fields
+        ]
+        return {name: Grid(*(part[name] for part in parts)) for name in targets}
+
+    def _is_packed(self, recipe: Recipe) -> bool:
+        names = [name for sources in recipe.sources.values() for name in sources]
+        return recipe.merges and self.checkpoint.packed_names.issuperset(names)
+
+    def make_experts(
+        self,
+        stack: ExpertStack,
+        expert: int,
+        whole: dict[str, Tensor],
+        read: Callable[[str, int | None], Tensor] | None = None,
+        names: Iterable[str] | None = None,
+    ) -> dict[str, Tensor]:
         """Expert ``expert`` of ``stack``: matrices [out, in] and biases [out] by name, in the experts' own dtype (or wider).
 
         ``whole`` keeps, from one expert of a stack to the next, parameters that can only be made for all its experts at once.
+        ``read`` stands in for the checkpoint's, ``names`` for all of the expert's parameters.
         """
+        read = read or self.checkpoint.read
         tensors = {}
-        for name, shape in stack.parameters.items():
-            target = f"{stack.name}.{name}"
+        for name in stack.parameters if names is None else names:
+            shape, target = stack.parameters[name], f"{stack.name}.{name}"
             recipe = self.recipes[target]
             if recipe.splits(stack.num_experts, self.checkpoint.shape):
-                tensor = recipe.make_expert(target, self.model, self.checkpoint.read, expert)
+                tensor = recipe.make_expert(target, self.model, read, expert)
             else:
                 if name not in whole:
-                    made = recipe.make(target, self.model, self.checkpoint.read)
+                    made = recipe.make(target, self.model, lambda name: read(name, None))
                     whole[name] = _checked(made, (stack.num_experts, *shape), target)
                 tensor = whole[name][expert]
             tensor = _checked(tensor, shape, target)

@@ -1,4 +1,4 @@
-"""Checkpoints as others wrote them: Hugging Face folders of safetensors files, plain, in block-scaled FP8 or in MXFP4."""
+"""Checkpoints as others wrote them: Hugging Face folders of safetensors files, plain, in block-scaled FP8, MXFP4 or packed INT4."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from fate_moe.errors import CheckpointError, UnsupportedModelError
 from fate_moe.quant.dtypes import TORCH_DTYPES
 from fate_moe.store.direct import drop_from_page_cache
 from fate_moe.store.mxfp4 import BLOCKS, SCALES, dequantize_mxfp4, mxfp4_shape
+from fate_moe.store.packed import PACKED_METHODS, Packed, find_packed
 from fate_moe.store.tensorfile import TensorEntry, read_header
 
 __all__ = ["Checkpoint", "resolve_checkpoint"]
@@ -33,12 +34,12 @@ COMPANIONS = (
 _WANTED = ("*.safetensors", "*.safetensors.index.json", *COMPANIONS)
 _UNWANTED = ("*/*", "consolidated*")
 
-# Names that only foreign quantizers write (GPTQ, AWQ, bitsandbytes, compressed-tensors, MXFP4 without scales).
+# Names that only quantizers write whose formats are not read (bitsandbytes, MXFP4 without scales), or variants of those that are.
 _FOREIGN = re.compile(r"\.(qweight|qzeros|g_idx|SCB|absmax|quant_map|weight_packed|weight_scale|weight_zero_point)$|_proj_blocks$")
 _SCALE = "_scale_inv"
 _PLAIN = ("BF16", "F16", "F32", "F64")
 _WHOLE_NUMBERS = ("BOOL", "U8", "I8", "I16", "I32", "I64")
-_USE = "use the checkpoint in bf16, in FP8 with weight_scale_inv or in MXFP4 with blocks and scales"
+_USE = "use the checkpoint in bf16, FP8 with weight_scale_inv, MXFP4, or INT4 by GPTQ, AWQ or compressed-tensors"
 
 
 def resolve_checkpoint(name: str | Path) -> Path:
@@ -64,7 +65,8 @@ class Checkpoint:
     """The tensors of a checkpoint folder by name, each read when asked for and only as far as asked for.
 
     Block-scaled FP8 weights (``X`` of F8_E4M3 beside ``X_scale_inv``, as in DeepSeek-V3) and MXFP4 ones (``X_blocks`` and
-    ``X_scales``, as in gpt-oss) appear as plain bf16 tensors ``X``, and their scales do not appear.
+    ``X_scales``, as in gpt-oss) appear as plain bf16 tensors ``X``, packed ones (see ``store.packed``) in their scales' dtype; their
+    scales do not appear. ``read_packed`` gives the codes.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -80,16 +82,26 @@ class Checkpoint:
                 raise CheckpointError(f"{path} cannot be read ({error.strerror}); fetch the checkpoint again") from error
             except ValueError as error:
                 raise CheckpointError(f"{path} is damaged ({error}); fetch the checkpoint again") from error
-        self._block = _fp8_block(folder)
+        quantization = _quantization(folder)
+        self._block = _fp8_block(folder, quantization)
         self._mxfp4 = {name.removesuffix(BLOCKS) for name in self._entries if self._has_mxfp4(name)}
+        try:
+            self._packed = find_packed(self._entries, quantization)
+        except (ValueError, AttributeError, TypeError, KeyError) as error:
+            raise UnsupportedModelError(f"{folder / 'config.json'}: {error} is not supported; {_USE}") from error
         self._parts = {name + suffix for name in self._mxfp4 for suffix in (BLOCKS, SCALES)}
+        self._parts |= {part for weight in self._packed.values() for part in weight.parts.values()}
         self._refuse_foreign()
-        self.names = [name for name in (*self._entries, *self._mxfp4) if name not in self._parts and not name.endswith(_SCALE)]
+        names = (*self._entries, *self._mxfp4, *self._packed)
+        self.names = [name for name in names if name not in self._parts and not name.endswith(_SCALE)]
+        self.packed_names = frozenset(self._packed)
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype that ``read`` gives."""
         if name in self._mxfp4:
             return torch.bfloat16
+        if name in self._packed:
+            return self.dtype(self._packed[name].scale_name)
         dtype = TORCH_DTYPES[self._entries[name][1].dtype]
         return torch.bfloat16 if dtype == torch.float8_e4m3fn else dtype
 
@@ -97,6 +109,8 @@ class Checkpoint:
         """The shape that ``read`` gives without a range."""
         if name in self._mxfp4:
             return mxfp4_shape(self._entries[name + BLOCKS][1].shape)
+        if name in self._packed:
+            return self._packed[name].shape(self.shape)
         return self._entries[name][1].shape
 
     def read(self, name: str, index: int | None = None) -> Tensor:
@@ -110,6 +124,8 @@ class Checkpoint:
             except ValueError as error:
                 path = self._entries[name + BLOCKS][0]
                 raise CheckpointError(f"{path}: {name}{BLOCKS}: {error}; fetch the checkpoint again") from error
+        if name in self._packed:
+            return self.read_packed(name).weight.to(self.dtype(name))
         tensor = self._read_raw(name, index)
         if tensor.dtype != torch.float8_e4m3fn:
             return tensor
@@ -120,6 +136,13 @@ class Checkpoint:
             return dequantize_blocks(tensor, scale, self._block)
         except ValueError as error:
             raise CheckpointError(f"{self._entries[scale_name][0]}: {scale_name}: {error}; fetch the checkpoint again") from error
+
+    def read_packed(self, name: str) -> Packed:
+        """Codes, scales and zeros of one of ``packed_names``. Raises CheckpointError when they do not fit together."""
+        try:
+            return self._packed[name].unpack(lambda part: self._read_raw(part, None))
+        except (ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{self.folder}: {name} cannot be unpacked ({error}); fetch the checkpoint again") from error
 
     def _read_raw(self, name: str, index: int | None) -> Tensor:
         path, entry = self._entries[name]
@@ -200,20 +223,26 @@ def _indexed_files(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def _fp8_block(folder: Path) -> tuple[int, int]:
-    """Rows and columns that share a scale in FP8. Raises UnsupportedModelError for any quantization but FP8 and MXFP4."""
+def _quantization(folder: Path) -> dict[str, Any]:
+    """config.json's ``quantization_config``, {} where there is none. Raises UnsupportedModelError for a method that is not read."""
     path = folder / "config.json"
     try:
         config: Any = json.loads(path.read_bytes())
-        quantization = config.get("quantization_config") or {}
-        method = quantization.get("quant_method")
-    except (OSError, ValueError, AttributeError) as error:
+        quantization: dict[str, Any] = dict(config.get("quantization_config") or {})
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); give the folder of a Hugging Face checkpoint") from error
-    if quantization and method not in ("fp8", "mxfp4"):
-        raise UnsupportedModelError(f"{path}: quantization {method!r} is not supported; {_USE}")
+    if quantization and quantization.get("quant_method") not in ("fp8", "mxfp4", *PACKED_METHODS):
+        raise UnsupportedModelError(f"{path}: quantization {quantization.get('quant_method')!r} is not supported; {_USE}")
+    return quantization
+
+
+def _fp8_block(folder: Path, quantization: dict[str, Any]) -> tuple[int, int]:
+    """Rows and columns that share a scale in block-scaled FP8."""
     block = quantization.get("weight_block_size") or (128, 128)
     if not _is_block(block):
-        raise CheckpointError(f"{path}: weight_block_size {block!r} is no pair of sizes; fetch the checkpoint again")
+        raise CheckpointError(
+            f"{folder / 'config.json'}: weight_block_size {block!r} is no pair of sizes; fetch the checkpoint again"
+        )
     return int(block[0]), int(block[1])
 
 
