@@ -12,7 +12,7 @@ from fate_moe.cli.options import MODEL_HELP, add_offload_options, offload_config
 from fate_moe.config import OffloadConfig, format_bytes
 from fate_moe.errors import ConfigError
 
-__all__ = ["add_verbs"]
+__all__ = ["add_verbs", "read_tokens"]
 
 
 def add_verbs(verbs: Any) -> None:
@@ -50,7 +50,7 @@ def _perplexity(arguments: argparse.Namespace) -> None:
     from fate_moe.store.progress import count_bar
 
     path = store_for(arguments.model, arguments.precision)
-    tokens = _read_tokens(arguments, load_tokenizer(path))
+    tokens = read_tokens(arguments.text, load_tokenizer(path), arguments.max_tokens)
     model = _open(path, offload_config(arguments, arguments.window), arguments.window)
     with count_bar("tokens", len(tokens)) as advance:
         found = perplexity(
@@ -81,7 +81,7 @@ def _compare(arguments: argparse.Namespace) -> None:
 
     reference = store_for(arguments.a, "lossless")
     path = store_for(arguments.b or arguments.a, arguments.precision)
-    tokens = _read_tokens(arguments, load_tokenizer(reference))
+    tokens = read_tokens(arguments.text, load_tokenizer(reference), arguments.max_tokens)
     config = offload_config(arguments, arguments.window)
     plain = OffloadConfig(ram=config.ram, context_length=config.context_length)
     with count_bar("tokens", 2 * len(tokens)) as advance:
@@ -124,12 +124,12 @@ def _open(path: Path, config: OffloadConfig, window: int) -> Any:
     return realize(prepared, plan, roomy)
 
 
-def _read_tokens(arguments: argparse.Namespace, tokenizer: Any) -> Any:
-    """Token ids [num_tokens]."""
+def read_tokens(path: Path, tokenizer: Any, most: int | None = None) -> Any:
+    """The first ``most`` token ids [num_tokens] of the text file ``path``. Raises ConfigError where it cannot be read."""
     import torch
 
     try:
-        text = arguments.text.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the text {arguments.text} cannot be read: {error}") from error
-    return torch.tensor(tokenizer(text, verbose=False)["input_ids"][: arguments.max_tokens], dtype=torch.int64)
+        raise ConfigError(f"the text {path} cannot be read: {error}") from error
+    return torch.tensor(tokenizer(text, verbose=False)["input_ids"][:most], dtype=torch.int64)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fate_moe.cli.options import DEFAULTS, MODEL_HELP, add_offload_options, offload_config, print_table, quiet_transformers
-from fate_moe.config import GROUP_SIZES, SOLVERS, OffloadConfig, format_bytes
+from fate_moe.config import GROUP_SIZES, SOLVERS, OffloadConfig, format_bytes, parse_size
 from fate_moe.core import PRECISIONS
 from fate_moe.errors import ConfigError
 
@@ -37,6 +37,12 @@ def add_verbs(verbs: Any) -> None:
     convert.add_argument(
         "--group-size", type=int, choices=GROUP_SIZES, default=64, help="weights that share a scale; default: %(default)s"
     )
+    convert.add_argument("--keep", metavar="RULES", help="other precisions for MoE layers: layers.0-1:lossless,layers.5:lossless")
+    convert.add_argument(
+        "--auto-bits", metavar="SIZE", help="choose a precision for each layer, all experts within this size; needs --calibrate"
+    )
+    convert.add_argument("--calibrate", type=Path, metavar="FILE", help="a text that shows which channels and layers matter")
+    convert.add_argument("--calibrate-tokens", type=int, default=4096, metavar="N", help="of its tokens; default: %(default)s")
     convert.set_defaults(verb=_convert)
 
     inspect = verbs.add_parser(
@@ -69,6 +75,7 @@ def _convert(arguments: argparse.Namespace) -> None:
     from fate_moe.store.convert import convert
     from fate_moe.store.open import open_store
 
+    calibration, keep = _calibration(arguments)
     path = convert(
         arguments.source,
         arguments.destination,
@@ -76,11 +83,54 @@ def _convert(arguments: argparse.Namespace) -> None:
         solver=arguments.solver,
         group_size=arguments.group_size,
         dense_precision=arguments.dense_precision,
+        keep=keep,
+        calibration=calibration,
     )
     manifest = open_store(path).manifest
     print(
         f"{path}: {manifest.num_experts} experts, {format_bytes(manifest.expert_bytes)}, dense {format_bytes(manifest.dense_bytes)}"
     )
+
+
+def _calibration(arguments: argparse.Namespace) -> tuple[Any, dict[int, str]]:
+    """What the calibration text says (None without one), and the layers that get another precision than the rest."""
+    if arguments.auto_bits and not arguments.calibrate:
+        raise ConfigError("--auto-bits needs a text that shows which layers matter; give one with --calibrate FILE")
+    if not (arguments.calibrate or arguments.keep):
+        return None, {}
+    from fate_moe.skeleton import build_skeleton, expert_stacks
+    from fate_moe.store.keep import choose_precisions, parse_keep
+    from fate_moe.store.source import resolve_checkpoint
+
+    stacks = expert_stacks(build_skeleton(resolve_checkpoint(arguments.source)))
+    by_rule = parse_keep(arguments.keep, len(stacks)) if arguments.keep else {}
+    if not arguments.calibrate:
+        return None, by_rule
+    from fate_moe.cli.quality import read_tokens
+    from fate_moe.models.calibrate import calibrate
+    from fate_moe.models.load import load_tokenizer, store_for
+    from fate_moe.store.format import blob_layout
+    from fate_moe.store.open import open_store
+    from fate_moe.store.progress import count_bar
+
+    lossless = store_for(arguments.source, "lossless")
+    tokens = read_tokens(arguments.calibrate, load_tokenizer(lossless), arguments.calibrate_tokens)
+    fewer = tuple(name for name in PRECISIONS if name != "lossless") if arguments.auto_bits else ()
+    with count_bar("calibrating", len(tokens)) as advance:
+        found = calibrate(lossless, tokens, precisions=fewer, advance=advance)
+    if not arguments.auto_bits:
+        return found, by_rule
+    dtype = open_store(lossless).manifest.dtype
+    sizes = [
+        {
+            name: stack.num_experts * blob_layout(name, stack.output_rows_first(), dtype, arguments.group_size).length
+            for name in PRECISIONS
+        }
+        for stack in stacks
+    ]
+    harm = [{**of_layer, "lossless": 0.0} for of_layer in found.harm]
+    chosen = choose_precisions(sizes, harm, parse_size(arguments.auto_bits))
+    return found, {**dict(enumerate(chosen)), **by_rule}
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
@@ -96,6 +146,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
         "family": manifest.family,
         "precision": manifest.precision,
         "dense_precision": manifest.dense_precision,
+        "precision_by_layer": {name: str(layers)[1:-1] for name, layers in manifest.layers_by_precision().items()},
         "format_version": manifest.format_version,
         "source": manifest.source,
         "layers": manifest.num_layers,
@@ -114,8 +165,9 @@ def _inspect(arguments: argparse.Namespace) -> None:
     rows = [
         (name.replace("_", " "), format_bytes(value) if name.endswith("_bytes") else str(value), "")
         for name, value in facts.items()
-        if name != "sections"
+        if name not in ("sections", "precision_by_layer")
     ]
+    rows += [(f"  {name}", "", f"MoE layers {layers}") for name, layers in facts["precision_by_layer"].items()]
     rows += [(f"  {section.name}", format_bytes(section.length), "of each blob") for section in layout.sections]
     print_table(str(arguments.store), rows)
 

@@ -148,7 +148,7 @@ def prepare(path: Path) -> Prepared:
     for stack in stacks:
         layout = manifest.layout_of(stack.layer)
         shapes = stack.output_rows_first()
-        if layout != blob_layout(manifest.precision, shapes, manifest.dtype, layout.group_size, layout.plane_widths):
+        if layout != blob_layout(layout.precision, shapes, manifest.dtype, layout.group_size, layout.plane_widths):
             raise StoreError(f"{path}: fate.json lays {stack.name} out in another way than this model needs; {_AGAIN}")
     return Prepared(store, model, stacks)
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import xxhash
 from torch import Tensor
@@ -30,9 +32,18 @@ from fate_moe.store.plan import Plan, ShardPlan, bytes_of, identity_of, make_pla
 from fate_moe.store.progress import Advance, progress_bar
 from fate_moe.store.source import COMPANIONS, resolve_checkpoint
 
-__all__ = ["convert"]
+__all__ = ["Importance", "convert"]
 
 _log = logging.getLogger(__name__)
+
+
+class Importance(Protocol):
+    """What a text says of the experts' input channels; ``digest`` tells texts (and models) apart."""
+
+    digest: str
+
+    def importance(self, layer: int, expert: int) -> dict[str, Tensor] | None:
+        """Not negative, [in] by matrix; None: all alike."""
 
 
 def convert(
@@ -43,20 +54,24 @@ def convert(
     solver: str = DEFAULT_SOLVER,
     group_size: int = 64,
     dense_precision: str | None = None,
+    keep: Mapping[int, str] | None = None,
+    calibration: Importance | None = None,
     progress: bool | None = None,
 ) -> Path:
     """Make the store ``destination`` of the checkpoint ``source`` (a folder, a GGUF file or a hub id) and return its path.
 
     Peak memory stays near the largest single tensor (for families whose conversion mixes experts, near one layer's stack).
     A killed conversion continues when called again; a second one at the same time waits for the first. A whole store of the same
-    source at ``destination`` is left as it is. ``solver`` and ``group_size`` concern quantized precisions.
-    ``dense_precision`` is that of all other matrices (None: int8 where the experts are quantized). ``progress`` draws a bar
-    on stderr (None: when it is a terminal).
+    source at ``destination`` is left as it is. ``solver`` and ``group_size`` concern quantized precisions; ``keep`` gives layers
+    other ones, ``calibration`` weighs the solver's errors. ``dense_precision`` is that of all other matrices (None: int8 where the
+    experts are quantized). ``progress`` draws a bar on stderr (None: when it is a terminal).
     Raises CheckpointError or UnsupportedModelError for the source, StoreError when ``destination`` is something else,
     DiskSpaceError when it does not fit, ConfigError for an unknown precision, solver or group size.
     """
     dense = dense_precision or default_dense_precision(precision)
+    kept = [("precision", value, PRECISIONS) for value in (keep or {}).values()]
     for name, value, choices in (
+        *kept,
         ("precision", precision, PRECISIONS),
         ("dense_precision", dense, PRECISIONS),
         ("solver", solver, tuple(SOLVERS)),
@@ -68,10 +83,11 @@ def convert(
     if (folder / "fate.json").exists():
         raise CheckpointError(f"{folder} is an expert store already; give the checkpoint it was made from")
     checkpoint = open_checkpoint(folder)
-    identity = identity_of(checkpoint, precision, solver, group_size, dense)
+    text = calibration.digest if calibration else ""
+    identity = identity_of(checkpoint, precision, solver, group_size, dense, keep, text)
     if _is_done(destination, identity):
         return destination
-    plan = make_plan(checkpoint, precision, group_size, dense)
+    plan = make_plan(checkpoint, precision, group_size, dense, keep)
     work = destination.with_name(destination.name + ".partial")
     with locked_folder(work):
         if _is_done(destination, identity):  # by the conversion that this one waited for
@@ -80,7 +96,7 @@ def convert(
         if not _is_whole(work, identity):
             title = str(source) if not Path(source).is_dir() else folder.resolve().name
             try:
-                _fill(work, plan, title, precision, dense, SOLVERS[solver], identity, progress)
+                _fill(work, plan, title, dense, SOLVERS[solver], calibration, identity, progress)
             except DiskSpaceError:
                 if not any(work.iterdir()):
                     work.rmdir()
@@ -110,7 +126,14 @@ def _is_whole(folder: Path, identity: str) -> bool:
 
 
 def _fill(
-    work: Path, plan: Plan, title: str, precision: str, dense: str, solver: Solver, identity: str, progress: bool | None
+    work: Path,
+    plan: Plan,
+    title: str,
+    dense: str,
+    solver: Solver,
+    calibration: Importance | None,
+    identity: str,
+    progress: bool | None,
 ) -> None:
     journal = Journal(work, identity)
     copied = sorted({path for pattern in COMPANIONS for path in plan.checkpoint.folder.glob(pattern) if path.is_file()})
@@ -129,7 +152,7 @@ def _fill(
         for shard in plan.shards:
             remark = f"layer {shard.stack.layer + 1}/{len(plan.shards)}"
             if (of_shard := journal.finished(shard.name)) is None:
-                of_shard = _write_shard(work / shard.name, plan, shard, solver, partial(advance, remark=remark))
+                of_shard = _write_shard(work / shard.name, plan, shard, solver, calibration, partial(advance, remark=remark))
                 journal.record(shard.name, of_shard)
             else:
                 advance(shard.num_bytes, remark)
@@ -137,7 +160,7 @@ def _fill(
     for path in copied:
         with atomic_file(work / path.name) as file:
             file.write(path.read_bytes())
-    manifest = _manifest(plan, title, precision, dense, identity, dense_checksum, checksums)
+    manifest = _manifest(plan, title, dense, identity, dense_checksum, checksums)
     with atomic_file(work / "fate.json") as file:
         file.write(manifest.to_json().encode())
 
@@ -156,7 +179,14 @@ def _write_dense(path: Path, plan: Plan, solver: Solver, advance: Advance) -> st
     return digest.hexdigest()
 
 
-def _write_shard(path: Path, plan: Plan, shard: ShardPlan, solver: Solver, advance: Callable[[int], None]) -> list[list[str]]:
+def _write_shard(
+    path: Path,
+    plan: Plan,
+    shard: ShardPlan,
+    solver: Solver,
+    calibration: Importance | None,
+    advance: Callable[[int], None],
+) -> list[list[str]]:
     """The checksums of each expert's sections."""
     checksums: list[list[str]] = []
     whole: dict[str, Tensor] = {}
@@ -167,8 +197,9 @@ def _write_shard(path: Path, plan: Plan, shard: ShardPlan, solver: Solver, advan
             tensors = plan.make_experts(shard.stack, expert, whole)
             if shard.layout.precision != "lossless" and not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
                 raise CheckpointError(f"{shard.stack.name} expert {expert} is not finite everywhere; use --precision lossless")
+            matter = calibration.importance(shard.stack.layer, expert) if calibration else None
             grids = plan.make_grids(shard.stack, expert) if shard.layout.plane_widths else None
-            blob = memoryview(encode(shard.layout, tensors, solver, grids=grids))
+            blob = memoryview(encode(shard.layout, tensors, solver, matter, grids))
             checksums.append([xxhash.xxh3_64_hexdigest(blob[s.offset : s.offset + s.length]) for s in shard.layout.sections])
             file.write(blob)
             advance(len(blob))
@@ -176,7 +207,7 @@ def _write_shard(path: Path, plan: Plan, shard: ShardPlan, solver: Solver, advan
 
 
 def _manifest(
-    plan: Plan, title: str, precision: str, dense: str, identity: str, dense_checksum: str, checksums: list[list[list[str]]]
+    plan: Plan, title: str, dense: str, identity: str, dense_checksum: str, checksums: list[list[list[str]]]
 ) -> Manifest:
     layouts = tuple(dict.fromkeys(shard.layout for shard in plan.shards))
     layers = tuple(
@@ -192,7 +223,7 @@ def _manifest(
         format_version=FORMAT_VERSION,
         source=title,
         family=plan.model.config.model_type,
-        precision=precision,
+        precision=Counter(shard.layout.precision for shard in plan.shards).most_common(1)[0][0],
         dtype=dtype_name(plan.dtype),
         layouts=layouts,
         layers=layers,

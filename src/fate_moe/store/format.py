@@ -49,10 +49,10 @@ class LayerEntry:
 class Manifest:
     """What ``fate.json`` says.
 
-    ``dtype`` is the experts' own (BF16, F16, F32). ``dense_bytes`` and ``shard_bytes`` are lengths of whole files, and
-    ``dense_checksum`` is over all of dense.safetensors, whose matrices
-    are quantized as ``dense_precision`` says (store/dense.py). ``identity`` tells stores of other sources, precisions or solvers
-    apart.
+    ``precision`` is the most layers' (a mixed store's layouts have others too), ``dtype`` is the experts' own (BF16, F16, F32).
+    ``dense_bytes`` and ``shard_bytes`` are lengths of whole files, and ``dense_checksum`` is over all of dense.safetensors, whose
+    matrices are quantized as ``dense_precision`` says (store/dense.py). ``identity`` tells stores of other sources, precisions or
+    solvers apart.
     """
 
     format_version: int
@@ -92,6 +92,13 @@ class Manifest:
     def expert_bytes(self) -> int:
         """All blobs together."""
         return sum(self.layouts[layer.layout].length * len(layer.experts) for layer in self.layers)
+
+    def layers_by_precision(self) -> dict[str, list[int]]:
+        """The MoE layers of each precision."""
+        found: dict[str, list[int]] = {}
+        for number in range(self.num_layers):
+            found.setdefault(self.layout_of(number).precision, []).append(number)
+        return found
 
     def layout_of(self, layer: int) -> BlobLayout:
         """The layout of every blob of MoE layer ``layer``."""
@@ -209,7 +216,8 @@ def _manifest(data: dict[str, Any]) -> Manifest:
     require({layer.shard for layer in layers} == shard_bytes.keys(), "layers and shard_bytes name different shards")
     _no_overlaps(layers, layouts)
     require(data["precision"] in PRECISIONS, f"precision {data['precision']!r}")
-    require(all(layout.precision == data["precision"] for layout in layouts), "layouts of another precision")
+    require(all(layout.precision in PRECISIONS for layout in layouts), "a layout of unknown precision")
+    require(any(layout.precision == data["precision"] for layout in layouts), "layouts of another precision")
     require(data["dtype"] in ("BF16", "F16", "F32"), f"dtype {data['dtype']!r}")
     dense_precision = data.get("dense_precision", "lossless")
     require(dense_precision in PRECISIONS, f"dense precision {dense_precision!r}")

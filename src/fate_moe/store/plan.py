@@ -6,9 +6,9 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import xxhash
@@ -138,7 +138,13 @@ class Plan:
 
 
 def identity_of(
-    checkpoint: Checkpoint, precision: str, solver: str = DEFAULT_SOLVER, group_size: int = 64, dense: str = "lossless"
+    checkpoint: Checkpoint,
+    precision: str,
+    solver: str = DEFAULT_SOLVER,
+    group_size: int = 64,
+    dense: str = "lossless",
+    keep: Mapping[int, str] | None = None,
+    calibration: str = "",
 ) -> str:
     """Changes when the store would: the weight files' names, sizes and times, config.json, what is asked for, format version."""
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in checkpoint.files]
@@ -146,11 +152,22 @@ def identity_of(
     facts: list[object] = [FORMAT_VERSION, precision, [solver, group_size] if precision != "lossless" else "", config, files]
     if dense != "lossless":
         facts.append(dense)
+    if keep or calibration:
+        facts += [sorted((keep or {}).items()), calibration]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
-def make_plan(checkpoint: Checkpoint, precision: str, group_size: int = 64, dense_precision: str = "lossless") -> Plan:
-    """Raises CheckpointError naming the first parameter that the checkpoint lacks, UnsupportedModelError for odd experts."""
+def make_plan(
+    checkpoint: Checkpoint,
+    precision: str,
+    group_size: int = 64,
+    dense_precision: str = "lossless",
+    keep: Mapping[int, str] | None = None,
+) -> Plan:
+    """``keep``: other precisions of experts, by layer.
+
+    Raises CheckpointError naming the first parameter that the checkpoint lacks, UnsupportedModelError for odd experts.
+    """
     model = build_skeleton(checkpoint.folder)
     stacks = expert_stacks(model)
     recipes = find_recipes(model, checkpoint.names)
@@ -160,7 +177,7 @@ def make_plan(checkpoint: Checkpoint, precision: str, group_size: int = 64, dens
         _check_stack(stack, recipes, checkpoint)
     dtype = _experts_dtype(checkpoint, recipes, routed)
     header, _ = place_tensors((tensor.name, dtype_name(tensor.stored[0]), tensor.stored[1]) for tensor in dense)
-    shards = tuple(_shard(stack, len(stacks), precision, dtype, group_size) for stack in stacks)
+    shards = tuple(_shard(stack, len(stacks), (keep or {}).get(stack.layer, precision), dtype, group_size) for stack in stacks)
     plan = Plan(checkpoint, model, recipes, dtype, tuple(dense), header, shards)
     _check_tied(plan)
     return plan
