@@ -32,6 +32,14 @@ def add_verbs(verbs: Any) -> None:
     two.add_argument("a", help="checkpoint folder, hub id or store")
     two.add_argument("b", nargs="?", help="default: the same as A")
     two.set_defaults(verb=_compare)
+    harness = kinds.add_parser(
+        "harness",
+        help="EleutherAI's lm_eval",
+        description="Run lm_eval's own command line with the model 'fate': --tasks hellaswag --model_args model=FOLDER",
+        add_help=False,
+    )
+    harness.add_argument("arguments", nargs=argparse.REMAINDER, help="lm_eval's own")
+    harness.set_defaults(verb=_harness)
     for kind in (one, two):
         kind.add_argument("--text", type=Path, required=True, metavar="FILE", help="the text, UTF-8")
         kind.add_argument("--max-tokens", type=int, metavar="N", help="take no more than the text's first N tokens")
@@ -104,6 +112,13 @@ def _compare(arguments: argparse.Namespace) -> None:
         ("perplexity of B", f"{found.perplexity_b:.4g}", f"{change:+.2%}, {path}"),
     ]
     print_table(str(arguments.text), rows)
+
+
+def _harness(arguments: argparse.Namespace) -> None:
+    quiet_transformers()
+    from fate_moe.models.harness import run_harness
+
+    run_harness(arguments.arguments)
 
 
 def _open(path: Path, config: OffloadConfig, window: int) -> Any:

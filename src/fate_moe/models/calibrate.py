@@ -119,7 +119,8 @@ class _Observer:
         answer: Tensor = self._runtime.compute(layer, experts, hidden, index, routing_weights)
         flat = routing_weights.reshape(-1).float()
         errors = {name: torch.zeros(hidden.shape, dtype=torch.float32) for name in self._found._precisions}
-        for expert, rows in rows_by_expert(index, self._prepared.stacks[layer].num_experts).items():
+        for expert, chosen in rows_by_expert(index, self._prepared.stacks[layer].num_experts).items():
+            rows = torch.tensor(chosen)
             token = rows // index.shape[1]
             self._look(layer, experts, expert, hidden[token], flat[rows], {name: (errors[name], token) for name in errors})
         for name, error in errors.items():

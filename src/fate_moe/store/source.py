@@ -65,8 +65,8 @@ class Checkpoint:
     """The tensors of a checkpoint folder by name, each read when asked for and only as far as asked for.
 
     Block-scaled FP8 weights (``X`` of F8_E4M3 beside ``X_scale_inv``, as in DeepSeek-V3) and MXFP4 ones (``X_blocks`` and
-    ``X_scales``, as in gpt-oss) appear as plain bf16 tensors ``X``, packed ones (see ``store.packed``) in their scales' dtype; their
-    scales do not appear. ``read_packed`` gives the codes.
+    ``X_scales``, as in gpt-oss) appear as plain bf16 tensors ``X``, packed ones (see ``store.packed``) in their scales' dtype;
+    their scales do not appear. ``read_packed`` gives the codes.
     """
 
     def __init__(self, folder: Path) -> None:
