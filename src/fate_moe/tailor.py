@@ -21,7 +21,7 @@ class Tailor:
     def __init__(self, policy: PrecisionPolicy | None, layouts: Sequence[BlobLayout], residency: Residency) -> None:
         """``layouts`` by layer."""
         self.used: Counter[tuple[ExpertId, int]] = Counter()  # how often an expert was computed with so many bits
-        self._policy = policy
+        self.policy = policy
         self._residency = residency
         # By layer: the bits that a read of all sections up to a plane's brings; scales and zeros are the section before the planes.
         self._views = [list(accumulate(layout.plane_widths)) or [_bits(layout)] for layout in layouts]
@@ -35,7 +35,7 @@ class Tailor:
         read while a layer computes.
         """
         views = self._views[layer]
-        if self._policy is None or len(views) < 2:
+        if self.policy is None or len(views) < 2:
             return None
         flat = (chosen_weights(weighing) if isinstance(weighing, Routing) else weighing).reshape(-1).float()
         experts = [ExpertId(layer, expert) for expert in rows]
@@ -43,7 +43,7 @@ class Tailor:
             Need(len(chosen), float(flat[chosen].sum()), self._held_bits(expert))
             for expert, chosen in zip(experts, rows.values(), strict=True)
         ]
-        bits = self._policy.bits(needs, views, affordable * views[-1])
+        bits = self.policy.bits(needs, views, affordable * views[-1])
         return {expert: views.index(view) + 2 for expert, view in zip(experts, bits, strict=True) if view < views[-1]}
 
     def num_planes(self, expert: ExpertId) -> int | None:

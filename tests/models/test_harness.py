@@ -32,7 +32,7 @@ def test_scores_are_log_probabilities(loaded: Callable[..., Any]) -> None:
 
 def test_without_the_harness(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
-    assert main(["eval", "harness", "--tasks", "hellaswag"]) == 1
+    assert main(["eval", "harness", "--", "--tasks", "hellaswag"]) == 1
     assert "pip install 'fate-moe[eval]'" in capsys.readouterr().err
 
 

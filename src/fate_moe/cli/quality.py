@@ -35,10 +35,10 @@ def add_verbs(verbs: Any) -> None:
     harness = kinds.add_parser(
         "harness",
         help="EleutherAI's lm_eval",
-        description="Run lm_eval's own command line with the model 'fate': --tasks hellaswag --model_args model=FOLDER",
+        description="Run lm_eval's own command line with the model 'fate': -- --tasks hellaswag --model_args model=FOLDER",
         add_help=False,
     )
-    harness.add_argument("arguments", nargs=argparse.REMAINDER, help="lm_eval's own")
+    harness.add_argument("arguments", nargs=argparse.REMAINDER, help="lm_eval's own, after --")
     harness.set_defaults(verb=_harness)
     for kind in (one, two):
         kind.add_argument("--text", type=Path, required=True, metavar="FILE", help="the text, UTF-8")
@@ -118,7 +118,7 @@ def _harness(arguments: argparse.Namespace) -> None:
     quiet_transformers()
     from fate_moe.models.harness import run_harness
 
-    run_harness(arguments.arguments)
+    run_harness([argument for argument in arguments.arguments if argument != "--"])
 
 
 def _open(path: Path, config: OffloadConfig, window: int) -> Any:

@@ -206,9 +206,7 @@ def _write_shard(
     return checksums
 
 
-def _manifest(
-    plan: Plan, title: str, dense: str, identity: str, dense_checksum: str, checksums: list[list[list[str]]]
-) -> Manifest:
+def _manifest(plan: Plan, title: str, dense: str, identity: str, dense_checksum: str, checksums: list[list[list[str]]]) -> Manifest:
     layouts = tuple(dict.fromkeys(shard.layout for shard in plan.shards))
     layers = tuple(
         LayerEntry(

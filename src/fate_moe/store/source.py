@@ -69,6 +69,8 @@ class Checkpoint:
     their scales do not appear. ``read_packed`` gives the codes.
     """
 
+    packed_names: frozenset[str] = frozenset()  # of those that ``read_packed`` knows
+
     def __init__(self, folder: Path) -> None:
         """Reads every file's header. Raises CheckpointError for missing, torn or pickled files, UnsupportedModelError for foreign
         quantization."""

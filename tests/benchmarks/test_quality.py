@@ -1,0 +1,33 @@
+"""The quality page's measurements: its table of errors, its fixed views, and that the picture needs the JSON alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.quality import View, draw, weight_errors
+from fate_moe.core import Need
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def test_a_fixed_view() -> None:
+    assert View(3).bits([Need(1, 0.5, 0), Need(2, 0.1, 4)], [2, 3, 4], 0.0) == [3, 3]
+
+
+def test_weight_errors_are_ordered() -> None:
+    rows = weight_errors()
+    assert len(rows) == 3 * 2 * 3
+    for row in rows:
+        assert row["weights_4"] < row["weights_3"] < row["weights_2"]
+    for minmax, hqq in ((a, b) for a in rows for b in rows if (a["solver"], b["solver"]) == ("minmax", "hqq")):
+        if (minmax["model"], minmax["group_size"]) == (hqq["model"], hqq["group_size"]):
+            assert hqq["weights_4"] < minmax["weights_4"]
+
+
+def test_the_picture_is_drawn_from_the_published_numbers(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    draw(json.loads((DOCS / "quality.json").read_text()), tmp_path / "quality.png")
+    assert (tmp_path / "quality.png").stat().st_size > 10_000
