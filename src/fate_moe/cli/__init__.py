@@ -11,12 +11,12 @@ import os
 import sys
 
 from fate_moe import __version__
-from fate_moe.cli import families, quality, stores, text, traces
+from fate_moe.cli import doctor, families, quality, stores, text, traces
 from fate_moe.errors import FateError
 
 __all__ = ["main"]
 
-GROUPS = (text, stores, families, quality, traces)
+GROUPS = (text, stores, families, quality, traces, doctor)
 
 
 def main(argv: list[str] | None = None) -> int:
