@@ -57,7 +57,7 @@ def _perplexity(arguments: argparse.Namespace) -> None:
     from fate_moe.models.load import load_tokenizer, store_for
     from fate_moe.store.progress import count_bar
 
-    path = store_for(arguments.model, arguments.precision)
+    path = store_for(arguments.model, arguments.precision, arguments.dense_precision)
     tokens = read_tokens(arguments.text, load_tokenizer(path), arguments.max_tokens)
     model = _open(path, offload_config(arguments, arguments.window), arguments.window)
     with count_bar("tokens", len(tokens)) as advance:
@@ -88,7 +88,7 @@ def _compare(arguments: argparse.Namespace) -> None:
     from fate_moe.store.progress import count_bar
 
     reference = store_for(arguments.a, "lossless")
-    path = store_for(arguments.b or arguments.a, arguments.precision)
+    path = store_for(arguments.b or arguments.a, arguments.precision, arguments.dense_precision)
     tokens = read_tokens(arguments.text, load_tokenizer(reference), arguments.max_tokens)
     config = offload_config(arguments, arguments.window)
     plain = OffloadConfig(ram=config.ram, context_length=config.context_length)

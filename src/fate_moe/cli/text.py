@@ -65,7 +65,7 @@ def _run(arguments: argparse.Namespace) -> None:
     from fate_moe.models.load import load_tokenizer, prepare, realize, store_for
     from fate_moe.planner import make_plan
 
-    prepared = prepare(store_for(arguments.model, arguments.precision))
+    prepared = prepare(store_for(arguments.model, arguments.precision, arguments.dense_precision))
     tokenizer = load_tokenizer(prepared.store.path)
     inputs = _encode(tokenizer, prompt, arguments.chat)
     config = offload_config(arguments, inputs.shape[1] + arguments.max_new_tokens)
@@ -110,7 +110,7 @@ def _chat(arguments: argparse.Namespace) -> None:
     from fate_moe.models.load import load_tokenizer, prepare, realize, store_for
     from fate_moe.planner import make_plan
 
-    prepared = prepare(store_for(arguments.model, arguments.precision))
+    prepared = prepare(store_for(arguments.model, arguments.precision, arguments.dense_precision))
     tokenizer = load_tokenizer(prepared.store.path)
     config = offload_config(arguments, OffloadConfig.context_length)
     plan = make_plan(prepared.footprint(), config)

@@ -37,7 +37,7 @@ def record_routing(
 
     ``gate_inputs`` records what linear routers saw, and their weights. Raises ConfigError if no token was decoded.
     """
-    prepared = prepare(store_for(model, config.precision))
+    prepared = prepare(store_for(model, config.precision, config.dense_precision))
     tokenizer = load_tokenizer(prepared.store.path)
     plan = make_plan(prepared.footprint(), config)
     running = realize(prepared, plan, config)
@@ -83,7 +83,7 @@ def fit_gates(model: Any, texts: Sequence[str], config: OffloadConfig, *, max_to
     Where the layer's own router foretells better than what was fitted, it is kept as it is: both are one matrix.
     Raises ConfigError for too little text.
     """
-    prepared = prepare(store_for(model, config.precision))
+    prepared = prepare(store_for(model, config.precision, config.dense_precision))
     tokenizer = load_tokenizer(prepared.store.path)
     running = realize(prepared, make_plan(prepared.footprint(), config), config)
     ids = torch.cat([tokenizer(text, return_tensors="pt")["input_ids"][0] for text in _enough(texts, max_tokens)])[:max_tokens]
