@@ -51,7 +51,7 @@ def plot(results: Results, folder: Path) -> list[Path]:
         return disk / num_bytes if num_bytes and num_bytes / disk > memory_floor(results) / 4 else None
 
     def draw(name: str, ylabel: str, values: list[tuple[Callable[[Cell], float | None], str, str]], floor: bool = False) -> None:
-        figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+        figure, axes = plt.subplots(figsize=(9, 4), layout="constrained")
         for peer in results.peers():
             for value, style, suffix in values:
                 line(axes, peer, value, style, peer + suffix)
@@ -61,7 +61,7 @@ def plot(results: Results, folder: Path) -> list[Path]:
         axes.set_xticks(places, [limit_name(limit) for limit in limits])
         axes.set(xlabel="memory limit", ylabel=ylabel, title=results.model.name)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         made.append(folder / f"{results.model.name}-{name}.png")
         figure.savefig(made[-1], dpi=110)
         plt.close(figure)
