@@ -60,7 +60,7 @@ def test_harm_is_the_error_of_the_layers_output(checkpoint: Callable[[str], Path
     assert [of_layer["lossless"] for of_layer in found.harm] == [0.0, 0.0]
     outputs = {}
     for precision in ("lossless", "int4"):
-        model = load_model(store_for(checkpoint("qwen2_moe"), precision))
+        model = load_model(store_for(checkpoint("qwen2_moe"), precision), exact_activations=True)
         block = model.model.layers[0].mlp.experts
         block.register_forward_hook(lambda module, args, out, precision=precision: outputs.update({precision: out}))
         model.model.layers[0].register_forward_pre_hook(lambda module, args: outputs.update(stream=args[0]))
