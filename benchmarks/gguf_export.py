@@ -74,6 +74,7 @@ def stacks(checkpoint: Checkpoint, arch: gguf.MODEL_ARCH, num_layers: int) -> di
         if gguf_name is None:
             raise UnsupportedModelError(f"{checkpoint.folder}: no GGUF name is known for {name}")
         found[gguf_name][int(expert[1]) if expert else 0] = name
+    found.setdefault("output.weight", found["token_embd.weight"])  # tied: llama.cpp's graphs of these families want it twice
     return {gguf_name: [names[expert] for expert in sorted(names)] for gguf_name, names in found.items()}
 
 

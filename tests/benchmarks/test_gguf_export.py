@@ -16,6 +16,7 @@ import gguf
 from benchmarks.gguf_export import export
 from fate_moe.errors import UnsupportedModelError
 from fate_moe.store.source import Checkpoint
+from tests.checkpoints import tiny_checkpoint
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe", "olmoe"])
@@ -41,6 +42,13 @@ def test_weights(family: str, checkpoint: Callable[[str], Path], tmp_path: Path)
     field = reader.get_field(f"{family.replace('_', '')}.expert_used_count")
     assert field is not None
     assert field.contents() == 2
+
+
+def test_a_tied_head_is_written_twice(tmp_path: Path) -> None:
+    folder = tiny_checkpoint("qwen2_moe", tmp_path / "tied", tie_word_embeddings=True)
+    reader = gguf.GGUFReader(export(folder, tmp_path / "model.gguf"))
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    np.testing.assert_array_equal(tensors["output.weight"].data, tensors["token_embd.weight"].data)
 
 
 def test_other_families_are_refused(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
