@@ -4,7 +4,7 @@
 
 Tensor names are the `gguf` package's own map, quantization is its own too; memory stays at one layer's stack of experts. The
 vocabulary is a list of stand-ins: every workload speaks in token ids. llama.cpp's qwen2moe graph does not normalize the routing
-weights, whatever `norm_topk_prob` says: where that is true its text differs, its work does not.
+weights, whatever `norm_topk_prob` says: where that is true its text differs, and so do the experts it needs.
 """
 
 from __future__ import annotations
