@@ -47,7 +47,7 @@ all are listed at the end. Greedy; prompts are real text, cut to length.
 - `llama.cpp`: llama-cpp-python, compiled for the processor it runs on (AVX-512 with VNNI and BF16; its AMX kernels crash and are
   left out); `llama.cpp (wheel)`: xllamacpp's prebuilt one, AVX2. Q4_0 from the same checkpoint, mmap, repacked (its default) or
   not. Its qwen2moe graph does not normalize routing weights. smollm2-wide asks for that, so there llama.cpp computes another
-  function, falls into repetition and needs few experts (under the limit it is faster than without): not comparable there.
+  function, whose text seems to need few experts (it is faster under the limit than without): not comparable there.
 - `transformers + accelerate`: bf16, what does not fit offloaded to disk.
 - Left out: kt-kernel 0.7.2 installs but is kernels only; its engine, sglang-kt, needs CUDA.
 
