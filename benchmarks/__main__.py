@@ -40,15 +40,19 @@ HEADER = """# Benchmarks
 Made by `python -m benchmarks report` from the result files beside the pictures. Every cell is a process of its own, started from
 cold caches in a control group of the limit named (page cache included). *killed*: by the limit. *cut*: stopped at the time allowed;
 what came is counted. The first prompt of a cell warms up and is not counted. Of several variants of an engine the fastest is shown;
-all are listed at the end. Greedy; prompts are real text, cut to length.
+all are listed at the end. Greedy; prompts are real text, cut to length. The checkpoints and the cells:
 
-- `load-on-demand`, `eap`, `fate`, `best`: this engine's presets, experts and dense weights quantized, budget = limit less 256 MiB
+    python -m benchmarks.random_checkpoint Qwen1.5-MoE-A2.7B/config.json DIR/qwen-geometry --tokenizer src/fate_moe/demo/model
+    python -m benchmarks.upcycle DIR/smollm2-wide --hidden 2304 --expert-width 768 --shared-width 1536
+    python -m benchmarks run DIR/NAME --home DIR --results docs/benchmarks/NAME.json --workloads decode --limits none 6GiB 5GiB ...
+
+- `load-on-demand`, `eap`, `fate`, `best`: this engine's presets, experts and dense weights INT4, budget = limit less 256 MiB
   for the page cache of Python's and torch's libraries.
 - `llama.cpp`: llama-cpp-python, compiled for the processor it runs on (AVX-512 with VNNI and BF16; its AMX kernels crash and are
   left out); `llama.cpp (wheel)`: xllamacpp's prebuilt one, AVX2. Q4_0 from the same checkpoint, mmap, repacked (its default) or
   not. Its qwen2moe graph does not normalize routing weights. smollm2-wide asks for that, so there llama.cpp computes another
   function, whose text seems to need few experts (it is faster under the limit than without): not comparable there.
-- `transformers + accelerate`: bf16, what does not fit offloaded to disk.
+- `transformers + accelerate`: bf16, what does not fit offloaded to disk. A peer without a row has not been run on that model.
 - Left out: kt-kernel 0.7.2 installs but is kernels only; its engine, sglang-kt, needs CUDA.
 
 """
