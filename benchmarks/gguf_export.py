@@ -3,8 +3,11 @@
     python -m benchmarks.gguf_export CHECKPOINT FILE.gguf
 
 Tensor names are the `gguf` package's own map, quantization is its own too; memory stays at one layer's stack of experts. The
-vocabulary is a list of stand-ins: every workload speaks in token ids. llama.cpp's qwen2moe graph does not normalize the routing
-weights, whatever `norm_topk_prob` says: where that is true its text differs, and so do the experts it needs.
+vocabulary is a list of stand-ins: every workload speaks in token ids.
+
+llama.cpp's qwen2moe graph does not normalize the routing weights, whatever `norm_topk_prob` says. A checkpoint that wants it (the
+upcycled one does) is written as bailingmoe, whose graph does, and which is otherwise the same function as long as biases are zero
+and the shared expert's gate is always one half (folded into its down projection).
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+import torch
 from rich.progress import track
 from transformers import AutoConfig
 
@@ -35,17 +39,28 @@ ARCHITECTURES = {
 }
 
 
+# What bailingmoe has no place for; zero, or it could not be written so.
+FOLDED = ("q_proj.bias", "k_proj.bias", "v_proj.bias", "shared_expert_gate.weight")
+
+
 def export(folder: Path, file: Path) -> Path:
     """Write ``file``, whole or not at all. Raises UnsupportedModelError for a family that is not in ARCHITECTURES."""
     config = AutoConfig.from_pretrained(folder)
     if config.model_type not in ARCHITECTURES:
         raise UnsupportedModelError(f"{config.model_type} cannot be written as GGUF here; only {', '.join(ARCHITECTURES)}")
     arch, checkpoint = ARCHITECTURES[config.model_type], Checkpoint(folder)
+    normalized = config.model_type == "qwen2_moe" and config.norm_topk_prob
+    if normalized:
+        arch = gguf.MODEL_ARCH.BAILINGMOE
+        check_foldable(checkpoint, config)
     pieces = stacks(checkpoint, arch, config.num_hidden_layers)
+    folded = partial(fold, config=config) if normalized else lambda gguf_name, weight: weight
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(file.name + ".partial")
     writer = gguf.GGUFWriter(unfinished, gguf.MODEL_ARCH_NAMES[arch])
     describe(writer, config)
+    if normalized:
+        describe_normalized(writer, config)
     for gguf_name, names in pieces.items():
         shape, kind = form(checkpoint, gguf_name, names)
         bytes_shape = gguf.quant_shape_to_byte_shape(shape, kind)
@@ -56,7 +71,7 @@ def export(folder: Path, file: Path) -> Path:
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # numpy lets go of the GIL: two threads are twice as fast
         for gguf_name, names in track(pieces.items(), description="GGUF", disable=not sys.stderr.isatty()):
             kind = form(checkpoint, gguf_name, names)[1]
-            weights = (checkpoint.read(name).float().numpy() for name in names)
+            weights = (folded(gguf_name, checkpoint.read(name).float()).numpy() for name in names)
             quantized = pool.map(partial(gguf.quants.quantize, qtype=kind), weights)
             writer.write_tensor_data(np.concatenate([part.reshape(-1).view(np.uint8) for part in quantized]))
     writer.close()
@@ -69,6 +84,8 @@ def stacks(checkpoint: Checkpoint, arch: gguf.MODEL_ARCH, num_layers: int) -> di
     known = gguf.get_tensor_name_map(arch, num_layers)
     found: dict[str, dict[int, str]] = defaultdict(dict)
     for name in checkpoint.names:
+        if arch is gguf.MODEL_ARCH.BAILINGMOE and name.endswith(FOLDED):
+            continue
         expert = re.search(r"\.experts\.(\d+)\.", name)
         gguf_name = known.get_name(name.replace(expert[0], ".experts.") if expert else name, try_suffixes=(".weight", ".bias"))
         if gguf_name is None:
@@ -86,6 +103,31 @@ def form(checkpoint: Checkpoint, gguf_name: str, names: list[str]) -> tuple[tupl
     kinds = gguf.GGMLQuantizationType
     kind = kinds.F32 if "ffn_gate_inp" in gguf_name else kinds.F16 if shape[-1] % 32 else kinds.Q4_0
     return ((len(names), *shape) if len(names) > 1 else shape), kind
+
+
+def check_foldable(checkpoint: Checkpoint, config: Any) -> None:
+    """Raise UnsupportedModelError unless bailingmoe's graph computes this qwen2_moe checkpoint with normalized routing weights."""
+    for name in checkpoint.names:
+        if name.endswith(FOLDED) and checkpoint.read(name).any():
+            raise UnsupportedModelError(f"{checkpoint.folder}: llama.cpp cannot normalize routing weights where {name} is not zero")
+    if config.shared_expert_intermediate_size % config.moe_intermediate_size:
+        raise UnsupportedModelError(f"{checkpoint.folder}: the shared expert's width must be a multiple of the experts'")
+
+
+def fold(gguf_name: str, weight: torch.Tensor, config: Any) -> torch.Tensor:
+    """bailingmoe's rotary embedding pairs neighbours, not halves; its shared expert has no gate."""
+    if gguf_name.endswith(("attn_q.weight", "attn_k.weight")):
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return weight.view(-1, 2, size // 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+    return weight / 2 if gguf_name.endswith("ffn_down_shexp.weight") else weight
+
+
+def describe_normalized(writer: gguf.GGUFWriter, config: Any) -> None:
+    writer.add_expert_weights_norm(True)
+    writer.add_expert_weights_scale(1.0)
+    writer.add_expert_shared_count(config.shared_expert_intermediate_size // config.moe_intermediate_size)
+    writer.add_leading_dense_block_count(0)
+    writer.add_rope_dimension_count(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def describe(writer: gguf.GGUFWriter, config: Any) -> None:

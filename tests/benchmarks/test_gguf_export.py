@@ -12,6 +12,9 @@ import pytest
 pytest.importorskip("gguf")
 
 import gguf
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from benchmarks.gguf_export import export
 from fate_moe.errors import UnsupportedModelError
@@ -49,6 +52,29 @@ def test_a_tied_head_is_written_twice(tmp_path: Path) -> None:
     reader = gguf.GGUFReader(export(folder, tmp_path / "model.gguf"))
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     np.testing.assert_array_equal(tensors["output.weight"].data, tensors["token_embd.weight"].data)
+
+
+def test_normalized_routing_is_written_as_bailingmoe(tmp_path: Path) -> None:
+    folder = tiny_checkpoint("qwen2_moe", tmp_path / "normalized", norm_topk_prob=True, qkv_bias=False)
+    with pytest.raises(UnsupportedModelError, match=r"shared_expert_gate.weight is not zero"):
+        export(folder, tmp_path / "model.gguf")
+    weights = load_file(folder / "model.safetensors")
+    save_file({n: torch.zeros_like(w) if "shared_expert_gate" in n else w for n, w in weights.items()}, folder / "model.safetensors")
+    reader = gguf.GGUFReader(export(folder, tmp_path / "model.gguf"))
+    assert reader.fields["bailingmoe.expert_weights_norm"].contents() is True
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    config = AutoConfig.from_pretrained(folder)
+    size = config.hidden_size // config.num_attention_heads
+
+    def held(name: str) -> np.ndarray:
+        return gguf.quants.dequantize(tensors[name].data, tensors[name].tensor_type)
+
+    # Rotary pairs: dimensions d and d + size/2 of a head become neighbours.
+    query = weights["model.layers.0.self_attn.q_proj.weight"].numpy()[:size]
+    order = [half * size // 2 + pair for pair in range(size // 2) for half in range(2)]
+    np.testing.assert_allclose(held("blk.0.attn_q.weight")[:size], query[order], atol=np.abs(query).max() / 7)
+    down = weights["model.layers.0.mlp.shared_expert.down_proj.weight"].numpy()
+    np.testing.assert_allclose(held("blk.0.ffn_down_shexp.weight"), down / 2, atol=np.abs(down).max() / 14)
 
 
 def test_other_families_are_refused(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
