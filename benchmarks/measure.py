@@ -156,6 +156,7 @@ def _take(said: dict[str, Any], cell: Cell) -> None:
         sample.counters_at_first = said.get("counters", {})
     elif event == "tokens":
         sample.count, sample.seconds = said["count"], said["seconds"]
+        sample.counters = said.get("counters", sample.counters)
     elif event == "counters":
         sample.counters = said["counters"]
     elif event == "done":

@@ -58,7 +58,8 @@ def main() -> None:
                 say("first", sample=self.sample, prompt_tokens=self.prompt_tokens, seconds=now - self.began, counters=counters())
                 self.first = now
             else:
-                say("tokens", sample=self.sample, count=self.count, seconds=now - self.first)
+                said = counters()  # with every token: a cell that is cut keeps what it has
+                say("tokens", sample=self.sample, count=self.count, seconds=now - self.first, counters=said)
             self.count += 1
             return torch.zeros(input_ids.shape[0], dtype=torch.bool)
 

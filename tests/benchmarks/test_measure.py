@@ -49,7 +49,8 @@ def test_a_peer_that_hangs_is_cut_and_what_came_counts() -> None:
     cell = run("hang", seconds=1.5)
     assert cell.outcome == "slow"
     assert cell.first_seconds() == [2.0]
-    assert cell.rate() is None
+    assert cell.rate() == 2 / 8.0
+    assert cost(cell) == Cost(seconds=4.0, read_bytes=250.0, stall_seconds=0.25)
 
 
 @pytest.mark.root

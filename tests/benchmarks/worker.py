@@ -18,6 +18,8 @@ for index, prompts in enumerate(job["samples"]):
     counted = {"experts": {"bytes_read": 1000 * (index + 1), "stall_seconds": 0.1 * index}}
     say("first", sample=index, prompt_tokens=len(prompts[0]), seconds=2.0, counters=counted)
     if settings["does"] == "hang":
+        counted = {"experts": {"bytes_read": 1500, "stall_seconds": 0.5}}
+        say("tokens", sample=index, count=2, seconds=8.0, counters=counted)
         time.sleep(60)
     if settings["does"] == "eat":
         eaten = [bytearray(b"x" * (16 << 20)) for _ in range(64)]
