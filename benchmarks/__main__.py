@@ -25,7 +25,7 @@ from benchmarks.peers.transformers_based import Accelerate, Fate
 from benchmarks.pictures import plot
 from benchmarks.report import cell_text, limit_name, markdown
 from benchmarks.results import Results, model_facts
-from benchmarks.workloads import WORKLOADS, samples
+from benchmarks.workloads import WORKLOADS, context_tokens, samples
 from fate_moe.config import parse_amount
 
 PEERS: dict[str, Callable[[], Peer]] = {
@@ -102,6 +102,7 @@ def run(arguments: argparse.Namespace) -> None:
                         "workload": workload.kind,
                         "samples": prompts,
                         "new_tokens": workload.new_tokens,
+                        "context_tokens": context_tokens(workload, prompts),
                         "threads": arguments.threads,
                         "limit_bytes": limit,
                         "settings": variant.settings,

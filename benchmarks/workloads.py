@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["WORKLOADS", "Workload", "samples"]
+__all__ = ["WORKLOADS", "Workload", "context_tokens", "samples"]
 
 _PROMPTS = Path(__file__).with_name("prompts.json")
 
@@ -35,6 +35,12 @@ WORKLOADS = {
         Workload("chat", "chat", 32, 64, num_samples=4),
     )
 }
+
+
+def context_tokens(workload: Workload, prompts: list[list[list[int]]]) -> int:
+    """Tokens of KV cache that each prompt of a batch needs: every engine is told, for it is memory that weights do not get."""
+    turns = len(prompts) if workload.kind == "chat" else 1
+    return turns * (workload.prompt_tokens + workload.new_tokens) + 8
 
 
 def samples(workload: Workload, tokenizer: Any, vocab_size: int) -> list[list[list[int]]]:

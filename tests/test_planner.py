@@ -74,7 +74,7 @@ def test_footprint_by_hand(checkpoint: Callable[[str], Path]) -> None:
     assert needs.kv_bytes_per_token == 24 * 2 * 2048 * 2
     attention = 4 * 2048 * 2048 + 3 * 2048
     per_layer = attention + 3 * 2048 * 5632 + 2048 + 60 * 2048 + 2 * 2048  # shared expert, its gate, router, norms
-    assert needs.dense_bytes == 2 * (24 * per_layer + 2 * 151936 * 2048 + 2048)
+    assert (needs.dense_bytes, needs.row_bytes) == (2 * (24 * per_layer + 151936 * 2048 + 2048), 2 * 151936 * 2048)
     groups = 3 * 2048 * 1408 // 64
     int4 = footprint(model, expert_stacks(model), "int4").slot_bytes
     assert groups * 36 <= int4 < groups * 36 + 4096

@@ -11,12 +11,13 @@ what it measured:
     {"event": "done", "versions": {...}}
     {"event": "failed", "message": "..."}                                then a non-zero exit
 
-An engine that counts nothing leaves "counters" out; one that does gives them with "first" too.
+An engine that counts nothing leaves "counters" out; one that does gives them with "first" and "tokens" too.
 
 The job: ``model`` path; ``workload`` "decode" (each sample is a prompt of its own, the KV cache emptied), "prefill" (the same,
 with no new tokens after the first) or "chat" (each sample is a turn, appended to what the cache holds); ``samples`` a list of
 samples, each a list of ``batch`` prompts, each a list of token ids, all of one length; ``new_tokens`` a prompt, greedy, an end
-token does not end it; ``threads``; ``limit_bytes`` or null; ``settings`` of the peer.
+token does not end it; ``context_tokens`` of KV cache that a prompt of the batch needs; ``threads``; ``limit_bytes`` or null;
+``settings`` of the peer.
 """
 
 from __future__ import annotations

@@ -30,11 +30,6 @@ class Clock:
         self.count += 1
 
 
-def context_length(job: dict[str, Any]) -> int:
-    samples = job["samples"] if job["workload"] == "chat" else job["samples"][:1]
-    return int(sum(len(sample[0]) + job["new_tokens"] for sample in samples)) + 8
-
-
 class LlamaCppPython:
     """llama.cpp's own C functions; a batch is one sequence a prompt."""
 
@@ -50,7 +45,7 @@ class LlamaCppPython:
         if not self.model:
             raise RuntimeError("llama.cpp could not load the model")
         context = lib.llama_context_default_params()
-        context.n_ctx = self.batch_size * context_length(job)
+        context.n_ctx = self.batch_size * job["context_tokens"]
         context.n_seq_max = self.batch_size
         context.n_batch, context.n_ubatch = 2048, 512
         context.n_threads = context.n_threads_batch = job["threads"]
@@ -116,7 +111,7 @@ class Xllamacpp:
         params.load_mode = (
             lib.llama_load_mode.LLAMA_LOAD_MODE_MMAP if settings["mmap"] else lib.llama_load_mode.LLAMA_LOAD_MODE_NONE
         )
-        params.n_parallel, params.n_ctx = self.batch_size, self.batch_size * context_length(job)
+        params.n_parallel, params.n_ctx = self.batch_size, self.batch_size * job["context_tokens"]
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = job["threads"]
         params.n_batch, params.n_ubatch, params.warmup, params.cache_ram_mib = 2048, 512, False, 0
         self.server = lib.Server(params)

@@ -23,7 +23,8 @@ def load(job: dict[str, Any]) -> tuple[Any, dict[str, str], Callable[[], dict[st
     if settings.pop("engine") == "fate":
         import fate_moe
 
-        model, _ = fate_moe.load(job["model"], **settings)
+        context = job["context_tokens"] * len(job["samples"][0])
+        model, _ = fate_moe.load(job["model"], context_length=context, **settings)
         return model, versions | {"fate-moe": fate_moe.__version__}, lambda: model.fate.report().as_dict()
     import accelerate
 

@@ -10,7 +10,7 @@ from fate_moe.errors import BudgetError
 from fate_moe.machine import available_memory, resident_memory
 from fate_moe.quant.dtypes import dtype_name
 from fate_moe.skeleton import ExpertStack, parameter_dtypes
-from fate_moe.store.dense import default_dense_precision, dense_layouts
+from fate_moe.store.dense import default_dense_precision, dense_layouts, read_by_row
 from fate_moe.store.format import Manifest, blob_layout
 
 if TYPE_CHECKING:
@@ -29,11 +29,15 @@ AUTO_SHARE = 0.8
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a model asks for, whatever the budget. ``slot_bytes`` is one expert; ``min_slots`` one token's experts in one layer."""
+    """What a model asks for, whatever the budget. ``slot_bytes`` is one expert; ``min_slots`` one token's experts in one layer.
+
+    ``dense_bytes`` are resident; ``row_bytes``, the embedding of which tokens' rows are read, stay on disk.
+    """
 
     family: str
     precision: str
     dense_bytes: int
+    row_bytes: int
     kv_bytes_per_token: int
     activation_bytes_per_token: int
     slot_bytes: int
@@ -74,7 +78,7 @@ class Plan:
         share = self.num_slots / self.num_experts
         return [
             ("Python, torch, transformers", self.runtime_bytes, "measured in this process"),
-            ("dense weights", self.dense_bytes, "attention, norms, routers, shared experts, embeddings"),
+            ("dense weights", self.dense_bytes, "attention, norms, routers, shared experts, head"),
             ("KV cache", self.kv_cache_bytes, f"{self.context_length} tokens"),
             ("activations", self.activation_bytes, f"prefill of {self.context_length} tokens"),
             (
@@ -111,6 +115,7 @@ def footprint(
     dtypes = parameter_dtypes(model)
     if manifest is not None:
         slot_bytes, dense_bytes = manifest.slot_bytes, manifest.dense_bytes
+        quantized = dense_layouts(model, manifest.dense_precision)
     else:
         slot_bytes = max(blob_layout(precision, stack.output_rows_first(), dtype_name(model.dtype)).length for stack in stacks)
         routed = {f"{stack.name}.{name}" for stack in stacks for name in stack.parameters}
@@ -121,6 +126,11 @@ def footprint(
             for name, value in model.state_dict().items()
             if name not in absent
         )
+    by_row = read_by_row(model)
+    row_bytes = 0
+    if by_row:
+        weight = model.get_parameter(by_row)
+        row_bytes = quantized[by_row].length if by_row in quantized else weight.numel() * dtypes[by_row].itemsize
     itemsize = model.dtype.itemsize
     top_k = max(stack.top_k for stack in stacks)
     inner = max(_width(text, "intermediate_size"), *(shape[0] for stack in stacks for shape in stack.parameters.values()))
@@ -130,7 +140,8 @@ def footprint(
     return Footprint(
         family=model.config.model_type,
         precision=precision,
-        dense_bytes=dense_bytes,
+        dense_bytes=dense_bytes - row_bytes,
+        row_bytes=row_bytes,
         kv_bytes_per_token=_kv_bytes_per_token(text, itemsize),
         activation_bytes_per_token=activation,
         slot_bytes=slot_bytes,

@@ -59,7 +59,8 @@ def test_normalized_routing_is_written_as_bailingmoe(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match=r"shared_expert_gate.weight is not zero"):
         export(folder, tmp_path / "model.gguf")
     weights = load_file(folder / "model.safetensors")
-    save_file({n: torch.zeros_like(w) if "shared_expert_gate" in n else w for n, w in weights.items()}, folder / "model.safetensors")
+    half_open = {name: torch.zeros_like(w) if "shared_expert_gate" in name else w for name, w in weights.items()}
+    save_file(half_open, folder / "model.safetensors")
     reader = gguf.GGUFReader(export(folder, tmp_path / "model.gguf"))
     assert reader.fields["bailingmoe.expert_weights_norm"].contents() is True
     tensors = {tensor.name: tensor for tensor in reader.tensors}

@@ -10,12 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from fate_moe.models.dense import QuantizedEmbedding, QuantizedLinear
+from fate_moe.errors import StoreError
+from fate_moe.models.dense import QuantizedLinear, StoredEmbedding
 from fate_moe.models.load import prepare
 from fate_moe.quant.solver import minmax
 from fate_moe.store import dense
 from fate_moe.store.convert import convert
-from fate_moe.store.dense import dense_layouts, encode_dense
+from fate_moe.store.dense import dense_layouts, encode_dense, read_by_row
+from fate_moe.store.open import load_dense, open_store
 from tests.conftest import load_model
 
 
@@ -58,7 +60,7 @@ def test_default_beside_int4_experts(checkpoint: Callable[[str], Path], tmp_path
     assert sizes[1] < sizes[0]
     model = load_model(store, expert_cache="100%", exact_activations=True)
     kinds = {type(module) for module in model.modules()}
-    assert {QuantizedLinear, QuantizedEmbedding} <= kinds
+    assert {QuantizedLinear, StoredEmbedding} <= kinds
     for name, module in model.named_modules():
         if type(module) is nn.Linear:
             assert name.rpartition(".")[2] in dense._ROUTERS
@@ -82,6 +84,38 @@ def test_law_one(checkpoint: Callable[[str], Path], tmp_path: Path, small_counts
         assert all(torch.equal(a, b) for a, b in zip(answers[0].logits, answers[1].logits, strict=True))
     for model in (whole, half):
         model.fate.close()
+
+
+@pytest.mark.parametrize("precision", ["lossless", "int8"])
+def test_the_embedding_is_read_by_row(
+    checkpoint: Callable[[str], Path], tmp_path: Path, small_counts: None, precision: str
+) -> None:
+    path = convert(checkpoint("qwen2_moe"), tmp_path / "store", "int8", dense_precision=precision)
+    prepared = prepare(path)
+    name = "model.embed_tokens.weight"
+    assert read_by_row(prepared.model) == name
+    whole, rest = load_dense(open_store(path)), load_dense(open_store(path), but=name)
+    assert rest.keys() == whole.keys() - {name}
+    assert all(torch.equal(tensor, whole[key]) for key, tensor in rest.items())
+    needs = prepared.footprint()
+    assert needs.row_bytes == whole[name].nbytes
+    assert needs.dense_bytes + needs.row_bytes == open_store(path).manifest.dense_bytes
+
+    model = load_model(path, expert_cache="100%")
+    embedding = model.get_input_embeddings()
+    plain = load_dense(open_store(convert(checkpoint("qwen2_moe"), tmp_path / "plain")))[name]
+    near = 0.0 if precision == "lossless" else float(plain.max() - plain.min()) / 255
+    ids = torch.tensor([[5, 0, 5], [embedding.num_embeddings - 1, 7, 1]])
+    assert embedding(ids).shape == (2, 3, embedding.embedding_dim)
+    assert (embedding(ids) - plain[ids]).abs().max() <= near
+    assert torch.equal(embedding(ids), embedding.weight[ids])
+    with pytest.raises(IndexError, match=r"must be in 0\.\.\d+, not -1\.\.5"):
+        embedding(torch.tensor([5, -1]))
+    with open(path / "dense.safetensors", "r+b") as file:
+        file.truncate(5000)
+    with pytest.raises(StoreError, match=r"dense\.safetensors ends before byte \d+"):
+        embedding(ids)
+    model.fate.close()
 
 
 def test_tied_and_small_matrices_stay(checkpoint: Callable[[str], Path]) -> None:

@@ -28,6 +28,7 @@ class Hand:
     expert: int
     dense: int
     kv: int
+    embedding: int
     itemsize: int = 2
     biases: int = 0
 
@@ -38,18 +39,21 @@ BY_HAND = {
         expert=3 * 2048 * 768,
         dense=2 * 151936 * 2048 + 48 * (2048 * (4096 + 2 * 512) + 4096 * 2048 + 2 * 128 + 2 * 2048 + 128 * 2048) + 2048,
         kv=48 * 2 * 4 * 128,
+        embedding=151936 * 2048,
     ),
     "Mixtral-8x7B-v0.1": Hand(
         32, 8, 2,
         expert=3 * 4096 * 14336,
         dense=2 * 32000 * 4096 + 32 * (4096 * (4096 + 2 * 1024) + 4096 * 4096 + 2 * 4096 + 8 * 4096) + 4096,
         kv=32 * 2 * 8 * 128,
+        embedding=32000 * 4096,
     ),
     "OLMoE-1B-7B-0924": Hand(
         16, 64, 8,
         expert=3 * 2048 * 1024,
         dense=2 * 50304 * 2048 + 16 * (4 * 2048 * 2048 + 2 * 2048 + 2 * 2048 + 64 * 2048) + 2048,
         kv=16 * 2 * 16 * 128,
+        embedding=50304 * 2048,
         itemsize=4,
     ),
     "DeepSeek-V2-Lite": Hand(
@@ -61,6 +65,7 @@ BY_HAND = {
         + 26 * (64 * 2048 + 3 * 2048 * 2816)
         + 2048,
         kv=27 * 16 * (128 + 64 + 128),
+        embedding=102400 * 2048,
     ),
     "gpt-oss-20b": Hand(
         24, 32, 4,
@@ -69,6 +74,7 @@ BY_HAND = {
         + 24 * (2880 * 4096 + 4096 + 2 * (2880 * 512 + 512) + 4096 * 2880 + 2880 + 64 + 2 * 2880 + 32 * 2880 + 32)
         + 2880,
         kv=24 * 2 * 8 * 64,
+        embedding=201088 * 2880,
         biases=5760 + 2880,
     ),
 }  # fmt: skip
@@ -91,7 +97,9 @@ def test_sizes_of_published_models(name: str) -> None:
         assert of.store_bytes == of.dense_bytes + hand.layers * hand.experts * of.expert_bytes
         made = plan(CONFIGS / name, ram="200GiB", precision=precision, context_length=1000)
         assert (made.slot_bytes, made.num_experts) == (of.expert_bytes, hand.layers * hand.experts)
-        assert (made.dense_bytes, made.kv_cache_bytes) == (of.dense_bytes, 1000 * found.kv_bytes_per_token)
+        assert made.kv_cache_bytes == 1000 * found.kv_bytes_per_token
+        embedding = hand.embedding * (hand.itemsize if precision == "lossless" else 1.0625)  # int8: two fp16 for each 64 weights
+        assert 0 <= of.dense_bytes - made.dense_bytes - embedding <= 4096  # read by row: not resident
         assert made.num_slots == made.num_experts
 
 
@@ -101,7 +109,7 @@ def test_speeds_are_bounded_by_disk_and_memory(monkeypatch: pytest.MonkeyPatch) 
     assert int4.tokens_per_second is not None
     low, high = int4.tokens_per_second
     per_token = 48 * 8 * int4.expert_bytes
-    dense = int4.dense_bytes
+    dense = plan(CONFIGS / "Qwen3-30B-A3B", ram="200GiB", precision="int4").dense_bytes  # what a token reads of them
     assert low == pytest.approx(1 / (per_token / 1.2e9 + (dense + per_token) / 28e9))
     assert low < high < 28e9 / (dense + per_token)
     monkeypatch.setattr("fate_moe.models.inspect.available_memory", lambda: 2 << 30)

@@ -1,4 +1,4 @@
-"""Modules whose weights stay quantized: they stand where a store's dense.safetensors has a blob instead of numbers."""
+"""Modules whose weights stay as a store's dense.safetensors has them: Linear on a quantized blob, the embedding on the disk."""
 
 from __future__ import annotations
 
@@ -12,52 +12,36 @@ from fate_moe.core import BlobLayout
 from fate_moe.kernels.native import DTYPES, PLANES, matrix_place, native
 from fate_moe.kernels.reference import dequantize
 from fate_moe.quant.blob import views
+from fate_moe.store.rows import StoredRows
 
-__all__ = ["QuantizedEmbedding", "QuantizedLinear"]
+__all__ = ["QuantizedLinear", "StoredEmbedding"]
 
 # Up to this many rows of x are multiplied as the weights lie; for more, weights are written out tile by tile for torch's GEMM.
 MOST_ROWS = 8
 _TILE_BYTES = 8 << 20
 
 
-class _Quantized(nn.Module):
-    """``blob`` uint8 holds ``weight`` [out, in] in ``layout``; nothing is copied."""
-
-    def __init__(self, blob: torch.Tensor, layout: BlobLayout, shape: tuple[int, int], dtype: torch.dtype) -> None:
-        super().__init__()
-        self._blob = blob
-        self._layout = layout
-        self._shape = shape
-        self._dtype = dtype
-        self._parts = views(layout, blob)
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """The numbers, made anew; for code that looks at them."""
-        return self._rows(slice(None), self._dtype)
-
-    def _rows(self, index: Any, dtype: torch.dtype) -> torch.Tensor:
-        """Rows ``index`` (a slice or int64 [n]) as numbers [n, in]."""
-        parts = {name: part[index] for name, part in self._parts.items()}
-        planes = [parts[f"weight.plane{i}"] for i in range(len(self._layout.plane_widths))]
-        numbers = dequantize(
-            planes,
-            parts["weight.scale"],
-            parts["weight.zero"],
-            cols=self._shape[1],
-            group_size=self._layout.group_size,
-            widths=self._layout.plane_widths,
-        )
-        return numbers.to(dtype)
+def _numbers(parts: dict[str, torch.Tensor], layout: BlobLayout, cols: int, dtype: torch.dtype) -> torch.Tensor:
+    """Rows of a blob's parts as numbers [n, cols]."""
+    planes = [parts[f"weight.plane{i}"] for i in range(len(layout.plane_widths))]
+    scale, zero = parts["weight.scale"], parts["weight.zero"]
+    return dequantize(planes, scale, zero, cols=cols, group_size=layout.group_size, widths=layout.plane_widths).to(dtype)
 
 
-class QuantizedLinear(_Quantized):
-    """``nn.Linear`` on a quantized weight: few rows with int8 activations by group (``exact``: fp32), many through torch's GEMM."""
+class QuantizedLinear(nn.Module):
+    """``nn.Linear`` on a quantized weight: few rows with int8 activations by group (``exact``: fp32), many through torch's GEMM.
+
+    ``blob`` uint8 holds ``weight`` [out, in] in ``layout``; nothing is copied.
+    """
 
     def __init__(
         self, blob: torch.Tensor, layout: BlobLayout, shape: tuple[int, int], like: nn.Linear, dtype: torch.dtype, exact: bool
     ) -> None:
-        super().__init__(blob, layout, shape, dtype)
+        super().__init__()
+        self._blob = blob
+        self._layout = layout
+        self._dtype = dtype
+        self._parts = views(layout, blob)
         self.out_features, self.in_features = shape
         self.bias = like.bias
         self._exact = exact
@@ -66,11 +50,16 @@ class QuantizedLinear(_Quantized):
         self._address = blob.data_ptr()
         self._tiles = self._cut() if self._place is not None else []
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """The numbers, made anew; for code that looks at them."""
+        return _numbers(self._parts, self._layout, self.in_features, self._dtype)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., out] of ``x`` [..., in], in x's dtype."""
         rows = x.reshape(-1, self.in_features)
         if self._place is None or x.dtype not in (torch.float32, torch.bfloat16):
-            return linear(x, self._rows(slice(None), x.dtype), self.bias)
+            return linear(x, self.weight.to(x.dtype), self.bias)
         if len(rows) <= MOST_ROWS:
             rows = rows.contiguous()
             out = torch.empty(len(rows), self.out_features, dtype=x.dtype)
@@ -103,13 +92,31 @@ class QuantizedLinear(_Quantized):
         return tiles
 
 
-class QuantizedEmbedding(_Quantized):
-    """``nn.Embedding`` on a quantized weight: only the rows that are asked for become numbers."""
+class StoredEmbedding(nn.Module):
+    """``nn.Embedding`` [num, dim] whose rows are read from the store, quantized or not, and become numbers when they are asked for.
 
-    def __init__(self, blob: torch.Tensor, layout: BlobLayout, shape: tuple[int, int], dtype: torch.dtype) -> None:
-        super().__init__(blob, layout, shape, dtype)
+    A token costs three reads, the first time of the disk, then of the page cache. Qwen1.5-MoE's embedding would take 306 MiB of the
+    budget as int8, room for 65 of its experts.
+    """
+
+    def __init__(self, rows: StoredRows, shape: tuple[int, int], dtype: torch.dtype) -> None:
+        super().__init__()
         self.num_embeddings, self.embedding_dim = shape
+        self._rows = rows
+        self._dtype = dtype
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The numbers, made anew; for code that looks at them."""
+        return self._of(list(range(self.num_embeddings)))
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """[..., embedding_dim] in the model's dtype."""
-        return self._rows(ids.reshape(-1), self._dtype).view(*ids.shape, self.embedding_dim)
+        """[..., dim] in the model's dtype. Raises IndexError for an id outside the vocabulary."""
+        different, place = torch.unique(ids, return_inverse=True)
+        if different.numel() and not 0 <= int(different[0]) <= int(different[-1]) < self.num_embeddings:
+            raise IndexError(f"token ids must be in 0..{self.num_embeddings - 1}, not {int(different[0])}..{int(different[-1])}")
+        return self._of(different.tolist())[place.reshape(-1)].view(*ids.shape, self.embedding_dim)
+
+    def _of(self, ids: list[int]) -> torch.Tensor:
+        parts, layout = self._rows.read(ids), self._rows.layout
+        return parts["weight"].to(self._dtype) if layout is None else _numbers(parts, layout, self.embedding_dim, self._dtype)

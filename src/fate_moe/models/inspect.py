@@ -93,16 +93,17 @@ def describe(folder: Path, bandwidths: Bandwidths | None = None) -> Description:
         }
         experts = sum(stack.num_experts * lengths[stack.layer] for stack in stacks)
         per_token = sum(min(stack.top_k, stack.num_experts) * lengths[stack.layer] for stack in stacks)
-        dense = footprint(model, stacks, precision).dense_bytes  # quantized beside quantized experts
+        of = footprint(model, stacks, precision)
+        dense = of.dense_bytes + of.row_bytes  # quantized beside quantized experts
         precisions[precision] = AtPrecision(
-            max(lengths.values()), dense, dense + experts, _tokens_per_second(dense, per_token, experts, speeds)
+            max(lengths.values()), dense, dense + experts, _tokens_per_second(of.dense_bytes, per_token, experts, speeds)
         )
     return Description(
         family=needs.family,
         layers=len(stacks),
         experts=max(stack.num_experts for stack in stacks),
         top_k=max(stack.top_k for stack in stacks),
-        dense_bytes=needs.dense_bytes,
+        dense_bytes=needs.dense_bytes + needs.row_bytes,
         kv_bytes_per_token=needs.kv_bytes_per_token,
         precisions=precisions,
         bandwidths=speeds,

@@ -23,7 +23,7 @@ from fate_moe.memory.precision import make_precision_policy
 from fate_moe.memory.residency import Residency
 from fate_moe.memory.slots import SlotArena
 from fate_moe.models.attach import attach, limit_context, routers_of
-from fate_moe.models.dense import QuantizedEmbedding, QuantizedLinear
+from fate_moe.models.dense import QuantizedLinear, StoredEmbedding
 from fate_moe.planner import Footprint, Plan, footprint, make_plan
 from fate_moe.predict.gates import FittedGates
 from fate_moe.predict.make import make_predictor
@@ -31,13 +31,14 @@ from fate_moe.report import Report
 from fate_moe.runtime import ExpertRuntime
 from fate_moe.skeleton import ExpertStack, build_skeleton, expert_stacks, is_experts
 from fate_moe.store.convert import convert
-from fate_moe.store.dense import default_dense_precision, dense_layouts
+from fate_moe.store.dense import default_dense_precision, dense_layouts, read_by_row
 from fate_moe.store.format import blob_layout
 from fate_moe.store.gguf import open_checkpoint
 from fate_moe.store.learned import gates_bytes, load_gates, load_statistics, save_statistics
 from fate_moe.store.open import Store, load_dense, open_store
 from fate_moe.store.plan import identity_of
 from fate_moe.store.reader import DiskSource
+from fate_moe.store.rows import StoredRows
 from fate_moe.store.source import resolve_checkpoint
 from fate_moe.tailor import Tailor
 
@@ -157,7 +158,9 @@ def realize(prepared: Prepared, plan: Plan, config: OffloadConfig) -> Any:
     """Load the dense weights into the skeleton and attach the runtime under ``plan``; the skeleton becomes the model."""
     store, model, stacks = prepared.store, prepared.model, prepared.stacks
     layouts_of_dense = dense_layouts(model, store.manifest.dense_precision)
-    _fill(model, load_dense(store), store.path, layouts_of_dense, config.exact_activations)
+    if embedding := read_by_row(model):
+        _leave_on_disk(model, embedding, store, layouts_of_dense.get(embedding))
+    _fill(model, load_dense(store, but=embedding), store.path, layouts_of_dense, config.exact_activations)
     if (path := store.path / "generation_config.json").exists():
         try:
             model.generation_config = GenerationConfig.from_pretrained(store.path)
@@ -241,12 +244,17 @@ def _fill(model: Any, dense: dict[str, torch.Tensor], path: Path, quantized: dic
 
 
 def _replace(model: Any, path: str, blob: torch.Tensor, layout: BlobLayout, exact: bool) -> None:
-    """The Linear or Embedding at ``path`` by one that reads ``blob``."""
+    """The Linear at ``path`` by one that reads ``blob``."""
     parent, _, name = path.rpartition(".")
     old = model.get_submodule(path)
     shape = (int(old.weight.shape[0]), int(old.weight.shape[1]))
-    if isinstance(old, nn.Linear):
-        new: nn.Module = QuantizedLinear(blob, layout, shape, old, model.dtype, exact)
-    else:
-        new = QuantizedEmbedding(blob, layout, shape, model.dtype)
-    setattr(model.get_submodule(parent), name, new)
+    setattr(model.get_submodule(parent), name, QuantizedLinear(blob, layout, shape, old, model.dtype, exact))
+
+
+def _leave_on_disk(model: Any, parameter: str, store: Store, layout: BlobLayout | None) -> None:
+    """The embedding with this ``parameter`` by one that reads its tokens' rows when they come."""
+    owner = parameter.rpartition(".")[0]
+    parent, _, name = owner.rpartition(".")
+    rows, cols = model.get_submodule(owner).weight.shape
+    stored = StoredRows(store, parameter, (rows, cols), layout)
+    setattr(model.get_submodule(parent), name, StoredEmbedding(stored, (rows, cols), model.dtype))

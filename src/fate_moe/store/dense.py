@@ -12,7 +12,7 @@ from fate_moe.quant.planes import pack
 from fate_moe.quant.solver import Solver, minmax
 from fate_moe.store.format import blob_layout
 
-__all__ = ["default_dense_precision", "dense_layouts", "encode_dense"]
+__all__ = ["default_dense_precision", "dense_layouts", "encode_dense", "read_by_row"]
 
 # Elements. What is smaller saves nothing that counts.
 SMALLEST = 1 << 16
@@ -46,6 +46,16 @@ def dense_layouts(model: nn.Module, dense_precision: str) -> dict[str, BlobLayou
             precision = "int8" if type(module) is nn.Embedding else dense_precision
             layouts[name] = blob_layout(precision, {"weight": shape}, "BF16")
     return layouts
+
+
+def read_by_row(model: nn.Module) -> str | None:
+    """The parameter of which a forward pass needs a few rows only: the embedding, unless the head is tied to it. Or None."""
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    if type(embedding) is not nn.Embedding or embedding.weight.numel() < SMALLEST:
+        return None
+    name = next(f"{path}.weight" for path, module in model.named_modules() if module is embedding)
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    return None if name in {*tied, *tied.values()} else name
 
 
 def encode_dense(name: str, layout: BlobLayout, weight: Tensor, solver: Solver) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 import torch
 import xxhash
 
-from fate_moe.core import ExpertId
+from fate_moe.core import SLOT_ALIGNMENT, ExpertId
 from fate_moe.errors import CorruptExpertError, StoreError
 from fate_moe.quant.dtypes import TORCH_DTYPES
 from fate_moe.store.direct import DirectFile, anonymous_buffer
@@ -75,20 +77,33 @@ def _header(path: Path, num_bytes: int) -> dict[str, TensorEntry]:
         raise StoreError(f"{path} is damaged ({error}); {_AGAIN}") from error
 
 
-def load_dense(store: Store) -> dict[str, torch.Tensor]:
+def load_dense(store: Store, but: str | None = None) -> dict[str, torch.Tensor]:
     """Everything but the routed experts, by the model's own parameter names.
 
     The file is read once, past the page cache, into one private buffer of which all tensors are views: resident memory grows by the
-    file's length and no more. Raises StoreError when the bytes differ from their checksum.
+    file's length and no more, and by less if the tensor ``but`` is left out. Raises StoreError when the bytes differ from their
+    checksum.
     """
     path, num_bytes = store.path / "dense.safetensors", store.manifest.dense_bytes
     buffer = anonymous_buffer(num_bytes)
     memory = memoryview(buffer)
-    _checked_read(path, num_bytes, store.manifest.dense_checksum, memory)
+    left = _header(path, num_bytes).get(but) if but else None
+
+    def give_back(start: int, end: int) -> None:
+        """The pages that hold nothing but the tensor left out."""
+        if left is not None:
+            begin = max(start, -(-left.offset // SLOT_ALIGNMENT) * SLOT_ALIGNMENT)
+            end = min(end, (left.offset + left.length) // SLOT_ALIGNMENT * SLOT_ALIGNMENT)
+            if begin < end:
+                buffer.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
+    _checked_read(path, num_bytes, store.manifest.dense_checksum, memory, done=give_back)
     try:
         start = data_start(bytes(memory[:8]), num_bytes)
         entries = parse_header(bytes(memory[8:start]), num_bytes)
-        return {name: _view(buffer, entry) for name, entry in entries.items()}
+        if left and entries.get(left.name) != left:
+            raise ValueError("its header changed while it was read")
+        return {name: _view(buffer, entry) for name, entry in entries.items() if name != but}
     except (ValueError, KeyError) as error:
         raise StoreError(f"{path} is damaged ({error}); {_AGAIN}") from error
 
@@ -155,8 +170,18 @@ def check_section(store: Store, expert: ExpertId, blob: memoryview, number: int)
         raise CorruptExpertError(f"{where}: its {section.name} differ from their checksum; {_AGAIN}")
 
 
-def _checked_read(path: Path, num_bytes: int, checksum: str, memory: memoryview, reuse: bool = False) -> None:
-    """Read the whole file in chunks, into ``memory`` (or over and over into its start) and compare with ``checksum``."""
+def _checked_read(
+    path: Path,
+    num_bytes: int,
+    checksum: str,
+    memory: memoryview,
+    reuse: bool = False,
+    done: Callable[[int, int], None] = lambda start, end: None,
+) -> None:
+    """Read the whole file in chunks, into ``memory`` (or over and over into its start) and compare with ``checksum``.
+
+    ``done`` is told of each chunk that has been digested.
+    """
     digest = xxhash.xxh3_64()
     with closing(open_file(path)) as file:
         for start in range(0, num_bytes, _CHUNK_BYTES):
@@ -169,5 +194,6 @@ def _checked_read(path: Path, num_bytes: int, checksum: str, memory: memoryview,
             if got < wanted:
                 raise StoreError(f"{path} ends after {start + got} of {num_bytes} bytes; it is torn, {_AGAIN}")
             digest.update(room[:wanted])
+            done(start, start + wanted)
     if digest.hexdigest() != checksum:
         raise StoreError(f"{path}: its bytes differ from their checksum; {_AGAIN}")
