@@ -15,6 +15,7 @@ from fate_moe.gpu.experts import DeviceExperts
 from fate_moe.gpu.layout import device_layout
 from fate_moe.gpu.memory import PinnedArena, VramPool
 from fate_moe.gpu.options import DeviceOptions
+from fate_moe.gpu.share import HostShare
 from fate_moe.gpu.tables import ResidencyTables, layer_quotas
 from fate_moe.quant.blob import encode, views
 from fate_moe.store.format import blob_layout
@@ -49,7 +50,9 @@ class Model:
     top_k: int
     dtype: torch.dtype
 
-    def experts(self, num_slots: int, options: DeviceOptions | None = None, num_staging: int = 4) -> DeviceExperts:
+    def experts(
+        self, num_slots: int, options: DeviceOptions | None = None, num_staging: int = 4, share: HostShare | None = None
+    ) -> DeviceExperts:
         options = options or DeviceOptions()
         layers = len(self.gates)
         tables = ResidencyTables(
@@ -59,7 +62,9 @@ class Model:
         )
         pool = VramPool(tables.num_slots, num_staging, self.layout.length, CPU)
         device = device_layout(self.layout, self.shapes, SwiGLU())
-        experts = DeviceExperts([device] * layers, self.arena, pool, tables, list(self.gates), top_k=self.top_k, options=options)
+        experts = DeviceExperts(
+            [device] * layers, self.arena, pool, tables, list(self.gates), top_k=self.top_k, options=options, share=share
+        )
         experts.fill()
         return experts
 

@@ -39,7 +39,7 @@ class Residency:
     def __init__(self, quotas: Sequence[int], policies: Sequence[EvictionPolicy]) -> None:
         self.slot_of: dict[ExpertId, int] = {}
         self.policies = policies
-        self.counters = [[0, 0, 0, 0] for _ in quotas]  # hits, misses, prefetched, prefetches used
+        self.counters = [[0, 0, 0, 0, 0] for _ in quotas]  # hits, misses, prefetched, prefetches used, computed on the host
         self._unused: set[ExpertId] = set()
         self.under_way: set[ExpertId] = set()  # prefetched since their layer ran: their slots are being written
         for layer, quota in enumerate(quotas):

@@ -17,6 +17,7 @@ from fate_moe.gpu.layout import DeviceLayout
 from fate_moe.gpu.memory import PinnedArena, VramPool
 from fate_moe.gpu.options import DeviceOptions
 from fate_moe.gpu.prefill import Prefill
+from fate_moe.gpu.share import HostShare
 from fate_moe.gpu.streams import Lane
 from fate_moe.gpu.tables import ResidencyTables
 from fate_moe.kernels.triton_experts import down_kernel, gate_up_kernel
@@ -51,9 +52,10 @@ class DeviceExperts:
         *,
         top_k: int,
         options: DeviceOptions | None = None,
+        share: HostShare | None = None,
     ) -> None:
         """``gates[l]`` is the weight [num_experts, hidden] of layer l's router, None where it has none that can be applied
-        early."""
+        early. ``share`` computes what ``options.host_share`` leaves to the host."""
         self.layouts, self.arena, self.pool, self.tables, self.gates = list(layouts), arena, pool, tables, list(gates)
         self.top_k, self.options = top_k, options or DeviceOptions()
         device = pool.bytes.device
@@ -67,7 +69,9 @@ class DeviceExperts:
         lists = torch.zeros(3, tables.num_experts + 1, 2, dtype=torch.int32, device=device)
         self._demand = lists[0]  # pairs (blob, slot); the last row's first entry is their number
         self._ahead = lists[1], lists[2]  # for even and odd layers: one is still read while the next is written
-        self._main, self._demands, self._prefetches = (Lane(device, side) for side in (False, True, True))
+        self._main, self._demands, self._prefetches, self._answers = (Lane(device, side) for side in (False, True, True, True))
+        self._share = share if self.options.host_share > 0 else None
+        self._asked = False  # the residency step may have asked the host for rows that nobody collects yet
         self._listed = False  # the residency step listed prefetches that are not enqueued yet
         self._arriving: Any = None  # the mark of prefetches that the main lane has not waited for
         self._exact = all(gate is None or gate.dtype == torch.float32 for gate in gates)
@@ -113,6 +117,11 @@ class DeviceExperts:
         whole = self.tables.quotas[layer] == self.tables.num_experts
         tokens = out.shape[0]
         prefetched, self._arriving = self._arriving, None
+        share, self._asked = self._share if self._asked else None, False
+        if share is not None:
+            self._answers.follow(self._main)
+            with self._answers:
+                share.collect(self.late)
         if not whole:
             self._demands.follow(self._main)
             with self._demands:
@@ -131,23 +140,38 @@ class DeviceExperts:
             self._main.follow(self._demands)
         self._main.wait(prefetched)
         self._gate_up(layer, tokens, phase=1 if not whole and self.options.overlap else 2)
-        self._down(layer, routing_weights, out, add)
+        if share is not None:
+            self._main.follow(self._answers)
+        self._down(layer, routing_weights, out, add, share)
 
     def counters(self) -> Counters:
         """What the decode steps did so far; waits for the device."""
         return self.tables.counted(self.layouts[0].blob_bytes)
 
-    def route(self, layer: int, logits: torch.Tensor, next_at: int, routing_weights: torch.Tensor, normalize: bool) -> None:
-        """One token's routing, residency step and prefetch list from router ``logits``: see ``route_kernel``. Then ``run``."""
-        tables, options = self.tables, self.options
+    def route(
+        self,
+        layer: int,
+        logits: torch.Tensor,
+        next_logits: torch.Tensor,
+        hidden: torch.Tensor,
+        routing_weights: torch.Tensor,
+        normalize: bool,
+    ) -> None:
+        """One token's routing, residency step and prefetch list from router logits: see ``route_kernel``. Then ``run``.
+
+        ``hidden`` [hidden] is the gate input, which the host is given if it computes misses.
+        """
+        tables, options, share = self.tables, self.options, self._share
         ahead, listed = self._looks_ahead_to(layer + 1), self._ahead[(layer + 1) % 2]
+        self._asked = share is not None and tables.quotas[layer] < tables.num_experts
+        questions, asked, most = (share.questions, share.asked, share.most) if share is not None else (listed, listed, 0)
         route_kernel[(1 + ahead,)](
-            logits, routing_weights, self.slots, self.late, self._demand, self._demand[-1], listed, listed[-1],
+            logits, next_logits, routing_weights, self.slots, self.late, self._demand, self._demand[-1], listed, listed[-1],
             tables.slot_of, tables.score, tables.unused, tables.counters, tables.clock, layer, len(self.layouts) - 1,
-            options.half_life, options.num_predicted or self.top_k, options.least, options.limit,
-            num_experts=tables.num_experts, top_k=self.top_k, next_at=next_at, NORMALIZE=normalize,
-            FREQUENCY=options.eviction == "frequency", E=triton.next_power_of_2(tables.num_experts),
-            R=triton.next_power_of_2(self.top_k), num_warps=4,
+            options.half_life, options.num_predicted or self.top_k, options.least, options.limit, 1 - options.host_share,
+            questions, asked, hidden, num_experts=tables.num_experts, top_k=self.top_k, cols=self.layouts[layer].cols,
+            NORMALIZE=normalize, FREQUENCY=options.eviction == "frequency", HOST=self._asked, MOST=most,
+            E=triton.next_power_of_2(tables.num_experts), R=triton.next_power_of_2(self.top_k), num_warps=4,
         )  # fmt: skip
         if ahead:
             self._prefetches.follow(self._main)
@@ -203,13 +227,16 @@ class DeviceExperts:
             EXACT=self._exact, ACT=layout.activation, PHASE=phase, BN=block, GB=groups, num_warps=warps,
         )  # fmt: skip
 
-    def _down(self, layer: int, routing_weights: torch.Tensor, out: torch.Tensor, add: bool) -> None:
+    def _down(
+        self, layer: int, routing_weights: torch.Tensor, out: torch.Tensor, add: bool, share: HostShare | None = None
+    ) -> None:
         layout = self.layouts[layer]
         choices, block, groups, warps = down_tile(layout, self.top_k)
         down_kernel[(out.shape[0], triton.cdiv(layout.cols, block))](
-            self.pool.bytes, self.slots, self._inner, routing_weights, out, out, self.pool.slot_bytes, *layout.down,
-            top_k=self.top_k, cols=layout.cols, width=layout.width, DTYPE=layout.dtype, PLANES=layout.planes, EXACT=self._exact,
-            RESIDUAL=add, KP=choices, BN=block, GB=groups, num_warps=warps,
+            self.pool.bytes, self.slots, self.late, self._inner, self._inner if share is None else share.outside, routing_weights,
+            out, out, self.pool.slot_bytes, *layout.down, top_k=self.top_k, cols=layout.cols, width=layout.width,
+            DTYPE=layout.dtype, PLANES=layout.planes, EXACT=self._exact, RESIDUAL=add, HOST=share is not None,
+            KP=choices, BN=block, GB=groups, num_warps=warps,
         )  # fmt: skip
 
 

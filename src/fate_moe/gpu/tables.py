@@ -45,7 +45,7 @@ class ResidencyTables:
         self.slot_of = slot_of.to(device)
         self.score = torch.zeros(shape, dtype=torch.float32, device=device)
         self.unused = torch.zeros(shape, dtype=torch.int32, device=device)
-        self.counters = torch.zeros(len(quotas), 4, dtype=torch.int64, device=device)
+        self.counters = torch.zeros(len(quotas), 5, dtype=torch.int64, device=device)
         self.clock = torch.ones(1, dtype=torch.int32, device=device)
 
     def residents(self) -> list[tuple[int, int, int]]:
@@ -55,10 +55,13 @@ class ResidencyTables:
 
     def counted(self, blob_bytes: int) -> Counters:
         """The counters of all layers together; waits for the device."""
-        hits, misses, prefetched, used = self.counters.sum(0).tolist()
-        return Counters(
-            hits=hits, misses=misses, prefetched=prefetched, prefetch_used=used, bytes_read=(misses + prefetched) * blob_bytes
-        )
+        hits, misses, prefetched, used, hosted = self.counters.sum(0).tolist()
+        bytes_read = (misses - hosted + prefetched) * blob_bytes
+        return Counters(hits=hits, misses=misses, prefetched=prefetched, prefetch_used=used, bytes_read=bytes_read)
+
+    def hosted(self) -> int:
+        """How many of the misses the host computed; waits for the device."""
+        return int(self.counters[:, 4].sum())
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless every layer's slots are its own, all taken, each by one expert; waits for the device."""

@@ -14,7 +14,7 @@ from fate_moe.kernels.native import BF16, DTYPES, matrix_place, native, why_not
 from fate_moe.kernels.reference import expert_mlp, expert_weights
 from fate_moe.quant.blob import views
 
-__all__ = ["SlotExperts"]
+__all__ = ["SlotExperts", "layer_kernel"]
 
 _log = logging.getLogger(__name__)
 
@@ -170,7 +170,7 @@ class SlotExperts:
 
     def _kernel(self, layer: int, experts: Any) -> _LayerKernel | None:
         if layer not in self._kernels:
-            found = _layer_kernel(self._layouts[layer], self._shapes[layer], experts)
+            found = layer_kernel(self._layouts[layer], self._shapes[layer], experts)
             if isinstance(found, str):
                 _warn_once(found)
             self._kernels[layer] = found if isinstance(found, _LayerKernel) else None
@@ -187,8 +187,9 @@ class _LayerKernel:
         self.num_planes = num_planes
 
 
-def _layer_kernel(layout: BlobLayout, shapes: dict[str, tuple[int, ...]], experts: Any) -> _LayerKernel | str:
-    """The layer's kernel, or why it has none."""
+def layer_kernel(layout: BlobLayout, shapes: dict[str, tuple[int, ...]], experts: Any) -> _LayerKernel | str:
+    """The extension's kernel for experts of ``layout`` and ``shapes``, or why it has none; ``experts`` is the transformers
+    module."""
     if (reason := why_not()) is not None:
         return reason
     places = {}

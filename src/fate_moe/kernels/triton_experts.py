@@ -194,7 +194,7 @@ def gate_up_kernel(
     """inner[r] = act(gate(x)) * up(x), staged, for choice row r = token * top_k + choice. Grid (choice rows, width / BN).
 
     ``slots`` int32 [rows], -1 where a row has no expert (its inner is 0); ``late`` int32 [rows]: PHASE 0 computes the rows whose
-    expert is there, 1 those whose expert is being copied when the residency step ends, 2 all. ``width`` is the experts' inner
+    expert is there, 1 those whose expert is being copied when the residency step ends, 2 all (above 1: the host computes them). ``width`` is the experts' inner
     size, PLANES 0 means unquantized.
     """
     r = tl.program_id(0)
@@ -228,7 +228,9 @@ def gate_up_kernel(
 def down_kernel(
     pool,
     slots,
+    late,
     inner,
+    outside,
     routing_weights,
     residual,
     out,
@@ -245,6 +247,7 @@ def down_kernel(
     PLANES: tl.constexpr,
     EXACT: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    HOST: tl.constexpr,
     KP: tl.constexpr,
     BN: tl.constexpr,
     GB: tl.constexpr,
@@ -252,7 +255,8 @@ def down_kernel(
     """out[t] = sum over choices of routing weight times down(inner): no atomics, one order of summation. Grid (tokens, cols / BN).
 
     One tile holds BN output rows of all ``top_k`` experts (KP is the next power of two). ``out`` [T, cols] in its own dtype; with
-    RESIDUAL plus ``residual`` [T, cols], which it may be.
+    RESIDUAL plus ``residual`` [T, cols], which it may be. With HOST the rows with ``late`` 2 or more are taken as they are from
+    ``outside`` fp32 [rows, cols].
     """
     token = tl.program_id(0)
     inner_groups: tl.constexpr = (width + 63) // 64
@@ -270,8 +274,13 @@ def down_kernel(
         y = _int4_dot(blob, row, mask, x, scale_at, zero_at, h_at, m_at, l_at, inner_groups, PLANES, EXACT, KP * BN, GB)
     k = tl.arange(0, KP)
     routed = tl.load(routing_weights + token * top_k + k, mask=k < top_k, other=0.0).to(tl.float32)
-    total = tl.sum(tl.reshape(y, (KP, BN)) * routed[:, None], axis=0)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
+    y = tl.reshape(y, (KP, BN))
+    if HOST:
+        r = token * top_k + k
+        elsewhere = tl.load(late + r, mask=k < top_k, other=0) > 1
+        y += tl.load(outside + r[:, None] * cols + n[None, :], mask=elsewhere[:, None] & (n < cols)[None, :], other=0.0)
+    total = tl.sum(y * routed[:, None], axis=0)
     if RESIDUAL:
         total = total.to(out.dtype.element_ty).to(tl.float32)
         total += tl.load(residual + token * cols + n, mask=n < cols, other=0.0).to(tl.float32)

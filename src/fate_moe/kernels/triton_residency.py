@@ -4,7 +4,7 @@ Each MoE layer owns a fixed number of slots (its quota), always full. So the lay
 touch different rows of every table, and need no lock. Tables, [layers, experts] each: ``slot_of`` int32 (-1: not resident),
 ``score`` fp32 (the resident expert of lowest score gives up its slot; ties go to the lowest index), ``unused`` int32 (1:
 prefetched and not asked for since; 2: and its layer has not run since, so the copy may not have ended). ``counters`` int64
-[layers, 4]: hits, misses, prefetched, prefetches used.
+[layers, 5]: hits, misses, prefetched, prefetches used, and how many of the misses the host computed.
 
 Scores: by recency, the time of the last use, and a prefetched expert counts as never used until it is asked for; by decayed
 frequency, the base-2 logarithm of the sum over uses of 2^(time / half-life), which orders experts as letting all their counts
@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from fate_moe.kernels.triton_experts import stage_token
+from fate_moe.kernels.triton_share import ask_experts
 
 __all__ = ["logits_kernel", "prefetch_kernel", "residency_kernel", "route_kernel"]
 
@@ -29,6 +30,13 @@ def _lowest(score, candidates, expert, E: tl.constexpr):
     masked = tl.where(candidates, score, float("inf"))
     best = tl.min(masked, axis=0)
     return tl.min(tl.where(candidates & (masked == best), expert, E), axis=0)
+
+
+@triton.jit
+def _highest(score, candidates, expert, E: tl.constexpr):
+    """The candidate of highest score, the lowest index among equals; E if there is none."""
+    masked = tl.where(candidates, score, float("-inf"))
+    return tl.min(tl.where(candidates & (masked == tl.max(masked, axis=0)), expert, E), axis=0)
 
 
 @triton.jit
@@ -46,13 +54,24 @@ def _settle(
     layer,
     last,
     half_life,
+    link_share,
+    questions,
+    asked,
+    x,
     num_experts: tl.constexpr,
     num_rows: tl.constexpr,
+    cols: tl.constexpr,
     FREQUENCY: tl.constexpr,
+    HOST: tl.constexpr,
+    MOST: tl.constexpr,
     E: tl.constexpr,
     R: tl.constexpr,
 ):
-    """Move the tables of ``layer`` for ``choice`` int32 [R] (-1: no expert); see ``residency_kernel``."""
+    """Move the tables of ``layer`` for ``choice`` int32 [R] (-1: no expert); see ``residency_kernel``.
+
+    With HOST only ``link_share`` of the misses, rounded down, are listed, those of highest score; the host is asked for the others
+    (``ask_experts``), whose slots stay -1, and ``late_rows`` is 2 + their place in its answer.
+    """
     expert = tl.arange(0, E)
     known = expert < num_experts
     at = layer * num_experts + expert
@@ -79,8 +98,13 @@ def _settle(
     num_used = tl.sum((routed & (waiting > 0)).to(tl.int32), axis=0)
     waiting = tl.where(routed, 0, tl.minimum(waiting, 1))
     late = missing | (routed & under_way)
-    for i in range(num_missing):
+    num_copied = num_missing
+    if HOST:
+        num_copied = (num_missing.to(tl.float32) * link_share).to(tl.int32)
+    for i in range(num_copied):
         incoming = tl.min(tl.where(missing, expert, E), axis=0)
+        if HOST:
+            incoming = _highest(value, missing, expert, E)
         victim = _lowest(value, (slot >= 0) & ~routed & ~under_way, expert, E)
         freed = tl.max(tl.where(expert == victim, slot, -1), axis=0)
         slot = tl.where(expert == victim, -1, tl.where(expert == incoming, freed, slot))
@@ -88,16 +112,21 @@ def _settle(
         missing = missing & (expert != incoming)
         tl.store(wanted + 2 * i, layer * num_experts + incoming)
         tl.store(wanted + 2 * i + 1, freed)
-    tl.store(count, num_missing)
+    tl.store(count, num_copied)
     tl.store(slot_of + at, slot, mask=known)
     tl.store(score + at, value, mask=known)
     tl.store(unused + at, waiting, mask=known)
     tl.store(slots + r, tl.max(tl.where(chosen, slot[None, :], -1), axis=1), mask=r < num_rows)
-    tl.store(late_rows + r, tl.max((chosen & late[None, :]).to(tl.int32), axis=1), mask=r < num_rows)
-    counted = counters + layer * 4
+    state = late.to(tl.int32)
+    if HOST:
+        place = ask_experts(questions, asked, missing.to(tl.int32), at, x, cols, MOST, 1024)
+        state = tl.where(missing, 2 + place, state)
+    tl.store(late_rows + r, tl.max(tl.where(chosen, state[None, :], 0), axis=1), mask=r < num_rows)
+    counted = counters + layer * 5
     tl.store(counted, tl.load(counted) + num_routed - num_missing)
     tl.store(counted + 1, tl.load(counted + 1) + num_missing)
     tl.store(counted + 3, tl.load(counted + 3) + num_used)
+    tl.store(counted + 4, tl.load(counted + 4) + num_missing - num_copied)
 
 
 @triton.jit(do_not_specialize=["layer", "last"])
@@ -140,8 +169,8 @@ def residency_kernel(
         r = tl.arange(0, R)
         choice = tl.load(index + r, mask=r < num_rows, other=-1).to(tl.int32)
         _settle(
-            choice, slots, late_rows, wanted, count, slot_of, score, unused, counters, clock, layer, last, half_life,
-            num_experts, num_rows, FREQUENCY, E, R,
+            choice, slots, late_rows, wanted, count, slot_of, score, unused, counters, clock, layer, last, half_life, 1.0,
+            count, count, hidden, num_experts, num_rows, cols, FREQUENCY, False, 0, E, R,
         )  # fmt: skip
 
 
@@ -217,7 +246,7 @@ def _look_ahead(
     tl.store(slot_of + at, slot, mask=known)
     tl.store(score + at, value, mask=known)
     tl.store(unused + at, waiting, mask=known)
-    counted = counters + layer * 4
+    counted = counters + layer * 5
     tl.store(counted + 2, tl.load(counted + 2) + num)
 
 
@@ -255,6 +284,7 @@ def prefetch_kernel(
 @triton.jit(do_not_specialize=["layer", "last", "num_predicted", "limit"])
 def route_kernel(
     logits,
+    next_logits,
     routing_weights,
     slots,
     late_rows,
@@ -273,31 +303,37 @@ def route_kernel(
     num_predicted,
     least,
     limit,
+    link_share,
+    questions,
+    asked,
+    x,
     num_experts: tl.constexpr,
     top_k: tl.constexpr,
-    next_at: tl.constexpr,
+    cols: tl.constexpr,
     NORMALIZE: tl.constexpr,
     FREQUENCY: tl.constexpr,
+    HOST: tl.constexpr,
+    MOST: tl.constexpr,
     E: tl.constexpr,
     R: tl.constexpr,
 ):
     """For one token, a softmax router, its residency step and the next layer's prefetch in one launch. Grid (1) or (2).
 
-    ``logits`` fp32: this layer's [num_experts], and from ``next_at`` on the next one's on the same gate input. Program 0 takes the
+    ``logits`` fp32 [num_experts] are this layer's, ``next_logits`` the next one's on the same gate input. Program 0 takes the
     ``top_k`` likeliest (ties to the lowest index), their probabilities (summing to 1 with NORMALIZE) as ``routing_weights``
     [top_k], and does what ``residency_kernel`` does; program 1 what ``prefetch_kernel`` does for ``layer + 1``, into ``ahead`` and
-    ``ahead_count``.
+    ``ahead_count``. With HOST the host is asked for misses on the gate input ``x`` [cols]: see ``_settle``.
     """
     if tl.program_id(0) == 1:
         _look_ahead(
-            logits + next_at, ahead, ahead_count, slot_of, score, unused, counters, clock, layer + 1, 1, num_predicted, least,
+            next_logits, ahead, ahead_count, slot_of, score, unused, counters, clock, layer + 1, 1, num_predicted, least,
             limit, num_experts, FREQUENCY, E,
         )  # fmt: skip
     else:
         expert = tl.arange(0, E)
         r = tl.arange(0, R)
-        x = tl.load(logits + expert, mask=expert < num_experts, other=float("-inf"))
-        p = tl.exp(x - tl.max(x, axis=0))
+        said = tl.load(logits + expert, mask=expert < num_experts, other=float("-inf"))
+        p = tl.exp(said - tl.max(said, axis=0))
         p = p / tl.sum(p, axis=0)
         left = p
         choice = tl.zeros((R,), tl.int32) - 1
@@ -312,6 +348,6 @@ def route_kernel(
             weight = weight / tl.sum(weight, axis=0)
         tl.store(routing_weights + r, weight.to(routing_weights.dtype.element_ty), mask=r < top_k)
         _settle(
-            choice, slots, late_rows, wanted, count, slot_of, score, unused, counters, clock, layer, last, half_life,
-            num_experts, top_k, FREQUENCY, E, R,
+            choice, slots, late_rows, wanted, count, slot_of, score, unused, counters, clock, layer, last, half_life, link_share,
+            questions, asked, x, num_experts, top_k, cols, FREQUENCY, HOST, MOST, E, R,
         )  # fmt: skip

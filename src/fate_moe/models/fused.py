@@ -169,7 +169,9 @@ class FusedStep:
         last = number == len(self._layers) - 1
         rows = self._routers[number * self._rows : (number + (1 if last else 2)) * self._rows]
         self._matvec(self._x, rows, self._router_logits, norm=layer.post_norm, stage=True)
-        self._experts.route(number, self._router_logits, self._rows, self._weights, self._normalize)
+        self._experts.route(
+            number, self._router_logits, self._router_logits[self._rows :], self._normed, self._weights, self._normalize
+        )
         beside = None
         if layer.shared_gate_up is not None and layer.shared_down is not None:
             gate_up, down, gate = layer.shared_gate_up, layer.shared_down, self._router_logits[self._rows - 1 :]

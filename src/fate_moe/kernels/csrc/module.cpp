@@ -1,11 +1,14 @@
 // The Python face: addresses and sizes as numbers. kernels/cpu.py checks what it passes; nothing here does.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
+#include <memory>
 #include <stdexcept>
 
 #include "products.h"
+#include "share.h"
 #include "threads.h"
 
 namespace nb = nanobind;
@@ -97,6 +100,11 @@ NB_MODULE(_native, m) {
   });
   nb::class_<ExpertPlace>(m, "ExpertPlace").def_static("make", [](const Place& up, const Place& down, const Gate& gate) {
     return ExpertPlace{up, down, gate};
+  });
+  nb::class_<Share>(m, "Share").def_static("make", [](const ExpertPlace& place, uint64_t arena, int64_t blob_bytes, uintptr_t questions,
+                                                      uintptr_t answers, int64_t most, bool exact, int num_threads) {
+    const Mail mail = {reinterpret_cast<const uint64_t*>(questions), reinterpret_cast<uint64_t*>(answers), most};
+    return std::make_unique<Share>(*chosen, place, arena, blob_bytes, mail, exact, num_threads);
   });
   m.def("experts", &experts);
   m.def("linear", &linear);

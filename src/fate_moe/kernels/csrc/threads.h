@@ -20,6 +20,13 @@ void run_team(int num_threads, Body body, void* data);
 // "OpenMP of the process" or "own threads".
 const char* team_name();
 
+// Tells the processor that this thread waits for another's word.
+inline void pause() {
+#if defined(__x86_64__)
+  _mm_pause();
+#endif
+}
+
 // Work in phases: each phase's tasks are taken by whoever is free, and the next begins when all are done.
 class Phases {
  public:
@@ -34,9 +41,7 @@ class Phases {
     }
     for (int spins = 0; done_[phase].load(std::memory_order_acquire) < count; ++spins) {
       if (spins < 2000) {
-#if defined(__x86_64__)
-        _mm_pause();
-#endif
+        pause();
       } else {
         std::this_thread::yield();  // who holds the last task may have lost its core to a reading thread
       }
