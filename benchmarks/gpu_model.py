@@ -23,6 +23,7 @@ from fate_moe.gpu.experts import DeviceExperts
 from fate_moe.gpu.layout import DeviceLayout, device_layout
 from fate_moe.gpu.memory import PinnedArena, VramPool
 from fate_moe.gpu.options import DeviceOptions
+from fate_moe.gpu.share import HostShare
 from fate_moe.gpu.tables import ResidencyTables, layer_quotas
 from fate_moe.models.device import attach_device, gates_of
 from fate_moe.skeleton import ExpertStack, build_skeleton, expert_stacks
@@ -62,6 +63,7 @@ class RandomModel:
     device_layouts: list[DeviceLayout]
     arena: PinnedArena
     script: torch.Tensor
+    share: HostShare | None = None  # once a method has asked for one
 
     @classmethod
     def make(cls, name: str, num_layers: int | None = None, topic_power: float = TOPIC_POWER, length: int = 2048) -> RandomModel:
@@ -91,20 +93,34 @@ class RandomModel:
         layouts = [device_layout(layout, shapes, model.get_submodule(stack.name)) for stack in stacks]
         return cls(name, model, stacks, layout, layouts, arena, _script(model, length))
 
-    def experts(self, share: float, options: DeviceOptions) -> DeviceExperts:
-        """``share`` of all experts resident."""
+    def experts(self, resident: float, options: DeviceOptions) -> DeviceExperts:
+        """``resident`` is the share of all experts."""
         num_experts, top_k = self.stacks[0].num_experts, self.model.config.num_experts_per_tok
         device = torch.device("cuda")
         quotas = layer_quotas(
-            round(share * self.arena.num_blobs), len(self.stacks), num_experts, top_k + options.limit, options.num_whole
+            round(resident * self.arena.num_blobs), len(self.stacks), num_experts, top_k + options.limit, options.num_whole
         )
         tables = ResidencyTables(quotas, num_experts, device)
         pool = VramPool(tables.num_slots, 2 * min(32, num_experts), self.layout.length, device)
         gates = gates_of(self.model, self.stacks)
-        experts = DeviceExperts(self.device_layouts, self.arena, pool, tables, gates, top_k=top_k, options=options)
+        share = self.host_share() if options.host_share else None
+        experts = DeviceExperts(self.device_layouts, self.arena, pool, tables, gates, top_k=top_k, options=options, share=share)
         experts.fill()
         attach_device(self.model, self.stacks, experts)
         return experts
+
+    def host_share(self) -> HostShare:
+        """The host's threads, made once."""
+        if self.share is None:
+            module, top_k = self.model.get_submodule(self.stacks[0].name), self.model.config.num_experts_per_tok
+            shapes = self.stacks[0].output_rows_first()
+            self.share = HostShare(self.layout, shapes, module, self.arena, top_k, torch.device("cuda"))
+        return self.share
+
+    def close(self) -> None:
+        if self.share is not None:
+            self.share.close()
+        self.arena.close()
 
 
 def _dense(module: nn.Module, key: str, value: torch.Tensor, device: torch.device, topic_power: float) -> torch.Tensor:

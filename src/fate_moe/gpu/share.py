@@ -59,7 +59,14 @@ class HostShare:
         self.outside = torch.zeros(top_k, self.cols, dtype=torch.float32, device=device)
         threads = threads or max(1, (os.cpu_count() or 1) - 2)
         self._team: Any = native.Share.make(
-            kernel.whole, arena.bytes.data_ptr(), layout.length, self.questions.data_ptr(), self.answers.data_ptr(), top_k, exact, threads
+            kernel.whole,
+            arena.bytes.data_ptr(),
+            layout.length,
+            self.questions.data_ptr(),
+            self.answers.data_ptr(),
+            top_k,
+            exact,
+            threads,
         )
 
     def collect(self, late_rows: torch.Tensor) -> None:

@@ -44,6 +44,86 @@ def stage_token(hidden, staged, token, cols: tl.constexpr, groups: tl.constexpr,
 
 
 @triton.jit
+def _int4_groups(
+    blob,
+    row,
+    row_mask,
+    x,
+    start,
+    scale_at,
+    zero_at,
+    h_at,
+    m_at,
+    l_at,
+    groups: tl.constexpr,
+    PLANES: tl.constexpr,
+    EXACT: tl.constexpr,
+    ROWS: tl.constexpr,
+    GB: tl.constexpr,
+):
+    """GB groups' part of ``_int4_dot``, from group ``start`` on."""
+    # A code cut short stands for the middle of its bin: 0.5 above the 3-bit view's lower edge, 1.5 above the 2-bit view's.
+    off: tl.constexpr = 128.0 if PLANES == 3 else (127.5 if PLANES == 2 else 126.5)
+    g = start + tl.arange(0, GB)[:, None]
+    word = start * 4 + tl.arange(0, GB * 4)[:, None]
+    if groups % GB == 0:
+        mask = row_mask
+        word_mask = row_mask
+        x_mask = word >= 0
+    else:
+        mask = row_mask & (g < groups)
+        x_mask = word < groups * 4
+        word_mask = row_mask & x_mask
+    at = row * groups + g  # [GB, ROWS]: which group of the matrix
+    h = tl.load((blob + h_at).to(tl.pointer_type(tl.uint32)) + (row * (groups * 4) + word), mask=word_mask, other=0)
+    h = tl.reshape(h, (GB, 4, ROWS))
+    if PLANES > 1:
+        m_words = (blob + m_at).to(tl.pointer_type(tl.uint32)) + at * 2
+        m0 = tl.load(m_words, mask=mask, other=0)  # elements 0..31 of the group
+        m1 = tl.load(m_words + 1, mask=mask, other=0)
+    if PLANES > 2:
+        l_words = (blob + l_at).to(tl.pointer_type(tl.uint32)) + at * 2
+        l0 = tl.load(l_words, mask=mask, other=0)
+        l1 = tl.load(l_words + 1, mask=mask, other=0)
+        # Bits b, b + 1 = 2m + l of element b: of even b in `even`, of odd b (one place lower) in `odd`.
+        even0, odd0 = ((m0 << 1) & 0xAAAAAAAA) | (l0 & 0x55555555), (m0 & 0xAAAAAAAA) | ((l0 >> 1) & 0x55555555)
+        even1, odd1 = ((m1 << 1) & 0xAAAAAAAA) | (l1 & 0x55555555), (m1 & 0xAAAAAAAA) | ((l1 >> 1) & 0x55555555)
+    elif PLANES > 1:
+        even0, odd0 = (m0 << 1) & 0xAAAAAAAA, m0 & 0xAAAAAAAA
+        even1, odd1 = (m1 << 1) & 0xAAAAAAAA, m1 & 0xAAAAAAAA
+    scale = tl.load((blob + scale_at).to(tl.pointer_type(tl.float16)) + at, mask=mask, other=0.0).to(tl.float32)
+    zero = tl.load((blob + zero_at).to(tl.pointer_type(tl.float16)) + at, mask=mask, other=0.0).to(tl.float32)
+    w = tl.arange(0, 4)[None, :, None]
+    dot = tl.zeros((GB, 4, ROWS), tl.float32)
+    x_sum = tl.zeros((GB, 4, 1), tl.float32)
+    for c in tl.static_range(4):
+        u = ((h << 2) if c == 0 else (h >> (8 * c - 2))) & 0x3FC
+        t = u | (u << 14)  # h of j = 0 and 1 at bits 2 and 18, of j = 2 and 3 four places higher
+        q01 = (t & 0x000C000C) | 0x43004300
+        q23 = ((t >> 4) & 0x000C000C) | 0x43004300
+        if PLANES > 1:
+            shift = (4 * w + c // 2 * 2).to(tl.uint32)
+            if c % 2 == 0:
+                q01 |= (even0[:, None, :] >> shift) & 0x00030003
+                q23 |= (even1[:, None, :] >> shift) & 0x00030003
+            else:
+                q01 |= (odd0[:, None, :] >> shift) & 0x00030003
+                q23 |= (odd1[:, None, :] >> shift) & 0x00030003
+        for j in tl.static_range(4):
+            q = q01 if j < 2 else q23
+            half = (q << 16) if j % 2 == 0 else (q & 0xFFFF0000)
+            xs = _staged_tile(x, (4 * j + c) * groups * 4 + word, x_mask, GB)
+            value = half.to(tl.float32, bitcast=True)
+            if EXACT:
+                value -= off
+            dot += value * xs
+            x_sum += xs
+    if not EXACT:
+        dot -= off * x_sum
+    return tl.sum(scale * tl.sum(dot, axis=1) - zero * tl.sum(x_sum, axis=1), axis=0)
+
+
+@triton.jit
 def _int4_dot(
     blob,
     row,
@@ -65,67 +145,17 @@ def _int4_dot(
     ``blob`` points to the first byte of the rows' blob; it and ``x`` are one pointer, or one per row [1, ROWS]. Groups are the
     first dimension of every tile: where nothing else decides, Triton lets the first one run along the threads of a warp.
     """
-    # A code cut short stands for the middle of its bin: 0.5 above the 3-bit view's lower edge, 1.5 above the 2-bit view's.
-    off: tl.constexpr = 128.0 if PLANES == 3 else (127.5 if PLANES == 2 else 126.5)
     total = tl.zeros((ROWS,), tl.float32)
-    for start in tl.static_range(0, groups, GB):
-        g = start + tl.arange(0, GB)[:, None]
-        word = start * 4 + tl.arange(0, GB * 4)[:, None]
-        if groups % GB == 0:
-            mask = row_mask
-            word_mask = row_mask
-            x_mask = word >= 0
-        else:
-            mask = row_mask & (g < groups)
-            x_mask = word < groups * 4
-            word_mask = row_mask & x_mask
-        at = row * groups + g  # [GB, ROWS]: which group of the matrix
-        h = tl.load((blob + h_at).to(tl.pointer_type(tl.uint32)) + (row * (groups * 4) + word), mask=word_mask, other=0)
-        h = tl.reshape(h, (GB, 4, ROWS))
-        if PLANES > 1:
-            m_words = (blob + m_at).to(tl.pointer_type(tl.uint32)) + at * 2
-            m0 = tl.load(m_words, mask=mask, other=0)  # elements 0..31 of the group
-            m1 = tl.load(m_words + 1, mask=mask, other=0)
-        if PLANES > 2:
-            l_words = (blob + l_at).to(tl.pointer_type(tl.uint32)) + at * 2
-            l0 = tl.load(l_words, mask=mask, other=0)
-            l1 = tl.load(l_words + 1, mask=mask, other=0)
-            # Bits b, b + 1 = 2m + l of element b: of even b in `even`, of odd b (one place lower) in `odd`.
-            even0, odd0 = ((m0 << 1) & 0xAAAAAAAA) | (l0 & 0x55555555), (m0 & 0xAAAAAAAA) | ((l0 >> 1) & 0x55555555)
-            even1, odd1 = ((m1 << 1) & 0xAAAAAAAA) | (l1 & 0x55555555), (m1 & 0xAAAAAAAA) | ((l1 >> 1) & 0x55555555)
-        elif PLANES > 1:
-            even0, odd0 = (m0 << 1) & 0xAAAAAAAA, m0 & 0xAAAAAAAA
-            even1, odd1 = (m1 << 1) & 0xAAAAAAAA, m1 & 0xAAAAAAAA
-        scale = tl.load((blob + scale_at).to(tl.pointer_type(tl.float16)) + at, mask=mask, other=0.0).to(tl.float32)
-        zero = tl.load((blob + zero_at).to(tl.pointer_type(tl.float16)) + at, mask=mask, other=0.0).to(tl.float32)
-        w = tl.arange(0, 4)[None, :, None]
-        dot = tl.zeros((GB, 4, ROWS), tl.float32)
-        x_sum = tl.zeros((GB, 4, 1), tl.float32)
-        for c in tl.static_range(4):
-            u = ((h << 2) if c == 0 else (h >> (8 * c - 2))) & 0x3FC
-            t = u | (u << 14)  # h of j = 0 and 1 at bits 2 and 18, of j = 2 and 3 four places higher
-            q01 = (t & 0x000C000C) | 0x43004300
-            q23 = ((t >> 4) & 0x000C000C) | 0x43004300
-            if PLANES > 1:
-                shift = (4 * w + c // 2 * 2).to(tl.uint32)
-                if c % 2 == 0:
-                    q01 |= (even0[:, None, :] >> shift) & 0x00030003
-                    q23 |= (even1[:, None, :] >> shift) & 0x00030003
-                else:
-                    q01 |= (odd0[:, None, :] >> shift) & 0x00030003
-                    q23 |= (odd1[:, None, :] >> shift) & 0x00030003
-            for j in tl.static_range(4):
-                q = q01 if j < 2 else q23
-                half = (q << 16) if j % 2 == 0 else (q & 0xFFFF0000)
-                xs = _staged_tile(x, (4 * j + c) * groups * 4 + word, x_mask, GB)
-                value = half.to(tl.float32, bitcast=True)
-                if EXACT:
-                    value -= off
-                dot += value * xs
-                x_sum += xs
-        if not EXACT:
-            dot -= off * x_sum
-        total += tl.sum(scale * tl.sum(dot, axis=1) - zero * tl.sum(x_sum, axis=1), axis=0)
+    if groups <= 16 * GB:
+        for start in tl.static_range(0, groups, GB):
+            total += _int4_groups(
+                blob, row, row_mask, x, start, scale_at, zero_at, h_at, m_at, l_at, groups, PLANES, EXACT, ROWS, GB
+            )
+    else:  # unrolled, the 56 steps of Mixtral's down would take minutes to compile
+        for start in range(0, groups, GB):
+            total += _int4_groups(
+                blob, row, row_mask, x, start, scale_at, zero_at, h_at, m_at, l_at, groups, PLANES, EXACT, ROWS, GB
+            )
     return total
 
 
@@ -194,8 +224,8 @@ def gate_up_kernel(
     """inner[r] = act(gate(x)) * up(x), staged, for choice row r = token * top_k + choice. Grid (choice rows, width / BN).
 
     ``slots`` int32 [rows], -1 where a row has no expert (its inner is 0); ``late`` int32 [rows]: PHASE 0 computes the rows whose
-    expert is there, 1 those whose expert is being copied when the residency step ends, 2 all (above 1: the host computes them). ``width`` is the experts' inner
-    size, PLANES 0 means unquantized.
+    expert is there, 1 those whose expert is being copied when the residency step ends, 2 all (above 1: the host computes them).
+    ``width`` is the experts' inner size, PLANES 0 means unquantized.
     """
     r = tl.program_id(0)
     slot = tl.load(slots + r)

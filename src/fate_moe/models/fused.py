@@ -101,7 +101,10 @@ class FusedStep:
         self.token, self.position = empty(1, kind=torch.int64), empty(1, kind=torch.int64)
         self.logits = empty(config.vocab_size)
         self.tokens = empty(self._length + 1, kind=torch.int64)
-        self.script: torch.Tensor | None = None  # int64 [length + 1]: tokens to go on with instead of the likeliest (measurements)
+        # For measurements: int64 [length + 1], tokens to go on with instead of the likeliest, and fp32 [layers, experts], what to
+        # foretell layers by instead of their routers.
+        self.script: torch.Tensor | None = None
+        self.foretold: torch.Tensor | None = None
         self._graph: Any = None
 
     def begin(self, token: int, position: int) -> None:
@@ -169,9 +172,8 @@ class FusedStep:
         last = number == len(self._layers) - 1
         rows = self._routers[number * self._rows : (number + (1 if last else 2)) * self._rows]
         self._matvec(self._x, rows, self._router_logits, norm=layer.post_norm, stage=True)
-        self._experts.route(
-            number, self._router_logits, self._router_logits[self._rows :], self._normed, self._weights, self._normalize
-        )
+        ahead = self._router_logits[self._rows :] if self.foretold is None or last else self.foretold[number + 1]
+        self._experts.route(number, self._router_logits, ahead, self._normed, self._weights, self._normalize)
         beside = None
         if layer.shared_gate_up is not None and layer.shared_down is not None:
             gate_up, down, gate = layer.shared_gate_up, layer.shared_down, self._router_logits[self._rows - 1 :]

@@ -1,0 +1,216 @@
+"""What the pieces take on the device at hand: copies, kernels, launches, the host's share; used by ``benchmarks/gpu.py``."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from benchmarks.gpu_model import RandomModel
+from fate_moe.gpu.experts import DeviceExperts
+from fate_moe.gpu.memory import PinnedArena, VramPool
+from fate_moe.gpu.share import HostShare
+from fate_moe.kernels.triton_fetch import fetch_kernel
+from fate_moe.kernels.triton_share import ask_experts
+from fate_moe.models.fused import FusedStep
+
+__all__ = ["captured", "copies", "event", "host_answers", "kernels", "launches", "milliseconds", "overlap", "similarity"]
+
+
+def milliseconds(run: Callable[[], Any], repeat: int = 20) -> float:
+    """Median time of ``run`` on the device."""
+    for _ in range(3):
+        run()
+    times: list[float] = []
+    for _ in range(repeat):
+        start, end = event(), event()
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def event() -> Any:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+def captured(run: Callable[[], Any], times: int = 1) -> Callable[[], None]:
+    """``run``, ``times`` in a row in a CUDA graph."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(times):
+            run()
+    return graph.replay
+
+
+def copies(results: dict[str, Any]) -> None:
+    """Device copy bandwidth, DMA and zero-copy reads of pinned memory, in GB/s."""
+    device = torch.device("cuda")
+    halves = torch.empty(2, 1 << 30, dtype=torch.uint8, device=device)
+    results["device_copy"] = 2 * halves[0].numel() / milliseconds(lambda: halves[0].copy_(halves[1])) / 1e6
+    blob = 4 << 20
+    arena, pool = PinnedArena(64, blob, device), VramPool(64, 0, blob, device)
+    arena.bytes.random_(0, 255)
+    for size in (1 << 20, 4 << 20, 64 << 20):
+        took = milliseconds(partial(pool.bytes[:size].copy_, arena.bytes[:size], non_blocking=True))
+        results[f"dma_{size >> 20}MiB"] = size / took / 1e6
+    for count in (1, 4, 32):
+        wanted = torch.tensor([[i, i] for i in range(count)], dtype=torch.int32, device=device)
+        number = torch.tensor([count], dtype=torch.int32, device=device)
+        for programs in (4, 8, 16, 32, 64):
+
+            def fetch(programs: int = programs, wanted: Any = wanted, number: Any = number) -> None:
+                fetch_kernel[(programs,)](arena.bytes, pool.bytes, wanted, number, blob, blob, BLOCK=4096, num_warps=8)
+
+            took = milliseconds(captured(fetch, 4)) / 4
+            results[f"fetch_{count}x4MiB_by_{programs}"] = count * blob / took / 1e6
+    assert torch.equal(pool.bytes[: 32 * blob].cpu(), arena.bytes[: 32 * blob]), "fetched bytes differ"
+    arena.close()
+
+
+def kernels(random: RandomModel, experts: DeviceExperts, bandwidth: float, results: dict[str, Any]) -> None:
+    """The decode kernels against fp64 on real geometry, and their times beside the time their bytes need."""
+    from fate_moe.kernels.reference import expert_weights
+    from fate_moe.quant.blob import views
+
+    config = random.model.config
+    top_k, num_experts = config.num_experts_per_tok, random.stacks[0].num_experts
+    shapes = random.stacks[0].output_rows_first()
+    x = torch.randn(1, config.hidden_size, device="cuda").bfloat16()
+    index = torch.randperm(num_experts)[:top_k].sort().values[None].cuda()
+    weights = torch.rand(1, top_k, device="cuda").bfloat16()
+    exact, twin = torch.zeros(2, config.hidden_size, dtype=torch.float64)
+    for choice in range(top_k):
+        made = expert_weights(random.layout, views(random.layout, random.arena.blob(int(index[0, choice]))), shapes, torch.float32)
+        for kind, into in ((torch.float64, exact), (torch.bfloat16, twin)):
+            gate, up = (x[0].cpu().to(kind) @ made["gate_up_proj"].to(kind).T).chunk(2)
+            y = (torch.nn.functional.silu(gate) * up) @ made["down_proj"].to(kind).T
+            into += (y * weights[0, choice].cpu().to(kind)).double()
+    out = experts.compute(0, x, index, weights)[0].cpu().double()
+    error = {"kernel": float((out - exact).norm() / exact.norm()), "twin_bf16": float((twin - exact).norm() / exact.norm())}
+    many = experts.compute(0, x.repeat(20, 1), index.repeat(20, 1), weights.repeat(20, 1)).cpu().double()
+    error["grouped"] = float((many - exact).norm(dim=1).max() / exact.norm())
+    results["relative_error"] = error
+    assert max(error["kernel"], error["grouped"]) < 2 * error["twin_bf16"], error
+    # Rotate over experts so that the L2 cache does not serve the weights.
+    picks = [torch.randperm(num_experts)[:top_k].int().cuda() for _ in range(16)]
+    layout = experts.layouts[0]
+    weight_bytes = top_k * sum(
+        part.shape[0] * part.shape[1] * (part.shape[2] if len(part.shape) > 2 else 2) for part in random.layout.parts
+    )
+    matrices = {"gate_up": 2 * layout.width * layout.cols, "down": layout.width * layout.cols}
+    for name, call in (
+        ("gate_up", lambda: experts._gate_up(0, 1, 2)),
+        ("down", lambda: experts._down(0, weights, torch.empty_like(x), False)),
+    ):
+
+        def sixteen(call: Callable[[], None] = call) -> None:
+            for pick in picks:
+                experts.slots[:top_k].copy_(pick)
+                call()
+
+        def empty() -> None:
+            for pick in picks:
+                experts.slots[:top_k].copy_(pick)
+
+        took = (milliseconds(captured(sixteen)) - milliseconds(captured(empty))) / 16
+        floor = weight_bytes * matrices[name] / sum(matrices.values()) / bandwidth / 1e6 * 1
+        results[f"{name}_us"], results[f"{name}_floor_us"] = took * 1e3, floor * 1e3
+
+
+def launches(fused: FusedStep) -> int:
+    """Kernels of one replayed step."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        fused.replay()
+        torch.cuda.synchronize()
+    return sum(event.count for event in profile.key_averages() if event.device_time_total > 0)
+
+
+def overlap(fused: FusedStep, steps: int = 4) -> dict[str, float]:
+    """Of ``steps`` replayed steps: the share of time in which experts are copied, and how much of that another kernel runs
+    beside; by the profiler's clock, which a step under it keeps slower than alone."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(steps):
+            fused.replay()
+        torch.cuda.synchronize()
+    spans = [
+        (event.time_range.start, event.time_range.end, "fetch" in event.name)
+        for event in profile.events() or []
+        if event.device_type.name == "CUDA"
+    ]
+    copying, computing = ([(start, end) for start, end, fetch in spans if fetch is kind] for kind in (True, False))
+    total = max(end for _, end, _ in spans) - min(start for start, _, _ in spans)
+    copied = _length(copying)
+    both = copied + _length(computing) - _length([*copying, *computing])
+    return {"copy_share": copied / total, "copy_overlapped": both / copied if copied else 1.0}
+
+
+def _length(spans: list[tuple[float, float]]) -> float:
+    """Of the union of ``spans``."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _question_kernel(questions, asked, late, x, count, num_blobs, cols: tl.constexpr, MOST: tl.constexpr, E: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+    """Ask for ``count`` blobs, others each time."""
+    i = tl.arange(0, E)
+    blob = (tl.load(asked) * 97 + i * 13) % num_blobs
+    place = ask_experts(questions, asked, (i < count).to(tl.int32), blob, x, cols, MOST, 1024)
+    tl.store(late + i, tl.where(i < count, 2 + place, 0))
+
+
+def host_answers(random: RandomModel, share: HostShare, results: dict[str, Any]) -> None:
+    """Microseconds from a question for n experts to the answer in VRAM, the host reading other experts each time."""
+    x = torch.randn(share.cols, device="cuda").bfloat16()
+    rows = triton.next_power_of_2(share.most)
+    late = torch.zeros(rows, dtype=torch.int32, device="cuda")
+    results["host_us"] = {}
+    for count in range(1, share.most + 1):
+
+        def ask(count: int = count) -> None:
+            _question_kernel[(1,)](
+                share.questions, share.asked, late, x, count, random.arena.num_blobs, cols=share.cols, MOST=share.most, E=rows
+            )
+            share.collect(late)
+
+        results["host_us"][str(count)] = milliseconds(captured(ask, 32)) / 32 * 1e3
+
+
+def similarity(random: RandomModel) -> dict[str, float]:
+    """Of neighbouring gate inputs in prefill: mean cosine, and how many of a layer's choices its router's top-k, 2k on the one
+    before has."""
+    inputs: list[torch.Tensor] = []
+    hooks = [
+        random.model.get_submodule(stack.block).register_forward_pre_hook(lambda module, args: inputs.append(args[0][0].float()))
+        for stack in random.stacks
+    ]
+    with torch.no_grad():
+        random.model(random.script[None, :256], logits_to_keep=1)
+    for hook in hooks:
+        hook.remove()
+    top_k = random.model.config.num_experts_per_tok
+    cosines, recall, wide, overlap = [], [], [], []
+    for layer in range(1, len(inputs)):
+        gate = random.model.get_submodule(random.stacks[layer].block).gate.weight.float()
+        cosines.append(torch.cosine_similarity(inputs[layer - 1], inputs[layer]).mean())
+        real = torch.zeros(inputs[layer].shape[0], gate.shape[0], device="cuda")
+        real.scatter_(1, (inputs[layer] @ gate.T).topk(top_k).indices, 1)
+        guess = inputs[layer - 1] @ gate.T
+        recall.append(real.gather(1, guess.topk(top_k).indices).sum(1).mean() / top_k)
+        wide.append(real.gather(1, guess.topk(2 * top_k).indices).sum(1).mean() / top_k)
+        overlap.append((real[1:] * real[:-1]).sum(1).mean() / top_k)
+    pairs = {"cosine": cosines, "recall_k": recall, "recall_2k": wide, "previous_token": overlap}
+    return {name: float(torch.stack(values).mean()) for name, values in pairs.items()}
