@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import mmap
 from typing import Any
 
 import torch
 
 from fate_moe.errors import FateError
+from fate_moe.memory.slots import SlotArena
 
 __all__ = ["PinnedArena", "VramPool"]
 
@@ -18,13 +18,14 @@ _SLAB_BYTES = 1 << 30
 class PinnedArena:
     """``num_blobs`` blobs of ``blob_bytes`` each in host memory, page-locked where there is a GPU, allocated once.
 
-    ``bytes`` is all of it as a uint8 tensor, ``blob(i)`` one of them. The device reads it at the host's own addresses.
+    ``bytes`` is all of it as a uint8 tensor, ``blob(i)`` one of them, ``slots`` the same for those who read from disk. The device
+    reads it at the host's own addresses.
     """
 
     def __init__(self, num_blobs: int, blob_bytes: int, device: torch.device) -> None:
         self.num_blobs, self.blob_bytes = num_blobs, blob_bytes
-        self._mapping = mmap.mmap(-1, num_blobs * blob_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self.bytes = torch.frombuffer(self._mapping, dtype=torch.uint8)
+        self.slots = SlotArena(num_blobs, blob_bytes)
+        self.bytes = torch.frombuffer(self.slots.buffer, dtype=torch.uint8)
         self._registered: list[int] = []
         if device.type == "cuda":
             slab = max(1, _SLAB_BYTES // blob_bytes) * blob_bytes

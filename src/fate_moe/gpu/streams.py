@@ -20,7 +20,8 @@ class Lane:
 
     def __init__(self, device: torch.device, side: bool) -> None:
         self._cuda = device.type == "cuda"
-        self._own: Any = torch.cuda.Stream(device) if self._cuda and side else None  # type: ignore[no-untyped-call]
+        # torch hands out 32 streams of each priority in turn: of the same one as the main lane's, a side lane may be the main lane.
+        self._own: Any = torch.cuda.Stream(device, priority=-1) if self._cuda and side else None  # type: ignore[no-untyped-call]
         self._entered: Any = None
 
     @property
