@@ -1,0 +1,182 @@
+"""Where a decoded token's time goes when everything is resident: milliseconds by what is being done, the rest of each module apart.
+
+    python -m benchmarks.overhead MODEL [--new-tokens 32] [--prompt-tokens 64] [--option key=value ...]
+
+Every part is timed alone (what it calls is not counted twice); a timer costs about 1 us, so the sum is a little more than the token
+takes without them, which is measured first and shown too. Options are those of `fate_moe.load`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections import Counter
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers.cache_utils import DynamicCache
+from transformers.generation.streamers import BaseStreamer
+
+import fate_moe
+from fate_moe.core import ExpertId
+from fate_moe.kernels.native import native
+from fate_moe.models.families import router_of
+from fate_moe.skeleton import is_experts
+
+KERNELS = ("expert kernels", "dense kernels")
+
+
+class Clock:
+    """Time by part: whoever runs innermost is charged."""
+
+    def __init__(self) -> None:
+        self.seconds: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
+        self._stack: list[str] = []
+        self._since = 0.0
+
+    def start(self) -> None:
+        self.seconds.clear()
+        self.calls.clear()
+        self._since = time.perf_counter()
+
+    def charge(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self._switch()
+            self._stack.append(part)
+            self.calls[part] += 1
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._switch()
+                self._stack.pop()
+
+        return timed
+
+    def _switch(self) -> None:
+        now = time.perf_counter()
+        self.seconds[self._stack[-1] if self._stack else "generate()"] += now - self._since
+        self._since = now
+
+
+class Ticks(BaseStreamer):  # type: ignore[misc]
+    """When each token came; ``begin`` is called once the first of them is there."""
+
+    def __init__(self, begin: Callable[[], None]) -> None:
+        self.times: list[float] = []
+        self._begin = begin
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+        if len(self.times) == 2:
+            self._begin()
+
+    def end(self) -> None:
+        """Nothing is held back."""
+
+
+def decode(model: Any, prompt: torch.Tensor, new_tokens: int, begin: Callable[[], None] = lambda: None) -> list[float]:
+    """Seconds of each token after the first."""
+    ticks = Ticks(begin)
+    mask = torch.ones_like(prompt)
+    with torch.inference_mode():
+        model.generate(
+            prompt, attention_mask=mask, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, streamer=ticks,
+            pad_token_id=0,
+        )  # fmt: skip
+    return [after - before for before, after in zip(ticks.times[1:], ticks.times[2:], strict=False)]
+
+
+def read_all(model: Any) -> None:
+    """Bring every expert into its slot, as far as there are slots."""
+    runtime = model.fate.runtime
+    for layer, count in enumerate(runtime._num_experts):
+        lease = runtime.residency.acquire([ExpertId(layer, expert) for expert in range(count)])
+        for _ in lease.batches():
+            pass
+        lease.release()
+
+
+def instrument(model: Any, clock: Clock) -> None:
+    """Put a timer on everything that has a name of its own."""
+
+    def wrap(owner: Any, name: str, part: str) -> None:
+        if hasattr(owner, name):
+            setattr(owner, name, clock.charge(part, getattr(owner, name)))
+
+    runtime, functional = model.fate.runtime, torch.nn.functional
+    if native is not None:
+        for name in ("experts", "combine"):
+            wrap(native, name, "expert kernels")
+        for name in ("linear", "linears", "mlp", "expand"):
+            wrap(native, name, "dense kernels")
+        wrap(native, "attend", "attention")
+    wrap(functional, "scaled_dot_product_attention", "attention")
+    for name in ("update", "get_seq_length", "get_mask_sizes"):
+        wrap(DynamicCache, name, "KV cache")
+    runtime._routers[:] = [clock.charge("router, asked early", route) if route else None for route in runtime._routers]
+    for name in ("embedded", "entered", "look_ahead", "observe"):
+        wrap(runtime._prefetcher, name, "prediction")
+    for name in ("acquire", "_unlock", "_wait_for"):
+        wrap(runtime.residency, name, "residency and policy")
+    for name in ("enter", "compute", "embedded"):
+        wrap(runtime, name, "runtime")
+    for module in model.modules():
+        kind = type(module).__name__
+        routers = [child for child in [router_of(module)] if child is not None and any(map(is_experts, module.children()))]
+        for router in routers:
+            wrap(router, "forward", "router, the family's own call")
+        if not routers and not list(module.children()) and hasattr(module, "weight"):
+            part = "norms" if kind.endswith("Norm") else "embedding" if "Embedding" in kind else "linears around their kernels"
+            if "forward" not in vars(module):
+                wrap(module, "forward", part)
+        elif "RotaryEmbedding" in kind:
+            wrap(module, "forward", "rope's angles")
+        elif kind.endswith("Attention"):
+            wrap(module, "forward", "attention blocks: rope, reshapes")
+        elif kind.endswith("DecoderLayer"):
+            wrap(module, "forward", "decoder layers: residuals, hooks")
+        elif routers:
+            wrap(module, "forward", "MoE blocks: shared expert's gate, sums")
+        elif kind.endswith("MLP"):
+            wrap(module, "forward", "shared experts: activation, product")
+    wrap(model, "forward", "model: masks, positions, head")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("model")
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE")
+    arguments = parser.parse_args()
+    options = dict(option.split("=", 1) for option in arguments.option)
+    model, _ = fate_moe.load(arguments.model, **options)
+    vocabulary = model.config.get_text_config().vocab_size
+    prompt = torch.randint(0, vocabulary, (1, arguments.prompt_tokens), generator=torch.Generator().manual_seed(1))
+    read_all(model)
+    decode(model, prompt, 8)
+    plain = 1e3 * median(decode(model, prompt, arguments.new_tokens))
+    clock = Clock()
+    instrument(model, clock)
+    timed = 1e3 * median(decode(model, prompt, arguments.new_tokens, clock.start))
+    count = arguments.new_tokens - 1
+    rows = {part: 1e3 * seconds / count for part, seconds in clock.seconds.most_common()}
+    table = Table("part", "ms per token", "calls")
+    for part, milliseconds in rows.items():
+        table.add_row(part, f"{milliseconds:.2f}", f"{clock.calls[part] / count:.0f}")
+    outside = sum(milliseconds for part, milliseconds in rows.items() if part not in KERNELS)
+    table.add_row("outside kernels", f"{outside:.2f}", "")
+    Console().print(table)
+    result = {"ms_per_token": plain, "ms_per_token_with_timers": timed, "outside_kernels_ms": outside, "parts": rows}
+    print(json.dumps({name: value if isinstance(value, dict) else round(value, 2) for name, value in result.items()}))
+    model.fate.close()
+
+
+if __name__ == "__main__":
+    main()
