@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
 import fate_moe
 from fate_moe.core import ExpertId
 from fate_moe.kernels.native import native
+from fate_moe.models.cache import RoomyLayer
 from fate_moe.models.families import router_of
 from fate_moe.skeleton import is_experts
 
@@ -113,12 +114,14 @@ def instrument(model: Any, clock: Clock) -> None:
     if native is not None:
         for name in ("experts", "combine"):
             wrap(native, name, "expert kernels")
-        for name in ("linear", "linears", "mlp", "expand"):
+        for name in ("linear", "mlp", "attention", "expand"):
             wrap(native, name, "dense kernels")
-        wrap(native, "attend", "attention")
+        wrap(native, "rms_norm", "norms")
+    for layers in (DynamicLayer, RoomyLayer):
+        for name in ("update", "reserve", "extend", "get_seq_length", "get_mask_sizes"):
+            if name in vars(layers):
+                wrap(layers, name, "KV cache")
     wrap(functional, "scaled_dot_product_attention", "attention")
-    for name in ("update", "get_seq_length", "get_mask_sizes"):
-        wrap(DynamicCache, name, "KV cache")
     runtime._routers[:] = [clock.charge("router, asked early", route) if route else None for route in runtime._routers]
     for name in ("embedded", "entered", "look_ahead", "observe"):
         wrap(runtime._prefetcher, name, "prediction")
@@ -133,8 +136,7 @@ def instrument(model: Any, clock: Clock) -> None:
             wrap(router, "forward", "router, the family's own call")
         if not routers and not list(module.children()) and hasattr(module, "weight"):
             part = "norms" if kind.endswith("Norm") else "embedding" if "Embedding" in kind else "linears around their kernels"
-            if "forward" not in vars(module):
-                wrap(module, "forward", part)
+            wrap(module, "forward", part)
         elif "RotaryEmbedding" in kind:
             wrap(module, "forward", "rope's angles")
         elif kind.endswith("Attention"):

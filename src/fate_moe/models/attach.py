@@ -11,6 +11,7 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from fate_moe.errors import BudgetError
+from fate_moe.models.cache import make_room
 from fate_moe.models.families import entrance, find_router
 from fate_moe.runtime import ExpertRuntime, Router
 from fate_moe.skeleton import ExpertStack
@@ -69,13 +70,15 @@ def _entering(runtime: ExpertRuntime, layer: int) -> Any:
 
 
 def limit_context(model: Any, num_tokens: int, bytes_per_token: int) -> None:
-    """Refuse a forward pass that would need more KV cache than was set aside (``num_tokens`` over the whole batch)."""
+    """Refuse a forward pass that would need more KV cache than was set aside (``num_tokens`` over the whole batch), and let the cache
+    grow in place up to there."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = next((x for x in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None)
         past = kwargs.get("past_key_values")
         if inputs is None:
             return
+        make_room(past, num_tokens)
         wanted = inputs.shape[0] * (inputs.shape[1] + (past.get_seq_length() if past is not None else 0))
         if wanted > num_tokens:
             raise BudgetError(

@@ -46,9 +46,9 @@ class QuantizedLinear(nn.Module):
         self.bias = like.bias
         self._exact = exact
         place = matrix_place(layout, "weight", shape) if native is not None else "no extension"
-        self._place = None if isinstance(place, str) else place
-        self._address = blob.data_ptr()
-        self._tiles = self._cut() if self._place is not None else []
+        self.place = None if isinstance(place, str) else place  # the extension's, counted from ``address``
+        self.address = blob.data_ptr()
+        self._tiles = self._cut() if self.place is not None else []
 
     @property
     def weight(self) -> torch.Tensor:
@@ -58,14 +58,14 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., out] of ``x`` [..., in], in x's dtype."""
         rows = x.reshape(-1, self.in_features)
-        if self._place is None or x.dtype not in (torch.float32, torch.bfloat16):
+        if self.place is None or x.dtype not in (torch.float32, torch.bfloat16):
             return linear(x, self.weight.to(x.dtype), self.bias)
         if len(rows) <= MOST_ROWS:
             rows = rows.contiguous()
             out = torch.empty(len(rows), self.out_features, dtype=x.dtype)
             dtype, threads = DTYPES[x.dtype], torch.get_num_threads()
             native.linear(
-                self._place, self._address, PLANES, rows.data_ptr(), dtype, len(rows), out.data_ptr(), dtype, self._exact, threads
+                self.place, self.address, PLANES, rows.data_ptr(), dtype, len(rows), out.data_ptr(), dtype, self._exact, threads
             )
         else:
             out = torch.cat([linear(rows, self._tile(place, count, x.dtype)) for place, count in self._tiles], dim=1)
@@ -75,7 +75,7 @@ class QuantizedLinear(nn.Module):
 
     def _tile(self, place: Any, count: int, dtype: torch.dtype) -> torch.Tensor:
         tile = torch.empty(count, self.in_features, dtype=dtype)
-        native.expand(place, self._address, PLANES, tile.data_ptr(), DTYPES[dtype], torch.get_num_threads())
+        native.expand(place, self.address, PLANES, tile.data_ptr(), DTYPES[dtype], torch.get_num_threads())
         return tile
 
     def _cut(self) -> list[tuple[Any, int]]:

@@ -24,6 +24,7 @@ from fate_moe.memory.residency import Residency
 from fate_moe.memory.slots import SlotArena
 from fate_moe.models.attach import attach, limit_context, routers_of
 from fate_moe.models.dense import QuantizedLinear, StoredEmbedding
+from fate_moe.models.standard import hasten
 from fate_moe.planner import Footprint, Plan, footprint, make_plan
 from fate_moe.predict.gates import FittedGates
 from fate_moe.predict.make import make_predictor
@@ -174,6 +175,8 @@ def realize(prepared: Prepared, plan: Plan, config: OffloadConfig) -> Any:
     shapes = [stack.output_rows_first() for stack in stacks]
     layouts = [store.manifest.layout_of(stack.layer) for stack in stacks]
     slots = SlotExperts(arena.buffer, arena.slot_bytes, layouts, shapes, exact=config.exact_activations)
+    hastened = hasten(model, config.exact_activations)
+    _log.info("modules that run in one call of the extension: %s", dict(hastened) or "none")
     routers = routers_of(model, stacks)
     gates = load_gates(store.path, num_experts, model.config.get_text_config().hidden_size)
     fitted = FittedGates(gates) if gates is not None else None

@@ -1,13 +1,15 @@
-// What a product reads of its tokens, and the memory that this lies in.
+// What operations on several threads share: scratch memory, a product's inputs, and how a matrix is cut into tasks.
 #pragma once
 #include <algorithm>
-#include <cstdint>
 #include <cstdlib>
 #include <new>
+#include <vector>
 
 #include "ops.h"
 
 namespace fate {
+
+constexpr int64_t kTaskBytes = 96 << 10;  // weights of one task: far below a core's cache, far above the cost of taking it
 
 // Memory that a calling thread keeps from call to call; starts on a cache line.
 class Scratch {
@@ -33,6 +35,15 @@ class Scratch {
 
 inline int64_t groups_of(int64_t cols) { return (cols + kGroup - 1) / kGroup; }
 
+inline int64_t row_bytes(const Matrix& m) {
+  static constexpr int64_t per_group[] = {0, 20, 28, 36};
+  if (m.kind == Kind::kBf16) return m.cols * 2;
+  return m.groups * (m.kind == Kind::kInt8 ? 68 : per_group[int(m.kind)]);
+}
+
+// Rows of one task, a multiple of 8.
+inline int64_t rows_of_task(const Matrix& m) { return std::max<int64_t>(1, kTaskBytes / (8 * std::max<int64_t>(1, row_bytes(m)))) * 8; }
+
 // The inputs of one product: fp32 values padded to whole groups, and what `product` needs of them.
 class Inputs {
  public:
@@ -47,12 +58,19 @@ class Inputs {
   float* x(int64_t i) const { return x_ + i * groups_ * kGroup; }
 
   // After x(i)'s first cols values are written.
-  void finish(const Ops& ops, int64_t i, Kind kind, bool integers) const {
-    std::fill(x(i) + cols_, x(i) + groups_ * kGroup, 0.0f);
+  void finish(const Ops& ops, int64_t i, Kind kind, bool integers) const { finish(ops, i, kind, integers, 0, cols_); }
+
+  // After x(i)'s values [begin, end) are written; `begin` is a multiple of 16 groups, and so is `end` unless it is cols.
+  void finish(const Ops& ops, int64_t i, Kind kind, bool integers, int64_t begin, int64_t end) const {
+    if (end == cols_) {
+      std::fill(x(i) + cols_, x(i) + groups_ * kGroup, 0.0f);
+      end = groups_ * kGroup;
+    }
+    const int64_t at = i * groups_ + begin / kGroup, count = (end - begin) / kGroup;
     if (integers) {
-      ops.quantize(x(i), groups_, kind != Kind::kInt8, q_ + i * groups_ * kGroup, scale_ + i * groups_, sum_ + i * groups_);
+      ops.quantize(x(i) + begin, count, kind != Kind::kInt8, q_ + at * kGroup, scale_ + at, sum_ + at);
     } else if (kind != Kind::kBf16) {
-      ops.sum_groups(x(i), groups_, sum_ + i * groups_);
+      ops.sum_groups(x(i) + begin, count, sum_ + at);
     }
   }
 
@@ -66,5 +84,20 @@ class Inputs {
   float *x_ = nullptr, *scale_ = nullptr, *sum_ = nullptr;
   int8_t* q_ = nullptr;
 };
+
+inline int64_t size_of(Dtype dtype) { return dtype == Dtype::kF32 ? 4 : 2; }
+
+inline const void* at(const void* memory, Dtype dtype, int64_t index) { return static_cast<const char*>(memory) + index * size_of(dtype); }
+inline void* at(void* memory, Dtype dtype, int64_t index) { return static_cast<char*>(memory) + index * size_of(dtype); }
+
+// A task: rows [begin, end) of one expert's matrix.
+struct Rows {
+  int64_t expert, begin, end;
+};
+
+inline void cut(std::vector<Rows>& tasks, int64_t expert, const Matrix& m) {
+  const int64_t step = rows_of_task(m);
+  for (int64_t row = 0; row < m.rows; row += step) tasks.push_back({expert, row, std::min(row + step, m.rows)});
+}
 
 }  // namespace fate

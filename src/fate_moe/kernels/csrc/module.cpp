@@ -7,6 +7,7 @@
 #include <memory>
 #include <stdexcept>
 
+#include "layers.h"
 #include "products.h"
 #include "share.h"
 #include "threads.h"
@@ -86,6 +87,42 @@ uint64_t read_memory(uintptr_t address, int64_t num_bytes, int num_threads) {
   return read_all(reinterpret_cast<const void*>(address), num_bytes, num_threads);
 }
 
+void rms_norm(uintptr_t x, int dtype, int64_t num_tokens, int64_t n, uintptr_t weight, int weight_dtype, float eps, uintptr_t out) {
+  run_rms_norm(*chosen, reinterpret_cast<const void*>(x), Dtype(dtype), num_tokens, n, reinterpret_cast<const void*>(weight),
+               Dtype(weight_dtype), eps, reinterpret_cast<void*>(out));
+}
+
+void mlp(const Mlp& of, uintptr_t x, int dtype, int64_t num_tokens, uintptr_t out, bool exact, int num_threads) {
+  const nb::gil_scoped_release release;
+  run_mlp(*chosen, of, reinterpret_cast<const void*>(x), Dtype(dtype), num_tokens, reinterpret_cast<void*>(out), exact, num_threads);
+}
+
+void attention(const Attention& of, uintptr_t x, int dtype, uintptr_t cos, uintptr_t sin, uintptr_t keys, uintptr_t values,
+               int64_t length, int64_t room, uintptr_t out, bool exact, int num_threads) {
+  const nb::gil_scoped_release release;
+  run_attention(*chosen, of, reinterpret_cast<const void*>(x), Dtype(dtype), reinterpret_cast<const void*>(cos),
+                reinterpret_cast<const void*>(sin), reinterpret_cast<void*>(keys), reinterpret_cast<void*>(values), length, room,
+                reinterpret_cast<void*>(out), exact, num_threads);
+}
+
+void bind_layers(nb::module_& m) {
+  nb::class_<Weight>(m, "Weight").def_static("make", [](const Place& place, uint64_t address, uintptr_t bias, int bias_dtype) {
+    return Weight{place, address, reinterpret_cast<const void*>(bias), Dtype(bias_dtype)};
+  });
+  nb::class_<Mlp>(m, "Mlp").def_static("make", [](const Weight& gate, const Weight& up, const Weight& down, const Gate& how) {
+    return Mlp{gate, up, down, how};
+  });
+  nb::class_<Attention>(m, "Attention")
+      .def_static("make", [](const Weight& q, const Weight& k, const Weight& v, const Weight& o, int64_t heads, int64_t kv_heads,
+                             int64_t dim, float scaling, uintptr_t q_norm, uintptr_t k_norm, int norm_dtype, float eps) {
+        return Attention{q, k, v, o, heads, kv_heads, dim, scaling, reinterpret_cast<const void*>(q_norm),
+                         reinterpret_cast<const void*>(k_norm), Dtype(norm_dtype), eps};
+      });
+  m.def("rms_norm", &rms_norm);
+  m.def("mlp", &mlp);
+  m.def("attention", &attention);
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -112,4 +149,5 @@ NB_MODULE(_native, m) {
   m.def("combine", &combine);
   m.def("gate", &gate_rows);
   m.def("read_memory", &read_memory);
+  bind_layers(m);
 }

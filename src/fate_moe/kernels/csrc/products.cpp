@@ -6,36 +6,6 @@
 #include "threads.h"
 
 namespace fate {
-namespace {
-
-constexpr int64_t kTaskBytes = 96 << 10;  // weights of one task: far below a core's cache, far above the cost of taking it
-
-int64_t row_bytes(const Matrix& m) {
-  static constexpr int64_t per_group[] = {0, 20, 28, 36};
-  if (m.kind == Kind::kBf16) return m.cols * 2;
-  return m.groups * (m.kind == Kind::kInt8 ? 68 : per_group[int(m.kind)]);
-}
-
-// Rows of one task, a multiple of 8.
-int64_t rows_of_task(const Matrix& m) { return std::max<int64_t>(1, kTaskBytes / (8 * std::max<int64_t>(1, row_bytes(m)))) * 8; }
-
-int64_t size_of(Dtype dtype) { return dtype == Dtype::kF32 ? 4 : 2; }
-
-const void* at(const void* memory, Dtype dtype, int64_t index) { return static_cast<const char*>(memory) + index * size_of(dtype); }
-void* at(void* memory, Dtype dtype, int64_t index) { return static_cast<char*>(memory) + index * size_of(dtype); }
-
-// A task: rows [begin, end) of one expert's matrix.
-struct Rows {
-  int64_t expert, begin, end;
-};
-
-void cut(std::vector<Rows>& tasks, int64_t expert, const Matrix& m) {
-  const int64_t step = rows_of_task(m);
-  for (int64_t row = 0; row < m.rows; row += step) tasks.push_back({expert, row, std::min(row + step, m.rows)});
-}
-
-}  // namespace
-
 Matrix Place::at(uint64_t address, int num_planes) const {
   const uint8_t* base = reinterpret_cast<const uint8_t*>(address);
   const Kind used = kind == Kind::kPlanes3 ? Kind(num_planes) : kind;

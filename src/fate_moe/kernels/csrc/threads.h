@@ -30,7 +30,7 @@ inline void pause() {
 // Work in phases: each phase's tasks are taken by whoever is free, and the next begins when all are done.
 class Phases {
  public:
-  static constexpr int kMost = 4;
+  static constexpr int kMost = 8;
 
   template <class Task>
   void each(int phase, int64_t count, Task task) {

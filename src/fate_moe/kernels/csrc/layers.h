@@ -1,0 +1,45 @@
+// Whole modules of a standard decoder layer for few tokens, each in one call: RMSNorm, a gated MLP, attention with its KV cache.
+#pragma once
+#include <cstdint>
+
+#include "products.h"
+
+namespace fate {
+
+// A linear layer whose matrix lies at a fixed address.
+struct Weight {
+  Place place;
+  uint64_t address;
+  const void* bias;  // [rows] of bias_dtype, or null
+  Dtype bias_dtype;
+
+  Matrix matrix() const;
+};
+
+struct Mlp {
+  Weight gate, up, down;
+  Gate how;  // not interleaved
+};
+
+struct Attention {
+  Weight q, k, v, o;
+  int64_t heads, kv_heads, dim;
+  float scaling;
+  const void *q_norm, *k_norm;  // RMSNorm weights [dim] over each head, of norm_dtype, or null
+  Dtype norm_dtype;
+  float eps;
+};
+
+// out [num_tokens, n] of dtype, as x: weight times x / sqrt(mean of x squared + eps), rounded to dtype before the weight too.
+void run_rms_norm(const Ops&, const void* x, Dtype dtype, int64_t num_tokens, int64_t n, const void* weight, Dtype weight_dtype,
+                  float eps, void* out);
+
+// out [num_tokens, down.rows] of dtype, as x [num_tokens, gate.cols].
+void run_mlp(const Ops&, const Mlp&, const void* x, Dtype dtype, int64_t num_tokens, void* out, bool exact, int num_threads);
+
+// One token at position `length` of one sequence: out [o.rows] of dtype from x [q.cols]. cos and sin [dim] of dtype (rotate-half
+// rope). keys and values are [kv_heads, room, dim] of bf16 with `length` < room tokens in them; the new token is appended.
+void run_attention(const Ops&, const Attention&, const void* x, Dtype dtype, const void* cos, const void* sin, void* keys,
+                   void* values, int64_t length, int64_t room, void* out, bool exact, int num_threads);
+
+}  // namespace fate
