@@ -86,8 +86,9 @@ def decode(model: Any, prompt: torch.Tensor, new_tokens: int, begin: Callable[[]
     ticks = Ticks(begin)
     mask = torch.ones_like(prompt)
     with torch.inference_mode():
+        model.generation_config.eos_token_id = None  # else 1 ms a token goes to keeping it away
         model.generate(
-            prompt, attention_mask=mask, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, streamer=ticks,
+            prompt, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, streamer=ticks,
             pad_token_id=0,
         )  # fmt: skip
     return [after - before for before, after in zip(ticks.times[1:], ticks.times[2:], strict=False)]

@@ -45,6 +45,7 @@ def main() -> None:
     start = time.perf_counter()
     model, versions, counters = load(job)
     model.eval()
+    model.generation_config.eos_token_id = None  # an end token does not end it; min_new_tokens would search the vocabulary each time
     say("loaded", seconds=time.perf_counter() - start)
 
     class Clock(StoppingCriteria):  # type: ignore[misc]
@@ -75,7 +76,6 @@ def main() -> None:
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=job["new_tokens"],
-            min_new_tokens=job["new_tokens"],
             do_sample=False,
             past_key_values=kept,
             stopping_criteria=[Clock(index, len(prompts[0]))],

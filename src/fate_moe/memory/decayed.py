@@ -27,15 +27,16 @@ class Decayed(EvictionPolicy):
         self._absent = np.full(self.usage.worth.shape, np.inf, np.float32)  # 0 where an expert has a slot
         self._held = self._absent.copy()  # worth where an expert has a slot, else infinite
         self._flat = self._held.reshape(-1)
+        self._outdated = False  # ``held`` is, by what was routed or admitted since
         self._width = max(experts_per_layer)
 
     def routed(self, layer: int, experts: Sequence[int], counts: Sequence[int] | None = None, num_tokens: int = 1) -> None:
         self.usage.routed(layer, experts, counts, num_tokens)
-        np.add(self.usage.worth[layer], self._absent[layer], out=self._held[layer])
+        self._outdated = True
 
     def admitted(self, expert: ExpertId, *, prefetched: bool = False) -> None:
         self._absent[expert] = 0
-        self._held[expert] = self.usage.worth[expert]
+        self._outdated = True
 
     def touched(self, expert: ExpertId) -> None:
         pass
@@ -44,6 +45,9 @@ class Decayed(EvictionPolicy):
         self._absent[expert] = self._held[expert] = np.inf
 
     def victim(self, incoming: ExpertId, evictable: Callable[[ExpertId], bool], probability: float = 1.0) -> ExpertId | None:
+        if self._outdated:
+            np.add(self.usage.worth, self._absent, out=self._held)
+            self._outdated = False
         flat, passed_over = self._flat, []
         while True:
             index = int(flat.argmin())
@@ -64,4 +68,4 @@ class Decayed(EvictionPolicy):
     def restore(self, state: dict[str, NDArray[Any]]) -> None:
         """Go on from an earlier run's ``state``. Raises ConfigError if it does not fit, and changes nothing then."""
         self.usage.restore(state)
-        np.add(self.usage.worth, self._absent, out=self._held)
+        self._outdated = True

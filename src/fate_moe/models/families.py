@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +81,12 @@ def find_router(block: nn.Module, stack: ExpertStack, probe: torch.Tensor) -> Ro
     if foreign := [name for name in names if not isinstance(getattr(block, name, None), torch.Tensor)]:
         return f"its router wants {', '.join(foreign)}, which only the running model knows"
 
+    remembering = router.forward if isinstance(router.forward, _Remembering) else _Remembering(router.forward)
+
     def asking(leading: tuple[int, ...]) -> Router:
         def route(hidden: torch.Tensor) -> Routing:
             with torch.no_grad():
-                answer: Any = router.forward(hidden.view(*leading, *hidden.shape), **{name: getattr(block, name) for name in names})
+                answer = remembering.ask(hidden.view(*leading, *hidden.shape), {name: getattr(block, name) for name in names})
             return _routing(answer, stack)
 
         return route
@@ -96,8 +99,40 @@ def find_router(block: nn.Module, stack: ExpertStack, probe: torch.Tensor) -> Ro
         except Exception as error:  # whatever a family's router makes of a call that it does not expect
             reason = str(error) or f"nothing in what it returns has {stack.num_experts} columns"
         else:
+            router.forward = remembering  # type: ignore[method-assign]
             return route
     return reason
+
+
+class _Remembering:
+    """A router's forward: asked early about a tensor, it gives the same answer when the block itself asks about this very tensor.
+
+    Once only, without gradients, and only if nothing was written to the tensor since (inference mode does not count that; no
+    family writes to its gate input). The tensor is kept meanwhile, so that no other can lie at its address.
+    """
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self._forward = forward
+        self._asked: tuple[torch.Tensor, int, Any] | None = None
+
+    def ask(self, hidden: torch.Tensor, others: dict[str, torch.Tensor]) -> Any:
+        """The router's answer, remembered unless it depends on ``others`` too."""
+        answer = self._forward(hidden, **others)
+        self._asked = None if others else (hidden, _version(hidden), answer)
+        return answer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        asked, self._asked = self._asked, None
+        if asked is not None and len(args) == 1 and not kwargs and not torch.is_grad_enabled():
+            hidden, (known, version, answer) = args[0], asked
+            same = hidden.data_ptr() == known.data_ptr() and hidden.shape == known.shape and hidden.stride() == known.stride()
+            if same and hidden.dtype == known.dtype and _version(hidden) == version:
+                return answer
+        return self._forward(*args, **kwargs)
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def _routing(answer: Any, stack: ExpertStack) -> Routing:

@@ -49,9 +49,9 @@ def hasten(model: Any, exact: bool) -> Counter[str]:
             module.forward = forward
             found[kind] += 1
         weight = module._parameters.get("weight")
-        small = weight is not None and weight.dim() == 2 and weight.dtype == torch.bfloat16 and weight.numel() <= _SMALL
+        small = weight is not None and weight.dim() == 2 and weight.dtype == torch.bfloat16 and 0 < weight.numel() <= _SMALL
         if small and (type(module) is nn.Linear or name.rpartition(".")[2] in ROUTER_NAMES):
-            module._parameters["weight"] = _SmallWeight(weight)
+            module._parameters["weight"] = _SmallWeight.of(weight)
             found["small matrices"] += 1
     return found
 
@@ -70,15 +70,27 @@ def _hastened(module: nn.Module, model: Any, exact: bool, generator: torch.Gener
 class _SmallWeight(nn.Parameter):
     """A bf16 matrix that multiplies a few rows itself, whoever calls torch's ``linear`` on it."""
 
+    place: Any
+    address: int
+    rows: int
+    cols: int
+
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> _SmallWeight:
+        """Shares ``weight``'s memory."""
+        made = cls(weight, requires_grad=False)
+        made.rows, made.cols, made.address = weight.shape[0], weight.shape[1], weight.data_ptr()
+        made.place = native.Place.make(BF16, made.rows, made.cols, [0], 0, 0, -1, 0)
+        return made
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is linear and len(args) > 1 and not kwargs:
-            x, weight, bias = (*args, None)[:3]
-            cols = weight.shape[1]
-            if bias is None and x.dtype == torch.bfloat16 and x.numel() <= MOST_ROWS * cols and x.is_contiguous() and not x.requires_grad:
-                out = x.new_empty(*x.shape[:-1], weight.shape[0])
-                place = native.Place.make(BF16, *weight.shape, [0], 0, 0, -1, 0)
-                native.linear(place, weight.data_ptr(), BF16, x.data_ptr(), 1, x.numel() // cols, out.data_ptr(), 1, True, 1)
+        if func is linear and not kwargs and (len(args) == 2 or args[2] is None):
+            x, own = args[0], vars(args[1])  # a tensor's own properties would come back here
+            cols = own.get("cols", 0)
+            if x.dtype == torch.bfloat16 and x.numel() <= MOST_ROWS * cols and x.is_contiguous() and not x.requires_grad:
+                out, count = x.new_empty(*x.shape[:-1], own["rows"]), x.numel() // cols
+                native.linear(own["place"], own["address"], BF16, x.data_ptr(), 1, count, out.data_ptr(), 1, True, 1)
                 return out
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))

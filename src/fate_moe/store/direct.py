@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import mmap
@@ -91,6 +92,14 @@ def drop_from_page_cache(file: BinaryIO, offset: int = 0, length: int = 0) -> No
 
 
 def anonymous_buffer(num_bytes: int) -> mmap.mmap:
-    """Zeroed private memory, page-aligned, of ``num_bytes`` rounded up to 4096; pages count only once written."""
+    """Zeroed private memory, page-aligned, of ``num_bytes`` rounded up to 4096; pages count only once written.
+
+    In huge pages where the system has them: what is read once a token would otherwise push everything else's addresses out of the
+    processor's tables.
+    """
     length = max(1, -(-num_bytes // SLOT_ALIGNMENT)) * SLOT_ALIGNMENT
-    return mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    buffer = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel built without them says EINVAL
+            buffer.madvise(mmap.MADV_HUGEPAGE)
+    return buffer
