@@ -115,8 +115,9 @@ def instrument(model: Any, clock: Clock) -> None:
     if native is not None:
         for name in ("experts", "combine"):
             wrap(native, name, "expert kernels")
-        for name in ("linear", "mlp", "attention", "expand"):
+        for name in ("linear", "mlp", "attention", "layer", "expand"):
             wrap(native, name, "dense kernels")
+        wrap(native, "layer_end", "expert kernels")
         wrap(native, "rms_norm", "norms")
     for layers in (DynamicLayer, RoomyLayer):
         for name in ("update", "reserve", "extend", "get_seq_length", "get_mask_sizes"):
@@ -128,7 +129,7 @@ def instrument(model: Any, clock: Clock) -> None:
         wrap(runtime._prefetcher, name, "prediction")
     for name in ("acquire", "_unlock", "_wait_for"):
         wrap(runtime.residency, name, "residency and policy")
-    for name in ("enter", "compute", "embedded"):
+    for name in ("enter", "compute", "embedded", "begin", "run"):
         wrap(runtime, name, "runtime")
     for module in model.modules():
         kind = type(module).__name__

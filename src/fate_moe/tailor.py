@@ -53,6 +53,12 @@ class Tailor:
         self.used[expert, views[-1] if held == WHOLE else views[held - 2]] += 1
         return None if held == WHOLE else held - 1
 
+    def count_whole(self, layer: int, experts: Sequence[int]) -> None:
+        """Each of ``experts`` was computed once with all its bits."""
+        bits = self._views[layer][-1]
+        for expert in experts:
+            self.used[ExpertId(layer, expert), bits] += 1
+
     def by_bits(self) -> dict[int, int]:
         """Uses by bits, over all experts."""
         total: Counter[int] = Counter()

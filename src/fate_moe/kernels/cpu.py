@@ -88,6 +88,31 @@ class SlotExperts:
             weights = self._weights(layer, slot, hidden.dtype, kernel, planes.get(expert))
             outputs[chosen] = expert_mlp(experts, weights, x).to(outputs.dtype)
 
+    def has_fused(self, layer: int, experts: Any) -> bool:
+        """Whether ``run_token`` can run ``layer``; ``experts`` is the transformers module."""
+        kernel = self._kernel(layer, experts)
+        return kernel is not None and kernel.whole is not None
+
+    def run_token(self, layer: int, experts: Any, places: Ready, hidden: torch.Tensor, rows: torch.Tensor) -> None:
+        """As ``run`` for one token and whole experts: those in the slots of ``places`` (row, slot) write their ``rows``."""
+        kernel = self._kernels[layer] if layer in self._kernels else self._kernel(layer, experts)
+        assert kernel is not None
+        count, start, size = len(places), self._address, self._slot_bytes
+        native.experts(
+            kernel.whole,
+            [start + slot * size for _, slot in places],
+            [kernel.num_planes] * count,
+            list(range(count + 1)),
+            [row for row, _ in places],
+            hidden.data_ptr(),
+            DTYPES[hidden.dtype],
+            1,
+            len(rows),
+            rows.data_ptr(),
+            self._exact,
+            torch.get_num_threads(),
+        )
+
     def combine(self, outputs: torch.Tensor, routing_weights: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """[num_tokens, hidden] in ``hidden``'s dtype: the rows of ``outputs`` times ``routing_weights`` [num_tokens, top_k], summed
         in routing order."""

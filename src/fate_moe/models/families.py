@@ -112,7 +112,7 @@ class _Remembering:
     """
 
     def __init__(self, forward: Callable[..., Any]) -> None:
-        self._forward = forward
+        self._forward = self.__wrapped__ = forward  # what inspect.signature looks at
         self._asked: tuple[torch.Tensor, int, Any] | None = None
 
     def ask(self, hidden: torch.Tensor, others: dict[str, torch.Tensor]) -> Any:

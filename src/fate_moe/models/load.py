@@ -25,6 +25,7 @@ from fate_moe.memory.slots import SlotArena
 from fate_moe.models.attach import attach, limit_context, routers_of
 from fate_moe.models.dense import QuantizedLinear, StoredEmbedding
 from fate_moe.models.standard import hasten
+from fate_moe.models.step import join_layers
 from fate_moe.planner import Footprint, Plan, footprint, make_plan
 from fate_moe.predict.gates import FittedGates
 from fate_moe.predict.make import make_predictor
@@ -176,7 +177,6 @@ def realize(prepared: Prepared, plan: Plan, config: OffloadConfig) -> Any:
     layouts = [store.manifest.layout_of(stack.layer) for stack in stacks]
     slots = SlotExperts(arena.buffer, arena.slot_bytes, layouts, shapes, exact=config.exact_activations)
     hastened = hasten(model, config.exact_activations)
-    _log.info("modules that run in one call of the extension: %s", dict(hastened) or "none")
     routers = routers_of(model, stacks)
     gates = load_gates(store.path, num_experts, model.config.get_text_config().hidden_size)
     fitted = FittedGates(gates) if gates is not None else None
@@ -184,6 +184,8 @@ def realize(prepared: Prepared, plan: Plan, config: OffloadConfig) -> Any:
     tailor = Tailor(make_precision_policy(config.precision_policy), layouts, residency)
     runtime = ExpertRuntime(residency, predictor, routers, slots, num_experts=num_experts, tailor=tailor)
     attach(model, stacks, runtime)
+    joined = join_layers(model, stacks, runtime, config.exact_activations)
+    _log.info("run by the extension, a token at a time: %d of %d layers whole, %s", joined, len(stacks), dict(hastened) or "no module")
     limit_context(model, plan.context_length, plan.kv_cache_bytes // plan.context_length)
     model.fate = Fate(plan, config, runtime, lambda: _remember(policy, store.path))
     return model

@@ -23,7 +23,7 @@ from fate_moe.models.dense import MOST_ROWS, QuantizedLinear
 from fate_moe.models.families import ROUTER_NAMES
 from fate_moe.skeleton import is_experts
 
-__all__ = ["hasten"]
+__all__ = ["SmallWeight", "hasten", "is_near", "room_in", "standard_of", "weight_of"]
 
 # Unquantized matrices up to so many weights are multiplied by the extension: oneDNN takes 250 us for a router of 60 x 2048 in bf16.
 _SMALL = 1 << 20
@@ -31,6 +31,7 @@ _PROBE_TOKENS = 6
 _NEAR = 0.02  # of the norm: int8 activations and bf16 roundings give 0.01, another rope or scaling more than 0.1
 
 Forward = Callable[..., Any]
+Hastened = tuple[Forward, Any]  # a forward, and what ``standard_of`` gives
 
 
 @torch.no_grad()
@@ -44,19 +45,24 @@ def hasten(model: Any, exact: bool) -> Counter[str]:
     for name, module in model.named_modules():
         if module in inside_experts:
             continue
-        kind, forward = _hastened(module, model, exact, generator)
-        if forward is not None:
-            module.forward = forward
+        kind, hastened = _hastened(module, model, exact, generator)
+        if hastened is not None:
+            module.forward, module.fate_standard = hastened
             found[kind] += 1
         weight = module._parameters.get("weight")
         small = weight is not None and weight.dim() == 2 and weight.dtype == torch.bfloat16 and 0 < weight.numel() <= _SMALL
         if small and (type(module) is nn.Linear or name.rpartition(".")[2] in ROUTER_NAMES):
-            module._parameters["weight"] = _SmallWeight.of(weight)
+            module._parameters["weight"] = SmallWeight.of(weight)
             found["small matrices"] += 1
     return found
 
 
-def _hastened(module: nn.Module, model: Any, exact: bool, generator: torch.Generator) -> tuple[str, Forward | None]:
+def standard_of(module: nn.Module) -> Any:
+    """What ``hasten`` gave ``module``: a norm's eps, the extension's Mlp or Attention; None if nothing."""
+    return getattr(module, "fate_standard", None)
+
+
+def _hastened(module: nn.Module, model: Any, exact: bool, generator: torch.Generator) -> tuple[str, Hastened | None]:
     names = {name for name, _ in module.named_children()}
     if type(module).__name__.endswith("RMSNorm"):
         return "norms", _norm(module, model.dtype, generator)
@@ -67,7 +73,7 @@ def _hastened(module: nn.Module, model: Any, exact: bool, generator: torch.Gener
     return "", None
 
 
-class _SmallWeight(nn.Parameter):
+class SmallWeight(nn.Parameter):
     """A bf16 matrix that multiplies a few rows itself, whoever calls torch's ``linear`` on it."""
 
     place: Any
@@ -76,7 +82,7 @@ class _SmallWeight(nn.Parameter):
     cols: int
 
     @classmethod
-    def of(cls, weight: torch.Tensor) -> _SmallWeight:
+    def of(cls, weight: torch.Tensor) -> SmallWeight:
         """Shares ``weight``'s memory."""
         made = cls(weight, requires_grad=False)
         made.rows, made.cols, made.address = weight.shape[0], weight.shape[1], weight.data_ptr()
@@ -107,11 +113,12 @@ def _few(x: torch.Tensor, cols: int, most_rows: int) -> bool:
     )
 
 
-def _is_near(got: torch.Tensor, want: torch.Tensor) -> bool:
+def is_near(got: torch.Tensor, want: torch.Tensor) -> bool:
+    """Whether two ways to compute the same thing may have given these."""
     return bool((got.float() - want.float()).norm() <= _NEAR * want.float().norm()) and bool(want.abs().max() > 0)
 
 
-def _norm(module: nn.Module, dtype: torch.dtype, generator: torch.Generator) -> Forward | None:
+def _norm(module: nn.Module, dtype: torch.dtype, generator: torch.Generator) -> Hastened | None:
     weight = module._parameters.get("weight")
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if weight is None or weight.dim() != 1 or weight.dtype not in DTYPES or len(module._parameters) > 1 or not isinstance(eps, float):
@@ -133,17 +140,19 @@ def _norm(module: nn.Module, dtype: torch.dtype, generator: torch.Generator) -> 
             return None
         if want.dtype != got.dtype or (got.float() - want.float()).abs().max() > 4 * torch.finfo(dtype).eps * want.abs().max():
             return None
-    return forward
+    return forward, eps
 
 
-def _weight(layer: nn.Module) -> Any:
-    """The extension's Weight of a linear layer; None if it has no kernel."""
+def weight_of(layer: Any) -> Any:
+    """The extension's Weight of a linear layer or a router; None if it has no kernel."""
     bias = getattr(layer, "bias", None)
     if bias is not None and bias.dtype not in DTYPES:
         return None
     at, dtype = (bias.data_ptr(), DTYPES[bias.dtype]) if bias is not None else (0, 0)
     if isinstance(layer, QuantizedLinear):
         return native.Weight.make(layer.place, layer.address, at, dtype) if layer.place is not None else None
+    if isinstance(layer.weight, SmallWeight):
+        return native.Weight.make(vars(layer.weight)["place"], vars(layer.weight)["address"], at, dtype)
     if type(layer) is nn.Linear and layer.weight.dtype == torch.bfloat16 and layer.weight.is_contiguous():
         place = native.Place.make(BF16, *layer.weight.shape, [0], 0, 0, -1, 0)
         return native.Weight.make(place, layer.weight.data_ptr(), at, dtype)
@@ -174,9 +183,9 @@ def _parts(module: nn.Module, names: tuple[str, ...]) -> Callable[[], bool]:
     return unchanged
 
 
-def _mlp(module: Any, dtype: torch.dtype, exact: bool, generator: torch.Generator) -> Forward | None:
+def _mlp(module: Any, dtype: torch.dtype, exact: bool, generator: torch.Generator) -> Hastened | None:
     layers = ("gate_proj", "up_proj", "down_proj")
-    weights = [_weight(getattr(module, name)) for name in layers]
+    weights = [weight_of(getattr(module, name)) for name in layers]
     act = getattr(module, "act_fn", None)
     how = find_gate(_GateOf(act)) if act is not None and all(weight is not None for weight in weights) else None
     if how is None:
@@ -194,16 +203,16 @@ def _mlp(module: Any, dtype: torch.dtype, exact: bool, generator: torch.Generato
         return None
     x = torch.randn(2, size, generator=generator).to(dtype)
     try:
-        return forward if _is_near(forward(x), original(x)) else None
+        return (forward, of) if is_near(forward(x), original(x)) else None
     except Exception:  # it wants more than one tensor
         return None
 
 
-def _attention(module: Any, model: Any, exact: bool, generator: torch.Generator) -> Forward | None:
+def _attention(module: Any, model: Any, exact: bool, generator: torch.Generator) -> Hastened | None:
     children = dict(module.named_children())
     layers = ("q_proj", "k_proj", "v_proj", "o_proj")
     norms = [children.get("q_norm"), children.get("k_norm")]
-    weights = [_weight(children[name]) for name in layers]
+    weights = [weight_of(children[name]) for name in layers]
     size, dim, index = children["q_proj"].in_features, getattr(module, "head_dim", 0), getattr(module, "layer_idx", None)
     reasons_not = (
         model.dtype != torch.bfloat16
@@ -229,7 +238,7 @@ def _attention(module: Any, model: Any, exact: bool, generator: torch.Generator)
     original, unchanged, config = module.forward, _parts(module, layers), module.config
 
     def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        layer = _room_in(kwargs.get("past_key_values"), index)
+        layer = room_in(kwargs.get("past_key_values"), index)
         angles = kwargs.get("position_embeddings")
         if (
             layer is None
@@ -260,12 +269,12 @@ def _attention(module: Any, model: Any, exact: bool, generator: torch.Generator)
         return out, None
 
     try:
-        return forward if _attends_alike(original, forward, size, dim, index, generator) else None
+        return (forward, of) if _attends_alike(original, forward, size, dim, index, generator) else None
     except Exception:  # an attention that wants other things
         return None
 
 
-def _room_in(cache: Any, index: int) -> RoomyLayer | None:
+def room_in(cache: Any, index: int) -> RoomyLayer | None:
     """Layer ``index`` of ``cache``, if it is one of ours with something in it."""
     layers = getattr(cache, "layers", ())
     layer = layers[index] if index < len(layers) else None
@@ -289,4 +298,4 @@ def _attends_alike(
             make_room(cache, _PROBE_TOKENS)
         layer = cache.layers[index]
         results.append((out, layer.keys[:, :, -1:], layer.values[:, :, -1:]))
-    return isinstance(_room_in(cache, index), RoomyLayer) and all(_is_near(a, b) for a, b in zip(*results, strict=True))
+    return isinstance(room_in(cache, index), RoomyLayer) and all(is_near(a, b) for a, b in zip(*results, strict=True))

@@ -165,67 +165,193 @@ void run_mlp(const Ops& ops, const Mlp& mlp, const void* x, Dtype dtype, int64_t
   run_phases(num_threads, work);
 }
 
-void run_attention(const Ops& ops, const Attention& a, const void* x, Dtype dtype, const void* cos, const void* sin, void* keys,
-                   void* values, int64_t length, int64_t room, void* out, bool exact, int num_threads) {
-  static thread_local Inputs token, attended;
-  static thread_local Scratch scratches;
-  const Matrix matrices[] = {a.q.matrix(), a.k.matrix(), a.v.matrix()}, last = a.o.matrix();
-  const int64_t hidden = matrices[0].cols, dim = a.dim, group = a.heads / a.kv_heads, count = length + 1;
-  const bool integers = !exact && matrices[0].kind != Kind::kBf16, last_integers = !exact && last.kind != Kind::kBf16;
-  token.resize(1, hidden);
-  attended.resize(1, last.cols);
-  std::vector<Rows> tasks, last_tasks;
-  int64_t starts[] = {0, a.heads * dim, (a.heads + a.kv_heads) * dim};
-  for (int64_t i = 0; i < 3; ++i) cut(tasks, i, matrices[i]);
-  cut(last_tasks, 0, last);
-  const int64_t padded = (count + 15) / 16 * 16, total = (a.heads + 2 * a.kv_heads) * dim;
-  const int64_t head_floats = padded + (kValueRows + 2) * dim;
-  float* const qkv = scratches.of<float>(total + 2 * dim + last.rows + a.heads * head_floats);
-  float *const angles = qkv + total, *const result = angles + 2 * dim, *const heads = result + last.rows;
-  Inputs &of_token = token, &of_attended = attended;
-  Phases phases;
-  auto work = [&] {
-    phases.each(0, 1, [&](int64_t) {
-      ops.to_float(x, dtype, hidden, of_token.x(0));
-      of_token.finish(ops, 0, matrices[0].kind, integers);
-      ops.to_float(cos, dtype, dim, angles);
-      ops.to_float(sin, dtype, dim, angles + dim);
+namespace {
+
+// One token's attention in phases, for whoever has its input ready and takes its output.
+class Attending {
+ public:
+  // Sizes everything; `token` is the calling thread's.
+  Attending(const Ops& ops, const Attention& a, Inputs& token, void* keys, void* values, int64_t length, int64_t room, bool exact)
+      : ops_(ops), a_(a), token_(token), attended_(own_inputs()), keys_(keys), values_(values), length_(length), room_(room) {
+    q_ = a.q.matrix(), k_ = a.k.matrix(), v_ = a.v.matrix(), last_ = a.o.matrix();
+    integers_ = !exact && q_.kind != Kind::kBf16, last_integers_ = !exact && last_.kind != Kind::kBf16;
+    token.resize(1, q_.cols);
+    attended_.resize(1, last_.cols);
+    cut(tasks_, 0, q_), cut(tasks_, 1, k_), cut(tasks_, 2, v_);
+    cut(last_tasks_, 0, last_);
+    count_ = length + 1, padded_ = (count_ + 15) / 16 * 16;
+    head_floats_ = padded_ + (kValueRows + 2) * a.dim;
+    const int64_t total = (a.heads + 2 * a.kv_heads) * a.dim;
+    query_ = own_scratch().of<float>(total + 2 * a.dim + last_.rows + a.heads * head_floats_);
+    key_ = query_ + a.heads * a.dim, value_ = key_ + a.kv_heads * a.dim;
+    angles_ = query_ + total, result_ = angles_ + 2 * a.dim, heads_ = result_ + last_.rows;
+  }
+
+  float* result() const { return result_; }  // [o.rows]
+  int64_t size() const { return last_.rows; }
+
+  // After token.x(0) is written: the rest of phase 0.
+  void begin(const void* cos, const void* sin, Dtype dtype) {
+    token_.finish(ops_, 0, q_.kind, integers_);
+    ops_.to_float(cos, dtype, a_.dim, angles_);
+    ops_.to_float(sin, dtype, a_.dim, angles_ + a_.dim);
+  }
+
+  // Phases 1 to 5; `done(begin, end)` is told of rows of the result.
+  template <class Done>
+  void run(Phases& phases, Done done) {
+    const int64_t dim = a_.dim, group = a_.heads / a_.kv_heads;
+    float *const cos = angles_, *const sin = angles_ + dim;
+    phases.each(1, int64_t(tasks_.size()), [&](int64_t i) {
+      const int64_t which = tasks_[i].expert;
+      multiply(ops_, tasks_[i], which == 0 ? q_ : which == 1 ? k_ : v_, token_, 1, integers_,
+               which == 0 ? query_ : which == 1 ? key_ : value_, 0);
     });
-    phases.each(1, int64_t(tasks.size()), [&](int64_t i) {
-      multiply(ops, tasks[i], matrices[tasks[i].expert], of_token, 1, integers, qkv + starts[tasks[i].expert], 0);
+    phases.each(2, a_.kv_heads, [&](int64_t h) {
+      turn(ops_, a_, key_ + h * dim, a_.k_norm, cos, sin, heads_ + h * head_floats_);
+      ops_.from_float(key_ + h * dim, dim, at(keys_, Dtype::kBf16, (h * room_ + length_) * dim), Dtype::kBf16);
+      ops_.from_float(value_ + h * dim, dim, at(values_, Dtype::kBf16, (h * room_ + length_) * dim), Dtype::kBf16);
     });
-    phases.each(2, a.kv_heads, [&](int64_t h) {
-      turn(ops, a, qkv + starts[1] + h * dim, a.k_norm, angles, angles + dim, heads + h * head_floats);
-      ops.from_float(qkv + starts[1] + h * dim, dim, at(keys, Dtype::kBf16, (h * room + length) * dim), Dtype::kBf16);
-      ops.from_float(qkv + starts[2] + h * dim, dim, at(values, Dtype::kBf16, (h * room + length) * dim), Dtype::kBf16);
-    });
-    phases.each(3, a.heads, [&](int64_t h) {
-      float *const scores = heads + h * head_floats, *const rows = scores + padded, *const query = rows + (kValueRows + 1) * dim;
-      float* const head = qkv + h * dim;
-      turn(ops, a, head, a.q_norm, angles, angles + dim, query);
-      const int64_t first = h / group * room * dim;
-      const uint8_t* const key = static_cast<const uint8_t*>(at(keys, Dtype::kBf16, first));
-      const Matrix past = {Kind::kBf16, count, dim, groups_of(dim), {key, nullptr, nullptr}, nullptr, nullptr, nullptr, Dtype::kF32};
+    phases.each(3, a_.heads, [&](int64_t h) {
+      float *const scores = heads_ + h * head_floats_, *const rows = scores + padded_, *const head = query_ + h * dim;
+      turn(ops_, a_, head, a_.q_norm, cos, sin, rows);
+      const int64_t first = h / group * room_ * dim;
+      const uint8_t* const key = static_cast<const uint8_t*>(at(keys_, Dtype::kBf16, first));
+      const Matrix past = {Kind::kBf16, count_, dim, groups_of(dim), {key, nullptr, nullptr}, nullptr, nullptr, nullptr, Dtype::kF32};
       const Token asked = {nullptr, nullptr, nullptr, head, scores};
-      ops.product(past, &asked, 1, 0, count);
-      softmax(scores, count, a.scaling);
+      ops_.product(past, &asked, 1, 0, count_);
+      softmax(scores, count_, a_.scaling);
       // Several rows of values at a time as numbers, the sum so far before them with weight 1.
       float weights[kValueRows + 1] = {1.0f};
       std::fill(rows, rows + dim, 0.0f);
-      for (int64_t row = 0; row < count; row += kValueRows) {
-        const int64_t some = std::min(kValueRows, count - row);
+      for (int64_t row = 0; row < count_; row += kValueRows) {
+        const int64_t some = std::min(kValueRows, count_ - row);
         std::copy(scores + row, scores + row + some, weights + 1);
-        ops.to_float(at(values, Dtype::kBf16, first + row * dim), Dtype::kBf16, some * dim, rows + dim);
-        ops.combine(rows, weights, some + 1, dim, rows);
+        ops_.to_float(at(values_, Dtype::kBf16, first + row * dim), Dtype::kBf16, some * dim, rows + dim);
+        ops_.combine(rows, weights, some + 1, dim, rows);
       }
-      std::copy(rows, rows + dim, of_attended.x(0) + h * dim);
+      std::copy(rows, rows + dim, attended_.x(0) + h * dim);
     });
-    phases.each(4, 1, [&](int64_t) { of_attended.finish(ops, 0, last.kind, last_integers); });
-    phases.each(5, int64_t(last_tasks.size()), [&](int64_t i) {
-      multiply_to(ops, last_tasks[i], last, of_attended, 1, last_integers, result, out, dtype);
+    phases.each(4, 1, [&](int64_t) { attended_.finish(ops_, 0, last_.kind, last_integers_); });
+    phases.each(5, int64_t(last_tasks_.size()), [&](int64_t i) {
+      multiply(ops_, last_tasks_[i], last_, attended_, 1, last_integers_, result_, 0);
+      done(last_tasks_[i].begin, last_tasks_[i].end);
+    });
+  }
+
+ private:
+  static Inputs& own_inputs() {
+    static thread_local Inputs inputs;
+    return inputs;
+  }
+  static Scratch& own_scratch() {
+    static thread_local Scratch scratch;
+    return scratch;
+  }
+
+  const Ops& ops_;
+  const Attention& a_;
+  Inputs &token_, &attended_;
+  void *keys_, *values_;
+  int64_t length_, room_, count_, padded_, head_floats_;
+  Matrix q_, k_, v_, last_;
+  bool integers_, last_integers_;
+  std::vector<Rows> tasks_, last_tasks_;
+  float *query_, *key_, *value_, *angles_, *result_, *heads_;
+};
+
+float rounded(const Ops& ops, float value) {
+  uint16_t bits;
+  ops.from_float(&value, 1, &bits, Dtype::kBf16);
+  ops.to_float(&bits, Dtype::kBf16, 1, &value);
+  return value;
+}
+
+}  // namespace
+
+void run_attention(const Ops& ops, const Attention& a, const void* x, Dtype dtype, const void* cos, const void* sin, void* keys,
+                   void* values, int64_t length, int64_t room, void* out, bool exact, int num_threads) {
+  static thread_local Inputs token;
+  Inputs& of_token = token;  // the calling thread's own
+  Attending attending(ops, a, token, keys, values, length, room, exact);
+  Phases phases;
+  auto work = [&] {
+    phases.each(0, 1, [&](int64_t) {
+      ops.to_float(x, dtype, a.q.place.cols, of_token.x(0));
+      attending.begin(cos, sin, dtype);
+    });
+    attending.run(phases, [&](int64_t begin, int64_t end) {
+      ops.from_float(attending.result() + begin, end - begin, at(out, dtype, begin), dtype);
     });
   };
   run_phases(num_threads, work);
+}
+
+float run_layer(const Ops& ops, const Layer& layer, const void* x, const void* cos, const void* sin, void* keys, void* values,
+                int64_t length, int64_t room, void* residual, void* normed, int64_t* chosen, float* weights, bool exact,
+                int num_threads) {
+  static thread_local Inputs token, routed;
+  static thread_local Scratch scratch;
+  const Dtype bf16 = Dtype::kBf16;
+  const int64_t hidden = layer.attention.q.place.cols;
+  const Matrix router = layer.router.matrix(), gate = layer.shared_gate.matrix();
+  Inputs &of_token = token, &of_routed = routed;
+  Attending attending(ops, layer.attention, token, keys, values, length, room, exact);
+  routed.resize(1, hidden);
+  float* const logits = scratch.of<float>(router.rows + 1);
+  std::vector<Rows> tasks;
+  cut(tasks, 0, router);
+  if (layer.shared_gate.address) tasks.push_back({1, 0, 1});
+  Phases phases;
+  auto work = [&] {
+    phases.each(0, 1, [&](int64_t) {
+      run_rms_norm(ops, x, bf16, 1, hidden, layer.norm, layer.norm_dtype, layer.eps, normed);
+      ops.to_float(normed, bf16, hidden, of_token.x(0));
+      attending.begin(cos, sin, bf16);
+    });
+    attending.run(phases, [](int64_t, int64_t) {});
+    phases.each(6, 1, [&](int64_t) {
+      float *const sum = attending.result(), *const before = of_routed.x(0);
+      ops.to_float(x, bf16, hidden, before);
+      for (int64_t i = 0; i < hidden; ++i) sum[i] += before[i];
+      ops.from_float(sum, hidden, residual, bf16);
+      run_rms_norm(ops, residual, bf16, 1, hidden, layer.post_norm, layer.norm_dtype, layer.eps, normed);
+      ops.to_float(normed, bf16, hidden, of_routed.x(0));
+      of_routed.finish(ops, 0, Kind::kBf16, false);
+    });
+    phases.each(7, int64_t(tasks.size()), [&](int64_t i) {
+      const bool shared = tasks[i].expert == 1;
+      multiply(ops, tasks[i], shared ? gate : router, of_routed, 1, false, shared ? logits + router.rows : logits, 0);
+    });
+  };
+  run_phases(num_threads, work);
+
+  // As families have it: logits in bf16, probabilities in fp32, weights in bf16.
+  float most = -INFINITY, sum = 0.0f, of_chosen = 0.0f;
+  for (int64_t i = 0; i < router.rows; ++i) most = std::max(most, logits[i] = rounded(ops, logits[i]));
+  for (int64_t i = 0; i < router.rows; ++i) sum += logits[i] = std::exp(logits[i] - most);
+  for (int64_t k = 0; k < layer.top_k; ++k) {
+    int64_t best = 0;
+    for (int64_t i = 1; i < router.rows; ++i)
+      if (logits[i] > logits[best]) best = i;
+    chosen[k] = best, weights[k] = logits[best] / sum, of_chosen += weights[k], logits[best] = -1.0f;
+  }
+  for (int64_t k = 0; k < layer.top_k; ++k) weights[k] = rounded(ops, layer.normalize ? weights[k] / of_chosen : weights[k]);
+  return layer.shared_gate.address ? rounded(ops, 1.0f / (1.0f + std::exp(-rounded(ops, logits[router.rows])))) : 1.0f;
+}
+
+void run_layer_end(const Ops& ops, const void* residual, const float* rows, const float* weights, int64_t num_rows,
+                   const void* shared, float factor, int64_t n, void* out) {
+  static thread_local Scratch scratch;
+  float *const sum = scratch.of<float>(2 * n), *const other = sum + n;
+  ops.combine(rows, weights, num_rows, n, sum);
+  if (shared) {
+    ops.to_float(shared, Dtype::kBf16, n, other);
+    for (int64_t i = 0; i < n; ++i) sum[i] += factor * other[i];
+  }
+  ops.to_float(residual, Dtype::kBf16, n, other);
+  for (int64_t i = 0; i < n; ++i) sum[i] += other[i];
+  ops.from_float(sum, n, out, Dtype::kBf16);
 }
 
 }  // namespace fate

@@ -42,4 +42,26 @@ void run_mlp(const Ops&, const Mlp&, const void* x, Dtype dtype, int64_t num_tok
 void run_attention(const Ops&, const Attention&, const void* x, Dtype dtype, const void* cos, const void* sin, void* keys,
                    void* values, int64_t length, int64_t room, void* out, bool exact, int num_threads);
 
+// What of a decoder layer comes before its experts: norm, attention, residual, norm, router (softmax, then the largest).
+struct Layer {
+  const void *norm, *post_norm;  // [hidden] of norm_dtype
+  Dtype norm_dtype;
+  float eps;
+  Attention attention;
+  Weight router;       // bf16 [experts, hidden]
+  Weight shared_gate;  // bf16 [1, hidden], address 0 where there is none
+  int64_t top_k;
+  bool normalize;  // the chosen experts' weights add up to 1
+};
+
+// As run_attention, for x bf16 [hidden]: the residual stream after attention to `residual`, the experts' input to `normed` (both
+// bf16 [hidden]), the chosen experts to `chosen`, likeliest first, and their weights to `weights`, fp32 [top_k]. Returns the shared
+// expert's factor (1 without a gate).
+float run_layer(const Ops&, const Layer&, const void* x, const void* cos, const void* sin, void* keys, void* values, int64_t length,
+                int64_t room, void* residual, void* normed, int64_t* chosen, float* weights, bool exact, int num_threads);
+
+// What comes after: out bf16 [n] = residual + the sum of weights[j] * rows[j] + factor * shared (null: without), in this order.
+void run_layer_end(const Ops&, const void* residual, const float* rows, const float* weights, int64_t num_rows, const void* shared,
+                   float factor, int64_t n, void* out);
+
 }  // namespace fate

@@ -1,5 +1,6 @@
 // The Python face: addresses and sizes as numbers. kernels/cpu.py checks what it passes; nothing here does.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
@@ -105,10 +106,29 @@ void attention(const Attention& of, uintptr_t x, int dtype, uintptr_t cos, uintp
                 reinterpret_cast<void*>(out), exact, num_threads);
 }
 
+std::pair<std::vector<int64_t>, float> layer(const Layer& of, uintptr_t x, uintptr_t cos, uintptr_t sin, uintptr_t keys,
+                                             uintptr_t values, int64_t length, int64_t room, uintptr_t residual, uintptr_t normed,
+                                             uintptr_t weights, bool exact, int num_threads) {
+  std::vector<int64_t> experts(size_t(of.top_k));
+  const nb::gil_scoped_release release;
+  const float factor =
+      run_layer(*chosen, of, reinterpret_cast<const void*>(x), reinterpret_cast<const void*>(cos), reinterpret_cast<const void*>(sin),
+                reinterpret_cast<void*>(keys), reinterpret_cast<void*>(values), length, room, reinterpret_cast<void*>(residual),
+                reinterpret_cast<void*>(normed), experts.data(), reinterpret_cast<float*>(weights), exact, num_threads);
+  return {std::move(experts), factor};
+}
+
+void layer_end(uintptr_t residual, uintptr_t rows, uintptr_t weights, int64_t num_rows, uintptr_t shared, float factor, int64_t n,
+               uintptr_t out) {
+  run_layer_end(*chosen, reinterpret_cast<const void*>(residual), reinterpret_cast<const float*>(rows),
+                reinterpret_cast<const float*>(weights), num_rows, reinterpret_cast<const void*>(shared), factor, n,
+                reinterpret_cast<void*>(out));
+}
+
 void bind_layers(nb::module_& m) {
   nb::class_<Weight>(m, "Weight").def_static("make", [](const Place& place, uint64_t address, uintptr_t bias, int bias_dtype) {
     return Weight{place, address, reinterpret_cast<const void*>(bias), Dtype(bias_dtype)};
-  });
+  }).def_ro("place", &Weight::place);
   nb::class_<Mlp>(m, "Mlp").def_static("make", [](const Weight& gate, const Weight& up, const Weight& down, const Gate& how) {
     return Mlp{gate, up, down, how};
   });
@@ -118,6 +138,14 @@ void bind_layers(nb::module_& m) {
         return Attention{q, k, v, o, heads, kv_heads, dim, scaling, reinterpret_cast<const void*>(q_norm),
                          reinterpret_cast<const void*>(k_norm), Dtype(norm_dtype), eps};
       });
+  nb::class_<Layer>(m, "Layer")
+      .def_static("make", [](uintptr_t norm, uintptr_t post_norm, int norm_dtype, float eps, const Attention& attention,
+                             const Weight& router, const Weight& shared_gate, int64_t top_k, bool normalize) {
+        return Layer{reinterpret_cast<const void*>(norm), reinterpret_cast<const void*>(post_norm), Dtype(norm_dtype), eps, attention,
+                     router, shared_gate, top_k, normalize};
+      });
+  m.def("layer", &layer);
+  m.def("layer_end", &layer_end);
   m.def("rms_norm", &rms_norm);
   m.def("mlp", &mlp);
   m.def("attention", &attention);

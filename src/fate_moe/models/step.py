@@ -1,0 +1,211 @@
+"""One token through one decoder layer in four calls of the extension: what comes before the experts, the shared expert while their
+reads are under way, the experts, the sum.
+
+For layers of the plain kind: norm, attention, norm, a block of experts behind a softmax router, perhaps a shared expert with a gate.
+Which these are is found by trying, as in standard.py, and the family's own forward stays for everything else. Between two kernels
+the weights of a layer have gone through the processor's caches, and whatever runs next runs from memory: the first softmax takes
+19 us, the second 3. So it pays to have few steps, not fast ones.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicCache
+
+from fate_moe.kernels.native import DTYPES, native
+from fate_moe.models.cache import make_room
+from fate_moe.models.families import ROUTER_NAMES
+from fate_moe.models.standard import room_in, standard_of, weight_of
+from fate_moe.runtime import ExpertRuntime
+from fate_moe.skeleton import ExpertStack
+
+__all__ = ["join_layers"]
+
+_SHARED = ("shared_expert", "shared_experts")
+_PROBE_TOKENS = 6
+_NEAR = 0.04  # of the norm of what the layer adds; a missing factor or another order of steps makes more than 0.1
+_TRIES = 3  # a token whose k-th and next expert are nearly equal may be routed otherwise: no proof against a layer
+
+
+@torch.no_grad()
+def join_layers(model: Any, stacks: Sequence[ExpertStack], runtime: ExpertRuntime, exact: bool) -> int:
+    """Let the plain layers among those of ``stacks`` run so; how many."""
+    if native is None or model.dtype != torch.bfloat16:
+        return 0
+    buffers: dict[str, torch.Tensor] = {}
+    generator, count = torch.Generator().manual_seed(0), 0
+    for stack in stacks:
+        layer = model.get_submodule(stack.block.rpartition(".")[0])
+        step = _step_of(layer, stack, runtime, exact, buffers)
+        if step is not None and _alike(step, generator):
+            layer.forward = step
+            count += 1
+    return count
+
+
+def _step_of(layer: Any, stack: ExpertStack, runtime: ExpertRuntime, exact: bool, buffers: dict[str, torch.Tensor]) -> _Step | None:
+    name = stack.block.rpartition(".")[2]
+    if {child for child, _ in layer.named_children()} != {"input_layernorm", "self_attn", "post_attention_layernorm", name}:
+        return None
+    block = getattr(layer, name)
+    inside = dict(block.named_children())
+    router = next((inside.pop(child) for child in ROUTER_NAMES if child in inside), None)
+    experts, gate = inside.pop("experts", None), inside.pop("shared_expert_gate", None)
+    shared = next((inside.pop(child) for child in _SHARED if child in inside), None)
+    parts = [layer.input_layernorm, layer.post_attention_layernorm, layer.self_attn, *([] if shared is None else [shared])]
+    weights = [weight_of(part) for part in (router, gate) if part is not None and isinstance(getattr(part, "weight", None), nn.Parameter)]
+    if (
+        router is None
+        or inside
+        or stack.twins
+        or (gate is not None and shared is None)
+        or len(weights) != 1 + (gate is not None)
+        or any(weight is None for weight in weights)
+        or any(standard_of(part) is None for part in parts)
+        or standard_of(parts[0]) != standard_of(parts[1])
+        or not runtime.can_step(stack.layer, experts)
+    ):
+        return None
+    return _Step(layer, stack, runtime, exact, buffers, router, experts, shared, [*weights, None][:2], name)
+
+
+class _Step:
+    """A layer's forward: one token in four calls, else the layer's own."""
+
+    def __init__(
+        self, layer: Any, stack: ExpertStack, runtime: Any, exact: bool, buffers: dict[str, torch.Tensor], router: Any, experts: Any,
+        shared: Any, weights: list[Any], block: str,
+    ) -> None:  # fmt: skip
+        self.original, self.runtime, self.stack, self.experts = layer.forward, runtime, stack, experts
+        self.index, self.block = layer.self_attn.layer_idx, getattr(layer, block)
+        self.hidden = layer.input_layernorm.weight.numel()
+        self._attention, self._weights, self._norms = layer.self_attn, weights, (layer.input_layernorm, layer.post_attention_layernorm)
+        self._shared = standard_of(shared) if shared is not None else None
+        self._exact = exact
+        # Written and read within one call, so all layers share them.
+        size = (1, self.hidden)
+        for name in ("residual", "normed", "shared"):
+            buffers.setdefault(name, torch.empty(size, dtype=torch.bfloat16))
+        rows = buffers.setdefault("rows", torch.empty(0))
+        if len(rows) < stack.top_k:
+            buffers["rows"], buffers["weights"] = torch.empty(stack.top_k, self.hidden), torch.empty(stack.top_k)
+        self._buffers = buffers
+        modules = [*self._norms, layer.self_attn, self.block, router, experts, *([shared] if shared is not None else [])]
+        self._hooks = [module._forward_hooks for module in modules] + [
+            module._forward_pre_hooks for module in modules if module is not self.block
+        ]
+        self._places = [(layer._modules, child, part) for child, part in layer.named_children()]
+        self._places += [(self.block._modules, child, part) for child, part in self.block.named_children()]
+        self._places += [(layer.self_attn._modules, child, part) for child, part in layer.self_attn.named_children()]
+        self.normalize(False)
+
+    def normalize(self, normalize: bool) -> None:
+        """Whether the weights of a token's experts add up to 1."""
+        first, second = self._norms
+        gate = self._weights[1] if self._weights[1] is not None else native.Weight.make(self._weights[0].place, 0, 0, 0)
+        self._of = native.Layer.make(
+            first.weight.data_ptr(), second.weight.data_ptr(), DTYPES[first.weight.dtype], standard_of(first),
+            standard_of(self._attention), self._weights[0], gate, self.stack.top_k, normalize,
+        )  # fmt: skip
+
+    def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        room = room_in(kwargs.get("past_key_values"), self.index)
+        angles = kwargs.get("position_embeddings")
+        if (
+            room is None
+            or angles is None
+            or args
+            or kwargs.get("attention_mask") is not None
+            or hidden_states.numel() != self.hidden
+            or hidden_states.dtype != torch.bfloat16
+            or hidden_states.requires_grad
+            or room.keys.shape[0] != 1
+            or room.keys.dtype != torch.bfloat16
+            or angles[0].dtype != torch.bfloat16
+            or angles[0].numel() != room.keys.shape[3]
+            or any(self._hooks)
+            or not self.runtime.can_step(self.stack.layer, self.experts)
+            or any(modules[name] is not part for modules, name, part in self._places)
+        ):
+            return self.original(hidden_states, *args, **kwargs)
+        return self._run(hidden_states.contiguous(), angles[0].contiguous(), angles[1].contiguous(), room)
+
+    def _run(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, room: Any) -> torch.Tensor:
+        buffers, layer, threads = self._buffers, self.stack.layer, torch.get_num_threads()
+        residual, normed, rows, weights = buffers["residual"].data_ptr(), buffers["normed"], buffers["rows"], buffers["weights"].data_ptr()
+        past = room.get_seq_length()
+        keys, values = room.reserve(1)
+        chosen, factor = native.layer(
+            self._of, x.data_ptr(), cos.data_ptr(), sin.data_ptr(), keys.data_ptr(), values.data_ptr(), past, keys.shape[2], residual,
+            normed.data_ptr(), weights, self._exact, threads,
+        )  # fmt: skip
+        room.extend(1)
+        lease = self.runtime.begin(layer, normed, chosen)
+        shared = 0
+        if self._shared is not None:
+            shared = buffers["shared"].data_ptr()
+            native.mlp(self._shared, normed.data_ptr(), 1, 1, shared, self._exact, threads)
+        self.runtime.run(layer, self.experts, lease, chosen, normed, rows[: len(chosen)])
+        out = torch.empty_like(x)
+        native.layer_end(residual, rows.data_ptr(), weights, len(chosen), shared, factor, self.hidden, out.data_ptr())
+        return out
+
+
+class _Pretender:
+    """A runtime whose experts give fixed rows, whatever they are given."""
+
+    def __init__(self, num_experts: int, hidden: int, generator: torch.Generator) -> None:
+        self._rows = 0.05 * torch.randn(num_experts, hidden, generator=generator)
+
+    def compute(self, layer: int, experts: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return (self._rows[index] * weights.float().unsqueeze(-1)).sum(1).to(hidden.dtype)
+
+    def can_step(self, layer: int, experts: Any) -> bool:
+        return True
+
+    def begin(self, layer: int, hidden: torch.Tensor, chosen: Sequence[int]) -> None:
+        """There is nothing to wait for."""
+
+    def run(self, layer: int, experts: Any, lease: Any, chosen: Sequence[int], hidden: torch.Tensor, rows: torch.Tensor) -> None:
+        rows.copy_(self._rows[list(chosen)])
+
+
+def _alike(step: _Step, generator: torch.Generator) -> bool:
+    """Whether ``step`` adds to a token what the layer's own forward adds, with one of the two ways to weigh experts; it is set then."""
+    runtime, hooks = step.runtime, step.block._forward_pre_hooks
+    pretender = _Pretender(step.stack.num_experts, step.hidden, generator)
+    step.runtime = step.experts.fate_runtime = pretender
+    step.block._forward_pre_hooks = OrderedDict()  # ours would start reads
+    try:
+        for normalize in (False, True):
+            step.normalize(normalize)
+            if any(_alike_on(step, 0.05 * torch.randn(1, _PROBE_TOKENS, step.hidden, generator=generator)) for _ in range(_TRIES)):
+                return True
+    except Exception:  # a layer that wants other things
+        return False
+    finally:
+        step.runtime = step.experts.fate_runtime = runtime
+        step.block._forward_pre_hooks = hooks
+    return False
+
+
+def _alike_on(step: _Step, x: torch.Tensor) -> bool:
+    """``x`` [1, tokens, hidden]: all but the last token by the layer's own forward, the last by each of the two."""
+    dim, x = step._attention.head_dim, x.bfloat16()
+    angles = torch.arange(_PROBE_TOKENS * (dim // 2)).view(1, _PROBE_TOKENS, -1).repeat(1, 1, 2) * 0.7
+    added = []
+    for function in (step.original, step):
+        cache = DynamicCache()
+        for tokens in (slice(None, -1), slice(-1, None)):
+            run = step.original if tokens.start is None else function
+            position = (angles[:, tokens].cos().bfloat16(), angles[:, tokens].sin().bfloat16())
+            hidden = x[:, tokens].contiguous()
+            out: Any = run(hidden, position_embeddings=position, attention_mask=None, past_key_values=cache)
+            make_room(cache, _PROBE_TOKENS)
+        added.append((out - hidden).float())
+    return bool((added[1] - added[0]).norm() <= _NEAR * added[0].norm()) and room_in(cache, step.index) is not None
