@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from statistics import median
 from typing import Any
@@ -36,7 +36,7 @@ class Clock:
     """Time by part: whoever runs innermost is charged."""
 
     def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
+        self.seconds: dict[str, float] = defaultdict(float)
         self.calls: Counter[str] = Counter()
         self._stack: list[str] = []
         self._since = 0.0
@@ -170,7 +170,7 @@ def main() -> None:
     instrument(model, clock)
     timed = 1e3 * median(decode(model, prompt, arguments.new_tokens, clock.start))
     count = arguments.new_tokens - 1
-    rows = {part: 1e3 * seconds / count for part, seconds in clock.seconds.most_common()}
+    rows = {part: 1e3 * seconds / count for part, seconds in sorted(clock.seconds.items(), key=lambda item: -item[1])}
     table = Table("part", "ms per token", "calls")
     for part, milliseconds in rows.items():
         table.add_row(part, f"{milliseconds:.2f}", f"{clock.calls[part] / count:.0f}")

@@ -32,14 +32,26 @@ def test_it_changes_its_mind() -> None:
 
 def test_predicting_that_takes_longer_than_what_it_saves_is_left() -> None:
     """The tokens look faster with it, but there is less to save than it takes: that was noise."""
-    trial, now, stalled, spent, ways = Trial(), 1.0, 0.0, 0.0, []
+    trial, now, lost, ways = Trial(), 1.0, 0.0, []
     for _ in range(400):
-        way = trial.token(now, stalled, spent)
+        way = trial.token(now, lost)
         ways.append(way)
         now += 0.9 if way else 1.0
-        stalled += 0.0 if way else 0.01
-        spent += 0.05 if way else 0.0
+        lost += 0.05 if way else 0.01
     assert ways[40:].count(False) > 0.9 * len(ways[40:])
+
+
+def test_what_paid_while_slots_filled_is_left_soon_after() -> None:
+    """The first 30 tokens wait long without reading ahead; later ones hardly, and predicting takes longer."""
+    trial, now, lost, ways = Trial(), 1.0, 0.0, []
+    for token in range(160):
+        way = trial.token(now, lost)
+        ways.append(way)
+        waited = 0.3 if token < 30 else 0.002
+        now += 1.005 if way else 1.0 + waited
+        lost += 0.005 if way else waited
+    assert ways[26:30] == [True] * 4
+    assert ways[70:].count(True) < 10
 
 
 def test_a_pause_is_not_a_token() -> None:

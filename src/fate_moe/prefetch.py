@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from fate_moe.core import Counters, ExpertId, Predictor
 from fate_moe.predict.null import NoPrediction
-from fate_moe.predict.rule import reads_worth
+from fate_moe.predict.rule import WASTE, reads_worth
 
 if TYPE_CHECKING:
     import torch
@@ -34,9 +34,10 @@ class Slots(Protocol):
 class Trial:
     """Finds out whether reading ahead pays here: a few tokens with, a few without, then the better way (law 3).
 
-    Each way is tried for ``BLOCK`` tokens until each has had ``FIRST``, and again every ``PERIOD`` tokens: what pays depends on
-    what is resident by then. Reading ahead is kept if its tokens (medians of blocks, decayed) are no slower, and if predicting
-    takes less time than there is to save: the stall of tokens without it, which is not blurred by what else the machine does.
+    What counts is the time lost in a token: waited for reads, spent on predicting, and what reads that nobody used cost others.
+    That is far less noisy than the token's whole time, which also must not be longer (medians of blocks, decayed): what the
+    machine does besides would otherwise decide. Blocks of ``BLOCK`` tokens, ``FIRST`` tokens of each way, then a block of the other
+    way again and again: soon at first, when slots still fill, every ``PERIOD`` tokens later.
     """
 
     BLOCK, FIRST, PERIOD = 4, 12, 128
@@ -44,45 +45,49 @@ class Trial:
     def __init__(self) -> None:
         self.reading_ahead = True
         self._seconds: dict[bool, float] = {}  # a token, by way
-        self._stall = float("inf")  # a token's, without
-        self._cost = 0.0  # of predicting for a token
+        self._lost: dict[bool, float] = {}  # of it, by way; infinite where it is not known
+        self._judged: dict[bool, int] = {}  # at which token, by way
         self._tokens = 0
+        self._blocks_to_try = 2 * self.FIRST // self.BLOCK - 1
+        self._next = 4 * self.FIRST  # tokens after which the other way is tried again
         self._block: list[float] = []
-        self._before = (0.0, 0.0, 0.0)  # now, stalled and spent as the last token began
-        self._sums = [0.0, 0.0]
+        self._before = (0.0, 0.0)  # now and lost as the last token began
+        self._sum = 0.0
 
-    def token(self, now: float, stalled: float = float("inf"), spent: float = 0.0) -> bool:
-        """A decode step begins; whether to read ahead in it. ``stalled`` and ``spent`` on predicting are seconds so far, in all."""
-        then, stalled_then, spent_then = self._before
+    def token(self, now: float, lost: float = float("inf")) -> bool:
+        """A decode step begins; whether to read ahead in it. ``lost`` are the seconds lost so far, in all."""
+        then, lost_then = self._before
         if then:
             self._block.append(now - then)
-            self._sums[0] += stalled - stalled_then if stalled < float("inf") else float("inf")
-            self._sums[1] += spent - spent_then
-        self._before = (now, stalled, spent)
+            self._sum += lost - lost_then if lost < float("inf") else lost
+        self._before = (now, lost)
         if len(self._block) >= self.BLOCK:
             self._judge()
         return self.reading_ahead
 
     def pause(self) -> None:
         """What follows is not comparable: a prompt is read, or time has passed."""
-        self._before = (0.0, 0.0, 0.0)
-        self._block, self._sums = [], [0.0, 0.0]
+        self._before = (0.0, 0.0)
+        self._block, self._sum = [], 0.0
 
     def _judge(self) -> None:
-        typical, count, way = sorted(self._block)[len(self._block) // 2], len(self._block), self.reading_ahead
-        known = self._seconds.get(way, typical)
-        self._seconds[way] = known + 0.5 * (typical - known)
-        if way:
-            self._cost = self._sums[1] / count
-        else:
-            self._stall = self._sums[0] / count
-        self._block, self._sums = [], [0.0, 0.0]
+        way, count = self.reading_ahead, len(self._block)
         self._tokens += count
-        if self._tokens <= 2 * self.FIRST or self._tokens % self.PERIOD < self.BLOCK:
+        recent = self._tokens - self._judged.get(way, 0) <= 3 * self.BLOCK  # else what is known may not be so any more
+        self._judged[way] = self._tokens
+        for known, found in ((self._seconds, sorted(self._block)[count // 2]), (self._lost, self._sum / count)):
+            blend = recent and way in known and found < float("inf")
+            known[way] = known[way] + 0.5 * (found - known[way]) if blend else found
+        self._block, self._sum = [], 0.0
+        if self._blocks_to_try:
+            self._blocks_to_try -= 1
             self.reading_ahead = not way
-        else:
-            no_slower = self._seconds.get(True, 0.0) <= self._seconds.get(False, float("inf"))
-            self.reading_ahead = no_slower and self._cost < self._stall
+            return
+        loses_less = self._lost[True] < self._lost[False] or self._lost[False] == float("inf")
+        self.reading_ahead = loses_less and self._seconds[True] <= self._seconds[False]
+        if self._tokens >= self._next:
+            self._next = self._tokens + min(self._tokens, self.PERIOD)
+            self.reading_ahead = not self.reading_ahead
 
 
 class Prefetcher:
@@ -100,6 +105,7 @@ class Prefetcher:
         self._trial = Trial() if predictor.calibrated and not self.idle else None
         self._reading_ahead = not self.idle
         self._spent = 0.0  # seconds on predicting and queueing
+        self._wasted = (0, 0.0)  # reads ahead that nobody used (yet), and the seconds that they cost others
         self._entered: tuple[int, float, float] | None = None  # layer, time and stall so far when the last block was entered
         self._layer_seconds: dict[int, float] = {}  # by the power of two of the number of tokens: one block's time without stalls
 
@@ -107,12 +113,19 @@ class Prefetcher:
         """A forward pass begins on these tokens' ``embeddings`` [num_tokens, hidden]."""
         if self._trial is not None:
             if embeddings.shape[0] == 1:
-                self._reading_ahead = self._trial.token(self._clock(), self._residency.counters.stall_seconds, self._spent)
+                self._reading_ahead = self._trial.token(self._clock(), self._lost())
             else:
                 self._trial.pause()
                 self._reading_ahead = True
         self._entered = None
         self._read(0, embeddings)
+
+    def _lost(self) -> float:
+        """Seconds so far: waited, spent on predicting, and wasted on the link."""
+        counters = self._residency.counters
+        unused, (known, wasted) = counters.prefetched - counters.prefetch_used, self._wasted
+        self._wasted = (unused, wasted + WASTE * self._residency.read_seconds * max(0, unused - known))
+        return counters.stall_seconds + self._spent + self._wasted[1]
 
     def entered(self, layer: int, num_tokens: int) -> None:
         """Block ``layer`` is about to run: learn how long one block takes without its stalls."""

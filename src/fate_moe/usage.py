@@ -151,7 +151,7 @@ class CoActivation:
         """``layer`` chose for many tokens, or what it chose for one is not known in order; a little of the average [E]."""
         self._now = []
         self._past.clear()
-        return self._floor[layer]
+        return np.asarray(self._floor[layer], np.float32)
 
     def _learn(self, now: NDArray[np.intp]) -> None:
         layers = self._layers

@@ -70,7 +70,7 @@ def _entering(runtime: ExpertRuntime, layer: int) -> Any:
 
 
 def limit_context(model: Any, num_tokens: int, bytes_per_token: int) -> None:
-    """Refuse a forward pass that would need more KV cache than was set aside (``num_tokens`` over the whole batch), and let the cache
+    """Refuse a forward pass that would need more KV cache than was set aside (``num_tokens`` over the whole batch); let the cache
     grow in place up to there."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

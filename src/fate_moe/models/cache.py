@@ -13,54 +13,85 @@ LEAST_ROOM = 64  # tokens; else a quarter of what is there
 
 
 class RoomyLayer(DynamicLayer):  # type: ignore[misc]
-    """DynamicLayer whose keys and values [batch, heads, tokens, head_dim] are views of larger buffers.
+    """DynamicLayer whose keys and values [batch, heads, tokens, head_dim] are the first tokens of larger buffers.
 
     Whoever puts other tensors in their place (cropping, beams) is obeyed: they are copied at the next update. No more than
     ``most_tokens`` (over the batch) are ever set aside, unless so many are there.
     """
 
     def __init__(self, most_tokens: int) -> None:
-        super().__init__()
         self._most_tokens = most_tokens
-        self.room: tuple[torch.Tensor, torch.Tensor] | None = None  # [batch, heads, room, head_dim] each
-        self._given: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)  # what keys and values were set to last
+        self._room: tuple[torch.Tensor, torch.Tensor] | None = None  # [batch, heads, room, head_dim] each; None: others are set
+        self._length = 0  # of ``room``, what is filled
+        self._set: list[torch.Tensor | None] = [None, None]  # without room: keys and values
+        super().__init__()
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    @property
+    def keys(self) -> torch.Tensor | None:
+        return self._set[0] if self._room is None else self._room[0][:, :, : self._length]
+
+    @keys.setter
+    def keys(self, keys: torch.Tensor | None) -> None:
+        self._put(0, keys)
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        return self._set[1] if self._room is None else self._room[1][:, :, : self._length]
+
+    @values.setter
+    def values(self, values: torch.Tensor | None) -> None:
+        self._put(1, values)
+
+    def _put(self, which: int, states: torch.Tensor | None) -> None:
+        if self._room is not None:
+            self._set = [self.keys, self.values]
+            self._room = None
+        self._set[which] = states
+
+    def get_seq_length(self) -> int:
+        if self._room is not None:
+            return self._length
+        keys = self._set[0]
+        return keys.shape[-2] if keys is not None and keys.numel() else 0
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        past, count = self.get_seq_length(), key_states.shape[-2]
-        for buffer, states in zip(self.reserve(count, key_states, value_states), (key_states, value_states), strict=True):
+        count = key_states.shape[-2]
+        past, *buffers = self.reserve(count, key_states, value_states)
+        for buffer, states in zip(buffers, (key_states, value_states), strict=True):
             buffer[:, :, past : past + count] = states
         self.extend(count)
         return self.keys, self.values
 
-    def reserve(self, count: int, *like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The buffers of keys and values, with what is cached in them and room for ``count`` more tokens.
+    def reserve(self, count: int, *like: torch.Tensor) -> tuple[int, torch.Tensor, torch.Tensor]:
+        """The number of tokens that are cached, and the buffers of keys and values with room for ``count`` more behind them.
 
         ``like``: new keys and values, for their shapes; may be left out where something is cached already.
         """
         past = self.get_seq_length()
-        mine = self.keys is self._given[0] and self.values is self._given[1]
-        if self.room is None or not mine or self.room[0].shape[2] < past + count:
-            old = (self.keys, self.values)
-            shapes = like or old
-            wanted = past + count
+        if self._room is None or self._room[0].shape[2] < past + count:
+            old: Any = (self.keys, self.values)
+            wanted, shapes = past + count, like or old
             most = max(wanted, self._most_tokens // max(1, shapes[0].shape[0]))
             length = min(most, wanted + max(LEAST_ROOM, wanted // 4))
             keys, values = (torch.empty(*x.shape[:2], length, x.shape[3], dtype=self.dtype, device=self.device) for x in shapes)
-            for buffer, kept in zip((keys, values), old, strict=True):
-                if past:
-                    buffer[:, :, :past] = kept
-            self.room = (keys, values)
-        return self.room
+            if past:
+                keys[:, :, :past], values[:, :, :past] = old
+            self._room, self._length, self._set = (keys, values), past, [None, None]
+        return past, *self._room
 
     def extend(self, count: int) -> None:
         """``count`` tokens were written to the reserved buffers behind the others."""
-        assert self.room is not None
-        length = self.get_seq_length() + count
-        self._given = self.keys, self.values = self.room[0][:, :, :length], self.room[1][:, :, :length]
+        self._length += count
+
+    def holds_one(self, dtype: torch.dtype) -> bool:
+        """Whether this is one sequence's, in ``dtype``, with something in it."""
+        return self.is_initialized and self.dtype == dtype and self._batch() == 1
+
+    def _batch(self) -> int:
+        keys = self._set[0] if self._room is None else self._room[0]
+        return keys.shape[0] if keys is not None and keys.dim() == 4 else 0
 
 
 def make_room(cache: Any, most_tokens: int) -> None:
@@ -70,4 +101,5 @@ def make_room(cache: Any, most_tokens: int) -> None:
     for index, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
             cache.layers[index] = roomy = RoomyLayer(most_tokens)
-            vars(roomy).update(vars(layer))
+            for name, value in vars(layer).items():
+                setattr(roomy, name, value)

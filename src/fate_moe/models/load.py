@@ -185,7 +185,9 @@ def realize(prepared: Prepared, plan: Plan, config: OffloadConfig) -> Any:
     runtime = ExpertRuntime(residency, predictor, routers, slots, num_experts=num_experts, tailor=tailor)
     attach(model, stacks, runtime)
     joined = join_layers(model, stacks, runtime, config.exact_activations)
-    _log.info("run by the extension, a token at a time: %d of %d layers whole, %s", joined, len(stacks), dict(hastened) or "no module")
+    _log.info(
+        "run by the extension, a token at a time: %d of %d layers whole, %s", joined, len(stacks), dict(hastened) or "no module"
+    )
     limit_context(model, plan.context_length, plan.kv_cache_bytes // plan.context_length)
     model.fate = Fate(plan, config, runtime, lambda: _remember(policy, store.path))
     return model

@@ -121,11 +121,17 @@ def is_near(got: torch.Tensor, want: torch.Tensor) -> bool:
 def _norm(module: nn.Module, dtype: torch.dtype, generator: torch.Generator) -> Hastened | None:
     weight = module._parameters.get("weight")
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if weight is None or weight.dim() != 1 or weight.dtype not in DTYPES or len(module._parameters) > 1 or not isinstance(eps, float):
+    if (
+        weight is None
+        or weight.dim() != 1
+        or weight.dtype not in DTYPES
+        or len(module._parameters) > 1
+        or not isinstance(eps, float)
+    ):
         return None
     original, size, address, weight_dtype = module.forward, len(weight), weight.data_ptr(), DTYPES[weight.dtype]
 
-    def forward(x: torch.Tensor) -> torch.Tensor:
+    def forward(x: torch.Tensor) -> Any:
         if not _few(x, size, MOST_ROWS) or weight.data_ptr() != address:
             return original(x)
         out = torch.empty_like(x)
@@ -151,8 +157,9 @@ def weight_of(layer: Any) -> Any:
     at, dtype = (bias.data_ptr(), DTYPES[bias.dtype]) if bias is not None else (0, 0)
     if isinstance(layer, QuantizedLinear):
         return native.Weight.make(layer.place, layer.address, at, dtype) if layer.place is not None else None
-    if isinstance(layer.weight, SmallWeight):
-        return native.Weight.make(vars(layer.weight)["place"], vars(layer.weight)["address"], at, dtype)
+    weight = getattr(layer, "weight", None)
+    if isinstance(weight, SmallWeight):
+        return native.Weight.make(vars(weight)["place"], vars(weight)["address"], at, dtype)
     if type(layer) is nn.Linear and layer.weight.dtype == torch.bfloat16 and layer.weight.is_contiguous():
         place = native.Place.make(BF16, *layer.weight.shape, [0], 0, 0, -1, 0)
         return native.Weight.make(place, layer.weight.data_ptr(), at, dtype)
@@ -174,7 +181,7 @@ class _GateOf:
 
 def _parts(module: nn.Module, names: tuple[str, ...]) -> Callable[[], bool]:
     """Whether the layers that were found are still there, as they were: adapters and hooks want the family's own forward."""
-    layers = [(name, getattr(module, name)) for name in names]
+    layers: list[tuple[str, nn.Module]] = [(name, getattr(module, name)) for name in names]
     modules = module._modules
 
     def unchanged() -> bool:
@@ -190,9 +197,14 @@ def _mlp(module: Any, dtype: torch.dtype, exact: bool, generator: torch.Generato
     how = find_gate(_GateOf(act)) if act is not None and all(weight is not None for weight in weights) else None
     if how is None:
         return None
-    original, size, of, unchanged = module.forward, module.gate_proj.in_features, native.Mlp.make(*weights, how), _parts(module, layers)
+    original, size, of, unchanged = (
+        module.forward,
+        module.gate_proj.in_features,
+        native.Mlp.make(*weights, how),
+        _parts(module, layers),
+    )
 
-    def forward(x: torch.Tensor) -> torch.Tensor:
+    def forward(x: torch.Tensor) -> Any:
         if not _few(x, size, MOST_ROWS) or not unchanged():
             return original(x)
         out = torch.empty_like(x)
@@ -213,12 +225,18 @@ def _attention(module: Any, model: Any, exact: bool, generator: torch.Generator)
     layers = ("q_proj", "k_proj", "v_proj", "o_proj")
     norms = [children.get("q_norm"), children.get("k_norm")]
     weights = [weight_of(children[name]) for name in layers]
-    size, dim, index = children["q_proj"].in_features, getattr(module, "head_dim", 0), getattr(module, "layer_idx", None)
+    size, dim, index = (
+        getattr(children["q_proj"], "in_features", 0),
+        getattr(module, "head_dim", 0),
+        getattr(module, "layer_idx", -1),
+    )
     reasons_not = (
         model.dtype != torch.bfloat16
         or any(weight is None for weight in weights)
         or not isinstance(dim, int)
         or not isinstance(index, int)
+        or index < 0
+        or dim < 2
         or dim % 2
         or children["o_proj"].out_features != size
         or module._parameters
@@ -249,8 +267,6 @@ def _attention(module: Any, model: Any, exact: bool, generator: torch.Generator)
             or hidden_states.numel() != size
             or hidden_states.dtype != torch.bfloat16
             or hidden_states.requires_grad
-            or layer.keys.shape[0] != 1
-            or layer.keys.dtype != torch.bfloat16
             or config._attn_implementation != "sdpa"
             or not unchanged()
         ):
@@ -258,8 +274,7 @@ def _attention(module: Any, model: Any, exact: bool, generator: torch.Generator)
         cos, sin = angles
         if cos.numel() != dim or cos.dtype != torch.bfloat16:
             return original(hidden_states, *args, **kwargs)
-        past = layer.get_seq_length()
-        keys, values = layer.reserve(1)
+        past, keys, values = layer.reserve(1)
         out = torch.empty_like(hidden_states)
         native.attention(
             of, hidden_states.contiguous().data_ptr(), 1, cos.contiguous().data_ptr(), sin.contiguous().data_ptr(), keys.data_ptr(),
@@ -275,15 +290,13 @@ def _attention(module: Any, model: Any, exact: bool, generator: torch.Generator)
 
 
 def room_in(cache: Any, index: int) -> RoomyLayer | None:
-    """Layer ``index`` of ``cache``, if it is one of ours with something in it."""
+    """Layer ``index`` of ``cache``, if it is one of ours with one sequence of bf16 in it."""
     layers = getattr(cache, "layers", ())
     layer = layers[index] if index < len(layers) else None
-    return layer if type(layer) is RoomyLayer and layer.is_initialized else None
+    return layer if type(layer) is RoomyLayer and layer.holds_one(torch.bfloat16) else None
 
 
-def _attends_alike(
-    original: Forward, forward: Forward, size: int, dim: int, index: int, generator: torch.Generator
-) -> bool:
+def _attends_alike(original: Forward, forward: Forward, size: int, dim: int, index: int, generator: torch.Generator) -> bool:
     """Several tokens by the family's own forward, then one more by each of the two: the same output, the same keys and values."""
     x = (2 * torch.randn(1, _PROBE_TOKENS, size, generator=generator)).bfloat16()
     angles = 3 * torch.rand(1, _PROBE_TOKENS, dim // 2, generator=generator).repeat(1, 1, 2)

@@ -1,7 +1,7 @@
-"""One token through one decoder layer in four calls of the extension: what comes before the experts, the shared expert while their
-reads are under way, the experts, the sum.
+"""One token through one decoder layer in four calls of the extension: what comes before the experts, the shared expert while
+their reads are under way, the experts, the sum.
 
-For layers of the plain kind: norm, attention, norm, a block of experts behind a softmax router, perhaps a shared expert with a gate.
+For layers of the plain kind: norm, attention, norm, experts behind a softmax router, perhaps a shared expert with a gate.
 Which these are is found by trying, as in standard.py, and the family's own forward stays for everything else. Between two kernels
 the weights of a layer have gone through the processor's caches, and whatever runs next runs from memory: the first softmax takes
 19 us, the second 3. So it pays to have few steps, not fast ones.
@@ -58,7 +58,9 @@ def _step_of(layer: Any, stack: ExpertStack, runtime: ExpertRuntime, exact: bool
     experts, gate = inside.pop("experts", None), inside.pop("shared_expert_gate", None)
     shared = next((inside.pop(child) for child in _SHARED if child in inside), None)
     parts = [layer.input_layernorm, layer.post_attention_layernorm, layer.self_attn, *([] if shared is None else [shared])]
-    weights = [weight_of(part) for part in (router, gate) if part is not None and isinstance(getattr(part, "weight", None), nn.Parameter)]
+    weights = [
+        weight_of(part) for part in (router, gate) if part is not None and isinstance(getattr(part, "weight", None), nn.Parameter)
+    ]
     if (
         router is None
         or inside
@@ -78,13 +80,26 @@ class _Step:
     """A layer's forward: one token in four calls, else the layer's own."""
 
     def __init__(
-        self, layer: Any, stack: ExpertStack, runtime: Any, exact: bool, buffers: dict[str, torch.Tensor], router: Any, experts: Any,
-        shared: Any, weights: list[Any], block: str,
-    ) -> None:  # fmt: skip
+        self,
+        layer: Any,
+        stack: ExpertStack,
+        runtime: Any,
+        exact: bool,
+        buffers: dict[str, torch.Tensor],
+        router: Any,
+        experts: Any,
+        shared: Any,
+        weights: list[Any],
+        block: str,
+    ) -> None:
         self.original, self.runtime, self.stack, self.experts = layer.forward, runtime, stack, experts
         self.index, self.block = layer.self_attn.layer_idx, getattr(layer, block)
         self.hidden = layer.input_layernorm.weight.numel()
-        self._attention, self._weights, self._norms = layer.self_attn, weights, (layer.input_layernorm, layer.post_attention_layernorm)
+        self._attention, self._weights, self._norms = (
+            layer.self_attn,
+            weights,
+            (layer.input_layernorm, layer.post_attention_layernorm),
+        )
         self._shared = standard_of(shared) if shared is not None else None
         self._exact = exact
         # Written and read within one call, so all layers share them.
@@ -124,10 +139,8 @@ class _Step:
             or hidden_states.numel() != self.hidden
             or hidden_states.dtype != torch.bfloat16
             or hidden_states.requires_grad
-            or room.keys.shape[0] != 1
-            or room.keys.dtype != torch.bfloat16
             or angles[0].dtype != torch.bfloat16
-            or angles[0].numel() != room.keys.shape[3]
+            or angles[0].numel() != self._attention.head_dim
             or any(self._hooks)
             or not self.runtime.can_step(self.stack.layer, self.experts)
             or any(modules[name] is not part for modules, name, part in self._places)
@@ -136,23 +149,22 @@ class _Step:
         return self._run(hidden_states.contiguous(), angles[0].contiguous(), angles[1].contiguous(), room)
 
     def _run(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, room: Any) -> torch.Tensor:
-        buffers, layer, threads = self._buffers, self.stack.layer, torch.get_num_threads()
-        residual, normed, rows, weights = buffers["residual"].data_ptr(), buffers["normed"], buffers["rows"], buffers["weights"].data_ptr()
-        past = room.get_seq_length()
-        keys, values = room.reserve(1)
+        layer, threads, exact = self.stack.layer, torch.get_num_threads(), self._exact
+        normed, rows = self._buffers["normed"], self._buffers["rows"]
+        residual, weights, shared = (self._buffers[name].data_ptr() for name in ("residual", "weights", "shared"))
+        past, keys, values = room.reserve(1)
         chosen, factor = native.layer(
-            self._of, x.data_ptr(), cos.data_ptr(), sin.data_ptr(), keys.data_ptr(), values.data_ptr(), past, keys.shape[2], residual,
-            normed.data_ptr(), weights, self._exact, threads,
+            self._of, x.data_ptr(), cos.data_ptr(), sin.data_ptr(), keys.data_ptr(), values.data_ptr(), past, keys.shape[2],
+            residual, normed.data_ptr(), weights, exact, threads,
         )  # fmt: skip
         room.extend(1)
         lease = self.runtime.begin(layer, normed, chosen)
-        shared = 0
         if self._shared is not None:
-            shared = buffers["shared"].data_ptr()
-            native.mlp(self._shared, normed.data_ptr(), 1, 1, shared, self._exact, threads)
+            native.mlp(self._shared, normed.data_ptr(), 1, 1, shared, exact, threads)
         self.runtime.run(layer, self.experts, lease, chosen, normed, rows[: len(chosen)])
         out = torch.empty_like(x)
-        native.layer_end(residual, rows.data_ptr(), weights, len(chosen), shared, factor, self.hidden, out.data_ptr())
+        beside = shared if self._shared is not None else 0
+        native.layer_end(residual, rows.data_ptr(), weights, len(chosen), beside, factor, self.hidden, out.data_ptr())
         return out
 
 
@@ -176,7 +188,7 @@ class _Pretender:
 
 
 def _alike(step: _Step, generator: torch.Generator) -> bool:
-    """Whether ``step`` adds to a token what the layer's own forward adds, with one of the two ways to weigh experts; it is set then."""
+    """Whether ``step`` adds to a token what the layer's own forward adds; the way to weigh experts with which it does is set."""
     runtime, hooks = step.runtime, step.block._forward_pre_hooks
     pretender = _Pretender(step.stack.num_experts, step.hidden, generator)
     step.runtime = step.experts.fate_runtime = pretender
