@@ -171,11 +171,11 @@ class _Step:
 class _Pretender:
     """A runtime whose experts give fixed rows, whatever they are given."""
 
-    def __init__(self, num_experts: int, hidden: int, generator: torch.Generator) -> None:
-        self._rows = 0.05 * torch.randn(num_experts, hidden, generator=generator)
+    def __init__(self, rows: torch.Tensor) -> None:
+        self.rows = rows  # [num_experts, hidden]
 
     def compute(self, layer: int, experts: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        return (self._rows[index] * weights.float().unsqueeze(-1)).sum(1).to(hidden.dtype)
+        return (self.rows[index] * weights.float().unsqueeze(-1)).sum(1).to(hidden.dtype)
 
     def can_step(self, layer: int, experts: Any) -> bool:
         return True
@@ -184,19 +184,19 @@ class _Pretender:
         """There is nothing to wait for."""
 
     def run(self, layer: int, experts: Any, lease: Any, chosen: Sequence[int], hidden: torch.Tensor, rows: torch.Tensor) -> None:
-        rows.copy_(self._rows[list(chosen)])
+        rows.copy_(self.rows[list(chosen)])
 
 
 def _alike(step: _Step, generator: torch.Generator) -> bool:
     """Whether ``step`` adds to a token what the layer's own forward adds; the way to weigh experts with which it does is set."""
     runtime, hooks = step.runtime, step.block._forward_pre_hooks
-    pretender = _Pretender(step.stack.num_experts, step.hidden, generator)
-    step.runtime = step.experts.fate_runtime = pretender
+    rows = torch.randn(step.stack.num_experts, step.hidden, generator=generator)
     step.block._forward_pre_hooks = OrderedDict()  # ours would start reads
     try:
         for normalize in (False, True):
             step.normalize(normalize)
-            if any(_alike_on(step, 0.05 * torch.randn(1, _PROBE_TOKENS, step.hidden, generator=generator)) for _ in range(_TRIES)):
+            # Experts that say much show how they are weighed, silent ones everything else.
+            if all(_alike_with(step, _Pretender(scale * rows), generator) for scale in (1.0, 0.0)):
                 return True
     except Exception:  # a layer that wants other things
         return False
@@ -206,18 +206,40 @@ def _alike(step: _Step, generator: torch.Generator) -> bool:
     return False
 
 
+def _alike_with(step: _Step, pretender: _Pretender, generator: torch.Generator) -> bool:
+    step.runtime = step.experts.fate_runtime = pretender
+    tokens = (0.02 * torch.randn(_TRIES, 1, _PROBE_TOKENS, step.hidden, generator=generator)).bfloat16()
+    return any(_alike_on(step, x) for x in tokens)
+
+
 def _alike_on(step: _Step, x: torch.Tensor) -> bool:
-    """``x`` [1, tokens, hidden]: all but the last token by the layer's own forward, the last by each of the two."""
-    dim, x = step._attention.head_dim, x.bfloat16()
+    """``x`` [1, tokens, hidden]: all but the last token by the layer's own forward, the last by each of the two.
+
+    What attention adds and what the block adds are compared apart.
+    """
+    dim, residuals = step._attention.head_dim, []
     angles = torch.arange(_PROBE_TOKENS * (dim // 2)).view(1, _PROBE_TOKENS, -1).repeat(1, 1, 2) * 0.7
-    added = []
-    for function in (step.original, step):
-        cache = DynamicCache()
-        for tokens in (slice(None, -1), slice(-1, None)):
-            run = step.original if tokens.start is None else function
-            position = (angles[:, tokens].cos().bfloat16(), angles[:, tokens].sin().bfloat16())
-            hidden = x[:, tokens].contiguous()
-            out: Any = run(hidden, position_embeddings=position, attention_mask=None, past_key_values=cache)
-            make_room(cache, _PROBE_TOKENS)
-        added.append((out - hidden).float())
-    return bool((added[1] - added[0]).norm() <= _NEAR * added[0].norm()) and room_in(cache, step.index) is not None
+    outputs = []
+    hook = step._norms[1].register_forward_pre_hook(lambda module, args: residuals.append(args[0].clone()))
+    try:
+        for function in (step.original, step):
+            cache = DynamicCache()
+            for tokens in (slice(None, -1), slice(-1, None)):
+                position = (angles[:, tokens].cos().bfloat16(), angles[:, tokens].sin().bfloat16())
+                hidden = x[:, tokens].contiguous()
+                run = step.original if tokens.start is None else function
+                if run is step:
+                    hook.remove()  # it would make the step stand back
+                out: Any = run(hidden, position_embeddings=position, attention_mask=None, past_key_values=cache)
+                make_room(cache, _PROBE_TOKENS)
+            outputs.append(out.float())
+    finally:
+        hook.remove()
+    mine, own = step._buffers["residual"].float(), residuals[1].float()
+    by_attention = _near(mine - hidden.float(), own - hidden.float(), own)
+    return by_attention and _near(outputs[1] - mine, outputs[0] - own, outputs[0]) and room_in(cache, step.index) is not None
+
+
+def _near(got: torch.Tensor, want: torch.Tensor, total: torch.Tensor) -> bool:
+    """Both were found as differences to ``total``, which is rounded to bf16."""
+    return bool((got - want).norm() <= _NEAR * want.norm() + torch.finfo(torch.bfloat16).eps * total.norm())

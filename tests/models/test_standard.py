@@ -1,0 +1,165 @@
+"""Modules and layers that run in one call: they are found, they give what the family's own forward gives, they stand back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import linear
+
+from fate_moe.kernels.native import native
+from fate_moe.models import load
+from fate_moe.models.standard import SmallWeight, hasten, standard_of
+from fate_moe.models.step import _Step
+from fate_moe.store import dense
+from fate_moe.store.convert import convert
+from tests.checkpoints import tiny_model
+from tests.conftest import load_model
+
+if native is None:
+    pytest.skip("the extension is not built", allow_module_level=True)
+
+PLAIN = ("mixtral", "qwen2_moe", "qwen3_moe")
+
+
+@pytest.fixture(scope="module", params=["lossless", "int8"])
+def store_of(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A bf16 store of a family, with dense weights of the precision; made once."""
+    made: dict[str, Path] = {}
+
+    def make(family: str) -> Path:
+        if family not in made:
+            folder = tmp_path_factory.mktemp(family)
+            model = tiny_model(family, torch.bfloat16)
+            for name, parameter in model.named_parameters():
+                if "norm" in name:
+                    nn.init.uniform_(parameter, 0.5, 1.5)
+            model.save_pretrained(folder / "checkpoint")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(dense, "SMALLEST", 1)
+                made[family] = convert(folder / "checkpoint", folder / "store", "int4", dense_precision=request.param)
+        return made[family]
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def small_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny models' matrices are worth quantizing too."""
+    monkeypatch.setattr(dense, "SMALLEST", 1)
+
+
+def steps(model: Any, count: int = 6, **options: Any) -> torch.Tensor:
+    """Logits [count, vocabulary] of single tokens after a prompt of five."""
+    past, logits = None, []
+    tokens = torch.randint(1, 128, (1, 5), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        for step in range(count + 1):
+            output = model(tokens, past_key_values=past, use_cache=True, **options)
+            past, tokens = output.past_key_values, torch.tensor([[step + 7]])
+            logits.append(output.logits[0, -1].float())
+    return torch.stack(logits[1:])
+
+
+def plain(monkeypatch: pytest.MonkeyPatch, store: Path, **options: Any) -> Any:
+    """The model with every module's own forward."""
+    with monkeypatch.context() as patch:
+        patch.setattr(load, "hasten", lambda model, exact: {})
+        patch.setattr(load, "join_layers", lambda model, stacks, runtime, exact: 0)
+        return load_model(store, **options)
+
+
+@pytest.mark.parametrize("family", PLAIN)
+def test_plain_families_run_whole_layers(store_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    """Near the family's own forward; nearer than a layer's norms are to each other."""
+    options = {"expert_cache": "50%", "exact_activations": True}
+    model, own = load_model(store_of(family), **options), plain(monkeypatch, store_of(family), **options)
+    assert all(isinstance(layer.forward, _Step) for layer in model.model.layers)
+    got, want = steps(model), steps(own)
+    assert (got - want).norm() <= 0.03 * want.norm()
+    for layer in own.model.layers:
+        layer.input_layernorm, layer.post_attention_layernorm = layer.post_attention_layernorm, layer.input_layernorm
+    assert (steps(own) - want).norm() > 0.06 * want.norm(), "the comparison would not see a wrong norm"
+    model.fate.close()
+    own.fate.close()
+
+
+def test_law_one_in_layers_that_run_whole(store_of: Callable[[str], Path]) -> None:
+    results = []
+    for options in ({"expert_cache": "100%"}, {"expert_cache": "20%"}, {"expert_cache": "40%", "preset": "fate"}):
+        model = load_model(store_of("qwen2_moe"), **options)
+        results.append(steps(model, 12))
+        model.fate.close()
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_other_calls_go_the_familys_own_way(store_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches, recorded outputs, hooks on a layer's parts, an observer: each sees what it would without us."""
+    model, own = load_model(store_of("qwen2_moe")), plain(monkeypatch, store_of("qwen2_moe"))
+    tokens = torch.tensor([[3, 4, 5], [6, 7, 8]])
+    mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    options: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    options |= {"return_dict_in_generate": True, "output_logits": True}
+    got, want = (torch.stack(each.generate(tokens, **options).logits).float() for each in (model, own))
+    assert (got - want).norm() <= 0.03 * want.norm()
+    seen: list[Any] = []
+    handle = model.model.layers[0].mlp.gate.register_forward_hook(lambda module, args, output: seen.append(output))
+    steps(model, 2)
+    handle.remove()
+    assert len(seen) == 3
+    with torch.inference_mode():
+        past = model(tokens[:1], use_cache=True).past_key_values
+        output = model(tokens[:1, :1], past_key_values=past, use_cache=True, output_router_logits=True, output_hidden_states=True)
+    assert [len(output.router_logits), len(output.hidden_states)] == [2, 3]
+    model.fate.close()
+    own.fate.close()
+
+
+def test_a_replaced_part_is_used(store_of: Callable[[str], Path]) -> None:
+    """As adapters do: another module in the place of a projection."""
+    model = load_model(store_of("qwen2_moe"))
+    want = steps(model, 2)
+    attention = model.model.layers[1].self_attn
+    attention.o_proj = nn.Linear(64, 64, bias=False, dtype=torch.bfloat16)
+    assert not torch.equal(steps(model, 2), want)
+    model.fate.close()
+
+
+def test_an_unusual_norm_keeps_its_own_forward() -> None:
+    class OneMoreRMSNorm(nn.Module):
+        def __init__(self, offset: float) -> None:
+            super().__init__()
+            self.weight, self.variance_epsilon, self.offset = nn.Parameter(torch.rand(32) + 0.5), 1e-6, offset
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (self.offset + self.weight) * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+    class Model(nn.Module):
+        dtype = torch.float32
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.usual, self.unusual = OneMoreRMSNorm(0.0), OneMoreRMSNorm(1.0)
+
+    model = Model()
+    assert hasten(model, False) == {"norms": 1}
+    assert standard_of(model.usual) == 1e-6
+    assert standard_of(model.unusual) is None
+
+
+def test_a_small_matrix_multiplies_itself() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, x = (torch.randn(*shape, generator=generator).bfloat16() for shape in ((10, 96), (2, 1, 96)))
+    ready = SmallWeight.of(weight)
+    got, want = linear(x, ready), x.double() @ weight.double().T
+    assert type(got) is torch.Tensor
+    assert got.shape == (2, 1, 10)
+    assert (got.double() - want).abs().max() <= torch.finfo(torch.bfloat16).eps * want.abs().max()
+    for other in (x.expand(40, 2, 1, 96), x.float()):  # many rows, another type: torch's own
+        torch.testing.assert_close(linear(other, ready.to(other.dtype)), linear(other, weight.to(other.dtype)))
+    assert (ready + 1).shape == weight.shape
