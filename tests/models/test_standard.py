@@ -35,9 +35,10 @@ def store_of(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         if family not in made:
             folder = tmp_path_factory.mktemp(family)
             model = tiny_model(family, torch.bfloat16)
+            generator = torch.Generator().manual_seed(0)
             for name, parameter in model.named_parameters():
                 if "norm" in name:
-                    nn.init.uniform_(parameter, 0.5, 1.5)
+                    nn.init.uniform_(parameter, 0.5, 1.5, generator=generator)
             model.save_pretrained(folder / "checkpoint")
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(dense, "SMALLEST", 1)
@@ -73,6 +74,11 @@ def plain(monkeypatch: pytest.MonkeyPatch, store: Path, **options: Any) -> Any:
         return load_model(store, **options)
 
 
+def difference(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Of the norm of the logits, median over the tokens: one whose two best experts are nearly equal may be routed otherwise."""
+    return float(((got - want).norm(dim=-1) / want.norm(dim=-1)).median())
+
+
 @pytest.mark.parametrize("family", PLAIN)
 def test_plain_families_run_whole_layers(store_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, family: str) -> None:
     """Near the family's own forward; nearer than a layer's norms are to each other."""
@@ -80,10 +86,10 @@ def test_plain_families_run_whole_layers(store_of: Callable[[str], Path], monkey
     model, own = load_model(store_of(family), **options), plain(monkeypatch, store_of(family), **options)
     assert all(isinstance(layer.forward, _Step) for layer in model.model.layers)
     got, want = steps(model), steps(own)
-    assert (got - want).norm() <= 0.03 * want.norm()
+    assert difference(got, want) <= 0.03
     for layer in own.model.layers:
         layer.input_layernorm, layer.post_attention_layernorm = layer.post_attention_layernorm, layer.input_layernorm
-    assert (steps(own) - want).norm() > 0.06 * want.norm(), "the comparison would not see a wrong norm"
+    assert difference(steps(own), want) > 0.06, "the comparison would not see a wrong norm"
     model.fate.close()
     own.fate.close()
 
@@ -106,7 +112,7 @@ def test_other_calls_go_the_familys_own_way(store_of: Callable[[str], Path], mon
     options: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     options |= {"return_dict_in_generate": True, "output_logits": True}
     got, want = (torch.stack(each.generate(tokens, **options).logits).float() for each in (model, own))
-    assert (got - want).norm() <= 0.03 * want.norm()
+    assert difference(got, want) <= 0.03
     seen: list[Any] = []
     handle = model.model.layers[0].mlp.gate.register_forward_hook(lambda module, args, output: seen.append(output))
     steps(model, 2)
