@@ -6,6 +6,7 @@
 #include "threads.h"
 
 namespace fate {
+
 Matrix Place::at(uint64_t address, int num_planes) const {
   const uint8_t* base = reinterpret_cast<const uint8_t*>(address);
   const Kind used = kind == Kind::kPlanes3 ? Kind(num_planes) : kind;
