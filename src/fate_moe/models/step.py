@@ -38,14 +38,27 @@ def join_layers(model: Any, stacks: Sequence[ExpertStack], runtime: ExpertRuntim
     if native is None or model.dtype != torch.bfloat16:
         return 0
     buffers: dict[str, torch.Tensor] = {}
-    generator, count = torch.Generator().manual_seed(0), 0
+    generator, steps = torch.Generator().manual_seed(0), list[_Step]()
     for stack in stacks:
         layer = model.get_submodule(stack.block.rpartition(".")[0])
         step = _step_of(layer, stack, runtime, exact, buffers)
         if step is not None and _alike(step, generator):
             layer.forward = step
-            count += 1
-    return count
+            steps.append(step)
+
+    def before(module: nn.Module, args: Any) -> None:
+        for step in steps:  # all at once: between kernels each would take 30 us, here 3
+            step.ready = step.is_unchanged()
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        for step in steps:
+            step.ready = False
+
+    if steps:
+        decoder = model.get_submodule(stacks[0].block.rpartition(".")[0].rpartition(".")[0].rpartition(".")[0])
+        decoder.register_forward_pre_hook(before)
+        decoder.register_forward_hook(after)
+    return len(steps)
 
 
 def _step_of(layer: Any, stack: ExpertStack, runtime: ExpertRuntime, exact: bool, buffers: dict[str, torch.Tensor]) -> _Step | None:
@@ -117,7 +130,13 @@ class _Step:
         self._places = [(layer._modules, child, part) for child, part in layer.named_children()]
         self._places += [(self.block._modules, child, part) for child, part in self.block.named_children()]
         self._places += [(layer.self_attn._modules, child, part) for child, part in layer.self_attn.named_children()]
+        self.ready = True  # set for each pass of the decoder
         self.normalize(False)
+
+    def is_unchanged(self) -> bool:
+        """Whether the layer's parts are those that were found and the runtime can do it."""
+        parts = all(modules[name] is part for modules, name, part in self._places)
+        return parts and self.runtime.can_step(self.stack.layer, self.experts)
 
     def normalize(self, normalize: bool) -> None:
         """Whether the weights of a token's experts add up to 1."""
@@ -141,9 +160,8 @@ class _Step:
             or hidden_states.requires_grad
             or angles[0].dtype != torch.bfloat16
             or angles[0].numel() != self._attention.head_dim
-            or any(self._hooks)
-            or not self.runtime.can_step(self.stack.layer, self.experts)
-            or any(modules[name] is not part for modules, name, part in self._places)
+            or not self.ready
+            or any(self._hooks)  # transformers adds some in the midst of a pass, to record outputs
         ):
             return self.original(hidden_states, *args, **kwargs)
         return self._run(hidden_states.contiguous(), angles[0].contiguous(), angles[1].contiguous(), room)
@@ -197,6 +215,7 @@ def _alike(step: _Step, generator: torch.Generator) -> bool:
             step.normalize(normalize)
             # Experts that say much show how they are weighed, silent ones everything else.
             if all(_alike_with(step, _Pretender(scale * rows), generator) for scale in (1.0, 0.0)):
+                step.ready = False
                 return True
     except Exception:  # a layer that wants other things
         return False
