@@ -14,6 +14,7 @@ from fate_moe.core import PRECISIONS
 from fate_moe.errors import ConfigError
 
 __all__ = [
+    "DEVICES",
     "GROUP_SIZES",
     "POLICIES",
     "PRECISION_POLICIES",
@@ -27,6 +28,7 @@ __all__ = [
     "parse_size",
 ]
 
+DEVICES = ("cpu", "cuda")
 POLICIES = ("arc", "co-activation", "decayed", "least-stale", "lfu", "lru", "shallow-arc")
 PREDICTORS = ("activation-path", "combined", "cross-layer", "cross-layer-calibrated", "learned", "none", "temporal")
 # What published systems do, and what does best here (docs/prediction.md): (policy, predictor).
@@ -103,6 +105,10 @@ class OffloadConfig:
     """How a model is run. Every field is an option of the command line of the same name (``expert_cache`` is ``--expert-cache``).
 
     ram: memory for the whole process: a size ("4GiB"), a fraction of what is free ("0.75") or "auto" (most of it).
+    device: where the model computes, "cpu" or "cuda"; None: on the GPU if ``vram`` says how much of it, else on the CPU.
+    vram: memory on the GPU: a size, a fraction of what is free there or "auto" (most of it); then ``ram`` is for the experts
+        behind it. None: "auto" with device "cuda".
+    cuda_graph: decode steps as one captured graph where the family allows it; without, the same kernels one by one.
     expert_cache: bytes for expert slots: a size or a percentage of all experts ("25%"); None: what the budget leaves.
     preset: a pair of policy and predictor: what does best here, or what a published system does.
     policy: which expert gives up its slot; predictor: which experts are read ahead; None: the preset's.
@@ -114,6 +120,9 @@ class OffloadConfig:
     """
 
     ram: str | int | float = "auto"
+    device: str | None = None
+    vram: str | int | float | None = None
+    cuda_graph: bool = True
     expert_cache: str | int | None = None
     preset: str = "best"
     policy: str | None = None
@@ -140,6 +149,20 @@ class OffloadConfig:
             parse_amount(self.ram, 1 << 40)
         if self.expert_cache is not None:
             parse_amount(self.expert_cache, 1 << 40)
+        if self.device is not None:
+            _one_of("device", self.device, DEVICES)
+        if self.vram is not None:
+            if self.vram != "auto":
+                parse_amount(self.vram, 1 << 40)
+            if self.device == "cpu":
+                raise ConfigError("vram is memory of a GPU; leave it away, or device cpu")
+        if self.on_gpu and self.predictor is not None:
+            raise ConfigError("on a GPU the next layer's router predicts; choose with preset, or run on the CPU")
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the model computes on a GPU."""
+        return self.device == "cuda" or (self.device is None and self.vram is not None)
 
     @property
     def policy_name(self) -> str:

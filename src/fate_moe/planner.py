@@ -31,7 +31,9 @@ AUTO_SHARE = 0.8
 class Footprint:
     """What a model asks for, whatever the budget. ``slot_bytes`` is one expert; ``min_slots`` one token's experts in one layer.
 
-    ``dense_bytes`` are resident; ``row_bytes``, the embedding of which tokens' rows are read, stay on disk.
+    ``dense_bytes`` are resident; ``row_bytes``, the embedding of which tokens' rows are read, stay on disk. On a GPU all are
+    ``expanded_bytes``, numbers of the model's dtype (routers twice: the step has them beside one another), and a layer's experts
+    have ``inner_bytes_per_token`` between up and down.
     """
 
     family: str
@@ -43,6 +45,9 @@ class Footprint:
     slot_bytes: int
     num_experts: int
     min_slots: int
+    num_layers: int
+    expanded_bytes: int
+    inner_bytes_per_token: int
 
 
 @dataclass(frozen=True)
@@ -113,19 +118,16 @@ def footprint(
     ``dense_precision`` None: what a conversion chooses by itself."""
     text = model.config.get_text_config()
     dtypes = parameter_dtypes(model)
+    routed = {f"{stack.name}.{name}" for stack in stacks for name in stack.parameters}
+    absent = routed | (set(model.all_tied_weights_keys) if text.tie_word_embeddings else set())
+    numbers = {name: value.numel() * dtypes[name].itemsize for name, value in model.state_dict().items() if name not in absent}
     if manifest is not None:
         slot_bytes, dense_bytes = manifest.slot_bytes, manifest.dense_bytes
         quantized = dense_layouts(model, manifest.dense_precision)
     else:
         slot_bytes = max(blob_layout(precision, stack.output_rows_first(), dtype_name(model.dtype)).length for stack in stacks)
-        routed = {f"{stack.name}.{name}" for stack in stacks for name in stack.parameters}
-        absent = routed | (set(model.all_tied_weights_keys) if text.tie_word_embeddings else set())
         quantized = dense_layouts(model, dense_precision or default_dense_precision(precision))
-        dense_bytes = sum(
-            quantized[name].length if name in quantized else value.numel() * dtypes[name].itemsize
-            for name, value in model.state_dict().items()
-            if name not in absent
-        )
+        dense_bytes = sum(quantized[name].length if name in quantized else size for name, size in numbers.items())
     by_row = read_by_row(model)
     row_bytes = 0
     if by_row:
@@ -147,6 +149,9 @@ def footprint(
         slot_bytes=slot_bytes,
         num_experts=sum(stack.num_experts for stack in stacks),
         min_slots=min(top_k, *(stack.num_experts for stack in stacks)),
+        num_layers=len(stacks),
+        expanded_bytes=sum(numbers.values()) + sum(stack.num_experts for stack in stacks) * text.hidden_size * itemsize,
+        inner_bytes_per_token=top_k * max(shape[0] for stack in stacks for shape in stack.output_rows_first().values()) * itemsize,
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from fate_moe.config import OffloadConfig, format_bytes
 from fate_moe.core import Counters
+from fate_moe.gpu.plan import DevicePlan
 from fate_moe.machine import peak_memory
 from fate_moe.planner import Plan
 
@@ -15,7 +16,10 @@ __all__ = ["Report"]
 
 @dataclass(frozen=True)
 class Report:
-    """Counters of the experts' traffic, and memory. ``print(report)`` reads as a short paragraph."""
+    """Counters of the experts' traffic, and memory. ``print(report)`` reads as a short paragraph.
+
+    On a GPU ``experts`` counts lookups in VRAM and bytes from RAM, ``disk`` what RAM had to read, where it cannot hold all.
+    """
 
     experts: Counters
     budget_bytes: int
@@ -26,6 +30,27 @@ class Report:
     expert_cache_bytes: int
     precision_policy: str
     uses_by_bits: dict[int, int]
+    vram_budget_bytes: int = 0
+    vram_peak_bytes: int = 0
+    disk: Counters | None = None
+
+    @classmethod
+    def on_device(cls, moved: Counters, disk: Counters, plan: DevicePlan, config: OffloadConfig, vram_peak_bytes: int) -> Report:
+        """Of a model on a GPU."""
+        return cls(
+            moved,
+            plan.budget_bytes,
+            peak_memory(),
+            config.policy_name if plan.reads_disk else "all in RAM",
+            f"preset {config.preset}",
+            plan.precision,
+            plan.expert_cache_bytes,
+            config.precision_policy,
+            {},
+            plan.vram_budget_bytes,
+            vram_peak_bytes,
+            disk if plan.reads_disk else None,
+        )
 
     @classmethod
     def of(cls, counters: Counters, plan: Plan, config: OffloadConfig, uses_by_bits: dict[int, int]) -> Report:
@@ -41,10 +66,20 @@ class Report:
             uses_by_bits,
         )
 
+    def traffic(self, num_tokens: int) -> str:
+        """Bytes moved per token, for people."""
+        return (
+            f"{format_bytes(self.experts.bytes_read / num_tokens)} {'to VRAM' if self.vram_budget_bytes else 'from disk'} per token"
+        )
+
     def as_dict(self) -> dict[str, Any]:
+        memory = {"budget_bytes": self.budget_bytes, "peak_bytes": self.peak_bytes}
+        if self.vram_budget_bytes:
+            memory |= {"vram_budget_bytes": self.vram_budget_bytes, "vram_peak_bytes": self.vram_peak_bytes}
         return {
             "experts": {**self.experts.as_dict(), "uses_by_bits": self.uses_by_bits},
-            "memory": {"budget_bytes": self.budget_bytes, "peak_bytes": self.peak_bytes},
+            **({"disk": self.disk.as_dict()} if self.disk is not None else {}),
+            "memory": memory,
             "config": {
                 "policy": self.policy,
                 "predictor": self.predictor,
@@ -61,6 +96,8 @@ class Report:
             if experts.prefetched
             else ""
         )
+        if self.vram_budget_bytes:
+            return self._device_paragraph(used)
         uses = max(1, sum(self.uses_by_bits.values()))
         bits = ", ".join(f"{count / uses:.1%} of uses with {bits} bits" for bits, count in self.uses_by_bits.items())
         tailored = f"{self.precision_policy}: {bits}, {experts.upgrades} upgrades\n" if self.precision_policy != "full" else ""
@@ -71,4 +108,20 @@ class Report:
             f"{tailored}"
             f"memory: peak {format_bytes(self.peak_bytes)} of {format_bytes(self.budget_bytes)} budget, "
             f"{format_bytes(self.expert_cache_bytes)} of it expert slots ({self.policy}, {self.predictor}, {self.precision})"
+        )
+
+    def _device_paragraph(self, used: str) -> str:
+        experts, disk = self.experts, self.disk
+        below = (
+            f"RAM had {disk.ready_on_time:.1%} of what was copied, {format_bytes(disk.bytes_read)} read from disk ({self.policy})\n"
+            if disk is not None
+            else ""
+        )
+        return (
+            f"experts: {experts.ready_on_time:.1%} of {experts.lookups} in VRAM on time, {experts.misses} missed{used}; "
+            f"{format_bytes(experts.bytes_read)} copied in decode\n"
+            f"{below}"
+            f"memory: VRAM peak {format_bytes(self.vram_peak_bytes)} of {format_bytes(self.vram_budget_bytes)}, "
+            f"{format_bytes(self.expert_cache_bytes)} of it expert slots; RAM peak {format_bytes(self.peak_bytes)} of "
+            f"{format_bytes(self.budget_bytes)} ({self.predictor}, {self.precision})"
         )

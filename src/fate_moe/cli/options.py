@@ -6,7 +6,7 @@ import argparse
 from dataclasses import fields
 from typing import Any
 
-from fate_moe.config import POLICIES, PRECISION_POLICIES, PREDICTORS, PRESETS, OffloadConfig
+from fate_moe.config import DEVICES, POLICIES, PRECISION_POLICIES, PREDICTORS, PRESETS, OffloadConfig
 from fate_moe.core import PRECISIONS
 
 __all__ = [
@@ -33,9 +33,22 @@ _SAMPLING: dict[str, tuple[type, str]] = {
 }
 
 
-def add_offload_options(parser: argparse.ArgumentParser) -> None:
-    """One option for every field of OffloadConfig."""
+def add_offload_options(parser: argparse.ArgumentParser, gpu: bool = False) -> None:
+    """One option for every field of OffloadConfig; those of a GPU for verbs that can use one."""
     group = parser.add_argument_group("memory and experts")
+    if gpu:
+        group.add_argument(
+            "--vram",
+            metavar="SIZE|FRACTION|auto",
+            help="compute on the GPU with so much of its memory; experts beyond it stay in RAM",
+        )
+        group.add_argument("--device", choices=DEVICES, help="cuda: the same as --vram auto")
+        group.add_argument(
+            "--no-cuda-graph",
+            dest="cuda_graph",
+            action="store_false",
+            help="launch the GPU's kernels one by one: same tokens, slower",
+        )
     group.add_argument(
         "--ram", default=DEFAULTS["ram"], metavar="SIZE|FRACTION|auto", help="for the whole process; default: %(default)s"
     )
@@ -83,8 +96,8 @@ def _positive(text: str) -> int:
 
 
 def offload_config(arguments: argparse.Namespace, context_length: int) -> OffloadConfig:
-    """The parsed offload options; ``context_length`` where none was given."""
-    options = {name: getattr(arguments, name) for name in DEFAULTS}
+    """The parsed offload options (defaults for those that the verb has not); ``context_length`` where none was given."""
+    options = {name: getattr(arguments, name) for name in DEFAULTS if hasattr(arguments, name)}
     options["context_length"] = context_length if arguments.context_length is None else arguments.context_length
     return OffloadConfig.from_options(options)
 

@@ -17,7 +17,7 @@ from fate_moe.cli.options import (
     offload_config,
     quiet_transformers,
 )
-from fate_moe.config import OffloadConfig, format_bytes
+from fate_moe.config import OffloadConfig
 from fate_moe.errors import ConfigError
 
 __all__ = ["add_verbs"]
@@ -38,7 +38,7 @@ def add_verbs(verbs: Any) -> None:
     chat.set_defaults(verb=_chat)
     for verb in (run, chat):
         add_sampling_options(verb, 200 if verb is run else 400)
-        add_offload_options(verb)
+        add_offload_options(verb, gpu=True)
 
 
 def _read_prompt(arguments: argparse.Namespace) -> str:
@@ -63,13 +63,12 @@ def _run(arguments: argparse.Namespace) -> None:
     quiet_transformers()
     from fate_moe.models.generate import generate
     from fate_moe.models.load import load_tokenizer, prepare, realize, store_for
-    from fate_moe.planner import make_plan
 
     prepared = prepare(store_for(arguments.model, arguments.precision, arguments.dense_precision))
     tokenizer = load_tokenizer(prepared.store.path)
     inputs = _encode(tokenizer, prompt, arguments.chat)
     config = offload_config(arguments, inputs.shape[1] + arguments.max_new_tokens)
-    plan = make_plan(prepared.footprint(), config)
+    plan = prepared.plan(config)
     print(plan.line(), file=sys.stderr, flush=True)
     model = realize(prepared, plan, config)
     if arguments.json:
@@ -80,10 +79,10 @@ def _run(arguments: argparse.Namespace) -> None:
         print(prompt, end="", flush=True)
         answer = generate(model, tokenizer, inputs, lambda text: print(text, end="", flush=True), **generate_options(arguments))
         report = model.fate.report()
-        per_token = report.experts.bytes_read / (answer.prompt_tokens + len(answer.tokens))
+        traffic = report.traffic(answer.prompt_tokens + len(answer.tokens))
         print(
             f"\n\n{answer.prompt_tokens} tokens read in {answer.prefill_seconds:.2f} s, {len(answer.tokens)} written at "
-            f"{answer.decode_tokens_per_second:.1f} a second, {format_bytes(per_token)} from disk per token\n{report}",
+            f"{answer.decode_tokens_per_second:.1f} a second, {traffic}\n{report}",
             file=sys.stderr,
         )
     model.fate.close()
@@ -108,12 +107,11 @@ def _chat(arguments: argparse.Namespace) -> None:
     quiet_transformers()
     from fate_moe.models.generate import generate
     from fate_moe.models.load import load_tokenizer, prepare, realize, store_for
-    from fate_moe.planner import make_plan
 
     prepared = prepare(store_for(arguments.model, arguments.precision, arguments.dense_precision))
     tokenizer = load_tokenizer(prepared.store.path)
     config = offload_config(arguments, OffloadConfig.context_length)
-    plan = make_plan(prepared.footprint(), config)
+    plan = prepared.plan(config)
     print(plan.line(), file=sys.stderr)
     model = realize(prepared, plan, config)
     if not tokenizer.chat_template:

@@ -13,6 +13,7 @@ import torch
 import triton
 
 from fate_moe.core import Counters
+from fate_moe.gpu.host import HostTier, WholeHost
 from fate_moe.gpu.layout import DeviceLayout
 from fate_moe.gpu.memory import PinnedArena, VramPool
 from fate_moe.gpu.options import DeviceOptions
@@ -36,7 +37,7 @@ _FETCH_WORDS = 4096
 
 
 class DeviceExperts:
-    """Runs MoE blocks whose experts live in a pool of slots over an arena, there as blob ``layer * num_experts + expert``.
+    """Runs MoE blocks whose experts live in a pool of slots over host memory, there as expert ``layer * num_experts + expert``.
 
     Law 1: a row of output depends on its token and its experts' bytes alone, and choices are summed in routing order, so neither
     the number of slots nor the options change a bit.
@@ -45,7 +46,7 @@ class DeviceExperts:
     def __init__(
         self,
         layouts: Sequence[DeviceLayout],
-        arena: PinnedArena,
+        host: HostTier | PinnedArena,
         pool: VramPool,
         tables: ResidencyTables,
         gates: Sequence[torch.Tensor | None],
@@ -54,9 +55,11 @@ class DeviceExperts:
         options: DeviceOptions | None = None,
         share: HostShare | None = None,
     ) -> None:
-        """``gates[l]`` is the weight [num_experts, hidden] of layer l's router, None where it has none that can be applied
-        early. ``share`` computes what ``options.host_share`` leaves to the host."""
-        self.layouts, self.arena, self.pool, self.tables, self.gates = list(layouts), arena, pool, tables, list(gates)
+        """``host`` is where misses come from; an arena alone holds all experts. ``gates[l]`` is the weight [num_experts, hidden] of
+        layer l's router, None where it has none that can be applied early.
+        ``share`` computes what ``options.host_share`` leaves to the host."""
+        self.layouts, self.pool, self.tables, self.gates = list(layouts), pool, tables, list(gates)
+        self.host: HostTier = WholeHost(host) if isinstance(host, PinnedArena) else host
         self.top_k, self.options = top_k, options or DeviceOptions()
         device = pool.bytes.device
         first = self.layouts[0]
@@ -79,8 +82,8 @@ class DeviceExperts:
 
     def fill(self) -> None:
         """Copy every resident's bytes to its slot."""
-        for layer, expert, slot in self.tables.residents():
-            self.pool.slot(slot).copy_(self.arena.blob(layer * self.tables.num_experts + expert), non_blocking=True)
+        residents = [(layer * self.tables.num_experts + expert, slot) for layer, expert, slot in self.tables.residents()]
+        self.host.copy(residents, self.pool, self._main)
         self._main.synchronize()
 
     def compute(self, layer: int, hidden: torch.Tensor, index: torch.Tensor, routing_weights: torch.Tensor) -> torch.Tensor:
@@ -90,7 +93,7 @@ class DeviceExperts:
             return self._prefill.compute(layer, hidden, index, routing_weights)
         hidden = hidden.contiguous()
         quota = self.tables.quotas[layer]
-        if tokens * top_k <= quota - (quota < self.tables.num_experts) * self.options.limit:
+        if tokens * top_k <= min(self.host.most, quota - (quota < self.tables.num_experts) * self.options.limit):
             return self._compute(layer, hidden, index.contiguous(), routing_weights.contiguous(), look_ahead=True)
         # A row does not depend on its neighbours, so that the same numbers come out one by one.
         rows = [(hidden[t : t + 1], index[t : t + 1], routing_weights[t : t + 1]) for t in range(tokens)]
@@ -125,6 +128,7 @@ class DeviceExperts:
         if not whole:
             self._demands.follow(self._main)
             with self._demands:
+                self.host.locate(self._demand)
                 self._fetch(self._demand)
         if self._listed:
             if not whole:
@@ -215,7 +219,7 @@ class DeviceExperts:
     def _fetch(self, wanted: torch.Tensor) -> None:
         blob_bytes = self.layouts[0].blob_bytes
         fetch_kernel[(self.options.fetch_programs,)](
-            self.arena.bytes, self.pool.bytes, wanted, wanted[-1], blob_bytes, self.pool.slot_bytes, BLOCK=_FETCH_WORDS, num_warps=8
+            self.host.bytes, self.pool.bytes, wanted, wanted[-1], blob_bytes, self.pool.slot_bytes, BLOCK=_FETCH_WORDS, num_warps=8
         )
 
     def _gate_up(self, layer: int, tokens: int, phase: int) -> None:

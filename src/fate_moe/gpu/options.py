@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fate_moe.errors import ConfigError
 
-__all__ = ["DeviceOptions"]
+__all__ = ["DeviceOptions", "device_options"]
 
 
 @dataclass(frozen=True)
@@ -39,3 +39,15 @@ class DeviceOptions:
             raise ConfigError(f"{self}: counts must not be negative, half-life and fetch programs must be positive")
         if not 0 <= self.host_share <= 1:
             raise ConfigError(f"a host share of {self.host_share} is not between 0 and 1")
+
+
+def device_options(preset: str) -> DeviceOptions:
+    """What ``preset`` (one of config.PRESETS) means on a GPU. Raises ConfigError for one that does not exist there."""
+    presets = {
+        "best": DeviceOptions(),
+        "fate": DeviceOptions(eviction="recency", num_whole=4, overlap=False),
+        "load-on-demand": DeviceOptions(eviction="recency", limit=0, overlap=False),
+    }
+    if preset not in presets:
+        raise ConfigError(f"preset {preset} is not there on a GPU; choose one of {', '.join(presets)}")
+    return presets[preset]

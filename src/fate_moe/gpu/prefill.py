@@ -89,10 +89,8 @@ class Prefill:
         self._copies.wait(self._free[self._turn])
         self._turn ^= 1
         placed = [(expert, start + i) for i, expert in enumerate(wanted)]
-        with self._copies:
-            for expert, slot in placed:
-                blob = experts.arena.blob(layer * experts.tables.num_experts + expert)
-                experts.pool.slot(slot).copy_(blob, non_blocking=True)
+        first = layer * experts.tables.num_experts
+        experts.host.copy([(first + expert, slot) for expert, slot in placed], experts.pool, self._copies)
         self._arrived.append(self._copies.mark())
         return placed
 

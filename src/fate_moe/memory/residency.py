@@ -64,6 +64,14 @@ class Lease:
             yield [(expert, self._residency.slot_of(expert)) for expert in arrived]
             self._residency._unlock(self, [expert for expert in arrived if expert in self._held])
 
+    def arrivals(self) -> Iterator[tuple[ExpertId, int]]:
+        """The same one by one, all of them locked until ``release``: there must be as many slots."""
+        hits = [expert for expert, found in self.lookups.items() if found is Lookup.HIT]
+        yield from ((expert, self._residency.slot_of(expert)) for expert in hits)
+        for _ in range(len(self.lookups) - len(hits)):
+            expert = self._residency._wait_for(self)
+            yield expert, self._residency.slot_of(expert)
+
     def release(self) -> None:
         """Unlock what is left and withdraw the demand reads that have not begun. May be called again."""
         if self._held:

@@ -16,7 +16,7 @@ from fate_moe.models.families import entrance, find_router
 from fate_moe.runtime import ExpertRuntime, Router
 from fate_moe.skeleton import ExpertStack
 
-__all__ = ["attach", "limit_context", "routers_of"]
+__all__ = ["attach", "limit_context", "refuse_longer", "routers_of"]
 
 _log = logging.getLogger(__name__)
 _IMPLEMENTATION = "fate"
@@ -80,11 +80,16 @@ def limit_context(model: Any, num_tokens: int, bytes_per_token: int) -> None:
             return
         make_room(past, num_tokens)
         wanted = inputs.shape[0] * (inputs.shape[1] + (past.get_seq_length() if past is not None else 0))
-        if wanted > num_tokens:
-            raise BudgetError(
-                f"{wanted} tokens need more KV cache than the {num_tokens} set aside; load with context_length={wanted} or more "
-                "(--context-length)",
-                (wanted - num_tokens) * bytes_per_token,
-            )
+        refuse_longer(wanted, num_tokens, bytes_per_token)
 
     model.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def refuse_longer(wanted: int, num_tokens: int, bytes_per_token: int) -> None:
+    """Raise BudgetError if ``wanted`` tokens are more than the KV cache is set aside for."""
+    if wanted > num_tokens:
+        raise BudgetError(
+            f"{wanted} tokens need more KV cache than the {num_tokens} set aside; load with context_length={wanted} or more "
+            "(--context-length)",
+            (wanted - num_tokens) * bytes_per_token,
+        )

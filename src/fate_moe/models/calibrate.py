@@ -18,7 +18,6 @@ from fate_moe.core import BlobLayout, ExpertId
 from fate_moe.kernels.reference import expert_mlp, expert_weights
 from fate_moe.models.evaluate import windows
 from fate_moe.models.load import Prepared, prepare, realize
-from fate_moe.planner import make_plan
 from fate_moe.quant.blob import encode, views
 from fate_moe.quant.solver import DEFAULT_SOLVER, SOLVERS
 from fate_moe.runtime import rows_by_expert
@@ -75,7 +74,7 @@ def calibrate(
     found = Calibration(hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16], precisions)
     prepared = prepare(path)
     config = OffloadConfig(context_length=window, preset="load-on-demand")
-    model = realize(prepared, make_plan(prepared.footprint(), config), config)
+    model = realize(prepared, prepared.plan(config), config)
     with closing(model.fate), closing(_Observer(prepared, model, found)) as observer, torch.inference_mode():
         observer.attach()
         for span in windows(len(tokens), window, window - 1):

@@ -8,14 +8,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
 from transformers import AutoTokenizer, GenerationConfig
 
 from fate_moe import demo
 from fate_moe.config import OffloadConfig, cache_home
-from fate_moe.core import BlobLayout, EvictionPolicy, ExpertId
+from fate_moe.core import EvictionPolicy, ExpertId
 from fate_moe.errors import CheckpointError, ConfigError, StoreError
+from fate_moe.gpu.device import find_gpu
+from fate_moe.gpu.options import device_options
+from fate_moe.gpu.plan import DevicePlan, make_device_plan
 from fate_moe.kernels.cpu import SlotExperts
 from fate_moe.memory.decayed import Decayed
 from fate_moe.memory.policies import make_policy
@@ -23,15 +24,15 @@ from fate_moe.memory.precision import make_precision_policy
 from fate_moe.memory.residency import Residency
 from fate_moe.memory.slots import SlotArena
 from fate_moe.models.attach import attach, limit_context, routers_of
-from fate_moe.models.dense import QuantizedLinear, StoredEmbedding
 from fate_moe.models.standard import hasten
 from fate_moe.models.step import join_layers
+from fate_moe.models.weights import fill, leave_on_disk
 from fate_moe.planner import Footprint, Plan, footprint, make_plan
 from fate_moe.predict.gates import FittedGates
 from fate_moe.predict.make import make_predictor
 from fate_moe.report import Report
 from fate_moe.runtime import ExpertRuntime
-from fate_moe.skeleton import ExpertStack, build_skeleton, expert_stacks, is_experts
+from fate_moe.skeleton import ExpertStack, build_skeleton, expert_stacks
 from fate_moe.store.convert import convert
 from fate_moe.store.dense import default_dense_precision, dense_layouts, read_by_row
 from fate_moe.store.format import blob_layout
@@ -86,6 +87,10 @@ class Prepared:
         needs = footprint(self.model, self.stacks, self.store.manifest.precision, self.store.manifest)
         return replace(needs, dense_bytes=needs.dense_bytes + gates_bytes(self.store.path))
 
+    def plan(self, config: OffloadConfig) -> Plan | DevicePlan:
+        """Where the memory would go. Raises BudgetError, and on a GPU what ``find_gpu`` and ``refuse_foreign`` raise."""
+        return _plan(self.footprint(), config)
+
 
 def load(model: str | Path | None = None, **options: Any) -> tuple[Any, Any]:
     """A transformers model whose experts stream from disk, and its tokenizer.
@@ -96,17 +101,23 @@ def load(model: str | Path | None = None, **options: Any) -> tuple[Any, Any]:
     """
     config = OffloadConfig.from_options(options)
     prepared = prepare(store_for(model, config.precision, config.dense_precision))
-    return realize(prepared, make_plan(prepared.footprint(), config), config), load_tokenizer(prepared.store.path)
+    return realize(prepared, prepared.plan(config), config), load_tokenizer(prepared.store.path)
 
 
-def plan(model: str | Path | None = None, **options: Any) -> Plan:
+def plan(model: str | Path | None = None, **options: Any) -> Plan | DevicePlan:
     """What ``load`` with the same arguments would do with the budget; converts and loads nothing. Raises BudgetError and others."""
     config = OffloadConfig.from_options(options)
     folder = Path(model) if model is not None and is_store(model) else resolve_checkpoint(model or demo.MODEL)
     skeleton = build_skeleton(folder)
     manifest = open_store(folder).manifest if is_store(folder) else None
     precision = manifest.precision if manifest else config.precision
-    return make_plan(footprint(skeleton, expert_stacks(skeleton), precision, manifest, config.dense_precision), config)
+    return _plan(footprint(skeleton, expert_stacks(skeleton), precision, manifest, config.dense_precision), config)
+
+
+def _plan(needs: Footprint, config: OffloadConfig) -> Plan | DevicePlan:
+    if config.on_gpu:
+        return make_device_plan(needs, config, find_gpu(), device_options(config.preset))
+    return make_plan(needs, config)
 
 
 def is_store(path: str | Path) -> bool:
@@ -156,22 +167,22 @@ def prepare(path: Path) -> Prepared:
     return Prepared(store, model, stacks)
 
 
-def realize(prepared: Prepared, plan: Plan, config: OffloadConfig) -> Any:
+def realize(prepared: Prepared, plan: Plan | DevicePlan, config: OffloadConfig) -> Any:
     """Load the dense weights into the skeleton and attach the runtime under ``plan``; the skeleton becomes the model."""
+    if isinstance(plan, DevicePlan):
+        from fate_moe.models.load_device import realize_on_device
+
+        return realize_on_device(prepared, plan, config)
     store, model, stacks = prepared.store, prepared.model, prepared.stacks
     layouts_of_dense = dense_layouts(model, store.manifest.dense_precision)
     if embedding := read_by_row(model):
-        _leave_on_disk(model, embedding, store, layouts_of_dense.get(embedding))
-    _fill(model, load_dense(store, but=embedding), store.path, layouts_of_dense, config.exact_activations)
-    if (path := store.path / "generation_config.json").exists():
-        try:
-            model.generation_config = GenerationConfig.from_pretrained(store.path)
-        except Exception as error:  # whatever a torn or hostile file makes transformers raise
-            raise StoreError(f"{path} cannot be read ({_first_line(error)}); copy it from the checkpoint again") from error
+        leave_on_disk(model, embedding, store, layouts_of_dense.get(embedding))
+    fill(model, load_dense(store, but=embedding), store.path, layouts_of_dense, config.exact_activations)
+    load_generation_config(model, store.path)
     num_experts = [stack.num_experts for stack in stacks]
     arena = SlotArena(plan.num_slots, plan.slot_bytes)
     policy = make_policy(config.policy_name, plan.num_slots, num_experts)
-    _recall(policy, store.path)
+    recall(policy, store.path)
     residency = Residency(DiskSource(store), arena, policy, io_threads=config.io_threads)
     shapes = [stack.output_rows_first() for stack in stacks]
     layouts = [store.manifest.layout_of(stack.layer) for stack in stacks]
@@ -189,11 +200,20 @@ def realize(prepared: Prepared, plan: Plan, config: OffloadConfig) -> Any:
         "run by the extension, a token at a time: %d of %d layers whole, %s", joined, len(stacks), dict(hastened) or "no module"
     )
     limit_context(model, plan.context_length, plan.kv_cache_bytes // plan.context_length)
-    model.fate = Fate(plan, config, runtime, lambda: _remember(policy, store.path))
+    model.fate = Fate(plan, config, runtime, lambda: remember(policy, store.path))
     return model
 
 
-def _recall(policy: EvictionPolicy, store: Path) -> None:
+def load_generation_config(model: Any, store: Path) -> None:
+    """The store's generation_config.json, if it has one. Raises StoreError where it cannot be read."""
+    if (path := store / "generation_config.json").exists():
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(store)
+        except Exception as error:  # whatever a torn or hostile file makes transformers raise
+            raise StoreError(f"{path} cannot be read ({_first_line(error)}); copy it from the checkpoint again") from error
+
+
+def recall(policy: EvictionPolicy, store: Path) -> None:
     """Warm start: go on from what earlier runs learned of the routing."""
     if isinstance(policy, Decayed) and (state := load_statistics(store)) is not None:
         try:
@@ -202,7 +222,8 @@ def _recall(policy: EvictionPolicy, store: Path) -> None:
             _log.warning("%s: %s", store, error)
 
 
-def _remember(policy: EvictionPolicy, store: Path) -> None:
+def remember(policy: EvictionPolicy, store: Path) -> None:
+    """Keep for later runs what ``policy`` learned."""
     if isinstance(policy, Decayed):
         save_statistics(store, policy.state())
 
@@ -218,50 +239,3 @@ def load_tokenizer(path: Path) -> Any:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _fill(model: Any, dense: dict[str, torch.Tensor], path: Path, quantized: dict[str, BlobLayout], exact: bool) -> None:
-    """Put every dense tensor where the skeleton has its placeholder, and a module of ours where it is ``quantized``; no copies."""
-    modules = dict(model.named_modules())
-    replaced: dict[str, torch.Tensor] = {}
-    for name, tensor in dense.items():
-        owner_name, _, leaf = name.rpartition(".")
-        owner = modules.get(owner_name, nn.Module())
-        placeholder = owner._buffers.get(leaf, owner._parameters.get(leaf))
-        if placeholder is None:
-            raise StoreError(f"{path}: dense.safetensors has {name}, which the model has not; {_AGAIN}")
-        if name in quantized and tensor.dtype == torch.uint8 and len(tensor) == quantized[name].length:
-            replaced[owner_name] = tensor  # once its bias is there
-            continue
-        if placeholder.shape != tensor.shape:
-            found, wanted = tuple(tensor.shape), tuple(placeholder.shape)
-            raise StoreError(f"{path}: {name} is {found} in dense.safetensors, config.json means {wanted}; {_AGAIN}")
-        if leaf in owner._buffers:
-            owner._buffers[leaf] = tensor
-        else:
-            owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-    for module_name, blob in replaced.items():
-        _replace(model, module_name, blob, quantized[f"{module_name}.weight"], exact)
-    model.tie_weights()
-    experts = {module for module in model.modules() if is_experts(module)}
-    for module_name, module in model.named_modules():
-        for leaf, value in module._parameters.items():
-            if value is not None and value.device.type == "meta" and module not in experts:
-                raise StoreError(f"{path}: dense.safetensors lacks {module_name}.{leaf}; {_AGAIN}")
-
-
-def _replace(model: Any, path: str, blob: torch.Tensor, layout: BlobLayout, exact: bool) -> None:
-    """The Linear at ``path`` by one that reads ``blob``."""
-    parent, _, name = path.rpartition(".")
-    old = model.get_submodule(path)
-    shape = (int(old.weight.shape[0]), int(old.weight.shape[1]))
-    setattr(model.get_submodule(parent), name, QuantizedLinear(blob, layout, shape, old, model.dtype, exact))
-
-
-def _leave_on_disk(model: Any, parameter: str, store: Store, layout: BlobLayout | None) -> None:
-    """The embedding with this ``parameter`` by one that reads its tokens' rows when they come."""
-    owner = parameter.rpartition(".")[0]
-    parent, _, name = owner.rpartition(".")
-    rows, cols = model.get_submodule(owner).weight.shape
-    stored = StoredRows(store, parameter, (rows, cols), layout)
-    setattr(model.get_submodule(parent), name, StoredEmbedding(stored, (rows, cols), model.dtype))

@@ -11,7 +11,6 @@ from fate_moe.config import OffloadConfig
 from fate_moe.errors import ConfigError
 from fate_moe.models.families import ROUTER_NAMES
 from fate_moe.models.load import load_tokenizer, prepare, realize, store_for
-from fate_moe.planner import make_plan
 from fate_moe.store.learned import save_gates
 from fate_moe.store.progress import progress_bar
 from fate_moe.trace.fit import GateFitter, recall
@@ -37,9 +36,11 @@ def record_routing(
 
     ``gate_inputs`` records what linear routers saw, and their weights. Raises ConfigError if no token was decoded.
     """
+    if config.on_gpu:
+        raise ConfigError("routing is recorded on the CPU; leave vram and device away")
     prepared = prepare(store_for(model, config.precision, config.dense_precision))
     tokenizer = load_tokenizer(prepared.store.path)
-    plan = make_plan(prepared.footprint(), config)
+    plan = prepared.plan(config)
     running = realize(prepared, plan, config)
     routers = _router_weights(running, prepared.stacks) if gate_inputs else None
     recorder = Recorder([stack.num_experts for stack in prepared.stacks], gate_inputs=gate_inputs, routers=routers)
@@ -83,9 +84,11 @@ def fit_gates(model: Any, texts: Sequence[str], config: OffloadConfig, *, max_to
     Where the layer's own router foretells better than what was fitted, it is kept as it is: both are one matrix.
     Raises ConfigError for too little text.
     """
+    if config.on_gpu:
+        raise ConfigError("routing is recorded on the CPU; leave vram and device away")
     prepared = prepare(store_for(model, config.precision, config.dense_precision))
     tokenizer = load_tokenizer(prepared.store.path)
-    running = realize(prepared, make_plan(prepared.footprint(), config), config)
+    running = realize(prepared, prepared.plan(config), config)
     ids = torch.cat([tokenizer(text, return_tensors="pt")["input_ids"][0] for text in _enough(texts, max_tokens)])[:max_tokens]
     windows = list(torch.split(ids, WINDOW))[: max(0, len(ids) // WINDOW)]
     if len(windows) < 10:

@@ -48,11 +48,11 @@ def unpack(planes: Sequence[Tensor], widths: Sequence[int], group_size: int, num
     _check(group_size, widths)
     used = len(widths) if num_planes is None else num_planes
     rows, groups, _ = planes[0].shape
-    codes = torch.zeros(rows, groups, group_size, dtype=torch.uint8)
+    codes = torch.zeros(rows, groups, group_size, dtype=torch.uint8, device=planes[0].device)
     low = sum(widths)
     for plane, width in zip(planes[:used], widths[:used], strict=True):
         low -= width
-        shifts = torch.arange(0, 8, width, dtype=torch.uint8).unsqueeze(1)
+        shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=plane.device).unsqueeze(1)
         lanes = plane.unsqueeze(2) >> shifts & (1 << width) - 1  # [R, G, 8 / width, n]
         codes |= _from_lanes(lanes, width) << low
     return codes.view(rows, groups * group_size)

@@ -1,0 +1,166 @@
+"""A store's model on a GPU: dense weights and slots in VRAM, experts in pinned memory, the disk behind."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fate_moe.config import OffloadConfig
+from fate_moe.errors import UnsupportedModelError
+from fate_moe.gpu.device import CONTEXT_BYTES, find_gpu, vram_peak
+from fate_moe.gpu.experts import DeviceExperts
+from fate_moe.gpu.host import DiskBelow, HostTier, WholeHost, read_all
+from fate_moe.gpu.layout import DeviceLayout, device_layout
+from fate_moe.gpu.memory import PinnedArena, VramPool
+from fate_moe.gpu.options import DeviceOptions, device_options
+from fate_moe.gpu.plan import DevicePlan
+from fate_moe.gpu.tables import ResidencyTables, layer_quotas
+from fate_moe.memory.policies import make_policy
+from fate_moe.memory.residency import Residency
+from fate_moe.models.attach import limit_context
+from fate_moe.models.captured import CapturedDecode
+from fate_moe.models.device import attach_device, gates_of
+from fate_moe.models.fused import why_not_fused
+from fate_moe.models.weights import fill_device
+from fate_moe.report import Report
+from fate_moe.skeleton import ExpertStack
+from fate_moe.store.dense import dense_layouts
+from fate_moe.store.open import load_dense
+from fate_moe.store.progress import progress_bar
+from fate_moe.store.reader import DiskSource
+
+if TYPE_CHECKING:
+    from fate_moe.models.load import Prepared
+
+__all__ = ["DeviceFate", "realize_on_device"]
+
+_log = logging.getLogger(__name__)
+
+
+class DeviceFate:
+    """What ``model.fate`` is on a GPU: the plan the model was loaded under, the options, and what has happened since."""
+
+    def __init__(
+        self,
+        plan: DevicePlan,
+        config: OffloadConfig,
+        experts: DeviceExperts,
+        decode: CapturedDecode | None,
+        keep: Callable[[], None],
+    ) -> None:
+        self.plan, self.config, self.experts, self.decode = plan, config, experts, decode
+        self._keep = keep
+
+    def report(self) -> Report:
+        """Everything since loading: lookups in VRAM, bytes to it and from disk, memory. Waits for the device."""
+        moved, disk = self.experts.counters(), self.experts.host.counters()
+        return Report.on_device(moved, disk, self.plan, self.config, vram_peak(self.experts.pool.bytes.device))
+
+    def close(self) -> None:
+        """Give host memory back, close the store's files, keep what was learned. The model cannot run afterwards."""
+        self.experts.counters()  # the device has ended its work: nothing reads host memory any more
+        self.experts.host.close()
+        self._keep()
+
+
+def realize_on_device(prepared: Prepared, plan: DevicePlan, config: OffloadConfig, device: torch.device | None = None) -> Any:
+    """As ``load.realize``; ``device`` None is this machine's GPU, a CPU simulates one under Triton's interpreter.
+
+    Raises UnsupportedModelError for experts that the kernels cannot read.
+    """
+    from fate_moe.models.load import load_generation_config, recall, remember
+
+    device = device or find_gpu().device
+    store, model, stacks = prepared.store, prepared.model, prepared.stacks
+    layouts = _layouts(prepared)
+    if device.type == "cuda":  # the promise is kept by torch: it fails rather than take more
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (plan.vram_budget_bytes - CONTEXT_BYTES) / total), device)
+    fill_device(model, load_dense(store), store.path, dense_layouts(model, store.manifest.dense_precision), device)
+    load_generation_config(model, store.path)
+    options = device_options(config.preset)
+    num_experts, top_k = stacks[0].num_experts, max(stack.top_k for stack in stacks)
+    source, arena = DiskSource(store), PinnedArena(plan.num_host_slots, plan.slot_bytes, device)
+    policy = make_policy(config.policy_name, plan.num_host_slots, [num_experts] * len(stacks))
+    recall(policy, store.path)
+    host: HostTier
+    if plan.reads_disk:
+        options = replace(options, limit=0)  # what would be copied ahead may have to be read first
+        residency = Residency(source, arena.slots, policy, io_threads=config.io_threads)
+        host = DiskBelow(residency, arena, num_experts, device)
+    else:
+        with progress_bar("loading experts", store.manifest.expert_bytes, None) as advance:
+            read_all(source, arena, len(stacks), num_experts, config.io_threads, advance)
+        source.close()
+        host = WholeHost(arena)
+    experts = _experts(plan, layouts, host, gates_of(model, stacks), num_experts, top_k, options, device)
+    attach_device(model, stacks, experts)
+    model.register_forward_hook(lambda module, args, output: host.check())
+    reasons = why_not_fused(model)
+    decode, per_token = None, plan.kv_cache_bytes // plan.context_length
+    if reasons:
+        _log.info("decode runs transformers' layers: %s", "; ".join(reasons))
+        limit_context(model, plan.context_length, per_token)
+    else:
+        decode = CapturedDecode(model, experts, plan.context_length, per_token, config.cuda_graph)
+    experts.tables.counters.zero_()
+    model.generate = _with_inputs_on(device, model.generate)
+    model.fate = DeviceFate(plan, config, experts, decode, lambda: remember(policy, store.path) if plan.reads_disk else None)
+    return model
+
+
+def _experts(
+    plan: DevicePlan,
+    layouts: Sequence[DeviceLayout],
+    host: HostTier,
+    gates: Sequence[torch.Tensor | None],
+    num_experts: int,
+    top_k: int,
+    options: DeviceOptions,
+    device: torch.device,
+) -> DeviceExperts:
+    """Slots in VRAM, filled."""
+    quotas = layer_quotas(plan.num_slots, len(layouts), num_experts, min(num_experts, top_k + options.limit), options.num_whole)
+    tables = ResidencyTables(quotas, num_experts, device)
+    pool = VramPool(tables.num_slots, plan.num_staging, plan.slot_bytes, device)
+    experts = DeviceExperts(layouts, host, pool, tables, gates, top_k=top_k, options=options)
+    experts.fill()
+    host.check()
+    return experts
+
+
+def _layouts(prepared: Prepared) -> list[DeviceLayout]:
+    """Each layer's experts as the kernels see them. Raises UnsupportedModelError, saying why, where they cannot."""
+    manifest, stacks = prepared.store.manifest, prepared.stacks
+    reasons = []
+    if len({stack.num_experts for stack in stacks}) > 1:
+        reasons.append("layers have different numbers of experts")
+    if len({manifest.layout_of(stack.layer) for stack in stacks}) > 1:
+        reasons.append("layers are stored in different precisions")
+    if any(stack.twins for stack in stacks):
+        reasons.append("several modules share their experts")
+    if reasons:
+        raise UnsupportedModelError(f"the GPU tier cannot run this model: {'; '.join(reasons)}; run it on the CPU, without --vram")
+    return [_layout(prepared, stack) for stack in stacks]
+
+
+def _layout(prepared: Prepared, stack: ExpertStack) -> DeviceLayout:
+    module = prepared.model.get_submodule(stack.name)
+    return device_layout(prepared.store.manifest.layout_of(stack.layer), stack.output_rows_first(), module)
+
+
+def _with_inputs_on(device: torch.device, generate: Callable[..., Any]) -> Callable[..., Any]:
+    """``generate`` with its tensors moved to ``device`` first."""
+
+    @functools.wraps(generate)
+    def moved(*args: Any, **options: Any) -> Any:
+        there = [value.to(device) if isinstance(value, torch.Tensor) else value for value in args]
+        named = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in options.items()}
+        return generate(*there, **named)
+
+    return moved

@@ -1,0 +1,120 @@
+"""Dense weights from a store into a skeleton: as they lie, or as numbers on a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fate_moe.core import BlobLayout
+from fate_moe.errors import StoreError
+from fate_moe.kernels.reference import dequantize
+from fate_moe.models.dense import QuantizedLinear, StoredEmbedding
+from fate_moe.quant.blob import views
+from fate_moe.skeleton import is_experts
+from fate_moe.store.open import Store
+from fate_moe.store.rows import StoredRows
+
+__all__ = ["fill", "fill_device", "leave_on_disk"]
+
+_AGAIN = "delete the store and convert the checkpoint again"
+# Rows of a quantized matrix that become numbers at a time, in elements: fp32 and codes are five bytes each.
+_AT_ONCE = 16 << 20
+
+
+def fill(model: Any, dense: dict[str, torch.Tensor], path: Path, quantized: dict[str, BlobLayout], exact: bool) -> None:
+    """Put every dense tensor where the skeleton has its placeholder, and a module of ours where it is ``quantized``; no copies.
+
+    ``path`` is the store's. Raises StoreError where they do not belong together.
+    """
+    blobs = _place(model, dense, path, quantized)
+    for module_name, blob in blobs.items():
+        _replace(model, module_name, blob, quantized[f"{module_name}.weight"], exact)
+    _finish(model, path)
+
+
+def fill_device(
+    model: Any, dense: dict[str, torch.Tensor], path: Path, quantized: dict[str, BlobLayout], device: torch.device
+) -> None:
+    """The same on ``device``; what is ``quantized`` becomes numbers of the model's dtype there."""
+    blobs = _place(model, {name: tensor.to(device) for name, tensor in dense.items()}, path, quantized)
+    while blobs:  # forgotten one by one: beside one another, blobs and numbers would be half as much again
+        module_name, blob = blobs.popitem()
+        owner = model.get_submodule(module_name)
+        weight = _expanded(blob, quantized[f"{module_name}.weight"], owner.weight.shape, model.dtype)
+        owner.weight = nn.Parameter(weight, requires_grad=False)
+    for module in model.modules():
+        for leaf, value in module._buffers.items():
+            module._buffers[leaf] = None if value is None else value.to(device)
+    _finish(model, path)
+
+
+def _expanded(blob: torch.Tensor, layout: BlobLayout, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    """The matrix ``shape`` that ``blob`` holds, on the blob's device."""
+    parts = views(layout, blob)
+    planes = [parts[f"weight.plane{i}"] for i in range(len(layout.plane_widths))]
+    made = torch.empty(shape, dtype=dtype, device=blob.device)
+    step = max(1, _AT_ONCE // shape[1])
+    for first in range(0, shape[0], step):
+        rows = slice(first, first + step)
+        made[rows] = dequantize(
+            [plane[rows] for plane in planes],
+            parts["weight.scale"][rows],
+            parts["weight.zero"][rows],
+            cols=shape[1],
+            group_size=layout.group_size,
+            widths=layout.plane_widths,
+        )
+    return made
+
+
+def _place(model: Any, dense: dict[str, torch.Tensor], path: Path, quantized: dict[str, BlobLayout]) -> dict[str, torch.Tensor]:
+    """Put the tensors of ``dense`` that are numbers into ``model``; the others, blobs, by the name of their module."""
+    modules = dict(model.named_modules())
+    blobs: dict[str, torch.Tensor] = {}
+    for name, tensor in dense.items():
+        owner_name, _, leaf = name.rpartition(".")
+        owner = modules.get(owner_name, nn.Module())
+        placeholder = owner._buffers.get(leaf, owner._parameters.get(leaf))
+        if placeholder is None:
+            raise StoreError(f"{path}: dense.safetensors has {name}, which the model has not; {_AGAIN}")
+        if name in quantized and tensor.dtype == torch.uint8 and len(tensor) == quantized[name].length:
+            blobs[owner_name] = tensor  # once its bias is there
+            continue
+        if placeholder.shape != tensor.shape:
+            found, wanted = tuple(tensor.shape), tuple(placeholder.shape)
+            raise StoreError(f"{path}: {name} is {found} in dense.safetensors, config.json means {wanted}; {_AGAIN}")
+        if leaf in owner._buffers:
+            owner._buffers[leaf] = tensor
+        else:
+            owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    return blobs
+
+
+def _finish(model: Any, path: Path) -> None:
+    """Tie what is tied; raise StoreError if a parameter that is no expert's has no numbers."""
+    model.tie_weights()
+    experts = {module for module in model.modules() if is_experts(module)}
+    for module_name, module in model.named_modules():
+        for leaf, value in module._parameters.items():
+            if value is not None and value.device.type == "meta" and module not in experts:
+                raise StoreError(f"{path}: dense.safetensors lacks {module_name}.{leaf}; {_AGAIN}")
+
+
+def _replace(model: Any, path: str, blob: torch.Tensor, layout: BlobLayout, exact: bool) -> None:
+    """The Linear at ``path`` by one that reads ``blob``."""
+    parent, _, name = path.rpartition(".")
+    old = model.get_submodule(path)
+    shape = (int(old.weight.shape[0]), int(old.weight.shape[1]))
+    setattr(model.get_submodule(parent), name, QuantizedLinear(blob, layout, shape, old, model.dtype, exact))
+
+
+def leave_on_disk(model: Any, parameter: str, store: Store, layout: BlobLayout | None) -> None:
+    """The embedding with this ``parameter`` by one that reads its tokens' rows when they come."""
+    owner = parameter.rpartition(".")[0]
+    parent, _, name = owner.rpartition(".")
+    rows, cols = model.get_submodule(owner).weight.shape
+    stored = StoredRows(store, parameter, (rows, cols), layout)
+    setattr(model.get_submodule(parent), name, StoredEmbedding(stored, (rows, cols), model.dtype))
