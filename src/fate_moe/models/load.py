@@ -41,7 +41,6 @@ from fate_moe.store.learned import gates_bytes, load_gates, load_statistics, sav
 from fate_moe.store.open import Store, load_dense, open_store
 from fate_moe.store.plan import identity_of
 from fate_moe.store.reader import DiskSource
-from fate_moe.store.rows import StoredRows
 from fate_moe.store.source import resolve_checkpoint
 from fate_moe.tailor import Tailor
 

@@ -1,0 +1,153 @@
+"""How fast experts travel from RAM to this GPU and how fast the CPU reads them, each alone and both at once: measured once a machine
+by ``fate doctor --calibrate`` and kept under FATE_HOME."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from fate_moe.config import cache_home
+from fate_moe.errors import ConfigError
+from fate_moe.gpu.memory import PinnedArena, VramPool
+
+__all__ = ["Link", "load_link", "measure_link", "save_link"]
+
+_NAME = "link.json"
+# Computing misses on the CPU is worth its synchronization only where it brings misses this much faster.
+_WORTH = 1.25
+
+
+@dataclass(frozen=True)
+class Link:
+    """Bytes per second. ``dma``: the copy engine from pinned memory; ``zero_copy``: a kernel that reads it, as a captured step
+    does; ``memory``: reads by all of torch's threads; ``both_*``: the latter two at once."""
+
+    gpu: str
+    threads: int
+    dma: float
+    zero_copy: float
+    memory: float
+    both_zero_copy: float
+    both_memory: float
+
+    @property
+    def gain(self) -> float:
+        """How much faster misses could be served by both at once than by the link alone; the CPU's reads stand for its
+        computing."""
+        return (self.both_zero_copy + self.both_memory) / self.zero_copy
+
+    @property
+    def cpu_share(self) -> float:
+        """The share of misses that the CPU should compute: as much as it reads in the time the link copies the rest; 0.0 where that
+        gains little."""
+        return self.both_memory / (self.both_zero_copy + self.both_memory) if self.gain >= _WORTH else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "gain": self.gain, "cpu_share": self.cpu_share}
+
+
+def save_link(link: Link) -> str:
+    """Keep ``link`` for later runs; returns the file's path. Raises ConfigError if it cannot be written."""
+    path = cache_home() / _NAME
+    part = path.with_suffix(f".{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(asdict(link), indent=1))
+        os.replace(part, path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written ({error.strerror}); set FATE_HOME to a folder of yours") from error
+    return str(path)
+
+
+def load_link(gpu: str) -> Link | None:
+    """What was measured with this ``gpu``; None if nothing was, or it cannot be read."""
+    try:
+        link = Link(**json.loads((cache_home() / _NAME).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+    return link if link.gpu == gpu else None
+
+
+def measure_link(
+    gpu: str,
+    device: torch.device,
+    *,
+    blob_bytes: int = 4 << 20,
+    num_blobs: int = 64,
+    memory_bytes: int = 1 << 30,
+    seconds: float = 0.5,
+) -> Link:
+    """Measure for about four times ``seconds``; takes ``num_blobs * blob_bytes`` of pinned memory and of VRAM, and ``memory_bytes``
+    of RAM."""
+    from fate_moe.kernels.triton_fetch import fetch_kernel
+
+    arena, pool = PinnedArena(num_blobs, blob_bytes, device), VramPool(num_blobs, 0, blob_bytes, device)
+    arena.bytes.fill_(1)
+    listed = [[i, i] for i in range(num_blobs)]
+    wanted = torch.tensor([*listed, [num_blobs, 0]], dtype=torch.int32, device=device)
+    data = torch.ones(memory_bytes // 4)
+    arguments = (arena.bytes, pool.bytes, wanted, wanted[-1], blob_bytes, blob_bytes)
+
+    def dma() -> None:
+        for i in range(num_blobs):
+            pool.slot(i).copy_(arena.blob(i), non_blocking=True)
+
+    def zero_copy() -> None:
+        fetch_kernel[(16,)](*arguments, BLOCK=4096, num_warps=8)
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    def read() -> None:
+        data.sum()
+
+    all_blobs = num_blobs * blob_bytes
+    alone = [_rate(work, wait, size, seconds) for work, size in ((dma, all_blobs), (zero_copy, all_blobs), (read, memory_bytes))]
+    both = _both(zero_copy, wait, all_blobs, read, memory_bytes, seconds, expected=alone[1])
+    arena.close()
+    return Link(gpu, torch.get_num_threads(), *alone, *both)
+
+
+def _rate(work: Callable[[], None], wait: Callable[[], None], num_bytes: int, seconds: float) -> float:
+    """Bytes per second of ``work`` over about ``seconds``, after one run that does not count."""
+    work()
+    wait()
+    began, times = time.perf_counter(), 0
+    while not times or time.perf_counter() - began < seconds:
+        work()
+        wait()
+        times += 1
+    return times * num_bytes / (time.perf_counter() - began)
+
+
+def _both(
+    copy: Callable[[], None],
+    wait: Callable[[], None],
+    copy_bytes: int,
+    read: Callable[[], None],
+    read_bytes: int,
+    seconds: float,
+    expected: float,
+) -> tuple[float, float]:
+    """(copied, read) bytes per second at once: copies for about ``seconds`` are enqueued, and memory is read until they have ended.
+
+    The time is up when a wait for the copies returns; reads after that were made alone, at most one of them.
+    """
+    times = max(1, round(seconds * expected / copy_bytes))
+    began, reads = time.perf_counter(), 0
+    for _ in range(times):
+        copy()
+    end = began + times * copy_bytes / expected
+    while not reads or time.perf_counter() < end:
+        read()
+        reads += 1
+    reading = time.perf_counter() - began
+    wait()
+    return times * copy_bytes / (time.perf_counter() - began), reads * read_bytes / reading
