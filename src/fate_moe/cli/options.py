@@ -18,6 +18,7 @@ __all__ = [
     "offload_config",
     "print_table",
     "quiet_transformers",
+    "require_gpu",
 ]
 
 MODEL_HELP = "checkpoint folder, hub id or store; none: the embedded model"
@@ -100,6 +101,14 @@ def offload_config(arguments: argparse.Namespace, context_length: int) -> Offloa
     options = {name: getattr(arguments, name) for name in DEFAULTS if hasattr(arguments, name)}
     options["context_length"] = context_length if arguments.context_length is None else arguments.context_length
     return OffloadConfig.from_options(options)
+
+
+def require_gpu(arguments: argparse.Namespace) -> None:
+    """Raise ConfigError if a GPU is asked for and none can be used, before anything is converted."""
+    if OffloadConfig(device=arguments.device, vram=arguments.vram).on_gpu:
+        from fate_moe.gpu.device import find_gpu
+
+        find_gpu()
 
 
 def generate_options(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from fate_moe.cli.options import (
     generate_options,
     offload_config,
     quiet_transformers,
+    require_gpu,
 )
 from fate_moe.config import OffloadConfig
 from fate_moe.errors import ConfigError
@@ -64,6 +65,7 @@ def _run(arguments: argparse.Namespace) -> None:
     from fate_moe.models.generate import generate
     from fate_moe.models.load import load_tokenizer, prepare, realize, store_for
 
+    require_gpu(arguments)
     prepared = prepare(store_for(arguments.model, arguments.precision, arguments.dense_precision))
     tokenizer = load_tokenizer(prepared.store.path)
     inputs = _encode(tokenizer, prompt, arguments.chat)
@@ -108,6 +110,7 @@ def _chat(arguments: argparse.Namespace) -> None:
     from fate_moe.models.generate import generate
     from fate_moe.models.load import load_tokenizer, prepare, realize, store_for
 
+    require_gpu(arguments)
     prepared = prepare(store_for(arguments.model, arguments.precision, arguments.dense_precision))
     tokenizer = load_tokenizer(prepared.store.path)
     config = offload_config(arguments, OffloadConfig.context_length)

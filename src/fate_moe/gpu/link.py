@@ -1,5 +1,7 @@
-"""How fast experts travel from RAM to this GPU and how fast the CPU reads them, each alone and both at once: measured once a machine
-by ``fate doctor --calibrate`` and kept under FATE_HOME."""
+"""How fast experts travel from RAM to this GPU and how fast the CPU reads them, each alone and both at once.
+
+Measured once a machine by ``fate doctor --calibrate`` and kept under FATE_HOME.
+"""
 
 from __future__ import annotations
 
@@ -109,10 +111,11 @@ def measure_link(
         data.sum()
 
     all_blobs = num_blobs * blob_bytes
-    alone = [_rate(work, wait, size, seconds) for work, size in ((dma, all_blobs), (zero_copy, all_blobs), (read, memory_bytes))]
-    both = _both(zero_copy, wait, all_blobs, read, memory_bytes, seconds, expected=alone[1])
+    by_engine, by_kernel = (_rate(work, wait, all_blobs, seconds) for work in (dma, zero_copy))
+    reading = _rate(read, wait, memory_bytes, seconds)
+    both = _both(zero_copy, wait, all_blobs, read, memory_bytes, seconds, expected=by_kernel)
     arena.close()
-    return Link(gpu, torch.get_num_threads(), *alone, *both)
+    return Link(gpu, torch.get_num_threads(), by_engine, by_kernel, reading, *both)
 
 
 def _rate(work: Callable[[], None], wait: Callable[[], None], num_bytes: int, seconds: float) -> float:

@@ -99,6 +99,8 @@ def load(model: str | Path | None = None, **options: Any) -> tuple[Any, Any]:
     it, and ``model.fate`` (see Fate). Raises FateError and its children, each with a sentence on what to do.
     """
     config = OffloadConfig.from_options(options)
+    if config.on_gpu:
+        find_gpu()  # or nothing is converted
     prepared = prepare(store_for(model, config.precision, config.dense_precision))
     return realize(prepared, prepared.plan(config), config), load_tokenizer(prepared.store.path)
 
