@@ -50,8 +50,18 @@ class Model:
     top_k: int
     dtype: torch.dtype
 
+    @property
+    def hidden(self) -> int:
+        """Width of a token's vector."""
+        return self.shapes["down_proj"][0]
+
     def experts(
-        self, num_slots: int, options: DeviceOptions | None = None, num_staging: int = 4, share: HostShare | None = None
+        self,
+        num_slots: int,
+        options: DeviceOptions | None = None,
+        num_staging: int = 4,
+        share: HostShare | None = None,
+        host: Any = None,
     ) -> DeviceExperts:
         options = options or DeviceOptions()
         layers = len(self.gates)
@@ -63,7 +73,7 @@ class Model:
         pool = VramPool(tables.num_slots, num_staging, self.layout.length, CPU)
         device = device_layout(self.layout, self.shapes, SwiGLU())
         experts = DeviceExperts(
-            [device] * layers, self.arena, pool, tables, list(self.gates), top_k=self.top_k, options=options, share=share
+            [device] * layers, host or self.arena, pool, tables, list(self.gates), top_k=self.top_k, options=options, share=share
         )
         experts.fill()
         return experts

@@ -1,0 +1,96 @@
+"""The tier below VRAM: what the device asks for is what it gets, and what cannot be read is said."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from fate_moe.core import ExpertId
+from fate_moe.errors import StoreError
+from fate_moe.gpu.host import DiskBelow, read_all
+from fate_moe.gpu.memory import PinnedArena
+from fate_moe.gpu.options import DeviceOptions
+from fate_moe.memory.policies import make_policy
+from fate_moe.memory.residency import Residency
+from tests.gpu.device import CPU, Model, random_model, route
+
+
+class FromArena:
+    """An ExpertSource over a model's arena; ``broken`` experts cannot be read."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.broken: set[ExpertId] = set()
+        self.reads = 0
+
+    def read(self, expert: ExpertId, slot: memoryview, first: int = 0, last: int | None = None) -> int:
+        time.sleep(1e-3)
+        self.reads += 1
+        if expert in self.broken:
+            raise StoreError(f"layer {expert.layer} expert {expert.expert} is torn")
+        blob = self.model.arena.slots.view(expert.layer * self.model.num_experts + expert.expert)
+        slot[: len(blob)] = blob
+        return len(blob)
+
+    def close(self) -> None: ...
+
+
+def below(model: Model, num_places: int) -> tuple[DiskBelow, FromArena]:
+    source, arena = FromArena(model), PinnedArena(num_places, model.layout.length, CPU)
+    policy = make_policy("lru", num_places, [model.num_experts] * len(model.gates))
+    return DiskBelow(Residency(source, arena.slots, policy), arena, model.num_experts, CPU), source
+
+
+def outputs(model: Model, host: DiskBelow | PinnedArena, tokens: int) -> list[torch.Tensor]:
+    """Of four passes of ``tokens`` tokens through every layer, with few slots in VRAM."""
+    experts = model.experts(3 * len(model.gates), DeviceOptions(limit=0), host=host)
+    random = torch.Generator().manual_seed(5)
+    made = []
+    for _ in range(4):
+        for layer in range(len(model.gates)):
+            hidden = torch.randn(tokens, model.hidden, generator=random)
+            made.append(experts.compute(layer, hidden, *route(model, layer, hidden)))
+    experts.tables.check_integrity()
+    return made
+
+
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_same_bits_with_the_disk_below(tokens: int) -> None:
+    model = random_model("lossless", layers=2, experts=6)
+    expected = outputs(model, model.arena, tokens)
+    host, source = below(model, 4)
+    assert all(map(torch.equal, outputs(model, host, tokens), expected))
+    host.check()
+    assert source.reads > 12, "all experts fitted; nothing was shown"
+    assert host.counters().bytes_read == source.reads * model.layout.length
+    host.close()
+    host.residency.check_integrity()
+    with pytest.raises(RuntimeError, match="closed"):
+        host.check()
+
+
+def test_what_cannot_be_read_ends_the_wait_and_is_raised() -> None:
+    model = random_model("lossless", layers=1, experts=6)
+    host, source = below(model, 4)
+    experts = model.experts(3, DeviceOptions(limit=0), host=host)
+    hidden = torch.randn(1, model.hidden, generator=torch.Generator().manual_seed(1))
+    index, weights = torch.tensor([[5, 4]]), torch.ones(1, 2)
+    source.broken = {ExpertId(0, 5)}
+    experts.compute(0, hidden, index, weights)
+    for _ in range(2):  # for good: the device believes that it has the expert
+        with pytest.raises(StoreError, match="expert 5 is torn"):
+            host.check()
+        experts.compute(0, hidden, torch.tensor([[0, 1]]), weights)
+    host.close()
+
+
+def test_all_are_read_in_their_places() -> None:
+    model = random_model("lossless", layers=2, experts=3)
+    arena, seen = PinnedArena(6, model.layout.length, CPU), []
+    read_all(FromArena(model), arena, 2, 3, 2, lambda num_bytes, remark="": seen.append(num_bytes))
+    assert torch.equal(arena.bytes, model.arena.bytes)
+    assert sum(seen) == arena.bytes.numel()

@@ -1,0 +1,127 @@
+"""A store on a simulated GPU: the same tokens as on the CPU, whatever fits (law 1), through transformers' own ``generate``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers.generation.streamers import BaseStreamer
+
+pytest.importorskip("triton")
+
+from fate_moe.config import OffloadConfig
+from fate_moe.core import ExpertId
+from fate_moe.errors import BudgetError, CorruptExpertError, UnsupportedModelError
+from fate_moe.gpu.device import Gpu
+from fate_moe.gpu.options import device_options
+from fate_moe.gpu.plan import make_device_plan
+from fate_moe.models.load import prepare, store_for
+from fate_moe.models.load_device import realize_on_device
+from fate_moe.store.convert import convert
+from fate_moe.store.open import open_store
+
+CPU = torch.device("cpu")
+PROMPT = torch.tensor([[3, 17, 90, 5]])
+
+
+def on_gpu(store: Path, slots: int | None = None, places: int | None = None, **options: Any) -> Any:
+    """The model of ``store`` with so many slots in "VRAM" and in RAM (None: all experts)."""
+    config = OffloadConfig(device="cuda", context_length=24, **options)
+    prepared = prepare(store)
+    plan = make_device_plan(prepared.footprint(), config, Gpu("simulated", CPU, 1 << 30, 1 << 30), device_options(config.preset))
+    plan = replace(plan, num_slots=slots or plan.num_slots, num_host_slots=places or plan.num_host_slots)
+    return realize_on_device(prepared, plan, config, CPU)
+
+
+def tokens(model: Any, num: int = 3, **options: Any) -> list[int]:
+    options = {"do_sample": False, **options}
+    return model.generate(PROMPT, max_new_tokens=num, eos_token_id=None, pad_token_id=0, **options)[0, 4:].tolist()
+
+
+@pytest.mark.parametrize(("slots", "places"), [(None, None), (7, None), (7, 4)])
+def test_tokens_are_the_cpus(
+    checkpoint: Callable[[str], Path], loaded: Callable[..., Any], slots: int | None, places: int | None
+) -> None:
+    model = on_gpu(store_for(checkpoint("qwen2_moe"), "lossless"), slots, places)
+    assert tokens(model) == tokens(loaded("qwen2_moe"))
+    assert model.fate.decode.steps == 2, "decode did not go through the fused step"
+    report = model.fate.report().as_dict()
+    assert ("disk" in report) == bool(places)
+    assert (report["experts"]["misses"] > 0) == bool(slots)
+    assert str(model.fate.report()).startswith("experts:")
+    model.fate.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        tokens(model)
+
+
+def test_layers_that_are_not_plain_run_as_they_are(checkpoint: Callable[[str], Path], loaded: Callable[..., Any]) -> None:
+    model = on_gpu(store_for(checkpoint("olmoe"), "lossless"), 6, 4)
+    assert model.fate.decode is None
+    assert tokens(model) == tokens(loaded("olmoe"))
+    model.fate.close()
+
+
+def test_generate_is_transformers(checkpoint: Callable[[str], Path], loaded: Callable[..., Any]) -> None:
+    """Sampling, streamers, beams, conversations that go on, and refusals."""
+
+    class Heard(BaseStreamer):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.values: list[int] = []
+
+        def put(self, value: torch.Tensor) -> None:
+            self.values += value.reshape(-1).tolist()
+
+        def end(self) -> None:
+            self.values.append(-1)
+
+    model, twin = on_gpu(store_for(checkpoint("qwen3_moe"), "lossless")), loaded("qwen3_moe")
+    made = []
+    for each in (model, twin):
+        torch.manual_seed(3)
+        heard = Heard()
+        made.append((tokens(each, do_sample=True, temperature=2.0, streamer=heard), heard.values))
+    assert made[0] == made[1]
+    assert model.fate.decode.steps == 2
+    assert tokens(model, 2, num_beams=2) == tokens(twin, 2, num_beams=2)
+    assert model.fate.decode.steps == 2, "beams went through the step of one sequence"
+    with torch.no_grad():
+        cache = model.fate.decode.cache
+        first = model.generate(PROMPT, max_new_tokens=2, do_sample=False, eos_token_id=None, pad_token_id=0)
+        again = model(torch.tensor([[first[0, -1].item(), 8, 9]]), past_key_values=cache).logits[0, -1]
+        whole = twin(torch.tensor([[*first[0].tolist(), 8, 9]])).logits[0, -1]
+    torch.testing.assert_close(again, whole, rtol=1e-4, atol=1e-4)
+    with pytest.raises(BudgetError, match="context_length=25"):
+        model(torch.zeros(1, 25, dtype=torch.int64))
+    model.fate.close()
+
+
+def test_quantized_dense_weights_become_numbers(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    store = convert(checkpoint("mixtral"), tmp_path / "store", "int4", dense_precision="int8")
+    model = on_gpu(store)
+    assert all(value.device.type == "meta" or value.dtype == model.dtype for value in model.parameters())
+    assert tokens(model, 2) == tokens(on_gpu(store, cuda_graph=False), 2)
+
+
+def test_damage_is_never_a_wrong_answer(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    store = convert(checkpoint("qwen3_moe"), tmp_path / "store", "lossless")
+    opened = open_store(store)
+    expert = ExpertId(1, 7)
+    with opened.shard_of(expert).open("r+b") as file:
+        file.seek(opened.manifest.layers[1].experts[7].offset)
+        file.write(b"\xff" * 64)
+    with pytest.raises(CorruptExpertError, match="layer 1 expert 7"):
+        on_gpu(store)
+    with pytest.raises(CorruptExpertError, match="layer 1 expert 7"):
+        tokens(on_gpu(store, 6, 4), 16)
+
+
+def test_models_that_the_kernels_cannot_run_say_why(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="gate_up_proj_bias"):
+        on_gpu(store_for(checkpoint("gpt_oss"), "lossless"))
+    mixed = convert(checkpoint("mixtral"), tmp_path / "mixed", "int4", keep={0: "lossless"})
+    with pytest.raises(UnsupportedModelError, match="different precisions"):
+        on_gpu(mixed)
