@@ -40,6 +40,7 @@ PRESETS = {
 }
 # How much of a missing expert is read; only "full" keeps every number.
 PRECISION_POLICIES = ("full", "prefill-popularity", "gate-weighted", "budget")
+GPU_PRECISION_POLICIES = ("full", "prefill-popularity")
 # How a conversion to fewer bits chooses codes, best first; and how many weights may share a scale.
 SOLVERS = ("hqq", "minmax")
 GROUP_SIZES = (32, 64, 128)
@@ -158,6 +159,10 @@ class OffloadConfig:
                 raise ConfigError("vram is memory of a GPU; leave it away, or device cpu")
         if self.on_gpu and self.predictor is not None:
             raise ConfigError("on a GPU the next layer's router predicts; choose with preset, or run on the CPU")
+        if self.on_gpu and self.precision_policy not in GPU_PRECISION_POLICIES:
+            raise ConfigError(
+                f"on a GPU precision_policy is one of {', '.join(GPU_PRECISION_POLICIES)}, not {self.precision_policy}"
+            )
 
     @property
     def on_gpu(self) -> bool:

@@ -15,8 +15,9 @@ from fate_moe.gpu.host import DiskBelow, read_all
 from fate_moe.gpu.memory import PinnedArena
 from fate_moe.gpu.options import DeviceOptions
 from fate_moe.memory.policies import make_policy
+from fate_moe.memory.precision import PrefillPopularity
 from fate_moe.memory.residency import Residency
-from tests.gpu.device import CPU, Model, random_model, route
+from tests.gpu.device import CPU, Model, random_model, reference, route
 
 
 class FromArena:
@@ -94,3 +95,25 @@ def test_all_are_read_in_their_places() -> None:
     read_all(FromArena(model), arena, 2, 3, 2, lambda num_bytes, remark="": seen.append(num_bytes))
     assert torch.equal(arena.bytes, model.arena.bytes)
     assert sum(seen) == arena.bytes.numel()
+
+
+def test_prefill_takes_short_views_of_the_tail_alone() -> None:
+    """Least popular experts come with 3 bits, from the disk too; what decode needs afterwards is whole."""
+    model = random_model("int4", layers=1, experts=4)
+    host, _ = below(model, 3)
+    experts = model.experts(3, DeviceOptions(limit=0), host=host)
+    experts.precision = PrefillPopularity(share=0.25, bits=3)
+    hidden = torch.randn(20, model.hidden, generator=torch.Generator().manual_seed(2))
+    index = torch.tensor([[3, 0]] * 4 + [[0, 1]] * 16)  # expert 3, which has no slot, has a tenth of the choices
+    weights = torch.full((20, 2), 0.5)
+    assert experts._prefill._short_views(0, [3], {0: 20, 1: 16, 3: 4}) == {3: 2}
+    got = experts.compute(0, hidden, index, weights)
+    whole = reference(model, 0, hidden, index, weights, torch.float64)
+    tail = [*reference(model, 0, hidden[:4], index[:4, :1], weights[:4, :1], torch.float64, num_planes=2)]
+    rest = reference(model, 0, hidden[:4], index[:4, 1:], weights[:4, 1:], torch.float64)
+    torch.testing.assert_close(got[:4].double(), torch.stack(tail) + rest, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(got[4:].double(), whole[4:], rtol=1e-3, atol=1e-3)
+    assert (got[:4].double() - whole[:4]).abs().max() > 1e-2
+    one = experts.compute(0, hidden[:1], index[:1], weights[:1])
+    torch.testing.assert_close(one.double(), whole[:1], rtol=5e-2, atol=5e-2)  # int8 activations
+    host.close()

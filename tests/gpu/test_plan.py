@@ -84,6 +84,7 @@ def test_options_that_mean_nothing_are_errors() -> None:
         {"device": "tpu"},
         {"device": "cpu", "vram": "1GiB"},
         {"vram": "1GiB", "predictor": "temporal"},
+        {"device": "cuda", "precision_policy": "budget"},
     ):
         with pytest.raises(ConfigError):
             OffloadConfig(**wrong)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import triton
 
-from fate_moe.core import Counters
+from fate_moe.core import Counters, PrecisionPolicy
 from fate_moe.gpu.host import HostTier, WholeHost
 from fate_moe.gpu.layout import DeviceLayout
 from fate_moe.gpu.memory import PinnedArena, VramPool
@@ -54,10 +54,13 @@ class DeviceExperts:
         top_k: int,
         options: DeviceOptions | None = None,
         share: HostShare | None = None,
+        precision: PrecisionPolicy | None = None,
     ) -> None:
         """``host`` is where misses come from; an arena alone holds all experts. ``gates[l]`` is the weight [num_experts, hidden] of
         layer l's router, None where it has none that can be applied early.
-        ``share`` computes what ``options.host_share`` leaves to the host."""
+        ``share`` computes what ``options.host_share`` leaves to the host;
+        ``precision`` says how many bits of each missing expert prefill copies (None: all)."""
+        self.precision = precision
         self.layouts, self.pool, self.tables, self.gates = list(layouts), pool, tables, list(gates)
         self.host: HostTier = WholeHost(host) if isinstance(host, PinnedArena) else host
         self.top_k, self.options = top_k, options or DeviceOptions()

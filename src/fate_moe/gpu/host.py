@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -20,12 +20,19 @@ from fate_moe.kernels.triton_host import ask_kernel
 from fate_moe.memory.residency import Lease, Residency
 from fate_moe.store.progress import Advance
 
-__all__ = ["DiskBelow", "HostTier", "WholeHost", "read_all"]
+__all__ = ["DiskBelow", "HostTier", "View", "WholeHost", "read_all"]
 
 _CLOSED = "this model has been closed; load it again"
 # How long the serving thread sleeps between looks at the mailbox while questions come, and how long after the last one it believes
 # that more will come. Then it looks a thousand times a second.
 _LOOK_SECONDS, _IDLE_SECONDS, _BUSY_SECONDS = 20e-6, 1e-3, 0.2
+
+
+class View(NamedTuple):
+    """The start of a blob: so many of its sections, so many bytes."""
+
+    sections: int
+    num_bytes: int
 
 
 class HostTier(Protocol):
@@ -38,8 +45,9 @@ class HostTier(Protocol):
         """Enqueue that the experts in ``wanted`` int32 [.., 2] (pairs; its last row's first entry is their number) become places in
         ``bytes``, in blobs. They stay there until the next ``locate`` is carried out."""
 
-    def copy(self, placed: Sequence[tuple[int, int]], pool: VramPool, lane: Lane) -> None:
-        """Copy experts to slots, (expert, slot) pairs, on ``lane``; may wait for the disk."""
+    def copy(self, placed: Sequence[tuple[int, int]], pool: VramPool, lane: Lane, views: Mapping[int, View] | None = None) -> None:
+        """Copy experts to slots, (expert, slot) pairs, on ``lane``; may wait for the disk. Of those in ``views`` no more than that
+        need be there."""
 
     def check(self) -> None:
         """Raise what went wrong behind the device's back: then its numbers since the last check are void, and all later ones. Waits
@@ -62,10 +70,11 @@ class WholeHost:
 
     def locate(self, wanted: torch.Tensor) -> None: ...
 
-    def copy(self, placed: Sequence[tuple[int, int]], pool: VramPool, lane: Lane) -> None:
+    def copy(self, placed: Sequence[tuple[int, int]], pool: VramPool, lane: Lane, views: Mapping[int, View] | None = None) -> None:
         with lane:
             for expert, slot in placed:
-                pool.slot(slot).copy_(self._arena.blob(expert), non_blocking=True)
+                end = views[expert].num_bytes if views and expert in views else None
+                pool.slot(slot)[:end].copy_(self._arena.blob(expert)[:end], non_blocking=True)
 
     def check(self) -> None:
         if self._closed:
@@ -106,18 +115,21 @@ class DiskBelow:
     def locate(self, wanted: torch.Tensor) -> None:
         ask_kernel[(1,)](wanted, wanted[-1], self._asked, self._questions, self._answers, R=self._rows, num_warps=1)
 
-    def copy(self, placed: Sequence[tuple[int, int]], pool: VramPool, lane: Lane) -> None:
+    def copy(self, placed: Sequence[tuple[int, int]], pool: VramPool, lane: Lane, views: Mapping[int, View] | None = None) -> None:
         slots = {self._id(expert): slot for expert, slot in placed}
+        short = {self._id(expert): view for expert, view in (views or {}).items()}
+        sections = {expert: view.sections for expert, view in short.items()}
         by_layer: dict[int, list[ExpertId]] = {}
         for expert in slots:
             by_layer.setdefault(expert.layer, []).append(expert)
         for experts in by_layer.values():
-            lease = self.residency.acquire(experts)
+            lease = self.residency.acquire(experts, sections=sections)
             try:
                 for arrived in lease.batches():
                     with lane:
                         for expert, place in arrived:
-                            pool.slot(slots[expert]).copy_(self._arena.blob(place), non_blocking=True)
+                            end = short[expert].num_bytes if expert in short else None
+                            pool.slot(slots[expert])[:end].copy_(self._arena.blob(place)[:end], non_blocking=True)
                     lane.synchronize()  # they are unlocked next
             finally:
                 lease.release()

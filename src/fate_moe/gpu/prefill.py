@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from fate_moe.core import Need
+from fate_moe.gpu.host import View
 from fate_moe.gpu.streams import Lane
 from fate_moe.kernels.triton_grouped import grouped_kernel
 
@@ -24,6 +26,8 @@ __all__ = ["Prefill", "dot_dtype"]
 # With fewer choices than this per expert of a layer, too many experts are not chosen at all to copy any before the router has
 # spoken.
 _AHEAD_CHOICES = 4
+# Bits of the views of progressive INT4, one plane more each.
+_VIEWS = (2, 3, 4)
 
 
 class Prefill:
@@ -57,13 +61,18 @@ class Prefill:
         inner = hidden.new_empty(tokens * top_k, layout.width)
         outputs = hidden.new_zeros(tokens * top_k, layout.cols)  # rows without an expert stay 0
 
-        def run(placed: Sequence[tuple[int, int]]) -> None:
-            self._run(layer, [(slot, first[expert], counts[expert]) for expert, slot in placed], order, hidden, inner, outputs)
-
         early = self._early if self._early_layer == layer else []
         missing = [expert for expert in chosen if slots[expert] < 0 and expert not in dict(early)]
+        short = self._short_views(layer, missing, {expert: counts[expert] for expert in chosen})
+
+        def run(placed: Sequence[tuple[int, int]]) -> None:
+            for planes in {short.get(expert, layout.planes) for expert, _ in placed}:
+                same = [(expert, slot) for expert, slot in placed if short.get(expert, layout.planes) == planes]
+                tiles = [(slot, first[expert], counts[expert]) for expert, slot in same]
+                self._run(layer, planes, tiles, order, hidden, inner, outputs)
+
         waves = [missing[start : start + self._half] for start in range(0, len(missing), self._half)]
-        copied = self._copy(layer, waves[0]) if waves else []  # under way while the residents compute
+        copied = self._copy(layer, waves[0], short) if waves else []  # under way while the residents compute
         run([(expert, slots[expert]) for expert in chosen if slots[expert] >= 0])
         if early:
             self._await()
@@ -73,15 +82,27 @@ class Prefill:
             self._await()
             run(copied)
             self._release()
-            copied = self._copy(layer, wave) if wave else []
+            copied = self._copy(layer, wave, short) if wave else []
         many = tokens * top_k >= _AHEAD_CHOICES * num_experts
         ahead = [expert for expert, slot in enumerate(next_slots) if slot < 0][: self._half] if many else []
-        self._early, self._early_layer = self._copy(layer + 1, ahead), layer + 1
+        self._early, self._early_layer = self._copy(layer + 1, ahead, {}), layer + 1
         weighted = outputs.view(tokens, top_k, -1) * routing_weights.reshape(tokens, top_k, 1)
         return weighted.sum(1).to(hidden.dtype)
 
-    def _copy(self, layer: int, wanted: Sequence[int]) -> list[tuple[int, int]]:
-        """Start copying ``wanted`` (at most half of the staging slots) and say where each will be: (expert, slot)."""
+    def _short_views(self, layer: int, missing: Sequence[int], counts: dict[int, int]) -> dict[int, int]:
+        """Of which experts in ``missing`` the precision policy wants only the first planes, and how many. ``counts`` are the tokens
+        of all chosen experts; those that are not missing are held whole."""
+        policy, planes = self._experts.precision, self._experts.layouts[layer].planes
+        if policy is None or planes != len(_VIEWS) or not missing:
+            return {}
+        absent = set(missing)
+        needs = [Need(count, float(count), 0 if expert in absent else _VIEWS[-1]) for expert, count in counts.items()]
+        bits = dict(zip(counts, policy.bits(needs, _VIEWS, 0.0), strict=True))
+        return {expert: _VIEWS.index(bits[expert]) + 1 for expert in missing if bits[expert] < _VIEWS[-1]}
+
+    def _copy(self, layer: int, wanted: Sequence[int], short: dict[int, int]) -> list[tuple[int, int]]:
+        """Start copying ``wanted`` (at most half of the staging slots; of those in ``short`` so many planes) and say where each
+        will be: (expert, slot)."""
         experts = self._experts
         if not wanted:
             return []
@@ -89,8 +110,9 @@ class Prefill:
         self._copies.wait(self._free[self._turn])
         self._turn ^= 1
         placed = [(expert, start + i) for i, expert in enumerate(wanted)]
-        first = layer * experts.tables.num_experts
-        experts.host.copy([(first + expert, slot) for expert, slot in placed], experts.pool, self._copies)
+        first, view_bytes = layer * experts.tables.num_experts, experts.layouts[layer].view_bytes
+        views = {first + expert: View(planes + 1, view_bytes[planes - 1]) for expert, planes in short.items()}
+        experts.host.copy([(first + expert, slot) for expert, slot in placed], experts.pool, self._copies, views)
         self._arrived.append(self._copies.mark())
         return placed
 
@@ -107,13 +129,14 @@ class Prefill:
     def _run(
         self,
         layer: int,
+        planes: int,
         placed: Sequence[tuple[int, int, int]],
         order: torch.Tensor,
         hidden: torch.Tensor,
         inner: torch.Tensor,
         outputs: torch.Tensor,
     ) -> None:
-        """Compute experts given as (slot, first place in ``order``, number of rows)."""
+        """Compute experts given as (slot, first place in ``order``, number of rows), from their first ``planes``."""
         experts, layout = self._experts, self._experts.layouts[layer]
         block = 16 if order.numel() <= 16 * experts.tables.num_experts else 64  # whatever is resident: law 1
         tiles = [
@@ -129,7 +152,7 @@ class Prefill:
             grouped_kernel[(len(tiles), triton.cdiv(rows, 64))](
                 experts.pool.bytes, table, order, source, out, experts.pool.slot_bytes, *offsets,
                 top_k=experts.top_k, cols=cols, rows=rows, DTYPE=layout.dtype,
-                DOT=dot_dtype(hidden.dtype, hidden.device), PLANES=layout.planes,
+                DOT=dot_dtype(hidden.dtype, hidden.device), PLANES=planes,
                 ACT=activation, BM=block, BN=64, GB=4, num_warps=4,
             )  # fmt: skip
 

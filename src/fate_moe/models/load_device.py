@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fate_moe.config import OffloadConfig
+from fate_moe.core import PrecisionPolicy
 from fate_moe.errors import UnsupportedModelError
 from fate_moe.gpu.device import CONTEXT_BYTES, find_gpu, vram_peak
 from fate_moe.gpu.experts import DeviceExperts
@@ -21,6 +22,7 @@ from fate_moe.gpu.options import DeviceOptions, device_options
 from fate_moe.gpu.plan import DevicePlan
 from fate_moe.gpu.tables import ResidencyTables, layer_quotas
 from fate_moe.memory.policies import make_policy
+from fate_moe.memory.precision import make_precision_policy
 from fate_moe.memory.residency import Residency
 from fate_moe.models.attach import limit_context
 from fate_moe.models.captured import CapturedDecode
@@ -98,7 +100,8 @@ def realize_on_device(prepared: Prepared, plan: DevicePlan, config: OffloadConfi
             read_all(source, arena, len(stacks), num_experts, config.io_threads, advance)
         source.close()
         host = WholeHost(arena)
-    experts = _experts(plan, layouts, host, gates_of(model, stacks), num_experts, top_k, options, device)
+    precision = make_precision_policy(config.precision_policy)
+    experts = _experts(plan, layouts, host, gates_of(model, stacks), num_experts, top_k, options, precision, device)
     attach_device(model, stacks, experts)
     model.register_forward_hook(lambda module, args, output: host.check())
     reasons = why_not_fused(model)
@@ -122,13 +125,14 @@ def _experts(
     num_experts: int,
     top_k: int,
     options: DeviceOptions,
+    precision: PrecisionPolicy | None,
     device: torch.device,
 ) -> DeviceExperts:
     """Slots in VRAM, filled."""
     quotas = layer_quotas(plan.num_slots, len(layouts), num_experts, min(num_experts, top_k + options.limit), options.num_whole)
     tables = ResidencyTables(quotas, num_experts, device)
     pool = VramPool(tables.num_slots, plan.num_staging, plan.slot_bytes, device)
-    experts = DeviceExperts(layouts, host, pool, tables, gates, top_k=top_k, options=options)
+    experts = DeviceExperts(layouts, host, pool, tables, gates, top_k=top_k, options=options, precision=precision)
     experts.fill()
     host.check()
     return experts
