@@ -15,7 +15,7 @@ from fate_moe.planner import AUTO_SHARE, SPREAD_BYTES, Footprint
 __all__ = ["DevicePlan", "make_device_plan", "min_slots"]
 
 # Besides what the table lists: cuBLAS' workspace (32 MiB), the recorded graph, what the allocator rounds up.
-VRAM_RESERVE_BYTES = 128 << 20
+VRAM_RESERVE_BYTES = 256 << 20
 # What a process with a GPU grows by between planning and its peak: libraries that are loaded when first used, Triton's compiler.
 # Measured 840 MiB, and 1 GiB to 1.2 GiB when kernels have to be compiled first (torch 2.11, CUDA 13).
 RAM_RESERVE_BYTES = 1280 << 20

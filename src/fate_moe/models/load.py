@@ -87,7 +87,7 @@ class Prepared:
         return replace(needs, dense_bytes=needs.dense_bytes + gates_bytes(self.store.path))
 
     def plan(self, config: OffloadConfig) -> Plan | DevicePlan:
-        """Where the memory would go. Raises BudgetError, and on a GPU what ``find_gpu`` and ``refuse_foreign`` raise."""
+        """Where the memory would go. Raises BudgetError, and ConfigError where a GPU is asked for and there is none."""
         return _plan(self.footprint(), config)
 
 

@@ -12,14 +12,14 @@ import torch
 
 from fate_moe.config import OffloadConfig
 from fate_moe.core import PrecisionPolicy
-from fate_moe.errors import UnsupportedModelError
+from fate_moe.errors import BudgetError, UnsupportedModelError
 from fate_moe.gpu.device import CONTEXT_BYTES, find_gpu, vram_peak
 from fate_moe.gpu.experts import DeviceExperts
 from fate_moe.gpu.host import DiskBelow, HostTier, WholeHost, read_all
 from fate_moe.gpu.layout import DeviceLayout, device_layout
 from fate_moe.gpu.memory import PinnedArena, VramPool
 from fate_moe.gpu.options import DeviceOptions, device_options
-from fate_moe.gpu.plan import DevicePlan
+from fate_moe.gpu.plan import VRAM_RESERVE_BYTES, DevicePlan
 from fate_moe.gpu.tables import ResidencyTables, layer_quotas
 from fate_moe.memory.policies import make_policy
 from fate_moe.memory.precision import make_precision_policy
@@ -73,8 +73,19 @@ class DeviceFate:
 def realize_on_device(prepared: Prepared, plan: DevicePlan, config: OffloadConfig, device: torch.device | None = None) -> Any:
     """As ``load.realize``; ``device`` None is this machine's GPU, a CPU simulates one under Triton's interpreter.
 
-    Raises UnsupportedModelError for experts that the kernels cannot read.
+    Raises UnsupportedModelError for experts that the kernels cannot read, BudgetError if the GPU has less than the plan says.
     """
+    try:
+        return _realize(prepared, plan, config, device)
+    except torch.OutOfMemoryError as error:
+        enough = plan.vram_budget_bytes + VRAM_RESERVE_BYTES
+        raise BudgetError(
+            f"the GPU's memory ran out while loading, against the plan; give --vram {-(-enough >> 20)}MiB, or end what else runs there",
+            enough,
+        ) from error
+
+
+def _realize(prepared: Prepared, plan: DevicePlan, config: OffloadConfig, device: torch.device | None) -> Any:
     from fate_moe.models.load import load_generation_config, recall, remember
 
     device = device or find_gpu().device

@@ -20,8 +20,9 @@ from fate_moe.store.rows import StoredRows
 __all__ = ["fill", "fill_device", "leave_on_disk"]
 
 _AGAIN = "delete the store and convert the checkpoint again"
-# Rows of a quantized matrix that become numbers at a time, in elements: fp32 and codes are five bytes each.
-_AT_ONCE = 16 << 20
+# Elements of a quantized matrix that become numbers at a time: in fp32, with copies, about 16 bytes each (16 Mi of them ran a GPU's
+# smallest budget out of memory).
+_AT_ONCE = 1 << 20
 
 
 def fill(model: Any, dense: dict[str, torch.Tensor], path: Path, quantized: dict[str, BlobLayout], exact: bool) -> None:
@@ -38,12 +39,13 @@ def fill(model: Any, dense: dict[str, torch.Tensor], path: Path, quantized: dict
 def fill_device(
     model: Any, dense: dict[str, torch.Tensor], path: Path, quantized: dict[str, BlobLayout], device: torch.device
 ) -> None:
-    """The same on ``device``; what is ``quantized`` becomes numbers of the model's dtype there."""
-    blobs = _place(model, {name: tensor.to(device) for name, tensor in dense.items()}, path, quantized)
-    while blobs:  # forgotten one by one: beside one another, blobs and numbers would be half as much again
-        module_name, blob = blobs.popitem()
+    """The same on ``device``; what is ``quantized`` becomes numbers of the model's dtype there, the largest first, so that no more
+    is ever on the device than all numbers and a small blob."""
+    there = {name: tensor if name in quantized else tensor.to(device) for name, tensor in dense.items()}
+    blobs = _place(model, there, path, quantized)
+    for module_name, blob in sorted(blobs.items(), key=lambda item: -len(item[1])):
         owner = model.get_submodule(module_name)
-        weight = _expanded(blob, quantized[f"{module_name}.weight"], owner.weight.shape, model.dtype)
+        weight = _expanded(blob.to(device), quantized[f"{module_name}.weight"], owner.weight.shape, model.dtype)
         owner.weight = nn.Parameter(weight, requires_grad=False)
     for module in model.modules():
         for leaf, value in module._buffers.items():
