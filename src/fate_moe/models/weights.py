@@ -41,7 +41,7 @@ def fill_device(
 ) -> None:
     """The same on ``device``; what is ``quantized`` becomes numbers of the model's dtype there, the largest first, so that no more
     is ever on the device than all numbers and a small blob."""
-    there = {name: tensor if name in quantized else tensor.to(device) for name, tensor in dense.items()}
+    there = {name: tensor if tensor.dtype == torch.uint8 else tensor.to(device) for name, tensor in dense.items()}
     blobs = _place(model, there, path, quantized)
     for module_name, blob in sorted(blobs.items(), key=lambda item: -len(item[1])):
         owner = model.get_submodule(module_name)
