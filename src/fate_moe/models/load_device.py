@@ -80,7 +80,7 @@ def realize_on_device(prepared: Prepared, plan: DevicePlan, config: OffloadConfi
     except torch.OutOfMemoryError as error:
         enough = plan.vram_budget_bytes + VRAM_RESERVE_BYTES
         raise BudgetError(
-            f"the GPU's memory ran out while loading, against the plan; give --vram {-(-enough >> 20)}MiB, or end what else is there",
+            f"the GPU's memory ran out while loading, against the plan; give --vram {-(-enough >> 20)}MiB, or end what else runs",
             enough,
         ) from error
 
