@@ -24,6 +24,7 @@ import triton
 from benchmarks.gpu_measure import copies, event, host_answers, kernels, launches, overlap, similarity
 from benchmarks.gpu_model import GEOMETRIES, TOPIC_POWER, RandomModel
 from benchmarks.gpu_peers import PathStep, accelerated, activation_paths
+from fate_moe.gpu.dense import ByteLinear
 from fate_moe.gpu.options import DeviceOptions
 from fate_moe.kernels.native import native
 from fate_moe.models.fused import FusedStep
@@ -38,10 +39,12 @@ METHODS: dict[str, DeviceOptions] = {
     "no prefetch": DeviceOptions(limit=0),
     "best": DeviceOptions(),
     "prefetch 2": DeviceOptions(limit=2),
-    "host": DeviceOptions(host_share=0.75),
+    "host": DeviceOptions(host_share=0.5),
+    "host 0.7": DeviceOptions(host_share=0.7),
     "host only": DeviceOptions(host_share=1.0),
-    "host, prefetch 2": DeviceOptions(limit=2, host_share=0.75),
+    "host, prefetch 2": DeviceOptions(limit=2, host_share=0.7),
 }
+_PROFILED = ("load on demand", "best", "host")  # a profile takes as long as a cell
 
 
 def decode(random: RandomModel, cache: Any, share: float, method: str, paths: torch.Tensor) -> tuple[dict[str, Any], Any]:
@@ -75,7 +78,7 @@ def decode(random: RandomModel, cache: Any, share: float, method: str, paths: to
         "link_ms_at_50GBs": counted.bytes_read / MEASURED / 50e6,
     }
     told = step.tokens[PROMPT + 1 : PROMPT + WARM + MEASURED].tolist(), step.logits.clone()
-    return row | overlap(step), told
+    return row | (overlap(step) if method in _PROFILED else {}), told
 
 
 def main() -> None:
@@ -87,6 +90,8 @@ def main() -> None:
     parser.add_argument("--prefill", nargs="*", type=int, default=[512, 2048])
     parser.add_argument("--peer", type=float, nargs="*", default=[0.25], help="shares of experts in VRAM to run accelerate with")
     parser.add_argument("--peer-layers", type=int, help="fewer layers for accelerate, whose experts are bf16 in host memory")
+    parser.add_argument("--experts", choices=["int4", "int8"], default="int4", help="precision of the routed experts")
+    parser.add_argument("--dense", choices=["bf16", "int8"], default="bf16", help="precision of all other matrices")
     parser.add_argument("--topic-power", type=float, default=TOPIC_POWER, help="how alike a topic's tokens are (gpu_model.py)")
     parser.add_argument("--seconds", type=float, default=1e9, help="start no new cell after this long")
     parser.add_argument("--json", type=Path)
@@ -105,7 +110,7 @@ def main() -> None:
     save()
     for name in arguments.models:
         made = time.perf_counter()
-        random = RandomModel.make(name, arguments.layers, arguments.topic_power)
+        random = RandomModel.make(name, arguments.layers, arguments.topic_power, precision=arguments.experts, dense=arguments.dense)
         result: dict[str, Any] = {"make_seconds": time.perf_counter() - made, "cells": {}}
         results["models"][name] = result
         _measure(random, arguments, began, results["copies"], result, save)
@@ -156,11 +161,10 @@ def _measure(
     fused.begin(int(random.script[PROMPT]), PROMPT)
     fused.capture()
     result["launches"] = launches(fused)
-    dense = (
-        sum(value.numel() for value in random.model.parameters() if value.device.type == "cuda")
-        - config.vocab_size * config.hidden_size
-    )
-    token_bytes = 2 * dense + len(random.stacks) * config.num_experts_per_tok * random.layout.length
+    weights = [*random.model.parameters(), *(m.codes for m in random.model.modules() if isinstance(m, ByteLinear))]
+    dense_bytes = sum(value.nbytes for value in weights if value.device.type == "cuda")
+    dense_bytes -= random.model.model.embed_tokens.weight.nbytes
+    token_bytes = dense_bytes + len(random.stacks) * config.num_experts_per_tok * random.layout.length
     result["floor_ms"] = token_bytes / copied["device_copy"] / 1e6
     if native is not None:
         host_answers(random, random.host_share(), result)

@@ -135,7 +135,7 @@ def launches(fused: FusedStep) -> int:
     return sum(event.count for event in profile.key_averages() if event.device_time_total > 0)
 
 
-def overlap(fused: FusedStep, steps: int = 4) -> dict[str, float]:
+def overlap(fused: FusedStep, steps: int = 2) -> dict[str, float]:
     """Of ``steps`` replayed steps: the share of time in which experts are copied, and how much of that another kernel runs
     beside; by the profiler's clock, which a step under it keeps slower than alone."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from fate_moe.core import BlobLayout
+from fate_moe.gpu.dense import ByteLinear
 from fate_moe.gpu.experts import DeviceExperts
 from fate_moe.gpu.layout import DeviceLayout, device_layout
 from fate_moe.gpu.memory import PinnedArena, VramPool
@@ -66,7 +67,16 @@ class RandomModel:
     share: HostShare | None = None  # once a method has asked for one
 
     @classmethod
-    def make(cls, name: str, num_layers: int | None = None, topic_power: float = TOPIC_POWER, length: int = 2048) -> RandomModel:
+    def make(
+        cls,
+        name: str,
+        num_layers: int | None = None,
+        topic_power: float = TOPIC_POWER,
+        length: int = 2048,
+        precision: str = "int4",
+        dense: str = "bf16",
+    ) -> RandomModel:
+        """``precision`` of the experts: int4 or int8; ``dense`` of all other matrices but the embedding: bf16 or int8."""
         config = dict(GEOMETRIES[name])
         config["num_hidden_layers"] = num_layers or config["num_hidden_layers"]
         with tempfile.TemporaryDirectory() as folder:
@@ -84,8 +94,10 @@ class RandomModel:
             for key, value in list(module._buffers.items()):
                 if value is not None:
                     module._buffers[key] = value.to(device)
+        if dense == "int8":
+            _round_dense(model)
         shapes = stacks[0].output_rows_first()
-        layout = blob_layout("int4", shapes, "BF16")
+        layout = blob_layout(precision, shapes, "BF16")
         arena = PinnedArena(len(stacks) * stacks[0].num_experts, layout.length, device)
         for number in range(arena.num_blobs):
             arena.blob(number).copy_(_random_blob(layout, device), non_blocking=True)
@@ -136,17 +148,25 @@ def _dense(module: nn.Module, key: str, value: torch.Tensor, device: torch.devic
     return made.normal_(0, gain * value.shape[-1] ** -0.5)
 
 
+def _round_dense(model: Any) -> None:
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and module.out_features > 1:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, ByteLinear.rounded(module.weight.data, module.bias))
+
+
 def _random_blob(layout: BlobLayout, device: torch.device) -> torch.Tensor:
-    """Uniform 4-bit codes (standard deviation 4.6) under scales that make a matrix preserve size."""
+    """Uniform codes (standard deviation: 0.29 of their number) under scales that make a matrix preserve size."""
     blob = torch.randint(0, 256, (layout.length,), dtype=torch.uint8, device=device)
+    most = 2 ** sum(layout.plane_widths) - 1
     cols = {part.name.split(".")[0]: part.shape[1] * layout.group_size for part in layout.parts}
     for part in layout.parts:
         name, _, kind = part.name.partition(".")
         if kind in ("scale", "zero"):
             count = part.shape[0] * part.shape[1]
-            scale = cols[name] ** -0.5 / 4.6 * (2.0 if name == "down_proj" else 1.0)
+            scale = cols[name] ** -0.5 / (0.29 * (most + 1)) * (2.0 if name == "down_proj" else 1.0)
             values = blob[part.offset : part.offset + 2 * count].view(torch.float16)
-            values.fill_(scale if kind == "scale" else 7.5 * scale)
+            values.fill_(scale if kind == "scale" else most / 2 * scale)
     return blob
 
 

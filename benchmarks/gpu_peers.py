@@ -84,7 +84,8 @@ def accelerated(name: str, share: float, num_layers: int | None, seconds: float 
         for key, value in list(module._parameters.items()):
             if value is not None:
                 made = torch.empty(value.shape, dtype=value.dtype)
-                made.copy_(torch.randn(value.shape[1:] if value.ndim == 3 else value.shape) * value.shape[-1] ** -0.5)
+                shape = value.shape[1:] if value.ndim == 3 else value.shape
+                made.copy_((torch.randn(shape, device="cuda") * value.shape[-1] ** -0.5).to(value.dtype).cpu())
                 module._parameters[key] = nn.Parameter(made, requires_grad=False)
     stacks = expert_stacks(model)
     expert_bytes = 2 * sum(parameter.numel() for stack in stacks for parameter in model.get_submodule(stack.name).parameters())

@@ -10,6 +10,7 @@ from transformers import StaticCache
 
 pytest.importorskip("triton")
 
+from fate_moe.gpu.dense import ByteLinear
 from fate_moe.gpu.experts import DeviceExperts
 from fate_moe.gpu.layout import device_layout
 from fate_moe.gpu.memory import PinnedArena, VramPool
@@ -87,6 +88,23 @@ def test_same_numbers_for_every_budget_and_option() -> None:
         assert torch.equal(logits, exact)
         assert same == tokens
         assert device.counters().misses > 0
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe"])
+def test_dense_weights_of_one_byte(family: str) -> None:
+    def rounded() -> Any:
+        model = tiny_model(family)
+        for name, module in list(model.named_modules()):
+            if type(module) is torch.nn.Linear and "expert_gate" not in name:  # the fused step has it among the routers
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, ByteLinear.rounded(module.weight.data, module.bias))
+        return model
+
+    model = rounded()
+    logits, tokens, _ = fused_logits(model, num_slots=7, steps=2)
+    with torch.no_grad():  # transformers' own layers on the same numbers
+        whole = model(torch.tensor([[*PROMPT[0].tolist(), *tokens[:-1]]])).logits[0, 4:]
+    torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-4)
 
 
 def test_other_layers_say_why_they_are_not_plain() -> None:

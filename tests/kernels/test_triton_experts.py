@@ -15,6 +15,8 @@ from tests.gpu.device import random_model, reference, route
     [
         ("int4", torch.float32, 128, 64, 2),
         ("int4", torch.bfloat16, 192, 96, 3),  # padded last groups, choices that are no power of two
+        ("int8", torch.float32, 128, 64, 2),
+        ("int8", torch.bfloat16, 192, 96, 3),
         ("lossless", torch.bfloat16, 80, 48, 2),
         ("lossless", torch.float32, 64, 40, 1),
     ],

@@ -20,8 +20,8 @@ _DTYPES = {"BF16": tl.bfloat16, "F16": tl.float16, "F32": tl.float32}
 class DeviceLayout:
     """One layer's experts as the kernels see them: [2 * width, cols] and [cols, width], and byte offsets of their parts in a blob.
 
-    ``gate_up`` and ``down`` are (scale or weights, zero, h, m, l). ``view_bytes[p - 1]`` is how much of a blob the view of p
-    planes needs.
+    ``planes`` is 0 for unquantized weights and 8 for codes of one byte. ``gate_up`` and ``down`` are (scale or weights, zero, h or
+    codes, m, l). ``view_bytes[p - 1]`` is how much of a blob the view of p planes needs.
     """
 
     cols: int
@@ -54,8 +54,8 @@ def device_layout(layout: BlobLayout, shapes: dict[str, tuple[int, ...]], expert
         reasons.append(f"activation {getattr(experts, 'act_fn', None)}")
     if layout.precision == "int4" and (layout.group_size, layout.plane_widths) != (64, (2, 1, 1)):
         reasons.append(f"planes of {layout.plane_widths} bits in groups of {layout.group_size}")
-    if layout.precision not in ("int4", "lossless"):
-        reasons.append(f"precision {layout.precision}")
+    if layout.precision == "int8" and (layout.group_size, layout.plane_widths) != (64, (8,)):
+        reasons.append(f"codes in groups of {layout.group_size}")
     if reasons:
         raise UnsupportedModelError(f"the GPU kernels cannot run these experts: {'; '.join(reasons)}; run them on the CPU")
     offsets = {part.name: part.offset for part in layout.parts}
@@ -67,11 +67,12 @@ def device_layout(layout: BlobLayout, shapes: dict[str, tuple[int, ...]], expert
             cols, width, 0, dtype, activation, parts["gate_up_proj"], parts["down_proj"], (layout.length,), layout.length
         )
     parts = {
-        name: tuple(offsets[f"{name}.{part}"] for part in ("scale", "zero", "plane0", "plane1", "plane2"))  # type: ignore[misc]
+        name: tuple(offsets.get(f"{name}.{part}", 0) for part in ("scale", "zero", "plane0", "plane1", "plane2"))  # type: ignore[misc]
         for name in shapes
     }
+    planes = 8 if layout.precision == "int8" else 3
     ends = tuple(section.offset + section.length for section in layout.sections[1:])
-    return DeviceLayout(cols, width, 3, tl.float16, activation, parts["gate_up_proj"], parts["down_proj"], ends, layout.length)
+    return DeviceLayout(cols, width, planes, tl.float16, activation, parts["gate_up_proj"], parts["down_proj"], ends, layout.length)
 
 
 def _activation(function: Any) -> str:

@@ -15,10 +15,28 @@ __all__ = ["attend_kernel", "combine_kernel", "matvec_kernel"]
 
 
 @triton.jit
+def _codes_dot(codes, scale, zero, n, n_mask, xs, start: tl.constexpr, groups: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """[BN]: rows ``n`` of byte codes times ``xs`` [BK], which is x from column ``start`` on and 0 beyond its end."""
+    k = start + tl.arange(0, BK)
+    g = start // 64 + tl.arange(0, BK // 64)
+    row = n.to(tl.int64)[:, None]
+    mask = n_mask[:, None] & (k < groups * 64)[None, :]
+    q = tl.load(codes + row * (groups * 64) + k[None, :], mask=mask, other=0).to(tl.float32)
+    dot = tl.sum(tl.reshape(q * xs[None, :], (BN, BK // 64, 64)), axis=2)
+    x_sum = tl.sum(tl.reshape(xs, (BK // 64, 64)), axis=1)
+    mask = n_mask[:, None] & (g < groups)[None, :]
+    s = tl.load(scale + row * groups + g[None, :], mask=mask, other=0.0).to(tl.float32)
+    z = tl.load(zero + row * groups + g[None, :], mask=mask, other=0.0).to(tl.float32)
+    return tl.sum(s * dot - z * x_sum[None, :], axis=1)
+
+
+@triton.jit
 def matvec_kernel(
     x,
     norm,
     weight,
+    scale,
+    zero,
     bias,
     residual,
     gate,
@@ -28,6 +46,7 @@ def matvec_kernel(
     eps,
     cols: tl.constexpr,
     rows: tl.constexpr,
+    CODES: tl.constexpr,
     NORM: tl.constexpr,
     BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
@@ -40,6 +59,7 @@ def matvec_kernel(
 ):
     """out[n] = f(weight[n] . x), n < rows; ``x`` [cols], ``weight`` [rows, cols]. Grid (rows / BN).
 
+    CODES: ``weight`` is uint8 [rows, groups * 64] under ``scale`` and ``zero`` fp16 [rows, groups] (gpu/dense.py).
     NORM: x is RMS-normalized first (times ``norm`` [cols]). BIAS: plus ``bias`` [rows]. SILU: ``weight`` has 2 * rows rows and
     out = silu(first half) * second half. GATE: times ``gate`` [1]'s sigmoid. RESIDUAL: plus ``residual`` [rows]. STAGE: program 0
     also writes the normalized x to ``normed``, and program 1 its staged form for the experts. Rounded to out's dtype where
@@ -62,15 +82,19 @@ def matvec_kernel(
         k = start + tl.arange(0, BK)
         xs = tl.load(x + k, mask=k < cols, other=0.0).to(tl.float32)
         if NORM:
-            scale = tl.load(norm + k, mask=k < cols, other=0.0).to(tl.float32)
-            xs = ((xs * rstd).to(kind).to(tl.float32) * scale).to(kind).to(tl.float32)
+            factor = tl.load(norm + k, mask=k < cols, other=0.0).to(tl.float32)
+            xs = ((xs * rstd).to(kind).to(tl.float32) * factor).to(kind).to(tl.float32)
             if STAGE:
                 if tl.program_id(0) == 0:
                     tl.store(normed + k, xs.to(kind), mask=k < cols)
                 if tl.program_id(0) == 1:
                     tl.store(staged + staged_index(k, groups, STAGE_PLANES), xs, mask=k < cols)
         at = n[:, None] * cols + k[None, :]
-        if cols % BK == 0 and rows % BN == 0:
+        if CODES:
+            total += _codes_dot(weight, scale, zero, n, n < rows, xs, start, groups, BN, BK)
+            if SILU:
+                second += _codes_dot(weight, scale, zero, n + rows, n < rows, xs, start, groups, BN, BK)
+        elif cols % BK == 0 and rows % BN == 0:
             w = tl.load(weight + at).to(tl.float32)
             total += tl.sum(w * xs[None, :], axis=1)
             if SILU:

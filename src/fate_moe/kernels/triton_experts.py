@@ -23,8 +23,8 @@ __all__ = ["down_kernel", "gate_up_kernel", "stage_token", "staged_index"]
 
 @triton.jit
 def staged_index(element, groups: tl.constexpr, PLANES: tl.constexpr):
-    """Where element ``64g + 16j + 4w + c`` of an activation lies in its staged form (for unquantized weights: where it was)."""
-    if PLANES == 0:
+    """Where element ``64g + 16j + 4w + c`` of an activation lies in its staged form (for weights without planes: where it was)."""
+    if PLANES == 0 or PLANES == 8:
         return element
     g = element // 64
     j = element % 64 // 16
@@ -191,6 +191,37 @@ def _dense_dot(
 
 
 @triton.jit
+def _int8_dot(
+    blob,
+    row,
+    row_mask,
+    x,
+    scale_at,
+    zero_at,
+    codes_at,
+    groups: tl.constexpr,
+    ROWS: tl.constexpr,
+    GB: tl.constexpr,
+):
+    """As ``_int4_dot`` for rows of one byte a code; ``x`` is in plain order, padded to whole groups."""
+    total = tl.zeros((ROWS,), tl.float32)
+    for start in tl.static_range(0, groups, GB):
+        g = start + tl.arange(0, GB)[:, None]
+        element = start * 64 + tl.arange(0, GB * 64)[:, None]
+        inside = element < groups * 64
+        xs = tl.load(x + element, mask=inside, other=0.0)  # [GB * 64, 1 or ROWS]
+        codes = tl.load(blob + codes_at + row * (groups * 64) + element, mask=row_mask & inside, other=0).to(tl.float32)
+        at = row * groups + g
+        mask = row_mask & (g < groups)
+        scale = tl.load((blob + scale_at).to(tl.pointer_type(tl.float16)) + at, mask=mask, other=0.0).to(tl.float32)
+        zero = tl.load((blob + zero_at).to(tl.pointer_type(tl.float16)) + at, mask=mask, other=0.0).to(tl.float32)
+        dot = tl.sum(tl.reshape(codes * xs, (GB, 64, ROWS)), axis=1)
+        x_sum = tl.sum(tl.reshape(xs, (GB, 64, xs.shape[1])), axis=1)
+        total += tl.sum(scale * dot - zero * x_sum, axis=0)
+    return total
+
+
+@triton.jit
 def _activate(gate, up, ACT: tl.constexpr):
     if ACT == "silu":
         return gate * tl.sigmoid(gate) * up
@@ -225,7 +256,7 @@ def gate_up_kernel(
 
     ``slots`` int32 [rows], -1 where a row has no expert (its inner is 0); ``late`` int32 [rows]: PHASE 0 computes the rows whose
     expert is there, 1 those whose expert is being copied when the residency step ends, 2 all (above 1: the host computes them).
-    ``width`` is the experts' inner size, PLANES 0 means unquantized.
+    ``width`` is the experts' inner size; PLANES 0 means unquantized, 8 one byte a code.
     """
     r = tl.program_id(0)
     slot = tl.load(slots + r)
@@ -244,6 +275,8 @@ def gate_up_kernel(
             x = staged + (r // top_k) * (groups * 64)
             if PLANES == 0:
                 y = _dense_dot(blob, row, place < width, x, scale_at, cols, groups, DTYPE, 2 * BN, GB)
+            elif PLANES == 8:
+                y = _int8_dot(blob, row, place < width, x, scale_at, zero_at, h_at, groups, 2 * BN, GB)
             else:
                 y = _int4_dot(blob, row, place < width, x, scale_at, zero_at, h_at, m_at, l_at, groups, PLANES, EXACT, 2 * BN, GB)
             gate, up = tl.split(tl.trans(tl.reshape(y, (2, BN))))
@@ -300,6 +333,8 @@ def down_kernel(
     x = inner + (token * top_k + tl.minimum(choice, top_k - 1)) * (inner_groups * 64)
     if PLANES == 0:
         y = _dense_dot(blob, row, mask, x, scale_at, width, inner_groups, DTYPE, KP * BN, GB)
+    elif PLANES == 8:
+        y = _int8_dot(blob, row, mask, x, scale_at, zero_at, h_at, inner_groups, KP * BN, GB)
     else:
         y = _int4_dot(blob, row, mask, x, scale_at, zero_at, h_at, m_at, l_at, inner_groups, PLANES, EXACT, KP * BN, GB)
     k = tl.arange(0, KP)

@@ -43,14 +43,17 @@ def _accumulate(
         if PLANES > 0:
             scale = tl.load((blob + scale_at).to(tl.pointer_type(tl.float16)) + at, mask=mask, other=0.0).to(tl.float32)
             zero = tl.load((blob + zero_at).to(tl.pointer_type(tl.float16)) + at, mask=mask, other=0.0).to(tl.float32)
-            h = tl.load(blob + h_at + at * 16 + b[:, None], mask=mask, other=0).to(tl.int32)
-            middle: tl.constexpr = 0.0 if PLANES == 3 else (0.5 if PLANES == 2 else 1.5)
+            if PLANES < 8:
+                h = tl.load(blob + h_at + at * 16 + b[:, None], mask=mask, other=0).to(tl.int32)
+            middle: tl.constexpr = 0.0 if PLANES >= 3 else (0.5 if PLANES == 2 else 1.5)
         for j in tl.static_range(4):
             element = g * 64 + 16 * j + b
             xs = tl.load(x + element[None, :], mask=x_mask & (element < cols)[None, :], other=0.0)
             if PLANES == 0:
                 weights = (blob + scale_at).to(tl.pointer_type(DTYPE)) + row[None, :] * cols + element[:, None]
                 w = tl.load(weights, mask=mask & (element < cols)[:, None], other=0.0)
+            elif PLANES == 8:
+                w = tl.load(blob + h_at + at * 64 + 16 * j + b[:, None], mask=mask, other=0).to(tl.float32) * scale - zero
             else:
                 code = ((h >> (2 * j)) & 3) * 4
                 if PLANES > 1:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import triton
 
+from fate_moe.gpu.dense import ByteLinear, Matrix, joined
 from fate_moe.gpu.experts import DeviceExperts
 from fate_moe.gpu.prefill import dot_dtype
 from fate_moe.kernels.triton_dense import attend_kernel, combine_kernel, matvec_kernel
@@ -45,14 +46,14 @@ class _Layer:
     """One layer's weights; q, k and v are one matrix, and so are a shared expert's gate and up. ``qkv_bias`` may be empty."""
 
     norm: torch.Tensor
-    qkv: torch.Tensor
+    qkv: Matrix
     qkv_bias: torch.Tensor | None
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
-    out: torch.Tensor
+    out: Matrix
     post_norm: torch.Tensor
-    shared_gate_up: torch.Tensor | None
-    shared_down: torch.Tensor | None
+    shared_gate_up: Matrix | None
+    shared_down: Matrix | None
     keys: torch.Tensor  # [kv heads, length, head_dim]
     values: torch.Tensor
 
@@ -92,12 +93,14 @@ class FusedStep:
             return torch.zeros(shape, dtype=kind, device=device)
 
         self._x, self._normed = empty(1, hidden, kind=dtype), empty(hidden, kind=dtype)
-        self._qkv, self._attended = empty(self._layers[0].qkv.shape[0], kind=dtype), empty(self._heads * self._dim, kind=dtype)
+        self._qkv, self._attended = empty(_shape(self._layers[0].qkv)[0], kind=dtype), empty(self._heads * self._dim, kind=dtype)
         self._most, self._sums = empty(self._heads, _SPLITS), empty(self._heads, _SPLITS)
         self._parts = empty(self._heads, _SPLITS, self._dim)
         self._router_logits = empty(2 * self._rows)
         self._weights = empty(1, experts.top_k, kind=dtype)
-        self._shared = empty(self._layers[0].shared_down.shape[1] if self._layers[0].shared_down is not None else 1, kind=dtype)
+        down = self._layers[0].shared_down
+        self._shared = empty(1 if down is None else _shape(down)[1], kind=dtype)
+        self._head = joined([model.lm_head])
         self.token, self.position = empty(1, kind=torch.int64), empty(1, kind=torch.int64)
         self.logits = empty(config.vocab_size)
         self.tokens = empty(self._length + 1, kind=torch.int64)
@@ -118,8 +121,7 @@ class FusedStep:
         for number, layer in enumerate(self._layers):
             self._attend(layer)
             self._moe(number, layer)
-        head, norm = self._model.lm_head.weight, self._model.model.norm.weight
-        self._matvec(self._x, head, self.logits, norm=norm)
+        self._matvec(self._x, self._head, self.logits, norm=self._model.model.norm.weight)
         torch.argmax(self.logits, 0, keepdim=True, out=self.token)
         self.position.add_(1)
         self.tokens.index_copy_(0, self.position, self.token)
@@ -187,7 +189,7 @@ class FusedStep:
     def _matvec(
         self,
         x: torch.Tensor,
-        weight: torch.Tensor,
+        matrix: Matrix,
         out: torch.Tensor,
         *,
         norm: torch.Tensor | None = None,
@@ -197,21 +199,24 @@ class FusedStep:
         silu: bool = False,
         stage: bool = False,
     ) -> None:
-        rows, cols = weight.shape[0] // (2 if silu else 1), weight.shape[1]
+        rows, cols = _shape(matrix)
+        rows //= 2 if silu else 1
         none = out  # a pointer for what a flag turns off
+        codes = isinstance(matrix, ByteLinear)
+        weight, scale, zero = (matrix.codes, matrix.scale, matrix.zero) if isinstance(matrix, ByteLinear) else (matrix, none, none)
         block, wide, warps = matvec_tile(rows, cols)
         matvec_kernel[(triton.cdiv(rows, block),)](
-            x, none if norm is None else norm, weight, none if bias is None else bias, none if residual is None else residual,
-            none if gate is None else gate, self._normed, self._experts.staged, out, self._eps,
-            cols=cols, rows=rows, NORM=norm is not None, BIAS=bias is not None, RESIDUAL=residual is not None,
-            GATE=gate is not None, SILU=silu, STAGE=stage, STAGE_PLANES=self._experts.layouts[0].planes, BN=block,
-            BK=wide, num_warps=warps,
+            x, none if norm is None else norm, weight, scale, zero, none if bias is None else bias,
+            none if residual is None else residual, none if gate is None else gate, self._normed, self._experts.staged, out,
+            self._eps, cols=cols, rows=rows, CODES=codes, NORM=norm is not None, BIAS=bias is not None,
+            RESIDUAL=residual is not None, GATE=gate is not None, SILU=silu, STAGE=stage,
+            STAGE_PLANES=self._experts.layouts[0].planes, BN=block, BK=wide, num_warps=warps,
         )  # fmt: skip
 
 
 def matvec_tile(rows: int, cols: int) -> tuple[int, int, int]:
     """(rows of a program, columns at once, warps)."""
-    return 4 if rows < 32768 else 16, min(2048, triton.next_power_of_2(cols)), 8
+    return 4 if rows < 32768 else 16, min(2048, max(64, triton.next_power_of_2(cols))), 8
 
 
 def _layer(block: Any, cache: Any) -> _Layer:
@@ -219,22 +224,20 @@ def _layer(block: Any, cache: Any) -> _Layer:
     parts = [attention.q_proj, attention.k_proj, attention.v_proj]
     return _Layer(
         norm=block.input_layernorm.weight,
-        qkv=_joined(parts),
+        qkv=joined(parts),
         qkv_bias=torch.cat([part.bias for part in parts]) if parts[0].bias is not None else None,
         q_norm=attention.q_norm.weight if hasattr(attention, "q_norm") else None,
         k_norm=attention.k_norm.weight if hasattr(attention, "k_norm") else None,
-        out=attention.o_proj.weight,
+        out=joined([attention.o_proj]),
         post_norm=block.post_attention_layernorm.weight,
-        shared_gate_up=_joined([shared.gate_proj, shared.up_proj]) if shared is not None else None,
-        shared_down=shared.down_proj.weight if shared is not None else None,
+        shared_gate_up=joined([shared.gate_proj, shared.up_proj]) if shared is not None else None,
+        shared_down=joined([shared.down_proj]) if shared is not None else None,
         keys=cache.keys[0],
         values=cache.values[0],
     )
 
 
-def _joined(linears: list[Any]) -> torch.Tensor:
-    """The weights of ``linears`` as one matrix; theirs become views of it, so that nothing is stored twice."""
-    joined = torch.cat([linear.weight.data for linear in linears])
-    for linear, part in zip(linears, torch.split(joined, [linear.weight.shape[0] for linear in linears]), strict=True):
-        linear.weight.data = part
-    return joined
+def _shape(matrix: Matrix) -> tuple[int, int]:
+    if isinstance(matrix, ByteLinear):
+        return matrix.out_features, matrix.in_features
+    return matrix.shape[0], matrix.shape[1]

@@ -25,6 +25,36 @@ uint32_t read(const uint64_t* word, uint32_t question) {
   }
 }
 
+// `count` numbers, once every word has the question's number.
+void take(const uint64_t* words, int64_t count, uint32_t question, float* numbers) {
+  for (;;) {
+    uint64_t strange = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const uint64_t word = words[i];
+      const uint32_t bits = uint32_t(word);
+      strange |= (word >> 32) ^ question;
+      std::memcpy(numbers + i, &bits, 4);
+    }
+    if (!strange) return;
+    pause();
+    std::atomic_signal_fence(std::memory_order_seq_cst);  // look again, not at what was read before
+  }
+}
+
+// Start to bring rows [begin, end) to this core's cache.
+void bring(const Matrix& m, int64_t begin, int64_t end) {
+  const auto rows = [&](const void* memory, int64_t row_bytes) {
+    const char* const bytes = static_cast<const char*>(memory);
+    for (int64_t at = begin * row_bytes; at < end * row_bytes; at += 64) __builtin_prefetch(bytes + at, 0, 2);
+  };
+  if (m.kind == Kind::kBf16) return rows(m.planes[0], m.cols * 2);
+  if (m.kind == Kind::kInt8) rows(m.planes[0], m.groups * 64);
+  static constexpr int64_t widths[] = {16, 8, 8};
+  for (int i = 0; m.kind != Kind::kInt8 && i < int(m.kind); ++i) rows(m.planes[i], m.groups * widths[i]);
+  rows(m.scale, m.groups * 2);
+  rows(m.zero, m.groups * 2);
+}
+
 // Calls each(expert, begin, end) for thread `number`'s share of `count` experts' `rows`.
 template <class Each>
 void share_of(int64_t number, int64_t num_threads, int64_t count, int64_t rows, Each each) {
@@ -89,10 +119,7 @@ void Share::serve(int64_t number) {
 void Share::answer(Own& own, int64_t number, uint32_t question, int64_t count, int64_t meetings) {
   const int64_t hidden = place_.up.cols, inner = place_.down.cols;
   const auto blob = [&](int64_t e) { return arena_ + uint64_t(read(mail_.questions + 1 + e, question)) * blob_bytes_; };
-  for (int64_t c = 0; c < hidden; ++c) {
-    const uint32_t bits = read(mail_.questions + 1 + mail_.most + c, question);
-    std::memcpy(own.token.x(0) + c, &bits, 4);
-  }
+  take(mail_.questions + 1 + mail_.most, hidden, question, own.token.x(0));
   own.token.finish(ops_, 0, place_.up.kind, integers_);
   const Token token = own.token.token(0, integers_, own.rows.data());
   share_of(number, num_threads_, count, inner, [&](int64_t e, int64_t begin, int64_t end) {
@@ -105,6 +132,10 @@ void Share::answer(Own& own, int64_t number, uint32_t question, int64_t count, i
     ops_.gate(place_.gate, own.pair.data(), n, inner_.data() + e * inner + begin);
   });
   met_.fetch_add(1, std::memory_order_acq_rel);
+  // The others' last rows take a while: memory need not wait for them.
+  share_of(number, num_threads_, count, place_.down.rows, [&](int64_t e, int64_t begin, int64_t end) {
+    bring(place_.down.at(blob(e), int(place_.down.kind)), begin, end);
+  });
   while (met_.load(std::memory_order_acquire) < meetings * num_threads_) pause();
   share_of(number, num_threads_, count, place_.down.rows, [&](int64_t e, int64_t begin, int64_t end) {
     std::copy_n(inner_.data() + e * inner, inner, own.inner.x(0));

@@ -1,0 +1,86 @@
+"""Dense weights that stay quantized in VRAM: one byte a weight, whatever the store has.
+
+INT8 codes lie here as in the store; INT4 ones are widened, with the same numbers: products with three planes would cost about ten
+instructions a weight, and a decode step would wait for those instead of the bytes they save.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import linear, pad
+
+from fate_moe.core import BlobLayout
+from fate_moe.quant.blob import views
+from fate_moe.quant.planes import unpack
+from fate_moe.quant.solver import minmax
+
+__all__ = ["ByteLinear", "joined"]
+
+GROUP = 64
+
+
+class ByteLinear(nn.Module):
+    """``nn.Linear`` with weight[r, c] = scale[r, c // 64] * codes[r, c] - zero[r, c // 64].
+
+    ``codes`` uint8 [out, groups * 64], ``scale`` and ``zero`` fp16 [out, groups]; ``cols`` of the codes count.
+    """
+
+    def __init__(
+        self, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, cols: int, bias: Any, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.codes, self.scale, self.zero = codes, scale, zero
+        self.out_features, self.in_features = codes.shape[0], cols
+        self.bias = bias
+        self._dtype = dtype
+
+    @classmethod
+    def from_blob(cls, blob: torch.Tensor, layout: BlobLayout, shape: tuple[int, int], bias: Any, dtype: torch.dtype) -> ByteLinear:
+        """From a dense blob of a store (part ``weight``), on the device where it is to be; ``dtype`` is the model's."""
+        parts = views(layout, blob)
+        planes = [parts[f"weight.plane{i}"] for i in range(len(layout.plane_widths))]
+        if layout.group_size != GROUP:
+            raise ValueError(f"groups of {layout.group_size} instead of {GROUP}")
+        codes = unpack(planes, layout.plane_widths, GROUP, len(planes))
+        return cls(codes.contiguous(), parts["weight.scale"].clone(), parts["weight.zero"].clone(), shape[1], bias, dtype)
+
+    @classmethod
+    def rounded(cls, weight: torch.Tensor, bias: Any = None) -> ByteLinear:
+        """From numbers [out, in], between each group's least and greatest."""
+        codes, scale, zero = minmax(weight.float(), 8, GROUP)
+        return cls(pad(codes, (0, -weight.shape[1] % GROUP)), scale, zero, weight.shape[1], bias, weight.dtype)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The numbers, made anew."""
+        rows, groups = self.scale.shape
+        grouped = self.codes.view(rows, groups, GROUP).float() * self.scale.float()[..., None] - self.zero.float()[..., None]
+        return grouped.view(rows, -1)[:, : self.in_features].to(self._dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., out] of ``x`` [..., in]."""
+        return linear(x, self.weight.to(x.dtype), self.bias)
+
+
+Matrix = torch.Tensor | ByteLinear
+
+
+def joined(linears: list[Any]) -> Matrix:
+    """The weights of ``linears`` as one matrix; theirs become views of it, so that nothing is stored twice."""
+    if len(linears) == 1:
+        return linears[0] if isinstance(linears[0], ByteLinear) else linears[0].weight.data
+    sizes = [module.out_features for module in linears]
+    if not all(isinstance(module, ByteLinear) for module in linears):
+        whole = torch.cat([module.weight.data for module in linears])
+        for module, part in zip(linears, torch.split(whole, sizes), strict=True):
+            module.weight.data = part
+        return whole
+    first = linears[0]
+    together = {name: torch.cat([getattr(module, name) for module in linears]) for name in ("codes", "scale", "zero")}
+    for name, tensor in together.items():
+        for module, part in zip(linears, torch.split(tensor, sizes), strict=True):
+            setattr(module, name, part)
+    return ByteLinear(together["codes"], together["scale"], together["zero"], first.in_features, None, first._dtype)
