@@ -10,6 +10,7 @@ with "host" compute misses on the host and need the C++ extension.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ import triton
 from benchmarks.gpu_measure import copies, event, host_answers, kernels, launches, overlap, similarity
 from benchmarks.gpu_model import GEOMETRIES, TOPIC_POWER, RandomModel
 from benchmarks.gpu_peers import PathStep, accelerated, activation_paths
+from fate_moe.errors import FateError
 from fate_moe.gpu.dense import ByteLinear
 from fate_moe.gpu.options import DeviceOptions
 from fate_moe.kernels.native import native
@@ -90,8 +92,9 @@ def main() -> None:
     parser.add_argument("--prefill", nargs="*", type=int, default=[512, 2048])
     parser.add_argument("--peer", type=float, nargs="*", default=[0.25], help="shares of experts in VRAM to run accelerate with")
     parser.add_argument("--peer-layers", type=int, help="fewer layers for accelerate, whose experts are bf16 in host memory")
-    parser.add_argument("--experts", choices=["int4", "int8"], default="int4", help="precision of the routed experts")
-    parser.add_argument("--dense", choices=["bf16", "int8"], default="bf16", help="precision of all other matrices")
+    parser.add_argument("--experts", nargs="+", choices=["int4", "int8"], default=["int4"], help="precision of the routed experts")
+    parser.add_argument("--dense", nargs="+", choices=["bf16", "int8"], default=["bf16"], help="precision of all other matrices")
+    parser.add_argument("--cells-only", action="store_true", help="leave out copies, kernels and what else is no cell")
     parser.add_argument("--topic-power", type=float, default=TOPIC_POWER, help="how alike a topic's tokens are (gpu_model.py)")
     parser.add_argument("--seconds", type=float, default=1e9, help="start no new cell after this long")
     parser.add_argument("--json", type=Path)
@@ -106,20 +109,23 @@ def main() -> None:
         if arguments.json:
             arguments.json.write_text(json.dumps(results, indent=1))
 
-    copies(results["copies"])
-    save()
-    for name in arguments.models:
+    if not arguments.cells_only:
+        copies(results["copies"])
+        save()
+    for name, experts, dense in itertools.product(arguments.models, arguments.experts, arguments.dense):
         made = time.perf_counter()
-        random = RandomModel.make(name, arguments.layers, arguments.topic_power, precision=arguments.experts, dense=arguments.dense)
+        random = RandomModel.make(name, arguments.layers, arguments.topic_power, precision=experts, dense=dense)
         result: dict[str, Any] = {"make_seconds": time.perf_counter() - made, "cells": {}}
-        results["models"][name] = result
+        results["models"][f"{name}, experts {experts}, dense {dense}"] = result
         _measure(random, arguments, began, results["copies"], result, save)
         random.close()
         del random
         torch.cuda.empty_cache()
         for share in arguments.peer:
             if time.perf_counter() - began < arguments.seconds:
-                result["cells"][f"{share:.2f} accelerate"] = accelerated(name, share, arguments.peer_layers or arguments.layers)
+                result["cells"][f"{share:.2f} accelerate, bf16"] = accelerated(
+                    name, share, arguments.peer_layers or arguments.layers
+                )
                 save()
     save()
     print(json.dumps({"device": results["device"], "copies": {k: round(v, 1) for k, v in results["copies"].items()}}))
@@ -133,27 +139,16 @@ def main() -> None:
             )
 
 
-def _measure(
-    random: RandomModel,
-    arguments: argparse.Namespace,
-    began: float,
-    copied: dict[str, float],
-    result: dict[str, Any],
-    save: Callable[[], None],
-) -> None:
+def _pieces(random: RandomModel, cache: Any, copied: dict[str, float], result: dict[str, Any]) -> None:
+    """What is no cell: kernels beside their floors, how alike gate inputs are, the step beside transformers' own, launches."""
     config = random.model.config
     whole = random.experts(1.0, DeviceOptions(num_whole=0))
     kernels(random, whole, copied["device_copy"], result)
-    cache = transformers.StaticCache(config=config, max_cache_len=LENGTH)
-    prompt = random.script[None, :PROMPT]
     with torch.no_grad():
-        random.model(prompt, past_key_values=cache)
-        # The fused step and transformers' own layers, on the same experts and cache.
         own = transformers.StaticCache(config=config, max_cache_len=LENGTH)
-        random.model(prompt, past_key_values=own)
+        random.model(random.script[None, :PROMPT], past_key_values=own)
         expected = random.model(random.script[None, PROMPT : PROMPT + 1], past_key_values=own).logits[0, -1].float()
     result["similarity"] = similarity(random)
-    paths = activation_paths(random)
     fused = FusedStep(random.model, whole, cache)
     fused.begin(int(random.script[PROMPT]), PROMPT)
     fused.step()
@@ -168,8 +163,25 @@ def _measure(
     result["floor_ms"] = token_bytes / copied["device_copy"] / 1e6
     if native is not None:
         host_answers(random, random.host_share(), result)
-    del fused, whole
-    save()
+
+
+def _measure(
+    random: RandomModel,
+    arguments: argparse.Namespace,
+    began: float,
+    copied: dict[str, float],
+    result: dict[str, Any],
+    save: Callable[[], None],
+) -> None:
+    cache = transformers.StaticCache(config=random.model.config, max_cache_len=LENGTH)
+    whole = random.experts(1.0, DeviceOptions(num_whole=0))
+    with torch.no_grad():
+        random.model(random.script[None, :PROMPT], past_key_values=cache)  # what decoding starts from
+    paths = activation_paths(random) if "eap" in arguments.methods else torch.empty(0)
+    del whole
+    if not arguments.cells_only:
+        _pieces(random, cache, copied, result)
+        save()
     reference, resident = None, float("nan")
     for share in arguments.shares:
         for method in ["no prefetch"] if share == 1.0 else arguments.methods:
@@ -179,7 +191,7 @@ def _measure(
             torch.cuda.empty_cache()
             try:
                 row, (tokens, logits) = decode(random, cache, share, method, paths)
-            except ValueError as error:  # fewer slots than one pass needs
+            except (ValueError, FateError) as error:  # fewer slots than one pass needs, no C++ extension
                 result["cells"][f"{share:.2f} {method}"] = {"why_not": str(error)}
                 continue
             reference = reference or (tokens, logits)

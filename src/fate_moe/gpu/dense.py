@@ -15,7 +15,6 @@ from torch.nn.functional import linear, pad
 from fate_moe.core import BlobLayout
 from fate_moe.quant.blob import views
 from fate_moe.quant.planes import unpack
-from fate_moe.quant.solver import minmax
 
 __all__ = ["ByteLinear", "joined"]
 
@@ -49,9 +48,14 @@ class ByteLinear(nn.Module):
 
     @classmethod
     def rounded(cls, weight: torch.Tensor, bias: Any = None) -> ByteLinear:
-        """From numbers [out, in], between each group's least and greatest."""
-        codes, scale, zero = minmax(weight.float(), 8, GROUP)
-        return cls(pad(codes, (0, -weight.shape[1] % GROUP)), scale, zero, weight.shape[1], bias, weight.dtype)
+        """From numbers [out, in], codes spread between each group's least and greatest."""
+        rows, cols = weight.shape
+        grouped = pad(weight.float(), (0, -cols % GROUP)).view(rows, -1, GROUP)
+        low, high = grouped.amin(2), grouped.amax(2)
+        zero, scale = (-low).half(), ((high - low) / 255).half()
+        step = scale.float().clamp(min=1e-8)[..., None]
+        codes = ((grouped + zero.float()[..., None]) / step).round_().clamp_(0, 255).to(torch.uint8)
+        return cls(codes.view(rows, -1), scale, zero, cols, bias, weight.dtype)
 
     @property
     def weight(self) -> torch.Tensor:

@@ -19,7 +19,7 @@ struct Mail {
 };
 
 // Threads of their own that look at the mail without rest while questions come (a wake-up takes longer than an expert), and once a
-// millisecond after 20 ms without one. Each takes its share of the rows of all asked experts, first of gate and up, then of down.
+// millisecond after 20 ms without one. They share the rows of all asked experts, first of gate and up, then of down.
 class Share {
  public:
   // Blob b lies at arena + b * blob_bytes. Gate and up rows lie one after the other.
@@ -30,7 +30,7 @@ class Share {
   struct Own;  // one thread's memory
   void serve(int64_t number);
   bool await(uint32_t last, uint64_t& head) const;
-  void answer(Own& own, int64_t number, uint32_t question, int64_t count, int64_t meetings);
+  void answer(Own& own, int64_t number, uint32_t question, int64_t count, int64_t turn);
 
   const Ops& ops_;
   const ExpertPlace place_;
@@ -40,7 +40,8 @@ class Share {
   const bool integers_;
   const int64_t num_threads_;
   std::vector<float> inner_;  // [most, inner]
-  std::atomic<int64_t> met_{0};
+  std::atomic<int64_t> met_{0};  // threads that have ended gate and up, of all questions
+  std::atomic<uint64_t> next_up_{0}, next_down_{0};
   std::atomic<bool> stop_{false};
   std::vector<std::thread> threads_;
 };
