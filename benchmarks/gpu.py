@@ -31,7 +31,7 @@ from fate_moe.gpu.options import DeviceOptions
 from fate_moe.kernels.native import native
 from fate_moe.models.fused import FusedStep
 
-PROMPT, WARM, MEASURED, LENGTH = 64, 200, 256, 1024
+PROMPT, LENGTH = 64, 1024
 
 # Each is what its name says in this engine's terms: the same slots, kernels and graph for all of them.
 METHODS: dict[str, DeviceOptions] = {
@@ -42,14 +42,14 @@ METHODS: dict[str, DeviceOptions] = {
     "best": DeviceOptions(),
     "prefetch 2": DeviceOptions(limit=2),
     "host": DeviceOptions(host_share=0.5),
-    "host 0.7": DeviceOptions(host_share=0.7),
-    "host only": DeviceOptions(host_share=1.0),
     "host, prefetch 2": DeviceOptions(limit=2, host_share=0.7),
 }
 _PROFILED = ("load on demand", "best", "host")  # a profile takes as long as a cell
 
 
-def decode(random: RandomModel, cache: Any, share: float, method: str, paths: torch.Tensor) -> tuple[dict[str, Any], Any]:
+def decode(
+    random: RandomModel, cache: Any, share: float, method: str, paths: torch.Tensor, warm: int, measured: int
+) -> tuple[dict[str, Any], Any]:
     """One cell: tokens a second with ``share`` of the experts resident; and the tokens and last logits it came to."""
     experts = random.experts(share, METHODS[method])
     step = PathStep(random.model, experts, cache, paths) if method == "eap" else FusedStep(random.model, experts, cache)
@@ -57,29 +57,29 @@ def decode(random: RandomModel, cache: Any, share: float, method: str, paths: to
     step.begin(int(random.script[PROMPT]), PROMPT)
     step.capture()
     step.begin(int(random.script[PROMPT]), PROMPT)
-    for _ in range(WARM):
+    for _ in range(warm):
         step.replay()
     before, hosted = experts.counters(), experts.tables.hosted()
     start, end = event(), event()
     start.record()
-    for _ in range(MEASURED):
+    for _ in range(measured):
         step.replay()
     end.record()
     end.synchronize()
     experts.tables.check_integrity()
     counted = experts.counters().since(before)
-    took = start.elapsed_time(end) / MEASURED
+    took = start.elapsed_time(end) / measured
     row = {
         "tokens_per_second": 1e3 / took,
         "ms": took,
         "ready": counted.ready_on_time,
-        "misses_per_token": counted.misses / MEASURED,
-        "hosted_per_token": (experts.tables.hosted() - hosted) / MEASURED,
-        "prefetched_per_token": counted.prefetched / MEASURED,
+        "misses_per_token": counted.misses / measured,
+        "hosted_per_token": (experts.tables.hosted() - hosted) / measured,
+        "prefetched_per_token": counted.prefetched / measured,
         "prefetch_used": counted.prefetch_used / max(1, counted.prefetched),
-        "link_ms_at_50GBs": counted.bytes_read / MEASURED / 50e6,
+        "link_ms_at_50GBs": counted.bytes_read / measured / 50e6,
     }
-    told = step.tokens[PROMPT + 1 : PROMPT + WARM + MEASURED].tolist(), step.logits.clone()
+    told = step.tokens[PROMPT + 1 : PROMPT + warm + measured].tolist(), step.logits.clone()
     return row | (overlap(step) if method in _PROFILED else {}), told
 
 
@@ -88,6 +88,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=GEOMETRIES, default=["Qwen3-30B-A3B", "Qwen1.5-MoE-A2.7B"])
     parser.add_argument("--shares", nargs="+", type=float, default=[1.0, 0.75, 0.45, 0.25, 0.15])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--warm", type=int, default=200, help="tokens in which residency settles")
+    parser.add_argument("--measured", type=int, default=256, help="tokens that are timed")
     parser.add_argument("--layers", type=int, help="fewer layers than the geometry has")
     parser.add_argument("--prefill", nargs="*", type=int, default=[512, 2048])
     parser.add_argument("--peer", type=float, nargs="*", default=[0.25], help="shares of experts in VRAM to run accelerate with")
@@ -190,7 +192,7 @@ def _measure(
                 continue
             torch.cuda.empty_cache()
             try:
-                row, (tokens, logits) = decode(random, cache, share, method, paths)
+                row, (tokens, logits) = decode(random, cache, share, method, paths, arguments.warm, arguments.measured)
             except (ValueError, FateError) as error:  # fewer slots than one pass needs, no C++ extension
                 result["cells"][f"{share:.2f} {method}"] = {"why_not": str(error)}
                 continue
