@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -78,6 +79,16 @@ def test_activations_are_rounded_as_on_the_cpu_tier(model: Model) -> None:
     error = (out.double() - exact).norm() / exact.norm()
     assert 1e-5 < error < 0.02  # int8 by group of 64: about 0.4 % per product
     share.close()
+
+
+def test_a_host_without_every_expert_is_refused(model: Model, share: HostShare) -> None:
+    experts = model.experts(10)
+    other = SimpleNamespace(bytes=model.arena.bytes)
+    with pytest.raises(ValueError, match="every expert"):
+        DeviceExperts(
+            experts.layouts, other, experts.pool, experts.tables, experts.gates, top_k=4,  # type: ignore[arg-type]
+            options=DeviceOptions(host_share=0.5), share=share,
+        )  # fmt: skip
 
 
 def test_experts_without_a_kernel_are_refused() -> None:

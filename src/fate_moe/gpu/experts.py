@@ -77,6 +77,8 @@ class DeviceExperts:
         self._ahead = lists[1], lists[2]  # for even and odd layers: one is still read while the next is written
         self._main, self._demands, self._prefetches, self._answers = (Lane(device, side) for side in (False, True, True, True))
         self._share = share if self.options.host_share > 0 else None
+        if self._share is not None and not isinstance(self.host, WholeHost):
+            raise ValueError("the host computes misses only where it holds every expert at its own place")
         self._asked = False  # the residency step may have asked the host for rows that nobody collects yet
         self._listed = False  # the residency step listed prefetches that are not enqueued yet
         self._arriving: Any = None  # the mark of prefetches that the main lane has not waited for
