@@ -59,16 +59,19 @@ def test_logits_are_bit_identical_to_fully_resident(
     predictor: str,
     kept: str,
 ) -> None:
-    if predictor == "learned":
+    if predictor in ("learned", "forecast"):
         generator = torch.Generator().manual_seed(7)
-        save_gates(store_for(checkpoint(family), precision), [torch.randn(8, 65, generator=generator) for _ in range(2)])
+        gates, far, forecast = ([torch.randn(8, width, generator=generator) for _ in range(2)] for width in (65, 65, 129))
+        save_gates(store_for(checkpoint(family), precision), gates, [None, far[1]], forecast=forecast)
+    if (family, predictor) == ("deepseek_v3", "cross-layer-norm"):
+        pytest.skip("its router is more than one matrix; that it is refused is in tests/predict")
     key = family, precision
     if key not in resident:
         whole = loaded(family, precision, policy="lru", predictor="none", expert_cache="100%")
         assert whole.fate.plan.num_slots == whole.fate.plan.num_experts
         resident[key] = {batch: logits_of(whole, batch) for batch in (1, 3)}
     slot_bytes = loaded(family, precision).fate.plan.slot_bytes
-    model = loaded(family, precision, policy=policy, predictor=predictor, expert_cache=slots(kept, slot_bytes))
+    model = loaded(family, precision, policy=policy, predictor=predictor, look_ahead=2, expert_cache=slots(kept, slot_bytes))
     for batch in (1, 3):
         for step, (got, want) in enumerate(zip(logits_of(model, batch), resident[key][batch], strict=True)):
             assert torch.equal(got, want), f"batch {batch}, step {step}"

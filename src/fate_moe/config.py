@@ -30,7 +30,18 @@ __all__ = [
 
 DEVICES = ("cpu", "cuda")
 POLICIES = ("arc", "co-activation", "decayed", "least-stale", "lfu", "lru", "shallow-arc")
-PREDICTORS = ("activation-path", "combined", "cross-layer", "cross-layer-calibrated", "learned", "none", "temporal")
+PREDICTORS = (
+    "activation-path",
+    "combined",
+    "cross-layer",
+    "cross-layer-calibrated",
+    "cross-layer-norm",
+    "forecast",
+    "learned",
+    "none",
+    "recursive",
+    "temporal",
+)
 # What published systems do, and what does best here (docs/prediction.md): (policy, predictor).
 PRESETS = {
     "best": ("co-activation", "combined"),
@@ -113,6 +124,7 @@ class OffloadConfig:
     expert_cache: bytes for expert slots: a size or a percentage of all experts ("25%"); None: what the budget leaves.
     preset: a pair of policy and predictor: what does best here, or what a published system does.
     policy: which expert gives up its slot; predictor: which experts are read ahead; None: the preset's.
+    look_ahead: how many layers ahead experts are predicted; further ones are read behind the nearer ones' reads.
     precision: how experts are stored; dense_precision: all other matrices (None: int8 beside quantized experts).
     precision_policy: how many of an INT4 expert's bits are read; anything but "full" trades exactness for bytes.
     context_length: tokens for which KV cache is set aside (prompt and answer together).
@@ -128,6 +140,7 @@ class OffloadConfig:
     preset: str = "best"
     policy: str | None = None
     predictor: str | None = None
+    look_ahead: int = 1
     precision: str = "lossless"
     dense_precision: str | None = None
     precision_policy: str = "full"
@@ -142,7 +155,7 @@ class OffloadConfig:
         _one_of("precision", self.precision, PRECISIONS)
         _one_of("dense_precision", self.dense_precision or "lossless", PRECISIONS)
         _one_of("precision_policy", self.precision_policy, PRECISION_POLICIES)
-        for name, least in (("context_length", 1), ("io_threads", 2)):
+        for name, least in (("context_length", 1), ("io_threads", 2), ("look_ahead", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ConfigError(f"{name} must be a whole number of at least {least}, not {value!r}")

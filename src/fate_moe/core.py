@@ -171,10 +171,11 @@ class Predictor(Protocol):
     def observe(self, layer: int, routed: Sequence[int]) -> None:
         """``layer``'s router has spoken: the distinct experts it chose in this pass, most popular first."""
 
-    def predict(self, layer: int, gate_input: torch.Tensor) -> list[tuple[int, float]]:
-        """Experts of ``layer`` with probabilities, likeliest first, from ``gate_input`` [num_tokens, hidden] of ``layer - 1``.
+    def predict(self, layer: int, gate_input: torch.Tensor, ahead: int = 1) -> list[tuple[int, float]]:
+        """Experts of ``layer`` with probabilities, likeliest first, from ``gate_input`` [num_tokens, hidden] of ``layer - ahead``.
 
-        For layer 0 it is the tokens' embeddings, given as soon as the tokens are known.
+        Layer -1's are the tokens' embeddings, given as soon as the tokens are known. Nearer layers are asked about before further
+        ones; one that cannot look so far says nothing.
         """
 
 

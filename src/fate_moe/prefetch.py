@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Prefetcher", "Slots", "Trial"]
 
+MOST_MISSING = 8  # experts: further layers are asked about where so many reads take longer than the layers in between
 KEPT_FROM = 0.25  # a resident expert that is at least so likely is kept from prefetches until its layer has run
 
 
@@ -29,6 +30,9 @@ class Slots(Protocol):
 
     def missing(self, experts: Sequence[ExpertId]) -> list[bool]:
         """Which of ``experts`` are neither resident nor in flight."""
+
+    def cancel_prefetches(self) -> None:
+        """Forget the prefetches that have not begun."""
 
 
 class Trial:
@@ -91,10 +95,15 @@ class Trial:
 
 
 class Prefetcher:
-    """Asks the predictor about the next layer and queues what is worth its read. Called by the inference thread."""
+    """Asks the predictor about the next layers and queues what is worth its read, nearer layers first. One thread calls it."""
 
     def __init__(
-        self, residency: Slots, predictor: Predictor, num_layers: int, clock: Callable[[], float] = time.perf_counter
+        self,
+        residency: Slots,
+        predictor: Predictor,
+        num_layers: int,
+        clock: Callable[[], float] = time.perf_counter,
+        look_ahead: int = 1,
     ) -> None:
         self.predictor = predictor
         self.idle = isinstance(predictor, NoPrediction)
@@ -102,6 +111,7 @@ class Prefetcher:
         self._clock = clock
         self._residency = residency
         self._num_layers = num_layers
+        self._furthest = look_ahead
         self._trial = Trial() if predictor.calibrated and not self.idle else None
         self._reading_ahead = not self.idle
         self._spent = 0.0  # seconds on predicting and queueing
@@ -118,7 +128,7 @@ class Prefetcher:
                 self._trial.pause()
                 self._reading_ahead = True
         self._entered = None
-        self._read(0, embeddings)
+        self._read(-1, embeddings)
 
     def _lost(self) -> float:
         """Seconds so far: waited, spent on predicting, and wasted on the link."""
@@ -138,9 +148,9 @@ class Prefetcher:
         self._entered = (layer, now, stalled)
 
     def look_ahead(self, layer: int, gate_input: torch.Tensor) -> None:
-        """The reads of ``layer`` are under way: queue those of the next one, from ``gate_input`` [num_tokens, hidden]."""
+        """The reads of ``layer`` are under way: queue those of the next ones, from ``gate_input`` [num_tokens, hidden]."""
         if layer + 1 < self._num_layers:
-            self._read(layer + 1, gate_input)
+            self._read(layer, gate_input)
 
     def observe(self, layer: int, routed: Sequence[int]) -> None:
         """``layer``'s router has spoken."""
@@ -156,29 +166,39 @@ class Prefetcher:
 
     def _read(self, layer: int, gate_input: torch.Tensor) -> None:
         if not self._reading_ahead:
-            self.predicted.pop(layer, None)
+            self.predicted.pop(layer + 1, None)
             return
         began = self._clock()
-        self._predict(layer, gate_input)
+        if self._furthest > 1:
+            self._residency.cancel_prefetches()  # what is known now is better than what queued them
+        queued = self._predict(layer + 1, gate_input, 1, 0)
+        for ahead in range(2, min(self._furthest, self._num_layers - 1 - layer) + 1):
+            queued += self._predict(layer + ahead, gate_input, ahead, queued)
         self._spent += self._clock() - began
 
-    def _predict(self, layer: int, gate_input: torch.Tensor) -> None:
-        predicted = self.predicted[layer] = self.predictor.predict(layer, gate_input)
-        if not predicted:
-            return
-        window = self._layer_seconds.get(gate_input.shape[0].bit_length(), 0.0)
+    def _predict(self, layer: int, gate_input: torch.Tensor, ahead: int, queued: int) -> int:
+        """Queue reads of ``layer`` behind ``queued`` others; how many."""
+        layer_seconds = self._layer_seconds.get(gate_input.shape[0].bit_length(), 0.0)
         read_seconds = self._residency.read_seconds
-        if not self.predictor.calibrated:  # one after another: reads share the link and the cores
-            fitting = int(self.affordable(len(gate_input)))
-            self._residency.prefetch([ExpertId(layer, expert) for expert, _ in predicted], max(1, fitting))
-            return
+        if ahead > 1 and not (ahead - 1) * layer_seconds < MOST_MISSING * read_seconds:
+            return 0  # one layer later is soon enough
+        predicted = self.predicted[layer] = self.predictor.predict(layer, gate_input, ahead)
+        if not predicted:
+            return 0
         experts = [ExpertId(layer, expert) for expert, _ in predicted]
+        if not self.predictor.calibrated:  # one after another: reads share the link and the cores
+            fitting = int(ahead * self.affordable(len(gate_input))) - queued
+            if ahead > 1 and fitting < 1:
+                return 0
+            return self._residency.prefetch(experts, max(1, fitting))
         missing = self._residency.missing(experts)
         chances = [probability for (_, probability), absent in zip(predicted, missing, strict=True) if absent]
-        most = reads_worth(chances, window, read_seconds) if read_seconds else 1
+        most = int(ahead == 1)  # before a read's time is known
+        if read_seconds:
+            most = reads_worth(chances, layer_seconds, read_seconds, ahead=ahead, queued=queued)
         likely = [
             (expert, probability)
             for expert, (_, probability), absent in zip(experts, predicted, missing, strict=True)
             if absent or probability >= KEPT_FROM
         ]
-        self._residency.prefetch([expert for expert, _ in likely], most, [probability for _, probability in likely])
+        return self._residency.prefetch([expert for expert, _ in likely], most, [probability for _, probability in likely])

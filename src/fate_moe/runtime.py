@@ -67,10 +67,11 @@ class ExpertRuntime:
         *,
         num_experts: Sequence[int],
         tailor: Tailor,
+        look_ahead: int = 1,
     ) -> None:
         self.residency = residency
         self.tailor = tailor
-        self._prefetcher = Prefetcher(residency, predictor, len(routers))
+        self._prefetcher = Prefetcher(residency, predictor, len(routers), look_ahead=look_ahead)
         self._routers = routers
         self._slots = slots
         self._num_experts = num_experts

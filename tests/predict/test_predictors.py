@@ -11,8 +11,10 @@ from fate_moe.core import Routing
 from fate_moe.errors import ConfigError
 from fate_moe.predict.activation_path import ActivationPath
 from fate_moe.predict.cross_layer import CrossLayerGate
-from fate_moe.predict.gates import FittedGates
-from fate_moe.predict.make import make_predictor
+from fate_moe.predict.forecast import Forecast, forecast_source
+from fate_moe.predict.gates import FittedGates, LinearRouters, RouterGates
+from fate_moe.predict.make import Known, make_predictor
+from fate_moe.predict.recursive import RecursiveGates
 from fate_moe.predict.temporal import Temporal
 from fate_moe.runtime import Router, rows_by_expert
 from tests.predict.contract import check_predictor
@@ -35,16 +37,22 @@ def linear_router(seed: int) -> Router:
 def test_contract(name: str, seed: int) -> None:
     routers: list[Router | None] = [linear_router(0), linear_router(1), None]
     generator = torch.Generator().manual_seed(seed)
-    fitted = FittedGates([torch.randn(NUM_EXPERTS, HIDDEN + 1, generator=generator) for _ in range(NUM_LAYERS)])
-    check_predictor(make_predictor(name, [NUM_EXPERTS] * NUM_LAYERS, routers, TOP_K, fitted), NUM_LAYERS, NUM_EXPERTS, HIDDEN)
+    gates = [torch.randn(NUM_EXPERTS, HIDDEN + 1, generator=generator) for _ in range(NUM_LAYERS)]
+    weights = [torch.randn(NUM_EXPERTS, HIDDEN, generator=generator) for _ in range(NUM_LAYERS)]
+    forecast = [torch.randn(NUM_EXPERTS, 2 * HIDDEN + 1, generator=generator) for _ in range(NUM_LAYERS)]
+    norms = torch.rand(NUM_LAYERS, HIDDEN, generator=generator)
+    known = Known(routers, weights, norms, FittedGates(gates, [None, *gates[1:]]), forecast)
+    check_predictor(make_predictor(name, [NUM_EXPERTS] * NUM_LAYERS, TOP_K, known, 2), NUM_LAYERS, NUM_EXPERTS, HIDDEN)
 
 
 def test_names() -> None:
     with pytest.raises(ConfigError, match="fate fit"):
-        make_predictor("learned", [4], [None], 2)
+        make_predictor("forecast", [4], 2, Known([None]))
+    with pytest.raises(ConfigError, match="linear routers behind RMS norms"):
+        make_predictor("cross-layer-norm", [4], 2, Known([None]))
     with pytest.raises(ConfigError, match="'oracle'"):
-        make_predictor("oracle", [4], [None], 2)
-    combined = make_predictor("combined", [4], [None], 2)
+        make_predictor("oracle", [4], 2, Known([None]))
+    combined = make_predictor("combined", [4], 2, Known([None]))
     assert combined.predict(0, torch.zeros(3, HIDDEN)) == [], "without fitted gates nothing is known of layer 0's many tokens"
 
 
@@ -74,7 +82,7 @@ def test_calibrated_probabilities_are_frequencies() -> None:
     """The router of the next layer on a noisy gate input: of what is given p, a share of p is chosen, and order is the router's."""
     generator = torch.Generator().manual_seed(5)
     route = linear_router(1)
-    predictor = make_predictor("cross-layer-calibrated", [NUM_EXPERTS] * 2, [None, route], TOP_K)
+    predictor = make_predictor("cross-layer-calibrated", [NUM_EXPERTS] * 2, TOP_K, Known([None, route]))
     said, came = [], []
     for step in range(1500):
         truth = torch.randn(1, HIDDEN, generator=generator)
@@ -99,6 +107,50 @@ def test_fitted_gates_are_affine() -> None:
     weight = torch.randn(5, HIDDEN + 1, generator=torch.Generator().manual_seed(1))
     x = torch.randn(2, HIDDEN, generator=torch.Generator().manual_seed(2))
     assert torch.allclose(FittedGates([weight]).scores(0, x), x @ weight[:, :-1].T + weight[:, -1], atol=1e-6)
+
+
+def test_routers_see_the_residual_stream_through_their_own_norm() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(NUM_EXPERTS, HIDDEN, generator=generator) for _ in range(3)]
+    norms, stream = torch.rand(3, HIDDEN, generator=generator) + 0.1, torch.randn(1, HIDDEN, generator=generator)
+    scorer = LinearRouters(weights, norms)
+    for source, layer in ((0, 1), (0, 2), (1, 2)):
+        want = (stream * norms[layer]) @ weights[layer].T
+        assert torch.allclose(scorer.scores(layer, stream * norms[source], layer - source), want, atol=1e-4)
+        matrix = scorer.matrix(layer, layer - source)
+        assert torch.allclose((stream * norms[source]) @ matrix[:, :-1].T + matrix[:, -1], want, atol=1e-4)
+    assert scorer.scores(0, stream) is None, "layer 0 has no predecessor"
+
+
+def test_a_forecast_is_of_the_embedding_and_of_what_the_token_before_was_to_each_layer() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(NUM_EXPERTS, 2 * HIDDEN + 1, generator=generator) for _ in range(3)]
+    forecast, tokens = Forecast(weights), torch.randn(3, 4, 1, HIDDEN, generator=generator)  # token, place (embedding first)
+    for number, token in enumerate(tokens):
+        for layer in range(3):
+            got = forecast.scores(layer, token[layer], 1)
+            if number == 0:
+                assert got is None, "there is no token before"
+                continue
+            source = 1 + forecast_source(layer, 3)
+            x = torch.cat([token[0], tokens[number - 1][source], torch.ones(1, 1)], 1)
+            assert torch.allclose(got, x @ weights[layer].T, atol=1e-4)
+
+
+def test_recursive_gates_learn_what_routers_get_wrong() -> None:
+    """The true choice is the routers' with the experts renamed: no use at first, then nearly all of it."""
+    generator = torch.Generator().manual_seed(0)
+    rename = torch.randperm(NUM_EXPERTS, generator=generator)
+    scorer = RecursiveGates(RouterGates([None, linear_router(1)]), [NUM_EXPERTS] * 2)
+    found = []
+    for _ in range(6000):
+        x = torch.randn(1, HIDDEN, generator=generator)
+        truth = linear_router(1)(x).scores[0][rename].topk(TOP_K).indices.tolist()
+        scores = scorer.scores(1, x)
+        found.append(len(set(scores[0].topk(TOP_K).indices.tolist()) & set(truth)) / TOP_K)
+        scorer.observe(1, truth)
+    assert sum(found[:100]) / 100 < 0.4
+    assert sum(found[-500:]) / 500 > 0.7
 
 
 def test_cross_layer_is_the_next_router_on_this_gate_input() -> None:

@@ -18,10 +18,23 @@ def test_gates_are_read_back(tmp_path: Path) -> None:
     assert load_gates(tmp_path, [4] * 3, 8) is None
     assert gates_bytes(tmp_path) == 0
     save_gates(tmp_path, WEIGHTS)
-    weights = load_gates(tmp_path, [4] * 3, 8)
-    assert weights is not None
-    assert all(torch.equal(got, want.float()) for got, want in zip(weights, WEIGHTS, strict=True))
-    assert gates_bytes(tmp_path) >= sum(weight.nbytes for weight in weights)
+    gates = load_gates(tmp_path, [4] * 3, 8)
+    assert gates is not None
+    assert len(gates.ahead) == 1
+    assert gates.forecast == []
+    for got, want in zip(gates.ahead[0], WEIGHTS, strict=True):
+        assert got is not None
+        assert torch.equal(got, want.float())
+    assert gates_bytes(tmp_path) >= sum(2 * weight.nbytes for weight in WEIGHTS)
+
+
+def test_gates_of_several_layers_ahead_and_a_forecast_are_read_back(tmp_path: Path) -> None:
+    forecast = [torch.randn(4, 17, generator=torch.Generator().manual_seed(layer)).bfloat16() for layer in range(3)]
+    save_gates(tmp_path, WEIGHTS, [None, *(weight.clone() for weight in WEIGHTS[1:])], forecast=forecast)
+    gates = load_gates(tmp_path, [4] * 3, 8)
+    assert gates is not None
+    assert [[weight is None for weight in weights] for weights in gates.ahead] == [[False] * 3, [True, False, False]]
+    assert all(torch.equal(got, want.float()) for got, want in zip(gates.forecast, forecast, strict=True))
 
 
 @pytest.mark.parametrize("damage", ["torn", "other", "nan", "layers"])

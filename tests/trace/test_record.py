@@ -82,9 +82,10 @@ def test_ridge_finds_a_linear_router() -> None:
         for layer, x in enumerate((embedding, first)):
             fitter.entered(layer, first)
             fitter.computed(layer, (x @ hidden_router.mT).topk(2).indices, torch.ones(64, 2), {}, 0.0, [])
-    gates = fitter.gates()
+    (gates,) = fitter.gates()
     x = torch.randn(500, 10, generator=generator)
     for gate in gates:
+        assert gate is not None
         guessed = (x @ gate[:, :-1].mT + gate[:, -1]).topk(2).indices.sort(-1).values
         truth = (x @ hidden_router.mT).topk(2).indices.sort(-1).values
         assert (guessed == truth).float().mean() > 0.8

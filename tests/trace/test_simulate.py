@@ -14,6 +14,7 @@ from fate_moe.config import POLICIES
 from fate_moe.core import ExpertId
 from fate_moe.errors import ConfigError
 from fate_moe.memory.policies import LRU
+from fate_moe.store.learned import Gates
 from fate_moe.trace.schema import RoutingTrace, read_trace, write_trace
 from fate_moe.trace.simulate import Link, simulate
 from fate_moe.trace.virtual import VirtualResidency
@@ -135,7 +136,7 @@ def test_what_needs_gate_inputs_says_so() -> None:
         simulate(random_trace(0), "lru", "none", 0.01, SLOW)
 
 
-@pytest.mark.parametrize("predictor", ["cross-layer", "cross-layer-calibrated", "combined", "learned"])
+@pytest.mark.parametrize("predictor", ["cross-layer", "cross-layer-calibrated", "combined", "learned", "forecast", "recursive"])
 def test_gates_run_on_recorded_inputs(predictor: str) -> None:
     """A router that sees the true gate input one layer early knows all: with a fast link nearly everything is on time."""
     import torch
@@ -145,11 +146,28 @@ def test_gates_run_on_recorded_inputs(predictor: str) -> None:
     inputs = np.repeat(rng.normal(size=(300, 1, 6)), 3, axis=1).astype(np.float16)  # the same in all layers
     chosen = np.argsort(-np.einsum("nld,led->nle", inputs.astype(np.float32), routers), axis=2)[:, :, :2]
     trace = trace_of(chosen, gate_inputs=inputs, embeddings=inputs[:, 0], routers=routers)
-    gates = [torch.nn.functional.pad(torch.from_numpy(router), (0, 1)) for router in routers]
+    matrices = [torch.nn.functional.pad(torch.from_numpy(router), (0, 1)) for router in routers]
+    forecast = [torch.cat([matrix[:, :-1], torch.zeros(8, 6), matrix[:, -1:]], 1) for matrix in matrices]
+    gates = Gates([list(matrices), [None, *matrices[1:]]], forecast)
     fast = Link(1e6, 1000, 0.5)
     without = simulate(trace, "best", "none", 0.4, fast, skip=200)
     row = simulate(trace, "best", predictor, 0.4, fast, skip=200, gates=gates)
     assert row.ready_on_time > without.ready_on_time + 0.1
+
+
+def test_looking_further_ahead_hides_reads_that_take_longer_than_a_layer() -> None:
+    """Every layer chooses alike and routers know it: with reads of 1.6 layers, two layers' notice hides what one layer's cannot."""
+    import torch
+
+    rng = np.random.default_rng(4)
+    routers = rng.normal(size=(6, 8, 6)).astype(np.float32)
+    inputs = np.repeat(rng.normal(size=(400, 1, 6)), 6, axis=1).astype(np.float16)
+    chosen = np.argsort(-np.einsum("nld,led->nle", inputs.astype(np.float32), routers), axis=2)[:, :, :1]
+    trace = trace_of(chosen, gate_inputs=inputs, embeddings=inputs[:, 0], routers=routers)
+    gates = Gates([[torch.nn.functional.pad(torch.from_numpy(router), (0, 1)) for router in routers]] * 3, [])
+    slow = Link(1000, 800, 0.5)
+    near, far = (simulate(trace, "best", "learned", 0.5, slow, skip=200, gates=gates, look_ahead=ahead) for ahead in (1, 3))
+    assert far.stall_seconds < 0.8 * near.stall_seconds
 
 
 def test_schema_round_trip(tmp_path: Path) -> None:

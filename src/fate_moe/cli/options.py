@@ -60,6 +60,9 @@ def add_offload_options(parser: argparse.ArgumentParser, gpu: bool = False) -> N
     group.add_argument("--policy", choices=POLICIES, help="who gives up a slot; default: the preset's")
     group.add_argument("--predictor", choices=PREDICTORS, help="who is read ahead; default: the preset's")
     group.add_argument(
+        "--look-ahead", type=int, default=DEFAULTS["look_ahead"], metavar="K", help="layers predicted ahead; default: %(default)s"
+    )
+    group.add_argument(
         "--precision", choices=PRECISIONS, default=DEFAULTS["precision"], help="of the experts; default: %(default)s"
     )
     group.add_argument(

@@ -29,6 +29,7 @@ def add_verbs(verbs: Any) -> None:
     trace.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="a prompt; default: %(default)s")
     trace.add_argument("--max-tokens", type=int, default=2000, metavar="N", help="in all; default: %(default)s")
     trace.add_argument("--teacher", action="store_true", help="follow the file's text token by token instead of writing")
+    trace.add_argument("--prefill", action="store_true", help="follow it as a prompt: quicker, without lookups and times")
     trace.add_argument("--gate-inputs", action="store_true", help="keep what the routers saw (two bytes a number)")
     trace.set_defaults(verb=_trace)
     add_offload_options(trace)
@@ -47,6 +48,7 @@ def add_verbs(verbs: Any) -> None:
     )
     simulate.add_argument("--overlap-ms", type=float, default=0.0, metavar="MS", help="of it before experts are needed; default: 0")
     simulate.add_argument("--gates", type=Path, metavar="STORE", help="store whose fitted gates are used")
+    simulate.add_argument("--look-ahead", type=int, default=1, metavar="K", help="layers predicted ahead; default: %(default)s")
     simulate.add_argument("--skip", type=int, default=0, metavar="N", help="first tokens that do not count; default: 0")
     simulate.add_argument("--tokens", type=int, metavar="N", help="no more than the first N tokens")
     simulate.add_argument("--json", action="store_true", help="print one JSON object")
@@ -56,6 +58,7 @@ def add_verbs(verbs: Any) -> None:
     fit.add_argument("model", nargs="?", help=MODEL_HELP)
     fit.add_argument("--text", type=Path, required=True, help="text like what the model will read and write")
     fit.add_argument("--max-tokens", type=int, default=30000, metavar="N", help="to learn from; default: %(default)s")
+    fit.add_argument("--forecast", action="store_true", help="also what foretells a whole token as soon as it is known")
     fit.add_argument("--json", action="store_true", help="print one JSON object")
     fit.set_defaults(verb=_fit)
     add_offload_options(fit)
@@ -98,6 +101,7 @@ def _trace(arguments: argparse.Namespace) -> None:
         new_tokens=arguments.max_new_tokens,
         max_tokens=arguments.max_tokens,
         teacher=arguments.teacher,
+        prefill=arguments.prefill,
         gate_inputs=arguments.gate_inputs,
     )
     write_trace(arguments.out, trace)
@@ -134,7 +138,17 @@ def _simulate(arguments: argparse.Namespace) -> None:
     with progress_bar("simulating", len(runs) * trace.num_tokens, None) as advance:
         for policy, predictor, capacity in runs:
             rows.append(
-                simulate(trace, policy, predictor, capacity, link, gates=gates, skip=arguments.skip, advance=advance).as_dict()
+                simulate(
+                    trace,
+                    policy,
+                    predictor,
+                    capacity,
+                    link,
+                    gates=gates,
+                    look_ahead=arguments.look_ahead,
+                    skip=arguments.skip,
+                    advance=advance,
+                ).as_dict()
             )
     if arguments.json:
         link_facts = {"disk_gbps": arguments.disk_gbps, "expert_bytes": expert_bytes, "layer_ms": layer_seconds * 1e3}
@@ -187,15 +201,22 @@ def _fit(arguments: argparse.Namespace) -> None:
     quiet_transformers()
     from fate_moe.models.tracing import fit_gates
 
-    found = fit_gates(arguments.model, texts, offload_config(arguments, 512), max_tokens=arguments.max_tokens)
+    config = offload_config(arguments, 512)
+    found = fit_gates(arguments.model, texts, config, max_tokens=arguments.max_tokens, forecast=arguments.forecast)
     if arguments.json:
         print(json.dumps(found))
         return
-    print(
-        f"{found['gates']}: fitted on {found['fitted_tokens']} tokens; recall on {found['tested_tokens']} others, plain -> fitted"
-    )
-    for width, (plain, fitted) in found["recall"].items():
-        print(f"  top-{width}: {plain:.1%} -> {fitted:.1%}; layer 0 from the embedding {found['layer_0_recall'][width]:.1%}")
+    print(f"{found['gates']}: fitted on {found['fitted_tokens']} tokens; recall on {found['tested_tokens']} others")
+    for ahead, rows in enumerate(found["by_ahead"], start=1):
+        for width, fitted in rows["fitted"].items():
+            plain, first = rows["plain"][width]["mean"], fitted["layers"][0]
+            routers = "" if plain is None else f"routers {plain:.1%}, "
+            print(
+                f"  {ahead} ahead, top-{width}: {routers}fitted {fitted['mean'] or 0:.1%}; "
+                f"layer {ahead - 1} from the embedding {first:.1%}"
+            )
+    for width, row in found["forecast"].items():
+        print(f"  whole token, top-{width}: {row['mean'] or 0:.1%}")
 
 
 def _plot(arguments: argparse.Namespace) -> None:

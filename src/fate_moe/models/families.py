@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,12 @@ from fate_moe.core import Routing
 from fate_moe.runtime import Router
 from fate_moe.skeleton import TEXT_CLASSES, ExpertStack
 
-__all__ = ["entrance", "find_router", "moe_families", "router_of"]
+__all__ = ["entrance", "find_router", "linear_routers", "moe_families", "norms_of", "router_of"]
 
 # The names transformers' MoE blocks give their router.
 ROUTER_NAMES = ("gate", "router", "wg")
+# And their decoder layers the norm before the MoE block; where a layer has several of them, the first in this order.
+NORM_NAMES = ("pre_feedforward_layernorm", "ffn_norm", "pre_ff_layernorm", "post_attention_layernorm")
 # Blocks that text never enters (Ernie-VL has a second set of experts for images): reading ahead for them would be for nothing.
 NOT_FOR_TEXT = ("vision_moe",)
 
@@ -133,6 +135,45 @@ class _Remembering:
 
 def _version(tensor: torch.Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
+
+
+def linear_routers(model: nn.Module, stacks: Sequence[ExpertStack]) -> list[torch.Tensor] | None:
+    """The routers' own weights [E, hidden]; None where a router is not one matrix."""
+    weights = []
+    for stack in stacks:
+        router = router_of(model.get_submodule(stack.block))
+        tensors = [] if router is None else [*router.parameters(), *router.buffers()]  # biases decide too
+        if len(tensors) != 1 or tensors[0].ndim != 2 or tensors[0].shape[0] != stack.num_experts:
+            return None
+        weights.append(tensors[0].detach())
+    return weights
+
+
+def norms_of(model: nn.Module, stacks: Sequence[ExpertStack]) -> torch.Tensor | None:
+    """The gains [L, hidden] of the RMS norms before the MoE blocks, where there is one before each; else None.
+
+    With them a layer's gate input says what any other layer's norm makes of the same residual stream: x * gain[m] / gain[l].
+    """
+    gains = []
+    for stack in stacks:
+        parent, _, name = stack.block.rpartition(".")
+        children = dict(model.get_submodule(parent).named_children())
+        gain = next((_gain(children[norm]) for norm in NORM_NAMES if norm in children), None) if name in children else None
+        if gain is None:
+            return None
+        gains.append(gain)
+    return torch.stack(gains)
+
+
+@torch.no_grad()
+def _gain(norm: nn.Module) -> torch.Tensor | None:
+    """What an RMS norm multiplies by, [hidden] fp32; None if ``norm`` is something else (it is asked about +1 and -1)."""
+    weight = getattr(norm, "weight", None)
+    if not isinstance(weight, torch.Tensor) or weight.ndim != 1:
+        return None
+    ones = torch.ones(1, len(weight), dtype=weight.dtype)
+    gain, mirrored = norm.forward(ones)[0].float(), norm.forward(-ones)[0].float()
+    return gain if torch.equal(gain, -mirrored) and bool((gain != 0).any()) else None
 
 
 def _routing(answer: Any, stack: ExpertStack) -> Routing:

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from fate_moe import demo
 from fate_moe.config import OffloadConfig, cache_home
-from fate_moe.core import EvictionPolicy, ExpertId
+from fate_moe.core import EvictionPolicy, ExpertId, ExpertSource, Predictor
 from fate_moe.errors import CheckpointError, ConfigError, StoreError
 from fate_moe.gpu.device import find_gpu
 from fate_moe.gpu.options import device_options
@@ -24,14 +24,15 @@ from fate_moe.memory.precision import make_precision_policy
 from fate_moe.memory.residency import Residency
 from fate_moe.memory.slots import SlotArena
 from fate_moe.models.attach import attach, limit_context, routers_of
+from fate_moe.models.families import linear_routers, norms_of
 from fate_moe.models.standard import hasten
 from fate_moe.models.step import join_layers
 from fate_moe.models.weights import fill, leave_on_disk
 from fate_moe.planner import Footprint, Plan, footprint, make_plan
 from fate_moe.predict.gates import FittedGates
-from fate_moe.predict.make import make_predictor
+from fate_moe.predict.make import Known, make_predictor
 from fate_moe.report import Report
-from fate_moe.runtime import ExpertRuntime
+from fate_moe.runtime import ExpertRuntime, Router
 from fate_moe.skeleton import ExpertStack, build_skeleton, expert_stacks
 from fate_moe.store.convert import convert
 from fate_moe.store.dense import default_dense_precision, dense_layouts, read_by_row
@@ -168,8 +169,11 @@ def prepare(path: Path) -> Prepared:
     return Prepared(store, model, stacks)
 
 
-def realize(prepared: Prepared, plan: Plan | DevicePlan, config: OffloadConfig) -> Any:
-    """Load the dense weights into the skeleton and attach the runtime under ``plan``; the skeleton becomes the model."""
+def realize(prepared: Prepared, plan: Plan | DevicePlan, config: OffloadConfig, source: ExpertSource | None = None) -> Any:
+    """Load the dense weights into the skeleton and attach the runtime under ``plan``; the skeleton becomes the model.
+
+    ``source`` brings the experts' bytes on the CPU; None: the store's files.
+    """
     if isinstance(plan, DevicePlan):
         from fate_moe.models.load_device import realize_on_device
 
@@ -184,17 +188,17 @@ def realize(prepared: Prepared, plan: Plan | DevicePlan, config: OffloadConfig) 
     arena = SlotArena(plan.num_slots, plan.slot_bytes)
     policy = make_policy(config.policy_name, plan.num_slots, num_experts)
     recall(policy, store.path)
-    residency = Residency(DiskSource(store), arena, policy, io_threads=config.io_threads)
+    residency = Residency(source or DiskSource(store), arena, policy, io_threads=config.io_threads)
     shapes = [stack.output_rows_first() for stack in stacks]
     layouts = [store.manifest.layout_of(stack.layer) for stack in stacks]
     slots = SlotExperts(arena.buffer, arena.slot_bytes, layouts, shapes, exact=config.exact_activations)
     hastened = hasten(model, config.exact_activations)
     routers = routers_of(model, stacks)
-    gates = load_gates(store.path, num_experts, model.config.get_text_config().hidden_size)
-    fitted = FittedGates(gates) if gates is not None else None
-    predictor = make_predictor(config.predictor_name, num_experts, routers, max(stack.top_k for stack in stacks), fitted)
+    predictor = _predictor(config, prepared, routers, policy)
     tailor = Tailor(make_precision_policy(config.precision_policy), layouts, residency)
-    runtime = ExpertRuntime(residency, predictor, routers, slots, num_experts=num_experts, tailor=tailor)
+    runtime = ExpertRuntime(
+        residency, predictor, routers, slots, num_experts=num_experts, tailor=tailor, look_ahead=config.look_ahead
+    )
     attach(model, stacks, runtime)
     joined = join_layers(model, stacks, runtime, config.exact_activations)
     _log.info(
@@ -212,6 +216,22 @@ def load_generation_config(model: Any, store: Path) -> None:
             model.generation_config = GenerationConfig.from_pretrained(store)
         except Exception as error:  # whatever a torn or hostile file makes transformers raise
             raise StoreError(f"{path} cannot be read ({_first_line(error)}); copy it from the checkpoint again") from error
+
+
+def _predictor(config: OffloadConfig, prepared: Prepared, routers: list[Router | None], policy: EvictionPolicy) -> Predictor:
+    """The predictor that ``config`` names, with all that there is to predict from."""
+    model, stacks = prepared.model, prepared.stacks
+    num_experts = [stack.num_experts for stack in stacks]
+    gates = load_gates(prepared.store.path, num_experts, model.config.get_text_config().hidden_size)
+    known = Known(
+        routers,
+        linear=linear_routers(model, stacks),
+        norms=norms_of(model, stacks),
+        fitted=None if gates is None else FittedGates(*gates.ahead),
+        forecast=gates.forecast if gates is not None and gates.forecast else None,
+        worth=getattr(policy, "usage", None),
+    )
+    return make_predictor(config.predictor_name, num_experts, max(stack.top_k for stack in stacks), known, config.look_ahead)
 
 
 def recall(policy: EvictionPolicy, store: Path) -> None:

@@ -11,7 +11,7 @@ Floats = NDArray[np.float32]
 
 NUM_BINS = 32
 LOW, HIGH = -4.0, 4.0
-LEARN_EVERY = 32  # observations of a layer between two fits: one takes 50 us
+LEARN_EVERY = 32  # observations between two fits: one takes 100 us
 PRIOR_STRENGTH = 2.0
 
 
@@ -31,37 +31,33 @@ def isotonic(hits: Floats, counts: Floats) -> Floats:
 
 
 class Calibration:
-    """By layer, the share of experts that were used among those with such a score; monotone, so that order is kept.
+    """The share of experts that were used among those with such a score; monotone, so that order is kept. One for each of ``size``.
 
     Scores are in any unit in which 0 is the border between chosen and not and +-1 is a typical distance from it.
     """
 
-    def __init__(self, num_layers: int) -> None:
+    def __init__(self, size: int, num_experts: int) -> None:
         centres = LOW + (HIGH - LOW) * (np.arange(NUM_BINS, dtype=np.float32) + 0.5) / NUM_BINS
-        prior = 1 / (1 + np.exp(-3 * centres))
-        self.hits: Floats = np.tile((PRIOR_STRENGTH * prior).astype(np.float32), (num_layers, 1))
-        self.counts: Floats = np.full((num_layers, NUM_BINS), PRIOR_STRENGTH, np.float32)
-        self._rates: Floats = np.stack([isotonic(h, c) for h, c in zip(self.hits, self.counts, strict=True)])
-        self._due = [0] * num_layers
+        prior = np.asarray(1 / (1 + np.exp(-3 * centres)), np.float32)
+        self.rates: Floats = np.tile(prior, (size, 1))
+        self._hits: Floats = np.tile(np.float32(PRIOR_STRENGTH) * prior, (size, 1))
+        self._counts: Floats = np.full((size, NUM_BINS), PRIOR_STRENGTH, np.float32)
+        self._seen: NDArray[np.int8] = np.empty((size, LEARN_EVERY, num_experts), np.int8)  # bins
+        self._used: list[list[NDArray[np.int8]]] = [[] for _ in range(size)]  # bins of those chosen
 
-    def bins(self, scores: Floats) -> NDArray[np.intp]:
+    @staticmethod
+    def bins(scores: Floats) -> NDArray[np.int8]:
         """The bin of each score."""
         scaled = (scores - LOW) * (NUM_BINS / (HIGH - LOW))
-        return np.asarray(np.clip(scaled, 0, NUM_BINS - 1), np.intp)
+        return np.asarray(np.minimum(np.maximum(scaled, 0), NUM_BINS - 1), np.int8)
 
-    def probabilities(self, layer: int, bins: NDArray[np.intp]) -> Floats:
-        """Of experts of ``layer`` whose scores fell into ``bins``."""
-        return np.asarray(self._rates[layer][bins], np.float32)
-
-    def learn(self, layer: int, bins: NDArray[np.intp], used: list[int]) -> None:
-        """All experts of ``layer`` had scores in ``bins``, and those in ``used`` were chosen."""
-        self.counts[layer] += np.bincount(bins, minlength=NUM_BINS)
-        self.hits[layer] += np.bincount(bins[used], minlength=NUM_BINS)
-        self._due[layer] += 1
-        if self._due[layer] >= LEARN_EVERY:
-            self.refresh(layer)
-
-    def refresh(self, layer: int) -> None:
-        """Let ``probabilities`` say what was learned."""
-        self._due[layer] = 0
-        self._rates[layer] = isotonic(self.hits[layer], self.counts[layer])
+    def learn(self, which: int, bins: NDArray[np.int8], used: list[int]) -> None:
+        """All experts had scores in ``bins``, and those in ``used`` were chosen; ``rates`` say so every LEARN_EVERY times."""
+        seen, hits = self._seen[which], self._used[which]
+        seen[len(hits), : len(bins)] = bins
+        hits.append(bins[used])
+        if len(hits) == LEARN_EVERY:
+            self._counts[which] += np.bincount(seen[:, : len(bins)].reshape(-1), minlength=NUM_BINS)
+            self._hits[which] += np.bincount(np.concatenate(hits), minlength=NUM_BINS)
+            self.rates[which] = isotonic(self._hits[which], self._counts[which])
+            hits.clear()

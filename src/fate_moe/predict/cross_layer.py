@@ -16,7 +16,7 @@ CONFIDENCE_QUANTILE = 0.75
 
 
 class CrossLayerGate:
-    """Applies the router of layer l to the gate input of layer l - 1: neighbouring gate inputs are nearly the same vector.
+    """Applies the router of layer l to the gate input of layer l - 1, or of one further back: neighbouring gate inputs are alike.
 
     ``routers[l]`` routes hidden states [num_tokens, hidden]; None where a layer's router cannot be asked early, which then gets no
     prediction. Layer 0 has no predecessor: nothing is predicted for it, the shallow-favouring cache keeps it resident instead.
@@ -30,13 +30,13 @@ class CrossLayerGate:
     def observe(self, layer: int, routed: Sequence[int]) -> None:
         pass
 
-    def predict(self, layer: int, gate_input: torch.Tensor) -> list[tuple[int, float]]:
+    def predict(self, layer: int, gate_input: torch.Tensor, ahead: int = 1) -> list[tuple[int, float]]:
         """The predicted top-k of every token, most votes first, then the rest of the most confident quarter.
 
         The probability is that at least one of the tokens chooses the expert.
         """
         route = self._routers[layer]
-        if layer == 0 or route is None:
+        if layer < ahead or route is None:
             return []
         routing = route(gate_input)
         chosen_by_token = routing.scores.float().softmax(-1)  # [num_tokens, num_experts]

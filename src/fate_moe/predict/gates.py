@@ -1,106 +1,124 @@
-"""Predictors that look at the gate input: the next router as it is, or a gate fitted to know better; with probabilities."""
+"""Matrices that score a layer's experts from an earlier gate input: the layer's own router, or a gate fitted to know better."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from fate_moe.core import Routing
-from fate_moe.predict.calibration import Calibration
-from fate_moe.usage import Usage
+from fate_moe.kernels.native import BF16, DTYPES, native
 
-__all__ = ["CalibratedGate", "FittedGates", "Scorer", "cloned_gate", "fitted_gate"]
+__all__ = ["FittedGates", "LinearRouters", "RouterGates", "Scorer", "Scorers"]
 
-LEAST = 0.05  # less likely experts are not named
-HISTORY = 0.25  # weight of log(expected uses) beside the gate's score
-
-Scorer = Callable[[int, torch.Tensor], torch.Tensor | None]
-"""(layer, gate input [num_tokens, hidden] of the layer before) -> scores [num_tokens, num_experts], higher is likelier; or None."""
+_LANES = 64  # columns that the extension's product takes at a time
 
 
-class FittedGates:
-    """One affine map a layer, [E, D + 1] fp32, from the gate input of the layer before (layer 0: the embedding)."""
+class Scorer(Protocol):
+    """Scores a layer's experts."""
 
-    def __init__(self, weights: Sequence[torch.Tensor]) -> None:
-        self.weights = list(weights)
-        self._maps = [(weight[:, :-1].contiguous(), weight[:, -1].contiguous()) for weight in weights]
-
-    def scores(self, layer: int, gate_input: torch.Tensor) -> torch.Tensor:
-        """[num_tokens, num_experts]: about the probability of each expert being chosen."""
-        weight, bias = self._maps[layer]
-        return torch.addmm(bias, gate_input.float(), weight.mT)
-
-
-def fitted_gate(gates: FittedGates) -> Scorer:
-    """Scores by gates that were fitted on this model's own routing (`fate fit`)."""
-    return gates.scores
-
-
-def cloned_gate(routers: Sequence[Callable[[torch.Tensor], Routing] | None]) -> Scorer:
-    """Scores by the layer's own router, on the gate input of the layer before (Fate). Layer 0 has none."""
-
-    def score(layer: int, gate_input: torch.Tensor) -> torch.Tensor | None:
-        route = routers[layer]
-        return None if layer == 0 or route is None else route(gate_input).scores
-
-    return score
-
-
-class CalibratedGate:
-    """A scorer's ranking with probabilities that are learned online, by layer; with ``history``, recent uses count too.
-
-    What is calibrated is a score's distance from the border between the k-th and the next one, in standard deviations of the
-    token's scores: the same whether a router speaks in logits or probabilities.
-    """
-
-    calibrated = True
-
-    def __init__(self, scorer: Scorer, experts_per_layer: Sequence[int], top_k: int, *, history: bool = False) -> None:
-        self._scorer = scorer
-        self._top_k = top_k
-        self._sizes = list(experts_per_layer)
-        self._usage = Usage(experts_per_layer, co_activation=False) if history else None
-        self._calibration = Calibration(len(self._sizes))
-        self._predicted: dict[int, NDArray[np.intp]] = {}  # by layer: the experts' bins
+    def scores(self, layer: int, gate_input: torch.Tensor, ahead: int = 1) -> torch.Tensor | None:
+        """[num_tokens, num_experts], higher is likelier, or None, from ``gate_input`` as in core.Predictor.predict."""
 
     def observe(self, layer: int, routed: Sequence[int]) -> None:
-        bins = self._predicted.pop(layer, None)
-        if bins is not None and len(routed) <= self._top_k:
-            self._calibration.learn(layer, bins, list(routed))
-        if self._usage is not None and len(routed) <= self._top_k:
-            self._usage.routed(layer, routed)
+        """What ``layer``'s router chose."""
+        return
 
-    def predict(self, layer: int, gate_input: torch.Tensor) -> list[tuple[int, float]]:
-        scored = self._scorer(layer, gate_input)
-        scores = None if scored is None else scored.float().numpy(force=True)
-        if scores is None and (self._usage is None or len(gate_input) > 1):
-            return []
-        if scores is not None and len(scores) > 1:
-            chances = self._of_many(layer, scores)
-        else:
-            distance = np.zeros(self._sizes[layer], np.float32) if scores is None else self._distance(scores)[0]
-            if self._usage is not None:
-                worth = self._usage.worth[layer][: self._sizes[layer]]
-                distance = distance + HISTORY * np.log(worth + 0.01) + (0.5 if scores is not None else 0)
-            bins = self._predicted[layer] = self._calibration.bins(distance)
-            chances = self._calibration.probabilities(layer, bins) + 1e-3 * np.clip(distance / 4, -0.5, 0.5)  # ties in a bin
-        likely = np.flatnonzero(chances > LEAST)
-        likely = likely[np.argsort(-chances[likely], kind="stable")]
-        return list(zip(likely.tolist(), np.clip(chances[likely], 0, 1).tolist(), strict=True))
 
-    def _distance(self, scores: NDArray[np.float32]) -> NDArray[np.float32]:
-        """[num_tokens, num_experts]: from the border, in standard deviations."""
-        num_experts = scores.shape[1]
-        k = min(self._top_k, num_experts - 1) or 1
-        ordered = np.partition(scores, (num_experts - k - 1, num_experts - k), axis=1)
-        border = 0.5 * (ordered[:, num_experts - k - 1] + ordered[:, num_experts - k])
-        return np.asarray((scores - border[:, None]) / (scores.std(1, keepdims=True) + 1e-6), np.float32)
+class FittedGates(Scorer):
+    """One affine map for each layer and look-ahead, [E, D + 1], from the gate input so many layers before.
 
-    def _of_many(self, layer: int, scores: NDArray[np.float32]) -> NDArray[np.float32]:
-        """[num_experts]: that at least one of the tokens chooses the expert; the more tokens expect it, the likelier."""
-        each = self._calibration.probabilities(layer, self._calibration.bins(self._distance(scores)))
-        votes = each.sum(0)
-        return np.asarray((1 - np.exp(-votes)) * (1 - 1e-3) + 1e-3 * votes / (votes.max() + 1e-6), np.float32)
+    ``FittedGates(one, two, ...)``: by look-ahead, lists by layer; None where nothing was fitted. The embedding counts as the gate
+    input of layer -1. Kept in bf16 where the extension multiplies them (60 x 2048: 17 us instead of 50), else in fp32.
+    """
+
+    def __init__(self, *by_ahead: Sequence[torch.Tensor | None]) -> None:
+        self._maps = [[None if weight is None else self._map(weight) for weight in weights] for weights in by_ahead]
+
+    def scores(self, layer: int, gate_input: torch.Tensor, ahead: int = 1) -> torch.Tensor | None:
+        product = self._maps[ahead - 1][layer] if ahead <= len(self._maps) else None
+        return None if product is None else product(gate_input)
+
+    @staticmethod
+    def _map(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        matrix, bias = weight[:, :-1], weight[:, -1].float().contiguous()
+        fast = native is not None and matrix.shape[1] % _LANES == 0
+        return _product(matrix.bfloat16().contiguous() if fast else matrix.float().contiguous(), bias)
+
+
+class RouterGates(Scorer):
+    """The layer's own router on an earlier layer's gate input (Fate); nothing for what comes from the embedding."""
+
+    def __init__(self, routers: Sequence[Callable[[torch.Tensor], Routing] | None]) -> None:
+        self._routers = routers
+
+    def scores(self, layer: int, gate_input: torch.Tensor, ahead: int = 1) -> torch.Tensor | None:
+        route = self._routers[layer]
+        return None if layer < ahead or route is None else route(gate_input).scores
+
+
+class Scorers(Scorer):
+    """The first of several that has something to say."""
+
+    def __init__(self, *scorers: Scorer) -> None:
+        self._scorers = scorers
+
+    def scores(self, layer: int, gate_input: torch.Tensor, ahead: int = 1) -> torch.Tensor | None:
+        return next((s for scorer in self._scorers if (s := scorer.scores(layer, gate_input, ahead)) is not None), None)
+
+    def observe(self, layer: int, routed: Sequence[int]) -> None:
+        for scorer in self._scorers:
+            scorer.observe(layer, routed)
+
+
+class LinearRouters(Scorer):
+    """The same for routers that are one matrix each, [E, D], without their softmax and top-k; the matrices are not copied.
+
+    With ``norms`` [L, D], the gains of the norms before the routers, a router sees the residual stream as its own norm would have
+    let it: a point or two better.
+    """
+
+    def __init__(self, routers: Sequence[torch.Tensor], norms: torch.Tensor | None = None) -> None:
+        self._routers = list(routers)
+        self._products = [_product(weight) for weight in routers]
+        self._norms = None if norms is None else norms.float()
+        self._ratios: dict[tuple[int, int], torch.Tensor] = {}  # by layers seen from and asked about: [D]
+
+    def scores(self, layer: int, gate_input: torch.Tensor, ahead: int = 1) -> torch.Tensor | None:
+        if layer < ahead:
+            return None
+        x = gate_input if self._norms is None else gate_input * self._ratio(layer - ahead, layer).to(gate_input.dtype)
+        return self._products[layer](x)
+
+    def matrix(self, layer: int, ahead: int) -> torch.Tensor:
+        """What ``scores`` multiplies by, as FittedGates wants it, [E, D + 1]. ``layer`` is at least ``ahead``."""
+        weight = self._routers[layer].float()
+        return torch.nn.functional.pad(weight if self._norms is None else weight * self._ratio(layer - ahead, layer), (0, 1))
+
+    def _ratio(self, source: int, layer: int) -> torch.Tensor:
+        assert self._norms is not None
+        if (source, layer) not in self._ratios:
+            here, there = self._norms[source], self._norms[layer]
+            whole = here.abs() > 1e-3 * here.abs().max()
+            self._ratios[source, layer] = torch.where(whole, there / torch.where(whole, here, 1.0), 1.0)
+        return self._ratios[source, layer]
+
+
+def _product(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
+    """x [n, D] -> [n, E] fp32 by ``weight`` [E, D] and ``bias`` [E], which are not copied."""
+    rows, columns = weight.shape
+    if native is None or columns % _LANES or weight.dtype != torch.bfloat16 or not weight.is_contiguous():
+        full = weight.float()
+        return lambda x: torch.nn.functional.linear(x.float(), full, bias)
+    place: Any = native.Place.make(BF16, rows, columns, [0], 0, 0, -1, 0)
+    fp32 = DTYPES[torch.float32]
+
+    def product(x: torch.Tensor) -> torch.Tensor:
+        if x.dtype not in (torch.float32, torch.bfloat16) or not x.is_contiguous():
+            x = x.float().contiguous()
+        out = torch.empty(len(x), rows)
+        native.linear(place, weight.data_ptr(), 0, x.data_ptr(), DTYPES[x.dtype], len(x), out.data_ptr(), fp32, True, 1)
+        return out if bias is None else out.add_(bias)
+
+    return product

@@ -32,7 +32,7 @@ class Temporal:
     def observe(self, layer: int, routed: Sequence[int]) -> None:
         self.usage.routed(layer, routed)
 
-    def predict(self, layer: int, gate_input: torch.Tensor) -> list[tuple[int, float]]:
+    def predict(self, layer: int, gate_input: torch.Tensor, ahead: int = 1) -> list[tuple[int, float]]:
         if gate_input.shape[0] > 1:
             return []
         worth = np.minimum(self.usage.worth[layer][: self._sizes[layer]], 1)

@@ -11,7 +11,7 @@ import os
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-__all__ = ["GATES", "STATISTICS", "gates_bytes", "load_gates", "load_statistics", "save_gates", "save_statistics"]
+__all__ = ["GATES", "STATISTICS", "Gates", "gates_bytes", "load_gates", "load_statistics", "save_gates", "save_statistics"]
 
 _log = logging.getLogger(__name__)
 
@@ -28,13 +28,29 @@ STATISTICS = "routing.npz"
 MAX_STATISTICS_BYTES = 64 << 20
 
 
-def save_gates(store: Path, weights: Sequence[torch.Tensor]) -> Path:
-    """Write one matrix [num_experts, hidden + 1] a layer; returns the file. Raises OSError if the store cannot be written to."""
+class Gates(NamedTuple):
+    """``ahead[a - 1][layer]``: [num_experts, hidden + 1], from the gate input ``a`` layers before, None where there is none.
+
+    ``forecast[layer]``: [num_experts, 2 * hidden + 1], from the embedding and the previous token's gate input; empty if not fitted.
+    """
+
+    ahead: list[list[torch.Tensor | None]]
+    forecast: list[torch.Tensor]
+
+
+def save_gates(store: Path, *ahead: Sequence[torch.Tensor | None], forecast: Sequence[torch.Tensor] = ()) -> Path:
+    """Write fitted gates (see Gates) in bf16; returns the file. Raises OSError if the store cannot be written to."""
     path = store / GATES
     part = path.with_suffix(".part")
-    save_file({f"layer.{layer}": weight.to(torch.bfloat16).contiguous() for layer, weight in enumerate(weights)}, part)
+    named = {_name(a, layer): w for a, weights in enumerate(ahead, 1) for layer, w in enumerate(weights) if w is not None}
+    named |= {f"forecast.{layer}": weight for layer, weight in enumerate(forecast)}
+    save_file({name: weight.to(torch.bfloat16).contiguous() for name, weight in named.items()}, part)
     os.replace(part, path)
     return path
+
+
+def _name(ahead: int, layer: int) -> str:
+    return f"layer.{layer}" if ahead == 1 else f"ahead.{ahead}.layer.{layer}"
 
 
 def gates_bytes(store: Path) -> int:
@@ -43,22 +59,32 @@ def gates_bytes(store: Path) -> int:
     return 2 * path.stat().st_size if path.is_file() else 0
 
 
-def load_gates(store: Path, experts_per_layer: Sequence[int], hidden: int) -> list[torch.Tensor] | None:
-    """The matrices of ``save_gates`` in fp32; None where there are none that fit."""
+def load_gates(store: Path, experts_per_layer: Sequence[int], hidden: int) -> Gates | None:
+    """What ``save_gates`` wrote, in fp32; None where there are none that fit."""
     path = store / GATES
     if not path.is_file():
         return None
+    layers = range(len(experts_per_layer))
     try:
         tensors = load_file(path)
-        weights = [tensors[f"layer.{layer}"].float() for layer in range(len(experts_per_layer))]
+        ahead: list[list[torch.Tensor | None]] = [[tensors[_name(1, layer)].float() for layer in layers]]
+        while any(_name(len(ahead) + 1, layer) in tensors for layer in layers):
+            named = [_name(len(ahead) + 1, layer) for layer in layers]
+            ahead.append([tensors[name].float() if name in tensors else None for name in named])
+        forecast = [tensors[f"forecast.{layer}"].float() for layer in layers] if "forecast.0" in tensors else []
     except (OSError, KeyError, SafetensorError) as error:
         _log.warning("%s cannot be used (%s); fit the gates again with: fate fit", path, error)
         return None
-    shapes = [(num_experts, hidden + 1) for num_experts in experts_per_layer]
-    if [tuple(weight.shape) for weight in weights] != shapes or not all(bool(weight.isfinite().all()) for weight in weights):
+    fits = [
+        weight is None or (tuple(weight.shape) == (experts, width * hidden + 1) and bool(weight.isfinite().all()))
+        for width, lists in ((1, ahead), (2, [forecast]))
+        for weights in lists
+        for experts, weight in zip(experts_per_layer, weights, strict=bool(weights))
+    ]
+    if not all(fits):
         _log.warning("%s is of another model or damaged; fit the gates again with: fate fit", path)
         return None
-    return weights
+    return Gates(ahead, forecast)
 
 
 def save_statistics(store: Path, state: dict[str, NDArray[Any]]) -> None:

@@ -16,29 +16,41 @@ from fate_moe.trace.schema import RoutingTrace
 
 __all__ = ["Recorder"]
 
+_KINDS = {"lookups": np.uint8, "stall": np.float32, "seconds": np.float32}
 _FOUND = {Lookup.HIT: 0, Lookup.IN_FLIGHT: 1, Lookup.MISS: 2}
 
 
 class Recorder:
     """Keeps every single-token pass that went through all layers (runtime.recorder); longer passes begin another generation.
 
-    ``gate_inputs``: keep what the routers saw too, with the embeddings and the ``routers`` [L, E, D] (linear ones).
+    ``gate_inputs``: keep what the routers saw too, with the embeddings, the ``routers`` [L, E, D] (linear ones) and the ``norms``
+    [L, D] before them. ``prompts``: keep the tokens of longer passes instead, as if they had been decoded one by one; what lookups
+    found and how long it took would mean nothing then and is left out.
     """
 
-    def __init__(self, experts_per_layer: Sequence[int], *, gate_inputs: bool = False, routers: torch.Tensor | None = None) -> None:
+    def __init__(
+        self,
+        experts_per_layer: Sequence[int],
+        *,
+        gate_inputs: bool = False,
+        routers: torch.Tensor | None = None,
+        norms: torch.Tensor | None = None,
+        prompts: bool = False,
+    ) -> None:
         self._sizes = list(experts_per_layer)
         self._gate_inputs = gate_inputs
-        self._routers = routers
+        self._linear = {"routers": routers, "norms": norms}
+        self._prompts = prompts
         self._columns: dict[str, list[Any]] = defaultdict(list)
         self._token: dict[str, list[Any]] = defaultdict(list)
-        self._embedding: torch.Tensor | None = None
+        self._embedding: torch.Tensor | None = None  # [1, hidden], of prompts [num_tokens, hidden]; None: this pass is not kept
         self._start: list[int] = []
         self._entered = 0.0
 
     @property
     def num_tokens(self) -> int:
         """Recorded so far."""
-        return len(self._columns["experts"])
+        return sum(len(column) for column in self._columns["experts"])
 
     def embedded(self, embeddings: torch.Tensor) -> None:
         """A pass begins on ``embeddings`` [num_tokens, hidden]."""
@@ -46,14 +58,14 @@ class Recorder:
         self._finish()
         if embeddings.shape[0] > 1 or not self._start:
             self._start.append(self.num_tokens)
-        self._embedding = embeddings[0] if embeddings.shape[0] == 1 else None
+        self._embedding = embeddings if (embeddings.shape[0] > 1) == self._prompts else None
 
     def entered(self, layer: int, gate_input: torch.Tensor) -> None:
         """``layer`` is about to run on ``gate_input`` [num_tokens, hidden]."""
         self._tick()
         self._entered = time.perf_counter()
         if self._gate_inputs and self._embedding is not None:
-            self._token["gate_inputs"].append(gate_input[0].to(torch.float16).numpy(force=True))
+            self._token["gate_inputs"].append(_halves(gate_input))
 
     def computed(
         self,
@@ -64,17 +76,19 @@ class Recorder:
         stall_seconds: float,
         predicted: list[tuple[int, float]],
     ) -> None:
-        """``layer`` ran for ``index`` [1, k] with routing ``weights`` [1, k]; its lookups found and it waited so much."""
-        if self._embedding is None or index.shape[0] != 1 or layer != len(self._token["experts"]):
+        """``layer`` ran for ``index`` [num_tokens, k] with routing ``weights``; its lookups found and it waited so much."""
+        if self._embedding is None or len(index) != len(self._embedding) or layer != len(self._token["experts"]):
             self._embedding = None
             return
-        weight = weights.reshape(-1).float().numpy(force=True)
-        order = np.argsort(-weight, kind="stable")
-        chosen = index.reshape(-1).numpy(force=True)[order]
+        weight = weights.reshape(index.shape).float().numpy(force=True)
+        order = np.argsort(-weight, axis=1, kind="stable")
+        chosen = np.take_along_axis(index.numpy(force=True), order, 1)
         token = self._token
         token["experts"].append(chosen)
-        token["probs"].append(weight[order])
-        token["lookups"].append([_FOUND[lookups[ExpertId(layer, expert)]] for expert in chosen.tolist()])
+        token["probs"].append(np.take_along_axis(weight, order, 1))
+        if self._prompts:
+            return
+        token["lookups"].append([_FOUND[lookups[ExpertId(layer, expert)]] for expert in chosen[0].tolist()])
         token["stall"].append(stall_seconds)
         chances = np.zeros(max(self._sizes), np.float16)
         for expert, probability in predicted:
@@ -87,28 +101,34 @@ class Recorder:
         self._finish()
         if not self.num_tokens:
             raise ValueError("nothing was recorded: no token was decoded one by one")
-        arrays = {name: np.stack(values) for name, values in self._columns.items()}
+        arrays = {name: np.concatenate(values) for name, values in self._columns.items()}
         dtype = np.uint8 if max(self._sizes) <= 256 else np.uint16
         experts, probs = arrays.pop("experts").astype(dtype), arrays.pop("probs").astype(np.float16)
         start = np.array([*dict.fromkeys(at for at in self._start if at < len(experts)), len(experts)], np.int64)
-        if self._gate_inputs and self._routers is not None:
-            arrays["routers"] = self._routers.float().numpy(force=True)
+        if self._gate_inputs:
+            arrays |= {name: known.float().numpy(force=True) for name, known in self._linear.items() if known is not None}
         json.dumps(meta)
         return RoutingTrace(experts, probs, start, np.array(self._sizes, np.int64), arrays, meta)
 
     def _tick(self) -> None:
-        if self._entered:
+        if self._entered and not self._prompts:
             self._token["seconds"].append(time.perf_counter() - self._entered)
-            self._entered = 0.0
+        self._entered = 0.0
 
     def _finish(self) -> None:
+        """The pass is over: [num_tokens, L, ...] of each column, if it went through all layers."""
         token, self._token = self._token, defaultdict(list)
-        if len(token["experts"]) != len(self._sizes) or self._embedding is None:
+        if self._embedding is None or any(len(values) != len(self._sizes) for values in token.values()) or not token["experts"]:
             return
-        kinds = {"lookups": np.uint8, "stall": np.float32, "seconds": np.float32}
+        num_tokens = len(self._embedding)
         for name, values in token.items():
-            if len(values) != len(self._sizes):
-                return
-            self._columns[name].append(np.array(values, kinds.get(name)))
+            column = np.stack(values).astype(_KINDS.get(name, values[0].dtype if isinstance(values[0], np.ndarray) else None))
+            by_token = column.swapaxes(0, 1) if name in ("experts", "probs", "gate_inputs") else column[None]
+            assert len(by_token) == num_tokens
+            self._columns[name].append(by_token)
         if self._gate_inputs:
-            self._columns["embeddings"].append(self._embedding.to(torch.float16).numpy(force=True))
+            self._columns["embeddings"].append(_halves(self._embedding))
+
+
+def _halves(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    return np.asarray(tensor.to(torch.float16).numpy(force=True))

@@ -15,6 +15,8 @@ Version 1. N tokens (single decode steps, in order), L MoE layers, k choices, E 
     gate_inputs  [N, L, D] float16            what the routers saw
     embeddings   [N, D] float16
     routers      [L, E, D] float32            their weights, where they are linear; scores are routers @ gate_input
+    norms        [L, D] float32               the gains of the norms before them; scores of layer m on l's residual stream are
+                                              routers[m] @ (gate_input[l] * norms[m] / norms[l])
     meta         [] str                       JSON: model, expert_bytes, policy, predictor, slots, ...
 
 Files without ``version`` and ``num_experts`` (gpt-oss-20b's published traces) are read too; their layers are taken to be as wide as
@@ -37,7 +39,8 @@ from fate_moe.errors import ConfigError
 __all__ = ["VERSION", "RoutingTrace", "read_trace", "write_trace"]
 
 VERSION = 1
-OPTIONAL = ("lookups", "stall", "seconds", "predicted", "gate_inputs", "embeddings", "routers")
+OPTIONAL = ("lookups", "stall", "seconds", "predicted", "gate_inputs", "embeddings", "routers", "norms")
+BY_LAYER = ("routers", "norms")
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class RoutingTrace:
     def first(self, num_tokens: int) -> RoutingTrace:
         """Its first ``num_tokens`` tokens."""
         start = np.append(self.start[self.start < num_tokens], min(num_tokens, self.num_tokens))
-        cut = {name: array if name == "routers" else array[:num_tokens] for name, array in self.extras.items()}
+        cut = {name: array if name in BY_LAYER else array[:num_tokens] for name, array in self.extras.items()}
         return RoutingTrace(self.experts[:num_tokens], self.probs[:num_tokens], start, self.num_experts, cut, self.meta)
 
 
@@ -120,6 +123,6 @@ def _checked(arrays: dict[str, NDArray[Any]]) -> RoutingTrace:
         raise ValueError("a token chose an expert twice")
     extras = {name: arrays[name] for name in OPTIONAL if name in arrays}
     for name, array in extras.items():
-        if array.shape[0] != (num_layers if name == "routers" else num_tokens):
+        if array.shape[0] != (num_layers if name in BY_LAYER else num_tokens):
             raise ValueError(f"{name} is {array.shape}")
     return RoutingTrace(experts, probs, start.astype(np.int64), num_experts, extras, json.loads(str(arrays.get("meta", "{}"))))

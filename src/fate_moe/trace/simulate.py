@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,6 +23,8 @@ from fate_moe.trace.virtual import VirtualResidency
 
 if TYPE_CHECKING:
     import torch
+
+    from fate_moe.store.learned import Gates
 
 __all__ = ["Link", "Row", "policy_for", "predictor_for", "simulate"]
 
@@ -71,10 +73,13 @@ def policy_for(name: str, trace: RoutingTrace, num_slots: int) -> EvictionPolicy
     return make_policy(PRESETS["best"][0] if name == "best" else name, num_slots, trace.num_experts.tolist())
 
 
-def predictor_for(name: str, trace: RoutingTrace, gates: Sequence[Any] | None = None) -> Predictor:
+def predictor_for(
+    name: str, trace: RoutingTrace, gates: Gates | None = None, policy: EvictionPolicy | None = None, look_ahead: int = 1
+) -> Predictor:
     """A predictor by its name in config.PREDICTORS; those that look at gate inputs need a trace with gate inputs and routers.
 
-    ``gates`` are fitted matrices (store.learned.load_gates). Raises ConfigError where the trace lacks what the predictor needs.
+    ``gates`` are fitted ones (store.learned.load_gates); ``policy`` may keep statistics that the predictor uses too. Raises
+    ConfigError where the trace lacks what the predictor needs.
     """
     sizes = trace.num_experts.tolist()
     if name == "none":
@@ -89,7 +94,7 @@ def predictor_for(name: str, trace: RoutingTrace, gates: Sequence[Any] | None = 
 
     from fate_moe.core import Routing
     from fate_moe.predict.gates import FittedGates
-    from fate_moe.predict.make import make_predictor
+    from fate_moe.predict.make import Known, make_predictor
 
     top_k = trace.experts.shape[2]
 
@@ -100,11 +105,18 @@ def predictor_for(name: str, trace: RoutingTrace, gates: Sequence[Any] | None = 
 
         return route
 
-    routers = [
-        router(torch.from_numpy(weight[:size].astype(np.float32)))
-        for weight, size in zip(trace.extras["routers"], sizes, strict=True)
+    weights = [
+        torch.from_numpy(weight[:size].astype(np.float32)) for weight, size in zip(trace.extras["routers"], sizes, strict=True)
     ]
-    return make_predictor(name, sizes, routers, top_k, None if gates is None else FittedGates(gates))
+    known = Known(
+        [router(weight) for weight in weights],
+        linear=weights,
+        norms=torch.from_numpy(trace.extras["norms"]) if "norms" in trace.extras else None,
+        fitted=None if gates is None else FittedGates(*gates.ahead),
+        forecast=gates.forecast if gates is not None and gates.forecast else None,
+        worth=getattr(policy, "usage", None),
+    )
+    return make_predictor(name, sizes, top_k, known, look_ahead)
 
 
 def simulate(
@@ -114,7 +126,8 @@ def simulate(
     capacity: float,
     link: Link,
     *,
-    gates: Sequence[Any] | None = None,
+    gates: Gates | None = None,
+    look_ahead: int = 1,
     skip: int = 0,
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> Row:
@@ -127,8 +140,10 @@ def simulate(
         raise ConfigError(
             f"a capacity of {capacity:.2%} is below one token's experts in one layer, or {skip} tokens are all there are"
         )
-    residency = VirtualResidency(policy_for(policy, trace, num_slots), num_slots, link.read_seconds, link.expert_bytes)
-    prefetcher = Prefetcher(residency, predictor_for(predictor, trace, gates), trace.num_layers, lambda: residency.now)
+    evictor = policy_for(policy, trace, num_slots)
+    residency = VirtualResidency(evictor, num_slots, link.read_seconds, link.expert_bytes)
+    foreteller = predictor_for(predictor, trace, gates, evictor, look_ahead)
+    prefetcher = Prefetcher(residency, foreteller, trace.num_layers, lambda: residency.now, look_ahead)
     inputs, embeddings = _inputs(trace)
     began, skipped, virtual = time.perf_counter(), Counters(), 0.0
     rows = trace.experts.tolist()

@@ -87,6 +87,11 @@ class VirtualResidency:
         """As Residency.missing."""
         return [expert not in self._arrives for expert in experts]
 
+    def cancel_prefetches(self) -> None:
+        """As Residency.cancel_prefetches."""
+        self._link_works()
+        self._queue.clear()
+
     def _idle_from(self, when: float) -> None:
         """Nobody waits any more: queued prefetches may begin from ``when`` on."""
         for expert, (since, probability) in self._queue.items():
