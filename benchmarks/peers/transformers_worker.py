@@ -45,9 +45,7 @@ def main() -> None:
     start = time.perf_counter()
     model, versions, counters = load(job)
     model.eval()
-    model.generation_config.eos_token_id = (
-        None  # an end token does not end it; min_new_tokens would search the vocabulary each time
-    )
+    model.generation_config.eos_token_id = None  # min_new_tokens would search the whole vocabulary for it, every token
     say("loaded", seconds=time.perf_counter() - start)
 
     class Clock(StoppingCriteria):  # type: ignore[misc]

@@ -126,13 +126,36 @@ def test_other_calls_go_the_familys_own_way(store_of: Callable[[str], Path], mon
     own.fate.close()
 
 
-def test_a_replaced_part_is_used(store_of: Callable[[str], Path]) -> None:
-    """As adapters do: another module in the place of a projection."""
+@pytest.mark.parametrize("part", ["self_attn.o_proj", "mlp.shared_expert.up_proj", "mlp.gate", "input_layernorm"])
+def test_a_replaced_part_is_used(store_of: Callable[[str], Path], part: str) -> None:
+    """As adapters do: another module in the place of one that was found; and a hook on it is called."""
     model = load_model(store_of("qwen2_moe"))
-    want = steps(model, 2)
-    attention = model.model.layers[1].self_attn
-    attention.o_proj = nn.Linear(64, 64, bias=False, dtype=torch.bfloat16)
-    assert not torch.equal(steps(model, 2), want)
+    want, seen = steps(model, 2), list[Any]()
+    handle = model.model.layers[1].get_submodule(part).register_forward_hook(lambda module, args, output: seen.append(args))
+    assert difference(steps(model, 2), want) <= 0.03
+    handle.remove()
+    assert len(seen) == 3
+    owner, _, name = part.rpartition(".")
+    old = getattr(model.model.layers[1].get_submodule(owner), name)
+
+    class Nothing(nn.Module):
+        def forward(self, x: torch.Tensor) -> Any:
+            output = old(x)
+            return tuple(y.flip(-1) for y in output) if isinstance(output, tuple) else 0 * output
+
+    setattr(model.model.layers[1].get_submodule(owner), name, Nothing())
+    assert difference(steps(model, 2), want) > 0.001
+    model.fate.close()
+
+
+def test_numbers_that_move_are_followed(store_of: Callable[[str], Path]) -> None:
+    """model.to() leaves the addresses that the extension was given."""
+    model = load_model(store_of("qwen2_moe"))
+    want = steps(model, 3)
+    model.to(torch.float32)
+    assert difference(steps(model, 3), want) <= 0.05
+    model.to(torch.bfloat16)
+    assert difference(steps(model, 3), want) <= 0.03
     model.fate.close()
 
 

@@ -8,7 +8,7 @@ many tokens, masks, other caches, gradients.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from fate_moe.models.dense import MOST_ROWS, QuantizedLinear
 from fate_moe.models.families import ROUTER_NAMES
 from fate_moe.skeleton import is_experts
 
-__all__ = ["SmallWeight", "hasten", "is_near", "room_in", "standard_of", "weight_of"]
+__all__ = ["SmallWeight", "Watch", "hasten", "is_near", "room_in", "standard_of", "weight_of"]
 
 # Unquantized matrices up to so many weights are multiplied by the extension: oneDNN takes 250 us for a router of 60 x 2048 in bf16.
 _SMALL = 1 << 20
@@ -94,7 +94,10 @@ class SmallWeight(nn.Parameter):
         if func is linear and not kwargs and (len(args) == 2 or args[2] is None):
             x, own = args[0], vars(args[1])  # a tensor's own properties would come back here
             cols = own.get("cols", 0)
-            if x.dtype == torch.bfloat16 and x.numel() <= MOST_ROWS * cols and x.is_contiguous() and not x.requires_grad:
+            with torch._C.DisableTorchFunctionSubclass():
+                moved = args[1].data_ptr() != own.get("address")
+            few = x.dtype == torch.bfloat16 and x.numel() <= MOST_ROWS * cols and x.is_contiguous() and not x.requires_grad
+            if few and not moved:
                 out, count = x.new_empty(*x.shape[:-1], own["rows"]), x.numel() // cols
                 native.linear(own["place"], own["address"], BF16, x.data_ptr(), 1, count, out.data_ptr(), 1, True, 1)
                 return out
@@ -132,7 +135,7 @@ def _norm(module: nn.Module, dtype: torch.dtype, generator: torch.Generator) -> 
     original, size, address, weight_dtype = module.forward, len(weight), weight.data_ptr(), DTYPES[weight.dtype]
 
     def forward(x: torch.Tensor) -> Any:
-        if not _few(x, size, MOST_ROWS) or weight.data_ptr() != address:
+        if not _few(x, size, MOST_ROWS) or weight.data_ptr() != address or module._parameters["weight"] is not weight:
             return original(x)
         out = torch.empty_like(x)
         native.rms_norm(x.data_ptr(), DTYPES[x.dtype], x.numel() // size, size, address, weight_dtype, eps, out.data_ptr())
@@ -179,15 +182,29 @@ class _GateOf:
         return torch.as_tensor(self.act_fn(gate) * up)
 
 
-def _parts(module: nn.Module, names: tuple[str, ...]) -> Callable[[], bool]:
-    """Whether the layers that were found are still there, as they were: adapters and hooks want the family's own forward."""
-    layers: list[tuple[str, nn.Module]] = [(name, getattr(module, name)) for name in names]
-    modules = module._modules
+class Watch:
+    """Some modules and the modules in them, as they were found: adapters replace parts, hooks want the family's own forward, and
+    ``model.to`` moves numbers away from the addresses that the extension was given."""
 
-    def unchanged() -> bool:
-        return all(modules[name] is layer and not layer._forward_hooks and not layer._forward_pre_hooks for name, layer in layers)
+    def __init__(self, owners: Sequence[nn.Module], hooked: Sequence[nn.Module] = ()) -> None:
+        """``hooked``: those whose pre-hooks are ours."""
+        self._places = [(owner._modules, name, part) for owner in owners for name, part in owner.named_children()]
+        parts = {part for _, _, part in self._places}
+        self.hooks: list[Any] = [part._forward_hooks for part in parts]
+        self.hooks += [part._forward_pre_hooks for part in parts if part not in hooked]
+        self._numbers = [
+            (part._parameters, name, tensor, tensor.data_ptr())
+            for part in {*parts, *owners}
+            if not is_experts(part)
+            for name, tensor in part._parameters.items()
+            if tensor is not None
+        ]
 
-    return unchanged
+    def same(self) -> bool:
+        """Whether all parts and their numbers are where they were."""
+        with torch._C.DisableTorchFunctionSubclass():
+            numbers = all(held[name] is tensor and tensor.data_ptr() == at for held, name, tensor, at in self._numbers)
+        return numbers and all(modules[name] is part for modules, name, part in self._places)
 
 
 def _mlp(module: Any, dtype: torch.dtype, exact: bool, generator: torch.Generator) -> Hastened | None:
@@ -197,15 +214,10 @@ def _mlp(module: Any, dtype: torch.dtype, exact: bool, generator: torch.Generato
     how = find_gate(_GateOf(act)) if act is not None and all(weight is not None for weight in weights) else None
     if how is None:
         return None
-    original, size, of, unchanged = (
-        module.forward,
-        module.gate_proj.in_features,
-        native.Mlp.make(*weights, how),
-        _parts(module, layers),
-    )
+    original, size, of, watch = module.forward, module.gate_proj.in_features, native.Mlp.make(*weights, how), Watch([module])
 
     def forward(x: torch.Tensor) -> Any:
-        if not _few(x, size, MOST_ROWS) or not unchanged():
+        if not _few(x, size, MOST_ROWS) or any(watch.hooks) or not watch.same():
             return original(x)
         out = torch.empty_like(x)
         native.mlp(of, x.data_ptr(), DTYPES[x.dtype], x.numel() // size, out.data_ptr(), exact, torch.get_num_threads())
@@ -253,7 +265,7 @@ def _attention(module: Any, model: Any, exact: bool, generator: torch.Generator)
     norm_dtype = DTYPES[norms[0].weight.dtype] if norms[0] is not None else 0
     eps = next((getattr(norms[0], name) for name in ("variance_epsilon", "eps") if hasattr(norms[0], name)), 0.0)
     of = native.Attention.make(*weights, heads, kv_heads, dim, module.scaling, *addresses, norm_dtype, eps)
-    original, unchanged, config = module.forward, _parts(module, layers), module.config
+    original, watch, config = module.forward, Watch([module]), module.config
 
     def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         layer = room_in(kwargs.get("past_key_values"), index)
@@ -268,7 +280,8 @@ def _attention(module: Any, model: Any, exact: bool, generator: torch.Generator)
             or hidden_states.dtype != torch.bfloat16
             or hidden_states.requires_grad
             or config._attn_implementation != "sdpa"
-            or not unchanged()
+            or any(watch.hooks)
+            or not watch.same()
         ):
             return original(hidden_states, *args, **kwargs)
         cos, sin = angles

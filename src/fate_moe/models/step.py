@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicCache
 from fate_moe.kernels.native import DTYPES, native
 from fate_moe.models.cache import make_room
 from fate_moe.models.families import ROUTER_NAMES
-from fate_moe.models.standard import room_in, standard_of, weight_of
+from fate_moe.models.standard import Watch, room_in, standard_of, weight_of
 from fate_moe.runtime import ExpertRuntime
 from fate_moe.skeleton import ExpertStack
 
@@ -76,6 +76,7 @@ def _step_of(layer: Any, stack: ExpertStack, runtime: ExpertRuntime, exact: bool
     ]
     if (
         router is None
+        or experts is None
         or inside
         or stack.twins
         or (gate is not None and shared is None)
@@ -83,10 +84,11 @@ def _step_of(layer: Any, stack: ExpertStack, runtime: ExpertRuntime, exact: bool
         or any(weight is None for weight in weights)
         or any(standard_of(part) is None for part in parts)
         or standard_of(parts[0]) != standard_of(parts[1])
+        or layer.input_layernorm.weight.dtype != layer.post_attention_layernorm.weight.dtype
         or not runtime.can_step(stack.layer, experts)
     ):
         return None
-    return _Step(layer, stack, runtime, exact, buffers, router, experts, shared, [*weights, None][:2], name)
+    return _Step(layer, stack, runtime, exact, buffers, experts, shared, [*weights, None][:2], name)
 
 
 class _Step:
@@ -99,7 +101,6 @@ class _Step:
         runtime: Any,
         exact: bool,
         buffers: dict[str, torch.Tensor],
-        router: Any,
         experts: Any,
         shared: Any,
         weights: list[Any],
@@ -108,11 +109,8 @@ class _Step:
         self.original, self.runtime, self.stack, self.experts = layer.forward, runtime, stack, experts
         self.index, self.block = layer.self_attn.layer_idx, getattr(layer, block)
         self.hidden = layer.input_layernorm.weight.numel()
-        self._attention, self._weights, self._norms = (
-            layer.self_attn,
-            weights,
-            (layer.input_layernorm, layer.post_attention_layernorm),
-        )
+        self._attention, self._weights = layer.self_attn, weights
+        self._norms = (layer.input_layernorm, layer.post_attention_layernorm)
         self._shared = standard_of(shared) if shared is not None else None
         self._exact = exact
         # Written and read within one call, so all layers share them.
@@ -123,20 +121,14 @@ class _Step:
         if len(rows) < stack.top_k:
             buffers["rows"], buffers["weights"] = torch.empty(stack.top_k, self.hidden), torch.empty(stack.top_k)
         self._buffers = buffers
-        modules = [*self._norms, layer.self_attn, self.block, router, experts, *([shared] if shared is not None else [])]
-        self._hooks = [module._forward_hooks for module in modules] + [
-            module._forward_pre_hooks for module in modules if module is not self.block
-        ]
-        self._places = [(layer._modules, child, part) for child, part in layer.named_children()]
-        self._places += [(self.block._modules, child, part) for child, part in self.block.named_children()]
-        self._places += [(layer.self_attn._modules, child, part) for child, part in layer.self_attn.named_children()]
+        inner = [layer.self_attn, *([shared] if shared is not None else [])]
+        self._watch = Watch([layer, self.block, *inner], hooked=[self.block])
         self.ready = True  # set for each pass of the decoder
         self.normalize(False)
 
     def is_unchanged(self) -> bool:
-        """Whether the layer's parts are those that were found and the runtime can do it."""
-        parts = all(modules[name] is part for modules, name, part in self._places)
-        return parts and self.runtime.can_step(self.stack.layer, self.experts)
+        """Whether the layer is as it was found and the runtime can do it."""
+        return self._watch.same() and self.runtime.can_step(self.stack.layer, self.experts)
 
     def normalize(self, normalize: bool) -> None:
         """Whether the weights of a token's experts add up to 1."""
@@ -161,7 +153,7 @@ class _Step:
             or angles[0].dtype != torch.bfloat16
             or angles[0].numel() != self._attention.head_dim
             or not self.ready
-            or any(self._hooks)  # transformers adds some in the midst of a pass, to record outputs
+            or any(self._watch.hooks)  # transformers adds some in the midst of a pass, to record outputs
         ):
             return self.original(hidden_states, *args, **kwargs)
         return self._run(hidden_states.contiguous(), angles[0].contiguous(), angles[1].contiguous(), room)
