@@ -63,8 +63,8 @@ def measure(model: str | None, preset: str, gbps: float, cache: str, new_tokens:
     choice = {"policy": PRESETS["best"][0], "predictor": "none"} if preset == "none" else {"preset": preset}
     config = OffloadConfig.from_options({"expert_cache": cache, "context_length": 1024, **choice})
     prepared = load.prepare(load.store_for(model, config.precision))
-    setattr(load, "DiskSource", lambda store: ThrottledSource(store, gbps * 1e9))  # noqa: B010
-    running = load.realize(prepared, make_plan(prepared.footprint(), config), config)
+    source = ThrottledSource(prepared.store, gbps * 1e9)
+    running = load.realize(prepared, make_plan(prepared.footprint(), config), config, source)
     tokenizer = load.load_tokenizer(prepared.store.path)
     inputs = tokenizer(demo.PROMPT, return_tensors="pt")["input_ids"]
     generate(running, tokenizer, inputs, max_new_tokens=32, do_sample=False)  # warms up
