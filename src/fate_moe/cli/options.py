@@ -21,7 +21,7 @@ __all__ = [
     "require_gpu",
 ]
 
-MODEL_HELP = "checkpoint folder, hub id or store; none: the embedded model"
+MODEL_HELP = "checkpoint folder, GGUF file, hub id or store; none: the embedded model"
 DEFAULTS = {field.name: field.default for field in fields(OffloadConfig)}
 # Options of generate(), by their names in transformers.
 _SAMPLING: dict[str, tuple[type, str]] = {

@@ -27,7 +27,7 @@ def add_verbs(verbs: Any) -> None:
     convert = verbs.add_parser(
         "convert", help="make a store", description="Turn a checkpoint into an expert store; resumes if killed."
     )
-    convert.add_argument("source", help="checkpoint folder or hub id")
+    convert.add_argument("source", help="checkpoint folder, GGUF file or hub id")
     convert.add_argument("destination", type=Path, help="the store's folder, made anew")
     convert.add_argument("--precision", choices=PRECISIONS, default=DEFAULTS["precision"], help="default: %(default)s")
     convert.add_argument(
@@ -50,7 +50,7 @@ def add_verbs(verbs: Any) -> None:
         help="describe a store or a checkpoint",
         description="Describe a store (--verify reads every byte), or a checkpoint before its conversion (config.json is enough).",
     )
-    inspect.add_argument("store", type=Path, help="store or checkpoint folder")
+    inspect.add_argument("store", type=Path, help="store, checkpoint folder or GGUF file")
     inspect.add_argument("--verify", action="store_true", help="check every checksum")
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
     inspect.set_defaults(verb=_inspect)
@@ -99,10 +99,12 @@ def _calibration(arguments: argparse.Namespace) -> tuple[Any, dict[int, str]]:
     if not (arguments.calibrate or arguments.keep):
         return None, {}
     from fate_moe.skeleton import build_skeleton, expert_stacks
+    from fate_moe.store.gguf import config_folder
     from fate_moe.store.keep import choose_precisions, parse_keep
     from fate_moe.store.source import resolve_checkpoint
 
-    stacks = expert_stacks(build_skeleton(resolve_checkpoint(arguments.source)))
+    with config_folder(resolve_checkpoint(arguments.source)) as folder:
+        stacks = expert_stacks(build_skeleton(folder))
     by_rule = parse_keep(arguments.keep, len(stacks)) if arguments.keep else {}
     if not arguments.calibrate:
         return None, by_rule
@@ -134,7 +136,8 @@ def _calibration(arguments: argparse.Namespace) -> tuple[Any, dict[int, str]]:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    if (arguments.store / "config.json").exists() and not (arguments.store / "fate.json").exists():
+    whole = (arguments.store / "config.json").exists() or (arguments.store.is_file() and arguments.store.suffix == ".gguf")
+    if whole and not (arguments.store / "fate.json").exists():
         _inspect_checkpoint(arguments)
         return
     from fate_moe.store.open import open_store, verify

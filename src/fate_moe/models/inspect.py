@@ -18,6 +18,7 @@ from fate_moe.quant.dtypes import dtype_name
 from fate_moe.skeleton import build_skeleton, expert_stacks
 from fate_moe.store.direct import anonymous_buffer
 from fate_moe.store.format import blob_layout
+from fate_moe.store.gguf import config_folder
 
 __all__ = ["AtPrecision", "Bandwidths", "Description", "describe", "measure_bandwidths"]
 
@@ -80,11 +81,15 @@ class Description:
         }
 
 
-def describe(folder: Path, bandwidths: Bandwidths | None = None) -> Description:
-    """What config.json in ``folder`` means; no weights are needed. Raises CheckpointError and UnsupportedModelError."""
-    model = build_skeleton(folder)
+def describe(checkpoint: Path, bandwidths: Bandwidths | None = None) -> Description:
+    """What config.json in the folder ``checkpoint`` means (no weights are needed), or a GGUF file's own description.
+
+    Raises CheckpointError and UnsupportedModelError.
+    """
+    with config_folder(checkpoint) as folder:
+        model = build_skeleton(folder)
     stacks = expert_stacks(model)
-    speeds = bandwidths or measure_bandwidths(folder)
+    speeds = bandwidths or measure_bandwidths(checkpoint)
     needs = footprint(model, stacks, PRECISIONS[0])
     precisions = {}
     for precision in PRECISIONS:
@@ -120,12 +125,13 @@ def _tokens_per_second(dense: int, per_token: int, experts: int, speeds: Bandwid
     return 1 / (computing + per_token / speeds.disk), 1 / (computing + missing / speeds.disk)
 
 
-def measure_bandwidths(folder: Path) -> Bandwidths:
-    """Read memory with torch's threads, and the largest file of ``folder`` past the page cache; together well under a second."""
+def measure_bandwidths(checkpoint: Path) -> Bandwidths:
+    """Read memory with torch's threads, and the checkpoint's largest file past the page cache; together well under a second."""
     data = torch.ones(_PROBE_BYTES // 4)
     data.sum()
     best = min(_seconds(data.sum) for _ in range(3))
-    files = sorted((path for path in folder.glob("*.safetensors")), key=lambda path: path.stat().st_size)
+    files = [checkpoint] if checkpoint.is_file() else list(checkpoint.glob("*.safetensors"))
+    files.sort(key=lambda path: path.stat().st_size)
     disk = _read_speed(files[-1]) if files and files[-1].stat().st_size >= _READ_BYTES else None
     return Bandwidths(_PROBE_BYTES / best, disk)
 

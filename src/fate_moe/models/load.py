@@ -37,7 +37,7 @@ from fate_moe.skeleton import ExpertStack, build_skeleton, expert_stacks
 from fate_moe.store.convert import convert
 from fate_moe.store.dense import default_dense_precision, dense_layouts, read_by_row
 from fate_moe.store.format import blob_layout
-from fate_moe.store.gguf import open_checkpoint
+from fate_moe.store.gguf import config_folder, open_checkpoint
 from fate_moe.store.learned import gates_bytes, load_gates, load_statistics, save_statistics
 from fate_moe.store.open import Store, load_dense, open_store
 from fate_moe.store.plan import identity_of
@@ -110,7 +110,8 @@ def plan(model: str | Path | None = None, **options: Any) -> Plan | DevicePlan:
     """What ``load`` with the same arguments would do with the budget; converts and loads nothing. Raises BudgetError and others."""
     config = OffloadConfig.from_options(options)
     folder = Path(model) if model is not None and is_store(model) else resolve_checkpoint(model or demo.MODEL)
-    skeleton = build_skeleton(folder)
+    with config_folder(folder) as described:
+        skeleton = build_skeleton(described)
     manifest = open_store(folder).manifest if is_store(folder) else None
     precision = manifest.precision if manifest else config.precision
     return _plan(footprint(skeleton, expert_stacks(skeleton), precision, manifest, config.dense_precision), config)

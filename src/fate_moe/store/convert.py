@@ -30,7 +30,7 @@ from fate_moe.store.gguf import open_checkpoint
 from fate_moe.store.open import open_store
 from fate_moe.store.plan import Plan, ShardPlan, bytes_of, identity_of, make_plan
 from fate_moe.store.progress import Advance, progress_bar
-from fate_moe.store.source import COMPANIONS, resolve_checkpoint
+from fate_moe.store.source import resolve_checkpoint
 
 __all__ = ["Importance", "convert"]
 
@@ -136,7 +136,7 @@ def _fill(
     progress: bool | None,
 ) -> None:
     journal = Journal(work, identity)
-    copied = sorted({path for pattern in COMPANIONS for path in plan.checkpoint.folder.glob(pattern) if path.is_file()})
+    copied = plan.checkpoint.companions()
     sizes = {"dense.safetensors": plan.dense_bytes} | {shard.name: shard.num_bytes for shard in plan.shards}
     missing = sum(num_bytes for name, num_bytes in sizes.items() if journal.finished(name) is None)
     # Besides the tensors: copies, fate.json and the journal, of which the last two grow by less than 128 bytes for each expert.

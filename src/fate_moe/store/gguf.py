@@ -1,15 +1,17 @@
-"""GGUF files as a source: llama.cpp's one-file checkpoints, dequantized to bf16 tensor by tensor.
+"""GGUF files as a source: llama.cpp's checkpoints, in one file or split, dequantized tensor by tensor.
 
-The configuration, the tokenizer and the names of dense tensors are transformers' own mapping; experts are stacked in GGUF, one
-tensor for all of a layer's gate, up and down matrices each, which are joined here to what transformers' module holds.
+Experts become bf16 whatever they were; what is F32 in the file (norms, routers, biases) arrives as it is.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,11 @@ from torch import Tensor
 
 from fate_moe.errors import CheckpointError, ConfigError, UnsupportedModelError
 from fate_moe.skeleton import build_skeleton
-from fate_moe.store.source import Checkpoint
+from fate_moe.store.gguf_config import config_of, family_of
+from fate_moe.store.gguf_names import find_sources
+from fate_moe.store.source import COMPANIONS, Checkpoint
 
-__all__ = ["GgufCheckpoint", "open_checkpoint"]
-
-# llama.cpp's architectures whose experts transformers maps, by transformers' model type.
-_FAMILIES = {"qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe"}
+__all__ = ["GgufCheckpoint", "config_folder", "open_checkpoint"]
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -31,86 +32,92 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return GgufCheckpoint(path) if path.is_file() else Checkpoint(path)
 
 
+@contextmanager
+def config_folder(path: Path) -> Iterator[Path]:
+    """The folder that has the config.json of the checkpoint at ``path``: itself, or, within the context, a GGUF file's."""
+    checkpoint = GgufCheckpoint(path) if path.is_file() else None
+    yield checkpoint.folder if checkpoint else path
+
+
 class GgufCheckpoint(Checkpoint):
     """A GGUF file under the names of transformers' parameters. ``folder`` is a temporary one with its config.json and tokenizer."""
 
     def __init__(self, path: Path) -> None:
+        """Reads all that is no weight. Raises CheckpointError for torn files and missing ones of a split checkpoint,
+        UnsupportedModelError for architectures that are not read."""
         try:
             import gguf
         except ImportError as error:
             raise ConfigError(f"{path}: reading GGUF needs the gguf package; pip install 'fate-moe[gguf]'") from error
+        self.files = _all_files(path)
         try:
-            reader = gguf.GGUFReader(path)
-            architecture = str(reader.fields["general.architecture"].contents())
+            readers = [gguf.GGUFReader(file) for file in self.files]
+            fields = readers[0].fields.items()  # but for the vocabulary, which takes seconds
+            metadata = {
+                name: field.contents() for name, field in fields if not name.startswith("tokenizer.") or name.endswith("_id")
+            }
+            architecture = str(metadata["general.architecture"])
         except Exception as error:  # whatever a torn file makes the reader raise
             raise CheckpointError(f"{path} is no whole GGUF file ({error}); fetch it again") from error
-        if architecture not in _FAMILIES:
-            known = ", ".join(_FAMILIES)
-            raise UnsupportedModelError(
-                f"{path}: transformers has no names for the experts of GGUF's {architecture!r} (of {known})"
-            )
-        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+        self._tensors = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
         self._dequantize: Any = gguf.dequantize
-        self.folder, self.files = Path(tempfile.mkdtemp()), [path]
+        self.folder = Path(tempfile.mkdtemp())
         weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
-        self._write_companions(path)
-        self._sources = self._name(_FAMILIES[architecture])
+        shapes = {name: tuple(int(size) for size in reversed(tensor.shape)) for name, tensor in self._tensors.items()}
+        metadata = {name.removeprefix(f"{architecture}."): value for name, value in metadata.items()}
+        try:
+            config = config_of(family_of(architecture, metadata, shapes), metadata, shapes)
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"{path}: {error}") from error
+        except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise CheckpointError(f"{path}: its metadata does not describe a model ({error!r}); fetch it again") from error
+        (self.folder / "config.json").write_text(json.dumps(config))
+        model = build_skeleton(self.folder)
+        self._shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        self._sources = find_sources(model, architecture, self._tensors)
         self.names = list(self._sources)
 
     def dtype(self, name: str) -> torch.dtype:
-        return torch.bfloat16
+        plain = all(self._tensors[part].tensor_type.name == "F32" for part in self._sources[name].parts)
+        return torch.float32 if plain and ".experts." not in name else torch.bfloat16
 
     def shape(self, name: str) -> tuple[int, ...]:
-        first, *others = [tuple(int(size) for size in reversed(self._tensors[part].shape)) for part in self._sources[name]]
-        return (first[0], first[1] * (1 + len(others)), *first[2:]) if others else self._as_held(name, first)
+        return self._shapes[name]
 
     def read(self, name: str, index: int | None = None) -> Tensor:
-        parts = [self._read_part(part, index) for part in self._sources[name]]
-        tensor = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-        return tensor.view(self._as_held(name, tuple(tensor.shape))).bfloat16()
+        source, shape = self._sources[name], self._shapes[name]
+        try:
+            tensor = source.join([self._read_part(part, index) for part in source.parts])
+            return tensor.reshape(shape if index is None else (1, *shape[1:])).to(self.dtype(name))
+        except (RuntimeError, ValueError, NotImplementedError) as error:
+            of = ", ".join(f"{part} ({self._tensors[part].tensor_type.name})" for part in source.parts)
+            raise CheckpointError(f"{self.files[0]}: {of} cannot become {name} {shape} ({error}); fetch it again") from error
+
+    def companions(self) -> list[Path]:
+        """The config and the tokenizer: transformers' own reading of the file's, or else files that lie beside it."""
+        from transformers import AutoTokenizer
+
+        path = self.files[0]
+        try:
+            AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(self.folder)
+        except Exception:  # no tokenizer in it, or one that transformers does not read: then run says so
+            for pattern in COMPANIONS[1:]:
+                for file in path.parent.glob(pattern):
+                    shutil.copy(file, self.folder)
+        return super().companions()
 
     def _read_part(self, part: str, index: int | None) -> Tensor:
         tensor = self._tensors[part]
         data = tensor.data if index is None else tensor.data[index : index + 1]
         return torch.from_numpy(self._dequantize(data, tensor.tensor_type).copy())
 
-    @staticmethod
-    def _as_held(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shared expert's gate is a matrix of one row in transformers, and a vector in GGUF."""
-        return (1, *shape) if name.endswith("shared_expert_gate.weight") and len(shape) == 1 else shape
 
-    def _write_companions(self, path: Path) -> None:
-        from transformers import AutoTokenizer
-        from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
-
-        config = {**load_gguf_checkpoint(str(path))["config"], "dtype": "bfloat16"}
-        # What transformers leaves to its defaults, though the tensors say it.
-        for setting, part in (
-            ("moe_intermediate_size", "blk.0.ffn_gate_exps.weight"),
-            ("shared_expert_intermediate_size", "blk.0.ffn_gate_shexp.weight"),
-            ("vocab_size", "token_embd.weight"),
-        ):
-            if part in self._tensors:
-                config[setting] = int(self._tensors[part].shape[1])
-        (self.folder / "config.json").write_text(json.dumps(config, default=_plain))
-        try:
-            AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(self.folder)
-        except Exception:  # a file without a tokenizer, or with one that transformers does not read: run says so
-            return
-
-    def _name(self, family: str) -> dict[str, list[str]]:
-        """GGUF's names by the parameter that they become; gate and up become one."""
-        from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, get_gguf_hf_weights_map
-
-        processor = TENSOR_PROCESSORS[family.replace("_", "")](config={})
-        mapping = get_gguf_hf_weights_map(build_skeleton(self.folder), processor)
-        sources: dict[str, list[str]] = {}
-        for part in sorted(self._tensors):  # gate before up
-            name = mapping.get(part) or mapping.get(part.removesuffix(".weight"))
-            if name is not None:
-                sources.setdefault(name, []).append(part)
-        return sources
-
-
-def _plain(value: Any) -> Any:
-    return value.item() if hasattr(value, "item") else list(value)
+def _all_files(path: Path) -> list[Path]:
+    """``path``, or all parts of a checkpoint that llama.cpp split, of which it is one."""
+    split = re.fullmatch(r"(.*)-\d{5}-of-(\d{5})\.gguf", path.name)
+    if not split:
+        return [path]
+    files = [path.with_name(f"{split[1]}-{number:05}-of-{split[2]}.gguf") for number in range(1, int(split[2]) + 1)]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise CheckpointError(f"{path} is one of {len(files)} files and {missing[0]} is missing; fetch it too")
+    return files

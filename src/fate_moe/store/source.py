@@ -17,7 +17,7 @@ from fate_moe.store.mxfp4 import BLOCKS, SCALES, dequantize_mxfp4, mxfp4_shape
 from fate_moe.store.packed import PACKED_METHODS, Packed, find_packed
 from fate_moe.store.tensorfile import TensorEntry, read_header
 
-__all__ = ["Checkpoint", "resolve_checkpoint"]
+__all__ = ["COMPANIONS", "Checkpoint", "resolve_checkpoint"]
 
 # What goes with the weights, copied as it is, so that a store can be run without its checkpoint.
 COMPANIONS = (
@@ -138,6 +138,10 @@ class Checkpoint:
             return dequantize_blocks(tensor, scale, self._block)
         except ValueError as error:
             raise CheckpointError(f"{self._entries[scale_name][0]}: {scale_name}: {error}; fetch the checkpoint again") from error
+
+    def companions(self) -> list[Path]:
+        """The files that go with the weights: configuration, tokenizer, chat template."""
+        return sorted({path for pattern in COMPANIONS for path in self.folder.glob(pattern) if path.is_file()})
 
     def read_packed(self, name: str) -> Packed:
         """Codes, scales and zeros of one of ``packed_names``. Raises CheckpointError when they do not fit together."""
