@@ -24,10 +24,10 @@ from transformers.generation.streamers import BaseStreamer
 
 import fate_moe
 from fate_moe.core import ExpertId
+from fate_moe.interface import is_experts
 from fate_moe.kernels.native import native
 from fate_moe.models.cache import RoomyLayer
 from fate_moe.models.families import router_of
-from fate_moe.skeleton import is_experts
 
 KERNELS = ("expert kernels", "dense kernels")
 

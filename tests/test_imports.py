@@ -16,7 +16,7 @@ ROOT = Path(fate_moe.__file__).parent
 # Each room may import from the rooms of the lines above its own, and from itself.
 ORDER = [
     {"errors", "config", "core", "demo", "machine"},
-    {"quant", "usage"},
+    {"interface", "quant", "usage"},
     {"kernels", "skeleton"},
     {"store", "memory", "predict"},
     {"planner", "prefetch", "tailor"},

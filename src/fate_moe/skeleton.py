@@ -17,11 +17,12 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from fate_moe.errors import CheckpointError, UnsupportedModelError
+from fate_moe.interface import broken_rule, is_experts, lookalikes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["TEXT_CLASSES", "ExpertStack", "auto_class", "build_skeleton", "expert_stacks", "is_experts", "parameter_dtypes"]
+__all__ = ["TEXT_CLASSES", "ExpertStack", "auto_class", "build_skeleton", "expert_stacks", "parameter_dtypes"]
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # transformers' Auto classes of models that write text, those of text alone first.
@@ -82,7 +83,11 @@ def build_skeleton(folder: str | Path) -> PreTrainedModel:
     family = raw.get("model_type") if isinstance(raw, dict) else None
     if not isinstance(family, str) or family not in transformers.CONFIG_MAPPING:
         remote = isinstance(raw, dict) and "auto_map" in raw
-        hint = "the checkpoint's own code is never run" if remote else "update transformers if the family is new"
+        hint = (
+            "it would need the checkpoint's own code, which is never run, whoever wrote it"
+            if remote
+            else "update transformers if the family is new"
+        )
         raise UnsupportedModelError(f"{path}: transformers {transformers.__version__} has no model type {family!r}; {hint}")
     try:
         raw = transformers.CONFIG_MAPPING[family].get_config_dict(folder)[0]  # as transformers reads it: infinities, old names
@@ -96,7 +101,16 @@ def build_skeleton(folder: str | Path) -> PreTrainedModel:
         raise UnsupportedModelError(f"{path}: {error}") from error
     except Exception as error:  # whatever a hostile config makes transformers raise
         raise CheckpointError(f"{path}: transformers cannot build this {family} model from it ({_first_line(error)})") from error
-    if not expert_stacks(model):
+    stacks = expert_stacks(model)
+    rule = broken_rule((stack.name, model.get_submodule(stack.name)) for stack in stacks) if stacks else None
+    if not stacks and (others := lookalikes(model)):
+        rule = f"experts are marked by transformers' decorator; {others[0]}"
+    if rule is not None:
+        raise UnsupportedModelError(
+            f"{path}: transformers {transformers.__version__} breaks a rule of {family}: {rule}; `fate models` says which version "
+            "was tried: install that one, and report the family"
+        )
+    if not stacks:
         raise UnsupportedModelError(f"{path}: {family} has no routed experts that transformers lets others run; nothing to offload")
     model.eval()
     return model  # type: ignore[no-any-return]
@@ -117,11 +131,6 @@ def auto_class(config: Any, names: Sequence[str] = TEXT_CLASSES) -> Any:
         f"transformers {transformers.__version__} has no model that writes text for {config.model_type} "
         f"(looked in {', '.join(names)}); give a language model's checkpoint"
     )
-
-
-def is_experts(module: nn.Module) -> bool:
-    """Whether ``module`` holds routed experts and runs them through transformers' interface (its decorator leaves these)."""
-    return hasattr(module, "is_transposed") and hasattr(module, "_apply_gate")
 
 
 def expert_stacks(model: nn.Module) -> list[ExpertStack]:

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
+from fate_moe.interface import is_experts
 from fate_moe.models.attach import routers_of
 from fate_moe.models.load import prepare
 from fate_moe.models.table import Family
-from fate_moe.skeleton import expert_stacks, is_experts
+from fate_moe.skeleton import expert_stacks
 from fate_moe.store.convert import convert
 from fate_moe.store.mapping import find_recipes
 from fate_moe.store.source import Checkpoint

@@ -7,16 +7,36 @@ from __future__ import annotations
 
 import json
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
 import transformers
 
 from fate_moe.models.families import moe_families
-from fate_moe.models.table import FAMILIES_FILE, Family, tried_families, tried_with
+from fate_moe.models.table import FAMILIES_FILE, Family, tried_families, tried_in, tried_with
+from fate_moe.store.gguf_config import ARCHITECTURES
 from tests.models.examine import RECIPE, BrokenRuleError, examine
 
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
+GGUF = [
+    "",
+    "## GGUF files",
+    "",
+    "Besides folders of safetensors, GGUF files of these architectures are read, in one file or split, in every type that the",
+    "`gguf` package dequantizes (Q4_0 to Q8_1, Q2_K to Q6_K, IQ1 to IQ4, MXFP4, F16, BF16, F32); experts become bf16, or what",
+    "`--precision` says. `fate plan FILE.gguf` and `fate inspect FILE.gguf` read the file's metadata. The tokenizer is the file's",
+    "own where transformers reads it, else the files beside it.",
+    "",
+    "| llama.cpp's architecture | family |",
+    "| --- | --- |",
+    *(f"| {architecture} | {', '.join(families)} |" for architecture, families in ARCHITECTURES.items()),
+    "",
+    "Not read, each with what it would take: gemma4 and bailingmoe2 (their routers' scales and linear attention have no names in",
+    "`gguf`'s maps), qwen3next, jamba, lfm2moe, granitehybrid and nemotron_h_moe (llama.cpp's converter changes the tensors of",
+    "linear-attention, convolution and state-space layers), phimoe (long-context factors are tensors there), hunyuan-moe (its",
+    "rotary base is written already scaled), the vision parts of others. Use their safetensors.",
+]
 AGAIN = "run `python -m tests.models.test_families` and look at what changed"
 TABLED = {row.family: row for row in tried_families()} if FAMILIES_FILE.exists() else {}
 SAME_VERSION = bool(TABLED) and tried_with() == transformers.__version__
@@ -48,7 +68,7 @@ def test_nearly_all_families_run() -> None:
 
 
 def test_docs_say_what_was_found() -> None:
-    assert DOCS.read_text() == page(list(TABLED.values()), tried_with()), AGAIN
+    assert DOCS.read_text() == page(list(TABLED.values()), tried_with(), tried_in()), AGAIN
 
 
 def row_of(family: str, folder: Path) -> Family:
@@ -58,15 +78,15 @@ def row_of(family: str, folder: Path) -> Family:
         return Family(family, "", str(error).replace(str(folder), "..."))
 
 
-def page(rows: list[Family], version: str) -> str:
+def page(rows: list[Family], version: str, seconds: float) -> str:
     good = sum(row.status == "ok" for row in rows)
     lines = [
         "# Models",
         "",
         f"Every model type of transformers {version} that writes text and whose experts use transformers' experts interface: "
         f"{good} of {len(rows)} run ({good / len(rows):.1%}).",
-        "This page is written by `python -m tests.models.test_families`; a test compares it with what the installed transformers",
-        "does, and `fate models` prints it.",
+        f"This page is written by `python -m tests.models.test_families` (which took {seconds:.0f} s, one family after the other);",
+        "a test compares it with what the installed transformers does, and `fate models` prints it.",
         "",
         "A family runs if a tiny random checkpoint of it, saved by transformers under its real names and converted, gives with one",
         "layer's top-k experts resident the logits of transformers' own forward (fp32, 1e-5), and the same to the bit with all",
@@ -81,18 +101,19 @@ def page(rows: list[Family], version: str) -> str:
     for row in rows:
         keys = ", ".join(f"`{key}`" for key in row.keys)
         lines.append(f"| {row.family} | {row.model} | {row.status} | {row.look_ahead} | {keys} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *GGUF]) + "\n"
 
 
 def write_table() -> None:
-    rows = []
+    rows, began = [], time.perf_counter()
     for family in moe_families():
         with tempfile.TemporaryDirectory() as folder:
             rows.append(row_of(family, Path(folder)))
         print(rows[-1].family, rows[-1].status, flush=True)
-    table = {"transformers": transformers.__version__, "families": [row.as_dict() for row in rows]}
+    seconds = round(time.perf_counter() - began, 1)
+    table = {"transformers": transformers.__version__, "seconds": seconds, "families": [row.as_dict() for row in rows]}
     FAMILIES_FILE.write_text(json.dumps(table, indent=1) + "\n")
-    DOCS.write_text(page(rows, transformers.__version__))
+    DOCS.write_text(page(rows, transformers.__version__, seconds))
 
 
 if __name__ == "__main__":

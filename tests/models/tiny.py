@@ -61,7 +61,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "deepseek_v4": {
         "mlp_layer_types": ["hash_moe", "moe", "moe", "moe"], "num_key_value_heads": 1, "o_groups": 2, "o_lora_rank": 16,
     },
-    "diffusion_gemma": {"text_config": {"global_head_dim": 16}},
+    "diffusion_gemma": {"text_config": {"global_head_dim": 16}, "vision_config": {"model_type": "gemma4_vision"}},  # 5.17 has none
     "dots3_note": {
         "vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 64},
         "audio_config": {"adapter_out_dim": 64, "adapter_input_size": 64},
@@ -120,8 +120,10 @@ def _shrunk(config_class: Any, special: dict[str, Any]) -> Any:
             sizes[name] = 3
     of_class = config_class()
     for name in of_class.sub_configs:
-        if (of_sub := getattr(of_class, name, None)) is not None:
-            sizes[name] = _shrunk(type(of_sub), special.get(name, {})).to_dict()
+        of_sub, others = getattr(of_class, name, None), dict(special.get(name, {}))
+        kind = others.pop("model_type", None)
+        if of_sub is not None or kind is not None:
+            sizes[name] = _shrunk(type(of_sub) if of_sub is not None else transformers.CONFIG_MAPPING[kind], others).to_dict()
     return config_class(**{**sizes, **{name: value for name, value in special.items() if name not in of_class.sub_configs}})
 
 

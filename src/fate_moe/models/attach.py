@@ -12,7 +12,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from fate_moe.errors import BudgetError
 from fate_moe.models.cache import make_room
-from fate_moe.models.families import entrance, find_router
+from fate_moe.models.families import NOT_ENTERED, entrance, find_router
 from fate_moe.runtime import ExpertRuntime, Router
 from fate_moe.skeleton import ExpertStack
 
@@ -31,13 +31,11 @@ def _experts_forward(experts: Any, hidden_states: torch.Tensor, index: torch.Ten
 def routers_of(model: Any, stacks: Sequence[ExpertStack]) -> list[Router | None]:
     """How to ask each layer's router early; a layer whose router cannot be asked runs too, without look-ahead."""
     probe = torch.zeros(1, model.config.get_text_config().hidden_size, dtype=model.dtype)
-    routers: list[Router | None] = []
-    for stack in stacks:
-        route = find_router(model.get_submodule(stack.block), stack, probe)
-        if isinstance(route, str):
-            _log.info("%s: its router cannot be asked early (%s); it runs without look-ahead", stack.block, route)
-        routers.append(None if isinstance(route, str) else route)
-    return routers
+    found = [find_router(model.get_submodule(stack.block), stack, probe) for stack in stacks]
+    reasons = [f"{stack.block}: {why}" for stack, why in zip(stacks, found, strict=True) if isinstance(why, str)]
+    if text := [reason for reason in reasons if not reason.endswith(NOT_ENTERED)]:
+        _log.warning("%d of %d MoE blocks run without look-ahead (%s)", len(text), len(stacks), text[0])
+    return [None if isinstance(route, str) else route for route in found]
 
 
 def attach(model: Any, stacks: Sequence[ExpertStack], runtime: ExpertRuntime) -> None:

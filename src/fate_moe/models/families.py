@@ -20,7 +20,7 @@ from fate_moe.core import Routing
 from fate_moe.runtime import Router
 from fate_moe.skeleton import TEXT_CLASSES, ExpertStack
 
-__all__ = ["entrance", "find_router", "linear_routers", "moe_families", "norms_of", "router_of"]
+__all__ = ["NOT_ENTERED", "entrance", "find_router", "linear_routers", "moe_families", "norms_of", "router_of"]
 
 # The names transformers' MoE blocks give their router.
 ROUTER_NAMES = ("gate", "router", "wg")
@@ -28,6 +28,7 @@ ROUTER_NAMES = ("gate", "router", "wg")
 NORM_NAMES = ("pre_feedforward_layernorm", "ffn_norm", "pre_ff_layernorm", "post_attention_layernorm")
 # Blocks that text never enters (Ernie-VL has a second set of experts for images): reading ahead for them would be for nothing.
 NOT_FOR_TEXT = ("vision_moe",)
+NOT_ENTERED = "text does not enter it"
 
 
 def moe_families() -> list[str]:
@@ -77,7 +78,7 @@ def find_router(block: nn.Module, stack: ExpertStack, probe: torch.Tensor) -> Ro
     if router is None:
         return f"none of {', '.join(ROUTER_NAMES)} is in it"
     if stack.block.rpartition(".")[2] in NOT_FOR_TEXT:
-        return "text does not enter it"
+        return NOT_ENTERED
     wanted = list(inspect.signature(router.forward).parameters.values())[1:]
     names = [parameter.name for parameter in wanted if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
     if foreign := [name for name in names if not isinstance(getattr(block, name, None), torch.Tensor)]:

@@ -16,12 +16,12 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers.cache_utils import DynamicCache
 
+from fate_moe.interface import is_experts
 from fate_moe.kernels.gates import find_gate
 from fate_moe.kernels.native import BF16, DTYPES, native
 from fate_moe.models.cache import RoomyLayer, make_room
 from fate_moe.models.dense import MOST_ROWS, QuantizedLinear
 from fate_moe.models.families import ROUTER_NAMES
-from fate_moe.skeleton import is_experts
 
 __all__ = ["SmallWeight", "Watch", "hasten", "is_near", "room_in", "standard_of", "weight_of"]
 

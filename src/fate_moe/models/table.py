@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-__all__ = ["FAMILIES_FILE", "Family", "known_families", "tried_families", "tried_with"]
+__all__ = ["FAMILIES_FILE", "Family", "known_families", "tried_families", "tried_in", "tried_with"]
 
 FAMILIES_FILE = Path(__file__).with_name("families.json")
 
@@ -32,6 +32,11 @@ class Family:
 def tried_with() -> str:
     """The version of transformers that ``tried_families`` speaks of."""
     return str(json.loads(FAMILIES_FILE.read_text())["transformers"])
+
+
+def tried_in() -> float:
+    """How many seconds it took to try ``tried_families``."""
+    return float(json.loads(FAMILIES_FILE.read_text())["seconds"])
 
 
 def tried_families() -> list[Family]:

@@ -10,10 +10,10 @@ from torch import nn
 
 from fate_moe.core import BlobLayout
 from fate_moe.errors import StoreError
+from fate_moe.interface import is_experts
 from fate_moe.kernels.reference import dequantize
 from fate_moe.models.dense import QuantizedLinear, StoredEmbedding
 from fate_moe.quant.blob import views
-from fate_moe.skeleton import is_experts
 from fate_moe.store.open import Store
 from fate_moe.store.rows import StoredRows
 
