@@ -109,6 +109,17 @@ def test_fitted_gates_are_affine() -> None:
     assert torch.allclose(FittedGates([weight]).scores(0, x), x @ weight[:, :-1].T + weight[:, -1], atol=1e-6)
 
 
+def test_a_router_may_answer_in_half_precision() -> None:
+    def route(hidden: torch.Tensor) -> Routing:
+        routing = linear_router(1)(hidden)
+        return Routing(routing.experts, routing.scores.bfloat16())
+
+    for name in ("cross-layer", "cross-layer-calibrated", "combined", "recursive"):
+        predictor = make_predictor(name, [NUM_EXPERTS] * 2, TOP_K, Known([None, route]))
+        for num_tokens in (1, 3):
+            assert predictor.predict(1, torch.ones(num_tokens, HIDDEN))
+
+
 def test_routers_see_the_residual_stream_through_their_own_norm() -> None:
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(NUM_EXPERTS, HIDDEN, generator=generator) for _ in range(3)]

@@ -19,7 +19,7 @@ class Scorer(Protocol):
     """Scores a layer's experts."""
 
     def scores(self, layer: int, gate_input: torch.Tensor, ahead: int = 1) -> torch.Tensor | None:
-        """[num_tokens, num_experts], higher is likelier, or None, from ``gate_input`` as in core.Predictor.predict."""
+        """[num_tokens, num_experts] fp32, higher is likelier, or None, from ``gate_input`` as in core.Predictor.predict."""
 
     def observe(self, layer: int, routed: Sequence[int]) -> None:
         """What ``layer``'s router chose."""
@@ -55,7 +55,7 @@ class RouterGates(Scorer):
 
     def scores(self, layer: int, gate_input: torch.Tensor, ahead: int = 1) -> torch.Tensor | None:
         route = self._routers[layer]
-        return None if layer < ahead or route is None else route(gate_input).scores
+        return None if layer < ahead or route is None else route(gate_input).scores.float()
 
 
 class Scorers(Scorer):
