@@ -53,9 +53,10 @@ class Cell:
         return self.peer, self.variant, self.workload, self.limit_bytes
 
     def measured(self) -> list[Sample]:
-        """All but the first sample, which warms up; that one too if it is all there is."""
+        """All but the first sample, which warms up, and one cut before a quarter of its tokens; the first if no other is left."""
         begun = [sample for sample in self.samples if not math.isnan(sample.first_seconds)]
-        return begun[1:] if len(begun) > 1 else begun
+        longest = max((sample.count for sample in begun), default=0)
+        return [sample for sample in begun[1:] if 4 * sample.count >= longest] or begun[:1]
 
     def decode_rates(self) -> list[float]:
         """New tokens a second, all prompts of the batch together, one figure a sample."""

@@ -53,6 +53,14 @@ def test_a_peer_that_hangs_is_cut_and_what_came_counts() -> None:
     assert cost(cell) == Cost(seconds=4.0, read_bytes=250.0, stall_seconds=0.25)
 
 
+def test_a_sample_cut_after_a_few_tokens_does_not_count() -> None:
+    samples = [Sample(4, 1.0, count, seconds) for count, seconds in ((100, 50.0), (100, 20.0), (24, 12.0))]
+    cell = Cell("peer", "", "decode", None, "slow", samples=samples)
+    assert cell.decode_rates() == [5.0]
+    samples[1].count = 3
+    assert cell.decode_rates() == [2.0], "the first, where nothing else came far enough"
+
+
 @pytest.mark.root
 @pytest.mark.skipif(can_limit() is not None, reason="needs root and a control group")
 def test_a_peer_that_the_limit_kills_is_recorded_as_killed() -> None:
