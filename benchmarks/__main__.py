@@ -39,8 +39,9 @@ HEADER = """# Benchmarks
 
 Made by `python -m benchmarks report` from the result files beside the pictures. Every cell is a process of its own, started from
 cold caches in a control group of the limit named (page cache included). *killed*: by the limit. *cut*: stopped at the time allowed;
-what came is counted. The first prompt of a cell warms up and is not counted. Of several variants of an engine the fastest is shown;
-all are listed at the end. Greedy; prompts are real text, cut to length. The checkpoints and the cells:
+the samples that had ended are counted, or what came where none had. The first prompt of a cell warms up and is not counted unless
+nothing else came. Of several variants of an engine the fastest is shown; all are listed at the end. Greedy; prompts are real text,
+cut to length; every engine is told the context that the workload needs. The checkpoints and the cells:
 
     python -m benchmarks.random_checkpoint Qwen1.5-MoE-A2.7B/config.json DIR/qwen-geometry --tokenizer src/fate_moe/demo/model
     python -m benchmarks.upcycle DIR/smollm2-wide --hidden 2304 --expert-width 768 --shared-width 1536
@@ -50,9 +51,10 @@ all are listed at the end. Greedy; prompts are real text, cut to length. The che
   for the page cache of Python's and torch's libraries.
 - `llama.cpp`: llama-cpp-python, compiled for the processor it runs on (AVX-512 with VNNI and BF16; its AMX kernels crash and are
   left out); `llama.cpp (wheel)`: xllamacpp's prebuilt one, AVX2. Q4_0 from the same checkpoint, mmap, repacked (its default) or
-  not. Its qwen2moe graph does not normalize routing weights. smollm2-wide asks for that, so there llama.cpp computes another
-  function, whose text seems to need few experts (it is faster under the limit than without): not comparable there.
-- `transformers + accelerate`: bf16, what does not fit offloaded to disk. A peer without a row has not been run on that model.
+  not. Its qwen2moe graph does not normalize routing weights, so smollm2-wide, which asks for that, is written for one that does
+  (bailingmoe: the same function, see gguf_export).
+- `transformers + accelerate`: bf16, what does not fit offloaded to disk; its one cell was run beside other work, for a quarter of
+  an hour. A peer without a row has not been run on that model.
 - Left out: kt-kernel 0.7.2 installs but is kernels only; its engine, sglang-kt, needs CUDA.
 
 """

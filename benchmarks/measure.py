@@ -53,10 +53,14 @@ class Cell:
         return self.peer, self.variant, self.workload, self.limit_bytes
 
     def measured(self) -> list[Sample]:
-        """All but the first sample, which warms up, and one cut before a quarter of its tokens; the first if no other is left."""
+        """The samples that came to their end, but for the first, which warms up; else those that came a quarter of the way; else
+        the first."""
         begun = [sample for sample in self.samples if not math.isnan(sample.first_seconds)]
         longest = max((sample.count for sample in begun), default=0)
-        return [sample for sample in begun[1:] if 4 * sample.count >= longest] or begun[:1]
+        for share in (1, 4):
+            if far := [sample for sample in begun[1:] if share * sample.count >= longest]:
+                return far
+        return begun[:1]
 
     def decode_rates(self) -> list[float]:
         """New tokens a second, all prompts of the batch together, one figure a sample."""

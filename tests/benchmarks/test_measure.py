@@ -57,8 +57,10 @@ def test_a_sample_cut_after_a_few_tokens_does_not_count() -> None:
     samples = [Sample(4, 1.0, count, seconds) for count, seconds in ((100, 50.0), (100, 20.0), (24, 12.0))]
     cell = Cell("peer", "", "decode", None, "slow", samples=samples)
     assert cell.decode_rates() == [5.0]
+    samples[1].count = 40
+    assert cell.decode_rates() == [40 / 20], "none came to its end"
     samples[1].count = 3
-    assert cell.decode_rates() == [2.0], "the first, where nothing else came far enough"
+    assert cell.decode_rates() == [100 / 50], "the first, where nothing else came far enough"
 
 
 @pytest.mark.root
