@@ -4,7 +4,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-lowest check bench native clean
+.PHONY: demo test test-lowest check bench native wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fate run --expert-cache 25% --max-new-tokens 120 --seed 1
@@ -55,5 +55,9 @@ native:
 	  -DPython_EXECUTABLE="$(CURDIR)/build/tools/bin/python"
 	PATH="$(CURDIR)/build/tools/bin:$$PATH" cmake --build build/native
 
+# A wheel with the extension for this machine's Python, under dist/ (for all platforms: cibuildwheel, see pyproject.toml).
+wheel:
+	$(PYTHON) -m pip wheel --disable-pip-version-check --no-deps --wheel-dir dist .
+
 clean:
-	rm -rf $(VENV) build src/fate_moe/kernels/_native* .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist src/fate_moe/kernels/_native* .pytest_cache .mypy_cache .ruff_cache .hypothesis
