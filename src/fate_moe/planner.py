@@ -119,7 +119,7 @@ def footprint(
     text = model.config.get_text_config()
     dtypes = parameter_dtypes(model)
     routed = {f"{stack.name}.{name}" for stack in stacks for name in stack.parameters}
-    absent = routed | (set(model.all_tied_weights_keys) if text.tie_word_embeddings else set())
+    absent = routed | set(model.all_tied_weights_keys)  # empty where nothing is tied
     numbers = {name: value.numel() * dtypes[name].itemsize for name, value in model.state_dict().items() if name not in absent}
     if manifest is not None:
         slot_bytes, dense_bytes = manifest.slot_bytes, manifest.dense_bytes
