@@ -24,7 +24,7 @@ GGUF = [
     "## GGUF files",
     "",
     "Besides folders of safetensors, GGUF files of these architectures are read, in one file or split, in every type that the",
-    "`gguf` package dequantizes (Q4_0 to Q8_1, Q2_K to Q6_K, IQ1 to IQ4, MXFP4, F16, BF16, F32); experts become bf16, or what",
+    "`gguf` package dequantizes (Q4_0 to Q8_0, Q2_K to Q6_K, IQ1 to IQ4, MXFP4, F16, BF16, F32); experts become bf16, or what",
     "`--precision` says. `fate plan FILE.gguf` and `fate inspect FILE.gguf` read the file's metadata. The tokenizer is the file's",
     "own where transformers reads it, else the files beside it.",
     "",
@@ -32,10 +32,9 @@ GGUF = [
     "| --- | --- |",
     *(f"| {architecture} | {', '.join(families)} |" for architecture, families in ARCHITECTURES.items()),
     "",
-    "Not read, each with what it would take: gemma4 and bailingmoe2 (their routers' scales and linear attention have no names in",
-    "`gguf`'s maps), qwen3next, jamba, lfm2moe, granitehybrid and nemotron_h_moe (llama.cpp's converter changes the tensors of",
-    "linear-attention, convolution and state-space layers), phimoe (long-context factors are tensors there), hunyuan-moe (its",
-    "rotary base is written already scaled), the vision parts of others. Use their safetensors.",
+    "Not read: gemma4 (its routers' scales have no names in `gguf`'s maps). Not tried: bailingmoe2, qwen3next, jamba, lfm2moe,",
+    "granitehybrid, nemotron_h_moe, phimoe, hunyuan-moe, the vision parts of others. Use their safetensors. MXFP4, Q4_1, Q5_0 and",
+    "IQ1_M are left to the package without a test here.",
 ]
 AGAIN = "run `python -m tests.models.test_families` and look at what changed"
 TABLED = {row.family: row for row in tried_families()} if FAMILIES_FILE.exists() else {}

@@ -1,7 +1,7 @@
 """GGUF files, written here as llama.cpp's converter names and lays things out, and read back.
 
-The files of every architecture below were also given to llama.cpp (llama-cpp-python 0.3.36): in fp32 its logits and transformers'
-differ by 0.012 at most, of up to 4.
+Files by the same writer were also given to llama.cpp (llama-cpp-python 0.3.36), all matrices fp32, dots1 and olmoe with as many key
+heads as query heads, since it takes nothing else there: its logits and transformers' differ by 0.012 at most, of up to 4.
 """
 
 from __future__ import annotations
