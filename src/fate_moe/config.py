@@ -25,6 +25,7 @@ __all__ = [
     "cache_home",
     "format_bytes",
     "parse_amount",
+    "parse_host_share",
     "parse_size",
 ]
 
@@ -89,6 +90,19 @@ def parse_amount(text: str | int | float, whole_bytes: int) -> int:
     return int(fraction * whole_bytes)
 
 
+def parse_host_share(text: str | int | float) -> float | None:
+    """"off" is 0.0, "auto" None, else a share: "50%", "0.5", 1. Raises ConfigError for anything else."""
+    if text in ("auto", "off"):
+        return None if text == "auto" else 0.0
+    try:
+        share = float(text[:-1]) / 100 if isinstance(text, str) and text.endswith("%") else float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise ConfigError(f"host_share {text!r} is not auto, off or a share between 0 and 1")
+    return share
+
+
 def format_bytes(amount: float) -> str:
     """ "1.25 GiB" for people; three significant digits."""
     for unit in ("B", "KiB", "MiB", "GiB"):
@@ -120,6 +134,8 @@ class OffloadConfig:
     device: where the model computes, "cpu" or "cuda"; None: on the GPU if ``vram`` says how much of it, else on the CPU.
     vram: memory on the GPU: a size, a fraction of what is free there or "auto" (most of it); then ``ram`` is for the experts
         behind it. None: "auto" with device "cuda".
+    host_share: on a GPU, the share of missing experts that the CPU computes instead of copying them: a fraction, "auto" (as
+        ``fate doctor --calibrate`` measured) or "off". The CPU rounds otherwise, so tokens may differ from fully resident.
     cuda_graph: decode steps as one captured graph where the family allows it; without, the same kernels one by one.
     expert_cache: bytes for expert slots: a size or a percentage of all experts ("25%"); None: what the budget leaves.
     preset: a pair of policy and predictor: what does best here, or what a published system does.
@@ -135,6 +151,7 @@ class OffloadConfig:
     ram: str | int | float = "auto"
     device: str | None = None
     vram: str | int | float | None = None
+    host_share: str | int | float = "off"
     cuda_graph: bool = True
     expert_cache: str | int | None = None
     preset: str = "best"
@@ -170,6 +187,8 @@ class OffloadConfig:
                 parse_amount(self.vram, 1 << 40)
             if self.device == "cpu":
                 raise ConfigError("vram is memory of a GPU; leave it away, or device cpu")
+        if parse_host_share(self.host_share) != 0 and not self.on_gpu:
+            raise ConfigError("host_share is of experts that a GPU misses; give vram too, or leave it away")
         if self.on_gpu and self.predictor is not None:
             raise ConfigError("on a GPU the next layer's router predicts; choose with preset, or run on the CPU")
         if self.on_gpu and self.precision_policy not in GPU_PRECISION_POLICIES:

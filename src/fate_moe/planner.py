@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from fate_moe.config import OffloadConfig, format_bytes, parse_amount
 from fate_moe.errors import BudgetError
 from fate_moe.machine import available_memory, resident_memory
 from fate_moe.quant.dtypes import dtype_name
 from fate_moe.skeleton import ExpertStack, parameter_dtypes
-from fate_moe.store.dense import default_dense_precision, dense_layouts, read_by_row
+from fate_moe.store.dense import byte_length, default_dense_precision, dense_layouts, read_by_row
 from fate_moe.store.format import Manifest, blob_layout
 
 if TYPE_CHECKING:
@@ -31,9 +33,9 @@ AUTO_SHARE = 0.8
 class Footprint:
     """What a model asks for, whatever the budget. ``slot_bytes`` is one expert; ``min_slots`` one token's experts in one layer.
 
-    ``dense_bytes`` are resident; ``row_bytes``, the embedding of which tokens' rows are read, stay on disk. On a GPU all are
-    ``expanded_bytes``, numbers of the model's dtype (routers twice: the step has them beside one another), and a layer's experts
-    have ``inner_bytes_per_token`` between up and down.
+    ``dense_bytes`` are resident; ``row_bytes``, the embedding of which tokens' rows are read, stay on disk. On a GPU all of them
+    take ``device_bytes``: quantized matrices a byte a weight, the embedding and all others as numbers of the model's dtype, routers
+    twice (the step has them beside one another). A layer's experts have ``inner_bytes_per_token`` between up and down.
     """
 
     family: str
@@ -46,7 +48,7 @@ class Footprint:
     num_experts: int
     min_slots: int
     num_layers: int
-    expanded_bytes: int
+    device_bytes: int
     inner_bytes_per_token: int
 
 
@@ -128,6 +130,11 @@ def footprint(
         slot_bytes = max(blob_layout(precision, stack.output_rows_first(), dtype_name(model.dtype)).length for stack in stacks)
         quantized = dense_layouts(model, dense_precision or default_dense_precision(precision))
         dense_bytes = sum(quantized[name].length if name in quantized else size for name, size in numbers.items())
+    embedding = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    on_device = {
+        name: byte_length(quantized[name]) if name in quantized and name not in embedding else size
+        for name, size in numbers.items()
+    }
     by_row = read_by_row(model)
     row_bytes = 0
     if by_row:
@@ -150,7 +157,7 @@ def footprint(
         num_experts=sum(stack.num_experts for stack in stacks),
         min_slots=min(top_k, *(stack.num_experts for stack in stacks)),
         num_layers=len(stacks),
-        expanded_bytes=sum(numbers.values()) + sum(stack.num_experts for stack in stacks) * text.hidden_size * itemsize,
+        device_bytes=sum(on_device.values()) + sum(stack.num_experts for stack in stacks) * text.hidden_size * itemsize,
         inner_bytes_per_token=top_k * max(shape[0] for stack in stacks for shape in stack.output_rows_first().values()) * itemsize,
     )
 

@@ -33,23 +33,36 @@ class Report:
     vram_budget_bytes: int = 0
     vram_peak_bytes: int = 0
     disk: Counters | None = None
+    host_share: float = 0.0
+    hosted: int = 0
 
     @classmethod
-    def on_device(cls, moved: Counters, disk: Counters, plan: DevicePlan, config: OffloadConfig, vram_peak_bytes: int) -> Report:
-        """Of a model on a GPU."""
+    def on_device(
+        cls,
+        moved: Counters,
+        disk: Counters | None,
+        hosted: int,
+        plan: DevicePlan,
+        config: OffloadConfig,
+        ahead: str,
+        vram_peak_bytes: int,
+    ) -> Report:
+        """Of a model on a GPU; ``hosted`` misses were computed by the CPU, ``ahead`` says what the preset did not."""
         return cls(
             moved,
             plan.budget_bytes,
             peak_memory(),
             config.policy_name if plan.reads_disk else "all in RAM",
-            f"preset {config.preset}",
+            f"preset {config.preset}{ahead}",
             plan.precision,
             plan.expert_cache_bytes,
             config.precision_policy,
             {},
             plan.vram_budget_bytes,
             vram_peak_bytes,
-            disk if plan.reads_disk else None,
+            disk,
+            plan.host_share,
+            hosted,
         )
 
     @classmethod
@@ -77,7 +90,11 @@ class Report:
         if self.vram_budget_bytes:
             memory |= {"vram_budget_bytes": self.vram_budget_bytes, "vram_peak_bytes": self.vram_peak_bytes}
         return {
-            "experts": {**self.experts.as_dict(), "uses_by_bits": self.uses_by_bits},
+            "experts": {
+                **self.experts.as_dict(),
+                "uses_by_bits": self.uses_by_bits,
+                **({"hosted": self.hosted} if self.vram_budget_bytes else {}),
+            },
             **({"disk": self.disk.as_dict()} if self.disk is not None else {}),
             "memory": memory,
             "config": {
@@ -86,6 +103,7 @@ class Report:
                 "precision": self.precision,
                 "precision_policy": self.precision_policy,
                 "expert_cache_bytes": self.expert_cache_bytes,
+                **({"host_share": self.host_share} if self.vram_budget_bytes else {}),
             },
         }
 
@@ -117,8 +135,9 @@ class Report:
             if disk is not None
             else ""
         )
+        hosted = f", {self.hosted} of them computed by the CPU" if self.host_share else ""
         return (
-            f"experts: {experts.ready_on_time:.1%} of {experts.lookups} in VRAM on time, {experts.misses} missed{used}; "
+            f"experts: {experts.ready_on_time:.1%} of {experts.lookups} in VRAM on time, {experts.misses} missed{hosted}{used}; "
             f"{format_bytes(experts.bytes_read)} copied in decode\n"
             f"{below}"
             f"memory: VRAM peak {format_bytes(self.vram_peak_bytes)} of {format_bytes(self.vram_budget_bytes)}, "

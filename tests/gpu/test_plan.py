@@ -6,26 +6,34 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 
-from fate_moe.config import OffloadConfig
+from fate_moe.config import OffloadConfig, cache_home
 from fate_moe.errors import BudgetError, ConfigError
 from fate_moe.gpu.device import Gpu
+from fate_moe.gpu.link import Link, save_link
 from fate_moe.gpu.options import DeviceOptions, device_options
 from fate_moe.gpu.plan import DevicePlan, make_device_plan, min_slots
 from fate_moe.planner import Footprint, footprint
 from fate_moe.skeleton import build_skeleton, expert_stacks
 
+CONFIG = Path(__file__).parents[1] / "data" / "configs" / "Qwen3-30B-A3B"
 GPU = Gpu("simulated", torch.device("cpu"), 24 << 30, 20 << 30)
 
 
 @pytest.fixture
 def needs(checkpoint: Callable[[str], Path]) -> Footprint:
     """Qwen3-30B-A3B's, at int4."""
-    model = build_skeleton(Path(__file__).parents[1] / "data" / "configs" / "Qwen3-30B-A3B")
+    model = build_skeleton(CONFIG)
     return footprint(model, expert_stacks(model), "int4")
+
+
+@pytest.fixture
+def fast_link() -> None:
+    save_link(Link(GPU.name, 16, 50e9, 45e9, 160e9, 45e9, 120e9))
 
 
 def planned(needs: Footprint, **options: Any) -> DevicePlan:
@@ -42,8 +50,18 @@ def test_lines_add_up(needs: Footprint) -> None:
     assert plan.num_slots < needs.num_experts
     assert plan.reads_disk
     assert plan.as_dict()["expert_cache_bytes"] == plan.num_slots * plan.slot_bytes
-    weights = 48 * (2048 * 128 * (32 + 4 + 4) + 32 * 128 * 2048 + 128 * 2048 + 2 * 2048 + 2 * 128) + 2 * 151936 * 2048 + 2048
-    assert needs.expanded_bytes == 2 * (weights + 48 * 128 * 2048)
+    matrices = 48 * (2048 * 128 * (32 + 4 + 4) + 32 * 128 * 2048) + 151936 * 2048  # attention and head: a byte, and scales
+    numbers = 48 * (2 * 128 * 2048 + 2 * 2048 + 2 * 128) + 151936 * 2048 + 2048  # routers twice, norms, embedding
+    assert needs.device_bytes == matrices + matrices // 64 * 4 + 2 * numbers
+
+
+def test_dense_weights_of_four_bits_take_a_byte_in_vram(needs: Footprint) -> None:
+    model = build_skeleton(CONFIG)
+    stacks = expert_stacks(model)
+    four, none = (footprint(model, stacks, "int4", dense_precision=name) for name in ("int4", "lossless"))
+    assert four.device_bytes == needs.device_bytes
+    assert four.dense_bytes < needs.dense_bytes
+    assert none.device_bytes > 1.5 * needs.device_bytes
 
 
 def test_too_little_vram_names_the_smallest_that_works(needs: Footprint) -> None:
@@ -75,6 +93,28 @@ def test_everything_fits(needs: Footprint) -> None:
     assert "6144/6144 expert slots" in plan.line()
 
 
+def test_the_hosts_share_needs_every_expert_in_ram(needs: Footprint, fast_link: None) -> None:
+    assert planned(needs, vram="4GiB").host_share == 0.0
+    whole = replace(needs, slot_bytes=4096)
+    plan = planned(whole, vram="4GiB", ram="8GiB", host_share="50%")
+    assert plan.host_share == 0.5
+    assert "the CPU computes 50% of" in plan.line()
+    assert "the CPU computes 50% of" in str(plan.rows())
+    with pytest.raises(BudgetError, match=r"every expert in RAM.* give --ram \d+MiB") as caught:
+        planned(needs, vram="4GiB", ram="8GiB", host_share=0.5)
+    with patch("fate_moe.gpu.plan.available_memory", return_value=64 << 30):
+        assert planned(needs, vram="4GiB", ram=caught.value.smallest_bytes + (4 << 20), host_share=0.5).host_share == 0.5
+    assert planned(needs, vram="4GiB", ram="8GiB", host_share="auto").host_share == 0.0
+
+
+def test_auto_asks_what_was_measured(needs: Footprint, fast_link: None) -> None:
+    whole = replace(needs, slot_bytes=4096)
+    assert planned(whole, ram="8GiB", host_share="auto").host_share == pytest.approx(0.65 * 120 / (0.65 * 120 + 45))
+    (cache_home() / "link.json").unlink()
+    with pytest.raises(ConfigError, match="fate doctor --calibrate"):
+        planned(whole, ram="8GiB", host_share="auto")
+
+
 def test_options_that_mean_nothing_are_errors() -> None:
     assert OffloadConfig(vram="auto").on_gpu
     assert OffloadConfig(device="cuda").on_gpu
@@ -85,6 +125,9 @@ def test_options_that_mean_nothing_are_errors() -> None:
         {"device": "cpu", "vram": "1GiB"},
         {"vram": "1GiB", "predictor": "temporal"},
         {"device": "cuda", "precision_policy": "budget"},
+        {"host_share": "0.5"},
+        {"vram": "1GiB", "host_share": "half"},
+        {"vram": "1GiB", "host_share": 1.5},
     ):
         with pytest.raises(ConfigError):
             OffloadConfig(**wrong)

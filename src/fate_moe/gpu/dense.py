@@ -9,16 +9,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import triton
 from torch import nn
 from torch.nn.functional import linear, pad
 
 from fate_moe.core import BlobLayout
+from fate_moe.kernels.triton_expand import expand_kernel
 from fate_moe.quant.blob import views
 from fate_moe.quant.planes import unpack
 
 __all__ = ["ByteLinear", "joined"]
 
 GROUP = 64
+# Elements that are numbers, or codes on their way to one byte, at a time: 32 MiB of bf16. Most matrices are one such tile.
+_AT_ONCE = 1 << 24
+_UNPACKED_AT_ONCE = 1 << 20  # unpacking planes takes several copies of the codes
 
 
 class ByteLinear(nn.Module):
@@ -38,13 +43,22 @@ class ByteLinear(nn.Module):
 
     @classmethod
     def from_blob(cls, blob: torch.Tensor, layout: BlobLayout, shape: tuple[int, int], bias: Any, dtype: torch.dtype) -> ByteLinear:
-        """From a dense blob of a store (part ``weight``), on the device where it is to be; ``dtype`` is the model's."""
+        """From a dense blob of a store (part ``weight``), on the device where it is to be; ``dtype`` is the model's. One plane of
+        bytes stays where it lies, in the blob."""
         parts = views(layout, blob)
-        planes = [parts[f"weight.plane{i}"] for i in range(len(layout.plane_widths))]
         if layout.group_size != GROUP:
             raise ValueError(f"groups of {layout.group_size} instead of {GROUP}")
-        codes = unpack(planes, layout.plane_widths, GROUP, len(planes))
-        return cls(codes.contiguous(), parts["weight.scale"].clone(), parts["weight.zero"].clone(), shape[1], bias, dtype)
+        planes = [parts[f"weight.plane{i}"] for i in range(len(layout.plane_widths))]
+        scale, zero = parts["weight.scale"], parts["weight.zero"]
+        rows, groups = scale.shape
+        if layout.plane_widths == (8,):
+            return cls(planes[0].view(rows, groups * GROUP), scale, zero, shape[1], bias, dtype)
+        codes = torch.empty(rows, groups * GROUP, dtype=torch.uint8, device=blob.device)
+        step = max(1, _UNPACKED_AT_ONCE // codes.shape[1])
+        for first in range(0, rows, step):
+            some = [plane[first : first + step] for plane in planes]
+            codes[first : first + step] = unpack(some, layout.plane_widths, GROUP)
+        return cls(codes, scale.clone(), zero.clone(), shape[1], bias, dtype)
 
     @classmethod
     def rounded(cls, weight: torch.Tensor, bias: Any = None) -> ByteLinear:
@@ -60,13 +74,26 @@ class ByteLinear(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """The numbers, made anew."""
-        rows, groups = self.scale.shape
-        grouped = self.codes.view(rows, groups, GROUP).float() * self.scale.float()[..., None] - self.zero.float()[..., None]
-        return grouped.view(rows, -1)[:, : self.in_features].to(self._dtype)
+        return self._numbers(0, self.out_features, self._dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., out] of ``x`` [..., in]."""
-        return linear(x, self.weight.to(x.dtype), self.bias)
+        """[..., out] of ``x`` [..., in]; no more than a tile of the matrix is ever written out."""
+        step = max(1, _AT_ONCE // self.in_features)
+        made = []
+        for first in range(0, self.out_features, step):
+            bias = None if self.bias is None else self.bias[first : first + step]
+            made.append(linear(x, self._numbers(first, min(step, self.out_features - first), x.dtype), bias))
+        return made[0] if len(made) == 1 else torch.cat(made, dim=-1)
+
+    def _numbers(self, first: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """[count, in] from row ``first`` on."""
+        rows = slice(first, first + count)
+        out = torch.empty(count, self.in_features, dtype=dtype, device=self.codes.device)
+        expand_kernel[(triton.cdiv(count, 16), triton.cdiv(self.in_features, 256))](
+            self.codes[rows], self.scale[rows], self.zero[rows], out, count, self.in_features, self.scale.shape[1],
+            BN=16, BK=256, num_warps=4,
+        )  # fmt: skip
+        return out
 
 
 Matrix = torch.Tensor | ByteLinear

@@ -134,12 +134,12 @@ class DeviceExperts:
             self._demands.follow(self._main)
             with self._demands:
                 self.host.locate(self._demand)
-                self._fetch(self._demand)
+                self.fetch(self._demand)
         if self._listed:
             if not whole:
                 self._prefetches.follow(self._demands)  # law 3: what is needed now goes first
             with self._prefetches:
-                self._fetch(self._ahead[(layer + 1) % 2])
+                self.fetch(self._ahead[(layer + 1) % 2])
             self._arriving, self._listed = self._prefetches.mark(), False
         if beside is not None:
             beside()
@@ -152,6 +152,12 @@ class DeviceExperts:
         if share is not None:
             self._main.follow(self._answers)
         self._down(layer, routing_weights, out, add, share)
+
+    def close(self) -> None:
+        """Stop the host's threads and give its memory back; the device must have ended its work."""
+        if self._share is not None:
+            self._share.close()
+        self.host.close()
 
     def counters(self) -> Counters:
         """What the decode steps did so far; waits for the device."""
@@ -221,7 +227,8 @@ class DeviceExperts:
             )  # fmt: skip
         self._listed = True
 
-    def _fetch(self, wanted: torch.Tensor) -> None:
+    def fetch(self, wanted: torch.Tensor) -> None:
+        """Enqueue the copies of the (place, slot) pairs in ``wanted``: see ``fetch_kernel``."""
         blob_bytes = self.layouts[0].blob_bytes
         fetch_kernel[(self.options.fetch_programs,)](
             self.host.bytes, self.pool.bytes, wanted, wanted[-1], blob_bytes, self.pool.slot_bytes, BLOCK=_FETCH_WORDS, num_warps=8

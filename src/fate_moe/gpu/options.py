@@ -14,8 +14,7 @@ class DeviceOptions:
     """Who gives up a slot and what is fetched ahead.
 
     eviction: "frequency" (uses, halved every ``half_life`` tokens) or "recency".
-    limit: prefetches per layer, 0 for none: about (a layer's time) / (an expert's copy time). Experts as large as Mixtral's
-    (95 MiB) want 0: 16.5 tok/s without, 15.1 with one on an H200.
+    limit: prefetches per layer, at most; 0 for none (``gpu/regime.py`` says where they only stand in the way).
     num_predicted: that many of the likeliest experts are expected (0: the router's top-k), if their softmax probability is at
     least ``least``.
     num_whole: layers kept whole, from the first on. overlap: compute the resident experts while the missing ones are fetched.

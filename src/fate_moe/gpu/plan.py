@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fate_moe.config import OffloadConfig, format_bytes, parse_amount
+from fate_moe.config import OffloadConfig, format_bytes, parse_amount, parse_host_share
 from fate_moe.errors import BudgetError
 from fate_moe.gpu.device import CONTEXT_BYTES, Gpu
+from fate_moe.gpu.link import chosen_share
 from fate_moe.gpu.options import DeviceOptions
 from fate_moe.machine import available_memory, resident_memory
 from fate_moe.planner import AUTO_SHARE, SPREAD_BYTES, Footprint
@@ -30,7 +31,8 @@ class DevicePlan:
     """Where both budgets go; amounts in bytes. ``vram_*``, weights, KV cache, activations and slots are on the GPU;
     ``budget_bytes``, ``runtime_bytes``, ``passing_bytes`` and host slots are RAM.
 
-    ``passing_bytes``: dense weights on their way to the GPU, given back before the host slots are filled.
+    ``passing_bytes``: dense weights on their way to the GPU, given back before the host slots are filled. ``host_share``: of the
+    experts missing in VRAM, how many the CPU computes.
     """
 
     family: str
@@ -50,6 +52,7 @@ class DevicePlan:
     runtime_bytes: int
     passing_bytes: int
     num_host_slots: int
+    host_share: float
 
     @property
     def expert_cache_bytes(self) -> int:
@@ -83,6 +86,7 @@ class DevicePlan:
     def rows(self) -> list[tuple[str, int, str]]:
         """(what, bytes, remark) for a table."""
         below = "the disk is read for the others" if self.reads_disk else "the disk is not read after loading"
+        below += f"; the CPU computes {self.host_share:.0%} of those missing in VRAM" if self.host_share else ""
         return [
             ("VRAM: CUDA, kernels, graph", self.vram_runtime_bytes, self.gpu),
             ("VRAM: dense weights", self.dense_bytes, "attention, norms, routers, shared experts, embeddings"),
@@ -110,6 +114,7 @@ class DevicePlan:
             f"left {format_bytes(self.vram_left_bytes)}; RAM {format_bytes(self.budget_bytes)} = "
             f"runtime {format_bytes(self.runtime_bytes)} + {self.num_host_slots}/{self.num_experts} pinned slots "
             f"{format_bytes(self.host_cache_bytes)} + left {format_bytes(self.left_bytes)}"
+            f"{f'; the CPU computes {self.host_share:.0%} of the missing experts' if self.host_share else ''}"
         )
 
     def _share(self, slots: int) -> str:
@@ -124,7 +129,8 @@ def min_slots(needs: Footprint, options: DeviceOptions) -> int:
 def make_device_plan(needs: Footprint, config: OffloadConfig, gpu: Gpu, options: DeviceOptions) -> DevicePlan:
     """Divide both budgets. Call it after torch, transformers and the GPU are in use: what they take in RAM is measured.
 
-    Raises BudgetError, naming the smallest budget that works, for the tier that is too small.
+    Raises BudgetError, naming the smallest budget that works, for the tier that is too small, and ConfigError where a host share
+    is "auto" and nothing has been measured.
     """
     slot, least = needs.slot_bytes, min_slots(needs, options)
     vram = (
@@ -136,7 +142,7 @@ def make_device_plan(needs: Footprint, config: OffloadConfig, gpu: Gpu, options:
     activations = (
         needs.activation_bytes_per_token + needs.inner_bytes_per_token + 3 * config.context_length
     ) * config.context_length
-    fixed = runtime + needs.expanded_bytes + kv + activations
+    fixed = runtime + needs.device_bytes + kv + activations
     if vram > gpu.free_bytes:
         raise BudgetError(
             f"--vram {config.vram} is more than the {format_bytes(gpu.free_bytes)} that are free on {gpu.name}; give less, or end "
@@ -147,7 +153,7 @@ def make_device_plan(needs: Footprint, config: OffloadConfig, gpu: Gpu, options:
     if room < least + 2:
         works = fixed + (least + 2) * slot + SPREAD_BYTES
         raise BudgetError(
-            f"{format_bytes(vram)} of VRAM are too few: {format_bytes(runtime)} CUDA, {format_bytes(needs.expanded_bytes)} dense "
+            f"{format_bytes(vram)} of VRAM are too few: {format_bytes(runtime)} CUDA, {format_bytes(needs.device_bytes)} dense "
             f"weights, {format_bytes(kv + activations)} for {config.context_length} tokens and {least + 2} expert slots of "
             f"{format_bytes(slot)} need at least --vram {-(-works >> 20)}MiB (or a shorter --context-length)",
             works,
@@ -163,7 +169,17 @@ def make_device_plan(needs: Footprint, config: OffloadConfig, gpu: Gpu, options:
                 fixed + (max(least, wanted) + 2) * slot,
             )
         num_slots, staging = min(needs.num_experts, wanted), min(staging, (room - min(needs.num_experts, wanted)) // 2 * 2)
+    share = chosen_share(config.host_share, gpu.name)
     ram, process, num_host = _ram(needs, config)
+    if share and num_host < needs.num_experts:
+        if parse_host_share(config.host_share) is not None:
+            works = process + needs.num_experts * slot + SPREAD_BYTES
+            raise BudgetError(
+                f"--host-share {config.host_share} needs every expert in RAM, and {format_bytes(ram)} hold {num_host} of "
+                f"{needs.num_experts}; give --ram {-(-works >> 20)}MiB, or leave it away",
+                works,
+            )
+        share = 0.0  # "auto" takes what there is
     return DevicePlan(
         family=needs.family,
         precision=needs.precision,
@@ -173,7 +189,7 @@ def make_device_plan(needs: Footprint, config: OffloadConfig, gpu: Gpu, options:
         slot_bytes=slot,
         vram_budget_bytes=vram,
         vram_runtime_bytes=runtime,
-        dense_bytes=needs.expanded_bytes,
+        dense_bytes=needs.device_bytes,
         kv_cache_bytes=kv,
         activation_bytes=activations,
         num_staging=staging,
@@ -182,6 +198,7 @@ def make_device_plan(needs: Footprint, config: OffloadConfig, gpu: Gpu, options:
         runtime_bytes=process,
         passing_bytes=needs.dense_bytes + needs.row_bytes,
         num_host_slots=num_host,
+        host_share=share,
     )
 
 

@@ -48,7 +48,7 @@ class HostShare:
         kernel = layer_kernel(layout, shapes, experts)
         if isinstance(kernel, str) or kernel.whole is None:
             why = kernel if isinstance(kernel, str) else "the family combines gate and up in its own way"
-            raise UnsupportedModelError(f"the host cannot compute these experts: {why}; leave out the host share")
+            raise UnsupportedModelError(f"the host cannot compute these experts: {why}; leave --host-share away")
         self.cols = shapes["down_proj"][0]
         self.most = top_k
         question, answer = 1 + top_k + self.cols, top_k * self.cols

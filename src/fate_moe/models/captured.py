@@ -26,7 +26,7 @@ class CapturedDecode:
     """Makes ``model`` decode through a fused step; ``graph`` False runs its kernels one by one, which gives the same bits."""
 
     def __init__(self, model: Any, experts: DeviceExperts, length: int, bytes_per_token: int, graph: bool) -> None:
-        """``length``: tokens of KV cache, each of ``bytes_per_token``. Compiles and records the step."""
+        """``length``: tokens of KV cache, each of ``bytes_per_token``. ``record`` comes next."""
         config = model.config
         self._model, self._experts, self._length = model, experts, length
         self._bytes_per_token = bytes_per_token
@@ -36,14 +36,28 @@ class CapturedDecode:
         self.cache.early_initialization(1, config.num_key_value_heads, dim, model.dtype, model.device)
         self._step = FusedStep(model, experts, self.cache)
         self._graph = graph and model.device.type == "cuda" and length > 2
-        if self._graph:
-            self._step.capture()
-            self.cache.reset()
         self._held = 0  # tokens in the cache
         self.steps = 0
         model.forward = _in_place_of(self._forward, self._pass)
         model.generate = _in_place_of(self._generate, self._write)
         model.prepare_inputs_for_generation = _in_place_of(self._prepare, self._inputs)
+
+    def record(self) -> None:
+        """Compile the step, record it with the experts' options of now, and empty the cache."""
+        if self._graph:
+            self._step.capture()
+        self.cache.reset()
+
+    def one_token(self) -> None:
+        """A step of always the same token, for measurements; ``record`` afterwards."""
+        self._step.begin(0, 0)
+        self._run()
+
+    def _run(self) -> None:
+        if self._graph:
+            self._step.replay()
+        else:
+            self._step.step()
 
     def _write(self, inputs: torch.Tensor | None = None, *args: Any, **options: Any) -> Any:
         """``model.generate``: with our cache where it is one sequence without padding and nobody brings a cache."""
@@ -105,10 +119,7 @@ class CapturedDecode:
         step = self._step
         step.token.copy_(input_ids[0])
         step.position.fill_(self._held)
-        if self._graph:
-            step.replay()
-        else:
-            step.step()
+        self._run()
         self._held += 1
         self.steps += 1
         logits = step.logits.clone().view(1, 1, -1)

@@ -20,6 +20,8 @@ from fate_moe.gpu.layout import DeviceLayout, device_layout
 from fate_moe.gpu.memory import PinnedArena, VramPool
 from fate_moe.gpu.options import DeviceOptions, device_options
 from fate_moe.gpu.plan import VRAM_RESERVE_BYTES, DevicePlan
+from fate_moe.gpu.regime import measured_limit
+from fate_moe.gpu.share import HostShare
 from fate_moe.gpu.tables import ResidencyTables, layer_quotas
 from fate_moe.memory.policies import make_policy
 from fate_moe.memory.precision import make_precision_policy
@@ -60,13 +62,17 @@ class DeviceFate:
 
     def report(self) -> Report:
         """Everything since loading: lookups in VRAM, bytes to it and from disk, memory. Waits for the device."""
-        moved, disk = self.experts.counters(), self.experts.host.counters()
-        return Report.on_device(moved, disk, self.plan, self.config, vram_peak(self.experts.pool.bytes.device))
+        experts = self.experts
+        disk = experts.host.counters() if self.plan.reads_disk else None
+        ahead = "" if experts.options.limit else ", nothing copied ahead"
+        return Report.on_device(
+            experts.counters(), disk, experts.tables.hosted(), self.plan, self.config, ahead, vram_peak(experts.pool.bytes.device)
+        )
 
     def close(self) -> None:
         """Give host memory back, close the store's files, keep what was learned. The model cannot run afterwards."""
         self.experts.counters()  # the device has ended its work: nothing reads host memory any more
-        self.experts.host.close()
+        self.experts.close()
         self._keep()
 
 
@@ -90,13 +96,21 @@ def _realize(prepared: Prepared, plan: DevicePlan, config: OffloadConfig, device
 
     device = device or find_gpu().device
     store, model, stacks = prepared.store, prepared.model, prepared.stacks
-    layouts = _layouts(prepared)
+    layouts, reasons = _layouts(prepared), why_not_fused(model)
+    if plan.host_share and reasons:
+        why = f"the CPU computes misses of fused steps alone, and {'; '.join(reasons)}"
+        if config.host_share != "auto":
+            raise UnsupportedModelError(f"{why}; leave --host-share away")
+        _log.warning("%s: it computes none", why)
+        plan = replace(plan, host_share=0.0)
     if device.type == "cuda":  # the promise is kept by torch: it fails rather than take more
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, (plan.vram_budget_bytes - CONTEXT_BYTES) / total), device)
     fill_device(model, load_dense(store), store.path, dense_layouts(model, store.manifest.dense_precision), device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what the blobs took on their way
     load_generation_config(model, store.path)
-    options = device_options(config.preset)
+    options = replace(device_options(config.preset), host_share=plan.host_share)
     num_experts, top_k = stacks[0].num_experts, max(stack.top_k for stack in stacks)
     source, arena = DiskSource(store), PinnedArena(plan.num_host_slots, plan.slot_bytes, device)
     policy = make_policy(config.policy_name, plan.num_host_slots, [num_experts] * len(stacks))
@@ -112,20 +126,45 @@ def _realize(prepared: Prepared, plan: DevicePlan, config: OffloadConfig, device
         source.close()
         host = WholeHost(arena)
     precision = make_precision_policy(config.precision_policy)
-    experts = _experts(plan, layouts, host, gates_of(model, stacks), num_experts, top_k, options, precision, device)
+    share = _host_share(prepared, arena, top_k, device, config) if plan.host_share else None
+    experts = _experts(plan, layouts, host, gates_of(model, stacks), num_experts, top_k, options, share, precision, device)
     attach_device(model, stacks, experts)
     model.register_forward_hook(lambda module, args, output: host.check())
-    reasons = why_not_fused(model)
     decode, per_token = None, plan.kv_cache_bytes // plan.context_length
     if reasons:
         _log.info("decode runs transformers' layers: %s", "; ".join(reasons))
         limit_context(model, plan.context_length, per_token)
     else:
         decode = CapturedDecode(model, experts, plan.context_length, per_token, config.cuda_graph)
+    _settle(model, experts, decode, device)
     experts.tables.counters.zero_()
     model.generate = _with_inputs_on(device, model.generate)
     model.fate = DeviceFate(plan, config, experts, decode, lambda: remember(policy, store.path) if plan.reads_disk else None)
     return model
+
+
+def _settle(model: Any, experts: DeviceExperts, decode: CapturedDecode | None, device: torch.device) -> None:
+    """Find out whether copying ahead pays here (law 3), and record the decode step."""
+    limit = experts.options.limit
+    if limit and device.type == "cuda":
+        token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        experts.options = replace(experts.options, limit=0)
+        if decode is not None:
+            decode.record()
+        with torch.no_grad():
+            limit = measured_limit(experts, limit, decode.one_token if decode is not None else lambda: model(token))
+        experts.options = replace(experts.options, limit=limit)
+        _log.info("copied ahead: at most %d experts a layer", limit)
+    if decode is not None:
+        decode.record()
+
+
+def _host_share(prepared: Prepared, arena: PinnedArena, top_k: int, device: torch.device, config: OffloadConfig) -> HostShare:
+    """Threads that compute misses. Raises UnsupportedModelError where they cannot compute these experts."""
+    stack = prepared.stacks[0]
+    layout, module = prepared.store.manifest.layout_of(stack.layer), prepared.model.get_submodule(stack.name)
+    shapes = stack.output_rows_first()
+    return HostShare(layout, shapes, module, arena, top_k, device, exact=config.exact_activations)
 
 
 def _experts(
@@ -136,6 +175,7 @@ def _experts(
     num_experts: int,
     top_k: int,
     options: DeviceOptions,
+    share: HostShare | None,
     precision: PrecisionPolicy | None,
     device: torch.device,
 ) -> DeviceExperts:
@@ -143,7 +183,7 @@ def _experts(
     quotas = layer_quotas(plan.num_slots, len(layouts), num_experts, min(num_experts, top_k + options.limit), options.num_whole)
     tables = ResidencyTables(quotas, num_experts, device)
     pool = VramPool(tables.num_slots, plan.num_staging, plan.slot_bytes, device)
-    experts = DeviceExperts(layouts, host, pool, tables, gates, top_k=top_k, options=options, precision=precision)
+    experts = DeviceExperts(layouts, host, pool, tables, gates, top_k=top_k, options=options, share=share, precision=precision)
     experts.fill()
     host.check()
     return experts

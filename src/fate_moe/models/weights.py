@@ -39,14 +39,20 @@ def fill(model: Any, dense: dict[str, torch.Tensor], path: Path, quantized: dict
 def fill_device(
     model: Any, dense: dict[str, torch.Tensor], path: Path, quantized: dict[str, BlobLayout], device: torch.device
 ) -> None:
-    """The same on ``device``; what is ``quantized`` becomes numbers of the model's dtype there, the largest first, so that no more
-    is ever on the device than all numbers and a small blob."""
+    """The same on ``device``: matrices that are ``quantized`` take one byte a weight there, the embedding becomes numbers of the
+    model's dtype. The largest first, so that no more is ever on the device than in the end, and a small blob."""
+    from fate_moe.gpu.dense import ByteLinear  # Triton's
+
     there = {name: tensor if tensor.dtype == torch.uint8 else tensor.to(device) for name, tensor in dense.items()}
     blobs = _place(model, there, path, quantized)
     for module_name, blob in sorted(blobs.items(), key=lambda item: -len(item[1])):
-        owner = model.get_submodule(module_name)
-        weight = _expanded(blob.to(device), quantized[f"{module_name}.weight"], owner.weight.shape, model.dtype)
-        owner.weight = nn.Parameter(weight, requires_grad=False)
+        old, layout, there_blob = model.get_submodule(module_name), quantized[f"{module_name}.weight"], blob.to(device)
+        if isinstance(old, nn.Embedding):
+            weight = _expanded(there_blob, layout, old.weight.shape, model.dtype)
+            old.weight = nn.Parameter(weight, requires_grad=False)
+            continue
+        shape = (int(old.weight.shape[0]), int(old.weight.shape[1]))
+        _put(model, module_name, ByteLinear.from_blob(there_blob, layout, shape, old.bias, model.dtype))
     for module in model.modules():
         for leaf, value in module._buffers.items():
             module._buffers[leaf] = None if value is None else value.to(device)
@@ -107,16 +113,20 @@ def _finish(model: Any, path: Path) -> None:
 
 def _replace(model: Any, path: str, blob: torch.Tensor, layout: BlobLayout, exact: bool) -> None:
     """The Linear at ``path`` by one that reads ``blob``."""
-    parent, _, name = path.rpartition(".")
     old = model.get_submodule(path)
     shape = (int(old.weight.shape[0]), int(old.weight.shape[1]))
-    setattr(model.get_submodule(parent), name, QuantizedLinear(blob, layout, shape, old, model.dtype, exact))
+    _put(model, path, QuantizedLinear(blob, layout, shape, old, model.dtype, exact))
+
+
+def _put(model: Any, path: str, module: nn.Module) -> None:
+    """``module`` in place of the one at ``path``."""
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
 
 
 def leave_on_disk(model: Any, parameter: str, store: Store, layout: BlobLayout | None) -> None:
     """The embedding with this ``parameter`` by one that reads its tokens' rows when they come."""
     owner = parameter.rpartition(".")[0]
-    parent, _, name = owner.rpartition(".")
     rows, cols = model.get_submodule(owner).weight.shape
     stored = StoredRows(store, parameter, (rows, cols), layout)
-    setattr(model.get_submodule(parent), name, StoredEmbedding(stored, (rows, cols), model.dtype))
+    _put(model, owner, StoredEmbedding(stored, (rows, cols), model.dtype))

@@ -12,7 +12,7 @@ from fate_moe.quant.planes import pack
 from fate_moe.quant.solver import Solver, minmax
 from fate_moe.store.format import blob_layout
 
-__all__ = ["default_dense_precision", "dense_layouts", "encode_dense", "read_by_row"]
+__all__ = ["byte_length", "default_dense_precision", "dense_layouts", "encode_dense", "read_by_row"]
 
 # Elements. What is smaller saves nothing that counts.
 SMALLEST = 1 << 16
@@ -46,6 +46,12 @@ def dense_layouts(model: nn.Module, dense_precision: str) -> dict[str, BlobLayou
             precision = "int8" if type(module) is nn.Embedding else dense_precision
             layouts[name] = blob_layout(precision, {"weight": shape}, "BF16")
     return layouts
+
+
+def byte_length(layout: BlobLayout) -> int:
+    """Bytes of a matrix in ``layout`` once its codes have a byte each, as a GPU has them: codes, scales and zeros."""
+    rows, groups = next(part.shape for part in layout.parts if part.name == "weight.scale")
+    return max(rows * groups * (layout.group_size + 4), layout.length if layout.plane_widths == (8,) else 0)
 
 
 def read_by_row(model: nn.Module) -> str | None:
