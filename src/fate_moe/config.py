@@ -91,7 +91,7 @@ def parse_amount(text: str | int | float, whole_bytes: int) -> int:
 
 
 def parse_host_share(text: str | int | float) -> float | None:
-    """"off" is 0.0, "auto" None, else a share: "50%", "0.5", 1. Raises ConfigError for anything else."""
+    """ "off" is 0.0, "auto" None, else a share: "50%", "0.5", 1. Raises ConfigError for anything else."""
     if text in ("auto", "off"):
         return None if text == "auto" else 0.0
     try:

@@ -16,13 +16,17 @@ pytest.importorskip("triton")
 from fate_moe.config import OffloadConfig
 from fate_moe.core import ExpertId
 from fate_moe.errors import BudgetError, CorruptExpertError, UnsupportedModelError
+from fate_moe.gpu.dense import ByteLinear
 from fate_moe.gpu.device import Gpu
+from fate_moe.gpu.link import Link, save_link
 from fate_moe.gpu.options import device_options
 from fate_moe.gpu.plan import make_device_plan
+from fate_moe.kernels.native import native
 from fate_moe.models.load import prepare, store_for
 from fate_moe.models.load_device import realize_on_device
 from fate_moe.store.convert import convert
 from fate_moe.store.open import open_store
+from tests.conftest import load_model
 
 CPU = torch.device("cpu")
 PROMPT = torch.tensor([[3, 17, 90, 5]])
@@ -99,11 +103,58 @@ def test_generate_is_transformers(checkpoint: Callable[[str], Path], loaded: Cal
     model.fate.close()
 
 
-def test_quantized_dense_weights_become_numbers(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    store = convert(checkpoint("mixtral"), tmp_path / "store", "int4", dense_precision="int8")
+@pytest.fixture
+def quantized(checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """INT4 stores of a tiny model by their dense precision; its matrices, too, are not too small for that."""
+    monkeypatch.setattr("fate_moe.store.dense.SMALLEST", 1 << 11)
+    return lambda dense, family="qwen2_moe": convert(checkpoint(family), tmp_path / "store", "int4", dense_precision=dense)
+
+
+@pytest.mark.parametrize("dense_precision", ["int8", "int4"])
+def test_quantized_dense_weights_stay_bytes(quantized: Callable[..., Path], dense_precision: str) -> None:
+    store = quantized(dense_precision)
+    twin = load_model(store, exact_activations=True)
     model = on_gpu(store)
-    assert all(value.device.type == "meta" or value.dtype == model.dtype for value in model.parameters())
-    assert tokens(model, 2) == tokens(on_gpu(store, cuda_graph=False), 2)
+    bytewide = [name for name, module in model.named_modules() if isinstance(module, ByteLinear)]
+    mixers = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.shared_expert.{name}_proj" for name in ("gate", "up", "down")]
+    assert set(bytewide) == {*(f"model.layers.{i}.{name}" for i in (0, 1) for name in mixers), "lm_head"}
+    assert model.get_input_embeddings().weight.dtype == model.dtype
+    with torch.no_grad():
+        torch.testing.assert_close(model(PROMPT).logits, twin(PROMPT).logits, rtol=1e-3, atol=1e-3)
+    if dense_precision == "int8":  # from there on both are the same codes
+        assert tokens(model, 2) == tokens(twin, 2)
+        assert model.fate.decode.steps == 1
+    codes = [part for m in model.modules() if isinstance(m, ByteLinear) for part in (m.codes, m.scale, m.zero)]
+    held = [value.untyped_storage() for value in (*codes, *model.parameters()) if value.device.type != "meta"]
+    assert sum({part.data_ptr(): part.nbytes() for part in held}.values()) <= model.fate.plan.dense_bytes
+    for each in (model, twin):
+        each.fate.close()
+
+
+@pytest.mark.skipif(native is None, reason="the C++ kernels are not built")
+def test_misses_computed_on_the_host(quantized: Callable[..., Path]) -> None:
+    store = quantized("int8", "qwen3_moe")
+    twin = load_model(store, exact_activations=True)
+    model = on_gpu(store, 6, host_share="0.5", exact_activations=True)
+    assert tokens(model, 6) == tokens(twin, 6)  # in fp32 and unrounded; tokens may differ otherwise
+    report = model.fate.report()
+    assert 0 < report.hosted <= report.experts.misses
+    assert "computed by the CPU" in str(report)
+    found = report.as_dict()
+    assert (found["config"]["host_share"], found["experts"]["hosted"]) == (0.5, report.hosted)
+    for each in (model, twin):
+        each.fate.close()
+
+
+@pytest.mark.skipif(native is None, reason="the C++ kernels are not built")
+def test_where_the_host_cannot_help(checkpoint: Callable[[str], Path]) -> None:
+    save_link(Link("simulated", 16, 50e9, 45e9, 160e9, 45e9, 120e9))
+    store = store_for(checkpoint("olmoe"), "lossless")
+    with pytest.raises(UnsupportedModelError, match=r"olmoe is not one of .* leave --host-share away"):
+        on_gpu(store, host_share="0.5")
+    model = on_gpu(store, host_share="auto")
+    assert model.fate.plan.host_share == 0.0
+    model.fate.close()
 
 
 def test_damage_is_never_a_wrong_answer(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
