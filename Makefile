@@ -4,7 +4,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-lowest check bench native wheel clean
+.PHONY: demo test test-lowest check bench native sanitize wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fate run --expert-cache 25% --max-new-tokens 120 --seed 1
@@ -54,6 +54,22 @@ native:
 	PATH="$(CURDIR)/build/tools/bin:$$PATH" cmake -S src/fate_moe/kernels/csrc -B build/native -G Ninja \
 	  -DPython_EXECUTABLE="$(CURDIR)/build/tools/bin/python"
 	PATH="$(CURDIR)/build/tools/bin:$$PATH" cmake --build build/native
+
+# The kernel tests under AddressSanitizer and UBSan (gcc's), on a copy of the package with an extension of its own: the one in src/ stays.
+# The C++ library is preloaded too, or the sanitizer does not find what throws; torch and Python leak by design.
+SANITIZED := build/sanitize
+sanitize: $(VENV)/.installed-dev
+	$(PYTHON) -m venv build/tools
+	build/tools/bin/python -m pip install --quiet --disable-pip-version-check nanobind cmake ninja
+	mkdir -p $(SANITIZED)
+	cp -R src $(SANITIZED)/ && rm -f $(SANITIZED)/src/fate_moe/kernels/_native*
+	PATH="$(CURDIR)/build/tools/bin:$$PATH" cmake -S $(SANITIZED)/src/fate_moe/kernels/csrc -B $(SANITIZED)/native -G Ninja \
+	  -DPython_EXECUTABLE="$(CURDIR)/build/tools/bin/python" -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	  -DCMAKE_CXX_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
+	PATH="$(CURDIR)/build/tools/bin:$$PATH" cmake --build $(SANITIZED)/native
+	PYTHONPATH=$(SANITIZED)/src ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
+	  $(BIN)/python -m pytest -p no:cacheprovider tests/kernels/test_cpu.py tests/kernels/test_layers.py
 
 # A wheel with the extension for this machine's Python, under dist/ (for all platforms: cibuildwheel, see pyproject.toml).
 wheel:
