@@ -38,6 +38,6 @@ def test_without_the_extension(
 
 def test_facts_name_every_instruction_set() -> None:
     facts = native.kernel_facts()
-    assert [name for name, _, _ in facts] == ["avx512-vnni", "avx2", "neon", "portable"]
+    assert [name for name, _, _ in facts] == ["avx512-vnni", "avx2", "neon-dot", "neon", "portable"]
     assert all(why for _, _, why in facts)
     assert sum(used for _, used, _ in facts) == (native.native is not None)

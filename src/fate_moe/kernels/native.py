@@ -29,7 +29,8 @@ WIDTHS = {(2, 1, 1): PLANES, (8,): INT8}
 _NEEDS = {
     "avx512-vnni": ("x86", ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "avx512vbmi")),
     "avx2": ("x86", ("avx2", "fma", "f16c")),
-    "neon": ("arm", ("asimddp",)),
+    "neon-dot": ("arm", ("asimddp",)),
+    "neon": ("arm", ("asimd",)),
     "portable": ("", ()),
 }
 

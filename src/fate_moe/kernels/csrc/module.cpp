@@ -18,7 +18,7 @@ using namespace fate;
 
 namespace {
 
-const Ops* const kCandidates[] = {avx512_ops(), avx2_ops(), neon_ops(), portable_ops()};  // best first
+const Ops* const kCandidates[] = {avx512_ops(), avx2_ops(), neon_dot_ops(), neon_ops(), portable_ops()};  // best first
 
 const Ops* best() {
   for (const Ops* ops : kCandidates)

@@ -70,6 +70,7 @@ struct Ops {
 // Null where this build or this processor has no such instructions.
 const Ops* avx512_ops();
 const Ops* avx2_ops();
+const Ops* neon_dot_ops();
 const Ops* neon_ops();
 const Ops* portable_ops();
 

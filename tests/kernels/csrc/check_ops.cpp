@@ -1,0 +1,258 @@
+// Every operation of every instruction set of this processor against the portable one and against double, without Python: for
+// processors that are only emulated (`make test-arm`). Arguments: the instruction sets that must be among them, best first.
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "inputs.h"
+#include "products.h"
+#include "threads.h"
+
+using namespace fate;
+
+namespace {
+
+int num_checks = 0, num_failures = 0;
+std::mt19937 generator(1);
+
+void check(bool right, const char* ops, const std::string& what) {
+  ++num_checks;
+  if (right) return;
+  if (++num_failures <= 20) std::printf("FAILED %s: %s\n", ops, what.c_str());
+}
+
+float normal() { return std::normal_distribution<float>()(generator); }
+
+uint16_t half_of(double value) {  // of magnitudes from 2^-14 to 2^15, to nearest
+  int exponent;
+  const double fraction = std::frexp(std::fabs(value), &exponent);  // in [0.5, 1)
+  return uint16_t((value < 0 ? 0x8000 : 0) + ((exponent + 14) << 10) + int(std::lround((fraction - 0.5) * 2048)));
+}
+
+double of_half(uint16_t bits) { return std::ldexp(1024 + (bits & 1023), (bits >> 10 & 31) - 25) * (bits & 0x8000 ? -1 : 1); }
+double of_bf16(uint16_t bits) {
+  const uint32_t wide = uint32_t(bits) << 16;
+  float value;
+  std::memcpy(&value, &wide, 4);
+  return value;
+}
+
+// Memory that ends with its last element, for the sanitizers.
+template <class T>
+std::unique_ptr<T[]> exactly(int64_t count) {
+  return std::unique_ptr<T[]>(new T[size_t(count)]());
+}
+
+struct Example {
+  std::unique_ptr<uint8_t[]> planes[3];
+  std::unique_ptr<uint16_t[]> scale, zero, bias;
+  Matrix m;
+
+  Example(Kind kind, int64_t rows, int64_t cols) : m{kind, rows, cols, groups_of(cols), {}, nullptr, nullptr, nullptr, Dtype::kF16} {
+    static constexpr int64_t widths[] = {16, 8, 8};
+    const int64_t groups = rows * m.groups;
+    const int num_planes = kind == Kind::kInt8 || kind == Kind::kBf16 ? 1 : int(kind);
+    for (int i = 0; i < num_planes; ++i) {
+      const int64_t bytes = kind == Kind::kBf16 ? rows * cols * 2 : groups * (kind == Kind::kInt8 ? 64 : widths[i]);
+      planes[i] = exactly<uint8_t>(bytes);
+      for (int64_t j = 0; j < bytes; ++j) planes[i][size_t(j)] = uint8_t(generator());
+      m.planes[i] = planes[i].get();
+    }
+    if (kind == Kind::kBf16) {
+      for (int64_t i = 0; i < rows * cols; ++i) {
+        const float value = normal();
+        std::memcpy(planes[0].get() + 2 * i, reinterpret_cast<const char*>(&value) + 2, 2);
+      }
+    } else {
+      scale = exactly<uint16_t>(groups), zero = exactly<uint16_t>(groups);
+      for (int64_t i = 0; i < groups; ++i) {
+        scale[size_t(i)] = half_of(0.01 + 0.01 * std::fabs(normal()));
+        zero[size_t(i)] = half_of(0.1 + 0.1 * std::fabs(normal()));
+      }
+      m.scale = scale.get(), m.zero = zero.get();
+    }
+    bias = exactly<uint16_t>(rows);
+    for (int64_t i = 0; i < rows; ++i) bias[size_t(i)] = half_of(normal() + 3);
+    m.bias = bias.get();
+  }
+
+  // The weight, and the magnitude of the terms that it is made of.
+  std::pair<double, double> weight(int64_t row, int64_t col) const {
+    if (m.kind == Kind::kBf16) {
+      uint16_t bits;
+      std::memcpy(&bits, planes[0].get() + 2 * (row * m.cols + col), 2);
+      return {of_bf16(bits), std::fabs(of_bf16(bits))};
+    }
+    const int64_t group = row * m.groups + col / 64, e = col % 64;
+    double code = 0;
+    if (m.kind == Kind::kInt8) {
+      code = m.planes[0][group * 64 + e];
+    } else {
+      code = 4 * (m.planes[0][group * 16 + e % 16] >> (2 * (e / 16)) & 3);
+      if (m.kind != Kind::kPlanes1) code += 2 * (m.planes[1][group * 8 + e / 8] >> (e % 8) & 1);
+      if (m.kind == Kind::kPlanes3) code += m.planes[2][group * 8 + e / 8] >> (e % 8) & 1;
+      code += m.kind == Kind::kPlanes1 ? 1.5 : m.kind == Kind::kPlanes2 ? 0.5 : 0;
+    }
+    const double scaled = code * of_half(m.scale[group]), zero = of_half(m.zero[group]);
+    return {scaled - zero, scaled + std::fabs(zero)};
+  }
+};
+
+struct Products {
+  std::vector<float> out;  // [tokens, rows]
+  std::vector<double> error, rounding;
+};
+
+// One product with `ops`, and how far it is from double with the activations that it saw.
+Products product_of(const Ops& ops, const Example& of, const std::vector<float>& x, int64_t tokens, bool exact) {
+  const Matrix& m = of.m;
+  const bool integers = !exact && m.kind != Kind::kBf16;
+  Inputs inputs;
+  inputs.resize(tokens, m.cols);
+  Products made{std::vector<float>(size_t(tokens * m.rows)), {}, {}};
+  std::vector<Token> seen;
+  for (int64_t t = 0; t < tokens; ++t) {
+    std::memcpy(inputs.x(t), x.data() + t * m.cols, size_t(m.cols) * 4);
+    inputs.finish(ops, t, m.kind, integers);
+    seen.push_back(inputs.token(t, integers, made.out.data() + t * m.rows));
+  }
+  ops.product(m, seen.data(), tokens, 0, m.rows);
+  std::vector<int8_t> q(size_t(m.groups * 64));
+  std::vector<float> scale(size_t(m.groups)), sum(size_t(m.groups));
+  for (int64_t t = 0; t < tokens; ++t) {
+    portable_ops()->quantize(inputs.x(t), m.groups, false, q.data(), scale.data(), sum.data());
+    for (int64_t row = 0; row < m.rows; ++row) {
+      const double bias = of_half(of.bias[size_t(row)]);
+      double want = bias, terms = std::fabs(bias);
+      for (int64_t i = 0; i < m.cols; ++i) {
+        const double value = integers ? double(q[size_t(i)]) * scale[size_t(i / 64)] : x[size_t(t * m.cols + i)];
+        const auto [weight, magnitude] = of.weight(row, i);
+        want += value * weight, terms += std::fabs(value) * magnitude;
+      }
+      made.error.push_back(std::fabs(made.out[size_t(t * m.rows + row)] - want));
+      made.rounding.push_back(terms * std::numeric_limits<float>::epsilon());
+    }
+  }
+  return made;
+}
+
+std::vector<float> numbers(int64_t count, float size = 1) {
+  std::vector<float> values(static_cast<size_t>(count));
+  for (float& value : values) value = size * normal();
+  return values;
+}
+
+void check_products(const Ops& ops, Kind kind) {
+  int64_t tokens = 0;
+  for (const int64_t cols : {1, 15, 63, 64, 65, 130, 192, 250, 256, 320, 530, 1408}) {
+    tokens = tokens % 9 + 1;
+    const Example example(kind, 7, cols);
+    const std::vector<float> x = numbers(tokens * cols);
+    for (const bool exact : {false, true}) {
+      const std::string what = "product of kind " + std::to_string(int(kind)) + ", " + std::to_string(cols) + " columns, " +
+                               std::to_string(tokens) + " tokens" + (exact ? ", exact" : "");
+      const Products plain = product_of(*portable_ops(), example, x, tokens, exact), made = product_of(ops, example, x, tokens, exact);
+      double most = 0;
+      for (const double error : plain.error) most = std::max(most, error);
+      bool right = true;
+      for (size_t i = 0; i < made.error.size(); ++i) right = right && made.error[i] <= 2 * most + made.rounding[i];
+      check(right, ops.name, what);
+      const std::vector<float> last(x.end() - cols, x.end());  // a token's result does not depend on its company
+      const Products alone = product_of(ops, example, last, 1, exact);
+      check(!std::memcmp(alone.out.data(), &made.out[made.out.size() - 7], 7 * 4), ops.name, what + ", the last one alone");
+    }
+    if (kind == Kind::kBf16) continue;
+    for (const Dtype dtype : {Dtype::kF32, Dtype::kBf16}) {
+      std::vector<char> want(size_t(7 * cols * size_of(dtype))), got(want.size());
+      portable_ops()->expand(example.m, 0, 7, want.data(), dtype);
+      ops.expand(example.m, 0, 7, got.data(), dtype);
+      check(want == got, ops.name, "expand of kind " + std::to_string(int(kind)) + ", " + std::to_string(cols) + " columns");
+    }
+    for (const float strange : {std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN()}) {
+      std::vector<float> y = numbers(cols);
+      y[size_t(cols / 2)] = strange;
+      for (const float value : product_of(ops, example, y, 1, false).out) check(std::isnan(value), ops.name, "infinity shows");
+    }
+  }
+}
+
+void check_loops(const Ops& ops) {
+  const Ops& plain = *portable_ops();
+  const auto same = [&](const void* a, const void* b, int64_t bytes, const char* what) {
+    check(!std::memcmp(a, b, size_t(bytes)), ops.name, what);
+  };
+  for (const float size : {1e-38f, 1e-3f, 1.0f, 1e30f}) {
+    const std::vector<float> x = numbers(17 * 64, size);
+    std::vector<int8_t> q[2];
+    std::vector<float> made[2];
+    for (int i = 0; i < 2; ++i) {
+      q[i].resize(17 * 64), made[i].resize(3 * 17);
+      (i ? ops : plain).quantize(x.data(), 17, false, q[i].data(), made[i].data(), made[i].data() + 17);
+      (i ? ops : plain).sum_groups(x.data(), 17, made[i].data() + 34);
+    }
+    same(q[0].data(), q[1].data(), 17 * 64, "quantize");
+    same(made[0].data(), made[1].data(), 3 * 17 * 4, "quantize's scales and sums");
+  }
+  for (int activation = 0; activation < 5; ++activation)
+    for (const bool interleaved : {false, true}) {
+      const std::vector<float> x = numbers(2 * 101, 8);
+      const Gate gate = {Activation(activation), true, interleaved, 1.702f, 7.0f, 1.0f};
+      std::vector<float> want(101), got(101);
+      plain.gate(gate, x.data(), 101, want.data());
+      ops.gate(gate, x.data(), 101, got.data());
+      for (size_t i = 0; i < 101; ++i) check(std::fabs(want[i] - got[i]) <= 1e-6f * std::fabs(want[i]), ops.name, "gate");
+    }
+  std::vector<uint16_t> patterns;  // every half, subnormals, infinities and NaN among them
+  for (int bits = 0; bits < 1 << 16; ++bits) patterns.push_back(uint16_t(bits));
+  patterns.resize(patterns.size() - 3);
+  for (const Dtype dtype : {Dtype::kF16, Dtype::kBf16}) {
+    std::vector<float> want(patterns.size()), got(patterns.size());
+    plain.to_float(patterns.data(), dtype, int64_t(patterns.size()), want.data());
+    ops.to_float(patterns.data(), dtype, int64_t(patterns.size()), got.data());
+    for (size_t i = 0; i < want.size(); ++i)
+      check(std::isnan(want[i]) ? std::isnan(got[i]) : !std::memcmp(&want[i], &got[i], 4), ops.name, "to_float");
+  }
+  const std::vector<float> rows = numbers(5 * 131), weights = numbers(5);
+  std::vector<float> want(131), got(131);
+  plain.combine(rows.data(), weights.data(), 5, 131, want.data());
+  ops.combine(rows.data(), weights.data(), 5, 131, got.data());
+  same(want.data(), got.data(), 131 * 4, "combine");
+  for (const Dtype dtype : {Dtype::kF32, Dtype::kBf16}) {
+    plain.from_float(rows.data(), 131, want.data(), dtype);
+    ops.from_float(rows.data(), 131, got.data(), dtype);
+    same(want.data(), got.data(), 131 * size_of(dtype), "from_float");
+  }
+}
+
+// Several threads (the extension's own: there is no OpenMP here) make the same bits as one.
+void check_threads(const Ops& ops) {
+  const Example example(Kind::kPlanes3, 700, 320);
+  const std::vector<float> x = numbers(3 * 320);
+  std::vector<float> out[2] = {std::vector<float>(3 * 700), std::vector<float>(3 * 700)};
+  for (int i = 0; i < 2; ++i)
+    run_linear(ops, example.m, x.data(), Dtype::kF32, 3, out[i].data(), Dtype::kF32, false, i ? 3 : 1);
+  check(out[0] == out[1], ops.name, std::string("linear on ") + team_name());
+}
+
+}  // namespace
+
+int main(int count, char** wanted) {
+  std::vector<const Ops*> found;
+  for (const Ops* ops : {avx512_ops(), avx2_ops(), neon_dot_ops(), neon_ops(), portable_ops()})
+    if (ops) found.push_back(ops);
+  for (int i = 1; i < count; ++i)
+    check(size_t(i) <= found.size() && !std::strcmp(found[size_t(i - 1)]->name, wanted[i]), wanted[i], "is not there");
+  for (const Ops* ops : found) {
+    for (const Kind kind : {Kind::kPlanes1, Kind::kPlanes2, Kind::kPlanes3, Kind::kInt8, Kind::kBf16}) check_products(*ops, kind);
+    check_loops(*ops);
+    check_threads(*ops);
+    std::printf("%s: checked\n", ops->name);
+  }
+  std::printf("%d passed, %d failed\n", num_checks - num_failures, num_failures);
+  return num_failures != 0;
+}
