@@ -4,7 +4,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-lowest check bench native sanitize wheel clean
+.PHONY: demo test test-lowest check bench native sanitize test-arm wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fate run --expert-cache 25% --max-new-tokens 120 --seed 1
@@ -55,21 +55,36 @@ native:
 	  -DPython_EXECUTABLE="$(CURDIR)/build/tools/bin/python"
 	PATH="$(CURDIR)/build/tools/bin:$$PATH" cmake --build build/native
 
-# The kernel tests under AddressSanitizer and UBSan (gcc's), on a copy of the package with an extension of its own: the one in src/ stays.
+# The kernel tests under AddressSanitizer and UBSan (gcc's), with an extension of their own beside a copy of the package's Python.
 # The C++ library is preloaded too, or the sanitizer does not find what throws; torch and Python leak by design.
-SANITIZED := build/sanitize
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+SANITIZED := build/sanitize/src/fate_moe
 sanitize: $(VENV)/.installed-dev
 	$(PYTHON) -m venv build/tools
 	build/tools/bin/python -m pip install --quiet --disable-pip-version-check nanobind cmake ninja
 	mkdir -p $(SANITIZED)
-	cp -R src $(SANITIZED)/ && rm -f $(SANITIZED)/src/fate_moe/kernels/_native*
-	PATH="$(CURDIR)/build/tools/bin:$$PATH" cmake -S $(SANITIZED)/src/fate_moe/kernels/csrc -B $(SANITIZED)/native -G Ninja \
-	  -DPython_EXECUTABLE="$(CURDIR)/build/tools/bin/python" -DCMAKE_BUILD_TYPE=RelWithDebInfo \
-	  -DCMAKE_CXX_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
-	PATH="$(CURDIR)/build/tools/bin:$$PATH" cmake --build $(SANITIZED)/native
-	PYTHONPATH=$(SANITIZED)/src ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	cp -R src/fate_moe/. $(SANITIZED)/ && rm -f $(SANITIZED)/kernels/_native*
+	PATH="$(CURDIR)/build/tools/bin:$$PATH" cmake -S $(SANITIZED)/kernels/csrc -B build/sanitize/native -G Ninja \
+	  -DPython_EXECUTABLE="$(CURDIR)/build/tools/bin/python" -DCMAKE_BUILD_TYPE=Debug -DFATE_OPTIMIZE=-O1 -DCMAKE_CXX_FLAGS="$(SANITIZE)"
+	PATH="$(CURDIR)/build/tools/bin:$$PATH" cmake --build build/sanitize/native
+	PYTHONPATH=build/sanitize/src ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
-	  $(BIN)/python -m pytest -p no:cacheprovider tests/kernels/test_cpu.py tests/kernels/test_layers.py
+	  $(BIN)/python -m pytest -p no:cacheprovider tests/kernels/test_cpu.py tests/kernels/test_layers.py \
+	    tests/models/test_standard.py tests/gpu/test_share.py
+
+# The NEON kernels without and with SDOT under the same sanitizers, on emulated processors (Debian: g++-aarch64-linux-gnu,
+# qemu-user-static), without Python.
+ARM_CXX ?= aarch64-linux-gnu-g++
+ARM_RUN ?= ASAN_OPTIONS=detect_leaks=0 qemu-aarch64-static -L /usr/aarch64-linux-gnu
+CSRC := src/fate_moe/kernels/csrc
+ARM_FLAGS := -std=c++17 -O1 -g -Wall -Wextra -Wno-psabi $(SANITIZE) -ffp-contract=off -I $(CSRC)
+test-arm:
+	mkdir -p build/arm
+	$(ARM_CXX) $(ARM_FLAGS) -march=armv8.2-a+dotprod -c $(CSRC)/neon_dot.cpp -o build/arm/neon_dot.o
+	$(ARM_CXX) $(ARM_FLAGS) -pthread -o build/arm/check_ops tests/kernels/csrc/check_ops.cpp build/arm/neon_dot.o \
+	  $(addprefix $(CSRC)/,neon.cpp portable.cpp avx2.cpp avx512.cpp products.cpp threads.cpp) -ldl
+	$(ARM_RUN) -cpu cortex-a53 build/arm/check_ops neon portable
+	$(ARM_RUN) -cpu cortex-a76 build/arm/check_ops neon-dot neon portable
 
 # A wheel with the extension for this machine's Python, under dist/ (for all platforms: cibuildwheel, see pyproject.toml).
 wheel:
