@@ -65,8 +65,10 @@ sanitize: $(VENV)/.installed-dev
 	mkdir -p $(SANITIZED)
 	cp -R src/fate_moe/. $(SANITIZED)/ && rm -f $(SANITIZED)/kernels/_native*
 	PATH="$(CURDIR)/build/tools/bin:$$PATH" cmake -S $(SANITIZED)/kernels/csrc -B build/sanitize/native -G Ninja \
-	  -DPython_EXECUTABLE="$(CURDIR)/build/tools/bin/python" -DCMAKE_BUILD_TYPE=Debug -DFATE_OPTIMIZE=-O1 -DCMAKE_CXX_FLAGS="$(SANITIZE)"
+	  -DPython_EXECUTABLE="$(CURDIR)/build/tools/bin/python" -DCMAKE_BUILD_TYPE=Debug -DFATE_OPTIMIZE=-O1 \
+	  -DCMAKE_CXX_FLAGS="$(SANITIZE)" -DFATE_CHECK_OPS="$(CURDIR)/tests/kernels/csrc/check_ops.cpp"
 	PATH="$(CURDIR)/build/tools/bin:$$PATH" cmake --build build/sanitize/native
+	build/sanitize/native/check_ops
 	PYTHONPATH=build/sanitize/src ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
 	  $(BIN)/python -m pytest -p no:cacheprovider tests/kernels/test_cpu.py tests/kernels/test_layers.py \

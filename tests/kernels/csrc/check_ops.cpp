@@ -1,12 +1,15 @@
 // Every operation of every instruction set of this processor against the portable one and against double, without Python: for
 // processors that are only emulated (`make test-arm`). Arguments: the instruction sets that must be among them, best first.
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <limits>
-#include <memory>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "inputs.h"
@@ -42,15 +45,37 @@ double of_bf16(uint16_t bits) {
   return value;
 }
 
-// Memory that ends with its last element, for the sanitizers.
+// Memory that ends with its last element, before a page that nobody may read (masked loads are not seen by the sanitizers).
 template <class T>
-std::unique_ptr<T[]> exactly(int64_t count) {
-  return std::unique_ptr<T[]>(new T[size_t(count)]());
-}
+class Guarded {
+ public:
+  explicit Guarded(int64_t count = 0) {
+    const size_t page = size_t(sysconf(_SC_PAGESIZE)), bytes = size_t(count) * sizeof(T);
+    size_ = (bytes + page - 1) / page * page + page;
+    memory_ = static_cast<char*>(mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    if (memory_ == MAP_FAILED || mprotect(memory_ + size_ - page, page, PROT_NONE)) std::abort();
+    first_ = reinterpret_cast<T*>(memory_ + size_ - page - bytes);
+  }
+  Guarded(Guarded&& other) : memory_(std::exchange(other.memory_, nullptr)), size_(other.size_), first_(other.first_) {}
+  Guarded& operator=(Guarded&& other) {
+    std::swap(memory_, other.memory_), std::swap(size_, other.size_), std::swap(first_, other.first_);
+    return *this;
+  }
+  ~Guarded() {
+    if (memory_) munmap(memory_, size_);
+  }
+  T* get() const { return first_; }
+  T& operator[](int64_t i) const { return first_[i]; }
+
+ private:
+  char* memory_;
+  size_t size_;
+  T* first_;
+};
 
 struct Example {
-  std::unique_ptr<uint8_t[]> planes[3];
-  std::unique_ptr<uint16_t[]> scale, zero, bias;
+  Guarded<uint8_t> planes[3];
+  Guarded<uint16_t> scale, zero, bias;
   Matrix m;
 
   Example(Kind kind, int64_t rows, int64_t cols) : m{kind, rows, cols, groups_of(cols), {}, nullptr, nullptr, nullptr, Dtype::kF16} {
@@ -59,8 +84,8 @@ struct Example {
     const int num_planes = kind == Kind::kInt8 || kind == Kind::kBf16 ? 1 : int(kind);
     for (int i = 0; i < num_planes; ++i) {
       const int64_t bytes = kind == Kind::kBf16 ? rows * cols * 2 : groups * (kind == Kind::kInt8 ? 64 : widths[i]);
-      planes[i] = exactly<uint8_t>(bytes);
-      for (int64_t j = 0; j < bytes; ++j) planes[i][size_t(j)] = uint8_t(generator());
+      planes[i] = Guarded<uint8_t>(bytes);
+      for (int64_t j = 0; j < bytes; ++j) planes[i][j] = uint8_t(generator());
       m.planes[i] = planes[i].get();
     }
     if (kind == Kind::kBf16) {
@@ -69,15 +94,15 @@ struct Example {
         std::memcpy(planes[0].get() + 2 * i, reinterpret_cast<const char*>(&value) + 2, 2);
       }
     } else {
-      scale = exactly<uint16_t>(groups), zero = exactly<uint16_t>(groups);
+      scale = Guarded<uint16_t>(groups), zero = Guarded<uint16_t>(groups);
       for (int64_t i = 0; i < groups; ++i) {
-        scale[size_t(i)] = half_of(0.01 + 0.01 * std::fabs(normal()));
-        zero[size_t(i)] = half_of(0.1 + 0.1 * std::fabs(normal()));
+        scale[i] = half_of(0.01 + 0.01 * std::fabs(normal()));
+        zero[i] = half_of(0.1 + 0.1 * std::fabs(normal()));
       }
       m.scale = scale.get(), m.zero = zero.get();
     }
-    bias = exactly<uint16_t>(rows);
-    for (int64_t i = 0; i < rows; ++i) bias[size_t(i)] = half_of(normal() + 3);
+    bias = Guarded<uint16_t>(rows);
+    for (int64_t i = 0; i < rows; ++i) bias[i] = half_of(normal() + 3);
     m.bias = bias.get();
   }
 
@@ -127,7 +152,7 @@ Products product_of(const Ops& ops, const Example& of, const std::vector<float>&
   for (int64_t t = 0; t < tokens; ++t) {
     portable_ops()->quantize(inputs.x(t), m.groups, false, q.data(), scale.data(), sum.data());
     for (int64_t row = 0; row < m.rows; ++row) {
-      const double bias = of_half(of.bias[size_t(row)]);
+      const double bias = of_half(of.bias[row]);
       double want = bias, terms = std::fabs(bias);
       for (int64_t i = 0; i < m.cols; ++i) {
         const double value = integers ? double(q[size_t(i)]) * scale[size_t(i / 64)] : x[size_t(t * m.cols + i)];
