@@ -24,6 +24,7 @@ def test_without_the_extension(
     store = store_for(checkpoint("qwen2_moe"), "int4")
     with caplog.at_level(logging.WARNING):
         models = [load_model(store, expert_cache=size) for size in ("100%", "50%")]
+        assert "make native" in caplog.text  # before there is any text to disturb
         inputs = torch.tensor([[1, 5, 9, 17]])
         whole, half = (
             model.generate(inputs, max_new_tokens=4, output_logits=True, return_dict_in_generate=True) for model in models
@@ -33,11 +34,15 @@ def test_without_the_extension(
     assert all(torch.equal(a, b) for a, b in zip(whole.logits, half.logits, strict=True))
     said = [record.message for record in caplog.records if "make native" in record.message]
     assert len(said) == 1
-    assert all(not used for _, used, _ in native.kernel_facts())
+    *sets, torch_ = native.kernel_facts()
+    assert all(not used for _, used, _ in sets)
+    assert torch_[:2] == ("torch", True)
+    assert "make native" in torch_[2]
 
 
 def test_facts_name_every_instruction_set() -> None:
     facts = native.kernel_facts()
-    assert [name for name, _, _ in facts] == ["avx512-vnni", "avx2", "neon-dot", "neon", "portable"]
+    names = ["avx512-vnni", "avx2", "neon-dot", "neon", "portable"]
+    assert [name for name, _, _ in facts] == names + (["torch"] if native.native is None else [])
     assert all(why for _, _, why in facts)
-    assert sum(used for _, used, _ in facts) == (native.native is not None)
+    assert sum(used for _, used, _ in facts) == 1

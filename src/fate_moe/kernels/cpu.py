@@ -42,6 +42,8 @@ class SlotExperts:
         exact: bool = False,
     ) -> None:
         """``memory`` is the slots' buffer; ``layouts`` and ``shapes`` (parameter name to [out, in] or [out]) by layer."""
+        if (reason := why_not()) is not None:
+            _warn_once(reason)  # now, not in the middle of a text
         self._memory = torch.frombuffer(memory, dtype=torch.uint8)
         self._address = self._memory.data_ptr()
         self._slot_bytes = slot_bytes

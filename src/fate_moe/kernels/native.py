@@ -41,27 +41,27 @@ def why_not() -> str | None:
         return None
     return (
         f"the C++ kernels are not built ({_missing}); install a wheel, or with a C++17 compiler run "
-        "`pip install --force-reinstall --no-deps fate-moe` (in a source tree: `make native`)"
+        "`pip install --no-cache-dir --force-reinstall --no-deps fate-moe` (in a source tree: `make native`)"
     )
 
 
 def kernel_facts() -> list[tuple[str, bool, str]]:
-    """(instruction set, whether it is the one used, why or why not), best first."""
+    """(instruction set, whether it is the one used, why or why not), best first; last, where nothing is built, torch."""
     facts = []
     available = native.instruction_sets() if native is not None else []
     for name, (family, features) in _NEEDS.items():
         used = native is not None and native.instruction_set() == name
+        lacking = [feature for feature in features if feature not in _processor_features()]
         if name in available:
             why = f"used, {native.team()}" if used else "available, slower"
-        elif native is None:
-            why = why_not() or ""
         elif family and family != _family():
             why = f"for {family} processors"
+        elif lacking:
+            why = f"this processor lacks {', '.join(lacking)}"
         else:
-            lacking = [feature for feature in features if feature not in _processor_features()]
-            why = f"this processor lacks {', '.join(lacking)}" if lacking else "this build was made without it"
+            why = "not built" if native is None else "this build was made without it"
         facts.append((name, used, why))
-    return facts
+    return facts if native is not None else [*facts, ("torch", True, why_not() or "")]
 
 
 def _family() -> str:
