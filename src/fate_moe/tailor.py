@@ -20,7 +20,8 @@ class Tailor:
 
     def __init__(self, policy: PrecisionPolicy | None, layouts: Sequence[BlobLayout], residency: Residency) -> None:
         """``layouts`` by layer."""
-        self.used: Counter[tuple[ExpertId, int]] = Counter()  # how often an expert was computed with so many bits
+        self._used: Counter[tuple[ExpertId, int]] = Counter()  # how often an expert was computed with so many bits
+        self._whole: list[Counter[int]] = [Counter() for _ in layouts]  # and with all of them, by layer
         self.policy = policy
         self._residency = residency
         # By layer: the bits that a read of all sections up to a plane's brings; scales and zeros are the section before the planes.
@@ -50,14 +51,21 @@ class Tailor:
         """The planes that ``expert``'s slot holds now (None: all); counts as one use."""
         held = self._residency.held(expert)
         views = self._views[expert.layer]
-        self.used[expert, views[-1] if held == WHOLE else views[held - 2]] += 1
+        self._used[expert, views[-1] if held == WHOLE else views[held - 2]] += 1
         return None if held == WHOLE else held - 1
 
     def count_whole(self, layer: int, experts: Sequence[int]) -> None:
         """Each of ``experts`` was computed once with all its bits."""
-        bits = self._views[layer][-1]
-        for expert in experts:
-            self.used[ExpertId(layer, expert), bits] += 1
+        self._whole[layer].update(experts)
+
+    @property
+    def used(self) -> Counter[tuple[ExpertId, int]]:
+        """How often each expert was computed with so many bits."""
+        used = self._used.copy()
+        for layer, (counts, views) in enumerate(zip(self._whole, self._views, strict=True)):
+            for expert, count in counts.items():
+                used[ExpertId(layer, expert), views[-1]] += count
+        return used
 
     def by_bits(self) -> dict[int, int]:
         """Uses by bits, over all experts."""

@@ -144,9 +144,9 @@ class Residency:
                     self._waiting.setdefault(expert, []).append(lease)
                 if found is Lookup.MISS:
                     self._queue.demand(expert)
-            for layer in {expert.layer for expert in lease.lookups}:
-                self._fresh.pop(layer, None)
-                self._queue.cancel_prefetches(layer)
+            if experts:
+                self._fresh.pop(experts[0].layer, None)
+                self._queue.cancel_prefetches(experts[0].layer)
             self._queue.slot_freed()
         return lease
 
@@ -226,18 +226,19 @@ class Residency:
             raise RuntimeError("residency: not so: " + "; ".join(broken))
 
     def _look_up(self, expert: ExpertId, wanted: int) -> Lookup:
-        if expert not in self._slots and expert not in self._reading:
+        resident = expert in self._slots
+        if not resident and expert not in self._reading:
             self.counters.misses += 1
             return Lookup.MISS
         self._policy.touched(expert)
         if expert in self._unused:
             self._unused.discard(expert)
             self.counters.prefetch_used += 1
-        if expert in self._slots and self._held[expert] < wanted:
+        if resident and self._held[expert] < wanted:
             self.counters.misses += 1
             self.counters.upgrades += 1
             return Lookup.MISS
-        if expert in self._slots:
+        if resident:
             self.counters.hits += 1
             return Lookup.HIT
         self.counters.in_flight += 1
@@ -262,16 +263,16 @@ class Residency:
         with self._lock:
             for expert in experts:
                 del lease._held[expert]
-                self._locks[expert] -= 1
-                if not self._locks[expert]:
-                    del self._locks[expert]
-                waiting = self._waiting.get(expert)
+                locks = self._locks.pop(expert) - 1
+                if locks:
+                    self._locks[expert] = locks
+                waiting = self._waiting.get(expert) if self._waiting else None
                 if waiting and lease in waiting:
                     waiting.remove(lease)
                     if not waiting:
                         del self._waiting[expert]
                         self._queue.withdraw(expert)
-                self._queue.slot_freed()
+            self._queue.slot_freed()
 
     # --- the reading threads; the lock is held but for the read itself ---
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from fate_moe.core import BlobLayout
-from fate_moe.kernels.native import DTYPES, PLANES, matrix_place, native
+from fate_moe.kernels.native import DTYPES, GROUP_SIZE, PLANES, WIDTHS, matrix_place, native
 from fate_moe.kernels.reference import dequantize
 from fate_moe.quant.blob import views
 from fate_moe.store.rows import StoredRows
@@ -25,6 +25,14 @@ def _numbers(parts: dict[str, torch.Tensor], layout: BlobLayout, cols: int, dtyp
     """Rows of a blob's parts as numbers [n, cols]."""
     planes = [parts[f"weight.plane{i}"] for i in range(len(layout.plane_widths))]
     scale, zero = parts["weight.scale"], parts["weight.zero"]
+    kind = WIDTHS.get(layout.plane_widths) if layout.group_size == GROUP_SIZE and scale.device.type == "cpu" else None
+    if native is not None and kind is not None and dtype in (torch.float32, torch.bfloat16):
+        at, places = planes[0].data_ptr(), [part.data_ptr() for part in (*planes, scale, zero)]
+        offsets = [place - at for place in places]
+        out = torch.empty(len(scale), cols, dtype=dtype)
+        place = native.Place.make(kind, len(scale), cols, offsets[:-2], *offsets[-2:], -1, 0)
+        native.expand(place, at, PLANES, out.data_ptr(), DTYPES[dtype], torch.get_num_threads())
+        return out
     return dequantize(planes, scale, zero, cols=cols, group_size=layout.group_size, widths=layout.plane_widths).to(dtype)
 
 
@@ -112,6 +120,8 @@ class StoredEmbedding(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """[..., dim] in the model's dtype. Raises IndexError for an id outside the vocabulary."""
+        if ids.numel() == 1 and 0 <= (token := int(ids)) < self.num_embeddings:
+            return self._of([token]).view(*ids.shape, self.embedding_dim)
         different, place = torch.unique(ids, return_inverse=True)
         if different.numel() and not 0 <= int(different[0]) <= int(different[-1]) < self.num_embeddings:
             raise IndexError(f"token ids must be in 0..{self.num_embeddings - 1}, not {int(different[0])}..{int(different[-1])}")
