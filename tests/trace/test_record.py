@@ -12,8 +12,10 @@ import torch
 
 from fate_moe.cli import main
 from fate_moe.errors import ConfigError
-from fate_moe.trace.fit import GateFitter
+from fate_moe.predict.forecast import forecast_source
+from fate_moe.trace.fit import RIDGE, GateFitter, Passes
 from fate_moe.trace.plots import draw
+from fate_moe.trace.recall import RecallMeter
 from fate_moe.trace.record import Recorder
 from fate_moe.trace.schema import RoutingTrace, write_trace
 from fate_moe.trace.simulate import Link, simulate
@@ -91,6 +93,53 @@ def test_ridge_finds_a_linear_router() -> None:
         assert (guessed == truth).float().mean() > 0.8
     with pytest.raises(ValueError, match="ran for no token"):
         GateFitter([6], 10).gates()
+
+
+def test_a_fit_is_ridge_regression_and_a_meter_counts_what_came_true() -> None:
+    """Three layers, five passes: every gate and the forecast against regressions on all rows at once, recall against counting."""
+    generator = torch.Generator().manual_seed(1)
+    sizes, hidden, k = [6, 5, 6], 7, 1
+    passes = [
+        ([torch.randn(12, hidden, generator=generator) for _ in range(4)], [torch.randint(0, 5, (12, k)) for _ in sizes])
+        for _ in range(5)
+    ]
+
+    def show(observer: Passes) -> None:
+        for inputs, chosen in passes:
+            observer.embedded(inputs[0])
+            for layer, index in enumerate(chosen):
+                observer.entered(layer, inputs[layer + 1])
+                observer.computed(layer, index, torch.ones(12, k), {}, 0.0, [])
+
+    def regression(rows: list[torch.Tensor], layer: int, begin: int) -> torch.Tensor:
+        x = torch.nn.functional.pad(torch.cat(rows), (0, 1), value=1.0).double()
+        targets = torch.cat([torch.nn.functional.one_hot(chosen[layer][begin:, 0], sizes[layer]) for _, chosen in passes]).double()
+        squares = x.mT @ x
+        return torch.linalg.solve(squares + RIDGE * squares.diagonal().mean() * torch.eye(len(squares)), x.mT @ targets).mT.float()
+
+    fitter = GateFitter(sizes, hidden, 2, forecast=True)
+    show(fitter)
+    gates, whole = fitter.gates(), fitter.forecast()
+    for ahead, layer in ((1, 0), (1, 1), (1, 2), (2, 1), (2, 2)):
+        got = gates[ahead - 1][layer]
+        assert got is not None
+        assert torch.allclose(got, regression([inputs[layer + 1 - ahead] for inputs, _ in passes], layer, 0), atol=1e-4)
+    assert gates[1][0] is None
+    for layer in range(3):
+        before = 1 + forecast_source(layer, 3)
+        rows = [torch.cat([inputs[0][1:], inputs[before][:-1]], 1) for inputs, _ in passes]
+        assert torch.allclose(whole[layer], regression(rows, layer, 1), atol=1e-4)
+
+    meter = RecallMeter(gates, None, whole)
+    show(meter)
+    found = 0
+    for inputs, chosen in passes:
+        best = (torch.nn.functional.pad(inputs[1], (0, 1), value=1.0) @ gates[1][2].mT).topk(k + 2).indices  # type: ignore[union-attr]
+        found += int((best == chosen[2]).any(1).sum())
+    fitted = meter.table()["by_ahead"][1]["fitted"][k + 2]["layers"]
+    assert fitted[0] is None
+    assert fitted[2] == pytest.approx(found / 60)
+    assert meter.better(1) == [0, 1, 2], "nothing else was asked"
 
 
 def test_pictures_come_from_files(traced: tuple[Any, RoutingTrace], tmp_path: Path) -> None:

@@ -59,6 +59,8 @@ def add_verbs(verbs: Any) -> None:
     fit.add_argument("--text", type=Path, required=True, help="text like what the model will read and write")
     fit.add_argument("--max-tokens", type=int, default=30000, metavar="N", help="to learn from; default: %(default)s")
     fit.add_argument("--forecast", action="store_true", help="also what foretells a whole token as soon as it is known")
+    fit.add_argument("--test", type=Path, metavar="FILE", help="text to say recall of; default: a tenth of --text's, held out")
+    fit.add_argument("--test-tokens", type=int, default=4000, metavar="N", help="of it; default: %(default)s")
     fit.add_argument("--json", action="store_true", help="print one JSON object")
     fit.set_defaults(verb=_fit)
     add_offload_options(fit)
@@ -112,7 +114,7 @@ def _trace(arguments: argparse.Namespace) -> None:
 def _simulate(arguments: argparse.Namespace) -> None:
     import numpy as np
 
-    from fate_moe.store.progress import progress_bar
+    from fate_moe.store.progress import count_bar
     from fate_moe.trace.schema import read_trace
     from fate_moe.trace.simulate import Link, simulate
 
@@ -135,7 +137,7 @@ def _simulate(arguments: argparse.Namespace) -> None:
             raise ConfigError(f"{arguments.gates} has no gates for this trace's model; make them with: fate fit")
     runs = list(_runs(arguments))
     rows = []
-    with progress_bar("simulating", len(runs) * trace.num_tokens, None) as advance:
+    with count_bar("simulating", len(runs) * trace.num_tokens) as advance:
         for policy, predictor, capacity in runs:
             rows.append(
                 simulate(
@@ -198,25 +200,39 @@ def _print_rows(rows: list[dict[str, Any]]) -> None:
 
 def _fit(arguments: argparse.Namespace) -> None:
     texts = _texts(arguments.text)
+    test_texts = [] if arguments.test is None else _texts(arguments.test)
     quiet_transformers()
     from fate_moe.models.tracing import fit_gates
 
-    config = offload_config(arguments, 512)
-    found = fit_gates(arguments.model, texts, config, max_tokens=arguments.max_tokens, forecast=arguments.forecast)
+    found = fit_gates(
+        arguments.model,
+        texts,
+        offload_config(arguments, 512),
+        max_tokens=arguments.max_tokens,
+        forecast=arguments.forecast,
+        test_texts=test_texts,
+        test_tokens=arguments.test_tokens,
+    )
     if arguments.json:
         print(json.dumps(found))
-        return
-    print(f"{found['gates']}: fitted on {found['fitted_tokens']} tokens; recall on {found['tested_tokens']} others")
+    else:
+        _print_recall(found)
+
+
+def _print_recall(found: dict[str, Any]) -> None:
+    print(f"{found['gates']}: fitted on {found['fitted_tokens']} tokens; recall on {found['tested_tokens']} others, %")
     for ahead, rows in enumerate(found["by_ahead"], start=1):
-        for width, fitted in rows["fitted"].items():
-            plain, first = rows["plain"][width]["mean"], fitted["layers"][0]
-            routers = "" if plain is None else f"routers {plain:.1%}, "
-            print(
-                f"  {ahead} ahead, top-{width}: {routers}fitted {fitted['mean'] or 0:.1%}; "
-                f"layer {ahead - 1} from the embedding {first:.1%}"
-            )
-    for width, row in found["forecast"].items():
-        print(f"  whole token, top-{width}: {row['mean'] or 0:.1%}")
+        for name, by_width in rows.items():
+            _print_means(f"{name}, {ahead} ahead", {width: row["mean"] for width, row in by_width.items()})
+        embedding = {width: row["layers"][ahead - 1] for width, row in rows["fitted"].items()}
+        _print_means(f"layer {ahead - 1} from the embedding", embedding)
+    if found["forecast"]:
+        _print_means("whole token", {width: row["mean"] for width, row in found["forecast"].items()})
+
+
+def _print_means(what: str, means: dict[int, float | None]) -> None:
+    if None not in means.values():
+        print(f"  {what:<26}" + ", ".join(f"top-{width} {100 * (mean or 0):.1f}" for width, mean in means.items()))
 
 
 def _plot(arguments: argparse.Namespace) -> None:

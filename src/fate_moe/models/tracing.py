@@ -13,8 +13,9 @@ from fate_moe.models.families import linear_routers, norms_of
 from fate_moe.models.load import load_tokenizer, prepare, realize, store_for
 from fate_moe.predict.gates import LinearRouters
 from fate_moe.store.learned import save_gates
-from fate_moe.store.progress import progress_bar
-from fate_moe.trace.fit import GateFitter, recall_of_gates
+from fate_moe.store.progress import count_bar
+from fate_moe.trace.fit import GateFitter, Passes
+from fate_moe.trace.recall import RecallMeter
 from fate_moe.trace.record import Recorder
 from fate_moe.trace.schema import RoutingTrace
 
@@ -51,7 +52,7 @@ def record_routing(
     sizes = [stack.num_experts for stack in prepared.stacks]
     recorder = Recorder(sizes, gate_inputs=gate_inputs, routers=routers, norms=norms, prompts=prefill)
     running.fate.runtime.observer = recorder
-    with progress_bar("tracing", max_tokens, None) as advance, torch.inference_mode():
+    with count_bar("tracing", max_tokens) as advance, torch.inference_mode():
         for text in texts:
             left = min(max_tokens - recorder.num_tokens, new_tokens)
             if left < 2:
@@ -85,45 +86,71 @@ def record_routing(
 
 
 def fit_gates(
-    model: Any, texts: Sequence[str], config: OffloadConfig, *, max_tokens: int, forecast: bool = False
+    model: Any,
+    texts: Sequence[str],
+    config: OffloadConfig,
+    *,
+    max_tokens: int,
+    forecast: bool = False,
+    test_texts: Sequence[str] = (),
+    test_tokens: int = 0,
 ) -> dict[str, Any]:
     """Fit gates for up to ``config.look_ahead`` layers, and with ``forecast`` the whole-token forecast, on nine tenths of the
     windows of ``texts``, write them into the store, and say their recall on the others.
 
-    Where the layer's own router foretells better than what was fitted, it takes its place: both are one matrix.
-    Raises ConfigError for too little text.
+    Where the layer's own router foretells the others better than what was fitted, it takes its place: both are one matrix.
+    ``test_texts``: recall is said of the first ``test_tokens`` of these instead. Raises ConfigError for too little text.
     """
     if config.on_gpu:
         raise ConfigError("routing is recorded on the CPU; leave vram and device away")
     prepared = prepare(store_for(model, config.precision, config.dense_precision))
     tokenizer = load_tokenizer(prepared.store.path)
-    running = realize(prepared, prepared.plan(config), config)
-    ids = torch.cat([tokenizer(text, return_tensors="pt")["input_ids"][0] for text in _enough(texts, max_tokens)])[:max_tokens]
-    windows = list(torch.split(ids, WINDOW))[: max(0, len(ids) // WINDOW)]
+    windows = _windows(tokenizer, texts, max_tokens)
     if len(windows) < 10:
-        raise ConfigError(f"{len(ids)} tokens of text are too few to fit gates; give at least {10 * WINDOW}")
-    hidden = running.config.get_text_config().hidden_size
-    fitter = GateFitter([stack.num_experts for stack in prepared.stacks], hidden, config.look_ahead, forecast=forecast)
-    running.fate.runtime.observer = fitter
-    with progress_bar("fitting", len(windows), None) as advance, torch.inference_mode():
-        for number, window in enumerate(windows):
-            fitter.testing = number % 10 == 9
-            running(window[None], use_cache=False)
-            advance(1)
-    running.fate.runtime.observer = None
+        raise ConfigError(f"{WINDOW * len(windows)} tokens of text are too few to fit gates; give at least {10 * WINDOW}")
+    held = _windows(tokenizer, test_texts, test_tokens)
+    if test_texts and not held:
+        raise ConfigError(f"the text to test on has fewer than {WINDOW} tokens; give more")
+    running = realize(prepared, prepared.plan(config), config)
+    sizes = [stack.num_experts for stack in prepared.stacks]
+    fitter = GateFitter(sizes, running.config.get_text_config().hidden_size, config.look_ahead, forecast=forecast)
+    _watch(running, fitter, [window for number, window in enumerate(windows) if number % 10 != 9], "watching")
+    with count_bar("solving", len(sizes) * (1 + forecast)) as advance:
+        gates, whole = fitter.gates(advance), fitter.forecast(advance)
     weights = linear_routers(running, prepared.stacks)
     routers = None if weights is None else LinearRouters(weights, norms_of(running, prepared.stacks))
+    meter = RecallMeter(gates, routers, whole)
+    _watch(running, meter, windows[9::10], "choosing")
+    better = [meter.better(ahead) for ahead in range(1, len(gates) + 1)]
+    if held:
+        meter = RecallMeter(gates, routers, whole)
+        _watch(running, meter, held, "testing")
     running.fate.close()
-    gates, whole = fitter.gates(), fitter.forecast()
-    tested = recall_of_gates(fitter, gates, whole, routers)
-    for ahead, row in enumerate(tested["fitted_layers"], start=1):
-        for layer in range(ahead, len(prepared.stacks)):
-            if layer not in row and routers is not None:
-                gates[ahead - 1][layer] = routers.matrix(layer, ahead)
-    path = save_gates(prepared.store.path, *gates, forecast=whole)
-    held = len(windows) // 10
-    counts = {"fitted_tokens": WINDOW * (len(windows) - held), "tested_tokens": WINDOW * held}
-    return {"gates": str(path), **counts, **tested}
+    kept = [
+        [routers.matrix(layer, ahead) if routers and layer >= ahead and layer not in layers else g for layer, g in enumerate(row)]
+        for ahead, (row, layers) in enumerate(zip(gates, better, strict=True), start=1)
+    ]
+    path = save_gates(prepared.store.path, *kept, forecast=whole)
+    counts = {"fitted_tokens": WINDOW * (len(windows) - len(windows) // 10), "tested_tokens": meter.num_tokens}
+    return {"gates": str(path), **counts, **meter.table(), "fitted_layers": better}
+
+
+def _windows(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[torch.Tensor]:
+    """The first ``max_tokens`` of ``texts``, one after another, in whole windows [WINDOW]."""
+    if not texts or max_tokens < WINDOW:
+        return []
+    ids = torch.cat([tokenizer(text, return_tensors="pt")["input_ids"][0] for text in _enough(texts, max_tokens)])
+    return list(torch.split(ids[: len(ids[:max_tokens]) // WINDOW * WINDOW], WINDOW))
+
+
+def _watch(model: Any, observer: Passes, windows: Sequence[torch.Tensor], what: str) -> None:
+    """Run ``model`` on ``windows``, each from an empty context, for ``observer`` to see."""
+    model.fate.runtime.observer = observer
+    with count_bar(what, WINDOW * len(windows)) as advance, torch.inference_mode():
+        for window in windows:
+            model.base_model(window[None], use_cache=False)
+            advance(len(window))
+    model.fate.runtime.observer = None
 
 
 def _padded(weights: Sequence[torch.Tensor]) -> torch.Tensor:

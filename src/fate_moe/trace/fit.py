@@ -2,40 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 
 from fate_moe.core import ExpertId, Lookup
 from fate_moe.predict.forecast import forecast_source
-from fate_moe.predict.gates import FittedGates, LinearRouters
 
-__all__ = ["GateFitter", "forecast_input", "recall", "recall_of_gates"]
+__all__ = ["GateFitter", "Passes"]
 
 RIDGE = 3e-3  # of the inputs' mean square; between 1e-3 and 1e-2 recall differs by less than 0.1 points
 
 
-class GateFitter:
-    """Watches passes of many tokens (runtime.observer) and sums up what ridge regression needs: nothing is kept per token.
+class Passes:
+    """Gathers whole passes of many tokens as the runtime's observer, and hands each to ``whole_pass``."""
 
-    A gate of look-ahead a: its target is which experts layer l chose, its input the gate input of layer l - a (layer -1's is the
-    embedding), for a up to ``look_ahead``. With ``forecast`` also from the embedding and the previous token's gate input at the
-    same layer (predict.forecast). Memory, floats a layer: (hidden + 1)^2 + look_ahead * (hidden + 1) * experts, and for the
-    forecast (2 * hidden + 1)^2. With ``testing`` set, passes are kept (in halves) instead of learned from.
-    """
-
-    def __init__(self, experts_per_layer: Sequence[int], hidden: int, look_ahead: int = 1, *, forecast: bool = False) -> None:
-        self.testing = False
-        self.passes: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = []  # test passes: inputs by source, chosen by layer
-        self.look_ahead = min(look_ahead, len(experts_per_layer))
-        self._sizes = list(experts_per_layer)
-        self._near = [
-            _Ridge(hidden, sum(self._sizes[at : at + self.look_ahead])) for at in range(len(self._sizes))
-        ]  # by source + 1
-        self._whole = [_Ridge(2 * hidden, size) for size in self._sizes] if forecast else []
-        self._inputs: list[torch.Tensor] = []  # of this pass: embeddings, then gate inputs
+    def __init__(self, num_layers: int) -> None:
+        self._num_layers = num_layers
+        self._inputs: list[torch.Tensor] = []
         self._chosen: list[torch.Tensor] = []
+
+    def whole_pass(self, inputs: list[torch.Tensor], chosen: list[torch.Tensor]) -> None:
+        """``inputs``: embeddings, then gate inputs by layer, [num_tokens, hidden]; ``chosen`` [num_tokens, k] by layer."""
+        raise NotImplementedError
 
     def embedded(self, embeddings: torch.Tensor) -> None:
         """A pass begins."""
@@ -59,107 +48,102 @@ class GateFitter:
         if layer != len(self._chosen) or layer + 2 != len(self._inputs) or len(index) != len(self._inputs[0]):
             return
         self._chosen.append(index)
-        if len(self._chosen) < len(self._sizes):
-            return
-        if self.testing:
-            self.passes.append(([x.half() for x in self._inputs], self._chosen))
-            return
-        targets = [torch.zeros(len(i), size).scatter_(1, i, 1.0) for i, size in zip(self._chosen, self._sizes, strict=True)]
-        for at, ridge in enumerate(self._near):
-            ridge.add(self._inputs[at].float(), torch.cat(targets[at : at + self.look_ahead], 1))
-        for at, ridge in enumerate(self._whole):
-            ridge.add(forecast_input(self._inputs, at), targets[at][1:])
+        if len(self._chosen) == self._num_layers:
+            self.whole_pass(self._inputs, self._chosen)
 
-    def gates(self) -> list[list[torch.Tensor | None]]:
-        """By look-ahead and layer, [num_experts, hidden + 1] or None. Raises ValueError where nothing was seen."""
+
+class GateFitter(Passes):
+    """Sums up what ridge regression needs; nothing is kept per token.
+
+    A gate of look-ahead a: its target is which experts layer l chose, its input the gate input of layer l - a (layer -1's is the
+    embedding), for a up to ``look_ahead``. With ``forecast`` also from the embedding and the previous token's gate input at the
+    same layer (predict.forecast), of which only the products between the two are summed up besides. Memory, floats a layer:
+    (hidden + 1)^2, with the forecast twice that, and (hidden + 1) * experts for each target.
+    """
+
+    def __init__(self, experts_per_layer: Sequence[int], hidden: int, look_ahead: int = 1, *, forecast: bool = False) -> None:
+        super().__init__(len(experts_per_layer))
+        self.look_ahead = min(look_ahead, len(experts_per_layer))
+        self._sizes = list(experts_per_layer)
+        self._sources = [_Source(hidden, sum(self._sizes[at : at + self.look_ahead])) for at in range(len(self._sizes))]
+        self._whole = [_Whole(hidden, size) for size in self._sizes] if forecast else []
+
+    def whole_pass(self, inputs: list[torch.Tensor], chosen: list[torch.Tensor]) -> None:
+        targets = [torch.zeros(len(i), size).scatter_(1, i, 1.0) for i, size in zip(chosen, self._sizes, strict=True)]
+        padded = [torch.nn.functional.pad(x.float(), (0, 1), value=1.0) for x in inputs[: len(self._sizes)]]
+        for at, source in enumerate(self._sources):
+            source.add(padded[at], torch.cat(targets[at : at + self.look_ahead], 1), first=at == 0)
+        for layer, whole in enumerate(self._whole):
+            before = padded[1 + forecast_source(layer, len(self._sizes))] if len(self._sizes) > 1 else padded[0]
+            whole.add(padded[0][1:], before[:-1], targets[layer][1:])
+
+    def gates(self, advance: Callable[[int], None] = lambda layers: None) -> list[list[torch.Tensor | None]]:
+        """By look-ahead and layer, [num_experts, hidden + 1] or None; ``advance`` is told of layers that are done.
+
+        Raises ValueError where nothing was seen."""
         found: list[list[torch.Tensor | None]] = [[None] * len(self._sizes) for _ in range(self.look_ahead)]
-        for at, ridge in enumerate(self._near):
+        for at, source in enumerate(self._sources):
             sizes = self._sizes[at : at + self.look_ahead]
-            for ahead, gate in enumerate(torch.split(ridge.solve(), sizes)):
+            for ahead, gate in enumerate(torch.split(_solve(source.squares, source.products), sizes)):
                 found[ahead][at + ahead] = gate.contiguous()
+            advance(1)
         return found
 
-    def forecast(self) -> list[torch.Tensor]:
+    def forecast(self, advance: Callable[[int], None] = lambda layers: None) -> list[torch.Tensor]:
         """By layer, [num_experts, 2 * hidden + 1]; empty unless asked for."""
-        return [ridge.solve() for ridge in self._whole]
+        weights = []
+        for layer, whole in enumerate(self._whole):
+            before = self._sources[1 + forecast_source(layer, len(self._sizes)) if len(self._sizes) > 1 else 0]
+            weights.append(whole.solve(self._sources[0].shifted(), before.shifted()))
+            advance(1)
+        return weights
 
 
-def forecast_input(inputs: Sequence[torch.Tensor], layer: int) -> torch.Tensor:
-    """[num_tokens - 1, 2 * hidden] from a pass's ``inputs`` (embeddings, then all gate inputs): what foretells ``layer``."""
-    before = inputs[1 + forecast_source(layer, len(inputs) - 1)]
-    return torch.cat([inputs[0][1:].float(), before[:-1].float()], 1)
+class _Source:
+    """Sums over tokens of what is known at one place in the pass, x [n, hidden + 1] with a last column of ones."""
+
+    def __init__(self, hidden: int, targets: int) -> None:
+        self.squares = torch.zeros(hidden + 1, hidden + 1)
+        self.products = torch.zeros(hidden + 1, targets)
+        self._ends: list[torch.Tensor] = []  # rows that a forecast does not see: the first embedding of a pass, the last gate input
+
+    def add(self, x: torch.Tensor, target: torch.Tensor, *, first: bool) -> None:
+        self.squares.addmm_(x.mT, x)
+        self.products.addmm_(x.mT, target)
+        self._ends.append(x[0 if first else -1].clone())
+
+    def shifted(self) -> torch.Tensor:
+        """``squares`` without the passes' ends."""
+        ends = torch.stack(self._ends)
+        return self.squares - ends.mT @ ends
 
 
-class _Ridge:
-    """Sums for an affine map of ``width`` inputs to ``targets`` outputs."""
+class _Whole:
+    """The sums for (embedding, previous token's gate input, 1) that the two sources do not have."""
 
-    def __init__(self, width: int, targets: int) -> None:
-        self._squares = torch.zeros(width + 1, width + 1)
-        self._products = torch.zeros(width + 1, targets)
+    def __init__(self, hidden: int, targets: int) -> None:
+        self._between = torch.zeros(hidden + 1, hidden + 1)
+        self._of_token = torch.zeros(hidden + 1, targets)
+        self._of_before = torch.zeros(hidden + 1, targets)
 
-    def add(self, x: torch.Tensor, target: torch.Tensor) -> None:
-        """``x`` [n, width] fp32, ``target`` [n, targets]."""
-        x = torch.nn.functional.pad(x, (0, 1), value=1.0)
-        self._squares.addmm_(x.mT, x)
-        self._products.addmm_(x.mT, target)
+    def add(self, token: torch.Tensor, before: torch.Tensor, target: torch.Tensor) -> None:
+        self._between.addmm_(token.mT, before)
+        self._of_token.addmm_(token.mT, target)
+        self._of_before.addmm_(before.mT, target)
 
-    def solve(self) -> torch.Tensor:
-        """[targets, width + 1]."""
-        mean_square = float(self._squares.diagonal().mean())
-        if not mean_square:
-            raise ValueError("a layer ran for no token")
-        damped = self._squares.double() + RIDGE * mean_square * torch.eye(len(self._squares), dtype=torch.float64)
-        solved: torch.Tensor = torch.linalg.solve(damped, self._products.double())
-        return solved.mT.float().contiguous()
+    def solve(self, token: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+        """[targets, 2 * hidden + 1], from both sources' squares over the same tokens."""
+        of_token = torch.cat([token[:-1, :-1], self._between[:-1]], 1)
+        squares = torch.cat([of_token, torch.cat([self._between[:-1].mT, before], 1)])
+        return _solve(squares, torch.cat([self._of_token[:-1], self._of_before]))
 
 
-def recall_of_gates(
-    fitter: GateFitter, gates: Sequence[Sequence[torch.Tensor | None]], whole: Sequence[torch.Tensor], routers: LinearRouters | None
-) -> dict[str, Any]:
-    """Recall at top-k, k + 2 and 2k on the passes that were kept for testing; keys are widths, lists go by layer.
-
-    ``by_ahead``: for each look-ahead plain routers (with the norm, where there is one) beside fitted; ``forecast``; and in
-    ``fitted_layers`` by look-ahead the layers where fitted is better at k + 2.
-    """
-    inputs = [torch.cat(x) for x in zip(*(inputs for inputs, _ in fitter.passes), strict=True)]
-    chosen = [torch.cat(index) for index in zip(*(chosen for _, chosen in fitter.passes), strict=True)]
-    top_k = chosen[0].shape[1]
-    widths = (top_k, top_k + 2, 2 * top_k)
-    by_ahead, better, fitted = [], [], FittedGates(*gates)
-    for ahead, row in enumerate(gates, start=1):
-        found: dict[str, dict[int, list[float | None]]] = {name: {width: [] for width in widths} for name in ("plain", "fitted")}
-        for layer in range(ahead - 1, len(row)):
-            x = inputs[layer - ahead + 1].float()
-            plain = None if routers is None else routers.scores(layer, x, ahead)
-            for name, scores in (("plain", plain), ("fitted", fitted.scores(layer, x, ahead))):
-                for width in widths:
-                    found[name][width].append(None if scores is None else recall(scores, chosen[layer], width))
-        by_ahead.append({name: {w: {"mean": _mean(v), "layers": v} for w, v in rows.items()} for name, rows in found.items()})
-        pairs = zip(found["plain"][top_k + 2], found["fitted"][top_k + 2], strict=True)
-        better.append([layer for layer, (plain_, fitted_) in enumerate(pairs, ahead - 1) if (fitted_ or 0) >= (plain_ or 0)])
-    foretold = {}
-    if whole:
-        for width in widths:
-            layers = [_recall_of_forecast(fitter, weight, layer, width) for layer, weight in enumerate(whole)]
-            foretold[width] = {"mean": _mean(layers), "layers": layers}
-    return {"by_ahead": by_ahead, "forecast": foretold, "fitted_layers": better}
-
-
-def _recall_of_forecast(fitter: GateFitter, weight: torch.Tensor, layer: int, width: int) -> float:
-    found = []
-    for inputs, chosen in fitter.passes:
-        x = torch.nn.functional.pad(forecast_input(inputs, layer), (0, 1), value=1.0)
-        found.append(recall(x @ weight.mT, chosen[layer][1:], width))
-    return sum(found) / len(found)
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    """Of what comes from a gate input: layer 0's, from the embedding, is named on its own."""
-    known = [value for value in values[1:] if value is not None]
-    return sum(known) / len(known) if known else None
-
-
-def recall(scores: torch.Tensor, chosen: torch.Tensor, width: int) -> float:
-    """The share of ``chosen`` [N, k] among the ``width`` best of ``scores`` [N, E]."""
-    guessed = scores.topk(min(width, scores.shape[1]), dim=-1).indices
-    return float((chosen[:, :, None] == guessed[:, None, :]).any(-1).float().mean())
+def _solve(squares: torch.Tensor, products: torch.Tensor) -> torch.Tensor:
+    """[targets, width]: the ridge regression whose sums these are."""
+    mean_square = float(squares.diagonal().mean())
+    if not mean_square:
+        raise ValueError("a layer ran for no token")
+    damped = squares.double()
+    damped.diagonal().add_(RIDGE * mean_square)
+    factor = torch.linalg.cholesky(damped)
+    return torch.cholesky_solve(products.double(), factor).mT.float().contiguous()
