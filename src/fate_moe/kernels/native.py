@@ -17,7 +17,19 @@ except ImportError as error:
     native = None
     _missing = str(error)
 
-__all__ = ["BF16", "DTYPES", "GROUP_SIZE", "INT8", "PLANES", "WIDTHS", "kernel_facts", "matrix_place", "native", "why_not"]
+__all__ = [
+    "BF16",
+    "DTYPES",
+    "GROUP_SIZE",
+    "INT8",
+    "PLANES",
+    "WIDTHS",
+    "kernel_facts",
+    "matrix_place",
+    "multiplies_bf16",
+    "native",
+    "why_not",
+]
 
 # The extension's enumerations (csrc/ops.h).
 PLANES, INT8, BF16 = 3, 8, 16
@@ -25,6 +37,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _DTYPE_NAMES = {"F32": 0, "BF16": 1, "F16": 2}
 GROUP_SIZE = 64
 WIDTHS = {(2, 1, 1): PLANES, (8,): INT8}
+_LANES = 64  # columns that the product of bf16 takes at a time
 # Best first, and what a processor needs for each (csrc/*.cpp: *_ops).
 _NEEDS = {
     "avx512-vnni": ("x86", ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "avx512vbmi")),
@@ -43,6 +56,11 @@ def why_not() -> str | None:
         f"the C++ kernels are not built ({_missing}); install a wheel, or with a C++17 compiler run "
         "`pip install --no-cache-dir --force-reinstall --no-deps fate-moe` (in a source tree: `make native`)"
     )
+
+
+def multiplies_bf16(columns: int) -> bool:
+    """Whether the extension multiplies bf16 matrices of so many ``columns``."""
+    return native is not None and columns % _LANES == 0
 
 
 def kernel_facts() -> list[tuple[str, bool, str]]:

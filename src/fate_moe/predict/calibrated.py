@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from fate_moe.predict.blend import Blend
 from fate_moe.predict.calibration import Calibration
 
 if TYPE_CHECKING:
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
 __all__ = ["CalibratedGate", "Worth"]
 
 LEAST = 0.05  # less likely experts are not named
-HISTORY = 0.25  # weight of log(expected uses) beside the gate's score
-FORECAST = 0.2  # weight of a whole-token forecast beside the gate's score
+# Weights beside the gate's score, until it is known better.
+HISTORY = 0.25  # of log(expected uses)
+FORECAST = 0.2  # of a whole-token forecast
 
 Floats = NDArray[np.float32]
 
@@ -38,7 +40,8 @@ class CalibratedGate:
 
     What is calibrated is a score's distance from the border between the k-th and the next one, in standard deviations of the
     token's scores: the same whether a router speaks in logits or probabilities. ``history`` and ``forecast`` (a scorer too) are
-    added to it where they are given; ``history`` alone stands in where the scorer is silent.
+    added to it where they are given, each with the weight that it proves to be worth (predict.blend); they stand in where the
+    scorer is silent.
     """
 
     calibrated = True
@@ -62,13 +65,18 @@ class CalibratedGate:
         self._look_ahead = look_ahead
         self._calibration = Calibration(self._num_layers * look_ahead, max(self._sizes))
         self._predicted: dict[int, NDArray[np.int8]] = {}  # the experts' bins, by (look-ahead - 1) * layers + layer
+        start = [1.0, *([HISTORY] if history is not None else []), *([FORECAST] if forecast is not None else [])]
+        self._blend = Blend(self._num_layers * look_ahead, start)
+        self._said: dict[int, list[Floats]] = {}  # what the sources said, [E] each, where all of them did and it is studied
 
     def observe(self, layer: int, routed: Sequence[int]) -> None:
         one_token = len(routed) <= self._top_k[layer]
         for which in range(layer, self._num_layers * self._look_ahead, self._num_layers):
-            bins = self._predicted.pop(which, None)
+            bins, said = self._predicted.pop(which, None), self._said.pop(which, None)
             if bins is not None and one_token:
                 self._calibration.learn(which, bins, list(routed))
+                if said is not None and self._blend.studies(which):
+                    self._blend.learn(which, said, routed)
         if one_token:
             self._scorer.observe(layer, routed)
 
@@ -80,26 +88,34 @@ class CalibratedGate:
         far = None if self._forecast is None else self._forecast.scores(layer, gate_input, ahead)
         if len(gate_input) > 1:
             return [] if scores is None else self._of_many(layer, scores)
-        if scores is None and self._history is None and far is None:
-            return []
-        if scores is None:
-            distance: Floats = np.zeros(self._sizes[layer], np.float32)
-        else:
-            distance = self._distance(layer, scores[0])
-        if far is not None:
-            weight = FORECAST if scores is not None else 1.0
-            distance = np.asarray(distance + np.float32(weight) * self._distance(layer, far.numpy(force=True)[0]), np.float32)
+        said: dict[int, Floats] = {}  # [E] each, by place in the blend
+        if scores is not None:
+            said[0] = self._distance(layer, scores[0])
         if self._history is not None:
-            worth = np.maximum(self._history.worth[layer, : self._sizes[layer]], 0.0) + np.float32(0.01)
-            distance = np.asarray(distance + np.float32(HISTORY) * np.log(worth), np.float32)
-            if scores is not None:
-                distance += np.float32(0.5)
+            worth = np.maximum(self._history.worth[layer, : self._sizes[layer]], 0.0)
+            said[1] = np.log(worth + np.float32(0.01)) + np.float32(2)
+        if far is not None:
+            said[len(self._blend.weights[0]) - 1] = self._distance(layer, far.numpy(force=True)[0])
+        if not said:
+            return []
         which = (ahead - 1) * self._num_layers + layer
+        distance = self._blended(which, said)
         bins = self._predicted[which] = Calibration.bins(distance)
         chances = self._calibration.rates[which][bins]
         likely = (chances > LEAST).nonzero()[0]
         likely = likely[(-distance[likely]).argsort(kind="stable")]  # chances never fall as distance grows
         return list(zip(likely.tolist(), np.minimum(chances[likely], 1).tolist(), strict=True))
+
+    def _blended(self, which: int, said: dict[int, Floats]) -> Floats:
+        """[num_experts]: what the sources say together; kept to be studied where all of them spoke."""
+        (_, distance), *others = said.items()
+        weights = self._blend.weights[which]
+        for source, other in others:
+            if (weight := weights[source]) > 0:
+                distance = distance + weight * other
+        if others and len(said) == len(weights):
+            self._said[which] = list(said.values())
+        return distance
 
     def _distance(self, layer: int, scores: Floats) -> Floats:
         """[num_experts]: from the border, in standard deviations."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fate_moe.predict.gates import Scorer
+from fate_moe.predict.gates import Scorer, affine
 
 __all__ = ["Forecast", "forecast_source"]
 
@@ -17,7 +17,7 @@ def forecast_source(layer: int, num_layers: int) -> int:
 
 
 class Forecast(Scorer):
-    """Affine maps [E, 2 * D + 1] by layer, from (embedding, the previous token's gate input at that layer): one product a token.
+    """Affine maps [E, 2 * D + 1] by layer, from (embedding, the previous token's gate input at that layer).
 
     Long lead time: what is said of a layer is the same however far ahead it is asked. After a pass of many tokens their last one is
     the token before; of many tokens it says nothing.
@@ -26,14 +26,14 @@ class Forecast(Scorer):
     def __init__(self, weights: Sequence[torch.Tensor]) -> None:
         sizes = [len(weight) for weight in weights]
         hidden = (weights[0].shape[1] - 1) // 2
-        padded = torch.stack([torch.nn.functional.pad(weight.float(), (0, 0, 0, max(sizes) - len(weight))) for weight in weights])
-        self._of_token = padded[:, :, :hidden].reshape(-1, hidden).contiguous()  # [L * E, D]
-        self._of_layer = padded[:, :, hidden : 2 * hidden].contiguous()  # [L, E, D]
-        self._bias = padded[:, :, -1].contiguous()  # [L, E]
+        of_token = torch.cat([weight[:, [*range(hidden), -1]] for weight in weights])
+        self._of_token = affine(of_token)  # D -> the experts of all layers, with their biases
+        nothing = torch.zeros(max(sizes), 1, dtype=weights[0].dtype)
+        self._of_layer = [affine(torch.cat([w[:, hidden:-1], nothing[: len(w)]], 1)) for w in weights]  # D -> one layer's experts
         self._sizes = sizes
         self._before = torch.zeros(len(sizes), hidden)  # gate inputs of the token before
         self._now = torch.zeros(len(sizes), hidden)  # of this token, as far as its layers have run
-        self._scores: torch.Tensor | None = None  # [L, E]
+        self._scores: list[torch.Tensor] = []  # [1, E] by layer, without what the token before says of it
         self._known = False
 
     def scores(self, layer: int, gate_input: torch.Tensor, ahead: int = 1) -> torch.Tensor | None:
@@ -45,14 +45,13 @@ class Forecast(Scorer):
             self._now[source] = gate_input[-1]
             if layer == len(self._sizes) - 1:
                 self._known = True
-        return None if self._scores is None or len(gate_input) > 1 else self._scores[None, layer, : self._sizes[layer]]
+        if not self._scores or len(gate_input) > 1:
+            return None
+        return self._scores[layer] + self._of_layer[layer](self._before[layer : layer + 1])
 
     def _begin(self, embedding: torch.Tensor) -> None:
         if self._known:
             self._before.copy_(self._now)
             self._before[-1] = self._before[forecast_source(len(self._sizes) - 1, len(self._sizes))]
-        if len(embedding) > 1 or not self._known:
-            self._scores = None
-            return
-        of_token = (self._of_token @ embedding[0].float()).view(self._bias.shape)
-        self._scores = self._bias + of_token + torch.bmm(self._of_layer, self._before[:, :, None])[:, :, 0]
+        ready = len(embedding) == 1 and self._known
+        self._scores = list(torch.split(self._of_token(embedding), self._sizes, 1)) if ready else []

@@ -8,11 +8,9 @@ from typing import Any, Protocol
 import torch
 
 from fate_moe.core import Routing
-from fate_moe.kernels.native import BF16, DTYPES, native
+from fate_moe.kernels.native import BF16, DTYPES, multiplies_bf16, native
 
-__all__ = ["FittedGates", "LinearRouters", "RouterGates", "Scorer", "Scorers"]
-
-_LANES = 64  # columns that the extension's product takes at a time
+__all__ = ["FittedGates", "LinearRouters", "RouterGates", "Scorer", "Scorers", "affine"]
 
 
 class Scorer(Protocol):
@@ -34,17 +32,11 @@ class FittedGates(Scorer):
     """
 
     def __init__(self, *by_ahead: Sequence[torch.Tensor | None]) -> None:
-        self._maps = [[None if weight is None else self._map(weight) for weight in weights] for weights in by_ahead]
+        self._maps = [[None if weight is None else affine(weight) for weight in weights] for weights in by_ahead]
 
     def scores(self, layer: int, gate_input: torch.Tensor, ahead: int = 1) -> torch.Tensor | None:
         product = self._maps[ahead - 1][layer] if ahead <= len(self._maps) else None
         return None if product is None else product(gate_input)
-
-    @staticmethod
-    def _map(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-        matrix, bias = weight[:, :-1], weight[:, -1].float().contiguous()
-        fast = native is not None and matrix.shape[1] % _LANES == 0
-        return _product(matrix.bfloat16().contiguous() if fast else matrix.float().contiguous(), bias)
 
 
 class RouterGates(Scorer):
@@ -105,10 +97,16 @@ class LinearRouters(Scorer):
         return self._ratios[source, layer]
 
 
+def affine(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """x [n, D] -> [n, E] fp32 by ``weight`` [E, D + 1], the bias last; kept in bf16 where the extension multiplies it."""
+    matrix, bias = weight[:, :-1], weight[:, -1].float().contiguous()
+    return _product(matrix.to(torch.bfloat16 if multiplies_bf16(matrix.shape[1]) else torch.float32).contiguous(), bias)
+
+
 def _product(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
     """x [n, D] -> [n, E] fp32 by ``weight`` [E, D] and ``bias`` [E], which are not copied."""
     rows, columns = weight.shape
-    if native is None or columns % _LANES or weight.dtype != torch.bfloat16 or not weight.is_contiguous():
+    if not multiplies_bf16(columns) or weight.dtype != torch.bfloat16 or not weight.is_contiguous():
         full = weight.float()
         return lambda x: torch.nn.functional.linear(x.float(), full, bias)
     place: Any = native.Place.make(BF16, rows, columns, [0], 0, 0, -1, 0)

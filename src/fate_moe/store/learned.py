@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from fate_moe.kernels.native import multiplies_bf16
+
 __all__ = ["GATES", "STATISTICS", "Gates", "gates_bytes", "load_gates", "load_statistics", "save_gates", "save_statistics"]
 
 _log = logging.getLogger(__name__)
@@ -53,25 +55,25 @@ def _name(ahead: int, layer: int) -> str:
     return f"layer.{layer}" if ahead == 1 else f"ahead.{ahead}.layer.{layer}"
 
 
-def gates_bytes(store: Path) -> int:
-    """Memory that the gates take once loaded (fp32), 0 where there are none."""
+def gates_bytes(store: Path, hidden: int) -> int:
+    """Memory that the gates take once they multiply (bf16 where the extension does it, else fp32), 0 where there are none."""
     path = store / GATES
-    return 2 * path.stat().st_size if path.is_file() else 0
+    return path.stat().st_size * (1 if multiplies_bf16(hidden) else 2) if path.is_file() else 0
 
 
 def load_gates(store: Path, experts_per_layer: Sequence[int], hidden: int) -> Gates | None:
-    """What ``save_gates`` wrote, in fp32; None where there are none that fit."""
+    """What ``save_gates`` wrote, in bf16; None where there are none that fit."""
     path = store / GATES
     if not path.is_file():
         return None
     layers = range(len(experts_per_layer))
     try:
         tensors = load_file(path)
-        ahead: list[list[torch.Tensor | None]] = [[tensors[_name(1, layer)].float() for layer in layers]]
+        ahead: list[list[torch.Tensor | None]] = [[tensors[_name(1, layer)] for layer in layers]]
         while any(_name(len(ahead) + 1, layer) in tensors for layer in layers):
             named = [_name(len(ahead) + 1, layer) for layer in layers]
-            ahead.append([tensors[name].float() if name in tensors else None for name in named])
-        forecast = [tensors[f"forecast.{layer}"].float() for layer in layers] if "forecast.0" in tensors else []
+            ahead.append([tensors.get(name) for name in named])
+        forecast = [tensors[f"forecast.{layer}"] for layer in layers] if "forecast.0" in tensors else []
     except (OSError, KeyError, SafetensorError) as error:
         _log.warning("%s cannot be used (%s); fit the gates again with: fate fit", path, error)
         return None

@@ -59,7 +59,7 @@ class RecallMeter(Passes):
     @property
     def widths(self) -> tuple[int, ...]:
         k = self._top_k
-        return (k, k + 2, 2 * k, 3 * k)
+        return tuple(sorted({k, k + 2, 2 * k, 3 * k}))
 
     def better(self, ahead: int) -> list[int]:
         """The layers in which what was fitted foretells at least as well as the router does, at k + 2."""
