@@ -129,6 +129,17 @@ def test_belady_by_hand() -> None:
     assert row.miss_rate == pytest.approx(4 / 6)
 
 
+def test_an_oracle_misses_only_what_the_link_has_no_time_for() -> None:
+    """Layer 0, asked for the moment its token is known, always wants the same; what none asks for is never read."""
+    trace = random_trace(2)
+    trace.experts[:, 0] = [0, 1]
+    link = Link(1000.0, 500, 0.5)  # half a second for both
+    quick, bound = simulate(trace, "lru", "oracle", 0.5, Link(1000.0, 100, 0.5)), simulate(trace, "lru", "oracle", 0.5, link)
+    assert quick.ready_on_time > 0.99
+    assert quick.prefetched == quick.prefetch_used
+    assert simulate(trace, "lru", "none", 0.5, link).ready_on_time < bound.ready_on_time < 1
+
+
 def test_what_needs_gate_inputs_says_so() -> None:
     with pytest.raises(ConfigError, match="--gate-inputs"):
         simulate(random_trace(0), "lru", "combined", 0.5, SLOW)

@@ -37,7 +37,7 @@ def add_verbs(verbs: Any) -> None:
     simulate = verbs.add_parser("simulate", help="replay a trace", description="What policies and predictors would do on a trace.")
     simulate.add_argument("trace", type=Path)
     simulate.add_argument("--policy", default="best", help=f"comma-separated: best, belady, {', '.join(POLICIES)}; default: best")
-    simulate.add_argument("--predictor", default="none", help=f"comma-separated: {', '.join(PREDICTORS)}; default: none")
+    simulate.add_argument("--predictor", default="none", help=f"comma-separated: {', '.join(PREDICTORS)}, oracle; default: none")
     simulate.add_argument(
         "--capacity", default="12.5%,25%,40%,50%,75%", help="comma-separated shares of all experts; default: %(default)s"
     )

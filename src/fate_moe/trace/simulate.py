@@ -18,6 +18,7 @@ from fate_moe.predict.null import NoPrediction
 from fate_moe.predict.temporal import Temporal
 from fate_moe.prefetch import Prefetcher
 from fate_moe.trace.belady import Belady
+from fate_moe.trace.oracle import Oracle
 from fate_moe.trace.schema import RoutingTrace
 from fate_moe.trace.virtual import VirtualResidency
 
@@ -76,14 +77,16 @@ def policy_for(name: str, trace: RoutingTrace, num_slots: int) -> EvictionPolicy
 def predictor_for(
     name: str, trace: RoutingTrace, gates: Gates | None = None, policy: EvictionPolicy | None = None, look_ahead: int = 1
 ) -> Predictor:
-    """A predictor by its name in config.PREDICTORS; those that look at gate inputs need a trace with gate inputs and routers.
+    """A predictor by its name in config.PREDICTORS, or "oracle" for the bound.
 
-    ``gates`` are fitted ones (store.learned.load_gates); ``policy`` may keep statistics that the predictor uses too. Raises
-    ConfigError where the trace lacks what the predictor needs.
+    Those that look at gate inputs need a trace with gate inputs and routers. ``gates`` are fitted ones (store.learned.load_gates);
+    ``policy`` may keep statistics that the predictor uses too. Raises ConfigError where the trace lacks what the predictor needs.
     """
     sizes = trace.num_experts.tolist()
     if name == "none":
         return NoPrediction()
+    if name == "oracle":
+        return Oracle(trace)
     if name == "temporal":
         return Temporal(sizes)
     if name == "activation-path":
