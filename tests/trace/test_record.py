@@ -164,6 +164,12 @@ def test_pictures_come_from_files(traced: tuple[Any, RoutingTrace], tmp_path: Pa
     for kind in ("capacity", "recall"):
         draw(tmp_path / "rows.json", tmp_path / f"{kind}.png", kind)
     assert all((tmp_path / f"{kind}.png").stat().st_size > 5000 for kind in ("heat", "timeline", "capacity", "recall"))
+    row = {"mean": 0.5, "layers": [0.7, 0.5]}
+    by_width = {"2": row, "4": row}
+    ahead = {"plain": {"2": {"mean": None, "layers": []}}, "fitted": by_width}
+    (tmp_path / "fit.json").write_text(json.dumps({"by_ahead": [ahead], "forecast": by_width}))
+    draw(tmp_path / "fit.json", tmp_path / "widths.png")
+    assert (tmp_path / "widths.png").stat().st_size > 5000
     (tmp_path / "nothing.json").write_text("[]")
     with pytest.raises(ConfigError, match="no rows"):
         draw(tmp_path / "nothing.json", tmp_path / "x.png")

@@ -66,7 +66,7 @@ def add_verbs(verbs: Any) -> None:
     add_offload_options(fit)
 
     plot = verbs.add_parser("plot", help="draw results", description="Draw pictures from result files alone (needs matplotlib).")
-    plot.add_argument("results", type=Path, help="a trace (.npz) or what `fate simulate --json` printed")
+    plot.add_argument("results", type=Path, help="a trace (.npz) or what `fate simulate --json` or `fate fit --json` printed")
     plot.add_argument("--out", type=Path, required=True, help="a picture; .json: a Perfetto trace of one token")
     plot.add_argument("--kind", choices=("capacity", "heat", "recall", "timeline"), help="default: by the file")
     plot.add_argument("--token", type=int, default=-1, metavar="N", help="of a timeline; default: the last")

@@ -18,7 +18,8 @@ FOUND = ("hit", "in flight", "miss")
 
 
 def draw(results: Path, out: Path, kind: str | None = None, token: int = -1) -> None:
-    """Draw ``results`` into ``out``: a simulation's rows as "capacity" or "recall", a trace as "heat" or "timeline".
+    """Draw ``results`` into ``out``: a simulation's rows as "capacity" or "recall", a trace as "heat" or "timeline", what
+    `fate fit` found as recall against experts named.
 
     ``out`` ending in .json is a Chrome trace (Perfetto opens it) of one ``token``. Raises ConfigError for what cannot be drawn.
     """
@@ -30,10 +31,13 @@ def draw(results: Path, out: Path, kind: str | None = None, token: int = -1) -> 
         figure = _figure(_timeline if kind == "timeline" else _heat, trace, token)
     else:
         try:
-            rows = json.loads(results.read_text().splitlines()[-1])["rows"]
+            found = json.loads(results.read_text().splitlines()[-1])
+            if "by_ahead" in found:
+                figure = _figure(_widths, found, token)
+            else:
+                figure = _figure(_recall if kind == "recall" else _capacity, found["rows"], token)
         except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
             raise ConfigError(f"{results} holds no rows ({error}); make it with: fate simulate --json > {results}") from error
-        figure = _figure(_recall if kind == "recall" else _capacity, rows, token)
     figure.savefig(out, dpi=110)
 
 
@@ -93,6 +97,26 @@ def _recall(figure: Any, rows: list[dict[str, Any]], token: int) -> None:
     axes.set(xlabel="MB read per token", ylabel="ready on time, %")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
+
+
+def _widths(figure: Any, found: dict[str, Any], token: int) -> None:
+    """Recall against how many experts are named, means over layers."""
+    axes = figure.subplots()
+    lines = {
+        f"{name}, {ahead} ahead": {width: row["mean"] for width, row in by_width.items()}
+        for ahead, rows in enumerate(found["by_ahead"], start=1)
+        for name, by_width in rows.items()
+    }
+    fitted = found["by_ahead"][0]["fitted"]
+    lines["layer 0, from the embedding"] = {width: row["layers"][0] for width, row in fitted.items()}
+    lines["whole token"] = {width: row["mean"] for width, row in found["forecast"].items()}
+    for label, means in lines.items():
+        if means and None not in means.values():
+            style = "--" if label.startswith("plain") else "-"
+            axes.plot([int(width) for width in means], [100 * mean for mean in means.values()], style, marker="o", label=label)
+    axes.set(xlabel="experts named", ylabel="of those chosen, %")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right", fontsize=8)
 
 
 def _heat(figure: Any, trace: RoutingTrace, token: int) -> None:
