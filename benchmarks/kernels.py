@@ -62,14 +62,14 @@ class Pool:
                 part.fill_(0.01 if name.endswith("scale") else 0.075)
         for slot in range(1, self.count):
             self.buffer[slot * self.layout.length : (slot + 1) * self.layout.length] = first.numpy().tobytes()
-        self.slots = SlotExperts(self.buffer, self.layout.length, [self.layout], [self.shapes])
+        self.slots = SlotExperts(self.buffer, self.layout.length, [[self.layout] * self.count], [self.shapes])
         self.address = torch.frombuffer(self.buffer, dtype=torch.uint8).data_ptr()
 
 
 def product(pool: Pool, tokens: int, planes: int, threads: int, seconds: float) -> float:
     """Seconds of one product with a cold gate_up matrix."""
     rows, cols = pool.shapes["gate_up_proj"]
-    place = pool.slots._kernel(0, EXPERTS).places["gate_up_proj"]  # type: ignore[union-attr]
+    place = pool.slots._kernels_of(0, EXPERTS)[0].places["gate_up_proj"]  # type: ignore[union-attr]
     x, out = torch.randn(tokens, cols, dtype=torch.bfloat16), torch.empty(tokens, rows)
 
     def sweep() -> None:

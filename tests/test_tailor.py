@@ -34,7 +34,7 @@ def run(model: Any) -> torch.Tensor:
 def test_a_short_read_and_its_upgrade_are_one_full_read(checkpoint: Callable[[str], Path], direct: bool) -> None:
     """Bit for bit, whatever the steps, and each step brings its view."""
     store = open_store(store_for(checkpoint("qwen2_moe"), "int4"))
-    sections = store.manifest.layout_of(0).sections
+    sections = store.manifest.layouts_of(0)[0].sections
     for steps in ([2, None], [1, 2, 3, None], [3, None], [2, 3, None]):
         source = DiskSource(store, direct)
         whole, stepwise = (snapshot_memory(store.manifest.slot_bytes) for _ in range(2))
@@ -63,7 +63,7 @@ def test_each_section_is_checked_when_it_is_read(checkpoint: Callable[[str], Pat
     path = tmp_path / "store"
     shutil.copytree(store_for(checkpoint("qwen2_moe"), "int4"), path)
     store = open_store(path)
-    last = store.manifest.layout_of(0).sections[-1]
+    last = store.manifest.layouts_of(0)[0].sections[-1]
     with open(store.shard_of(ExpertId(0, 0)), "r+b") as file:
         file.seek(store.manifest.layers[0].experts[0].offset + last.offset)
         byte = file.read(1)[0]

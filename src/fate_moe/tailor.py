@@ -18,14 +18,15 @@ __all__ = ["Tailor", "chosen_weights"]
 class Tailor:
     """Between routing and residency. Without a policy every expert is wanted whole, and only the count is kept."""
 
-    def __init__(self, policy: PrecisionPolicy | None, layouts: Sequence[BlobLayout], residency: Residency) -> None:
-        """``layouts`` by layer."""
+    def __init__(self, policy: PrecisionPolicy | None, layouts: Sequence[Sequence[BlobLayout]], residency: Residency) -> None:
+        """``layouts`` by layer and expert."""
         self._used: Counter[tuple[ExpertId, int]] = Counter()  # how often an expert was computed with so many bits
         self._whole: list[Counter[int]] = [Counter() for _ in layouts]  # and with all of them, by layer
         self.policy = policy
         self._residency = residency
-        # By layer: the bits that a read of all sections up to a plane's brings; scales and zeros are the section before the planes.
-        self._views = [list(accumulate(layout.plane_widths)) or [_bits(layout)] for layout in layouts]
+        # By expert: the bits that a read of all sections up to a plane's brings; scales and zeros are the section before planes.
+        views = {layout: list(accumulate(layout.plane_widths)) or [_bits(layout)] for of_layer in layouts for layout in of_layer}
+        self._views = [[views[layout] for layout in of_layer] for of_layer in layouts]
 
     def sections(
         self, layer: int, rows: Mapping[int, Sequence[int]], weighing: Routing | torch.Tensor, affordable: float
@@ -35,7 +36,7 @@ class Tailor:
         ``weighing``: the gate weights [num_tokens, top_k] or the routing they come from. ``affordable``: how many experts can be
         read while a layer computes.
         """
-        views = self._views[layer]
+        views = max(self._views[layer], key=len)
         if self.policy is None or len(views) < 2:
             return None
         flat = (chosen_weights(weighing) if isinstance(weighing, Routing) else weighing).reshape(-1).float()
@@ -45,12 +46,16 @@ class Tailor:
             for expert, chosen in zip(experts, rows.values(), strict=True)
         ]
         bits = self.policy.bits(needs, views, affordable * views[-1])
-        return {expert: views.index(view) + 2 for expert, view in zip(experts, bits, strict=True) if view < views[-1]}
+        return {
+            expert: views.index(view) + 2
+            for expert, view in zip(experts, bits, strict=True)
+            if view < views[-1] and self._views[layer][expert.expert] is views  # others are kept in a precision without views
+        }
 
     def num_planes(self, expert: ExpertId) -> int | None:
         """The planes that ``expert``'s slot holds now (None: all); counts as one use."""
         held = self._residency.held(expert)
-        views = self._views[expert.layer]
+        views = self._views[expert.layer][expert.expert]
         self._used[expert, views[-1] if held == WHOLE else views[held - 2]] += 1
         return None if held == WHOLE else held - 1
 
@@ -64,7 +69,7 @@ class Tailor:
         used = self._used.copy()
         for layer, (counts, views) in enumerate(zip(self._whole, self._views, strict=True)):
             for expert, count in counts.items():
-                used[ExpertId(layer, expert), views[-1]] += count
+                used[ExpertId(layer, expert), views[expert][-1]] += count
         return used
 
     def by_bits(self) -> dict[int, int]:
@@ -75,7 +80,7 @@ class Tailor:
         return dict(sorted(total.items()))
 
     def _held_bits(self, expert: ExpertId) -> int:
-        held, views = self._residency.held(expert), self._views[expert.layer]
+        held, views = self._residency.held(expert), self._views[expert.layer][expert.expert]
         return views[-1] if held == WHOLE else views[held - 2] if held else 0
 
 

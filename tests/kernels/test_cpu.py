@@ -223,7 +223,7 @@ def test_fused_experts(kind: str, family: str, tokens: int) -> None:
     rows = {expert: [row for row, chosen in enumerate(index) if chosen == expert] for expert in set(index)}
     ready = [(expert, 3 - expert) for expert in rows]
     planes = {expert: 1 + expert % 3 for expert in rows} if kind == "int4" else {}
-    slots = SlotExperts(memory, layout.length, [layout], [shapes], exact=True)
+    slots = SlotExperts(memory, layout.length, [[layout] * 4], [shapes], exact=True)
     together, apart = (slots.outputs(0, module, x, len(index)) for _ in range(2))
     slots.run(0, module, ready, rows, x, together, planes)
     for item in reversed(ready):

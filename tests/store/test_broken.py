@@ -257,7 +257,7 @@ def test_no_store_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_flipped_bytes_anywhere_are_found_by_verify(good: Path, store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One in each section of the first and the last expert of each layer, and over all of dense.safetensors."""
     manifest = open_store(good).manifest
-    places = [(shard, e, s) for shard in (0, 1) for e in (0, 7) for s in manifest.layout_of(shard).sections]
+    places = [(shard, e, s) for shard in (0, 1) for e in (0, 7) for s in manifest.layouts_of(shard)[0].sections]
     for layer, expert, section in places:
         shard, entry = manifest.layers[layer].shard, manifest.layers[layer].experts[expert]
         flip(shard, entry.offset + section.offset + section.length // 3)(store)

@@ -26,7 +26,7 @@ DENSE_LAYERS = {"deepseek_v2": 1, "deepseek_v3": 1}  # before the first MoE laye
 
 
 def read_parts(source: DiskSource, expert: ExpertId) -> dict[str, torch.Tensor]:
-    layout = source.store.manifest.layout_of(expert.layer)
+    layout = source.store.manifest.layout_of(expert)
     buffer = anonymous_buffer(layout.length)
     assert source.read(expert, memoryview(buffer)) == layout.length
     return views(layout, torch.frombuffer(buffer, dtype=torch.uint8))
@@ -68,7 +68,7 @@ def test_shards_are_plain_safetensors_with_aligned_blobs(
     slot = anonymous_buffer(manifest.slot_bytes)
     source = DiskSource(store)
     for number, layer in enumerate(manifest.layers):
-        length = manifest.layouts[layer.layout].length
+        length = manifest.layouts_of(number)[0].length
         tensors = load_file(store.path / layer.shard)
         assert tensors.keys() == {f"{layer.name}.{index}" for index in range(8)}
         assert length % SLOT_ALIGNMENT == 0

@@ -153,7 +153,7 @@ def test_int4_keeps_the_codes(checkpoint: Callable[[str], Path], tmp_path: Path,
         patch.setattr("fate_moe.store.convert.GROUP_SIZES", (16,))
         store = open_store(convert(tmp_path / "packed", tmp_path / "store", "int4", group_size=16))
     source = DiskSource(store)
-    layout = store.manifest.layout_of(0)
+    layout = store.manifest.layouts_of(0)[0]
     memory = torch.empty(layout.length + 4096, dtype=torch.uint8)
     start = -memory.data_ptr() % 4096
     memory = memory[start : start + layout.length]

@@ -65,7 +65,7 @@ def refuse_direct(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_a_flipped_byte_in_any_section_is_caught(store: Store) -> None:
-    layout = store.manifest.layout_of(1)
+    layout = store.manifest.layouts_of(1)[0]
     entry = store.manifest.layers[1].experts[5]
     path = store.shard_of(ExpertId(1, 5))
     sections = {section.name: section for section in layout.sections}

@@ -6,12 +6,15 @@ import argparse
 import json
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fate_moe.cli.options import DEFAULTS, MODEL_HELP, add_offload_options, offload_config, print_table, quiet_transformers
 from fate_moe.config import GROUP_SIZES, SOLVERS, OffloadConfig, format_bytes, parse_size
 from fate_moe.core import PRECISIONS
 from fate_moe.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fate_moe.store.keep import Keep
 
 __all__ = ["add_verbs"]
 
@@ -37,7 +40,7 @@ def add_verbs(verbs: Any) -> None:
     convert.add_argument(
         "--group-size", type=int, choices=GROUP_SIZES, default=64, help="weights that share a scale; default: %(default)s"
     )
-    convert.add_argument("--keep", metavar="RULES", help="other precisions for MoE layers: layers.0-1:lossless,layers.5:lossless")
+    convert.add_argument("--keep", metavar="RULES", help="other precisions: layers.0-1:lossless,layers.3.experts.7:int8")
     convert.add_argument(
         "--auto-bits", metavar="SIZE", help="choose a precision for each layer, all experts within this size; needs --calibrate"
     )
@@ -92,8 +95,8 @@ def _convert(arguments: argparse.Namespace) -> None:
     )
 
 
-def _calibration(arguments: argparse.Namespace) -> tuple[Any, dict[int, str]]:
-    """What the calibration text says (None without one), and the layers that get another precision than the rest."""
+def _calibration(arguments: argparse.Namespace) -> tuple[Any, Keep]:
+    """What the calibration text says (None without one), and what gets another precision than the rest."""
     if arguments.auto_bits and not arguments.calibrate:
         raise ConfigError("--auto-bits needs a text that shows which layers matter; give one with --calibrate FILE")
     if not (arguments.calibrate or arguments.keep):
@@ -105,7 +108,7 @@ def _calibration(arguments: argparse.Namespace) -> tuple[Any, dict[int, str]]:
 
     with config_folder(resolve_checkpoint(arguments.source)) as folder:
         stacks = expert_stacks(build_skeleton(folder))
-    by_rule = parse_keep(arguments.keep, len(stacks)) if arguments.keep else {}
+    by_rule = parse_keep(arguments.keep, [stack.num_experts for stack in stacks]) if arguments.keep else {}
     if not arguments.calibrate:
         return None, by_rule
     from fate_moe.cli.quality import read_tokens
@@ -149,7 +152,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
         "family": manifest.family,
         "precision": manifest.precision,
         "dense_precision": manifest.dense_precision,
-        "precision_by_layer": {name: str(layers)[1:-1] for name, layers in manifest.layers_by_precision().items()},
+        "precision_by_layer": {name: ", ".join(layers) for name, layers in manifest.layers_by_precision().items()},
         "format_version": manifest.format_version,
         "source": manifest.source,
         "layers": manifest.num_layers,

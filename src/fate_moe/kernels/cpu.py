@@ -36,12 +36,13 @@ class SlotExperts:
         self,
         memory: Any,
         slot_bytes: int,
-        layouts: Sequence[BlobLayout],
+        layouts: Sequence[Sequence[BlobLayout]],
         shapes: Sequence[dict[str, tuple[int, ...]]],
         *,
         exact: bool = False,
     ) -> None:
-        """``memory`` is the slots' buffer; ``layouts`` and ``shapes`` (parameter name to [out, in] or [out]) by layer."""
+        """``memory`` is the slots' buffer; ``layouts`` by layer and expert, ``shapes`` (parameter name to [out, in] or [out]) by
+        layer."""
         if (reason := why_not()) is not None:
             _warn_once(reason)  # now, not in the middle of a text
         self._memory = torch.frombuffer(memory, dtype=torch.uint8)
@@ -50,13 +51,12 @@ class SlotExperts:
         self._layouts = layouts
         self._shapes = shapes
         self._exact = exact
-        self._kernels: dict[int, _LayerKernel | None] = {}
+        self._kernels: dict[int, tuple[_LayerKernel | None, ...]] = {}  # by expert
         self._views: dict[tuple[int, int], dict[str, torch.Tensor]] = {}  # making them costs 10 us a part, so they are kept
 
     def outputs(self, layer: int, experts: Any, hidden: torch.Tensor, num_rows: int) -> torch.Tensor:
         """Zeros [num_rows, hidden] for ``run`` to write to, by (token, choice): fp32 for kernels, else the model's dtype."""
-        kernel = self._kernel(layer, experts)
-        dtype = torch.float32 if kernel is not None and hidden.dtype in DTYPES else hidden.dtype
+        dtype = torch.float32 if any(self._kernels_of(layer, experts)) and hidden.dtype in DTYPES else hidden.dtype
         return torch.zeros(num_rows, hidden.shape[1], dtype=dtype)
 
     def run(
@@ -75,29 +75,33 @@ class SlotExperts:
         num_tokens of them in all. ``num_planes[expert]`` computes a shorter view of an expert (1: 2 bits, 2: 3 bits); it needs no
         more of the blob than that. ``experts`` is the transformers module.
         """
-        kernel = self._kernel(layer, experts) if outputs.dtype == torch.float32 else None
+        kernels = self._kernels_of(layer, experts)
         top_k = len(outputs) // len(hidden)
         planes = num_planes or {}
-        many: Ready = ready
-        if kernel is not None and hidden.dtype in DTYPES:
-            few = [(expert, slot) for expert, slot in ready if len(rows[expert]) <= MOST_TOKENS] if kernel.whole is not None else []
-            if few:
-                many = [item for item in ready if len(rows[item[0]]) > MOST_TOKENS]
-                self._fused(kernel, few, rows, hidden, outputs, top_k, planes)
+        few: dict[_LayerKernel, list[tuple[int, int]]] = {}  # by kernel: one, unless a layer has experts of several precisions
+        many = []
+        for expert, slot in ready:
+            kernel = kernels[expert]
+            if kernel is None or kernel.whole is None or hidden.dtype not in DTYPES or len(rows[expert]) > MOST_TOKENS:
+                many.append((expert, slot))
+            else:
+                few.setdefault(kernel, []).append((expert, slot))
+        for kernel, items in few.items():
+            self._fused(kernel, items, rows, hidden, outputs, top_k, planes)
         for expert, slot in many:
             chosen = torch.tensor(rows[expert])
             x = hidden if len(hidden) == 1 else hidden[chosen // top_k]
-            weights = self._weights(layer, slot, hidden.dtype, kernel, planes.get(expert))
+            weights = self._weights(layer, expert, slot, hidden.dtype, kernels[expert], planes.get(expert))
             outputs[chosen] = expert_mlp(experts, weights, x).to(outputs.dtype)
 
     def has_fused(self, layer: int, experts: Any) -> bool:
-        """Whether ``run_token`` can run ``layer``; ``experts`` is the transformers module."""
-        kernel = self._kernel(layer, experts)
-        return kernel is not None and kernel.whole is not None
+        """Whether ``run_token`` can run ``layer``: all of one precision, with a kernel; ``experts`` is the transformers module."""
+        first, *others = set(self._kernels_of(layer, experts))
+        return first is not None and first.whole is not None and not others
 
     def run_token(self, layer: int, experts: Any, places: Ready, hidden: torch.Tensor, rows: torch.Tensor) -> None:
         """As ``run`` for one token and whole experts: those in the slots of ``places`` (row, slot) write their ``rows``."""
-        kernel = self._kernels[layer] if layer in self._kernels else self._kernel(layer, experts)
+        kernel = (self._kernels[layer] if layer in self._kernels else self._kernels_of(layer, experts))[0]
         assert kernel is not None
         count, start, size = len(places), self._address, self._slot_bytes
         native.experts(
@@ -169,10 +173,10 @@ class SlotExperts:
         )
 
     def _weights(
-        self, layer: int, slot: int, dtype: torch.dtype, kernel: _LayerKernel | None, num_planes: int | None
+        self, layer: int, expert: int, slot: int, dtype: torch.dtype, kernel: _LayerKernel | None, num_planes: int | None
     ) -> dict[str, torch.Tensor]:
         """One expert's parameters in ``dtype``; quantized ones are made anew, by the extension where it can."""
-        layout = self._layouts[layer]
+        layout = self._layouts[layer][expert]
         parts = self._views.get((id(layout), slot))
         if parts is None:
             start = slot * self._slot_bytes
@@ -195,12 +199,14 @@ class SlotExperts:
             )
         return weights
 
-    def _kernel(self, layer: int, experts: Any) -> _LayerKernel | None:
+    def _kernels_of(self, layer: int, experts: Any) -> tuple[_LayerKernel | None, ...]:
         if layer not in self._kernels:
-            found = layer_kernel(self._layouts[layer], self._shapes[layer], experts)
-            if isinstance(found, str):
-                _warn_once(found)
-            self._kernels[layer] = found if isinstance(found, _LayerKernel) else None
+            layouts = self._layouts[layer]
+            made = {layout: layer_kernel(layout, self._shapes[layer], experts) for layout in dict.fromkeys(layouts)}
+            for found in made.values():
+                if isinstance(found, str):
+                    _warn_once(found)
+            self._kernels[layer] = tuple(None if isinstance(found := made[layout], str) else found for layout in layouts)
         return self._kernels[layer]
 
 

@@ -321,10 +321,10 @@ class Residency:
         return victim
 
     def _read(self, expert: ExpertId, slot: int, demand: bool, last: int) -> None:
-        num_bytes = 0
+        num_bytes, whole = 0, True
         error: Exception | None = None
         try:
-            if last == WHOLE and not self._held[expert]:
+            if whole := last == WHOLE and not self._held[expert]:
                 num_bytes = self._source.read(expert, self._arena.view(slot))
             else:
                 end = None if last == WHOLE else last
@@ -338,7 +338,8 @@ class Residency:
                 self._slots[expert] = slot
                 self._held[expert] = last
                 self.counters.bytes_read += num_bytes
-                seconds *= self._arena.slot_bytes / num_bytes  # what all of it would have taken
+                if not whole:
+                    seconds *= self._arena.slot_bytes / num_bytes  # what all of it would have taken
                 self.read_seconds = seconds if not self.read_seconds else self.read_seconds + 0.1 * (seconds - self.read_seconds)
             else:
                 self._policy.removed(expert)

@@ -130,7 +130,7 @@ class _Observer:
         self, layer: int, experts: Any, expert: int, x: Tensor, gate: Tensor, errors: dict[str, tuple[Tensor, Tensor]]
     ) -> None:
         """Expert ``expert`` on its tokens ``x`` [n, hidden] with gate weights [n]; adds to ``errors`` [all, hidden]."""
-        layout = self._prepared.store.manifest.layout_of(layer)
+        layout = self._prepared.store.manifest.layout_of(ExpertId(layer, expert))
         self._source.read(ExpertId(layer, expert), memoryview(self._memory))
         parts = views(layout, torch.frombuffer(self._memory, dtype=torch.uint8)[: layout.length])
         weights = expert_weights(layout, parts, self._shapes[layer], x.dtype)

@@ -165,9 +165,8 @@ def prepare(path: Path) -> Prepared:
         raise StoreError(f"{path}: fate.json lists other expert layers than config.json describes; convert the checkpoint again")
     manifest = store.manifest
     for stack in stacks:
-        layout = manifest.layout_of(stack.layer)
-        shapes = stack.output_rows_first()
-        if layout != blob_layout(layout.precision, shapes, manifest.dtype, layout.group_size, layout.plane_widths):
+        shapes, found = stack.output_rows_first(), set(manifest.layouts_of(stack.layer))
+        if any(of != blob_layout(of.precision, shapes, manifest.dtype, of.group_size, of.plane_widths) for of in found):
             raise StoreError(f"{path}: fate.json lays {stack.name} out in another way than this model needs; {_AGAIN}")
     return Prepared(store, model, stacks)
 
@@ -193,7 +192,7 @@ def realize(prepared: Prepared, plan: Plan | DevicePlan, config: OffloadConfig, 
     recall(policy, store.path)
     residency = Residency(source or DiskSource(store), arena, policy, io_threads=config.io_threads)
     shapes = [stack.output_rows_first() for stack in stacks]
-    layouts = [store.manifest.layout_of(stack.layer) for stack in stacks]
+    layouts = [store.manifest.layouts_of(stack.layer) for stack in stacks]
     slots = SlotExperts(arena.buffer, arena.slot_bytes, layouts, shapes, exact=config.exact_activations)
     hastened = hasten(model, config.exact_activations)
     routers = routers_of(model, stacks)

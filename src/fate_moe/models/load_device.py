@@ -162,7 +162,7 @@ def _settle(model: Any, experts: DeviceExperts, decode: CapturedDecode | None, d
 def _host_share(prepared: Prepared, arena: PinnedArena, top_k: int, device: torch.device, config: OffloadConfig) -> HostShare:
     """Threads that compute misses. Raises UnsupportedModelError where they cannot compute these experts."""
     stack = prepared.stacks[0]
-    layout, module = prepared.store.manifest.layout_of(stack.layer), prepared.model.get_submodule(stack.name)
+    layout, module = prepared.store.manifest.layouts[0], prepared.model.get_submodule(stack.name)
     shapes = stack.output_rows_first()
     return HostShare(layout, shapes, module, arena, top_k, device, exact=config.exact_activations)
 
@@ -195,8 +195,8 @@ def _layouts(prepared: Prepared) -> list[DeviceLayout]:
     reasons = []
     if len({stack.num_experts for stack in stacks}) > 1:
         reasons.append("layers have different numbers of experts")
-    if len({manifest.layout_of(stack.layer) for stack in stacks}) > 1:
-        reasons.append("layers are stored in different precisions")
+    if len(manifest.layouts) > 1:
+        reasons.append("experts are stored in different precisions")
     if any(stack.twins for stack in stacks):
         reasons.append("several modules share their experts")
     if reasons:
@@ -206,7 +206,7 @@ def _layouts(prepared: Prepared) -> list[DeviceLayout]:
 
 def _layout(prepared: Prepared, stack: ExpertStack) -> DeviceLayout:
     module = prepared.model.get_submodule(stack.name)
-    return device_layout(prepared.store.manifest.layout_of(stack.layer), stack.output_rows_first(), module)
+    return device_layout(prepared.store.manifest.layouts[0], stack.output_rows_first(), module)
 
 
 def _with_inputs_on(device: torch.device, generate: Callable[..., Any]) -> Callable[..., Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -27,6 +27,7 @@ from fate_moe.store.dense import default_dense_precision
 from fate_moe.store.files import Journal, atomic_file, locked_folder, require_space, sync_folder
 from fate_moe.store.format import FORMAT_VERSION, ExpertEntry, LayerEntry, Manifest
 from fate_moe.store.gguf import open_checkpoint
+from fate_moe.store.keep import Keep
 from fate_moe.store.open import open_store
 from fate_moe.store.plan import Plan, ShardPlan, bytes_of, identity_of, make_plan
 from fate_moe.store.progress import Advance, progress_bar
@@ -54,7 +55,7 @@ def convert(
     solver: str = DEFAULT_SOLVER,
     group_size: int = 64,
     dense_precision: str | None = None,
-    keep: Mapping[int, str] | None = None,
+    keep: Keep | None = None,
     calibration: Importance | None = None,
     progress: bool | None = None,
 ) -> Path:
@@ -62,9 +63,9 @@ def convert(
 
     Peak memory stays near the largest single tensor (for families whose conversion mixes experts, near one layer's stack).
     A killed conversion continues when called again; a second one at the same time waits for the first. A whole store of the same
-    source at ``destination`` is left as it is. ``solver`` and ``group_size`` concern quantized precisions; ``keep`` gives layers
-    other ones, ``calibration`` weighs the solver's errors. ``dense_precision`` is that of all other matrices (None: int8 where the
-    experts are quantized). ``progress`` draws a bar on stderr (None: when it is a terminal).
+    source at ``destination`` is left as it is. ``solver`` and ``group_size`` concern quantized precisions; ``keep`` gives
+    layers or single experts other ones, ``calibration`` weighs the solver's errors. ``dense_precision`` is that of all other
+    matrices (None: int8 where the experts are quantized). ``progress`` draws a bar on stderr (None: when it is a terminal).
     Raises CheckpointError or UnsupportedModelError for the source, StoreError when ``destination`` is something else,
     DiskSpaceError when it does not fit, ConfigError for an unknown precision, solver or group size.
     """
@@ -195,24 +196,25 @@ def _write_shard(
         advance(len(shard.header))
         for expert in range(shard.stack.num_experts):
             tensors = plan.make_experts(shard.stack, expert, whole)
-            if shard.layout.precision != "lossless" and not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+            layout = shard.layouts[expert]
+            if layout.precision != "lossless" and not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
                 raise CheckpointError(f"{shard.stack.name} expert {expert} is not finite everywhere; use --precision lossless")
             matter = calibration.importance(shard.stack.layer, expert) if calibration else None
-            grids = plan.make_grids(shard.stack, expert) if shard.layout.plane_widths else None
-            blob = memoryview(encode(shard.layout, tensors, solver, matter, grids))
-            checksums.append([xxhash.xxh3_64_hexdigest(blob[s.offset : s.offset + s.length]) for s in shard.layout.sections])
+            grids = plan.make_grids(shard.stack, expert) if layout.plane_widths else None
+            blob = memoryview(encode(layout, tensors, solver, matter, grids))
+            checksums.append([xxhash.xxh3_64_hexdigest(blob[s.offset : s.offset + s.length]) for s in layout.sections])
             file.write(blob)
             advance(len(blob))
     return checksums
 
 
 def _manifest(plan: Plan, title: str, dense: str, identity: str, dense_checksum: str, checksums: list[list[list[str]]]) -> Manifest:
-    layouts = tuple(dict.fromkeys(shard.layout for shard in plan.shards))
+    layouts = tuple(dict.fromkeys(layout for shard in plan.shards for layout in shard.layouts))
     layers = tuple(
         LayerEntry(
             shard.stack.name,
             shard.name,
-            layouts.index(shard.layout),
+            tuple(layouts.index(layout) for layout in shard.layouts),
             tuple(ExpertEntry(blob.offset, tuple(sums)) for blob, sums in zip(shard.blobs, of_shard, strict=True)),
         )
         for shard, of_shard in zip(plan.shards, checksums, strict=True)
@@ -221,7 +223,7 @@ def _manifest(plan: Plan, title: str, dense: str, identity: str, dense_checksum:
         format_version=FORMAT_VERSION,
         source=title,
         family=plan.model.config.model_type,
-        precision=Counter(shard.layout.precision for shard in plan.shards).most_common(1)[0][0],
+        precision=Counter(layout.precision for shard in plan.shards for layout in shard.layouts).most_common(1)[0][0],
         dtype=dtype_name(plan.dtype),
         layouts=layouts,
         layers=layers,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fate_moe.core import PRECISIONS, SLOT_ALIGNMENT, BlobLayout, Part, Section
+from fate_moe.core import PRECISIONS, SLOT_ALIGNMENT, BlobLayout, ExpertId, Part, Section
 from fate_moe.errors import StoreError
 from fate_moe.quant.dtypes import TORCH_DTYPES
 from fate_moe.store.checked import checksum, count, file_name, items, require, text
@@ -37,11 +37,14 @@ class ExpertEntry:
 
 @dataclass(frozen=True)
 class LayerEntry:
-    """One MoE layer: the experts module's path, its shard's file name, and which of the manifest's layouts its blobs have."""
+    """One MoE layer: the experts module's path, its shard's file name, and which of the manifest's layouts each expert's blob has.
+
+    ``fate.json`` says one number where all have the same.
+    """
 
     name: str
     shard: str
-    layout: int
+    layouts: tuple[int, ...]
     experts: tuple[ExpertEntry, ...]
 
 
@@ -49,7 +52,7 @@ class LayerEntry:
 class Manifest:
     """What ``fate.json`` says.
 
-    ``precision`` is the most layers' (a mixed store's layouts have others too), ``dtype`` is the experts' own (BF16, F16, F32).
+    ``precision`` is the most experts' (a mixed store's layouts have others too), ``dtype`` is the experts' own (BF16, F16, F32).
     ``dense_bytes`` and ``shard_bytes`` are lengths of whole files, and ``dense_checksum`` is over all of dense.safetensors, whose
     matrices are quantized as ``dense_precision`` says (store/dense.py). ``identity`` tells stores of other sources, precisions or
     solvers apart.
@@ -86,23 +89,32 @@ class Manifest:
     @property
     def slot_bytes(self) -> int:
         """Room that any expert fits into."""
-        return max(self.layouts[layer.layout].length for layer in self.layers)
+        return max(self.layouts[index].length for layer in self.layers for index in set(layer.layouts))
 
     @property
     def expert_bytes(self) -> int:
         """All blobs together."""
-        return sum(self.layouts[layer.layout].length * len(layer.experts) for layer in self.layers)
+        return sum(layout.length for layer in range(self.num_layers) for layout in self.layouts_of(layer))
 
-    def layers_by_precision(self) -> dict[str, list[int]]:
-        """The MoE layers of each precision."""
-        found: dict[str, list[int]] = {}
-        for number in range(self.num_layers):
-            found.setdefault(self.layout_of(number).precision, []).append(number)
+    def layers_by_precision(self) -> dict[str, list[str]]:
+        """The MoE layers of each precision, by number; where a layer has several, with the experts: "3.experts.7"."""
+        found: dict[str, list[str]] = {}
+        for layer in range(self.num_layers):
+            layouts = self.layouts_of(layer)
+            if len(set(layouts)) == 1:
+                found.setdefault(layouts[0].precision, []).append(str(layer))
+                continue
+            for expert, layout in enumerate(layouts):
+                found.setdefault(layout.precision, []).append(f"{layer}.experts.{expert}")
         return found
 
-    def layout_of(self, layer: int) -> BlobLayout:
-        """The layout of every blob of MoE layer ``layer``."""
-        return self.layouts[self.layers[layer].layout]
+    def layouts_of(self, layer: int) -> tuple[BlobLayout, ...]:
+        """The layouts of MoE layer ``layer``'s blobs, by expert."""
+        return tuple(self.layouts[index] for index in self.layers[layer].layouts)
+
+    def layout_of(self, expert: ExpertId) -> BlobLayout:
+        """The layout of ``expert``'s blob."""
+        return self.layouts[self.layers[expert.layer].layouts[expert.expert]]
 
     def to_json(self) -> str:
         """The text of ``fate.json``: same manifest, same bytes."""
@@ -121,7 +133,7 @@ class Manifest:
             {
                 "name": layer.name,
                 "shard": layer.shard,
-                "layout": layer.layout,
+                "layout": layer.layouts[0] if len(set(layer.layouts)) == 1 else layer.layouts,
                 "experts": [[expert.offset, *expert.checksums] for expert in layer.experts],
             }
             for layer in self.layers
@@ -260,19 +272,25 @@ def _layout(entry: dict[str, Any]) -> BlobLayout:
 
 
 def _layer(entry: dict[str, Any], layouts: tuple[BlobLayout, ...], shard_bytes: dict[str, int]) -> LayerEntry:
-    name, shard, index = text(entry["name"]), text(entry["shard"]), count(entry["layout"])
-    length, num_sections = layouts[index].length, len(layouts[index].sections)
+    name, shard, said = text(entry["name"]), text(entry["shard"]), entry["layout"]
     experts = tuple(ExpertEntry(count(offset), tuple(map(checksum, sums))) for offset, *sums in items(entry["experts"]))
     require(bool(experts), f"{name} has no experts")
-    for number, expert in enumerate(experts):
+    numbers = tuple(map(count, items(said))) if isinstance(said, list) else (count(said),) * len(experts)
+    require(len(numbers) == len(experts), f"{name} has {len(numbers)} layouts for {len(experts)} experts")
+    for number, (expert, layout) in enumerate(zip(experts, (layouts[index] for index in numbers), strict=True)):
         where = f"{name} expert {number}"
         require(expert.offset > 0 and expert.offset % SLOT_ALIGNMENT == 0, f"{where} at {expert.offset}")
-        require(expert.offset + length <= shard_bytes[shard], f"{where} ends outside {shard}")
-        require(len(expert.checksums) == num_sections, f"{where} has {len(expert.checksums)} checksums instead of {num_sections}")
-    return LayerEntry(name, shard, index, experts)
+        require(expert.offset + layout.length <= shard_bytes[shard], f"{where} ends outside {shard}")
+        found, wanted = len(expert.checksums), len(layout.sections)
+        require(found == wanted, f"{where} has {found} checksums instead of {wanted}")
+    return LayerEntry(name, shard, numbers, experts)
 
 
 def _no_overlaps(layers: tuple[LayerEntry, ...], layouts: tuple[BlobLayout, ...]) -> None:
-    spans = sorted((layer.shard, e.offset, layouts[layer.layout].length, layer.name) for layer in layers for e in layer.experts)
+    spans = sorted(
+        (layer.shard, expert.offset, layouts[index].length, layer.name)
+        for layer in layers
+        for expert, index in zip(layer.experts, layer.layouts, strict=True)
+    )
     for (shard, offset, length, name), (next_shard, next_offset, _, _) in itertools.pairwise(spans):
         require(shard != next_shard or offset + length <= next_offset, f"experts of {name} overlap at {next_offset}")

@@ -57,10 +57,9 @@ def open_store(path: str | Path) -> Store:
     _header(path / "dense.safetensors", store.manifest.dense_bytes)
     entries = {shard: _header(path / shard, length) for shard, length in store.manifest.shard_bytes.items()}
     for layer in store.manifest.layers:
-        length = store.manifest.layouts[layer.layout].length
-        for number, expert in enumerate(layer.experts):
+        for number, (expert, index) in enumerate(zip(layer.experts, layer.layouts, strict=True)):
             entry = entries[layer.shard].get(f"{layer.name}.{number}")
-            if entry is None or (entry.offset, entry.length) != (expert.offset, length):
+            if entry is None or (entry.offset, entry.length) != (expert.offset, store.manifest.layouts[index].length):
                 raise StoreError(f"{path / layer.shard}: {layer.name} expert {number} is not where fate.json says; {_AGAIN}")
     return store
 
@@ -127,12 +126,12 @@ def verify(store: Store, progress: bool | None = None) -> None:
         _checked_read(store.path / "dense.safetensors", manifest.dense_bytes, manifest.dense_checksum, memory, reuse=True)
         advance(manifest.dense_bytes)
         for number, layer in enumerate(manifest.layers):
-            length = manifest.layouts[layer.layout].length
             with closing(open_file(store.path / layer.shard)) as file:
-                for index in range(len(layer.experts)):
-                    read_blob(store, file, ExpertId(number, index), memory[:length])
-                    check_blob(store, ExpertId(number, index), memory[:length])
-                    advance(length)
+                for index, layout in enumerate(manifest.layouts_of(number)):
+                    blob = memory[: layout.length]
+                    read_blob(store, file, ExpertId(number, index), blob)
+                    check_blob(store, ExpertId(number, index), blob)
+                    advance(len(blob))
 
 
 def open_file(path: Path, direct: bool = True) -> DirectFile:
@@ -157,13 +156,13 @@ def read_blob(store: Store, file: DirectFile, expert: ExpertId, blob: memoryview
 
 def check_blob(store: Store, expert: ExpertId, blob: memoryview) -> None:
     """Compare ``blob`` with ``expert``'s checksums, section by section. Raises CorruptExpertError naming file, layer and expert."""
-    for number in range(len(store.manifest.layout_of(expert.layer).sections)):
+    for number in range(len(store.manifest.layout_of(expert).sections)):
         check_section(store, expert, blob, number)
 
 
 def check_section(store: Store, expert: ExpertId, blob: memoryview, number: int) -> None:
     """As ``check_blob``, section ``number`` alone; the rest of ``blob`` may be anything."""
-    section = store.manifest.layout_of(expert.layer).sections[number]
+    section = store.manifest.layout_of(expert).sections[number]
     checksum = store.manifest.layers[expert.layer].experts[expert.expert].checksums[number]
     if xxhash.xxh3_64_hexdigest(blob[section.offset : section.offset + section.length]) != checksum:
         where = f"{store.shard_of(expert)}: layer {expert.layer} expert {expert.expert}"

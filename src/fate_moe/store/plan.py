@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,7 @@ from fate_moe.quant.solver import DEFAULT_SOLVER, Solver
 from fate_moe.skeleton import ExpertStack, build_skeleton, expert_stacks, parameter_dtypes
 from fate_moe.store.dense import dense_layouts, encode_dense
 from fate_moe.store.format import FORMAT_VERSION, blob_layout
+from fate_moe.store.keep import Keep, precisions_of
 from fate_moe.store.mapping import Recipe, find_recipes
 from fate_moe.store.source import Checkpoint
 from fate_moe.store.tensorfile import TensorEntry, place_tensors
@@ -51,11 +52,11 @@ class DenseTensor:
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """One MoE layer's file: its header, and where each expert's blob goes."""
+    """One MoE layer's file: its header, and how each expert's blob is laid out and where it goes."""
 
     name: str
     stack: ExpertStack
-    layout: BlobLayout
+    layouts: tuple[BlobLayout, ...]
     header: bytes
     blobs: tuple[TensorEntry, ...]
 
@@ -143,7 +144,7 @@ def identity_of(
     solver: str = DEFAULT_SOLVER,
     group_size: int = 64,
     dense: str = "lossless",
-    keep: Mapping[int, str] | None = None,
+    keep: Keep | None = None,
     calibration: str = "",
 ) -> str:
     """Changes when the store would: the weight files' names, sizes and times, config.json, what is asked for, format version."""
@@ -153,7 +154,7 @@ def identity_of(
     if dense != "lossless":
         facts.append(dense)
     if keep or calibration:
-        facts += [sorted((keep or {}).items()), calibration]
+        facts += [sorted((keep or {}).items(), key=lambda kept: (type(kept[0]) is not int, kept)), calibration]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
@@ -162,9 +163,9 @@ def make_plan(
     precision: str,
     group_size: int = 64,
     dense_precision: str = "lossless",
-    keep: Mapping[int, str] | None = None,
+    keep: Keep | None = None,
 ) -> Plan:
-    """``keep``: other precisions of experts, by layer.
+    """``keep``: other precisions of layers or single experts.
 
     Raises CheckpointError naming the first parameter that the checkpoint lacks, UnsupportedModelError for odd experts.
     """
@@ -177,17 +178,21 @@ def make_plan(
         _check_stack(stack, recipes, checkpoint)
     dtype = _experts_dtype(checkpoint, recipes, routed)
     header, _ = place_tensors((tensor.name, dtype_name(tensor.stored[0]), tensor.stored[1]) for tensor in dense)
-    shards = tuple(_shard(stack, len(stacks), (keep or {}).get(stack.layer, precision), dtype, group_size) for stack in stacks)
+    shards = tuple(
+        _shard(stack, len(stacks), precisions_of(stack.layer, stack.num_experts, precision, keep or {}), dtype, group_size)
+        for stack in stacks
+    )
     plan = Plan(checkpoint, model, recipes, dtype, tuple(dense), header, shards)
     _check_tied(plan)
     return plan
 
 
-def _shard(stack: ExpertStack, num_stacks: int, precision: str, dtype: torch.dtype, group_size: int) -> ShardPlan:
-    shapes = {name: shape[::-1] if stack.is_transposed else shape for name, shape in stack.parameters.items()}
-    layout = blob_layout(precision, shapes, dtype_name(dtype), group_size)
-    header, blobs = place_tensors((f"{stack.name}.{i}", "U8", (layout.length,)) for i in range(stack.num_experts))
-    return ShardPlan(f"experts-{stack.layer + 1:05}-of-{num_stacks:05}.safetensors", stack, layout, header, tuple(blobs))
+def _shard(stack: ExpertStack, num_stacks: int, precisions: Sequence[str], dtype: torch.dtype, group_size: int) -> ShardPlan:
+    shapes, name = stack.output_rows_first(), dtype_name(dtype)
+    made = {precision: blob_layout(precision, shapes, name, group_size) for precision in dict.fromkeys(precisions)}
+    layouts = tuple(made[precision] for precision in precisions)
+    header, blobs = place_tensors((f"{stack.name}.{i}", "U8", (layout.length,)) for i, layout in enumerate(layouts))
+    return ShardPlan(f"experts-{stack.layer + 1:05}-of-{num_stacks:05}.safetensors", stack, layouts, header, tuple(blobs))
 
 
 def _dense_tensors(

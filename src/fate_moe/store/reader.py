@@ -27,7 +27,7 @@ class DiskSource:
         if they cannot be read whole, CorruptExpertError if a section differs from its checksum; both name file, layer and expert.
         """
         manifest = self.store.manifest
-        layout = manifest.layout_of(expert.layer)
+        layout = manifest.layout_of(expert)
         sections = layout.sections[first:last]
         start = sections[0].offset // SLOT_ALIGNMENT * SLOT_ALIGNMENT
         stop = layout.length
