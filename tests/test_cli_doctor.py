@@ -26,3 +26,27 @@ def test_without_a_gpu_one_line_says_so(verb: list[str], capsys: pytest.CaptureF
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert error.startswith("fate: no GPU can be used here: ")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--host-share", "0.5"], "host_share is of experts that a GPU misses; give vram too"),
+        (["--vram", "1GiB", "--host-share", "most"], "host_share 'most' is not auto, off or a share between 0 and 1"),
+        (["--vram", "1GiB", "--predictor", "temporal"], "on a GPU the next layer's router predicts"),
+    ],
+)
+def test_options_of_a_gpu_that_mean_nothing(options: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *options]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert said in error
+
+
+@pytest.mark.parametrize("verb", ["run", "chat", "plan"])
+def test_help_says_what_the_hosts_share_costs(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([verb, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "tokens may depend on what is in VRAM; default: off" in text
+    assert "doctor --calibrate" in text
