@@ -22,12 +22,14 @@ import torch
 import transformers
 import triton
 
-from benchmarks.gpu_measure import copies, event, host_answers, kernels, launches, overlap, similarity
+from benchmarks.gpu_measure import copies, copy_microseconds, event, host_answers, kernels, launches, overlap
 from benchmarks.gpu_model import GEOMETRIES, TOPIC_POWER, RandomModel
 from benchmarks.gpu_peers import PathStep, accelerated, activation_paths
+from benchmarks.gpu_routing import as_array, belady_misses, fit_gates, foretold, recorded
 from fate_moe.errors import FateError
 from fate_moe.gpu.dense import ByteLinear
 from fate_moe.gpu.options import DeviceOptions
+from fate_moe.gpu.tables import layer_quotas
 from fate_moe.kernels.native import native
 from fate_moe.models.fused import FusedStep
 
@@ -36,10 +38,14 @@ PROMPT, LENGTH = 64, 1024
 # Each is what its name says in this engine's terms: the same slots, kernels and graph for all of them.
 METHODS: dict[str, DeviceOptions] = {
     "load on demand": DeviceOptions(eviction="recency", limit=0, overlap=False),
-    "eap": DeviceOptions(limit=1),
+    "eap": DeviceOptions(eviction="frequency"),
     "fate": DeviceOptions(eviction="recency", limit=1, num_whole=4, overlap=False),
     "no prefetch": DeviceOptions(limit=0),
     "best": DeviceOptions(),
+    "counted": DeviceOptions(eviction="frequency"),  # as best before the router's probabilities were weighed
+    "wide": DeviceOptions(least=0.0),  # expects half as many experts again as are chosen
+    "fitted": DeviceOptions(),  # next layer's choice by gates fitted to this model
+    "fetch 27": DeviceOptions(fetch_programs=27),
     "prefetch 2": DeviceOptions(limit=2),
     "host": DeviceOptions(host_share=0.5),
     "host, prefetch 2": DeviceOptions(limit=2, host_share=0.7),
@@ -48,11 +54,16 @@ _PROFILED = ("load on demand", "best", "host")  # a profile takes as long as a c
 
 
 def decode(
-    random: RandomModel, cache: Any, share: float, method: str, paths: torch.Tensor, warm: int, measured: int
+    random: RandomModel, cache: Any, share: float, method: str, learned: dict[str, Any], warm: int, measured: int
 ) -> tuple[dict[str, Any], Any]:
-    """One cell: tokens a second with ``share`` of the experts resident; and the tokens and last logits it came to."""
-    experts = random.experts(share, METHODS[method])
-    step = PathStep(random.model, experts, cache, paths) if method == "eap" else FusedStep(random.model, experts, cache)
+    """One cell: tokens a second with ``share`` of the experts resident; and the tokens and last logits it came to.
+
+    ``learned`` are activation paths for "eap" and gates for "fitted"."""
+    options, top_k = METHODS[method], random.model.config.num_experts_per_tok
+    if method == "wide":
+        options = replace(options, num_predicted=-(-3 * top_k // 2))
+    experts = random.experts(share, options, learned["fitted"] if method == "fitted" else ())
+    step = PathStep(random.model, experts, cache, learned["eap"]) if method == "eap" else FusedStep(random.model, experts, cache)
     step.script = random.script[: step.tokens.numel()]
     step.begin(int(random.script[PROMPT]), PROMPT)
     step.capture()
@@ -92,6 +103,7 @@ def main() -> None:
     parser.add_argument("--measured", type=int, default=256, help="tokens that are timed")
     parser.add_argument("--layers", type=int, help="fewer layers than the geometry has")
     parser.add_argument("--prefill", nargs="*", type=int, default=[512, 2048])
+    parser.add_argument("--prefill-methods", nargs="+", choices=METHODS, default=["best"])
     parser.add_argument("--peer", type=float, nargs="*", default=[0.25], help="shares of experts in VRAM to run accelerate with")
     parser.add_argument("--peer-layers", type=int, help="fewer layers for accelerate, whose experts are bf16 in host memory")
     parser.add_argument("--experts", nargs="+", choices=["int4", "int8"], default=["int4"], help="precision of the routed experts")
@@ -150,7 +162,6 @@ def _pieces(random: RandomModel, cache: Any, copied: dict[str, float], result: d
         own = transformers.StaticCache(config=config, max_cache_len=LENGTH)
         random.model(random.script[None, :PROMPT], past_key_values=own)
         expected = random.model(random.script[None, PROMPT : PROMPT + 1], past_key_values=own).logits[0, -1].float()
-    result["similarity"] = similarity(random)
     fused = FusedStep(random.model, whole, cache)
     fused.begin(int(random.script[PROMPT]), PROMPT)
     fused.step()
@@ -179,7 +190,12 @@ def _measure(
     whole = random.experts(1.0, DeviceOptions(num_whole=0))
     with torch.no_grad():
         random.model(random.script[None, :PROMPT], past_key_values=cache)  # what decoding starts from
-    paths = activation_paths(random) if "eap" in arguments.methods else torch.empty(0)
+    learned = {
+        name: learn(random) for name, learn in (("eap", activation_paths), ("fitted", fit_gates)) if name in arguments.methods
+    }
+    result["foretold"] = foretold(random, learned.get("fitted"))
+    result["copy_us"] = copy_microseconds(random, whole)
+    choices = as_array(recorded(random, random.script[: PROMPT + arguments.warm + arguments.measured])[1])
     del whole
     if not arguments.cells_only:
         _pieces(random, cache, copied, result)
@@ -192,7 +208,7 @@ def _measure(
                 continue
             torch.cuda.empty_cache()
             try:
-                row, (tokens, logits) = decode(random, cache, share, method, paths, arguments.warm, arguments.measured)
+                row, (tokens, logits) = decode(random, cache, share, method, learned, arguments.warm, arguments.measured)
             except (ValueError, FateError) as error:  # fewer slots than one pass needs, no C++ extension
                 result["cells"][f"{share:.2f} {method}"] = {"why_not": str(error)}
                 continue
@@ -204,17 +220,28 @@ def _measure(
             row["of_resident"] = resident / row["ms"]
             result["cells"][f"{share:.2f} {method}"] = row
             save()
-    for tokens in arguments.prefill:
-        for share in (1.0, 0.25):
+    for tokens, method in itertools.product(arguments.prefill, arguments.prefill_methods):
+        for share in (1.0, 0.25) if method == "best" else (0.25,):
             if time.perf_counter() - began < arguments.seconds:
-                result["cells"][f"{share:.2f} prefill {tokens}"] = prefill(random, share, tokens)
+                result["cells"][f"{share:.2f} prefill {tokens} {method}"] = prefill(random, share, tokens, method)
                 save()
+    layers, num_experts, top_k = len(random.stacks), random.stacks[0].num_experts, random.model.config.num_experts_per_tok
+    for share in arguments.shares:
+        if share < 1 and share * num_experts >= top_k:
+            quotas = layer_quotas(round(share * layers * num_experts), layers, num_experts, top_k, 0)
+            misses = belady_misses(choices, quotas, num_experts, PROMPT + arguments.warm)
+            link = misses * min(result["copy_us"].values()) / 1e3
+            result["cells"][f"{share:.2f} bound"] = {
+                "misses_per_token": misses, "ready": 1 - misses / layers / top_k, "link_ms": link,
+                "of_resident": resident / max(resident, link),
+            }  # fmt: skip
+    save()
 
 
-def prefill(random: RandomModel, share: float, tokens: int) -> dict[str, Any]:
+def prefill(random: RandomModel, share: float, tokens: int, method: str) -> dict[str, Any]:
     """Seconds until a prompt of ``tokens`` has been read, through transformers' own layers."""
     torch.cuda.empty_cache()
-    experts = random.experts(share, replace(DeviceOptions(), num_whole=0))
+    experts = random.experts(share, METHODS[method])
     prompt = random.script[None, :tokens]
     times = []
     for _ in range(3):

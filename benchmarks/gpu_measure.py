@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,7 @@ from fate_moe.kernels.triton_fetch import fetch_kernel
 from fate_moe.kernels.triton_share import ask_experts
 from fate_moe.models.fused import FusedStep
 
-__all__ = ["captured", "copies", "event", "host_answers", "kernels", "launches", "milliseconds", "overlap", "similarity"]
+__all__ = ["captured", "copies", "copy_microseconds", "event", "host_answers", "kernels", "launches", "milliseconds", "overlap"]
 
 
 def milliseconds(run: Callable[[], Any], repeat: int = 20) -> float:
@@ -75,6 +76,18 @@ def copies(results: dict[str, Any]) -> None:
             results[f"fetch_{count}x4MiB_by_{programs}"] = count * blob / took / 1e6
     assert torch.equal(pool.bytes[: 32 * blob].cpu(), arena.bytes[: 32 * blob]), "fetched bytes differ"
     arena.close()
+
+
+def copy_microseconds(random: RandomModel, experts: DeviceExperts) -> dict[str, float]:
+    """What one expert takes to come to its slot, by the number of the copying kernel's programs."""
+    staging, found = experts.pool.num_slots, {}
+    wanted = torch.tensor([[0, staging], [1, 0]], dtype=torch.int32, device="cuda")
+    whole = experts.options
+    for programs in (8, 16, 27, 32, 54):
+        experts.options = replace(whole, fetch_programs=programs)
+        found[str(programs)] = milliseconds(captured(lambda: experts.fetch(wanted), 8)) / 8 * 1e3
+    experts.options = whole
+    return found
 
 
 def kernels(random: RandomModel, experts: DeviceExperts, bandwidth: float, results: dict[str, Any]) -> None:
@@ -187,30 +200,3 @@ def host_answers(random: RandomModel, share: HostShare, results: dict[str, Any])
             share.collect(late)
 
         results["host_us"][str(count)] = milliseconds(captured(ask, 32)) / 32 * 1e3
-
-
-def similarity(random: RandomModel) -> dict[str, float]:
-    """Of neighbouring gate inputs in prefill: mean cosine, and how many of a layer's choices its router's top-k, 2k on the one
-    before has."""
-    inputs: list[torch.Tensor] = []
-    hooks = [
-        random.model.get_submodule(stack.block).register_forward_pre_hook(lambda module, args: inputs.append(args[0][0].float()))
-        for stack in random.stacks
-    ]
-    with torch.no_grad():
-        random.model(random.script[None, :256], logits_to_keep=1)
-    for hook in hooks:
-        hook.remove()
-    top_k = random.model.config.num_experts_per_tok
-    cosines, recall, wide, overlap = [], [], [], []
-    for layer in range(1, len(inputs)):
-        gate = random.model.get_submodule(random.stacks[layer].block).gate.weight.float()
-        cosines.append(torch.cosine_similarity(inputs[layer - 1], inputs[layer]).mean())
-        real = torch.zeros(inputs[layer].shape[0], gate.shape[0], device="cuda")
-        real.scatter_(1, (inputs[layer] @ gate.T).topk(top_k).indices, 1)
-        guess = inputs[layer - 1] @ gate.T
-        recall.append(real.gather(1, guess.topk(top_k).indices).sum(1).mean() / top_k)
-        wide.append(real.gather(1, guess.topk(2 * top_k).indices).sum(1).mean() / top_k)
-        overlap.append((real[1:] * real[:-1]).sum(1).mean() / top_k)
-    pairs = {"cosine": cosines, "recall_k": recall, "recall_2k": wide, "previous_token": overlap}
-    return {name: float(torch.stack(values).mean()) for name, values in pairs.items()}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,8 +106,8 @@ class RandomModel:
         layouts = [device_layout(layout, shapes, model.get_submodule(stack.name)) for stack in stacks]
         return cls(name, model, stacks, layout, layouts, arena, _script(model, length))
 
-    def experts(self, resident: float, options: DeviceOptions) -> DeviceExperts:
-        """``resident`` is the share of all experts."""
+    def experts(self, resident: float, options: DeviceOptions, fitted: Sequence[torch.Tensor | None] = ()) -> DeviceExperts:
+        """``resident`` is the share of all experts; ``fitted`` as DeviceExperts'."""
         num_experts, top_k = self.stacks[0].num_experts, self.model.config.num_experts_per_tok
         device = torch.device("cuda")
         quotas = layer_quotas(
@@ -116,7 +117,9 @@ class RandomModel:
         pool = VramPool(tables.num_slots, 2 * min(32, num_experts), self.layout.length, device)
         gates = gates_of(self.model, self.stacks)
         share = self.host_share() if options.host_share else None
-        experts = DeviceExperts(self.device_layouts, self.arena, pool, tables, gates, top_k=top_k, options=options, share=share)
+        experts = DeviceExperts(
+            self.device_layouts, self.arena, pool, tables, gates, top_k=top_k, options=options, share=share, fitted=fitted
+        )
         experts.fill()
         attach_device(self.model, self.stacks, experts)
         return experts

@@ -26,7 +26,7 @@ from tests.checkpoints import tiny_model
 CPU = torch.device("cpu")
 
 
-def on_device(model: Any, num_slots: int, **options: Any) -> DeviceExperts:
+def on_device(model: Any, num_slots: int, fitted: Any = (), **options: Any) -> DeviceExperts:
     """Move ``model``'s experts into an arena, losslessly, and run them from ``num_slots`` slots."""
     stacks = expert_stacks(model)
     shapes = stacks[0].output_rows_first()
@@ -42,7 +42,7 @@ def on_device(model: Any, num_slots: int, **options: Any) -> DeviceExperts:
     tables = ResidencyTables(layer_quotas(num_slots, len(stacks), experts, top_k + chosen.limit, chosen.num_whole), experts, CPU)
     pool = VramPool(tables.num_slots, 4, layout.length, CPU)
     layouts = [device_layout(layout, shapes, model.get_submodule(stack.name)) for stack in stacks]
-    device = DeviceExperts(layouts, arena, pool, tables, gates_of(model, stacks), top_k=top_k, options=chosen)
+    device = DeviceExperts(layouts, arena, pool, tables, gates_of(model, stacks), top_k=top_k, options=chosen, fitted=fitted)
     device.fill()
     attach_device(model, stacks, device)
     return device
@@ -83,11 +83,29 @@ def test_fused_steps_are_the_models_own(family: str) -> None:
 def test_same_numbers_for_every_budget_and_option() -> None:
     exact, tokens, device = fused_logits(tiny_model("qwen3_moe"), num_slots=16, steps=2)
     assert device.counters().misses == 0
-    for slots, options in ((4, {"limit": 0}), (6, {"eviction": "recency"}), (10, {"overlap": False, "num_whole": 1})):
+    for slots, options in (
+        (4, {"limit": 0}),
+        (6, {"eviction": "recency"}),
+        (10, {"overlap": False, "num_whole": 1}),
+        (7, {"eviction": "probability"}),
+    ):
         logits, same, device = fused_logits(tiny_model("qwen3_moe"), num_slots=slots, steps=2, **options)
         assert torch.equal(logits, exact)
         assert same == tokens
         assert device.counters().misses > 0
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe"])
+def test_a_fitted_gate_says_who_comes_early_and_changes_no_number(family: str) -> None:
+    exact, tokens, _ = fused_logits(tiny_model(family), num_slots=16, steps=2)
+    config = tiny_model(family).config
+    gate = torch.zeros(config.num_experts, config.hidden_size + 1)
+    gate[config.num_experts - 1, -1] = 1.0  # sure of the last expert, which no slot holds at first
+    logits, same, device = fused_logits(tiny_model(family), num_slots=8, steps=2, fitted=[None, gate], num_predicted=1)
+    assert torch.equal(logits, exact)
+    assert same == tokens
+    assert device.counters().prefetched > 0
+    assert (1, config.num_experts - 1) in [(layer, expert) for layer, expert, _ in device.tables.residents()]
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe"])

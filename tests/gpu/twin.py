@@ -25,6 +25,13 @@ class DecayedFrequency:
     def touched(self, expert: ExpertId) -> None:
         self._scores[expert] = math.log2(2 ** self._scores.get(expert, 0.0) + 2 ** (self.now / self._half_life))
 
+    def weigh(self, layer: int, weights: Sequence[float]) -> None:
+        """Every expert of ``layer`` was used so much."""
+        for number, weight in enumerate(weights):
+            expert = ExpertId(layer, number)
+            use = weight * 2 ** (self.now / self._half_life)
+            self._scores[expert] = math.log2(2 ** self._scores.get(expert, 0.0) + use)
+
     def removed(self, expert: ExpertId) -> None:
         self._admitted.remove(expert)
 
@@ -48,7 +55,7 @@ class Residency:
             for number in reversed(range(quota)):  # never used, the lowest first to go, as the device's tables begin
                 policies[layer].admitted(ExpertId(layer, number), prefetched=True)
 
-    def step(self, layer: int, routed: set[int]) -> list[tuple[ExpertId, int]]:
+    def step(self, layer: int, routed: set[int], touch: bool = True) -> list[tuple[ExpertId, int]]:
         """The router has spoken: who must be fetched to which slot."""
         chosen = [ExpertId(layer, number) for number in sorted(routed)]
         missing = [expert for expert in chosen if expert not in self.slot_of]
@@ -61,7 +68,7 @@ class Residency:
         self.late = {expert.expert for expert in chosen if expert in missing or expert in self.under_way}
         wanted = [(expert, self._replace(expert, kept, prefetched=False)) for expert in missing]
         self.under_way = {expert for expert in self.under_way if expert.layer != layer}
-        for expert in chosen:
+        for expert in chosen if touch else ():
             self.policies[layer].touched(expert)
         return wanted
 

@@ -55,11 +55,14 @@ class DeviceExperts:
         options: DeviceOptions | None = None,
         share: HostShare | None = None,
         precision: PrecisionPolicy | None = None,
+        fitted: Sequence[torch.Tensor | None] = (),
     ) -> None:
         """``host`` is where misses come from; an arena alone holds all experts. ``gates[l]`` is the weight [num_experts, hidden] of
         layer l's router, None where it has none that can be applied early.
         ``share`` computes what ``options.host_share`` leaves to the host;
-        ``precision`` says how many bits of each missing expert prefill copies (None: all)."""
+        ``precision`` says how many bits of each missing expert prefill copies (None: all).
+        ``fitted[l]`` [num_experts, hidden + 1] foretells layer l from the gate input before in a fused step, better than its router
+        (store/learned.py: Gates.ahead[0]); None or absent: the router does."""
         self.precision = precision
         self.layouts, self.pool, self.tables, self.gates = list(layouts), pool, tables, list(gates)
         self.host: HostTier = WholeHost(host) if isinstance(host, PinnedArena) else host
@@ -82,6 +85,7 @@ class DeviceExperts:
         self._asked = False  # the residency step may have asked the host for rows that nobody collects yet
         self._listed = False  # the residency step listed prefetches that are not enqueued yet
         self._arriving: Any = None  # the mark of prefetches that the main lane has not waited for
+        self.fitted = list(fitted) or [None] * len(self.gates)
         self._exact = all(gate is None or gate.dtype == torch.float32 for gate in gates)
         self._prefill = Prefill(self)
 
@@ -178,14 +182,16 @@ class DeviceExperts:
         """
         tables, options, share = self.tables, self.options, self._share
         ahead, listed = self._looks_ahead_to(layer + 1), self._ahead[(layer + 1) % 2]
+        plain = not ahead or self.fitted[layer + 1] is None  # what a fitted gate says is no softmax's input: its order alone counts
         self._asked = share is not None and tables.quotas[layer] < tables.num_experts
         questions, asked, most = (share.questions, share.asked, share.most) if share is not None else (listed, listed, 0)
         route_kernel[(1 + ahead,)](
             logits, next_logits, routing_weights, self.slots, self.late, self._demand, self._demand[-1], listed, listed[-1],
             tables.slot_of, tables.score, tables.unused, tables.counters, tables.clock, layer, len(self.layouts) - 1,
-            options.half_life, options.num_predicted or self.top_k, options.least, options.limit, 1 - options.host_share,
+            options.half_life, options.num_predicted or self.top_k, options.least if plain else 0.0, options.limit, 1 - options.host_share,
             questions, asked, hidden, num_experts=tables.num_experts, top_k=self.top_k, cols=self.layouts[layer].cols,
-            NORMALIZE=normalize, FREQUENCY=options.eviction == "frequency", HOST=self._asked, MOST=most,
+            NORMALIZE=normalize, FREQUENCY=options.eviction != "recency", WEIGHED=options.eviction == "probability",
+            HOST=self._asked, MOST=most,
             E=triton.next_power_of_2(tables.num_experts), R=triton.next_power_of_2(self.top_k), num_warps=4,
         )  # fmt: skip
         if ahead:
@@ -203,7 +209,7 @@ class DeviceExperts:
             index, hidden, self.staged, self.slots, self.late, self._demand, self._demand[-1],
             tables.slot_of, tables.score, tables.unused, tables.counters, tables.clock, layer, len(self.layouts) - 1,
             options.half_life, num_experts=tables.num_experts, num_rows=index.numel(), cols=cols, PLANES=self.layouts[layer].planes,
-            FREQUENCY=options.eviction == "frequency", E=triton.next_power_of_2(tables.num_experts),
+            FREQUENCY=options.eviction != "recency", E=triton.next_power_of_2(tables.num_experts),
             R=triton.next_power_of_2(index.numel()), BLOCK=1024, num_warps=4,
         )  # fmt: skip
 
@@ -222,7 +228,7 @@ class DeviceExperts:
             prefetch_kernel[(1,)](
                 self._logits, listed, listed[-1], tables.slot_of, tables.score, tables.unused, tables.counters, tables.clock,
                 layer + 1, tokens, options.num_predicted or self.top_k, options.least, options.limit,
-                num_experts=tables.num_experts, FREQUENCY=options.eviction == "frequency",
+                num_experts=tables.num_experts, FREQUENCY=options.eviction != "recency",
                 E=triton.next_power_of_2(tables.num_experts), num_warps=8,
             )  # fmt: skip
         self._listed = True

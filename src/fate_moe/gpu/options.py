@@ -13,7 +13,8 @@ __all__ = ["DeviceOptions", "device_options"]
 class DeviceOptions:
     """Who gives up a slot and what is fetched ahead.
 
-    eviction: "frequency" (uses, halved every ``half_life`` tokens) or "recency".
+    eviction: "frequency" (uses, halved every ``half_life`` tokens), "probability" (the same, of what the router gave every expert,
+    where the step has it: fused ones) or "recency".
     limit: prefetches per layer, at most; 0 for none (``gpu/regime.py`` says where they only stand in the way).
     num_predicted: that many of the likeliest experts are expected (0: the router's top-k), if their softmax probability is at
     least ``least``.
@@ -22,7 +23,7 @@ class DeviceOptions:
     the host's bandwidth over the sum of both. They round otherwise than on the device, so tokens may differ from fully resident.
     """
 
-    eviction: str = "frequency"
+    eviction: str = "probability"
     half_life: float = 32.0
     limit: int = 1
     num_predicted: int = 0
@@ -33,8 +34,8 @@ class DeviceOptions:
     host_share: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.eviction not in ("frequency", "recency"):
-            raise ConfigError(f"eviction {self.eviction!r} is not one of frequency, recency")
+        if self.eviction not in ("frequency", "probability", "recency"):
+            raise ConfigError(f"eviction {self.eviction!r} is not one of frequency, probability, recency")
         if self.limit < 0 or self.num_predicted < 0 or self.num_whole < 0 or self.half_life <= 0 or self.fetch_programs < 1:
             raise ConfigError(f"{self}: counts must not be negative, half-life and fetch programs must be positive")
         if not 0 <= self.host_share <= 1:

@@ -73,6 +73,8 @@ class Prefill:
 
         waves = [missing[start : start + self._half] for start in range(0, len(missing), self._half)]
         copied = self._copy(layer, waves[0], short) if waves else []  # under way while the residents compute
+        if copied and not experts.options.overlap:
+            self._main.wait(self._arrived[-1])
         run([(expert, slots[expert]) for expert in chosen if slots[expert] >= 0])
         if early:
             self._await()
@@ -83,7 +85,9 @@ class Prefill:
             run(copied)
             self._release()
             copied = self._copy(layer, wave, short) if wave else []
-        many = tokens * top_k >= _AHEAD_CHOICES * num_experts
+        # On demand alone: nothing before the router has spoken. (No copies ahead in decode, for large experts, is another matter.)
+        looks = experts.options.limit > 0 or experts.options.overlap
+        many = looks and tokens * top_k >= _AHEAD_CHOICES * num_experts
         ahead = [expert for expert, slot in enumerate(next_slots) if slot < 0][: self._half] if many else []
         self._early, self._early_layer = self._copy(layer + 1, ahead, {}), layer + 1
         weighted = outputs.view(tokens, top_k, -1) * routing_weights.reshape(tokens, top_k, 1)

@@ -8,7 +8,8 @@ prefetched and not asked for since; 2: and its layer has not run since, so the c
 
 Scores: by recency, the time of the last use, and a prefetched expert counts as never used until it is asked for; by decayed
 frequency, the base-2 logarithm of the sum over uses of 2^(time / half-life), which orders experts as letting all their counts
-decay would (forward decay, Cormode et al., ICDE 2009); it outlives residency.
+decay would (forward decay, Cormode et al., ICDE 2009); it outlives residency. By decayed probability, the same sum over all tokens,
+times the root of what the router gave the expert: one that was nearly chosen again and again stays, one chosen once by chance goes.
 
 Twin: ``kernels/reference.py: ResidencyTable``, over the policies that run on the CPU.
 """
@@ -42,6 +43,7 @@ def _highest(score, candidates, expert, E: tl.constexpr):
 @triton.jit
 def _settle(
     choice,
+    probability,
     slots,
     late_rows,
     wanted,
@@ -62,12 +64,15 @@ def _settle(
     num_rows: tl.constexpr,
     cols: tl.constexpr,
     FREQUENCY: tl.constexpr,
+    WEIGHED: tl.constexpr,
     HOST: tl.constexpr,
     MOST: tl.constexpr,
     E: tl.constexpr,
     R: tl.constexpr,
 ):
     """Move the tables of ``layer`` for ``choice`` int32 [R] (-1: no expert); see ``residency_kernel``.
+
+    With WEIGHED every expert's use grows by the root of its ``probability`` [E], else the chosen ones' by 1.
 
     With HOST only ``link_share`` of the misses, rounded down, are listed, those of highest score; the host is asked for the others
     (``ask_experts``), whose slots stay -1, and ``late_rows`` is 2 + their place in its answer.
@@ -86,11 +91,13 @@ def _settle(
     routed = (tl.max(chosen.to(tl.int32), axis=0) > 0) & known
     if FREQUENCY:
         use = now.to(tl.float32) / half_life
+        if WEIGHED:
+            use += 0.5 * tl.log2(tl.maximum(probability, 1e-30))
         most = tl.maximum(value, use)
         used = most + tl.log2(tl.exp2(value - most) + tl.exp2(use - most))
     else:
         used = tl.zeros((E,), tl.float32) + now.to(tl.float32)
-    value = tl.where(routed, used, value)
+    value = tl.where(routed | WEIGHED, used, value)
     under_way = waiting == 2  # the copy of a prefetch may still run: whoever needs it waits, and nobody may have its slot
     missing = routed & (slot < 0)
     num_missing = tl.sum(missing.to(tl.int32), axis=0)
@@ -169,8 +176,8 @@ def residency_kernel(
         r = tl.arange(0, R)
         choice = tl.load(index + r, mask=r < num_rows, other=-1).to(tl.int32)
         _settle(
-            choice, slots, late_rows, wanted, count, slot_of, score, unused, counters, clock, layer, last, half_life, 1.0,
-            count, count, hidden, num_experts, num_rows, cols, FREQUENCY, False, 0, E, R,
+            choice, choice, slots, late_rows, wanted, count, slot_of, score, unused, counters, clock, layer, last, half_life, 1.0,
+            count, count, hidden, num_experts, num_rows, cols, FREQUENCY, False, False, 0, E, R,
         )  # fmt: skip
 
 
@@ -312,6 +319,7 @@ def route_kernel(
     cols: tl.constexpr,
     NORMALIZE: tl.constexpr,
     FREQUENCY: tl.constexpr,
+    WEIGHED: tl.constexpr,
     HOST: tl.constexpr,
     MOST: tl.constexpr,
     E: tl.constexpr,
@@ -348,6 +356,6 @@ def route_kernel(
             weight = weight / tl.sum(weight, axis=0)
         tl.store(routing_weights + r, weight.to(routing_weights.dtype.element_ty), mask=r < top_k)
         _settle(
-            choice, slots, late_rows, wanted, count, slot_of, score, unused, counters, clock, layer, last, half_life, link_share,
-            questions, asked, x, num_experts, top_k, cols, FREQUENCY, HOST, MOST, E, R,
+            choice, p, slots, late_rows, wanted, count, slot_of, score, unused, counters, clock, layer, last, half_life,
+            link_share, questions, asked, x, num_experts, top_k, cols, FREQUENCY, WEIGHED, HOST, MOST, E, R,
         )  # fmt: skip

@@ -6,6 +6,7 @@ one shared expert. Of everything else the transformers modules run as they are (
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,14 +79,8 @@ class FusedStep:
         device, dtype = model.device, model.dtype
         self._dot = dot_dtype(dtype, device)
         shared = self._layers[0].shared_gate_up is not None
-        # Rows of a layer: its router, then its shared expert's gate; so this router, gate and the next router are one matrix.
-        blocks = []
-        for block in model.model.layers:
-            blocks.append(block.mlp.gate.weight)
-            if shared:
-                blocks.append(block.mlp.shared_expert_gate.weight)
-        self._routers = torch.cat(blocks)
-        self._rows = blocks[0].shape[0] + shared
+        self._rows = model.model.layers[0].mlp.gate.weight.shape[0] + shared
+        self._routers = _routers(model.model.layers, experts.fitted, shared)
         self._inv_freq = model.model.rotary_emb.inv_freq.float()
         hidden = config.hidden_size
 
@@ -172,8 +167,8 @@ class FusedStep:
 
     def _moe(self, number: int, layer: _Layer) -> None:
         last = number == len(self._layers) - 1
-        rows = self._routers[number * self._rows : (number + (1 if last else 2)) * self._rows]
-        self._matvec(self._x, rows, self._router_logits, norm=layer.post_norm, stage=True)
+        rows, bias = self._routers[number]
+        self._matvec(self._x, rows, self._router_logits, norm=layer.post_norm, bias=bias, stage=True)
         ahead = self._router_logits[self._rows :] if self.foretold is None or last else self.foretold[number + 1]
         self._experts.route(number, self._router_logits, ahead, self._normed, self._weights, self._normalize)
         beside = None
@@ -235,6 +230,28 @@ def _layer(block: Any, cache: Any) -> _Layer:
         keys=cache.keys[0],
         values=cache.values[0],
     )
+
+
+def _routers(layers: Any, fitted: Sequence[torch.Tensor | None], shared: bool) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+    """Of each layer one matrix, and its bias: the router, the shared expert's gate, then what foretells the next layer's choice.
+
+    Where that is the next layer's own router, which comes next, the matrix is a view.
+    """
+    blocks = []
+    for layer in layers:
+        blocks.append(layer.mlp.gate.weight)
+        if shared:
+            blocks.append(layer.mlp.shared_expert_gate.weight)
+    whole, rows = torch.cat(blocks), blocks[0].shape[0] + shared
+    made: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+    for number, gate in enumerate([*fitted[1:], None]):
+        own = whole[number * rows : (number + 1) * rows]
+        if gate is None:
+            made.append((whole[number * rows : (number + 2) * rows], None))
+        else:
+            weight, bias = gate[:, :-1].to(own), gate[:, -1].to(own)
+            made.append((torch.cat([own, weight]), torch.nn.functional.pad(bias, (rows, 0))))
+    return made
 
 
 def _shape(matrix: Matrix) -> tuple[int, int]:
