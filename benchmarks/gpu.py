@@ -190,7 +190,7 @@ def _measure(
     whole = random.experts(1.0, DeviceOptions(num_whole=0))
     with torch.no_grad():
         random.model(random.script[None, :PROMPT], past_key_values=cache)  # what decoding starts from
-    learned = {
+    learned: dict[str, Any] = {
         name: learn(random) for name, learn in (("eap", activation_paths), ("fitted", fit_gates)) if name in arguments.methods
     }
     result["foretold"] = foretold(random, learned.get("fitted"))

@@ -115,7 +115,7 @@ def belady_misses(choices: NDArray[np.int64], quotas: list[int], num_experts: in
             victims = np.flatnonzero(evictable)
             victims = victims[np.argsort(-following[token][victims], kind="stable")[: len(missing)]]
             resident[victims], resident[missing] = False, True
-    return missed / (choices.shape[1] - warm)
+    return float(missed / (choices.shape[1] - warm))
 
 
 def as_array(choices: list[torch.Tensor]) -> NDArray[Any]:

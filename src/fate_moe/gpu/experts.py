@@ -188,8 +188,9 @@ class DeviceExperts:
         route_kernel[(1 + ahead,)](
             logits, next_logits, routing_weights, self.slots, self.late, self._demand, self._demand[-1], listed, listed[-1],
             tables.slot_of, tables.score, tables.unused, tables.counters, tables.clock, layer, len(self.layouts) - 1,
-            options.half_life, options.num_predicted or self.top_k, options.least if plain else 0.0, options.limit, 1 - options.host_share,
-            questions, asked, hidden, num_experts=tables.num_experts, top_k=self.top_k, cols=self.layouts[layer].cols,
+            options.half_life, options.num_predicted or self.top_k, options.least if plain else 0.0, options.limit,
+            1 - options.host_share, questions, asked, hidden,
+            num_experts=tables.num_experts, top_k=self.top_k, cols=self.layouts[layer].cols,
             NORMALIZE=normalize, FREQUENCY=options.eviction != "recency", WEIGHED=options.eviction == "probability",
             HOST=self._asked, MOST=most,
             E=triton.next_power_of_2(tables.num_experts), R=triton.next_power_of_2(self.top_k), num_warps=4,
