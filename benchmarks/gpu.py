@@ -14,7 +14,6 @@ import itertools
 import json
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ import triton
 from benchmarks.gpu_measure import copies, copy_microseconds, event, host_answers, kernels, launches, overlap
 from benchmarks.gpu_model import GEOMETRIES, TOPIC_POWER, RandomModel
 from benchmarks.gpu_peers import PathStep, accelerated, activation_paths
-from benchmarks.gpu_routing import as_array, belady_misses, fit_gates, foretold, recorded
+from benchmarks.gpu_routing import as_array, belady_misses, better_gates, fit_gates, foretold, recorded
 from fate_moe.errors import FateError
 from fate_moe.gpu.dense import ByteLinear
 from fate_moe.gpu.options import DeviceOptions
@@ -43,9 +42,7 @@ METHODS: dict[str, DeviceOptions] = {
     "no prefetch": DeviceOptions(limit=0),
     "best": DeviceOptions(),
     "counted": DeviceOptions(eviction="frequency"),  # as best before the router's probabilities were weighed
-    "wide": DeviceOptions(least=0.0),  # expects half as many experts again as are chosen
     "fitted": DeviceOptions(),  # next layer's choice by gates fitted to this model
-    "fetch 27": DeviceOptions(fetch_programs=27),
     "prefetch 2": DeviceOptions(limit=2),
     "host": DeviceOptions(host_share=0.5),
     "host, prefetch 2": DeviceOptions(limit=2, host_share=0.7),
@@ -59,10 +56,7 @@ def decode(
     """One cell: tokens a second with ``share`` of the experts resident; and the tokens and last logits it came to.
 
     ``learned`` are activation paths for "eap" and gates for "fitted"."""
-    options, top_k = METHODS[method], random.model.config.num_experts_per_tok
-    if method == "wide":
-        options = replace(options, num_predicted=-(-3 * top_k // 2))
-    experts = random.experts(share, options, learned["fitted"] if method == "fitted" else ())
+    experts = random.experts(share, METHODS[method], learned["fitted"] if method == "fitted" else ())
     step = PathStep(random.model, experts, cache, learned["eap"]) if method == "eap" else FusedStep(random.model, experts, cache)
     step.script = random.script[: step.tokens.numel()]
     step.begin(int(random.script[PROMPT]), PROMPT)
@@ -190,10 +184,12 @@ def _measure(
     whole = random.experts(1.0, DeviceOptions(num_whole=0))
     with torch.no_grad():
         random.model(random.script[None, :PROMPT], past_key_values=cache)  # what decoding starts from
-    learned: dict[str, Any] = {
-        name: learn(random) for name, learn in (("eap", activation_paths), ("fitted", fit_gates)) if name in arguments.methods
-    }
-    result["foretold"] = foretold(random, learned.get("fitted"))
+    learned: dict[str, Any] = {"eap": activation_paths(random) if "eap" in arguments.methods else None}
+    fitted = fit_gates(random) if "fitted" in arguments.methods else None
+    result["foretold"] = foretold(random, fitted)
+    if fitted is not None:
+        learned["fitted"] = better_gates(random, fitted)
+        result["fitted_layers"] = sum(gate is not None for gate in learned["fitted"])
     result["copy_us"] = copy_microseconds(random, whole)
     choices = as_array(recorded(random, random.script[: PROMPT + arguments.warm + arguments.measured])[1])
     del whole
@@ -223,7 +219,10 @@ def _measure(
     for tokens, method in itertools.product(arguments.prefill, arguments.prefill_methods):
         for share in (1.0, 0.25) if method == "best" else (0.25,):
             if time.perf_counter() - began < arguments.seconds:
-                result["cells"][f"{share:.2f} prefill {tokens} {method}"] = prefill(random, share, tokens, method)
+                try:
+                    result["cells"][f"{share:.2f} prefill {tokens} {method}"] = prefill(random, share, tokens, method)
+                except ValueError as error:  # fewer slots than one pass needs
+                    result["cells"][f"{share:.2f} prefill {tokens} {method}"] = {"why_not": str(error)}
                 save()
     layers, num_experts, top_k = len(random.stacks), random.stacks[0].num_experts, random.model.config.num_experts_per_tok
     for share in arguments.shares:

@@ -9,8 +9,9 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.gpu_model import TOPIC_TOKENS, RandomModel
+from fate_moe.trace.fit import recall
 
-__all__ = ["belady_misses", "fit_gates", "foretold", "recorded", "routers"]
+__all__ = ["as_array", "belady_misses", "better_gates", "fit_gates", "foretold", "recorded", "routers"]
 
 RIDGE = 3e-3  # as fate_moe/trace/fit.py
 PASS = 1024  # tokens
@@ -65,6 +66,21 @@ def fit_gates(random: RandomModel, tokens: int = 24 * PASS) -> list[torch.Tensor
         damped.diagonal().add_(RIDGE * float(damped.diagonal().mean()))
         found.append(torch.linalg.solve(damped, products[layer].double()).T.float().contiguous())
     return found
+
+
+def better_gates(random: RandomModel, fitted: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """``fitted``, None where the layer's own router names more of the choices of tokens that neither has seen, as ``fate fit``
+    keeps them."""
+    inputs, chosen = recorded(random, other_tokens(random, PASS, 999))
+    width = chosen[0].shape[1] + 2
+    kept: list[torch.Tensor | None] = [None]
+    for layer, router in list(enumerate(routers(random)))[1:]:
+        before, gate = inputs[layer - 1].float(), fitted[layer]
+        assert gate is not None
+        guesses = before @ router.float().T, before @ gate[:, :-1].T + gate[:, -1]
+        plain, ours = (recall(guess, chosen[layer], width) for guess in guesses)
+        kept.append(gate if ours >= plain else None)
+    return kept
 
 
 def foretold(random: RandomModel, fitted: list[torch.Tensor | None] | None = None) -> dict[str, float]:

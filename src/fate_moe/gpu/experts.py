@@ -145,14 +145,21 @@ class DeviceExperts:
             with self._prefetches:
                 self.fetch(self._ahead[(layer + 1) % 2])
             self._arriving, self._listed = self._prefetches.mark(), False
-        if beside is not None:
-            beside()
-        if not whole and self.options.overlap:
+        if whole or not self.options.overlap:
+            if beside is not None:
+                beside()
+            if not whole:
+                self._main.follow(self._demands)
+            self._main.wait(prefetched)
+            self._gate_up(layer, tokens, phase=2)
+        else:  # the late rows on the lane that brings them: where nothing is late, the main lane has one launch as if all were here
+            self._demands.wait(prefetched)
+            with self._demands:
+                self._gate_up(layer, tokens, phase=1)
+            if beside is not None:
+                beside()
             self._gate_up(layer, tokens, phase=0)
-        if not whole:
             self._main.follow(self._demands)
-        self._main.wait(prefetched)
-        self._gate_up(layer, tokens, phase=1 if not whole and self.options.overlap else 2)
         if share is not None:
             self._main.follow(self._answers)
         self._down(layer, routing_weights, out, add, share)
