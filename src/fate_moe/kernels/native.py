@@ -40,7 +40,7 @@ WIDTHS = {(2, 1, 1): PLANES, (8,): INT8}
 _LANES = 64  # columns that the product of bf16 takes at a time
 # Best first, and what a processor needs for each (csrc/*.cpp: *_ops).
 _NEEDS = {
-    "avx512-vnni": ("x86", ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "avx512vbmi")),
+    "avx512-vnni": ("x86", ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "avx512vbmi", "gfni")),
     "avx2": ("x86", ("avx2", "fma", "f16c")),
     "neon-dot": ("arm", ("asimddp",)),
     "neon": ("arm", ("asimd",)),

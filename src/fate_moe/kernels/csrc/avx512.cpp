@@ -1,7 +1,7 @@
-// AVX-512 with VNNI and VBMI (Ice Lake, Zen 4 and later): a block is four groups.
+// AVX-512 with VNNI, VBMI and GFNI (Ice Lake, Zen 4 and later): a block is four groups.
 #include "ops.h"
 
-#if defined(__AVX512VNNI__) && defined(__AVX512VBMI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#if defined(__AVX512VNNI__) && defined(__AVX512VBMI__) && defined(__GFNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #include <immintrin.h>
 
 #include <cstring>
@@ -32,32 +32,39 @@ inline void halves(const uint16_t* in, int64_t n, float* out) {
   }
 }
 
-// Byte b of a group's 16 receives, from the group's 8 bytes of a 1-bit plane, eight bits of which number `bit` is element 16j + b.
-template <int j, int bit>
-inline __m512i bits_of(__m512i plane) {
-  constexpr int64_t first = 16 * j - bit + 64, step = 0x0101010101010101;
-  constexpr int64_t low = first * step + 0x0706050403020100, high = (first + 8) * step + 0x0706050403020100;
-  return _mm512_multishift_epi64_epi8(_mm512_set_epi64(high, low, high, low, high, low, high, low), plane);
+// A matrix for gf2p8affine that makes bits 3 to 0 of each byte from the byte's bits b3, b2, b1, b0 (8: from none).
+constexpr int64_t bits_from(int b3, int b2, int b1, int b0) {
+  return int64_t(uint64_t(1 << b3 & 255) << 32 | uint64_t(1 << b2 & 255) << 40 | uint64_t(1 << b1 & 255) << 48 |
+                 uint64_t(1 << b0 & 255) << 56);
 }
 
-// Bits 2 and 3 of the shifted 2-bit plane, bit 1 of the first 1-bit plane, bit 0 of the second.
-template <Kind kind, int j>
-inline __m512i part_of(__m512i h, __m512i m, __m512i l) {
-  if constexpr (kind == Kind::kPlanes1) return _mm512_and_si512(h, _mm512_set1_epi8(12));
-  constexpr int choose = 0xca;  // the first argument's bits choose between the others'
-  __m512i code = _mm512_ternarylogic_epi64(_mm512_set1_epi8(12), h, bits_of<j, 1>(m), choose);
-  if constexpr (kind == Kind::kPlanes2) return _mm512_and_si512(code, _mm512_set1_epi8(14));
-  code = _mm512_ternarylogic_epi64(_mm512_set1_epi8(14), code, bits_of<j, 0>(l), choose);
-  return _mm512_and_si512(code, _mm512_set1_epi8(15));
+template <int b3, int b2, int b1, int b0>
+inline __m512i pick(__m512i bytes) {
+  return _mm512_gf2p8affine_epi64_epi8(bytes, _mm512_set1_epi64(bits_from(b3, b2, b1, b0)), 0);
 }
 
+// Bytes of the 1-bit planes m (0 to 31) and l (32 to 63) of four groups as 8x8 matrices, two a group: rows are, from the top, the bytes
+// in which elements 16j + b of j = 2, 3, 0, 1 have their m and l; the first matrix is for b < 8, the second for the rest.
+alignas(64) constexpr uint8_t kRows[64] = {
+    4,  36, 6,  38, 0,  32, 2,  34, 5,  37, 7,  39, 1,  33, 3,  35, 12, 44, 14, 46, 8,  40, 10, 42, 13, 45, 15, 47, 9,  41, 11, 43,
+    20, 52, 22, 54, 16, 48, 18, 50, 21, 53, 23, 55, 17, 49, 19, 51, 28, 60, 30, 62, 24, 56, 26, 58, 29, 61, 31, 63, 25, 57, 27, 59};
+
+// Byte b of a group's 16 in h has the upper bits of elements b, 16 + b, 32 + b, 48 + b in bits 0-1, 2-3, 4-5, 6-7. Multiplied by a unit
+// vector a byte, the matrices above are transposed: `ml` has the lower bits of the same elements in bits 2-3, 0-1, 6-7, 4-5. So two
+// selections bring together each element's four bits, and one instruction puts them in their places.
 template <Kind kind>
 inline Codes codes_of(__m512i h, __m256i m, __m256i l) {
-  const __m512i twice = _mm512_set_epi64(3, 3, 2, 2, 1, 1, 0, 0);
-  const __m512i m2 = _mm512_permutexvar_epi64(twice, _mm512_castsi256_si512(m));
-  const __m512i l2 = _mm512_permutexvar_epi64(twice, _mm512_castsi256_si512(l));
-  return {{part_of<kind, 0>(_mm512_slli_epi32(h, 2), m2, l2), part_of<kind, 1>(h, m2, l2),
-           part_of<kind, 2>(_mm512_srli_epi32(h, 2), m2, l2), part_of<kind, 3>(_mm512_srli_epi32(h, 4), m2, l2)}};
+  if constexpr (kind == Kind::kPlanes1)
+    return {{pick<1, 0, 8, 8>(h), _mm512_and_si512(h, _mm512_set1_epi8(12)), pick<5, 4, 8, 8>(h), pick<7, 6, 8, 8>(h)}};
+  const __m512i order = _mm512_load_si512(kRows), units = _mm512_set1_epi64(int64_t(0x8040201008040201));
+  const __m512i rows = kind == Kind::kPlanes2
+                           ? _mm512_maskz_permutexvar_epi8(0x5555555555555555, order, _mm512_castsi256_si512(m))
+                           : _mm512_permutexvar_epi8(order, _mm512_inserti64x4(_mm512_castsi256_si512(m), l, 1));
+  const __m512i ml = _mm512_gf2p8affine_epi64_epi8(units, rows, 0);
+  constexpr int choose = 0xca;  // the first argument's bits choose between the others'
+  const __m512i upper = _mm512_set1_epi8(int8_t(0xcc));
+  const __m512i odd = _mm512_ternarylogic_epi64(upper, h, ml, choose), even = _mm512_ternarylogic_epi64(upper, ml, h, choose);
+  return {{pick<1, 0, 3, 2>(even), _mm512_and_si512(odd, _mm512_set1_epi8(15)), pick<5, 4, 7, 6>(even), pick<7, 6, 5, 4>(odd)}};
 }
 
 inline __m256i load32(const uint8_t* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
@@ -223,7 +230,8 @@ const Ops kOps = {"avx512-vnni", product, quantize, sum_groups, gate, expand, to
 const Ops* avx512_ops() {
   __builtin_cpu_init();
   const bool runs = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
+                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
+                    __builtin_cpu_supports("gfni");
   return runs ? &kOps : nullptr;
 }
 
