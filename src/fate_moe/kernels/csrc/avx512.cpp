@@ -168,6 +168,27 @@ void expand_codes(const Matrix& m, int64_t at, const Codes& codes, int64_t n, fl
 template <Kind kind>
 void expand_codes(const Matrix& m, int64_t at, const Codes& codes, int64_t n, uint16_t* out);
 
+inline float middle(Kind kind);
+
+// As in loops.inc, with nothing between conversion and use: rows of a few hundred bytes leave no time for three passes over them.
+#define FATE_OWN_FACTORS
+template <Kind kind, bool exact, int T>
+inline void factors(const uint16_t* scales, const uint16_t* zeros, int64_t count, const Token* tokens, int64_t first, Sums* sums,
+                    float* scale, float (*factor)[kMostGroups]) {
+  for (int64_t g = 0; g < count; g += 16) {
+    const __mmask16 some = __mmask16(count - g < 16 ? (1u << (count - g)) - 1 : 0xffff);
+    const __m512 s = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(some, scales + g));
+    const __m512 z = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(some, zeros + g));
+    const __m512 offset = _mm512_sub_ps(_mm512_mul_ps(s, _mm512_set1_ps(middle(kind))), z);
+    if constexpr (exact) _mm512_store_ps(scale + g, s);
+    FATE_UNROLL
+    for (int t = 0; t < T; ++t) {
+      sums[t] = _mm512_fmadd_ps(offset, _mm512_loadu_ps(tokens[t].sum + first + g), sums[t]);
+      if constexpr (!exact) _mm512_store_ps(factor[t] + g, _mm512_mul_ps(s, _mm512_loadu_ps(tokens[t].scale + first + g)));
+    }
+  }
+}
+
 #include "loops.inc"
 
 template <Kind kind>

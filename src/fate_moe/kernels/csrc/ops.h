@@ -13,6 +13,7 @@
 namespace fate {
 
 constexpr int64_t kGroup = 64;  // weights that share a scale and a zero; also the step in which unquantized rows are read
+constexpr int64_t kMostGroups = 512;  // 32768 columns a pass; longer rows are summed in passes
 constexpr int64_t kTokens = 4;  // tokens of one pass over a row: 2 rows x 4 tokens fill the accumulators of AVX2
 
 enum class Kind : int32_t { kPlanes1 = 1, kPlanes2 = 2, kPlanes3 = 3, kInt8 = 8, kBf16 = 16 };  // kPlanesN: N planes of 2+1+1
