@@ -140,7 +140,7 @@ void run_mlp(const Ops& ops, const Mlp& mlp, const void* x, Dtype dtype, int64_t
     }
   cut(down_tasks, 2, matrices[2]);
   Inputs &of_tokens = tokens, &of_inners = inners;  // the calling thread's own
-  Phases phases;
+  Phases phases(num_threads);
   auto work = [&] {
     phases.each(0, num_tokens, [&](int64_t t) {
       ops.to_float(at(x, dtype, t * hidden), dtype, hidden, of_tokens.x(t));
@@ -274,7 +274,7 @@ void run_attention(const Ops& ops, const Attention& a, const void* x, Dtype dtyp
   static thread_local Inputs token;
   Inputs& of_token = token;  // the calling thread's own
   Attending attending(ops, a, token, keys, values, length, room, exact);
-  Phases phases;
+  Phases phases(num_threads);
   auto work = [&] {
     phases.each(0, 1, [&](int64_t) {
       ops.to_float(x, dtype, a.q.place.cols, of_token.x(0));
@@ -302,7 +302,7 @@ float run_layer(const Ops& ops, const Layer& layer, const void* x, const void* c
   std::vector<Rows> tasks;
   cut(tasks, 0, router);
   if (layer.shared_gate.address) tasks.push_back({1, 0, 1});
-  Phases phases;
+  Phases phases(num_threads);
   auto work = [&] {
     phases.each(0, 1, [&](int64_t) {
       run_rms_norm(ops, x, bf16, 1, hidden, layer.norm, layer.norm_dtype, layer.eps, normed);

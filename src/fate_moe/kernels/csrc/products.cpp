@@ -39,7 +39,7 @@ void run_experts(const Ops& ops, const ExpertPlace& place, const Batch& batch, b
   }
   // The calling thread's own copies of pointers: thread_local names would mean another thread's in the team.
   Inputs &of_tokens = tokens, &of_inners = inners;
-  Phases phases;
+  Phases phases(num_threads);
   auto multiply = [&](const Rows& task, const Matrix& m, bool down) {
     for (int64_t i = batch.starts[task.expert]; i < batch.starts[task.expert + 1]; i += kTokens) {
       Token some[kTokens];
@@ -77,7 +77,7 @@ void run_linear(const Ops& ops, const Matrix& m, const void* x, Dtype x_dtype, i
   std::vector<Rows> tasks;
   cut(tasks, 0, m);
   Inputs& of_tokens = tokens;
-  Phases phases;
+  Phases phases(num_threads);
   auto work = [&] {
     phases.each(0, num_tokens, [&](int64_t t) {
       ops.to_float(at(x, x_dtype, t * m.cols), x_dtype, m.cols, of_tokens.x(t));
@@ -103,7 +103,7 @@ void run_linear(const Ops& ops, const Matrix& m, const void* x, Dtype x_dtype, i
 void run_expand(const Ops& ops, const Matrix& m, void* out, Dtype dtype, int num_threads) {
   std::vector<Rows> tasks;
   cut(tasks, 0, m);
-  Phases phases;
+  Phases phases(num_threads);
   auto work = [&] {
     phases.each(0, int64_t(tasks.size()), [&](int64_t i) {
       ops.expand(m, tasks[i].begin, tasks[i].end, at(out, dtype, tasks[i].begin * m.cols), dtype);
@@ -118,7 +118,7 @@ void run_combine(const Ops& ops, const float* rows, const void* weights, Dtype w
   float* const factor = factors.of<float>(num_tokens * top_k);
   float* const result = out_dtype == Dtype::kF32 ? static_cast<float*>(out) : results.of<float>(num_tokens * hidden);
   ops.to_float(weights, weights_dtype, num_tokens * top_k, factor);
-  Phases phases;
+  Phases phases(num_threads);
   auto work = [&] {
     phases.each(0, num_tokens, [&](int64_t t) {
       ops.combine(rows + t * top_k * hidden, factor + t * top_k, top_k, hidden, result + t * hidden);
@@ -131,7 +131,7 @@ void run_combine(const Ops& ops, const float* rows, const void* weights, Dtype w
 uint64_t read_all(const void* memory, int64_t num_bytes, int num_threads) {
   constexpr int64_t step = 1 << 20;
   std::atomic<uint64_t> sum{0};
-  Phases phases;
+  Phases phases(num_threads);
   auto work = [&] {
     phases.each(0, (num_bytes + step - 1) / step, [&](int64_t i) {
       const uint64_t* words = reinterpret_cast<const uint64_t*>(static_cast<const char*>(memory) + i * step);

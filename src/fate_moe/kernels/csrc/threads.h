@@ -29,17 +29,25 @@ inline void pause() {
 #endif
 }
 
-// Work in phases: each phase's tasks are taken by whoever is free, and the next begins when all are done.
+// Work in phases, the next begins when all of one's tasks are done. Each thread takes tasks of a run of its own, one after the other: rows
+// that follow one another in memory, which the processor reads ahead. Taken in turn by two threads they are 22 instead of 29 GB/s
+// (2 vCPU of a Xeon, INT4, tasks of 96 KiB). Whoever is through with his run takes from the others'.
 class Phases {
  public:
-  static constexpr int kMost = 8;
+  static constexpr int kMost = 8, kMostRuns = 32;
+
+  explicit Phases(int num_threads) : runs_(num_threads < 1 ? 1 : num_threads > kMostRuns ? kMostRuns : num_threads) {}
 
   template <class Task>
   void each(int phase, int64_t count, Task task) {
-    int64_t index;
-    while ((index = next_[phase].fetch_add(1, std::memory_order_relaxed)) < count) {
-      task(index);
-      done_[phase].fetch_add(1, std::memory_order_release);
+    const int first = entered_[phase].fetch_add(1, std::memory_order_relaxed);
+    for (int i = 0; i < runs_; ++i) {
+      const int64_t run = (first + i) % runs_, begin = count * run / runs_, end = count * (run + 1) / runs_;
+      int64_t index;
+      while ((index = begin + next_[phase][run].fetch_add(1, std::memory_order_relaxed)) < end) {
+        task(index);
+        done_[phase].fetch_add(1, std::memory_order_release);
+      }
     }
     for (int spins = 0; done_[phase].load(std::memory_order_acquire) < count; ++spins) {
       if (spins < 2000) {
@@ -51,7 +59,9 @@ class Phases {
   }
 
  private:
-  std::atomic<int64_t> next_[kMost] = {}, done_[kMost] = {};
+  const int runs_;
+  std::atomic<int> entered_[kMost] = {};
+  std::atomic<int64_t> next_[kMost][kMostRuns] = {}, done_[kMost] = {};
 };
 
 template <class Work>
