@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import mmap
 import time
 from collections.abc import Callable
 from statistics import median
@@ -24,6 +23,7 @@ from benchmarks.facts import memory_bandwidth
 from fate_moe.core import BlobLayout
 from fate_moe.kernels.cpu import SlotExperts
 from fate_moe.kernels.native import GROUP_SIZE, native, why_not
+from fate_moe.memory.slots import SlotArena
 from fate_moe.quant.blob import views
 from fate_moe.store.format import blob_layout
 
@@ -48,13 +48,14 @@ def timed(work: Callable[[], Any], seconds: float) -> float:
 
 
 class Pool:
-    """INT4 experts of one shape in slots, ``num_bytes`` of them in all; codes are random, scales small."""
+    """INT4 experts of one shape in the slots that the runtime uses, ``num_bytes`` of them in all; random codes."""
 
     def __init__(self, hidden: int, inner: int, num_bytes: int) -> None:
         self.shapes: dict[str, tuple[int, ...]] = {"gate_up_proj": (2 * inner, hidden), "down_proj": (hidden, inner)}
         self.layout: BlobLayout = blob_layout("int4", self.shapes, "BF16")
         self.count = max(2, num_bytes // self.layout.length)
-        self.buffer = mmap.mmap(-1, self.count * self.layout.length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.arena = SlotArena(self.count, self.layout.length)
+        self.buffer = self.arena.buffer
         first = torch.frombuffer(self.buffer, dtype=torch.uint8)[: self.layout.length]
         first.random_(0, 256)
         for name, part in views(self.layout, first).items():
@@ -66,10 +67,10 @@ class Pool:
         self.address = torch.frombuffer(self.buffer, dtype=torch.uint8).data_ptr()
 
 
-def product(pool: Pool, tokens: int, planes: int, threads: int, seconds: float) -> float:
-    """Seconds of one product with a cold gate_up matrix."""
-    rows, cols = pool.shapes["gate_up_proj"]
-    place = pool.slots._kernels_of(0, EXPERTS)[0].places["gate_up_proj"]  # type: ignore[union-attr]
+def product(pool: Pool, name: str, tokens: int, planes: int, threads: int, seconds: float) -> float:
+    """Seconds of one product with a cold matrix ``name``."""
+    rows, cols = pool.shapes[name]
+    place = pool.slots._kernels_of(0, EXPERTS)[0].places[name]  # type: ignore[union-attr]
     x, out = torch.randn(tokens, cols, dtype=torch.bfloat16), torch.empty(tokens, rows)
 
     def sweep() -> None:
@@ -78,6 +79,12 @@ def product(pool: Pool, tokens: int, planes: int, threads: int, seconds: float) 
             native.linear(place, at, planes, x.data_ptr(), 1, tokens, out.data_ptr(), 0, False, threads)
 
     return timed(sweep, seconds) / pool.count
+
+
+def read(pool: Pool, threads: int, seconds: float) -> float:
+    """Bytes per second of a loop that does nothing but read the pool."""
+    num_bytes = pool.count * pool.layout.length
+    return num_bytes / timed(lambda: native.read_memory(pool.address, num_bytes, threads), seconds)
 
 
 def torch_int4(rows: int, cols: int, tokens: int, num_bytes: int, seconds: float) -> float:
@@ -142,29 +149,34 @@ def prefill(pool: Pool, top_k: int, num_experts: int, tokens: int, seconds: floa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="under 40 s: smaller pools, Qwen1.5-MoE's shape only")
+    parser.add_argument("--quick", action="store_true", help="under 40 s: smaller pools, shorter measurements")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N", help="default: %(default)s")
     arguments = parser.parse_args()
     if (reason := why_not()) is not None:
         parser.error(reason)
-    threads, seconds = arguments.threads, 0.5 if arguments.quick else 3.0
+    threads, seconds = arguments.threads, 0.4 if arguments.quick else 3.0
     torch.set_num_threads(threads)
     pool_bytes = (1 if arguments.quick else 2) << 30
-    memory = memory_bandwidth(threads)
-    print(f"{native.instruction_set()}, {threads} threads ({native.team()}); memory read {memory / 1e9:.1f} GB/s (its floor below)")
-    results: dict[str, Any] = {"instruction_set": native.instruction_set(), "threads": threads, "memory_gbps": memory / 1e9}
-    for name, (hidden, inner, top_k, num_experts) in list(SHAPES.items())[: 1 if arguments.quick else None]:
+    print(f"{native.instruction_set()}, {threads} threads ({native.team()})")
+    results: dict[str, Any] = {"instruction_set": native.instruction_set(), "threads": threads}
+    for name, (hidden, inner, top_k, num_experts) in SHAPES.items():
         groups = 2 * inner * hidden // GROUP_SIZE
-        print(f"\n{name}: gate_up [{2 * inner}, {hidden}], floor {VIEW_BYTES[3] * groups / memory * 1e6:.0f} us at INT4")
         pool = Pool(hidden, inner, pool_bytes)
-        shape: dict[str, float] = {}
+        memory = max(read(pool, threads, seconds), memory_bandwidth(threads, pool_bytes // 2))
+        floor = VIEW_BYTES[3] * groups / memory * 1e6
+        print(f"\n{name}: gate_up [{2 * inner}, {hidden}], down [{hidden}, {inner}]")
+        print(f"memory read {memory / 1e9:.1f} GB/s: gate_up at INT4 takes {floor:.0f} us at least")
+        shape: dict[str, float] = {"memory_gbps": memory / 1e9}
         for planes, view in ((3, "int4"), (2, "view3"), (1, "view2")):
-            taken = product(pool, 1, planes, threads, seconds)
+            taken = product(pool, "gate_up_proj", 1, planes, threads, seconds)
             shape[f"{view}_m1_us"] = taken * 1e6
             shape[f"{view}_m1_gbps"] = VIEW_BYTES[planes] * groups / taken / 1e9
+        shape["int4_down_m1_gbps"] = VIEW_BYTES[3] * groups / 2 / product(pool, "down_proj", 1, 3, threads, seconds) / 1e9
         for tokens in (2, 4, 8):
-            shape[f"int4_m{tokens}_us"] = product(pool, tokens, 3, threads, seconds) * 1e6
+            shape[f"int4_m{tokens}_us"] = product(pool, "gate_up_proj", tokens, 3, threads, seconds) * 1e6
         for experts in (4, 8):
+            if experts > min(num_experts, pool.count):
+                continue
             taken = fused(pool, experts, seconds)
             shape[f"fused_{experts}_us"] = taken * 1e6
             shape[f"fused_{experts}_gbps"] = experts * 1.5 * groups * VIEW_BYTES[3] / taken / 1e9
@@ -174,7 +186,7 @@ def main() -> None:
         theirs = torch_int4(2 * inner, hidden, 1, pool_bytes // 2, seconds)
         shape["torch_int4_m1_us"] = theirs * 1e6
         shape["int4_m1_vs_torch"] = theirs * 1e6 / shape["int4_m1_us"]
-        shape["int4_m1_share_of_memory_bandwidth"] = shape["int4_m1_gbps"] / results["memory_gbps"]
+        shape["int4_m1_share_of_memory_bandwidth"] = shape["int4_m1_gbps"] / shape["memory_gbps"]
         shape["view3_time_vs_int4"] = shape["view3_m1_us"] / shape["int4_m1_us"]
         shape["view2_time_vs_int4"] = shape["view2_m1_us"] / shape["int4_m1_us"]
         for key, value in shape.items():
