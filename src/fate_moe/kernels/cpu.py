@@ -18,7 +18,7 @@ __all__ = ["SlotExperts", "layer_kernel"]
 
 _log = logging.getLogger(__name__)
 
-# Up to this many tokens an expert's rows are multiplied as they lie; more pay for writing them out as numbers for torch's GEMM.
+# Up to this many tokens an expert's rows are multiplied as they lie; more pay for writing them out as numbers for a GEMM.
 MOST_TOKENS = 8
 
 Ready = Sequence[tuple[int, int]]  # (expert's index in its layer, slot)
@@ -28,8 +28,8 @@ class SlotExperts:
     """Runs experts on their tokens straight from the slots' bytes. One thread at a time.
 
     Few tokens: one call of the extension for all ready experts, with int8 activations by group of 64 (``exact``: fp32). Many: each
-    expert is written out once as numbers in the model's dtype and multiplied by torch. What an expert gives depends on its own
-    tokens alone, whoever else is in the call.
+    expert is written out as numbers in the model's dtype, a few rows at a time where the processor has matrix tiles (bf16), else
+    whole for torch's GEMM. What an expert gives depends on its own tokens alone, whoever else is in the call.
     """
 
     def __init__(
@@ -78,17 +78,19 @@ class SlotExperts:
         kernels = self._kernels_of(layer, experts)
         top_k = len(outputs) // len(hidden)
         planes = num_planes or {}
-        few: dict[_LayerKernel, list[tuple[int, int]]] = {}  # by kernel: one, unless a layer has experts of several precisions
-        many = []
+        by_kernel: dict[tuple[_LayerKernel, bool], list[tuple[int, int]]] = {}  # one, unless a layer has several precisions; tiled?
+        others = []
         for expert, slot in ready:
-            kernel = kernels[expert]
-            if kernel is None or kernel.whole is None or hidden.dtype not in DTYPES or len(rows[expert]) > MOST_TOKENS:
-                many.append((expert, slot))
+            kernel, tiled = kernels[expert], len(rows[expert]) > MOST_TOKENS
+            if kernel is None or kernel.whole is None or hidden.dtype not in DTYPES:
+                others.append((expert, slot))
+            elif tiled and not (kernel.tiled and hidden.dtype == torch.bfloat16):
+                others.append((expert, slot))
             else:
-                few.setdefault(kernel, []).append((expert, slot))
-        for kernel, items in few.items():
-            self._fused(kernel, items, rows, hidden, outputs, top_k, planes)
-        for expert, slot in many:
+                by_kernel.setdefault((kernel, tiled), []).append((expert, slot))
+        for (kernel, tiled), items in by_kernel.items():
+            self._fused(kernel, items, rows, hidden, outputs, top_k, planes, tiled)
+        for expert, slot in others:
             chosen = torch.tensor(rows[expert])
             x = hidden if len(hidden) == 1 else hidden[chosen // top_k]
             weights = self._weights(layer, expert, slot, hidden.dtype, kernels[expert], planes.get(expert))
@@ -150,6 +152,7 @@ class SlotExperts:
         outputs: torch.Tensor,
         top_k: int,
         planes: Mapping[int, int | None],
+        tiled: bool,
     ) -> None:
         hidden = hidden.contiguous()
         starts: list[int] = [0]
@@ -157,20 +160,14 @@ class SlotExperts:
         for expert, _ in ready:
             choices += rows[expert]
             starts.append(len(choices))
-        native.experts(
-            kernel.whole,
-            [self._address + slot * self._slot_bytes for _, slot in ready],
-            [planes.get(expert) or kernel.num_planes for expert, _ in ready],
-            starts,
-            choices,
-            hidden.data_ptr(),
-            DTYPES[hidden.dtype],
-            len(hidden),
-            top_k,
-            outputs.data_ptr(),
-            self._exact,
-            torch.get_num_threads(),
-        )
+        addresses = [self._address + slot * self._slot_bytes for _, slot in ready]
+        counts = [planes.get(expert) or kernel.num_planes for expert, _ in ready]
+        where, threads = (addresses, counts, starts, choices, hidden.data_ptr()), torch.get_num_threads()
+        if tiled:
+            native.experts_tiled(kernel.whole, *where, len(hidden), top_k, outputs.data_ptr(), threads)
+        else:
+            dtype = DTYPES[hidden.dtype]
+            native.experts(kernel.whole, *where, dtype, len(hidden), top_k, outputs.data_ptr(), self._exact, threads)
 
     def _weights(
         self, layer: int, expert: int, slot: int, dtype: torch.dtype, kernel: _LayerKernel | None, num_planes: int | None
@@ -218,6 +215,11 @@ class _LayerKernel:
         self.places = places
         self.whole = whole
         self.num_planes = num_planes
+
+    @property
+    def tiled(self) -> bool:
+        """Whether many tokens go through matrix tiles."""
+        return self.whole is not None and self.num_planes != BF16 and bool(native.has_tiles())
 
 
 def layer_kernel(layout: BlobLayout, shapes: dict[str, tuple[int, ...]], experts: Any) -> _LayerKernel | str:

@@ -39,8 +39,10 @@ GROUP_SIZE = 64
 WIDTHS = {(2, 1, 1): PLANES, (8,): INT8}
 _LANES = 64  # columns that the product of bf16 takes at a time
 # Best first, and what a processor needs for each (csrc/*.cpp: *_ops).
+_VNNI = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "avx512vbmi", "gfni")
 _NEEDS = {
-    "avx512-vnni": ("x86", ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "avx512vbmi", "gfni")),
+    "amx": ("x86", (*_VNNI, "amxtile", "amxbf16", "avx512bf16")),
+    "avx512-vnni": ("x86", _VNNI),
     "avx2": ("x86", ("avx2", "fma", "f16c")),
     "neon-dot": ("arm", ("asimddp",)),
     "neon": ("arm", ("asimd",)),

@@ -16,7 +16,8 @@ from fate_moe.store.rows import StoredRows
 
 __all__ = ["QuantizedLinear", "StoredEmbedding"]
 
-# Up to this many rows of x are multiplied as the weights lie; for more, weights are written out tile by tile for torch's GEMM.
+# Up to this many rows of x are multiplied as the weights lie; for more, weights are written out tile by tile: for matrix tiles
+# where the processor has them, else for torch's GEMM.
 MOST_ROWS = 8
 _TILE_BYTES = 8 << 20
 
@@ -74,6 +75,13 @@ class QuantizedLinear(nn.Module):
             dtype, threads = DTYPES[x.dtype], torch.get_num_threads()
             native.linear(
                 self.place, self.address, PLANES, rows.data_ptr(), dtype, len(rows), out.data_ptr(), dtype, self._exact, threads
+            )
+        elif x.dtype == torch.bfloat16 and native.has_tiles():
+            rows = rows.contiguous()
+            out = torch.empty(len(rows), self.out_features, dtype=x.dtype)
+            threads = torch.get_num_threads()
+            native.linear_tiled(
+                self.place, self.address, PLANES, rows.data_ptr(), len(rows), out.data_ptr(), DTYPES[x.dtype], threads
             )
         else:
             out = torch.cat([linear(rows, self._tile(place, count, x.dtype)) for place, count in self._tiles], dim=1)

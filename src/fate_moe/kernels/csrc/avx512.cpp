@@ -6,13 +6,11 @@
 
 #include <cstring>
 
+#include "codes512.h"
+
 namespace fate {
 namespace {
 
-constexpr int64_t kBlock = 4;
-struct Codes {
-  __m512i part[4];  // planes: elements 16j .. 16j + 15 of four groups; int8: group j
-};
 using Sums = __m512;
 
 inline Sums zero() { return _mm512_setzero_ps(); }
@@ -20,80 +18,6 @@ inline float total(Sums sums) { return _mm512_reduce_add_ps(sums); }
 
 inline void add_products(Sums& sums, const float* a, const float* b, int64_t n) {
   for (int64_t i = 0; i < n; i += 16) sums = _mm512_fmadd_ps(_mm512_loadu_ps(a + i), _mm512_loadu_ps(b + i), sums);
-}
-
-inline void halves(const uint16_t* in, int64_t n, float* out) {
-  int64_t i = 0;
-  for (; i + 16 <= n; i += 16)
-    _mm512_storeu_ps(out + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + i))));
-  if (i < n) {
-    const __mmask16 mask = __mmask16((1u << (n - i)) - 1);
-    _mm512_mask_storeu_ps(out + i, mask, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, in + i)));
-  }
-}
-
-// A matrix for gf2p8affine that makes bits 3 to 0 of each byte from the byte's bits b3, b2, b1, b0 (8: from none).
-constexpr int64_t bits_from(int b3, int b2, int b1, int b0) {
-  return int64_t(uint64_t(1 << b3 & 255) << 32 | uint64_t(1 << b2 & 255) << 40 | uint64_t(1 << b1 & 255) << 48 |
-                 uint64_t(1 << b0 & 255) << 56);
-}
-
-template <int b3, int b2, int b1, int b0>
-inline __m512i pick(__m512i bytes) {
-  return _mm512_gf2p8affine_epi64_epi8(bytes, _mm512_set1_epi64(bits_from(b3, b2, b1, b0)), 0);
-}
-
-// Bytes of the 1-bit planes m (0 to 31) and l (32 to 63) of four groups as 8x8 matrices, two a group: rows are, from the top, the bytes
-// in which elements 16j + b of j = 2, 3, 0, 1 have their m and l; the first matrix is for b < 8, the second for the rest.
-alignas(64) constexpr uint8_t kRows[64] = {
-    4,  36, 6,  38, 0,  32, 2,  34, 5,  37, 7,  39, 1,  33, 3,  35, 12, 44, 14, 46, 8,  40, 10, 42, 13, 45, 15, 47, 9,  41, 11, 43,
-    20, 52, 22, 54, 16, 48, 18, 50, 21, 53, 23, 55, 17, 49, 19, 51, 28, 60, 30, 62, 24, 56, 26, 58, 29, 61, 31, 63, 25, 57, 27, 59};
-
-// Byte b of a group's 16 in h has the upper bits of elements b, 16 + b, 32 + b, 48 + b in bits 0-1, 2-3, 4-5, 6-7. Multiplied by a unit
-// vector a byte, the matrices above are transposed: `ml` has the lower bits of the same elements in bits 2-3, 0-1, 6-7, 4-5. So two
-// selections bring together each element's four bits, and one instruction puts them in their places.
-template <Kind kind>
-inline Codes codes_of(__m512i h, __m256i m, __m256i l) {
-  if constexpr (kind == Kind::kPlanes1)
-    return {{pick<1, 0, 8, 8>(h), _mm512_and_si512(h, _mm512_set1_epi8(12)), pick<5, 4, 8, 8>(h), pick<7, 6, 8, 8>(h)}};
-  const __m512i order = _mm512_load_si512(kRows), units = _mm512_set1_epi64(int64_t(0x8040201008040201));
-  const __m512i rows = kind == Kind::kPlanes2
-                           ? _mm512_maskz_permutexvar_epi8(0x5555555555555555, order, _mm512_castsi256_si512(m))
-                           : _mm512_permutexvar_epi8(order, _mm512_inserti64x4(_mm512_castsi256_si512(m), l, 1));
-  const __m512i ml = _mm512_gf2p8affine_epi64_epi8(units, rows, 0);
-  constexpr int choose = 0xca;  // the first argument's bits choose between the others'
-  const __m512i upper = _mm512_set1_epi8(int8_t(0xcc));
-  const __m512i odd = _mm512_ternarylogic_epi64(upper, h, ml, choose), even = _mm512_ternarylogic_epi64(upper, ml, h, choose);
-  return {{pick<1, 0, 3, 2>(even), _mm512_and_si512(odd, _mm512_set1_epi8(15)), pick<5, 4, 7, 6>(even), pick<7, 6, 5, 4>(odd)}};
-}
-
-inline __m256i load32(const uint8_t* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
-
-template <Kind kind>
-inline Codes decode(const Matrix& m, int64_t at) {
-  if constexpr (kind == Kind::kInt8) {
-    const uint8_t* from = m.planes[0] + at * 64;
-    return {{_mm512_loadu_si512(from), _mm512_loadu_si512(from + 64), _mm512_loadu_si512(from + 128), _mm512_loadu_si512(from + 192)}};
-  }
-  const __m256i none = _mm256_setzero_si256();
-  return codes_of<kind>(_mm512_loadu_si512(m.planes[0] + at * 16),
-                        kind == Kind::kPlanes1 ? none : load32(m.planes[1] + at * 8),
-                        kind == Kind::kPlanes3 ? load32(m.planes[2] + at * 8) : none);
-}
-
-template <Kind kind>
-inline Codes decode_some(const Matrix& m, int64_t at, int64_t n) {
-  const __m512i zeros = _mm512_setzero_si512();
-  if constexpr (kind == Kind::kInt8) {
-    const uint8_t* from = m.planes[0] + at * 64;
-    return {{_mm512_loadu_si512(from), n > 1 ? _mm512_loadu_si512(from + 64) : zeros,
-             n > 2 ? _mm512_loadu_si512(from + 128) : zeros, zeros}};
-  }
-  const __mmask8 two = __mmask8((1u << 2 * n) - 1), one = __mmask8((1u << n) - 1);
-  const __m256i none = _mm256_setzero_si256();
-  return codes_of<kind>(_mm512_maskz_loadu_epi64(two, m.planes[0] + at * 16),
-                        kind == Kind::kPlanes1 ? none : _mm256_maskz_loadu_epi64(one, m.planes[1] + at * 8),
-                        kind == Kind::kPlanes3 ? _mm256_maskz_loadu_epi64(one, m.planes[2] + at * 8) : none);
 }
 
 template <Kind kind>

@@ -10,6 +10,8 @@
 #define FATE_UNROLL _Pragma("GCC unroll 8")
 #endif
 
+#define FATE_INLINE inline __attribute__((always_inline))  // in loops that must become vectors
+
 namespace fate {
 
 constexpr int64_t kGroup = 64;  // weights that share a scale and a zero; also the step in which unquantized rows are read
@@ -49,6 +51,28 @@ struct Gate {
   float alpha, limit, up_offset;
 };
 
+constexpr int64_t kTile = 16;  // tokens, and matrix rows, of a matrix tile
+
+// Products with many tokens by matrix tiles. Tokens come packed, 16 to a tile, as bf16 in the order in which `blocked` planes (else
+// natural order) are written out; weights are written out as bf16, a few hundred columns at a time, and meet them in the near cache.
+struct Tiles {
+  // A packed tile has packed_size(cols) bf16 numbers. rows[t] is a token's [cols] of bf16; those after num_tokens become zeros.
+  void (*pack)(const uint16_t* const* rows, int64_t num_tokens, int64_t cols, bool blocked, uint16_t* tile);
+  // Two runs of 16 rows of the matrix (first[i] + step * r, beyond the last row the last one) times num_tiles tiles of tokens:
+  // out [16 rows][2 runs][16 * num_tiles tokens]. The rows `ahead` of these are what soon follows.
+  void (*multiply)(const Matrix&, const int64_t* first, int64_t step, int64_t ahead, const uint16_t* tokens, int64_t num_tiles,
+                   float* out);
+  // 16 columns k .. k + 15 of one tile, k a multiple of 16, from inner values [16][16], row r at inner + r * stride.
+  void (*pack_columns)(const float* inner, int64_t stride, int64_t k, bool blocked, uint16_t* tile);
+  // [num_tokens <= 16][16] out of [16][16]: row r at from + r * stride; outs[t][r] for r < num_rows.
+  void (*turn)(const float* from, int64_t stride, int64_t num_rows, int64_t num_tokens, float* const* outs);
+  // Before and after a thread's calls of multiply.
+  void (*begin)();
+  void (*end)();
+};
+
+inline int64_t packed_size(int64_t cols) { return (cols + 255) / 256 * 256 * kTile; }
+
 struct Ops {
   const char* name;
   // out[row] of each token for rows [begin, end), bias included.
@@ -66,9 +90,11 @@ struct Ops {
   void (*from_float)(const float* in, int64_t n, void* out, Dtype dtype);
   // out[i] = sum over j (in order) of weights[j] * rows[j * n + i].
   void (*combine)(const float* rows, const float* weights, int64_t num_rows, int64_t n, float* out);
+  const Tiles* tiles;  // null without matrix tiles
 };
 
 // Null where this build or this processor has no such instructions.
+const Ops* amx_ops();
 const Ops* avx512_ops();
 const Ops* avx2_ops();
 const Ops* neon_dot_ops();
