@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,33 +17,43 @@ Floats = NDArray[np.float32]
 # Means over the last 5, 20 and 100 tokens, added up. Found on gpt-oss-20b's mmlu_validation trace: the three close 35 / 37 / 36 /
 # 30 % of the gap in misses from LRU to Belady at 12.5 / 25 / 40 / 50 % resident, the best single one (0.95) 32 / 33 / 32 / 27 %.
 DECAYS = (0.8, 0.95, 0.99)
-# Tokens from the experts that give evidence to those they speak for, and the evidence's weight (it is not independent, so it
-# counts for less than Bayes' rule says). Next token alone, weight 0.15: 47 / 49 / 43 / 37 % of the gap; eight on alone does
-# better at 40 % and above, both together are good everywhere.
-LAGS = ((1, 0.12), (8, 0.07))
-PRIOR = 0.5  # virtual observations of independence
-FLOOR = 0.02
-MAX_TABLE_BYTES = 8 << 20  # a usage whose tables would be larger (58 layers of 256 experts: 58 MiB) goes without evidence
+# The evidence's constants were found on mmlu_validation alone (docs/log.md has what else was tried). Layers whose last choices speak
+# for a layer, itself and those before it: 1 / 3 / 4 / 5 close 27 / 32 / 34 / 36 % of the gap at 12.5 % resident, 47-49 % at 40 %.
+SOURCES = 4
+RATE = 0.64  # of learning, shared by the rows that spoke
+SLOPE_RATE = 1e-4
+RARE = 1e-3  # decayed frequencies below are taken for this
+# What a use is worth that comes a token later, and how much of the rate after the next token is the decayed frequency (the rest is
+# what the last token says).
+DISCOUNT = np.float32(np.exp(-1 / 3))
+STEADY = 0.85
+MAX_TABLE_BYTES = 8 << 20  # a usage whose table would be larger (58 layers of 256 experts: 58 MiB) goes without evidence
 
 
 class Usage:
-    """Each expert's expected uses per token, ``worth`` [L, E], from how often it was used lately.
+    """What is known of each expert's next uses, from how often it was used lately.
 
-    A layer's row changes when the layer's router has spoken, so the rows of layers that are yet to come in this token count one
-    decay less than those just passed: what is needed sooner is worth more. What single tokens chose is kept until somebody wants to
-    know the worth, and settled for all layers at once: a dozen small operations of numpy take 150 us while weights go through the
-    processor's caches, for one layer as for a token's 24.
+    ``worth`` [L, E] is the expected number of uses in the next token, ``value`` [L, E] what keeping the expert is worth: the chance that
+    it is used, where a use that is a token further away counts for less by ``DISCOUNT``; so the layers that are yet to come in this
+    token are worth more than those just passed. What single tokens chose is kept until somebody wants to know, and settled for all
+    layers at once: a dozen small operations of numpy take 150 us while weights go through the processor's caches, for one layer as
+    for a token's 24.
     """
 
     def __init__(self, experts_per_layer: Sequence[int], *, co_activation: bool = True) -> None:
         num_layers, width = len(experts_per_layer), max(experts_per_layer)
         self._worth: Floats = np.zeros((num_layers, width), np.float32)
+        self._used_soon: Floats = np.zeros((num_layers, width), np.float32)  # value, seen from just before the layer's next turn
+        self._value: Floats = np.zeros((num_layers, width), np.float32)
+        self._turn: Floats = DISCOUNT ** (np.arange(num_layers, dtype=np.float32)[:, None] / num_layers)  # in the token, [L, 1]
+        self._distance = self._turn.copy()  # to the layer's next turn
+        self._last = -1  # layer that was routed
         self._recent: Floats = np.zeros((num_layers, width, len(DECAYS)), np.float32)
         self._decays: Floats = np.array(DECAYS, np.float32)
         self._gain: Floats = (1 - self._decays) / np.float32(len(DECAYS))
         self._ones: Floats = np.ones(len(DECAYS), np.float32)
         self._pending: list[tuple[int, Sequence[int]]] = []  # of one token, by ascending layer, with equally many experts
-        fits = num_layers * width * width * 4 * 2 * len(LAGS) <= MAX_TABLE_BYTES
+        fits = num_layers * SOURCES * (width + 1) * width * 4 <= MAX_TABLE_BYTES
         self._evidence = CoActivation(num_layers, width) if co_activation and fits else None
 
     @property
@@ -53,6 +62,13 @@ class Usage:
         if self._pending:
             self._settle()
         return self._worth
+
+    @property
+    def value(self) -> Floats:
+        """Not to be written to."""
+        if self._pending:
+            self._settle()
+        return self._value
 
     def routed(self, layer: int, experts: Sequence[int], counts: Sequence[int] | None = None, num_tokens: int = 1) -> None:
         """``layer``'s router chose the distinct ``experts``, for ``counts`` of the ``num_tokens`` tokens (None: for all)."""
@@ -68,9 +84,9 @@ class Usage:
         recent *= kept
         share = np.asarray(counts if counts is not None else num_tokens, np.float32).reshape(-1, 1) / num_tokens
         recent[np.array(experts, np.intp)] += (1 - kept) / len(DECAYS) * share
-        self._worth[layer] = recent.dot(self._ones)
-        if self._evidence is not None:
-            self._worth[layer] += self._evidence.interrupted(layer)
+        worth = recent.dot(self._ones)[None]
+        layers = np.array([layer], np.intp)
+        self._foretell(layers, worth, None)
 
     def _settle(self) -> None:
         """Count what single tokens chose."""
@@ -81,12 +97,22 @@ class Usage:
         recent *= self._decays
         recent[np.arange(len(layers))[:, None], chosen] += self._gain
         self._recent[layers] = recent
-        worth = recent.dot(self._ones)
-        if self._evidence is not None:
-            factor, floor = self._evidence.routed(layers, chosen)
-            worth += floor
-            worth *= factor
+        self._foretell(layers, recent.dot(self._ones), chosen)
+
+    def _foretell(self, layers: NDArray[np.intp], frequency: Floats, chosen: NDArray[np.intp] | None) -> None:
+        """``layers`` [n], ascending, have had their turn: what their ``frequency`` [n, E], and what they chose, says of the next."""
+        worth = frequency if self._evidence is None else self._evidence.routed(layers, frequency, chosen)
+        later = np.float32(STEADY) * frequency + np.float32(1 - STEADY) * worth
+        later += np.float32(RARE)
+        soon = DISCOUNT * later
+        soon /= 1 - DISCOUNT + soon
         self._worth[layers] = worth
+        self._used_soon[layers] = worth + (1 - worth) * soon
+        if layers[0] <= self._last:
+            self._distance[...] = self._turn
+        self._distance[layers] = self._turn[layers] * DISCOUNT
+        self._last = int(layers[-1])
+        np.multiply(self._used_soon, self._distance, out=self._value)
 
     def state(self) -> dict[str, NDArray[Any]]:
         """What ``restore`` takes: arrays by name."""
@@ -101,85 +127,65 @@ class Usage:
             other = state.get(name)
             if other is None or other.shape != array.shape or other.dtype != array.dtype or not np.isfinite(other).all():
                 raise ConfigError(f"these routing statistics are of another model or damaged ({name}); they are not used")
-            if (other < 0).any():
+            if name == "recent" and (other < 0).any():
                 raise ConfigError(f"these routing statistics are damaged ({name} is negative); they are not used")
         for name, array in mine.items():
             array[...] = state[name]
-        self._recent.sum(2, out=self._worth)
-        if self._evidence is not None:
-            self._evidence.read()
+        self._foretell(np.arange(len(self._recent)), self._recent.dot(self._ones), None)
 
 
 class CoActivation:
-    """Which experts of a layer follow which: counts of (expert at token t, expert at t + lag), read as naive Bayes' evidence.
-
-    Learned once a token, for all layers in one go.
-    """
+    """Which experts follow which: logistic regression of an expert's use on what its own layer and the ``SOURCES - 1`` before it chose
+    last, beside its decayed frequency. Learned online, by one step of gradient descent a token for all layers in one go."""
 
     def __init__(self, num_layers: int, width: int) -> None:
-        self._pairs: Floats = np.zeros((len(LAGS), num_layers, width, width), np.float32)
-        self._from: Floats = np.zeros((len(LAGS), num_layers, width), np.float32)
-        self._uses: Floats = np.zeros((num_layers, width), np.float32)
-        self._tokens: Floats = np.zeros(1, np.float32)
-        self._evidence: Floats = np.zeros((num_layers, width, len(LAGS), width), np.float32)  # weighted log ratios of the pairs
-        self._floor: Floats = np.zeros((num_layers, width), np.float32)
-        self._layers = np.arange(num_layers)[:, None]
-        self._now: list[NDArray[np.intp]] = []
-        self._past: deque[NDArray[np.intp]] = deque(maxlen=max(lag for lag, _ in LAGS))  # [L, k] each, the latest last
+        self._width = width
+        self._table: Floats = np.zeros((num_layers * SOURCES * (width + 1), width), np.float32)  # the last row of each: nothing known
+        self._slope: Floats = np.ones(1, np.float32)  # of the decayed frequency's logarithm
+        layers = np.arange(num_layers)[:, None]
+        self._sources = (layers - np.arange(SOURCES)) % num_layers  # [L, S]
+        self._first = ((layers * SOURCES + np.arange(SOURCES)) * (width + 1))[:, :, None]  # row of each source's first expert
+        self._latest = np.full((num_layers, 1), width, np.intp)  # what each layer chose last, [L, k]
+        self._rows = np.zeros((num_layers, 0), np.intp)  # those that spoke for each layer, [L, S k]
+        self._chance: Floats = np.zeros((num_layers, width), np.float32)  # what they said
+        self._log: Floats = np.zeros((num_layers, width), np.float32)  # of the frequency that it was said with
 
-    def routed(self, layers: NDArray[np.intp], experts: NDArray[np.intp]) -> tuple[Floats, Floats]:
-        """``layers`` [n], ascending, chose ``experts`` [n, k] for one token.
+    def routed(self, layers: NDArray[np.intp], frequency: Floats, chosen: NDArray[np.intp] | None) -> Floats:
+        """How likely each expert of ``layers`` [n], ascending, is to be used in the next token, [n, E].
 
-        By how much they make each expert of these layers likelier than it is on average, [n, E], and a little of that average.
+        ``frequency`` [n, E] is its decayed one, ``chosen`` [n, k] what one token chose; None where it is not known, of many tokens.
         """
-        factor = np.exp(np.add.reduce(self._evidence[layers[:, None], experts], (1, 2)))
-        floor = self._floor[layers]
-        for row, layer in enumerate(layers.tolist()):
-            if layer == 0:
-                self._now = []
-            if layer == len(self._now):
-                self._now.append(experts[row])
-            else:
-                self.interrupted(layer)
-                factor[row] = 1
-        if len(self._now) == len(self._layers) and len({len(chosen) for chosen in self._now}) == 1:
-            self._learn(np.stack(self._now))
-            self._now = []
-        return factor, floor
+        if chosen is None:
+            self._latest[layers] = self._width
+        else:
+            if chosen.shape[1] != self._latest.shape[1]:
+                self._latest = np.full((len(self._latest), chosen.shape[1]), self._width, np.intp)
+                self._rows = np.zeros((len(self._latest), 0), np.intp)
+            if self._rows.shape[1]:
+                self._learn(layers, chosen)
+            self._latest[layers] = chosen
+        rows = (self._first[layers] + self._latest[self._sources[layers]]).reshape(len(layers), -1)
+        if rows.shape[1] != self._rows.shape[1]:
+            self._rows = (self._first + self._width).repeat(self._latest.shape[1], 2).reshape(len(self._latest), -1)
+        self._rows[layers] = rows
+        log = np.log(frequency + np.float32(RARE))
+        logits = np.add.reduce(self._table[rows], 1)
+        logits += self._slope * log
+        np.negative(logits, out=logits)
+        np.exp(logits, out=logits)
+        logits += 1
+        chance = np.reciprocal(logits, out=logits)
+        self._log[layers], self._chance[layers] = log, chance
+        return chance
 
-    def interrupted(self, layer: int) -> Floats:
-        """``layer`` chose for many tokens, or what it chose for one is not known in order; a little of the average [E]."""
-        self._now = []
-        self._past.clear()
-        return np.asarray(self._floor[layer], np.float32)
-
-    def _learn(self, now: NDArray[np.intp]) -> None:
-        layers = self._layers
-        self._uses[layers, now] += 1
-        self._tokens += 1
-        average = self._average()
-        np.multiply(average, FLOOR, out=self._floor)
-        for index, (lag, weight) in enumerate(LAGS):
-            if len(self._past) >= lag:
-                then = self._past[-lag]
-                self._pairs[index][layers[:, :, None], then[:, :, None], now[:, None, :]] += 1
-                self._from[index][layers, then] += 1
-                expected = average[:, None] * (self._from[index][layers, then] + PRIOR)[:, :, None]  # [L, k, E]
-                found = self._pairs[index][layers, then] + PRIOR * average[:, None]
-                self._evidence[layers, then, index] = weight * np.log(found / expected)
-        self._past.append(now)
-
-    def _average(self) -> Floats:
-        return np.asarray((self._uses + 0.05) / (self._tokens + 1), np.float32)
-
-    def read(self) -> None:
-        """Let the evidence say what the counts say: they were restored."""
-        average = self._average()
-        np.multiply(average, FLOOR, out=self._floor)
-        for index, (_, weight) in enumerate(LAGS):
-            expected = average[:, None] * (self._from[index] + PRIOR)[:, :, None]
-            self._evidence[:, :, index] = weight * np.log((self._pairs[index] + PRIOR * average[:, None]) / expected)
+    def _learn(self, layers: NDArray[np.intp], chosen: NDArray[np.intp]) -> None:
+        """What was said of this token was off by so much."""
+        error = np.negative(self._chance[layers])
+        error[np.arange(len(layers))[:, None], chosen] += 1
+        self._slope += np.float32(SLOPE_RATE) * np.vdot(error, self._log[layers])
+        rows = self._rows[layers]
+        self._table[rows] += (np.float32(RATE / rows.shape[1]) * error)[:, None]
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """The counts, by name."""
-        return {"pairs": self._pairs, "from": self._from, "uses": self._uses, "tokens": self._tokens}
+        """What was learned, by name."""
+        return {"follows": self._table, "slope": self._slope}

@@ -25,7 +25,7 @@ class Decayed(EvictionPolicy):
     def __init__(self, experts_per_layer: Sequence[int], *, co_activation: bool = True) -> None:
         self.usage = Usage(experts_per_layer, co_activation=co_activation)
         self._absent = np.full(self.usage.worth.shape, np.inf, np.float32)  # 0 where an expert has a slot
-        self._held = self._absent.copy()  # worth where an expert has a slot, else infinite
+        self._held = self._absent.copy()  # value where an expert has a slot, else infinite
         self._flat = self._held.reshape(-1)
         self._outdated = False  # ``held`` is, by what was routed or admitted since
         self._width = max(experts_per_layer)
@@ -46,7 +46,7 @@ class Decayed(EvictionPolicy):
 
     def victim(self, incoming: ExpertId, evictable: Callable[[ExpertId], bool], probability: float = 1.0) -> ExpertId | None:
         if self._outdated:
-            np.add(self.usage.worth, self._absent, out=self._held)
+            np.add(self.usage.value, self._absent, out=self._held)
             self._outdated = False
         flat, passed_over = self._flat, []
         while True:
