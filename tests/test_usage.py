@@ -45,8 +45,8 @@ def test_what_follows_is_worth_more() -> None:
 
 def test_tables_that_would_be_large_are_left_away() -> None:
     assert MAX_TABLE_BYTES < 58 * 256 * 256 * 8
-    assert "pairs" not in Usage([256] * 58).state()
-    assert "pairs" in Usage([64] * 26).state()
+    assert "follows" not in Usage([256] * 58).state()
+    assert "follows" in Usage([64] * 26).state()
 
 
 def test_when_it_is_settled_does_not_matter() -> None:
@@ -108,9 +108,42 @@ def test_foreign_state_is_refused_and_changes_nothing(damage: str) -> None:
         assert np.array_equal(array, before[name])
 
 
-def test_there_is_no_evidence_in_independent_tokens() -> None:
+def test_there_is_little_evidence_in_independent_tokens() -> None:
     rng = np.random.default_rng(1)
-    evidence = CoActivation(1, 8)
-    for _ in range(3000):
-        factor, _ = evidence.routed(np.array([0]), rng.choice(8, 2, replace=False)[None])
-    np.testing.assert_allclose(factor[0], 1, atol=0.08)
+    evidence, frequency = CoActivation(1, 8), np.full((1, 8), 0.25, np.float32)
+    chances = [evidence.routed(np.array([0]), frequency, rng.choice(8, 2, replace=False)[None]) for _ in range(3000)]
+    np.testing.assert_allclose(np.mean(chances[1000:], (0, 1)), 0.25, atol=0.03)
+    assert np.std(chances[1000:]) < 0.1
+
+
+def test_another_layers_choice_is_evidence() -> None:
+    """What layer 1 chooses is what layer 0 chose a token before: known as soon as layer 0 has chosen."""
+    rng, usage, before = np.random.default_rng(2), Usage([8, 8]), 0
+    ranks = []
+    for step in range(600):
+        now = int(rng.integers(8))
+        if step > 300:
+            ranks.append(int((usage.worth[1] > usage.worth[1, before]).sum()))
+        usage.routed(0, [now])
+        usage.routed(1, [before])
+        before = now
+    assert np.mean(ranks) < 0.1
+
+
+def test_what_comes_sooner_is_worth_more() -> None:
+    usage = Usage([4, 4, 4, 4], co_activation=False)
+    for _ in range(50):
+        for layer in range(4):
+            usage.routed(layer, [0])
+    usage.routed(0, [0])
+    usage.routed(1, [0])
+    assert usage.value[2, 1] > usage.value[3, 1] > usage.value[0, 1] > usage.value[1, 1] > 0
+    assert usage.value[1, 0] > usage.value[2, 1]
+
+
+def test_another_number_of_choices_begins_anew() -> None:
+    usage = Usage([6, 6])
+    for experts in ([0, 1], [2], [3, 4, 5], [0, 1]):
+        for layer in range(2):
+            usage.routed(layer, experts)
+        assert np.isfinite(usage.value).all()

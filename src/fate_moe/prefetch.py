@@ -41,7 +41,8 @@ class Trial:
     What counts is the time lost in a token: waited for reads, spent on predicting, and what reads that nobody used cost others.
     That is far less noisy than the token's whole time, which also must not be longer (medians of blocks, decayed): what the
     machine does besides would otherwise decide. Blocks of ``BLOCK`` tokens, ``FIRST`` tokens of each way, then a block of the other
-    way again and again: soon at first, when slots still fill, every ``PERIOD`` tokens later.
+    way again and again: soon at first, when slots still fill, every ``PERIOD`` tokens later. While less is lost without reading ahead
+    than predicting alone takes, reading ahead cannot win, and is not tried.
     """
 
     BLOCK, FIRST, PERIOD = 4, 12, 128
@@ -51,28 +52,30 @@ class Trial:
         self._seconds: dict[bool, float] = {}  # a token, by way
         self._lost: dict[bool, float] = {}  # of it, by way; infinite where it is not known
         self._judged: dict[bool, int] = {}  # at which token, by way
+        self._price = 0.0  # seconds that predicting takes, a token
         self._tokens = 0
         self._blocks_to_try = 2 * self.FIRST // self.BLOCK - 1
         self._next = 4 * self.FIRST  # tokens after which the other way is tried again
         self._block: list[float] = []
-        self._before = (0.0, 0.0)  # now and lost as the last token began
-        self._sum = 0.0
+        self._before = (0.0, 0.0, 0.0)  # now, lost and spent as the last token began
+        self._sum = self._predicting = 0.0
 
-    def token(self, now: float, lost: float = float("inf")) -> bool:
-        """A decode step begins; whether to read ahead in it. ``lost`` are the seconds lost so far, in all."""
-        then, lost_then = self._before
+    def token(self, now: float, lost: float = float("inf"), spent: float = 0.0) -> bool:
+        """A decode step begins; whether to read ahead in it. ``lost`` are the seconds lost so far, in all, ``spent`` those on predicting."""
+        then, lost_then, spent_then = self._before
         if then:
             self._block.append(now - then)
             self._sum += lost - lost_then if lost < float("inf") else lost
-        self._before = (now, lost)
+            self._predicting += spent - spent_then
+        self._before = (now, lost, spent)
         if len(self._block) >= self.BLOCK:
             self._judge()
         return self.reading_ahead
 
     def pause(self) -> None:
         """What follows is not comparable: a prompt is read, or time has passed."""
-        self._before = (0.0, 0.0)
-        self._block, self._sum = [], 0.0
+        self._before = (0.0, 0.0, 0.0)
+        self._block, self._sum, self._predicting = [], 0.0, 0.0
 
     def _judge(self) -> None:
         way, count = self.reading_ahead, len(self._block)
@@ -82,7 +85,13 @@ class Trial:
         for known, found in ((self._seconds, sorted(self._block)[count // 2]), (self._lost, self._sum / count)):
             blend = recent and way in known and found < float("inf")
             known[way] = known[way] + 0.5 * (found - known[way]) if blend else found
-        self._block, self._sum = [], 0.0
+        if way:
+            self._price = self._predicting / count
+        self._block, self._sum, self._predicting = [], 0.0, 0.0
+        if self._lost.get(False, float("inf")) < self._price:
+            self._blocks_to_try, self.reading_ahead = 0, False
+            self._next = max(self._next, self._tokens + self.BLOCK)
+            return
         if self._blocks_to_try:
             self._blocks_to_try -= 1
             self.reading_ahead = not way
@@ -123,7 +132,7 @@ class Prefetcher:
         """A forward pass begins on these tokens' ``embeddings`` [num_tokens, hidden]."""
         if self._trial is not None:
             if embeddings.shape[0] == 1:
-                self._reading_ahead = self._trial.token(self._clock(), self._lost())
+                self._reading_ahead = self._trial.token(self._clock(), self._lost(), self._spent)
             else:
                 self._trial.pause()
                 self._reading_ahead = True
