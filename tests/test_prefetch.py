@@ -54,6 +54,20 @@ def test_what_paid_while_slots_filled_is_left_soon_after() -> None:
     assert ways[70:].count(True) < 10
 
 
+def test_nothing_is_tried_that_cannot_win() -> None:
+    """Without reading ahead 0.01 is lost a token, predicting takes 0.05: it is tried for a block, and again when more is lost."""
+    trial, now, lost, spent, ways = Trial(), 1.0, 0.0, 0.0, []
+    for token in range(1400):
+        way = trial.token(now, lost, spent)
+        ways.append(way)
+        waited = 0.01 if token < 800 else 0.3
+        now += 1.05 if way else 1.0 + waited
+        lost += 0.05 if way else waited
+        spent += 0.05 if way else 0.0
+    assert ways[:800].count(True) <= 2 * Trial.BLOCK
+    assert ways[800:].count(True) > 0.6 * 600
+
+
 def test_a_pause_is_not_a_token() -> None:
     trial = Trial()
     now = 1.0

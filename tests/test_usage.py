@@ -113,7 +113,7 @@ def test_there_is_little_evidence_in_independent_tokens() -> None:
     evidence, frequency = CoActivation(1, 8), np.full((1, 8), 0.25, np.float32)
     chances = [evidence.routed(np.array([0]), frequency, rng.choice(8, 2, replace=False)[None]) for _ in range(3000)]
     np.testing.assert_allclose(np.mean(chances[1000:], (0, 1)), 0.25, atol=0.03)
-    assert np.std(chances[1000:]) < 0.1
+    assert np.std(chances[1000:]) < 0.12
 
 
 def test_another_layers_choice_is_evidence() -> None:

@@ -61,7 +61,7 @@ class Trial:
         self._sum = self._predicting = 0.0
 
     def token(self, now: float, lost: float = float("inf"), spent: float = 0.0) -> bool:
-        """A decode step begins; whether to read ahead in it. ``lost`` are the seconds lost so far, in all, ``spent`` those on predicting."""
+        """A decode step begins; whether to read ahead in it. ``lost``: seconds lost so far, in all; ``spent``: on predicting."""
         then, lost_then, spent_then = self._before
         if then:
             self._block.append(now - then)

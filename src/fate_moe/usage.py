@@ -140,10 +140,12 @@ class CoActivation:
 
     def __init__(self, num_layers: int, width: int) -> None:
         self._width = width
-        self._table: Floats = np.zeros((num_layers * SOURCES * (width + 1), width), np.float32)  # the last row of each: nothing known
+        self._table: Floats = np.zeros(
+            (num_layers * SOURCES * (width + 1), width), np.float32
+        )  # the last row of each: nothing known
         self._slope: Floats = np.ones(1, np.float32)  # of the decayed frequency's logarithm
         layers = np.arange(num_layers)[:, None]
-        self._sources = (layers - np.arange(SOURCES)) % num_layers  # [L, S]
+        self._sources = np.maximum(layers - np.arange(SOURCES), 0)  # [L, S], those that have chosen when the layer has
         self._first = ((layers * SOURCES + np.arange(SOURCES)) * (width + 1))[:, :, None]  # row of each source's first expert
         self._latest = np.full((num_layers, 1), width, np.intp)  # what each layer chose last, [L, k]
         self._rows = np.zeros((num_layers, 0), np.intp)  # those that spoke for each layer, [L, S k]
