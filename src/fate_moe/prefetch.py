@@ -41,8 +41,8 @@ class Trial:
     What counts is the time lost in a token: waited for reads, spent on predicting, and what reads that nobody used cost others.
     That is far less noisy than the token's whole time, which also must not be longer (medians of blocks, decayed): what the
     machine does besides would otherwise decide. Blocks of ``BLOCK`` tokens, ``FIRST`` tokens of each way, then a block of the other
-    way again and again: soon at first, when slots still fill, every ``PERIOD`` tokens later. While less is lost without reading ahead
-    than predicting alone takes, reading ahead cannot win, and is not tried.
+    way again and again: soon at first, when slots still fill, every ``PERIOD`` tokens later. While less is lost without reading
+    ahead than predicting alone takes, reading ahead cannot win, and is not tried.
     """
 
     BLOCK, FIRST, PERIOD = 4, 12, 128

@@ -17,8 +17,9 @@ Floats = NDArray[np.float32]
 # Means over the last 5, 20 and 100 tokens, added up. Found on gpt-oss-20b's mmlu_validation trace: the three close 35 / 37 / 36 /
 # 30 % of the gap in misses from LRU to Belady at 12.5 / 25 / 40 / 50 % resident, the best single one (0.95) 32 / 33 / 32 / 27 %.
 DECAYS = (0.8, 0.95, 0.99)
-# The evidence's constants were found on mmlu_validation alone (docs/log.md has what else was tried). Layers whose last choices speak
-# for a layer, itself and those before it: 1 / 3 / 4 / 5 close 27 / 32 / 34 / 36 % of the gap at 12.5 % resident, 47-49 % at 40 %.
+# The evidence's constants were found on mmlu_validation alone (docs/log.md has what else was tried). Layers whose last choices
+# speak for a layer, itself and those before it: 1 / 2 / 3 / 5 close 27 / 32 / 34 / 36 % of the gap at 12.5 % resident and 47-49 %
+# at 40 % (at half this rate).
 SOURCES = 4
 RATE = 0.64  # of learning, shared by the rows that spoke
 SLOPE_RATE = 1e-4
@@ -33,11 +34,11 @@ MAX_TABLE_BYTES = 8 << 20  # a usage whose table would be larger (58 layers of 2
 class Usage:
     """What is known of each expert's next uses, from how often it was used lately.
 
-    ``worth`` [L, E] is the expected number of uses in the next token, ``value`` [L, E] what keeping the expert is worth: the chance that
-    it is used, where a use that is a token further away counts for less by ``DISCOUNT``; so the layers that are yet to come in this
-    token are worth more than those just passed. What single tokens chose is kept until somebody wants to know, and settled for all
-    layers at once: a dozen small operations of numpy take 150 us while weights go through the processor's caches, for one layer as
-    for a token's 24.
+    ``worth`` [L, E] is the expected number of uses in the next token, ``value`` [L, E] what keeping the expert is worth: the chance
+    that it is used, where a use that is a token further away counts for less by ``DISCOUNT``; so the layers that are yet to come in
+    this token are worth more than those just passed. What single tokens chose is kept until somebody wants to know, and settled for
+    all layers at once: a dozen small operations of numpy take 150 us while weights go through the processor's caches, for one layer
+    as for a token's 24.
     """
 
     def __init__(self, experts_per_layer: Sequence[int], *, co_activation: bool = True) -> None:
@@ -100,7 +101,7 @@ class Usage:
         self._foretell(layers, recent.dot(self._ones), chosen)
 
     def _foretell(self, layers: NDArray[np.intp], frequency: Floats, chosen: NDArray[np.intp] | None) -> None:
-        """``layers`` [n], ascending, have had their turn: what their ``frequency`` [n, E], and what they chose, says of the next."""
+        """``layers`` [n], ascending, have had their turn: what their ``frequency`` [n, E] and what they chose say of the next."""
         worth = frequency if self._evidence is None else self._evidence.routed(layers, frequency, chosen)
         later = np.float32(STEADY) * frequency + np.float32(1 - STEADY) * worth
         later += np.float32(RARE)
@@ -135,8 +136,10 @@ class Usage:
 
 
 class CoActivation:
-    """Which experts follow which: logistic regression of an expert's use on what its own layer and the ``SOURCES - 1`` before it chose
-    last, beside its decayed frequency. Learned online, by one step of gradient descent a token for all layers in one go."""
+    """Which experts follow which: logistic regression of an expert's use on what its own layer and those before it chose last.
+
+    Its decayed frequency, as a logarithm, is what it starts from. Learned online, by one step of gradient descent a token.
+    """
 
     def __init__(self, num_layers: int, width: int) -> None:
         self._width = width
