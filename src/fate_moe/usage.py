@@ -46,7 +46,7 @@ class Usage:
         self._worth: Floats = np.zeros((num_layers, width), np.float32)
         self._used_soon: Floats = np.zeros((num_layers, width), np.float32)  # value, seen from just before the layer's next turn
         self._value: Floats = np.zeros((num_layers, width), np.float32)
-        self._turn: Floats = DISCOUNT ** (np.arange(num_layers, dtype=np.float32)[:, None] / num_layers)  # in the token, [L, 1]
+        self._turn = np.asarray(DISCOUNT ** (np.arange(num_layers)[:, None] / num_layers), np.float32)  # in the token, [L, 1]
         self._distance = self._turn.copy()  # to the layer's next turn
         self._last = -1  # layer that was routed
         self._recent: Floats = np.zeros((num_layers, width, len(DECAYS)), np.float32)
@@ -179,7 +179,7 @@ class CoActivation:
         np.negative(logits, out=logits)
         np.exp(logits, out=logits)
         logits += 1
-        chance = np.reciprocal(logits, out=logits)
+        chance: Floats = np.reciprocal(logits, out=logits)
         self._log[layers], self._chance[layers] = log, chance
         return chance
 
