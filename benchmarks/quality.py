@@ -1,9 +1,11 @@
-"""Quality against bytes: what solvers, calibration, shorter views and precision policies cost the embedded model and save it.
+"""Quality against bytes: what solvers, calibration, shorter views and precision policies cost a model and save it.
 
-    python -m benchmarks.quality prepare STORES --calibrate TEXT
-    python -m benchmarks.quality measure STORES TEXT... --out docs/quality.json [--picture docs/quality.png]
+    python -m benchmarks.quality STORES TEXT... --calibrate TEXT --out docs/quality.json [--page docs/quality.md]
+                                 [--picture docs/quality.png] [--model NAME=CHECKPOINT]
 
-``prepare`` makes the stores and the table of weight errors, ``measure`` the perplexities; the picture is drawn from the JSON alone.
+Measures the embedded model and every checkpoint that --model names (of which fewer stores are made). What the JSON has already is
+not measured again, so that a run that was cut goes on; delete the file to begin anew. Tables and picture are made from the JSON
+alone (benchmarks/quality_page.py).
 """
 
 from __future__ import annotations
@@ -11,19 +13,23 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.quality_page import draw, fill_page
 from fate_moe import demo
 from fate_moe.core import Need
 from fate_moe.kernels.reference import dequantize
-from fate_moe.models.calibrate import calibrate
+from fate_moe.machine import peak_memory
+from fate_moe.models.calibrate import Calibration, calibrate
 from fate_moe.models.evaluate import perplexity
-from fate_moe.models.load import load, load_tokenizer, store_for
+from fate_moe.models.load import is_store, load, load_tokenizer
 from fate_moe.quant.planes import pack
 from fate_moe.quant.solver import SOLVERS
 from fate_moe.store.convert import convert
@@ -31,26 +37,44 @@ from fate_moe.store.plan import make_plan
 from fate_moe.store.source import Checkpoint
 
 WIDTHS = (2, 1, 1)
+CALIBRATION_TOKENS = 4096
+# By name: precision, solver, group size, whether the text calibrates it. Models other than the embedded one get the first four.
+STORES: dict[str, tuple[str, str, int, bool]] = {
+    "lossless": ("lossless", "hqq", 64, False),
+    "int8": ("int8", "hqq", 64, False),
+    "hqq-64": ("int4", "hqq", 64, False),
+    "calibrated-64": ("int4", "hqq", 64, True),
+    "minmax-64": ("int4", "minmax", 64, False),
+    "hqq-32": ("int4", "hqq", 32, False),
+    "hqq-128": ("int4", "hqq", 128, False),
+}
+NUM_FOR_OTHERS = 4
 # Name, store, precision policy or the bits of a view that all experts are read as.
-WINDOWS: list[tuple[str, str, str | int]] = [
-    ("lossless", "lossless", "full"),
-    ("INT4, min/max", "minmax-64", "full"),
-    ("INT4, HQQ", "hqq-64", "full"),
-    ("INT4, HQQ, groups of 32", "hqq-32", "full"),
-    ("INT4, HQQ, groups of 128", "hqq-128", "full"),
-    ("INT4, HQQ, calibrated", "calibrated-64", "full"),
-    ("prefill-popularity, 3 bits", "hqq-64", "prefill-popularity"),
-    ("3-bit view of all", "hqq-64", 3),
-    ("2-bit view of all", "hqq-64", 2),
-]
-DECODE: list[tuple[str, str, str | int]] = [
-    ("lossless", "lossless", "full"),
-    ("INT4", "hqq-64", "full"),
-    ("gate-weighted", "hqq-64", "gate-weighted"),
-    ("budget", "hqq-64", "budget"),
-    ("3-bit view of all", "hqq-64", 3),
-    ("2-bit view of all", "hqq-64", 2),
-]
+Line = tuple[str, str, str | int]
+LINES: dict[str, list[Line]] = {
+    "windows": [
+        ("lossless", "lossless", "full"),
+        ("INT8", "int8", "full"),
+        ("INT4", "hqq-64", "full"),
+        ("INT4, calibrated", "calibrated-64", "full"),
+        ("INT4, min/max", "minmax-64", "full"),
+        ("INT4, groups of 32", "hqq-32", "full"),
+        ("INT4, groups of 128", "hqq-128", "full"),
+        ("prefill-popularity", "hqq-64", "prefill-popularity"),
+        ("budget", "hqq-64", "budget"),
+        ("3-bit view of all", "hqq-64", 3),
+        ("2-bit view of all", "hqq-64", 2),
+    ],
+    "decode": [
+        ("lossless", "lossless", "full"),
+        ("INT8", "int8", "full"),
+        ("INT4", "hqq-64", "full"),
+        ("gate-weighted", "hqq-64", "gate-weighted"),
+        ("budget", "hqq-64", "budget"),
+        ("3-bit view of all", "hqq-64", 3),
+        ("2-bit view of all", "hqq-64", 2),
+    ],
+}
 
 
 class View:
@@ -63,140 +87,127 @@ class View:
         return [self._bits] * len(needs)
 
 
-def prepare(folder: Path, text: Path) -> dict[str, Any]:
-    """All stores of the embedded model under ``folder``; how long the conversions took."""
-    facts: dict[str, Any] = {}
-    lossless = convert(demo.MODEL, folder / "lossless")
-    tokens = torch.tensor(load_tokenizer(lossless)(text.read_text())["input_ids"][:4096])
+def prepare(source: Path, folder: Path, names: Sequence[str], text: Path, facts: dict[str, Any], write: Callable[[], None]) -> None:
+    """The stores ``names`` of ``source`` under ``folder``; what each conversion took is added to ``facts``.
+
+    Each runs in a process of its own, whose peak memory is then the conversion's (and torch's, transformers' and Python's).
+    """
+    found: Calibration | None = None
+    for name in names:
+        if is_store(folder / name):
+            continue
+        precision, solver, size, calibrated = STORES[name]
+        if calibrated and found is None:
+            began = time.perf_counter()
+            tokens = load_tokenizer(folder / "lossless")(text.read_text(), verbose=False)["input_ids"][:CALIBRATION_TOKENS]
+            found = calibrate(folder / "lossless", torch.tensor(tokens))
+            facts["calibrate_seconds"] = time.perf_counter() - began
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
+            job = alone.submit(timed_conversion, source, folder / name, precision, solver, size, found if calibrated else None)
+            facts.setdefault("conversions", {})[name] = job.result()
+        write()
+
+
+def timed_conversion(
+    source: Path, store: Path, precision: str, solver: str, group_size: int, calibration: Calibration | None
+) -> dict[str, float]:
+    """Seconds, megabytes of the checkpoint per second, and this process' peak memory in MiB."""
     began = time.perf_counter()
-    found = calibrate(store_for(lossless, "lossless"), tokens)
-    facts["calibrate_seconds"] = time.perf_counter() - began
-    for solver, size, calibration in (
-        ("minmax", 64, None),
-        ("hqq", 64, None),
-        ("hqq", 32, None),
-        ("hqq", 128, None),
-        ("hqq", 64, found),
-    ):
-        name = f"{'calibrated' if calibration else solver}-{size}"
-        began = time.perf_counter()
-        convert(demo.MODEL, folder / name, "int4", solver=solver, group_size=size, calibration=calibration)
-        facts[f"convert_seconds {name}"] = time.perf_counter() - began
-    facts["errors"] = weight_errors()
-    return facts
+    convert(source, store, precision, solver=solver, group_size=group_size, calibration=calibration, progress=False)
+    seconds = time.perf_counter() - began
+    size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    return {"seconds": seconds, "source_mb_per_second": size / 1e6 / seconds, "peak_mib": peak_memory() / 2**20}
 
 
 def weight_errors() -> list[dict[str, Any]]:
-    """Relative error of the weights and of x W^T for Gaussian x, by model, solver, group size and view."""
+    """Relative error of the weights and of x W^T for Gaussian x, by model, solver, group size and view (8: INT8's one plane)."""
     generator = torch.Generator().manual_seed(0)
     plan = make_plan(Checkpoint(demo.MODEL), "lossless")
     trained = [plan.make_experts(shard.stack, 0, {})["gate_up_proj"].float() for shard in plan.shards]
-    uniform = (torch.rand(512, 256, generator=generator) * 2 - 1) / 16
     models = {
         "embedded, gate and up": torch.cat(trained),
         "random, normal": torch.randn(512, 256, generator=generator) / 16,
-        "random, uniform": uniform,
+        "random, uniform": (torch.rand(512, 256, generator=generator) * 2 - 1) / 16,
     }
     rows = []
     for name, weights in models.items():
         x = torch.randn(64, weights.shape[1], generator=generator)
         for solver in ("minmax", "hqq"):
             for size in (32, 64, 128):
-                codes, scale, zero = SOLVERS[solver](weights, 4, size)
-                planes = pack(codes, size, WIDTHS)
                 row: dict[str, Any] = {"model": name, "solver": solver, "group_size": size}
-                for bits, used in ((4, 3), (3, 2), (2, 1)):
-                    made = dequantize(planes, scale, zero, cols=weights.shape[1], group_size=size, widths=WIDTHS, num_planes=used)
-                    row[f"weights_{bits}"] = float((made - weights).norm() / weights.norm())
-                    row[f"outputs_{bits}"] = float((x @ (made - weights).T).norm() / (x @ weights.T).norm())
+                for widths, views in (((8,), {8: 1}), (WIDTHS, {4: 3, 3: 2, 2: 1})):
+                    codes, scale, zero = SOLVERS[solver](weights, sum(widths), size)
+                    planes = pack(codes, size, widths)
+                    for bits, used in views.items():
+                        made = dequantize(
+                            planes, scale, zero, cols=weights.shape[1], group_size=size, widths=widths, num_planes=used
+                        )
+                        row[f"weights_{bits}"] = float((made - weights).norm() / weights.norm())
+                        row[f"outputs_{bits}"] = float((x @ (made - weights).T).norm() / (x @ weights.T).norm())
                 rows.append(row)
     return rows
 
 
-def measure(
-    folder: Path, texts: Sequence[Path], window_tokens: int, decode_tokens: int, write: Callable[[dict[str, Any]], None]
-) -> None:
-    """Perplexity (of the texts' mean loss), bytes and tokens per second of every line; ``write`` is given all so far after each."""
-    found: dict[str, Any] = {}
-    for kind, lines, most in (("windows", WINDOWS, window_tokens), ("decode", DECODE, decode_tokens)):
-        found[kind] = []
-        for name, store, policy in lines:
-            named = policy if isinstance(policy, str) else "full"
-            model, tokenizer = load(
-                folder / store, expert_cache="25%", preset="load-on-demand", context_length=1024, precision_policy=named
-            )
-            if not isinstance(policy, str):
-                model.fate.runtime.tailor.policy = View(policy)
-            parts = [torch.tensor(tokenizer(text.read_text()[:40_000])["input_ids"][:most]) for text in texts]
-            results = [perplexity(model, tokens, decode=kind == "decode") for tokens in parts]
-            report = model.fate.report()
-            model.fate.close()
-            count = sum(result.tokens for result in results)
-            row = {
-                "name": name,
-                "perplexity": math.exp(sum(result.loss for result in results) / len(results)),
-                "by_text": {text.stem: result.perplexity for text, result in zip(texts, results, strict=True)},
-                "tokens": count,
-                "tokens_per_second": count / sum(result.seconds for result in results),
-                "bytes_per_token": report.experts.bytes_read / count,
-                "uses_by_bits": report.uses_by_bits,
-            }
-            found[kind].append(row)
-            write(found)
-            print(
-                kind,
-                name,
-                f"{row['perplexity']:.3f} {row['bytes_per_token'] / 1024:.0f} KiB {row['tokens_per_second']:.1f}/s",
-                flush=True,
-            )
-
-
-def draw(facts: dict[str, Any], path: Path) -> None:
-    """Perplexity against bytes read per token, in prefill and in decode."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4))
-    for axes, kind, title in zip(panels, ("windows", "decode"), ("windows of 512 tokens", "token by token"), strict=True):
-        for row in facts[kind]:
-            x, y = row["bytes_per_token"] / 1024, row["perplexity"]
-            axes.plot(x, y, "o", color="tab:blue")
-            axes.annotate(row["name"], (x, y), textcoords="offset points", xytext=(6, 3), fontsize=7)
-        axes.set_xscale("log")
-        axes.set_title(title)
-        axes.set_xlabel("KiB read per token, 25 % of the experts resident")
-        axes.set_ylabel("perplexity")
-        axes.margins(0.2)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+def measure(store: Path, policy: str | int, texts: Sequence[Path], most: int, *, decode: bool) -> dict[str, Any]:
+    """Perplexity (of the texts' mean loss) of ``store`` on ``most`` tokens of each text, bytes read and tokens per second."""
+    named = policy if isinstance(policy, str) else "gate-weighted"
+    model, tokenizer = load(store, expert_cache="25%", preset="load-on-demand", context_length=1024, precision_policy=named)
+    if not isinstance(policy, str):
+        model.fate.runtime.tailor.policy = View(policy)
+    parts = [torch.tensor(tokenizer(text.read_text()[:40_000], verbose=False)["input_ids"][:most]) for text in texts]
+    results = [perplexity(model, tokens, decode=decode) for tokens in parts]
+    report = model.fate.report()
+    model.fate.close()
+    count = sum(result.tokens for result in results)
+    return {
+        "perplexity": math.exp(sum(result.loss for result in results) / len(results)),
+        "by_text": {text.stem: result.perplexity for text, result in zip(texts, results, strict=True)},
+        "tokens": count,
+        "tokens_per_second": count / sum(result.seconds for result in results),
+        "bytes_per_token": report.experts.bytes_read / count,
+        "uses_by_bits": report.uses_by_bits,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("prepare", "measure"))
     parser.add_argument("stores", type=Path)
-    parser.add_argument("texts", type=Path, nargs="*")
-    parser.add_argument("--calibrate", type=Path)
+    parser.add_argument("texts", type=Path, nargs="+")
+    parser.add_argument("--model", action="append", default=[], metavar="NAME=CHECKPOINT", help="besides the embedded one")
+    parser.add_argument("--calibrate", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--page", type=Path, help="rewrite this page's tables")
     parser.add_argument("--picture", type=Path)
-    parser.add_argument("--window-tokens", type=int, default=2048)
-    parser.add_argument("--decode-tokens", type=int, default=384)
+    parser.add_argument("--window-tokens", type=int, default=1536)
+    parser.add_argument("--decode-tokens", type=int, default=320)
     arguments = parser.parse_args()
-    facts = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
-    if arguments.what == "prepare":
-        facts |= prepare(arguments.stores, arguments.calibrate)
+    facts: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+
+    def write() -> None:
         arguments.out.write_text(json.dumps(facts, indent=1) + "\n")
-    else:
 
-        def write(found: dict[str, Any]) -> None:
-            arguments.out.write_text(json.dumps(facts | found, indent=1) + "\n")
-
-        measure(arguments.stores, arguments.texts, arguments.window_tokens, arguments.decode_tokens, write)
-    if arguments.picture:
-        facts = json.loads(arguments.out.read_text())
-        draw(facts, arguments.picture)
+    facts.setdefault("errors", weight_errors())
+    others = dict(model.split("=", 1) for model in arguments.model)
+    for name, source in {"embedded": demo.MODEL, **others}.items():
+        of_model = facts.setdefault("models", {}).setdefault(name, {})
+        stores = list(STORES) if name == "embedded" else list(STORES)[:NUM_FOR_OTHERS]
+        prepare(Path(source), arguments.stores / name, stores, arguments.calibrate, of_model, write)
+        for kind, lines in LINES.items():
+            most = arguments.decode_tokens if kind == "decode" else arguments.window_tokens
+            rows = of_model.setdefault(kind, [])
+            known = {row["name"] for row in rows}
+            for line, store, policy in lines:
+                if line in known or store not in stores:
+                    continue
+                found = measure(arguments.stores / name / store, policy, arguments.texts, most, decode=kind == "decode")
+                rows.append({"name": line, **found})
+                write()
+                print(f"{name}, {kind}, {line}: {found['perplexity']:.3f}, {found['tokens_per_second']:.1f} tokens/s", flush=True)
+            rows.sort(key=lambda row: [line for line, _, _ in lines].index(row["name"]))
+    write()
+    for path, make in ((arguments.page, fill_page), (arguments.picture, draw)):
+        if path:
+            make(facts, path)
 
 
 if __name__ == "__main__":

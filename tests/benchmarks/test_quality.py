@@ -1,4 +1,4 @@
-"""The quality page's measurements: its table of errors, its fixed views, and that the picture needs the JSON alone."""
+"""The quality page's measurements: its table of errors, its fixed views, and that tables and picture need the JSON alone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.quality import View, draw, weight_errors
+from benchmarks.quality import View, weight_errors
+from benchmarks.quality_page import draw, fill_page
 from fate_moe.core import Need
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -21,7 +22,7 @@ def test_weight_errors_are_ordered() -> None:
     rows = weight_errors()
     assert len(rows) == 3 * 2 * 3
     for row in rows:
-        assert row["weights_4"] < row["weights_3"] < row["weights_2"]
+        assert row["weights_8"] < row["weights_4"] < row["weights_3"] < row["weights_2"]
     for minmax, hqq in ((a, b) for a in rows for b in rows if (a["solver"], b["solver"]) == ("minmax", "hqq")):
         if (minmax["model"], minmax["group_size"]) == (hqq["model"], hqq["group_size"]):
             assert hqq["weights_4"] < minmax["weights_4"]
@@ -31,3 +32,15 @@ def test_the_picture_is_drawn_from_the_published_numbers(tmp_path: Path) -> None
     pytest.importorskip("matplotlib")
     draw(json.loads((DOCS / "quality.json").read_text()), tmp_path / "quality.png")
     assert (tmp_path / "quality.png").stat().st_size > 10_000
+
+
+def test_the_page_says_what_was_measured(tmp_path: Path) -> None:
+    """Filling the page from the published numbers changes nothing, and other numbers change it."""
+    page, facts = (DOCS / "quality.md").read_text(), json.loads((DOCS / "quality.json").read_text())
+    copy = tmp_path / "quality.md"
+    copy.write_text(page)
+    fill_page(facts, copy)
+    assert copy.read_text() == page
+    facts["models"]["embedded"]["windows"][0]["perplexity"] = 1234.5
+    fill_page(facts, copy)
+    assert "| lossless | 1234.50 | +0.0% |" in copy.read_text()

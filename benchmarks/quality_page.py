@@ -1,0 +1,93 @@
+"""The quality page's tables and picture, from its JSON alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+__all__ = ["draw", "fill_page", "tables"]
+
+SOLVER_NAMES = {"minmax": "min/max", "hqq": "HQQ"}
+TITLES = {"windows": "windows of 512 tokens", "decode": "token by token"}
+
+
+def tables(facts: dict[str, Any]) -> dict[str, str]:
+    """Markdown by the name of its place in the page: "embedded windows", "embedded decode", .., "errors", "conversion"."""
+    made = {"errors": _errors(facts["errors"]), "conversion": _conversion(facts["models"])}
+    for name, of_model in facts["models"].items():
+        for kind in TITLES:
+            made[f"{name} {kind}"] = _lines(of_model[kind])
+    return made
+
+
+def fill_page(facts: dict[str, Any], page: Path) -> None:
+    """Replace what stands between <!-- NAME --> and <!-- end --> by the table of that name. Raises KeyError for an unknown one."""
+    made = tables(facts)
+    pattern = re.compile(r"(<!-- (?!end)([^>]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+    page.write_text(pattern.sub(lambda found: f"{found[1]}{made[found[2]]}{found[3]}", page.read_text()))
+
+
+def draw(facts: dict[str, Any], path: Path) -> None:
+    """Perplexity against bytes read per token: a row of panels for each model, prefill and decode."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    models = facts["models"]
+    figure, panels = pyplot.subplots(len(models), 2, figsize=(11, 4 * len(models)), squeeze=False)
+    for row, (name, of_model) in zip(panels, models.items(), strict=True):
+        for axes, (kind, title) in zip(row, TITLES.items(), strict=True):
+            for line in of_model[kind]:
+                x, y = line["bytes_per_token"] / 1024, line["perplexity"]
+                axes.plot(x, y, "o", color="tab:blue")
+                axes.annotate(line["name"], (x, y), textcoords="offset points", xytext=(6, 3), fontsize=7)
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+            axes.set_title(f"{name}, {title}")
+            axes.set_xlabel("KiB read per token, 25 % of the experts resident")
+            axes.set_ylabel("perplexity")
+            axes.margins(0.2)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _table(head: list[str], rows: Iterator[list[str]]) -> str:
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, ["---"] * len(head), *rows))
+
+
+def _lines(lines: list[dict[str, Any]]) -> str:
+    of = {line["name"]: line for line in lines}
+
+    def rows() -> Iterator[list[str]]:
+        for line in lines:
+            against = [f"{line['perplexity'] / of[base]['perplexity'] - 1:+.1%}" for base in ("lossless", "INT4")]
+            size = line["bytes_per_token"]
+            fewer = f"{size / of['INT4']['bytes_per_token'] - 1:+.0%}"
+            speed = line["tokens_per_second"]
+            yield [line["name"], f"{line['perplexity']:.2f}", *against, f"{size / 1024:,.0f} KiB", fewer, f"{speed:,.4g}"]
+
+    head = ["experts", "perplexity", "against lossless", "against INT4", "read per token", "against INT4", "tokens/s"]
+    return _table(head, rows())
+
+
+def _errors(errors: list[dict[str, Any]]) -> str:
+    views = {"INT8": 8, "INT4": 4, "3-bit view": 3, "2-bit view": 2}
+    rows = (
+        [row["model"], SOLVER_NAMES[row["solver"]], str(row["group_size"])]
+        + [f"{row[f'{what}_{bits}']:.{4 if bits == 8 else 3}f}" for bits in views.values() for what in ("weights", "outputs")]
+        for row in errors
+    )
+    return _table(["weights", "solver", "group", *(cell for name in views for cell in (name, "outputs"))], rows)
+
+
+def _conversion(models: dict[str, Any]) -> str:
+    rows = (
+        [name, store, f"{took['seconds']:.1f} s", f"{took['source_mb_per_second']:.1f} MB/s", f"{took['peak_mib']:.0f} MiB"]
+        for name, of_model in models.items()
+        for store, took in of_model.get("conversions", {}).items()
+    )
+    return _table(["model", "store", "time", "of the checkpoint", "peak memory"], rows)
