@@ -33,6 +33,7 @@ from fate_moe.models.load import is_store, load, load_tokenizer
 from fate_moe.quant.planes import pack
 from fate_moe.quant.solver import SOLVERS
 from fate_moe.store.convert import convert
+from fate_moe.store.open import open_store
 from fate_moe.store.plan import make_plan
 from fate_moe.store.source import Checkpoint
 
@@ -41,8 +42,8 @@ CALIBRATION_TOKENS = 4096
 # By name: precision, solver, group size, whether the text calibrates it. Models other than the embedded one get the first four.
 STORES: dict[str, tuple[str, str, int, bool]] = {
     "lossless": ("lossless", "hqq", 64, False),
-    "int8": ("int8", "hqq", 64, False),
     "hqq-64": ("int4", "hqq", 64, False),
+    "int8": ("int8", "hqq", 64, False),
     "calibrated-64": ("int4", "hqq", 64, True),
     "minmax-64": ("int4", "minmax", 64, False),
     "hqq-32": ("int4", "hqq", 32, False),
@@ -91,6 +92,7 @@ def prepare(source: Path, folder: Path, names: Sequence[str], text: Path, facts:
     """The stores ``names`` of ``source`` under ``folder``; what each conversion took is added to ``facts``.
 
     Each runs in a process of its own, whose peak memory is then the conversion's (and torch's, transformers' and Python's).
+    Megabytes per second are of the weights as the lossless store has them.
     """
     found: Calibration | None = None
     for name in names:
@@ -104,19 +106,20 @@ def prepare(source: Path, folder: Path, names: Sequence[str], text: Path, facts:
             facts["calibrate_seconds"] = time.perf_counter() - began
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
             job = alone.submit(timed_conversion, source, folder / name, precision, solver, size, found if calibrated else None)
-            facts.setdefault("conversions", {})[name] = job.result()
+            seconds, peak = job.result()
+        weights = open_store(folder / "lossless").manifest
+        speed = (weights.expert_bytes + weights.dense_bytes) / 1e6 / seconds
+        facts.setdefault("conversions", {})[name] = {"seconds": seconds, "source_mb_per_second": speed, "peak_mib": peak / 2**20}
         write()
 
 
 def timed_conversion(
     source: Path, store: Path, precision: str, solver: str, group_size: int, calibration: Calibration | None
-) -> dict[str, float]:
-    """Seconds, megabytes of the checkpoint per second, and this process' peak memory in MiB."""
+) -> tuple[float, int]:
+    """Seconds, and this process' peak memory in bytes."""
     began = time.perf_counter()
     convert(source, store, precision, solver=solver, group_size=group_size, calibration=calibration, progress=False)
-    seconds = time.perf_counter() - began
-    size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
-    return {"seconds": seconds, "source_mb_per_second": size / 1e6 / seconds, "peak_mib": peak_memory() / 2**20}
+    return time.perf_counter() - began, peak_memory()
 
 
 def weight_errors() -> list[dict[str, Any]]:

@@ -90,4 +90,4 @@ def _conversion(models: dict[str, Any]) -> str:
         for name, of_model in models.items()
         for store, took in of_model.get("conversions", {}).items()
     )
-    return _table(["model", "store", "time", "of the checkpoint", "peak memory"], rows)
+    return _table(["model", "store", "time", "of lossless weights", "peak memory"], rows)

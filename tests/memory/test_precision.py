@@ -60,12 +60,24 @@ def test_popularity_leaves_decode_alone() -> None:
     assert PrefillPopularity().bits([Need(1, weight, 0) for weight in (0.5, 0.3, 0.15, 0.05)], VIEWS, 0.0) == [4] * 4
 
 
-def test_gate_weighted_by_share() -> None:
-    needs = [Need(1, weight, 0) for weight in (0.4, 0.3, 0.22, 0.08)]
-    assert GateWeighted((0.1, 0.35)).bits(needs, VIEWS, 0.0) == [4, 4, 3, 2]
-    assert GateWeighted((0.0, 0.1)).bits(needs, VIEWS, 0.0) == [4, 4, 4, 3]
-    assert GateWeighted((0.1, 0.35)).bits(needs, [4, 8], 0.0) == [8, 8, 4, 4], "one shorter view: the whole lighter third"
+def test_gate_weighted_by_weight() -> None:
+    needs = [Need(1, weight, 0) for weight in (0.45, 0.3, 0.17, 0.08)]  # 1.8, 1.2, 0.68 and 0.32 of the mean
+    assert GateWeighted(0.5, 1.4, 1.6).bits(needs, VIEWS, 0.0) == [4, 3, 3, 2]
+    assert GateWeighted(0.5, 0.5, 1.6).bits(needs, VIEWS, 0.0) == [4, 4, 4, 2]
+    assert GateWeighted(0.5, 1.0, 1.6).bits(needs, [4, 8], 0.0) == [8, 8, 4, 4], "one shorter view"
     assert GateWeighted().bits([Need(1, 0.0, 0)] * 3, VIEWS, 0.0) == [2, 2, 2], "what weighs nothing needs nothing"
+
+
+def test_gate_weighted_upgrades_only_the_heavy() -> None:
+    needs = [Need(1, weight, held) for weight, held in ((0.45, 2), (0.3, 3), (0.17, 4), (0.08, 2))]
+    assert GateWeighted(0.5, 1.0, 1.6).bits(needs, VIEWS, 0.0) == [4, 3, 4, 2]
+    assert GateWeighted(0.5, 1.0, 1.0).bits(needs, VIEWS, 0.0) == [4, 4, 4, 2]
+
+
+@given(needs_of)
+def test_gate_weighted_reads_prompts_whole(needs: list[Need]) -> None:
+    shared = [need._replace(num_tokens=need.num_tokens + 1) for need in needs]
+    assert GateWeighted().bits(shared, VIEWS, 0.0) == [4] * len(needs)
 
 
 def test_budget_spends_what_is_affordable_on_the_heaviest() -> None:

@@ -35,22 +35,27 @@ class PrefillPopularity:
 
 
 class GateWeighted:
-    """By gate weight: the lightest experts, together at most ``shares[0]`` of the pass's, as the shortest view, those up to
-    ``shares[1]`` as the next longer one, the rest whole. One that is asked for again with more weight is upgraded."""
+    """In decode, by an expert's gate weight against the mean of the pass's choices: below ``light`` of it the shortest view is read,
+    below ``heavy`` the next longer one, the rest whole. A view that is held already stays, unless the expert weighs more than
+    ``upgrade``: each upgrade is a read, and without that limit they cost half of what shorter reads save (docs/quality.md)."""
 
-    def __init__(self, shares: tuple[float, float] = (0.1, 0.35)) -> None:
-        self._shares = shares
+    def __init__(self, light: float = 0.8, heavy: float = 0.8, upgrade: float = 1.6) -> None:
+        self._light, self._heavy, self._upgrade = light, heavy, upgrade
 
     def bits(self, needs: Sequence[Need], views: Sequence[int], affordable: float) -> list[int]:
-        chosen = [views[-1]] * len(needs)
-        order = sorted(range(len(needs)), key=lambda i: needs[i].weight)
-        total = sum(need.weight for need in needs) or 1.0
-        for i, together in zip(order, accumulate(needs[i].weight for i in order), strict=True):
-            for view, share in zip(views[:-1][-2:], self._shares[-len(views[:-1]) :], strict=False):
-                if together <= share * total:
-                    chosen[i] = view
-                    break
-        return chosen
+        choices = sum(need.num_tokens for need in needs)
+        if choices >= 2 * len(needs):  # a prompt, of which an expert's tokens weigh much and little
+            return [views[-1]] * len(needs)
+        mean = sum(need.weight for need in needs) / max(1, choices)
+        return [self._view(need, mean * need.num_tokens, views) for need in needs]
+
+    def _view(self, need: Need, mean: float, views: Sequence[int]) -> int:
+        if need.held and need.weight <= self._upgrade * mean:
+            return need.held
+        shorter = views[:-1][-2:]
+        if need.weight < self._light * mean or not mean:
+            return (*shorter, views[-1])[0]
+        return shorter[-1] if shorter and need.weight < self._heavy * mean else views[-1]
 
 
 class Budget:
