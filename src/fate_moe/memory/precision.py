@@ -35,9 +35,9 @@ class PrefillPopularity:
 
 
 class GateWeighted:
-    """In decode, by an expert's gate weight against the mean of the pass's choices: below ``light`` of it the shortest view is read,
-    below ``heavy`` the next longer one, the rest whole. A view that is held already stays, unless the expert weighs more than
-    ``upgrade``: each upgrade is a read, and without that limit they cost half of what shorter reads save (docs/quality.md)."""
+    """In decode, by an expert's gate weight against the mean of the pass's choices: below ``light`` of it the shortest view is
+    read, below ``heavy`` the next longer one, the rest whole. A view that is held already stays, unless the expert weighs more
+    than ``upgrade``: each upgrade is a read where there was a hit (docs/quality.md)."""
 
     def __init__(self, light: float = 0.8, heavy: float = 0.8, upgrade: float = 1.6) -> None:
         self._light, self._heavy, self._upgrade = light, heavy, upgrade
