@@ -25,6 +25,7 @@ from fate_moe.kernels.native import native
 from fate_moe.models.load import prepare, store_for
 from fate_moe.models.load_device import realize_on_device
 from fate_moe.store.convert import convert
+from fate_moe.store.learned import GATES, save_gates
 from fate_moe.store.open import open_store
 from tests.conftest import load_model
 
@@ -176,3 +177,19 @@ def test_models_that_the_kernels_cannot_run_say_why(checkpoint: Callable[[str], 
     mixed = convert(checkpoint("mixtral"), tmp_path / "mixed", "int4", keep={0: "lossless"})
     with pytest.raises(UnsupportedModelError, match="different precisions"):
         on_gpu(mixed)
+
+
+def test_gates_fitted_to_the_model_are_used(checkpoint: Callable[[str], Path], loaded: Callable[..., Any]) -> None:
+    store = store_for(checkpoint("qwen2_moe"), "lossless")
+    config = prepare(store).model.config
+    gates = [torch.randn(config.num_experts, config.hidden_size + 1) for _ in range(config.num_hidden_layers)]
+    save_gates(store, gates)
+    try:
+        model = on_gpu(store, slots=8)
+        first, second = model.fate.experts.fitted
+        assert first is None
+        assert torch.equal(second.float(), gates[1].bfloat16().float())
+        assert tokens(model) == tokens(loaded("qwen2_moe"))
+        model.fate.close()
+    finally:
+        (store / GATES).unlink()

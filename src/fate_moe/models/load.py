@@ -85,9 +85,9 @@ class Prepared:
 
     def footprint(self) -> Footprint:
         needs = footprint(self.model, self.stacks, self.store.manifest.precision, self.store.manifest)
-        return replace(
-            needs, dense_bytes=needs.dense_bytes + gates_bytes(self.store.path, self.model.config.get_text_config().hidden_size)
-        )
+        gates = gates_bytes(self.store.path, self.model.config.get_text_config().hidden_size)
+        # On a GPU each lies below another copy of its layer's router.
+        return replace(needs, dense_bytes=needs.dense_bytes + gates, device_bytes=needs.device_bytes + 2 * gates)
 
     def plan(self, config: OffloadConfig) -> Plan | DevicePlan:
         """Where the memory would go. Raises BudgetError, and ConfigError where a GPU is asked for and there is none."""

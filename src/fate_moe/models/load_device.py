@@ -34,6 +34,7 @@ from fate_moe.models.weights import fill_device
 from fate_moe.report import Report
 from fate_moe.skeleton import ExpertStack
 from fate_moe.store.dense import dense_layouts
+from fate_moe.store.learned import load_gates
 from fate_moe.store.open import load_dense
 from fate_moe.store.progress import progress_bar
 from fate_moe.store.reader import DiskSource
@@ -127,7 +128,11 @@ def _realize(prepared: Prepared, plan: DevicePlan, config: OffloadConfig, device
         host = WholeHost(arena)
     precision = make_precision_policy(config.precision_policy)
     share = _host_share(prepared, arena, top_k, device, config) if plan.host_share else None
-    experts = _experts(plan, layouts, host, gates_of(model, stacks), num_experts, top_k, options, share, precision, device)
+    hidden = model.config.get_text_config().hidden_size
+    learned = load_gates(store.path, [num_experts] * len(stacks), hidden) if options.limit and not reasons else None
+    fitted = [] if learned is None else [None, *learned.ahead[0][1:]]  # nothing comes early to the first layer
+    gates = gates_of(model, stacks)
+    experts = _experts(plan, layouts, host, gates, num_experts, top_k, options, share, precision, fitted, device)
     attach_device(model, stacks, experts)
     model.register_forward_hook(lambda module, args, output: host.check())
     decode, per_token = None, plan.kv_cache_bytes // plan.context_length
@@ -177,13 +182,16 @@ def _experts(
     options: DeviceOptions,
     share: HostShare | None,
     precision: PrecisionPolicy | None,
+    fitted: Sequence[torch.Tensor | None],
     device: torch.device,
 ) -> DeviceExperts:
     """Slots in VRAM, filled."""
     quotas = layer_quotas(plan.num_slots, len(layouts), num_experts, min(num_experts, top_k + options.limit), options.num_whole)
     tables = ResidencyTables(quotas, num_experts, device)
     pool = VramPool(tables.num_slots, plan.num_staging, plan.slot_bytes, device)
-    experts = DeviceExperts(layouts, host, pool, tables, gates, top_k=top_k, options=options, share=share, precision=precision)
+    experts = DeviceExperts(
+        layouts, host, pool, tables, gates, top_k=top_k, options=options, share=share, precision=precision, fitted=fitted
+    )
     experts.fill()
     host.check()
     return experts
