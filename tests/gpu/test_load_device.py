@@ -158,6 +158,23 @@ def test_where_the_host_cannot_help(checkpoint: Callable[[str], Path]) -> None:
     model.fate.close()
 
 
+def test_memory_that_runs_out_after_all_is_said(checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    store = store_for(checkpoint("mixtral"), "lossless")
+    model = on_gpu(store)
+    more = rf"give --vram {(model.fate.plan.vram_budget_bytes + (256 << 20)) / (1 << 20):.0f}MiB"
+
+    def full(*args: Any, **options: Any) -> Any:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(model.fate.experts, "compute", full)
+    with pytest.raises(BudgetError, match=f"while generating.*{more}"):
+        tokens(model)
+    model.fate.close()
+    monkeypatch.setattr("fate_moe.models.load_device.fill_device", full)
+    with pytest.raises(BudgetError, match=f"while loading.*{more}"):
+        on_gpu(store)
+
+
 def test_damage_is_never_a_wrong_answer(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     store = convert(checkpoint("qwen3_moe"), tmp_path / "store", "lossless")
     opened = open_store(store)

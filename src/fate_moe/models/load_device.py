@@ -85,11 +85,15 @@ def realize_on_device(prepared: Prepared, plan: DevicePlan, config: OffloadConfi
     try:
         return _realize(prepared, plan, config, device)
     except torch.OutOfMemoryError as error:
-        enough = plan.vram_budget_bytes + VRAM_RESERVE_BYTES
-        raise BudgetError(
-            f"the GPU's memory ran out while loading, against the plan; give --vram {-(-enough >> 20)}MiB, or end what else runs",
-            enough,
-        ) from error
+        raise _ran_out(plan, "loading") from error
+
+
+def _ran_out(plan: DevicePlan, while_doing: str) -> BudgetError:
+    enough = plan.vram_budget_bytes + VRAM_RESERVE_BYTES
+    return BudgetError(
+        f"the GPU's memory ran out while {while_doing}, against the plan; give --vram {-(-enough >> 20)}MiB, or end what else runs",
+        enough,
+    )
 
 
 def _realize(prepared: Prepared, plan: DevicePlan, config: OffloadConfig, device: torch.device | None) -> Any:
@@ -143,7 +147,7 @@ def _realize(prepared: Prepared, plan: DevicePlan, config: OffloadConfig, device
         decode = CapturedDecode(model, experts, plan.context_length, per_token, config.cuda_graph)
     _settle(model, experts, decode, device)
     experts.tables.counters.zero_()
-    model.generate = _with_inputs_on(device, model.generate)
+    model.generate = _with_inputs_on(device, model.generate, plan)
     model.fate = DeviceFate(plan, config, experts, decode, lambda: remember(policy, store.path) if plan.reads_disk else None)
     return model
 
@@ -217,13 +221,16 @@ def _layout(prepared: Prepared, stack: ExpertStack) -> DeviceLayout:
     return device_layout(prepared.store.manifest.layouts[0], stack.output_rows_first(), module)
 
 
-def _with_inputs_on(device: torch.device, generate: Callable[..., Any]) -> Callable[..., Any]:
-    """``generate`` with its tensors moved to ``device`` first."""
+def _with_inputs_on(device: torch.device, generate: Callable[..., Any], plan: DevicePlan) -> Callable[..., Any]:
+    """``generate`` with its tensors moved to ``device`` first; raises BudgetError where that has too little memory after all."""
 
     @functools.wraps(generate)
     def moved(*args: Any, **options: Any) -> Any:
         there = [value.to(device) if isinstance(value, torch.Tensor) else value for value in args]
         named = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in options.items()}
-        return generate(*there, **named)
+        try:
+            return generate(*there, **named)
+        except torch.OutOfMemoryError as error:
+            raise _ran_out(plan, "generating") from error
 
     return moved
