@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -78,6 +79,24 @@ def test_footprint_by_hand(checkpoint: Callable[[str], Path]) -> None:
     groups = 3 * 2048 * 1408 // 64
     int4 = footprint(model, expert_stacks(model), "int4").slot_bytes
     assert groups * 36 <= int4 < groups * 36 + 4096
+
+
+def test_a_written_out_expert_is_counted(checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the prompt's length: one expert as numbers, or the packed tokens of a pass where there are matrix tiles."""
+    model = build_skeleton(checkpoint("qwen2_moe")).bfloat16()
+    stacks = expert_stacks(model)
+    shapes = stacks[0].parameters.values()
+    numbers = sum(rows * cols for rows, cols in shapes)
+    expected = {False: 2 * numbers, True: 256 * 2 * 2 * max(cols for _, cols in shapes)}
+    config = OffloadConfig(ram="64GiB", context_length=16)
+    for tiles, scratch in expected.items():
+        monkeypatch.setattr("fate_moe.planner.native", SimpleNamespace(has_tiles=lambda tiles=tiles: tiles))
+        needs = footprint(model, stacks, "int4")
+        assert needs.scratch_bytes == scratch
+        assert make_plan(needs, config).activation_bytes == 16 * needs.activation_bytes_per_token + scratch
+    monkeypatch.setattr("fate_moe.planner.native", None)
+    assert footprint(model, stacks, "int4").scratch_bytes == 2 * numbers
+    assert footprint(model, stacks, "lossless").scratch_bytes == 0
 
 
 def test_too_small_budgets_name_the_smallest_that_works(checkpoint: Callable[[str], Path]) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from fate_moe.config import OffloadConfig, format_bytes, parse_amount
 from fate_moe.errors import BudgetError
+from fate_moe.kernels.gates import find_gate
+from fate_moe.kernels.native import native
 from fate_moe.machine import available_memory, resident_memory
 from fate_moe.quant.dtypes import dtype_name
 from fate_moe.skeleton import ExpertStack, parameter_dtypes
@@ -27,6 +31,7 @@ RESERVE_BYTES = 56 << 20
 SPREAD_BYTES = 8 << 20
 # "auto" leaves a fifth of what is free to everybody else.
 AUTO_SHARE = 0.8
+PASS_TOKENS = 256  # that are packed at a time for matrix tiles (csrc/tiles.cpp: kMostTokens)
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,8 @@ class Footprint:
 
     ``dense_bytes`` are resident; ``row_bytes``, the embedding of which tokens' rows are read, stay on disk. On a GPU all of them
     take ``device_bytes``: quantized matrices a byte a weight, the embedding and all others as numbers of the model's dtype, routers
-    twice (the step has them beside one another). A layer's experts have ``inner_bytes_per_token`` between up and down.
+    twice (the step has them beside one another). A layer's experts have ``inner_bytes_per_token`` between up and down. A prompt
+    has ``scratch_bytes`` whatever its length: an expert of many tokens is written out as numbers, or its tokens are packed.
     """
 
     family: str
@@ -50,6 +56,7 @@ class Footprint:
     num_layers: int
     device_bytes: int
     inner_bytes_per_token: int
+    scratch_bytes: int
 
 
 @dataclass(frozen=True)
@@ -159,6 +166,7 @@ def footprint(
         num_layers=len(stacks),
         device_bytes=sum(on_device.values()) + sum(stack.num_experts for stack in stacks) * text.hidden_size * itemsize,
         inner_bytes_per_token=top_k * max(shape[0] for stack in stacks for shape in stack.output_rows_first().values()) * itemsize,
+        scratch_bytes=_scratch_bytes(model, stacks, precision),
     )
 
 
@@ -172,7 +180,7 @@ def make_plan(needs: Footprint, config: OffloadConfig) -> Plan:
     budget = int(free * AUTO_SHARE) if config.ram == "auto" else parse_amount(config.ram, free)
     runtime = resident_memory() + RESERVE_BYTES
     kv = needs.kv_bytes_per_token * config.context_length
-    activations = needs.activation_bytes_per_token * config.context_length
+    activations = needs.activation_bytes_per_token * config.context_length + needs.scratch_bytes
     fixed = runtime + needs.dense_bytes + kv + activations
     if config.expert_cache is None:
         wanted, num_slots = needs.min_slots, min(needs.num_experts, (budget - fixed) // needs.slot_bytes)
@@ -207,6 +215,20 @@ def make_plan(needs: Footprint, config: OffloadConfig) -> Plan:
         num_experts=needs.num_experts,
         slot_bytes=needs.slot_bytes,
     )
+
+
+def _scratch_bytes(model: PreTrainedModel, stacks: list[ExpertStack], precision: str) -> int:
+    """What a layer's prompt takes beside activations (kernels/cpu.py, csrc/tiles.cpp)."""
+    if precision == "lossless":
+        return 0  # multiplied where it lies
+    shapes = [stack.output_rows_first() for stack in stacks]
+    expanded: int = max(sum(math.prod(shape) for shape in shape_of.values()) for shape_of in shapes) * model.dtype.itemsize
+    modules = {type(module): module for module in (model.get_submodule(stack.name) for stack in stacks)}
+    if native is None or not native.has_tiles() or model.dtype != torch.bfloat16 or None in map(find_gate, modules.values()):
+        return expanded
+    matrices = [shape for shape_of in shapes for shape in shape_of.values() if len(shape) == 2]
+    widest: int = max(cols for _, cols in matrices)
+    return PASS_TOKENS * 2 * widest * 2  # its tokens and their inner values
 
 
 def _kv_bytes_per_token(text: Any, itemsize: int) -> int:
