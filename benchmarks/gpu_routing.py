@@ -9,7 +9,6 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.gpu_model import TOPIC_TOKENS, RandomModel
-from fate_moe.trace.fit import recall
 
 __all__ = ["as_array", "belady_misses", "better_gates", "fit_gates", "foretold", "recorded", "routers"]
 
@@ -66,6 +65,12 @@ def fit_gates(random: RandomModel, tokens: int = 24 * PASS) -> list[torch.Tensor
         damped.diagonal().add_(RIDGE * float(damped.diagonal().mean()))
         found.append(torch.linalg.solve(damped, products[layer].double()).T.float().contiguous())
     return found
+
+
+def recall(scores: torch.Tensor, chosen: torch.Tensor, width: int) -> float:
+    """The share of ``chosen`` [N, k] among the ``width`` best of ``scores`` [N, E]."""
+    guessed = scores.topk(min(width, scores.shape[1]), dim=-1).indices
+    return float((chosen[:, :, None] == guessed[:, None, :]).any(-1).float().mean())
 
 
 def better_gates(random: RandomModel, fitted: list[torch.Tensor | None]) -> list[torch.Tensor | None]:

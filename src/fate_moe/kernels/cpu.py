@@ -82,9 +82,12 @@ class SlotExperts:
         others = []
         for expert, slot in ready:
             kernel, tiled = kernels[expert], len(rows[expert]) > MOST_TOKENS
-            if kernel is None or kernel.whole is None or hidden.dtype not in DTYPES:
-                others.append((expert, slot))
-            elif tiled and not (kernel.tiled and hidden.dtype == torch.bfloat16):
+            if (
+                kernel is None
+                or kernel.whole is None
+                or hidden.dtype not in DTYPES
+                or (tiled and not (kernel.tiled and hidden.dtype == torch.bfloat16))
+            ):
                 others.append((expert, slot))
             else:
                 by_kernel.setdefault((kernel, tiled), []).append((expert, slot))
