@@ -9,7 +9,7 @@
 
 namespace fate {
 
-constexpr int64_t kTaskBytes = 96 << 10;  // weights of one task: far below a core's cache, far above the cost of taking it
+constexpr int64_t kTaskBytes = 32 << 10;  // weights of one task: far below a core's cache, far above the cost of taking it
 
 // Memory that a calling thread keeps from call to call; starts on a cache line.
 class Scratch {
