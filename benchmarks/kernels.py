@@ -182,6 +182,8 @@ def main() -> None:
             shape[f"fused_{experts}_gbps"] = experts * 1.5 * groups * VIEW_BYTES[3] / taken / 1e9
         if name == "Qwen1.5-MoE":
             shape |= prefill(pool, top_k, num_experts, 512, 2 * seconds)
+        memory = max(memory, read(pool, threads, seconds))  # other tenants of the host come and go: the better of before and after
+        shape["memory_gbps"] = memory / 1e9
         del pool
         theirs = torch_int4(2 * inner, hidden, 1, pool_bytes // 2, seconds)
         shape["torch_int4_m1_us"] = theirs * 1e6
