@@ -71,7 +71,7 @@ sanitize: $(VENV)/.installed-dev
 	build/sanitize/native/check_ops
 	PYTHONPATH=build/sanitize/src ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
-	  $(BIN)/python -m pytest -p no:cacheprovider tests/kernels/test_cpu.py tests/kernels/test_layers.py \
+	  $(BIN)/python -m pytest -p no:cacheprovider tests/kernels/test_cpu.py tests/kernels/test_layers.py tests/kernels/test_tiles.py \
 	    tests/models/test_standard.py tests/gpu/test_share.py
 
 # The NEON kernels without and with SDOT under the same sanitizers, on emulated processors (Debian: g++-aarch64-linux-gnu,
@@ -79,7 +79,7 @@ sanitize: $(VENV)/.installed-dev
 ARM_CXX ?= aarch64-linux-gnu-g++
 ARM_RUN ?= ASAN_OPTIONS=detect_leaks=0 qemu-aarch64-static -L /usr/aarch64-linux-gnu
 CSRC := src/fate_moe/kernels/csrc
-ARM_FLAGS := -std=c++17 -O1 -g -Wall -Wextra -Wno-psabi $(SANITIZE) -ffp-contract=off -I $(CSRC)
+ARM_FLAGS := -std=c++17 -O1 -g -Wall -Wextra -Wno-psabi -Wno-missing-field-initializers $(SANITIZE) -ffp-contract=off -I $(CSRC)
 test-arm:
 	mkdir -p build/arm
 	$(ARM_CXX) $(ARM_FLAGS) -march=armv8.2-a+dotprod -c $(CSRC)/neon_dot.cpp -o build/arm/neon_dot.o
