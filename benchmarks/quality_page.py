@@ -40,6 +40,9 @@ def draw(facts: dict[str, Any], path: Path) -> None:
     figure, panels = pyplot.subplots(len(models), 2, figsize=(11, 4 * len(models)), squeeze=False)
     for row, (name, of_model) in zip(panels, models.items(), strict=True):
         for axes, (kind, title) in zip(row, TITLES.items(), strict=True):
+            if not of_model[kind]:  # not measured
+                axes.set_axis_off()
+                continue
             for line in of_model[kind]:
                 x, y = line["bytes_per_token"] / 1024, line["perplexity"]
                 axes.plot(x, y, "o", color="tab:blue")
