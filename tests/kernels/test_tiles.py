@@ -97,7 +97,7 @@ def test_experts(kind: str, family: str, tokens: int) -> None:
     assert min(map(len, rows.values())) > 8
     ready = [(expert, 3 - expert) for expert in rows]
     planes = {expert: 1 + expert % 3 for expert in rows} if kind == "int4" else {}
-    slots = SlotExperts(memory, layout.length, [layout], [shapes])
+    slots = SlotExperts(memory, layout.length, [[layout] * 8], [shapes])
     together, apart = (slots.outputs(0, module, x, len(index)) for _ in range(2))
     slots.run(0, module, ready, rows, x, together, planes)
     for item in reversed(ready):
