@@ -127,16 +127,12 @@ class CalibratedGate:
         return np.asarray((scores - border) * np.float32(1 / spread), np.float32)
 
     def _of_many(self, layer: int, scores: Floats) -> list[tuple[int, float]]:
-        """That at least one of the tokens chooses the expert; the more tokens expect it, the likelier.
-
-        Only tokens that rank it among their k count: what single tokens leave open they leave open together, so that hundreds of
-        small chances are no evidence (counted, they had every expert of a layer read, and a fifth of the reads was for nothing).
-        """
+        """That at least one of the tokens chooses the expert; the more tokens expect it, the likelier."""
         k = self._top_k[layer]
         ordered = np.partition(scores, (-k - 1, -k), axis=1)
         border = 0.5 * (ordered[:, -k - 1] + ordered[:, -k])
         distance = np.asarray((scores - border[:, None]) / (scores.std(1, keepdims=True) + 1e-6), np.float32)
-        votes = np.where(distance > 0, self._calibration.rates[layer][Calibration.bins(distance)], 0).sum(0)
+        votes = self._calibration.rates[layer][Calibration.bins(distance)].sum(0)
         chances = (1 - np.exp(-votes)) * (1 - 1e-3) + 1e-3 * votes / (votes.max() + 1e-6)
         likely = (chances > LEAST).nonzero()[0]
         likely = likely[(-chances[likely]).argsort(kind="stable")]
