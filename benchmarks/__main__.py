@@ -53,6 +53,8 @@ cut to length; every engine is told the context that the workload needs. The che
   left out); `llama.cpp (wheel)`: xllamacpp's prebuilt one, AVX2. Q4_0 from the same checkpoint, mmap, repacked (its default) or
   not. Its qwen2moe graph does not normalize routing weights, so smollm2-wide, which asks for that, is written for one that does
   (bailingmoe: the same function, see gguf_export).
+- `load-on-demand` and `best` were measured anew after the kernels for AMX and GFNI came; `fate` and `eap` without a limit, at 5 and
+  6 GiB and on smollm2-wide are from before. Chat and batches of `best` at 4 GiB too.
 - `transformers + accelerate`: bf16, what does not fit offloaded to disk; its one cell was run beside other work, for a quarter of
   an hour. A peer without a row has not been run on that model.
 - Left out: kt-kernel 0.7.2 installs but is kernels only; its engine, sglang-kt, needs CUDA.
