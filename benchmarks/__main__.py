@@ -111,6 +111,7 @@ def run(arguments: argparse.Namespace) -> None:
                         "threads": arguments.threads,
                         "limit_bytes": limit,
                         "settings": variant.settings,
+                        "scratch": str(arguments.home / "scratch" / arguments.checkpoint.name),
                     }
                     run_cell(python, peer.worker, job, cell, workload, arguments.seconds)
                     results.add(cell)

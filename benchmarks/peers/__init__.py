@@ -17,7 +17,7 @@ The job: ``model`` path; ``workload`` "decode" (each sample is a prompt of its o
 with no new tokens after the first) or "chat" (each sample is a turn, appended to what the cache holds); ``samples`` a list of
 samples, each a list of ``batch`` prompts, each a list of token ids, all of one length; ``new_tokens`` a prompt, greedy, an end
 token does not end it; ``context_tokens`` of KV cache that a prompt of the batch needs; ``threads``; ``limit_bytes`` or null;
-``settings`` of the peer.
+``settings`` of the peer; ``scratch``, a folder of its own for what it has to write.
 """
 
 from __future__ import annotations

@@ -51,9 +51,7 @@ class Accelerate:
     _packages = ("torch", "transformers", "accelerate==1.15.0", "safetensors")
 
     def install(self, home: Path) -> Path:
-        python = virtual_environment(home / "venvs" / "accelerate", self._packages, _PROJECT / "constraints.txt")
-        self._offload = home / "offload"
-        return python
+        return virtual_environment(home / "venvs" / "accelerate", self._packages, _PROJECT / "constraints.txt")
 
     def prepare(self, checkpoint: Path, home: Path) -> Path:
         return checkpoint
@@ -61,7 +59,7 @@ class Accelerate:
     def variants(self, model: Path, limit_bytes: int | None) -> list[Variant]:
         # Without a limit: what is free; with one: what is left beside Python and torch (about 0.7 GiB).
         free = limit_bytes - (768 << 20) if limit_bytes else int(0.85 * _available_bytes())
-        return [Variant("", {"engine": "accelerate", "memory_bytes": free, "offload_folder": str(self._offload / model.name)})]
+        return [Variant("", {"engine": "accelerate", "memory_bytes": free})]
 
 
 def _available_bytes() -> int:

@@ -28,10 +28,9 @@ def load(job: dict[str, Any]) -> tuple[Any, dict[str, str], Callable[[], dict[st
         return model, versions | {"fate-moe": fate_moe.__version__}, lambda: model.fate.report().as_dict()
     import accelerate
 
-    offload = settings.pop("offload_folder")
     memory = {"cpu": settings.pop("memory_bytes")}
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        job["model"], dtype="auto", device_map="auto", max_memory=memory, offload_folder=offload, **settings
+        job["model"], dtype="auto", device_map="auto", max_memory=memory, offload_folder=job["scratch"], **settings
     )
     return model, versions | {"accelerate": accelerate.__version__}, dict
 

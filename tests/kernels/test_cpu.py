@@ -200,6 +200,23 @@ def mlp_twin(module: Any, layout: BlobLayout, parts: Any, weights: Any, x: torch
     return product("down_proj", module.act_fn(product("up_proj", x)))
 
 
+def both_ways(
+    slots: SlotExperts,
+    module: Any,
+    ready: list[tuple[int, int]],
+    rows: dict[int, list[int]],
+    x: torch.Tensor,
+    planes: dict[int, int],
+) -> torch.Tensor:
+    """The outputs of ``ready`` in one call, which are those of a call for each, the last first, bit for bit."""
+    together, apart = (slots.outputs(0, module, x, sum(map(len, rows.values()))) for _ in range(2))
+    slots.run(0, module, ready, rows, x, together, planes)
+    for item in reversed(ready):
+        slots.run(0, module, [item], rows, x, apart, planes)
+    assert torch.equal(together, apart)
+    return together
+
+
 @pytest.mark.parametrize("kind", ["int4", "int8", "bf16"])
 @pytest.mark.parametrize("family", ["silu", "gpt_oss", "plain_relu2"])
 @pytest.mark.parametrize("tokens", [1, 3, 20])
@@ -224,11 +241,7 @@ def test_fused_experts(kind: str, family: str, tokens: int) -> None:
     ready = [(expert, 3 - expert) for expert in rows]
     planes = {expert: 1 + expert % 3 for expert in rows} if kind == "int4" else {}
     slots = SlotExperts(memory, layout.length, [[layout] * 4], [shapes], exact=True)
-    together, apart = (slots.outputs(0, module, x, len(index)) for _ in range(2))
-    slots.run(0, module, ready, rows, x, together, planes)
-    for item in reversed(ready):
-        slots.run(0, module, [item], rows, x, apart, planes)
-    assert torch.equal(together, apart)
+    together = both_ways(slots, module, ready, rows, x, planes)
     for expert, slot in ready:
         blob = torch.frombuffer(memory, dtype=torch.uint8)[slot * layout.length :]
         weights = expert_weights(layout, views(layout, blob), shapes, torch.float32, planes.get(expert))
