@@ -103,6 +103,8 @@ class Counters:
     upgrades: int = 0  # lookups that found fewer bits than they wanted; they count as misses
     bytes_read: int = 0
     stall_seconds: float = 0.0
+    link_seconds: float = 0.0  # in which reads were under way
+    overlap_seconds: float = 0.0  # between the lookups that missed and the first need of what they missed
 
     @property
     def lookups(self) -> int:

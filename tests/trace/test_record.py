@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from fate_moe.cli import main
+from fate_moe.core import ExpertId, ExpertSource
 from fate_moe.errors import ConfigError
 from fate_moe.predict.forecast import forecast_source
 from fate_moe.trace.fit import RIDGE, GateFitter, Passes
 from fate_moe.trace.plots import draw
 from fate_moe.trace.recall import RecallMeter
 from fate_moe.trace.record import Recorder
+from fate_moe.trace.recorded import recorded_run
 from fate_moe.trace.schema import RoutingTrace, write_trace
 from fate_moe.trace.simulate import Link, simulate
 
@@ -54,6 +59,55 @@ def test_the_simulator_agrees_with_the_engine(traced: tuple[Any, RoutingTrace]) 
     row = simulate(trace, "lru", "none", 0.375, Link(1e9, model.fate.plan.slot_bytes, 1e-3))
     measured = model.fate.report().experts.bytes_read / trace.num_tokens
     assert row.bytes_per_token == pytest.approx(measured, rel=0.03)
+
+
+class SlowSource:
+    """One read after another, each five milliseconds, whatever else the machine does."""
+
+    def __init__(self, inner: ExpertSource) -> None:
+        self._inner, self._lock, self._free = inner, threading.Lock(), 0.0
+
+    def read(self, expert: ExpertId, slot: memoryview, *sections: Any) -> int:
+        with self._lock:
+            until = self._free = max(self._free, time.perf_counter()) + 0.005
+        num_bytes = self._inner.read(expert, slot, *sections)
+        time.sleep(max(0.0, until - time.perf_counter()))
+        return num_bytes
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+def test_stall_agrees_with_the_engine(loaded: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A link so slow that the machine's own noise does not count; the trace alone tells the simulator how slow it was."""
+    model = loaded("qwen2_moe", policy="lru", predictor="none", expert_cache="37.5%")
+    residency = model.fate.runtime.residency
+    residency._source = SlowSource(residency._source)
+    recorder = Recorder([8, 8], counters=residency.counters)
+    model.fate.runtime.observer = recorder
+    generator, past = torch.Generator().manual_seed(4), None
+    with torch.no_grad():
+        for _ in range(80):
+            token = torch.randint(1, 60, (1, 1), generator=generator)
+            past = model(token, past_key_values=past, use_cache=True).past_key_values
+    plan = model.fate.plan
+    trace = recorder.trace(expert_bytes=plan.slot_bytes, slots=plan.num_slots, policy="lru", predictor="none")
+    write_trace(tmp_path / "t.npz", trace)
+    main(["simulate", str(tmp_path / "t.npz"), "--as-recorded", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    recorded, (row,) = found["recorded"], found["rows"]
+    assert row["bytes_per_token"] == pytest.approx(recorded["bytes_per_token"], rel=0.03)
+    assert row["stall_seconds"] == pytest.approx(recorded["stall_seconds"], rel=0.15)
+    assert recorded["stall_seconds"] == pytest.approx(float(trace.extras["stall"].sum()), rel=1e-3)
+    assert found["disk_gbps"] == pytest.approx(plan.slot_bytes / 0.005 / 1e9, rel=0.25)
+    main(["simulate", str(tmp_path / "t.npz"), "--as-recorded"])
+    assert "as recorded" in capsys.readouterr().out
+
+
+def test_a_trace_without_times_says_so() -> None:
+    trace = RoutingTrace(np.zeros((2, 1, 1), np.uint8), np.ones((2, 1, 1), np.float16), np.array([0, 2]), np.array([4]))
+    with pytest.raises(ConfigError, match="has no times"):
+        recorded_run(trace)
 
 
 def test_many_tokens_begin_another_generation(loaded: Callable[..., Any]) -> None:

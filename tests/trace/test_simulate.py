@@ -55,6 +55,13 @@ def test_overlap_hides_so_much_of_a_wait() -> None:
     assert row.tokens_per_second == pytest.approx(3 / (2 * 0.6 + 3 * 0.5))
 
 
+def test_latency_delays_use_and_not_the_next_read() -> None:
+    """Two misses: the link is busy for two seconds, the second is of use a quarter later; a lone one after 1.25."""
+    link = Link(1000.0, 1000, 0.5, latency_seconds=0.25)
+    row = simulate(trace_of([[[0, 1]], [[0, 2]]]), "lru", "none", 0.5, link)
+    assert row.stall_seconds == pytest.approx(2.25 + 1.25)
+
+
 def test_skipped_tokens_warm_up_and_do_not_count() -> None:
     row = simulate(trace_of([[[0]], [[0]], [[1]]]), "lru", "none", 0.25, SLOW, skip=1)
     assert (row.num_tokens, row.miss_rate, row.stall_seconds) == (2, 0.5, pytest.approx(1.0))

@@ -47,6 +47,12 @@ def add_verbs(verbs: Any) -> None:
         "--layer-ms", type=float, metavar="MS", help="compute of one layer; default: the trace's median, else 2.5"
     )
     simulate.add_argument("--overlap-ms", type=float, default=0.0, metavar="MS", help="of it before experts are needed; default: 0")
+    simulate.add_argument("--latency-ms", type=float, default=0.0, metavar="MS", help="until a read is of use; default: 0")
+    simulate.add_argument(
+        "--as-recorded",
+        action="store_true",
+        help="instead: the traced run's own policy, predictor, slots and measured times, beside what that run really did",
+    )
     simulate.add_argument("--gates", type=Path, metavar="STORE", help="store whose fitted gates are used")
     simulate.add_argument("--look-ahead", type=int, default=1, metavar="K", help="layers predicted ahead; default: %(default)s")
     simulate.add_argument("--skip", type=int, default=0, metavar="N", help="first tokens that do not count; default: 0")
@@ -115,6 +121,7 @@ def _simulate(arguments: argparse.Namespace) -> None:
     import numpy as np
 
     from fate_moe.store.progress import count_bar
+    from fate_moe.trace.recorded import recorded_run
     from fate_moe.trace.schema import read_trace
     from fate_moe.trace.simulate import Link, simulate
 
@@ -127,7 +134,13 @@ def _simulate(arguments: argparse.Namespace) -> None:
     elif {"seconds", "stall"} <= set(trace.extras):
         layer_seconds = float(np.median(trace.extras["seconds"] - trace.extras["stall"]))
     expert_bytes = parse_size(arguments.expert_bytes or trace.meta.get("expert_bytes") or "4MiB")
-    link = Link(arguments.disk_gbps * 1e9, expert_bytes, layer_seconds, arguments.overlap_ms / 1e3)
+    times = (arguments.overlap_ms / 1e3, arguments.latency_ms / 1e3)
+    link = Link(arguments.disk_gbps * 1e9, expert_bytes, layer_seconds, *times)
+    runs = list(_runs(arguments))
+    recorded = None
+    if arguments.as_recorded:
+        recorded = recorded_run(trace, arguments.skip)
+        link, runs = recorded.link, [(recorded.policy, recorded.predictor, recorded.capacity)]
     gates = None
     if arguments.gates is not None:
         from fate_moe.store.learned import load_gates
@@ -135,7 +148,6 @@ def _simulate(arguments: argparse.Namespace) -> None:
         hidden = trace.extras["embeddings"].shape[-1] if "embeddings" in trace.extras else 0
         if (gates := load_gates(arguments.gates, trace.num_experts.tolist(), hidden)) is None:
             raise ConfigError(f"{arguments.gates} has no gates for this trace's model; make them with: fate fit")
-    runs = list(_runs(arguments))
     rows = []
     with count_bar("simulating", len(runs) * trace.num_tokens) as advance:
         for policy, predictor, capacity in runs:
@@ -153,10 +165,27 @@ def _simulate(arguments: argparse.Namespace) -> None:
                 ).as_dict()
             )
     if arguments.json:
-        link_facts = {"disk_gbps": arguments.disk_gbps, "expert_bytes": expert_bytes, "layer_ms": layer_seconds * 1e3}
-        print(json.dumps({"trace": arguments.trace.name, **link_facts, "rows": rows}))
+        link_facts = {
+            "disk_gbps": link.bytes_per_second / 1e9,
+            "latency_ms": link.latency_seconds * 1e3,
+            "expert_bytes": link.expert_bytes,
+            "layer_ms": link.layer_seconds * 1e3,
+            "overlap_ms": link.overlap_seconds * 1e3,
+        }
+        measured = {} if recorded is None else {"recorded": recorded.as_dict()}
+        print(json.dumps({"trace": arguments.trace.name, **link_facts, **measured, "rows": rows}))
     else:
         _print_rows(rows)
+        if recorded is not None:
+            _print_comparison(recorded.as_dict(), rows[0])
+
+
+def _print_comparison(recorded: dict[str, Any], row: dict[str, Any]) -> None:
+    print("as recorded, against this simulation:")
+    print(f"  ready on time   {recorded['ready_on_time']:.1%}, {row['ready_on_time']:.1%}")
+    print(f"  read per token  {format_bytes(recorded['bytes_per_token'])}, {format_bytes(row['bytes_per_token'])}")
+    print(f"  stall           {recorded['stall_seconds']:.2f} s, {row['stall_seconds']:.2f} s")
+    print(f"  tokens/s        {recorded['tokens_per_second']:.1f}, {row['tokens_per_second']:.1f}")
 
 
 def _runs(arguments: argparse.Namespace) -> Iterator[tuple[str, str, float]]:

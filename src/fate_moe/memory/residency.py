@@ -33,6 +33,7 @@ class Lease:
         self._residency = residency
         self._arrived: deque[tuple[ExpertId, Exception | None]] = deque()
         self._held = dict.fromkeys(lookups)
+        self._asked: float | None = time.perf_counter()  # None once what was missing has been needed
 
     def __iter__(self) -> Iterator[tuple[ExpertId, int]]:
         hits = [expert for expert, found in self.lookups.items() if found is Lookup.HIT]
@@ -247,6 +248,9 @@ class Residency:
     def _wait_for(self, lease: Lease) -> ExpertId:
         """The next expert to arrive for ``lease``; the wait is a stall."""
         with self._arrival:
+            if lease._asked is not None:
+                self.counters.overlap_seconds += time.perf_counter() - lease._asked
+                lease._asked = None
             if not lease._arrived:
                 began = time.perf_counter()
                 while not lease._arrived:
@@ -338,6 +342,7 @@ class Residency:
                 self._slots[expert] = slot
                 self._held[expert] = last
                 self.counters.bytes_read += num_bytes
+                self.counters.link_seconds += seconds
                 if not whole:
                     seconds *= self._arena.slot_bytes / num_bytes  # what all of it would have taken
                 self.read_seconds = seconds if not self.read_seconds else self.read_seconds + 0.1 * (seconds - self.read_seconds)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fate_moe.config import OffloadConfig
+from fate_moe.core import ExpertSource
 from fate_moe.errors import ConfigError
 from fate_moe.models.families import linear_routers, norms_of
 from fate_moe.models.load import load_tokenizer, prepare, realize, store_for
@@ -34,24 +35,28 @@ def record_routing(
     teacher: bool = False,
     prefill: bool = False,
     gate_inputs: bool = False,
+    source: ExpertSource | None = None,
 ) -> RoutingTrace:
     """Continue each of ``texts`` greedily by ``new_tokens``, or with ``teacher`` follow it token by token; ``max_tokens`` in all.
 
     ``prefill``: follow it in passes of many tokens, as quick as a prompt, without lookups and times. ``gate_inputs`` records what
-    linear routers saw, and their weights. Raises ConfigError if no token was decoded.
+    linear routers saw, and their weights. ``source`` brings the experts' bytes; None: the store. Raises ConfigError if no token was
+    decoded.
     """
     if config.on_gpu:
         raise ConfigError("routing is recorded on the CPU; leave vram and device away")
     prepared = prepare(store_for(model, config.precision, config.dense_precision))
     tokenizer = load_tokenizer(prepared.store.path)
     plan = prepared.plan(config)
-    running = realize(prepared, plan, config)
+    running = realize(prepared, plan, config, source)
     weights = linear_routers(running, prepared.stacks) if gate_inputs else None
     routers = None if weights is None else _padded(weights)
     norms = norms_of(running, prepared.stacks) if gate_inputs else None
     sizes = [stack.num_experts for stack in prepared.stacks]
-    recorder = Recorder(sizes, gate_inputs=gate_inputs, routers=routers, norms=norms, prompts=prefill)
-    running.fate.runtime.observer = recorder
+    runtime = running.fate.runtime
+    counters = runtime.residency.counters
+    recorder = Recorder(sizes, gate_inputs=gate_inputs, routers=routers, norms=norms, prompts=prefill, counters=counters)
+    runtime.observer = recorder
     with count_bar("tracing", max_tokens) as advance, torch.inference_mode():
         for text in texts:
             left = min(max_tokens - recorder.num_tokens, new_tokens)

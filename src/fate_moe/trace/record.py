@@ -6,17 +6,26 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from fate_moe.core import ExpertId, Lookup
+from fate_moe.core import Counters, ExpertId, Lookup
 from fate_moe.trace.schema import RoutingTrace
 
 __all__ = ["Recorder"]
 
-_KINDS = {"lookups": np.uint8, "stall": np.float32, "seconds": np.float32}
+_COUNTED = {"bytes_read": "bytes_read", "overlap": "overlap_seconds", "link": "link_seconds"}  # columns, and whose growth they are
+_KINDS = {
+    "lookups": np.uint8,
+    "stall": np.float32,
+    "seconds": np.float32,
+    "bytes_read": np.int64,
+    "overlap": np.float32,
+    "link": np.float32,
+}
 _FOUND = {Lookup.HIT: 0, Lookup.IN_FLIGHT: 1, Lookup.MISS: 2}
 
 
@@ -25,7 +34,7 @@ class Recorder:
 
     ``gate_inputs``: keep what the routers saw too, with the embeddings, the ``routers`` [L, E, D] (linear ones) and the ``norms``
     [L, D] before them. ``prompts``: keep the tokens of longer passes instead, as if they had been decoded one by one; what lookups
-    found and how long it took would mean nothing then and is left out.
+    found and how long it took would mean nothing then and is left out. ``counters``: the residency's, whose growth is recorded.
     """
 
     def __init__(
@@ -36,6 +45,7 @@ class Recorder:
         routers: torch.Tensor | None = None,
         norms: torch.Tensor | None = None,
         prompts: bool = False,
+        counters: Counters | None = None,
     ) -> None:
         self._sizes = list(experts_per_layer)
         self._gate_inputs = gate_inputs
@@ -46,6 +56,8 @@ class Recorder:
         self._embedding: torch.Tensor | None = None  # [1, hidden], of prompts [num_tokens, hidden]; None: this pass is not kept
         self._start: list[int] = []
         self._entered = 0.0
+        self._counters = None if prompts else counters
+        self._before = Counters()
 
     @property
     def num_tokens(self) -> int:
@@ -56,6 +68,8 @@ class Recorder:
         """A pass begins on ``embeddings`` [num_tokens, hidden]."""
         self._tick()
         self._finish()
+        if self._counters is not None:
+            self._before = replace(self._counters)
         if embeddings.shape[0] > 1 or not self._start:
             self._start.append(self.num_tokens)
         self._embedding = embeddings if (embeddings.shape[0] > 1) == self._prompts else None
@@ -113,6 +127,11 @@ class Recorder:
     def _tick(self) -> None:
         if self._entered and not self._prompts:
             self._token["seconds"].append(time.perf_counter() - self._entered)
+            if self._counters is not None:
+                now, before = replace(self._counters), self._before
+                for column, name in _COUNTED.items():
+                    self._token[column].append(getattr(now, name) - getattr(before, name))
+                self._before = now
         self._entered = 0.0
 
     def _finish(self) -> None:

@@ -11,6 +11,9 @@ Version 1. N tokens (single decode steps, in order), L MoE layers, k choices, E 
     lookups      [N, L, k] uint8              0 hit, 1 in flight, 2 miss
     stall        [N, L] float32               seconds that the layer waited for reads
     seconds      [N, L] float32               from entering the layer to entering the next, or to the next token's embedding
+    bytes_read   [N, L] int64                 by reads that ended meanwhile
+    link         [N, L] float32               seconds that these took the link
+    overlap      [N, L] float32               seconds from the lookups to the first need of what they missed; 0: nothing was
     predicted    [N, L, E] float16            probabilities that were predicted; 0 where nothing was
     gate_inputs  [N, L, D] float16            what the routers saw
     embeddings   [N, D] float16
@@ -39,7 +42,19 @@ from fate_moe.errors import ConfigError
 __all__ = ["VERSION", "RoutingTrace", "read_trace", "write_trace"]
 
 VERSION = 1
-OPTIONAL = ("lookups", "stall", "seconds", "predicted", "gate_inputs", "embeddings", "routers", "norms")
+OPTIONAL = (
+    "lookups",
+    "stall",
+    "seconds",
+    "bytes_read",
+    "link",
+    "overlap",
+    "predicted",
+    "gate_inputs",
+    "embeddings",
+    "routers",
+    "norms",
+)
 BY_LAYER = ("routers", "norms")
 
 

@@ -32,16 +32,18 @@ __all__ = ["Link", "Row", "policy_for", "predictor_for", "simulate"]
 
 @dataclass(frozen=True)
 class Link:
-    """The time model: one read at a time at ``bytes_per_second``; a layer computes for ``layer_seconds``, of which the first
-    ``overlap_seconds`` need no expert (the shared expert) and hide as much of the wait, the rest once its experts are there."""
+    """The time model: one read at a time at ``bytes_per_second``, of use ``latency_seconds`` after its last byte; a layer computes
+    for ``layer_seconds``, of which the first ``overlap_seconds`` need nothing that is missing (the shared expert, the experts that
+    were there) and hide as much of the wait, the rest once its experts are there."""
 
     bytes_per_second: float
     expert_bytes: int
     layer_seconds: float
     overlap_seconds: float = 0.0
+    latency_seconds: float = 0.0
 
     @property
-    def read_seconds(self) -> float:
+    def transfer_seconds(self) -> float:
         return self.expert_bytes / self.bytes_per_second
 
 
@@ -144,7 +146,7 @@ def simulate(
             f"a capacity of {capacity:.2%} is below one token's experts in one layer, or {skip} tokens are all there are"
         )
     evictor = policy_for(policy, trace, num_slots)
-    residency = VirtualResidency(evictor, num_slots, link.read_seconds, link.expert_bytes)
+    residency = VirtualResidency(evictor, num_slots, link.transfer_seconds, link.expert_bytes, link.latency_seconds)
     foreteller = predictor_for(predictor, trace, gates, evictor, look_ahead)
     prefetcher = Prefetcher(residency, foreteller, trace.num_layers, lambda: residency.now, look_ahead)
     inputs, embeddings = _inputs(trace)

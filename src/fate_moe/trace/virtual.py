@@ -11,16 +11,20 @@ __all__ = ["VirtualResidency"]
 
 
 class VirtualResidency:
-    """``num_slots`` slots behind a link that brings one expert after another, each in ``read_seconds``.
+    """``num_slots`` slots behind a link that is busy for ``transfer_seconds`` with one expert after another; each can be used
+    ``latency_seconds`` after that.
 
     The caller moves ``now``. Demand reads go first: no prefetch begins while one is awaited, one that has begun is finished. As in
     the real one, prefetches still queued when their layer asks are dropped, what is expected or prefetched is *fresh* until then,
     and a prefetch takes no slot of a fresh expert or of one in flight.
     """
 
-    def __init__(self, policy: EvictionPolicy, num_slots: int, read_seconds: float, expert_bytes: int) -> None:
+    def __init__(
+        self, policy: EvictionPolicy, num_slots: int, transfer_seconds: float, expert_bytes: int, latency_seconds: float = 0.0
+    ) -> None:
         self.counters = Counters()
-        self.read_seconds = read_seconds
+        self.read_seconds = transfer_seconds + latency_seconds  # one alone
+        self._transfer, self._latency = transfer_seconds, latency_seconds
         self.now = 0.0
         self._policy = policy
         self._free = num_slots
@@ -57,10 +61,10 @@ class VirtualResidency:
         for expert in missing:
             self._take_slot(expert, locked)
             policy.touched(expert)
-            self._link_free = max(self._link_free, now) + self.read_seconds
-            arrives[expert] = self._link_free
+            self._link_free = max(self._link_free, now) + self._transfer
+            arrives[expert] = self._link_free + self._latency
         if missing:
-            last = self._link_free
+            last = self._link_free + self._latency
             counters.bytes_read += len(missing) * self._expert_bytes
         counters.misses += len(missing)
         counters.in_flight += found.count(1)
@@ -107,7 +111,8 @@ class VirtualResidency:
             if not self._take_slot(expert, (), begins, probability):
                 return
             del self._queue[expert]
-            self._link_free = self._arrives[expert] = begins + self.read_seconds
+            self._link_free = begins + self._transfer
+            self._arrives[expert] = self._link_free + self._latency
             self._unused.add(expert)
             self._fresh.setdefault(expert.layer, set()).add(expert)
             self.counters.prefetched += 1

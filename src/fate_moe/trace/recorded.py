@@ -1,0 +1,96 @@
+"""What the engine that wrote a trace did while it wrote it, and the time model's parameters as they were then. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fate_moe.errors import ConfigError
+from fate_moe.trace.schema import RoutingTrace
+from fate_moe.trace.simulate import Link
+
+__all__ = ["RecordedRun", "recorded_run"]
+
+_NEEDED = ("lookups", "stall", "seconds", "bytes_read", "link", "overlap")
+_WAITED = 50e-6  # seconds: a shorter stall is a thread's turn, not a read
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """A traced run: how it was set up, the time model as measured in it, and of it what simulate.Row says of a simulated one."""
+
+    policy: str
+    predictor: str
+    capacity: float
+    link: Link
+    miss_rate: float
+    ready_on_time: float
+    bytes_per_token: float
+    stall_seconds: float
+    tokens_per_second: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def recorded_run(trace: RoutingTrace, skip: int = 0) -> RecordedRun:
+    """Read it off ``trace``, not counting the first ``skip`` tokens. Raises ConfigError if times are missing or no token is left.
+
+    A layer computes for what it took less its stall; what hides reads is the mean time from its lookups to the first need of what
+    they missed. Latency and bandwidth: see _latency_and_transfer.
+    """
+    if not set(_NEEDED) <= set(trace.extras) or not {"slots", "expert_bytes", "policy", "predictor"} <= set(trace.meta):
+        raise ConfigError(
+            "this trace has no times of the run that wrote it; record one without --prefill: fate trace MODEL --out T.npz"
+        )
+    if not 0 <= skip < trace.num_tokens:
+        raise ConfigError(f"{skip} tokens are all there are to skip; skip fewer than {trace.num_tokens}")
+    lookups, stall, seconds, read, busy, overlap = (trace.extras[name][skip:] for name in _NEEDED)
+    if not read.any():
+        raise ConfigError("nothing was read in these tokens: there is nothing to compare; record with a smaller --expert-cache")
+    expert_bytes = int(trace.meta["expert_bytes"])
+    latency, transfer = _latency_and_transfer(lookups, stall + overlap, read / expert_bytes, busy, stall)
+    link = Link(
+        bytes_per_second=expert_bytes / transfer,
+        expert_bytes=expert_bytes,
+        layer_seconds=float((seconds - stall).mean()),
+        overlap_seconds=float(overlap[overlap > 0].mean()) if overlap.any() else 0.0,
+        latency_seconds=latency,
+    )
+    return RecordedRun(
+        policy=str(trace.meta["policy"]),
+        predictor=str(trace.meta["predictor"]),
+        capacity=int(trace.meta["slots"]) / int(trace.num_experts.sum()),
+        link=link,
+        miss_rate=float((lookups == 2).mean()),
+        ready_on_time=float((lookups == 0).mean()),
+        bytes_per_token=float(read.sum() / len(read)),
+        stall_seconds=float(stall.sum()),
+        tokens_per_second=len(seconds) / float(seconds.sum()),
+    )
+
+
+def _latency_and_transfer(
+    lookups: NDArray[Any], until_used: NDArray[Any], reads: NDArray[Any], busy: NDArray[Any], stall: NDArray[Any]
+) -> tuple[float, float]:
+    """Seconds: what n reads asked for together take, as latency + n x transfer, by least squares over layers ([N, L] each).
+
+    From the lookup to the last arrival where most of what missed was really waited for (where little was, those that waited are
+    the slow ones), else by how long the link was busy.
+    """
+    missed = (lookups == 2).sum(2)
+    alone = (missed > 0) & (missed == (lookups != 0).sum(2))
+    waited = alone & (stall > _WAITED)
+    if waited.sum() > alone.sum() / 2:
+        number, took = missed[waited].astype(float), until_used[waited]
+    else:
+        number, took = reads[reads > 0], busy[reads > 0]
+    if len(np.unique(number)) < 2:
+        return 0.0, float(took.sum() / number.sum())
+    transfer, latency = np.polyfit(number, took, 1)
+    if transfer <= 0 or latency <= 0:
+        return 0.0, float(took.sum() / number.sum())
+    return float(latency), float(transfer)
