@@ -104,6 +104,7 @@ class Counters:
     bytes_read: int = 0
     stall_seconds: float = 0.0
     link_seconds: float = 0.0  # in which reads were under way
+    predicting_seconds: float = 0.0  # spent by the inference thread on predicting and queueing
     overlap_seconds: float = 0.0  # between the lookups that missed and the first need of what they missed
 
     @property

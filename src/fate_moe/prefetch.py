@@ -123,7 +123,6 @@ class Prefetcher:
         self._furthest = look_ahead
         self._trial = Trial() if predictor.calibrated and not self.idle else None
         self._reading_ahead = not self.idle
-        self._spent = 0.0  # seconds on predicting and queueing
         self._wasted = (0, 0.0)  # reads ahead that nobody used (yet), and the seconds that they cost others
         self._entered: tuple[int, float, float] | None = None  # layer, time and stall so far when the last block was entered
         self._layer_seconds: dict[int, float] = {}  # by the power of two of the number of tokens: one block's time without stalls
@@ -132,7 +131,7 @@ class Prefetcher:
         """A forward pass begins on these tokens' ``embeddings`` [num_tokens, hidden]."""
         if self._trial is not None:
             if embeddings.shape[0] == 1:
-                self._reading_ahead = self._trial.token(self._clock(), self._lost(), self._spent)
+                self._reading_ahead = self._trial.token(self._clock(), self._lost(), self._residency.counters.predicting_seconds)
             else:
                 self._trial.pause()
                 self._reading_ahead = True
@@ -144,7 +143,7 @@ class Prefetcher:
         counters = self._residency.counters
         unused, (known, wasted) = counters.prefetched - counters.prefetch_used, self._wasted
         self._wasted = (unused, wasted + WASTE * self._residency.read_seconds * max(0, unused - known))
-        return counters.stall_seconds + self._spent + self._wasted[1]
+        return counters.stall_seconds + counters.predicting_seconds + self._wasted[1]
 
     def entered(self, layer: int, num_tokens: int) -> None:
         """Block ``layer`` is about to run: learn how long one block takes without its stalls."""
@@ -166,7 +165,7 @@ class Prefetcher:
         if not self.idle:
             began = self._clock()
             self.predictor.observe(layer, routed)
-            self._spent += self._clock() - began
+            self._residency.counters.predicting_seconds += self._clock() - began
 
     def affordable(self, num_tokens: int) -> float:
         """How many experts can be read while one block computes ``num_tokens`` tokens; 0.0 before that is known."""
@@ -183,7 +182,7 @@ class Prefetcher:
         queued = self._predict(layer + 1, gate_input, 1, 0)
         for ahead in range(2, min(self._furthest, self._num_layers - 1 - layer) + 1):
             queued += self._predict(layer + ahead, gate_input, ahead, queued)
-        self._spent += self._clock() - began
+        self._residency.counters.predicting_seconds += self._clock() - began
 
     def _predict(self, layer: int, gate_input: torch.Tensor, ahead: int, queued: int) -> int:
         """Queue reads of ``layer`` behind ``queued`` others; how many."""

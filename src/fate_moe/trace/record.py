@@ -17,7 +17,8 @@ from fate_moe.trace.schema import RoutingTrace
 
 __all__ = ["Recorder"]
 
-_COUNTED = {"bytes_read": "bytes_read", "overlap": "overlap_seconds", "link": "link_seconds"}  # columns, and whose growth they are
+# Columns, and the counters whose growth they are.
+_COUNTED = {"bytes_read": "bytes_read", "overlap": "overlap_seconds", "link": "link_seconds", "predicting": "predicting_seconds"}
 _KINDS = {
     "lookups": np.uint8,
     "stall": np.float32,
@@ -25,6 +26,7 @@ _KINDS = {
     "bytes_read": np.int64,
     "overlap": np.float32,
     "link": np.float32,
+    "predicting": np.float32,
 }
 _FOUND = {Lookup.HIT: 0, Lookup.IN_FLIGHT: 1, Lookup.MISS: 2}
 

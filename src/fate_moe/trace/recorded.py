@@ -14,7 +14,7 @@ from fate_moe.trace.simulate import Link
 
 __all__ = ["RecordedRun", "recorded_run"]
 
-_NEEDED = ("lookups", "stall", "seconds", "bytes_read", "link", "overlap")
+_NEEDED = ("lookups", "stall", "seconds", "bytes_read", "link", "overlap", "predicting", "predicted")
 _WAITED = 50e-6  # seconds: a shorter stall is a thread's turn, not a read
 
 
@@ -39,8 +39,8 @@ class RecordedRun:
 def recorded_run(trace: RoutingTrace, skip: int = 0) -> RecordedRun:
     """Read it off ``trace``, not counting the first ``skip`` tokens. Raises ConfigError if times are missing or no token is left.
 
-    A layer computes for what it took less its stall; what hides reads is the mean time from its lookups to the first need of what
-    they missed. Latency and bandwidth: see _latency_and_transfer.
+    A layer computes for what it took less its stall and what asking about the next layer cost; what hides reads is the mean time
+    from its lookups to the first need of what they missed. Latency and bandwidth: see _latency_and_transfer.
     """
     if not set(_NEEDED) <= set(trace.extras) or not {"slots", "expert_bytes", "policy", "predictor"} <= set(trace.meta):
         raise ConfigError(
@@ -48,17 +48,24 @@ def recorded_run(trace: RoutingTrace, skip: int = 0) -> RecordedRun:
         )
     if not 0 <= skip < trace.num_tokens:
         raise ConfigError(f"{skip} tokens are all there are to skip; skip fewer than {trace.num_tokens}")
-    lookups, stall, seconds, read, busy, overlap = (trace.extras[name][skip:] for name in _NEEDED)
+    lookups, stall, seconds, read, busy, overlap = (trace.extras[name][skip:] for name in _NEEDED[:6])
     if not read.any():
         raise ConfigError("nothing was read in these tokens: there is nothing to compare; record with a smaller --expert-cache")
     expert_bytes = int(trace.meta["expert_bytes"])
-    latency, transfer = _latency_and_transfer(lookups, stall + overlap, read / expert_bytes, busy, stall)
+    predicting, predicted = trace.extras["predicting"], trace.extras["predicted"]
+    asked = np.roll(predicted.any(2), -1, axis=1)  # a layer asks about the next one
+    asked[:, -1] = False
+    price = float(predicting[asked].mean() - predicting[~asked].mean()) if asked.any() else 0.0  # also of tokens that do not count
+    paid = np.where(asked[skip:], price, 0.0)
+    hidden = float((overlap - paid)[overlap > 0].mean()) if overlap.any() else 0.0
+    latency, transfer = _latency_and_transfer(lookups, hidden + paid + stall, read / expert_bytes, busy, stall)
     link = Link(
         bytes_per_second=expert_bytes / transfer,
         expert_bytes=expert_bytes,
-        layer_seconds=float((seconds - stall).mean()),
-        overlap_seconds=float(overlap[overlap > 0].mean()) if overlap.any() else 0.0,
+        layer_seconds=float((seconds - stall - paid).mean()),
+        overlap_seconds=hidden,
         latency_seconds=latency,
+        predicting_seconds=price,
     )
     return RecordedRun(
         policy=str(trace.meta["policy"]),

@@ -14,6 +14,7 @@ Version 1. N tokens (single decode steps, in order), L MoE layers, k choices, E 
     bytes_read   [N, L] int64                 by reads that ended meanwhile
     link         [N, L] float32               seconds that these took the link
     overlap      [N, L] float32               seconds from the lookups to the first need of what they missed; 0: nothing was
+    predicting   [N, L] float32               seconds that predicting took the thread that computes
     predicted    [N, L, E] float16            probabilities that were predicted; 0 where nothing was
     gate_inputs  [N, L, D] float16            what the routers saw
     embeddings   [N, D] float16
@@ -49,6 +50,7 @@ OPTIONAL = (
     "bytes_read",
     "link",
     "overlap",
+    "predicting",
     "predicted",
     "gate_inputs",
     "embeddings",

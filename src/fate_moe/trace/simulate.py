@@ -34,13 +34,15 @@ __all__ = ["Link", "Row", "policy_for", "predictor_for", "simulate"]
 class Link:
     """The time model: one read at a time at ``bytes_per_second``, of use ``latency_seconds`` after its last byte; a layer computes
     for ``layer_seconds``, of which the first ``overlap_seconds`` need nothing that is missing (the shared expert, the experts that
-    were there) and hide as much of the wait, the rest once its experts are there."""
+    were there) and hide as much of the wait, the rest once its experts are there. Asking the predictor about a layer takes
+    ``predicting_seconds``, which hide some of a wait too."""
 
     bytes_per_second: float
     expert_bytes: int
     layer_seconds: float
     overlap_seconds: float = 0.0
     latency_seconds: float = 0.0
+    predicting_seconds: float = 0.0
 
     @property
     def transfer_seconds(self) -> float:
@@ -193,9 +195,9 @@ def _pass(
     """One token's way through all layers."""
     if prefetcher.idle:
         for layer, experts in enumerate(layers):
-            stalled, asked = residency.counters.stall_seconds, residency.now
+            asked = residency.now
             residency.acquire(layer, experts)
-            _hide(residency, link, asked, stalled)
+            _hide(residency, residency.now - asked, link.overlap_seconds)
             residency.now += link.layer_seconds
         return
     if begins and isinstance(prefetcher.predictor, ActivationPath):
@@ -203,17 +205,21 @@ def _pass(
     prefetcher.embedded(embeddings(token))
     for layer, experts in enumerate(layers):
         prefetcher.entered(layer, 1)
-        stalled, asked = residency.counters.stall_seconds, residency.now
+        asked = residency.now
         residency.acquire(layer, experts)
-        _hide(residency, link, asked, stalled)
+        waited = residency.now - asked
         prefetcher.look_ahead(layer, inputs(token, layer))
+        predicting = link.predicting_seconds if layer + 1 in prefetcher.predicted else 0.0
+        residency.counters.predicting_seconds += predicting
+        residency.now += predicting
+        _hide(residency, waited, link.overlap_seconds + predicting)
         prefetcher.observe(layer, experts)
         residency.now += link.layer_seconds
 
 
-def _hide(residency: VirtualResidency, link: Link, asked: float, stalled: float) -> None:
-    """What needs no expert is computed while reads are under way."""
-    hidden = min(link.overlap_seconds, residency.now - asked)
+def _hide(residency: VirtualResidency, waited: float, overlap: float) -> None:
+    """What needs nothing that is missing, ``overlap`` seconds, is done while reads are under way."""
+    hidden = min(overlap, waited)
     residency.now -= hidden
     residency.counters.stall_seconds -= hidden
 
