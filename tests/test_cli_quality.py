@@ -34,6 +34,16 @@ def test_compare_in_words(capsys: pytest.CaptureFixture[str]) -> None:
     assert "same likeliest token" in out
 
 
+def test_compare_json(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--text", BOOKS, "--max-tokens", "200", "--precision", "int4", "--json"]
+    assert main(["eval", "compare", str(demo.MODEL), *options]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["tokens"] == 199
+    assert 0 < found["kl_divergence"] < 0.1
+    assert 0.8 < found["top1_agreement"] < 1
+    assert found["perplexity_difference"] == pytest.approx(found["perplexity_b"] / found["perplexity_a"] - 1)
+
+
 def test_a_text_that_cannot_be_read(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", "perplexity", "--text", "/nowhere/text"]) == 1
     assert "/nowhere/text cannot be read" in capsys.readouterr().err

@@ -44,8 +44,10 @@ def add_verbs(verbs: Any) -> None:
     convert.add_argument(
         "--auto-bits", metavar="SIZE", help="choose a precision for each layer, all experts within this size; needs --calibrate"
     )
-    convert.add_argument("--calibrate", type=Path, metavar="FILE", help="a text that shows which channels and layers matter")
-    convert.add_argument("--calibrate-tokens", type=int, default=4096, metavar="N", help="of its tokens; default: %(default)s")
+    convert.add_argument(
+        "--calibrate", type=Path, metavar="FILE", help="a text whose activations choose the codes (and what --auto-bits spends)"
+    )
+    convert.add_argument("--calibrate-tokens", type=int, default=8192, metavar="N", help="of its tokens; default: %(default)s")
     convert.set_defaults(verb=_convert)
 
     inspect = verbs.add_parser(
@@ -112,7 +114,7 @@ def _calibration(arguments: argparse.Namespace) -> tuple[Any, Keep]:
     if not arguments.calibrate:
         return None, by_rule
     from fate_moe.cli.quality import read_tokens
-    from fate_moe.models.calibrate import calibrate
+    from fate_moe.models.calibrate import calibrate, measure_harm
     from fate_moe.models.load import load_tokenizer, store_for
     from fate_moe.store.format import blob_layout
     from fate_moe.store.open import open_store
@@ -120,11 +122,13 @@ def _calibration(arguments: argparse.Namespace) -> tuple[Any, Keep]:
 
     lossless = store_for(arguments.source, "lossless")
     tokens = read_tokens(arguments.calibrate, load_tokenizer(lossless), arguments.calibrate_tokens)
-    fewer = tuple(name for name in PRECISIONS if name != "lossless") if arguments.auto_bits else ()
     with count_bar("calibrating", len(tokens)) as advance:
-        found = calibrate(lossless, tokens, precisions=fewer, advance=advance)
+        found = calibrate(lossless, tokens, advance=advance)
     if not arguments.auto_bits:
         return found, by_rule
+    fewer = tuple(name for name in PRECISIONS if name != "lossless")
+    with count_bar("layers weighed", len(stacks)) as advance:
+        measured = measure_harm(lossless, found, fewer, arguments.group_size, advance)
     dtype = open_store(lossless).manifest.dtype
     sizes = [
         {
@@ -133,7 +137,7 @@ def _calibration(arguments: argparse.Namespace) -> tuple[Any, Keep]:
         }
         for stack in stacks
     ]
-    harm = [{**of_layer, "lossless": 0.0} for of_layer in found.harm]
+    harm = [{**of_layer, "lossless": 0.0} for of_layer in measured]
     chosen = choose_precisions(sizes, harm, parse_size(arguments.auto_bits))
     return found, {**dict(enumerate(chosen)), **by_rule}
 

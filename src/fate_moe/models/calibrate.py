@@ -1,159 +1,165 @@
-"""What a text tells about a model's experts: which of their input channels matter, and what fewer bits would cost each layer."""
+"""What a text tells about a model's experts: what they are fed, and what fewer bits would cost each layer."""
 
 from __future__ import annotations
 
 import hashlib
 import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from fate_moe.config import OffloadConfig
-from fate_moe.core import BlobLayout, ExpertId
+from fate_moe.core import ExpertId
 from fate_moe.kernels.reference import expert_mlp, expert_weights
 from fate_moe.models.evaluate import windows
 from fate_moe.models.load import Prepared, prepare, realize
 from fate_moe.quant.blob import encode, views
 from fate_moe.quant.solver import DEFAULT_SOLVER, SOLVERS
-from fate_moe.runtime import rows_by_expert
+from fate_moe.skeleton import build_skeleton
 from fate_moe.store.format import blob_layout
 from fate_moe.store.reader import DiskSource
 
-__all__ = ["Calibration", "calibrate"]
+__all__ = ["Calibration", "calibrate", "measure_harm"]
 
-# An expert with few tokens is taken to be like its layer's mean with the weight of so many tokens.
-_PRIOR_TOKENS = 16.0
+# Tokens of the layer, whoever they were routed to, that every expert's moments hear as well, and what each weighs of one of its own.
+OTHERS, WEIGHT_OF_OTHERS = 512, 0.1
+
+
+class Fed(NamedTuple):
+    """What one layer's experts were given: inputs [num_tokens, hidden], routing [num_tokens, top_k] and its weights."""
+
+    hidden: Tensor
+    index: Tensor
+    gate: Tensor
 
 
 class Calibration:
-    """Mean squares of the experts' inputs (by channel, weighed by the squared gate weight), and each layer's error by precision.
+    """Every MoE layer's inputs on a text (tokens x hidden numbers a layer in memory); ``digest`` tells texts apart."""
 
-    ``harm[layer][precision]`` is the squared error of the layer's experts' summed outputs over the residual stream's square, both
-    summed over the text's tokens; ``digest`` tells texts apart.
-    """
-
-    def __init__(self, digest: str, precisions: Sequence[str]) -> None:
+    def __init__(self, digest: str) -> None:
         self.digest = digest
-        self.harm: list[dict[str, float]] = []
-        self._precisions = precisions
-        self._squares: dict[tuple[int, int], dict[str, Tensor]] = {}  # by layer and expert: matrix -> [in], summed over tokens
-        self._mass: dict[tuple[int, int], float] = {}  # summed squared gate weights
-        self._errors: list[dict[str, float]] = []
-        self._residual: list[float] = []
+        self.fed: list[Fed] = []
+        self.residual: list[float] = []  # by layer: the residual stream's square, summed over the text
+        self._experts: list[Any] = []
 
-    def importance(self, layer: int, expert: int) -> dict[str, Tensor] | None:
-        """[in] by matrix, for ``quant.blob.encode``; None where the layer saw no token."""
-        of_layer = [key for key in self._squares if key[0] == layer]
-        if not of_layer:
-            return None
-        total = sum(self._mass[key] for key in of_layer) or 1.0
-        names = self._squares[of_layer[0]].keys()
-        mean = {name: torch.stack([self._squares[key][name] for key in of_layer]).sum(0) / total for name in names}
-        own, mass = self._squares.get((layer, expert)), self._mass.get((layer, expert), 0.0)
-        prior = _PRIOR_TOKENS * total / max(1, len(of_layer)) / max(1.0, total)
-        return {name: ((own[name] if own else 0.0) + prior * mean[name]) / (mass + prior) for name in names}
+    def moments(self, layer: int, expert: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Second moments fp32 [in, in], by matrix, of what expert ``expert`` with parameters ``tensors`` is fed.
+
+        Tokens count by their squared gate weight; some of the layer's other tokens count a little, so that directions that this
+        text never sent to the expert are not taken for empty.
+        """
+        fed, experts = self.fed[layer], self._experts[layer]
+        token, choice = (fed.index == expert).nonzero(as_tuple=True)
+        others = torch.arange(0, len(fed.hidden), max(1, len(fed.hidden) // OTHERS))
+        usual = float(fed.gate.float().square().mean().sqrt())
+        share = WEIGHT_OF_OTHERS * max(1, len(token)) / len(others)
+        factor = torch.cat([fed.gate[token, choice].float(), torch.full((len(others),), usual * share**0.5)])[:, None]
+        x = fed.hidden[torch.cat([token, others])]
+        with torch.inference_mode():
+            inputs = dict(zip(_matrices(experts), (x, _inner(experts, tensors, x)), strict=True))
+            scaled = {name: value.float() * factor for name, value in inputs.items()}
+            return {name: value.T @ value for name, value in scaled.items()}
 
 
 def calibrate(
-    path: Path,
-    tokens: Tensor,
-    *,
-    precisions: Sequence[str] = (),
-    window: int = 512,
-    advance: Callable[[int], None] = lambda num_tokens: None,
+    path: Path, tokens: Tensor, *, window: int = 512, advance: Callable[[int], None] = lambda num_tokens: None
 ) -> Calibration:
-    """Run the lossless store at ``path`` on ``tokens`` [num_tokens] int64; measure harm for ``precisions``.
-
-    Takes the memory that the model takes, one more expert and one quantized copy of it.
-    """
-    found = Calibration(hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16], precisions)
+    """Run the lossless store at ``path`` on ``tokens`` [num_tokens] int64 and keep what its experts are fed."""
+    found = Calibration(hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16])
     prepared = prepare(path)
     config = OffloadConfig(context_length=window, preset="load-on-demand")
     model = realize(prepared, prepared.plan(config), config)
-    with closing(model.fate), closing(_Observer(prepared, model, found)) as observer, torch.inference_mode():
-        observer.attach()
+    with closing(model.fate), torch.inference_mode():
+        observer = _Observer(prepared, model)
         for span in windows(len(tokens), window, window - 1):
             model(tokens[None, span.start : span.end], use_cache=False, logits_to_keep=1)
             advance(span.end - span.scored)
-    found.harm = [
-        {name: error / (residual or 1.0) for name, error in errors.items()}
-        for errors, residual in zip(found._errors, found._residual, strict=True)
-    ]
+    found.fed = [Fed(*map(torch.cat, zip(*of_layer, strict=True))) for of_layer in observer.fed]
+    found.residual = observer.residual
+    bare = build_skeleton(path)  # experts that hold on to nothing else
+    found._experts = [bare.get_submodule(stack.name) for stack in prepared.stacks]
     return found
 
 
+def measure_harm(
+    path: Path,
+    found: Calibration,
+    precisions: Sequence[str],
+    group_size: int = 64,
+    advance: Callable[[int], None] = lambda num_layers: None,
+) -> list[dict[str, float]]:
+    """By layer and precision: the squared error of the layer's experts' summed outputs over the residual stream's square.
+
+    ``path`` is the lossless store that ``found`` was measured on. Reads every expert once, and quantizes it for each precision.
+    """
+    prepared = prepare(path)
+    manifest, harm = prepared.store.manifest, []
+    memory = mmap.mmap(-1, manifest.slot_bytes)
+    with closing(DiskSource(prepared.store)) as source, torch.inference_mode():
+        for stack in prepared.stacks:
+            fed, experts, shapes = found.fed[stack.layer], found._experts[stack.layer], stack.output_rows_first()
+            made = {name: blob_layout(name, shapes, manifest.dtype, group_size) for name in precisions}
+            errors = {name: torch.zeros(fed.hidden.shape, dtype=torch.float32) for name in precisions}
+            for expert in range(stack.num_experts):
+                token, choice = (fed.index == expert).nonzero(as_tuple=True)
+                if not len(token):
+                    continue
+                layout, x = manifest.layout_of(ExpertId(stack.layer, expert)), fed.hidden[token]
+                source.read(ExpertId(stack.layer, expert), memoryview(memory))
+                parts = views(layout, torch.frombuffer(memory, dtype=torch.uint8)[: layout.length])
+                weights = expert_weights(layout, parts, shapes, x.dtype)
+                exact = expert_mlp(experts, weights, x).float()
+                moments = found.moments(stack.layer, expert, weights)
+                for name, error in errors.items():
+                    blob = torch.frombuffer(encode(made[name], weights, SOLVERS[DEFAULT_SOLVER], moments), dtype=torch.uint8)
+                    fewer = expert_weights(made[name], views(made[name], blob), shapes, x.dtype)
+                    gate = fed.gate[token, choice].float()[:, None]
+                    error.index_add_(0, token, (expert_mlp(experts, fewer, x).float() - exact) * gate)
+            residual = found.residual[stack.layer] or 1.0
+            harm.append({name: float(error.square().sum()) / residual for name, error in errors.items()})
+            advance(1)
+    return harm
+
+
 class _Observer:
-    """Stands where the runtime stands: passes each call on, then looks at the experts' inputs with weights read once more."""
+    """Stands where the runtime stands: passes each call on and keeps what it was given."""
 
-    def __init__(self, prepared: Prepared, model: Any, found: Calibration) -> None:
-        self._prepared, self._model, self._found = prepared, model, found
-        manifest = prepared.store.manifest
-        self._source = DiskSource(prepared.store)
-        self._memory = mmap.mmap(-1, manifest.slot_bytes)
-        self._shapes = [stack.output_rows_first() for stack in prepared.stacks]
-        self._layouts: list[dict[str, BlobLayout]] = [
-            {name: blob_layout(name, shapes, manifest.dtype) for name in found._precisions} for shapes in self._shapes
-        ]
-        found._errors = [dict.fromkeys(found._precisions, 0.0) for _ in prepared.stacks]
-        found._residual = [0.0] * len(prepared.stacks)
-        self._runtime = model.fate.runtime
-
-    def attach(self) -> None:
+    def __init__(self, prepared: Prepared, model: Any) -> None:
         """Every layer's experts call the observer from now on, and every decoder layer's input is measured."""
-        for stack in self._prepared.stacks:
-            self._model.get_submodule(stack.name).fate_runtime = self
-            decoder_layer = self._model.get_submodule(stack.block.rpartition(".")[0])
+        self.fed: list[list[Fed]] = [[] for _ in prepared.stacks]
+        self.residual = [0.0] * len(prepared.stacks)
+        self._runtime = model.fate.runtime
+        for stack in prepared.stacks:
+            model.get_submodule(stack.name).fate_runtime = self
+            decoder_layer = model.get_submodule(stack.block.rpartition(".")[0])
             decoder_layer.register_forward_pre_hook(self._measuring(stack.layer), with_kwargs=True)
-
-    def close(self) -> None:
-        self._source.close()
 
     def compute(self, layer: int, experts: Any, hidden: Tensor, index: Tensor, routing_weights: Tensor) -> Tensor:
         """The runtime's own answer."""
+        self.fed[layer].append(Fed(hidden.clone(), index.clone(), routing_weights.reshape(index.shape).clone()))
         answer: Tensor = self._runtime.compute(layer, experts, hidden, index, routing_weights)
-        flat = routing_weights.reshape(-1).float()
-        errors = {name: torch.zeros(hidden.shape, dtype=torch.float32) for name in self._found._precisions}
-        for expert, chosen in rows_by_expert(index, self._prepared.stacks[layer].num_experts).items():
-            rows = torch.tensor(chosen)
-            token = rows // index.shape[1]
-            self._look(layer, experts, expert, hidden[token], flat[rows], {name: (errors[name], token) for name in errors})
-        for name, error in errors.items():
-            self._found._errors[layer][name] += float(error.square().sum())
         return answer
-
-    def _look(
-        self, layer: int, experts: Any, expert: int, x: Tensor, gate: Tensor, errors: dict[str, tuple[Tensor, Tensor]]
-    ) -> None:
-        """Expert ``expert`` on its tokens ``x`` [n, hidden] with gate weights [n]; adds to ``errors`` [all, hidden]."""
-        layout = self._prepared.store.manifest.layout_of(ExpertId(layer, expert))
-        self._source.read(ExpertId(layer, expert), memoryview(self._memory))
-        parts = views(layout, torch.frombuffer(self._memory, dtype=torch.uint8)[: layout.length])
-        weights = expert_weights(layout, parts, self._shapes[layer], x.dtype)
-        into = "gate_up_proj" if experts.has_gate else "up_proj"
-        inner = linear(x, weights[into], weights.get(f"{into}_bias"))
-        inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
-        mass = gate.square()
-        squares = {into: (x.float().square() * mass[:, None]).sum(0), "down_proj": (inner.float().square() * mass[:, None]).sum(0)}
-        known = self._found._squares.setdefault((layer, expert), {name: torch.zeros_like(s) for name, s in squares.items()})
-        for name, square in squares.items():
-            known[name] += square
-        self._found._mass[layer, expert] = self._found._mass.get((layer, expert), 0.0) + float(mass.sum())
-        if errors:
-            exact = expert_mlp(experts, weights, x).float()
-        for name, (error, token) in errors.items():
-            made = self._layouts[layer][name]
-            blob = torch.frombuffer(encode(made, weights, SOLVERS[DEFAULT_SOLVER]), dtype=torch.uint8)
-            fewer = expert_weights(made, views(made, blob), self._shapes[layer], x.dtype)
-            error.index_add_(0, token, (expert_mlp(experts, fewer, x).float() - exact) * gate[:, None])
 
     def _measuring(self, layer: int) -> Any:
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             stream = args[0] if args else kwargs["hidden_states"]
-            self._found._residual[layer] += float(stream.float().square().sum())
+            self.residual[layer] += float(stream.float().square().sum())
 
         return hook
+
+
+def _matrices(experts: Any) -> tuple[str, str]:
+    return ("gate_up_proj" if experts.has_gate else "up_proj"), "down_proj"
+
+
+def _inner(experts: Any, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """What the expert's last matrix is given for the inputs ``x``."""
+    into = _matrices(experts)[0]
+    bias = tensors.get(f"{into}_bias")
+    inner = linear(x, tensors[into].to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)  # type: ignore[no-any-return]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fate_moe.core import BlobLayout
+from fate_moe.quant.compensate import compensate
 from fate_moe.quant.dtypes import TORCH_DTYPES
 from fate_moe.quant.groups import grouped_columns
 from fate_moe.quant.planes import pack
@@ -47,14 +48,14 @@ def encode(
     layout: BlobLayout,
     tensors: Mapping[str, Tensor],
     solver: Solver = minmax,
-    importance: Mapping[str, Tensor] | None = None,
+    moments: Mapping[str, Tensor] | None = None,
     grids: Mapping[str, Grid] | None = None,
 ) -> bytearray:
     """The blob (``layout.length`` bytes, gaps zero) of an expert's ``tensors``: matrices [out, in] and biases [out] by name.
 
-    ``importance`` [in] by matrix is handed to the solver; without it all channels matter alike. Matrices
-    in ``grids`` keep their codes where the layout can hold them (see ``on_grid``). Every part of the layout must be
-    among the tensors or made from one of them (KeyError otherwise).
+    ``moments`` fp32 [in, in] by matrix are the second moments of its inputs: the solver's grid and the codes on it are then chosen
+    for those (see ``compensate``); without them all inputs matter alike. Matrices in ``grids`` keep their codes where the layout
+    can hold them (see ``on_grid``). Every part of the layout must be among the tensors or made from one of them (KeyError otherwise).
     """
     blob = bytearray(layout.length)
     parts = views(layout, torch.frombuffer(blob, dtype=torch.uint8))
@@ -62,14 +63,19 @@ def encode(
         if name in parts:
             parts[name].copy_(tensor)
             continue
-        matter = importance.get(name) if importance else None
         kept = on_grid(layout, grids[name]) if grids and name in grids else None
-        codes, scale, zero = kept or solver(tensor.float(), sum(layout.plane_widths), layout.group_size, matter)
+        codes, scale, zero = kept or _solve(layout, tensor.float(), solver, moments.get(name) if moments else None)
         parts[f"{name}.scale"].copy_(scale)
         parts[f"{name}.zero"].copy_(zero)
         for i, plane in enumerate(pack(codes, layout.group_size, layout.plane_widths)):
             parts[f"{name}.plane{i}"].copy_(plane)
     return blob
+
+
+def _solve(layout: BlobLayout, weights: Tensor, solver: Solver, moments: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    bits, size = sum(layout.plane_widths), layout.group_size
+    codes, scale, zero = solver(weights, bits, size, None if moments is None else moments.diagonal())
+    return codes if moments is None else compensate(weights, scale, zero, bits, size, moments), scale, zero
 
 
 def views(layout: BlobLayout, buffer: Tensor) -> dict[str, Tensor]:

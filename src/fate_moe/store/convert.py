@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -33,18 +33,18 @@ from fate_moe.store.plan import Plan, ShardPlan, bytes_of, identity_of, make_pla
 from fate_moe.store.progress import Advance, progress_bar
 from fate_moe.store.source import resolve_checkpoint
 
-__all__ = ["Importance", "convert"]
+__all__ = ["Moments", "convert"]
 
 _log = logging.getLogger(__name__)
 
 
-class Importance(Protocol):
-    """What a text says of the experts' input channels; ``digest`` tells texts (and models) apart."""
+class Moments(Protocol):
+    """What a text says of the experts' inputs; ``digest`` tells texts apart."""
 
     digest: str
 
-    def importance(self, layer: int, expert: int) -> dict[str, Tensor] | None:
-        """Not negative, [in] by matrix; None: all alike."""
+    def moments(self, layer: int, expert: int, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Second moments fp32 [in, in], by matrix, of what an expert with parameters ``tensors`` is fed."""
 
 
 def convert(
@@ -56,7 +56,7 @@ def convert(
     group_size: int = 64,
     dense_precision: str | None = None,
     keep: Keep | None = None,
-    calibration: Importance | None = None,
+    calibration: Moments | None = None,
     progress: bool | None = None,
 ) -> Path:
     """Make the store ``destination`` of the checkpoint ``source`` (a folder, a GGUF file or a hub id) and return its path.
@@ -64,7 +64,7 @@ def convert(
     Peak memory stays near the largest single tensor (for families whose conversion mixes experts, near one layer's stack).
     A killed conversion continues when called again; a second one at the same time waits for the first. A whole store of the same
     source at ``destination`` is left as it is. ``solver`` and ``group_size`` concern quantized precisions; ``keep`` gives
-    layers or single experts other ones, ``calibration`` weighs the solver's errors. ``dense_precision`` is that of all other
+    layers or single experts other ones, ``calibration`` says what inputs their codes are chosen for. ``dense_precision`` is that of all other
     matrices (None: int8 where the experts are quantized). ``progress`` draws a bar on stderr (None: when it is a terminal).
     Raises CheckpointError or UnsupportedModelError for the source, StoreError when ``destination`` is something else,
     DiskSpaceError when it does not fit, ConfigError for an unknown precision, solver or group size.
@@ -132,7 +132,7 @@ def _fill(
     title: str,
     dense: str,
     solver: Solver,
-    calibration: Importance | None,
+    calibration: Moments | None,
     identity: str,
     progress: bool | None,
 ) -> None:
@@ -185,7 +185,7 @@ def _write_shard(
     plan: Plan,
     shard: ShardPlan,
     solver: Solver,
-    calibration: Importance | None,
+    calibration: Moments | None,
     advance: Callable[[int], None],
 ) -> list[list[str]]:
     """The checksums of each expert's sections."""
@@ -199,9 +199,9 @@ def _write_shard(
             layout = shard.layouts[expert]
             if layout.precision != "lossless" and not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
                 raise CheckpointError(f"{shard.stack.name} expert {expert} is not finite everywhere; use --precision lossless")
-            matter = calibration.importance(shard.stack.layer, expert) if calibration else None
+            fed = calibration.moments(shard.stack.layer, expert, tensors) if calibration and layout.plane_widths else None
             grids = plan.make_grids(shard.stack, expert) if layout.plane_widths else None
-            blob = memoryview(encode(layout, tensors, solver, matter, grids))
+            blob = memoryview(encode(layout, tensors, solver, fed, grids))
             checksums.append([xxhash.xxh3_64_hexdigest(blob[s.offset : s.offset + s.length]) for s in layout.sections])
             file.write(blob)
             advance(len(blob))
