@@ -12,7 +12,7 @@ from fate_moe.quant.solver import SOLVERS, hqq, minmax
 
 
 def drawn(rows: int, cols: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights [rows, cols], and inputs [512, cols] whose channels go together and differ in power; other inputs of the same kind."""
+    """Weights [rows, cols], and inputs [512, cols] whose channels go together and differ in power; others of the kind."""
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(cols // 4, cols, generator=generator) * torch.rand(cols, generator=generator)
     inputs, others = (
@@ -28,7 +28,7 @@ def restored(codes: Tensor, scale: Tensor, zero: Tensor, group_size: int) -> Ten
 
 
 def twin(weights: Tensor, scale: Tensor, zero: Tensor, levels: int, group_size: int, moments: Tensor) -> Tensor:
-    """Round one channel, then let all that are left minimize (w' - w) H (w' - w)^T with what is rounded held: in fp64, from scratch."""
+    """Round one channel, then let all that are left minimize (w' - w) H (w' - w)^T with what is rounded held: fp64, from scratch."""
     damped = moments.double() + module.DAMPING * moments.double().diagonal().mean() * torch.eye(len(moments))
     order = moments.diagonal().argsort(descending=True).tolist()
     wanted, now = weights.double(), weights.double().clone()
@@ -77,7 +77,7 @@ def test_moments_of_nothing_and_of_unrelated_channels_leave_the_nearest_codes() 
 def test_fewer_inputs_than_channels_and_constant_groups() -> None:
     weights, inputs, _ = drawn(4, 128, 4)
     weights[:, :64] = 0.25
-    codes, scale, zero = minmax(weights, 4, 64)
+    _, scale, zero = minmax(weights, 4, 64)
     made = restored(compensate(weights, scale, zero, 4, 64, inputs[:3].T @ inputs[:3]), scale, zero, 64)
     assert made.isfinite().all()
     assert torch.equal(made[:, :64], torch.full((4, 64), 0.25, dtype=torch.float64))

@@ -26,7 +26,8 @@ from fate_moe.store.reader import DiskSource
 
 __all__ = ["Calibration", "calibrate", "measure_harm"]
 
-# Tokens of the layer, whoever they were routed to, that every expert's moments hear as well, and what each weighs of one of its own.
+# Tokens of the layer, whoever has them, that every expert's moments hear as well, and what all of them weigh of all its own.
+# Upcycled model, error of the experts' outputs on another text: 0.0915 at 0.02, 0.0910 at 0.1, 0.0918 at 0.5, 0.0948 at 2.
 OTHERS, WEIGHT_OF_OTHERS = 512, 0.1
 
 

@@ -55,7 +55,7 @@ def encode(
 
     ``moments`` fp32 [in, in] by matrix are the second moments of its inputs: the solver's grid and the codes on it are then chosen
     for those (see ``compensate``); without them all inputs matter alike. Matrices in ``grids`` keep their codes where the layout
-    can hold them (see ``on_grid``). Every part of the layout must be among the tensors or made from one of them (KeyError otherwise).
+    can hold them (see ``on_grid``). Every part of the layout must be among the tensors or made from one (KeyError otherwise).
     """
     blob = bytearray(layout.length)
     parts = views(layout, torch.frombuffer(blob, dtype=torch.uint8))
