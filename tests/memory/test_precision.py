@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from fate_moe.config import PRECISION_POLICIES, OffloadConfig
 from fate_moe.core import Need, PrecisionPolicy
 from fate_moe.errors import ConfigError
-from fate_moe.memory.precision import Budget, GateWeighted, PrefillPopularity, make_precision_policy
+from fate_moe.memory.precision import Budget, FixedView, GateWeighted, PrefillPopularity, make_precision_policy
 
 VIEWS = [2, 3, 4]
 NAMES = [name for name in PRECISION_POLICIES if name != "full"]
@@ -54,6 +54,44 @@ def test_popularity_shortens_at_most_its_share_of_the_tokens(needs: list[Need]) 
     assert not short or max(short) <= min(whole), "the least popular ones"
     if max(need.num_tokens for need in needs) > 1 and whole:
         assert sum(short) + min(whole) > 0.25 * total, "as many as fit into the share"
+
+
+def test_what_a_view_loses_limits_popularity() -> None:
+    """Half a nat for everything: a fiftieth of the tokens may lose 0.01. A robust model keeps the share."""
+    needs = [Need(1, 0.1, 0), Need(1, 0.1, 0), Need(8, 1.0, 0), Need(90, 9.0, 0)]
+    assert PrefillPopularity(losses={2: 4.0, 3: 0.5}).bits(needs, VIEWS, 0.0) == [3, 3, 4, 4]
+    assert PrefillPopularity(losses={2: 4.0, 3: 0.6}).bits(needs, VIEWS, 0.0) == [3, 4, 4, 4]
+    assert PrefillPopularity(losses={2: 0.2, 3: 0.04}).bits(needs, VIEWS, 0.0) == [3, 3, 3, 4]
+    assert PrefillPopularity(losses={}).bits(needs, VIEWS, 0.0) == [4, 4, 4, 4]
+
+
+def test_what_views_lose_limits_gate_weighted() -> None:
+    needs = [Need(1, weight, held) for weight, held in ((0.4, 0), (0.4, 2), (0.1, 0), (0.08, 2), (0.02, 0))]
+    assert (
+        GateWeighted(losses={2: 0.21, 3: 0.04}).bits(needs, VIEWS, 0.0) == GateWeighted().bits(needs, VIEWS, 0.0) == [4, 4, 2, 2, 2]
+    )
+    assert GateWeighted(losses={2: 3.7, 3: 0.4}).bits(needs, VIEWS, 0.0) == [4, 4, 3, 3, 2]
+    assert GateWeighted(losses={}).bits(needs, VIEWS, 0.0) == [4] * 5, "what nobody knows is not read"
+
+
+def test_what_views_lose_limits_budget() -> None:
+    needs = [Need(1, weight, 0) for weight in (0.5, 0.3, 0.2)]
+    assert Budget({2: 0.2, 3: 0.04}).bits(needs, VIEWS, 9.0) == [3, 3, 3]
+    assert Budget({2: 0.2, 3: 0.04}).bits(needs, VIEWS, 11.0) == [4, 4, 3]
+    assert Budget({2: 4.0, 3: 0.6}).bits(needs, VIEWS, 0.0) == [4, 4, 4]
+
+
+def test_models_that_nobody_measured_count_as_sensitive() -> None:
+    needs = [Need(1, weight, 0) for weight in (0.45, 0.3, 0.17, 0.08)]
+    gate, measured = make_precision_policy("gate-weighted"), make_precision_policy("gate-weighted", {2: 0.2, 3: 0.04})
+    assert gate is not None
+    assert measured is not None
+    assert gate.bits(needs, VIEWS, 0.0) == [4, 4, 4, 3]
+    assert measured.bits(needs, VIEWS, 0.0) == [4, 4, 2, 2]
+
+
+def test_a_fixed_view() -> None:
+    assert FixedView(3).bits([Need(1, 0.5, 0), Need(2, 0.1, 4)], VIEWS, 0.0) == [3, 3]
 
 
 def test_popularity_leaves_decode_alone() -> None:

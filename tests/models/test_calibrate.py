@@ -47,7 +47,7 @@ def test_moments_are_those_of_the_experts_inputs(checkpoint: Callable[[str], Pat
 
 def test_experts_without_tokens_are_like_their_layer(checkpoint: Callable[[str], Path]) -> None:
     found = calibrate(store_for(checkpoint("qwen2_moe"), "lossless"), TOKENS[:3], window=3)
-    unseen = next(expert for expert in range(8) if not (found.fed[0].index == expert).any())
+    unseen = next(expert for expert in range(8) if not (found.fed[0].chosen == expert).any())
     experts = tiny_model("qwen2_moe").model.layers[0].mlp.experts
     weights = {name: getattr(experts, name)[unseen].detach() for name in ("gate_up_proj", "down_proj")}
     moments = found.moments(0, unseen, weights)

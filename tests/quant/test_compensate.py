@@ -8,7 +8,8 @@ from torch import Tensor
 
 from fate_moe.quant import compensate as module
 from fate_moe.quant.compensate import compensate
-from fate_moe.quant.solver import SOLVERS, hqq, minmax
+from fate_moe.quant.hqq import hqq
+from fate_moe.quant.solver import SOLVERS, minmax
 
 
 def drawn(rows: int, cols: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -28,7 +29,7 @@ def restored(codes: Tensor, scale: Tensor, zero: Tensor, group_size: int) -> Ten
 
 
 def twin(weights: Tensor, scale: Tensor, zero: Tensor, levels: int, group_size: int, moments: Tensor) -> Tensor:
-    """Round one channel, then let all that are left minimize (w' - w) H (w' - w)^T with what is rounded held: fp64, from scratch."""
+    """Round one channel, then let all that are left minimize (w' - w) H (w' - w)^T with the rounded held: fp64, from scratch."""
     damped = moments.double() + module.DAMPING * moments.double().diagonal().mean() * torch.eye(len(moments))
     order = moments.diagonal().argsort(descending=True).tolist()
     wanted, now = weights.double(), weights.double().clone()

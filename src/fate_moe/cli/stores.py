@@ -80,7 +80,7 @@ def _convert(arguments: argparse.Namespace) -> None:
     from fate_moe.store.convert import convert
     from fate_moe.store.open import open_store
 
-    calibration, keep = _calibration(arguments)
+    calibration, keep, spare = _calibration(arguments)
     path = convert(
         arguments.source,
         arguments.destination,
@@ -92,17 +92,33 @@ def _convert(arguments: argparse.Namespace) -> None:
         calibration=calibration,
     )
     manifest = open_store(path).manifest
+    if spare is not None:
+        _measure_views(path, spare)
     print(
         f"{path}: {manifest.num_experts} experts, {format_bytes(manifest.expert_bytes)}, dense {format_bytes(manifest.dense_bytes)}"
     )
 
 
-def _calibration(arguments: argparse.Namespace) -> tuple[Any, Keep]:
-    """What the calibration text says (None without one), and what gets another precision than the rest."""
+def _measure_views(path: Path, tokens: Any) -> None:
+    """How much shorter views lose on a text that the codes were not chosen on; kept beside the store."""
+    from fate_moe.models.calibrate import measure_views
+    from fate_moe.store.learned import save_view_losses
+    from fate_moe.store.progress import count_bar
+
+    with count_bar("shorter views", 3 * len(tokens)) as advance:
+        losses = measure_views(path, tokens, advance=advance)
+    if losses:
+        save_view_losses(path, losses)
+        print(", ".join(f"{bits}-bit view: {loss:+.3f} nats" for bits, loss in losses.items()), "with every expert read so")
+
+
+def _calibration(arguments: argparse.Namespace) -> tuple[Any, Keep, Any]:
+    """What the calibration text says (None without one), what gets another precision than the rest, and the text's last eighth,
+    on which nothing was chosen."""
     if arguments.auto_bits and not arguments.calibrate:
         raise ConfigError("--auto-bits needs a text that shows which layers matter; give one with --calibrate FILE")
     if not (arguments.calibrate or arguments.keep):
-        return None, {}
+        return None, {}, None
     from fate_moe.skeleton import build_skeleton, expert_stacks
     from fate_moe.store.gguf import config_folder
     from fate_moe.store.keep import choose_precisions, parse_keep
@@ -112,7 +128,7 @@ def _calibration(arguments: argparse.Namespace) -> tuple[Any, Keep]:
         stacks = expert_stacks(build_skeleton(folder))
     by_rule = parse_keep(arguments.keep, [stack.num_experts for stack in stacks]) if arguments.keep else {}
     if not arguments.calibrate:
-        return None, by_rule
+        return None, by_rule, None
     from fate_moe.cli.quality import read_tokens
     from fate_moe.models.calibrate import calibrate, measure_harm
     from fate_moe.models.load import load_tokenizer, store_for
@@ -122,10 +138,11 @@ def _calibration(arguments: argparse.Namespace) -> tuple[Any, Keep]:
 
     lossless = store_for(arguments.source, "lossless")
     tokens = read_tokens(arguments.calibrate, load_tokenizer(lossless), arguments.calibrate_tokens)
+    tokens, spare = tokens[: -(len(tokens) // 8)], tokens[-(len(tokens) // 8) :]
     with count_bar("calibrating", len(tokens)) as advance:
         found = calibrate(lossless, tokens, advance=advance)
     if not arguments.auto_bits:
-        return found, by_rule
+        return found, by_rule, spare
     fewer = tuple(name for name in PRECISIONS if name != "lossless")
     with count_bar("layers weighed", len(stacks)) as advance:
         measured = measure_harm(lossless, found, fewer, arguments.group_size, advance)
@@ -139,7 +156,7 @@ def _calibration(arguments: argparse.Namespace) -> tuple[Any, Keep]:
     ]
     harm = [{**of_layer, "lossless": 0.0} for of_layer in measured]
     chosen = choose_precisions(sizes, harm, parse_size(arguments.auto_bits))
-    return found, {**dict(enumerate(chosen)), **by_rule}
+    return found, {**dict(enumerate(chosen)), **by_rule}, spare
 
 
 def _inspect(arguments: argparse.Namespace) -> None:

@@ -2,23 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 
 from fate_moe.core import Need, PrecisionPolicy
 from fate_moe.errors import ConfigError
 
-__all__ = ["Budget", "GateWeighted", "PrefillPopularity", "make_precision_policy"]
+__all__ = ["Budget", "FixedView", "GateWeighted", "PrefillPopularity", "make_precision_policy"]
+
+# Nats that a token's prediction loses when every expert is read as a view of so many bits: a property of the model, which
+# `fate convert --calibrate` measures. These are taken where nobody did: the most sensitive model measured (docs/quality.md).
+UNMEASURED = {2: 4.0, 3: 0.6}
+# What prefill-popularity may lose, in nats: measured losses are nearly proportional to the share of tokens (docs/quality.md).
+PREFILL_LOSS = 0.01
+# gate-weighted: a view is read below so many mean gate weights over the root of the view's loss.
+GATE_LOSS = 0.367
+# budget reads no view that loses more than this.
+BUDGET_LOSS = 0.05
+
+
+class FixedView:
+    """For measuring: every expert as the view of so many bits."""
+
+    def __init__(self, bits: int) -> None:
+        self._bits = bits
+
+    def bits(self, needs: Sequence[Need], views: Sequence[int], affordable: float) -> list[int]:
+        return [self._bits] * len(needs)
 
 
 class PrefillPopularity:
     """Fate's: in prefill the least popular experts, together at most ``share`` of the routed tokens, are read as ``bits``.
 
     The others, and all of them in decode, are read whole. Fate reads 2 bits, which costs the embedded model 2.8 % of perplexity
-    where 3 cost 1.0 % (docs/quality.md)."""
+    where 3 cost 1.0 % (docs/quality.md). ``losses`` by view (None: not asked) may make the share smaller."""
 
-    def __init__(self, share: float = 0.25, bits: int = 3) -> None:
-        self._share, self._bits = share, bits
+    def __init__(self, share: float = 0.25, bits: int = 3, losses: Mapping[int, float] | None = None) -> None:
+        self._share, self._bits, self._losses = share, bits, losses
 
     def bits(self, needs: Sequence[Need], views: Sequence[int], affordable: float) -> list[int]:
         chosen = [views[-1]] * len(needs)
@@ -26,9 +47,11 @@ class PrefillPopularity:
             return chosen
         short = _at_least(views, self._bits)
         order = sorted(range(len(needs)), key=lambda i: needs[i].num_tokens)
-        total = sum(need.num_tokens for need in needs)
+        most = self._share * sum(need.num_tokens for need in needs)
+        if self._losses is not None and short < views[-1]:
+            most *= min(1.0, PREFILL_LOSS / self._share / _loss(self._losses, short))
         for i, together in zip(order, accumulate(needs[i].num_tokens for i in order), strict=True):
-            if together > self._share * total:
+            if together > most:
                 break
             chosen[i] = short
         return chosen
@@ -37,10 +60,13 @@ class PrefillPopularity:
 class GateWeighted:
     """In decode, by an expert's gate weight against the mean of the pass's choices: below ``light`` of it the shortest view is
     read, below ``heavy`` the next longer one, the rest whole. A view that is held already stays, unless the expert weighs more
-    than ``upgrade``: each upgrade is a read where there was a hit (docs/quality.md)."""
+    than ``upgrade``: each upgrade is a read where there was a hit (docs/quality.md). ``losses`` by view (None: not asked) make
+    the limits of a view that loses much smaller, by one factor for reading and keeping it."""
 
-    def __init__(self, light: float = 0.8, heavy: float = 0.8, upgrade: float = 1.6) -> None:
-        self._light, self._heavy, self._upgrade = light, heavy, upgrade
+    def __init__(
+        self, light: float = 0.8, heavy: float = 0.8, upgrade: float = 1.6, losses: Mapping[int, float] | None = None
+    ) -> None:
+        self._light, self._heavy, self._upgrade, self._losses = light, heavy, upgrade, losses
 
     def bits(self, needs: Sequence[Need], views: Sequence[int], affordable: float) -> list[int]:
         choices = sum(need.num_tokens for need in needs)
@@ -50,19 +76,33 @@ class GateWeighted:
         return [self._view(need, mean * need.num_tokens, views) for need in needs]
 
     def _view(self, need: Need, mean: float, views: Sequence[int]) -> int:
-        if need.held and need.weight <= self._upgrade * mean:
-            return need.held
         shorter = views[:-1][-2:]
-        if need.weight < self._light * mean or not mean:
-            return (*shorter, views[-1])[0]
-        return shorter[-1] if shorter and need.weight < self._heavy * mean else views[-1]
+        limits = dict(zip(shorter, (self._light, self._heavy)[-len(shorter) :], strict=False))
+        if need.held and need.weight <= self._upgrade * mean * self._factor(need.held, limits):
+            return need.held
+        for view, limit in limits.items():
+            if need.weight < limit * mean * self._factor(view, limits) or not mean:
+                return view
+        return views[-1]
+
+    def _factor(self, view: int, limits: Mapping[int, float]) -> float:
+        """What the view's loss leaves of its limits; whole experts lose nothing."""
+        if self._losses is None or not limits.get(view):
+            return 1.0
+        return min(1.0, GATE_LOSS / limits[view] / math.sqrt(_loss(self._losses, view)))
 
 
 class Budget:
     """As many bits as can be read while the layer computes: everything starts as the shortest view, and the heaviest missing
-    experts are read longer, one step each in turn, while it fits. So a fast link reads all, a slow one what it can."""
+    experts are read longer, one step each in turn, while it fits. So a fast link reads all, a slow one what it can. With
+    ``losses`` by view (None: not asked) views that lose too much are not read."""
+
+    def __init__(self, losses: Mapping[int, float] | None = None) -> None:
+        self._losses = losses
 
     def bits(self, needs: Sequence[Need], views: Sequence[int], affordable: float) -> list[int]:
+        if self._losses is not None:
+            views = [*(view for view in views[:-1] if _loss(self._losses, view) <= BUDGET_LOSS), views[-1]]
         missing = [i for i, need in enumerate(needs) if need.held < views[-1]]
         chosen = [max(need.held, views[0]) for need in needs]
         left = affordable - sum(chosen[i] - needs[i].held for i in missing)
@@ -75,21 +115,27 @@ class Budget:
         return chosen
 
 
-def make_precision_policy(name: str) -> PrecisionPolicy | None:
+def make_precision_policy(name: str, losses: Mapping[int, float] | None = None) -> PrecisionPolicy | None:
     """The precision policy called ``name`` (one of config.PRECISION_POLICIES); None is ``full``: always everything.
 
-    Raises ConfigError for an unknown name.
+    ``losses``: nats lost by view, as measured on this model; None: taken for the most sensitive one's. Raises ConfigError for an unknown name.
     """
     if name == "full":
         return None
-    known: dict[str, Callable[[], PrecisionPolicy]] = {
+    losses = UNMEASURED if losses is None else losses
+    known: dict[str, Callable[..., PrecisionPolicy]] = {
         "budget": Budget,
         "gate-weighted": GateWeighted,
         "prefill-popularity": PrefillPopularity,
     }
     if name not in known:
         raise ConfigError(f"precision policy {name!r} is not one of full, {', '.join(known)}")
-    return known[name]()
+    return known[name](losses=losses)
+
+
+def _loss(losses: Mapping[int, float], view: int) -> float:
+    """Never nothing: a text can be predicted better by chance."""
+    return max(losses.get(view, math.inf), 1e-6)
 
 
 def _at_least(views: Sequence[int], bits: int) -> int:

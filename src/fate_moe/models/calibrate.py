@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import mmap
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +18,8 @@ from torch.nn.functional import linear
 from fate_moe.config import OffloadConfig
 from fate_moe.core import ExpertId
 from fate_moe.kernels.reference import expert_mlp, expert_weights
-from fate_moe.models.evaluate import windows
+from fate_moe.memory.precision import FixedView
+from fate_moe.models.evaluate import perplexity, windows
 from fate_moe.models.load import Prepared, prepare, realize
 from fate_moe.quant.blob import encode, views
 from fate_moe.quant.solver import DEFAULT_SOLVER, SOLVERS
@@ -24,7 +27,7 @@ from fate_moe.skeleton import build_skeleton
 from fate_moe.store.format import blob_layout
 from fate_moe.store.reader import DiskSource
 
-__all__ = ["Calibration", "calibrate", "measure_harm"]
+__all__ = ["Calibration", "calibrate", "measure_harm", "measure_views"]
 
 # Tokens of the layer, whoever has them, that every expert's moments hear as well, and what all of them weigh of all its own.
 # Upcycled model, error of the experts' outputs on another text: 0.0915 at 0.02, 0.0910 at 0.1, 0.0918 at 0.5, 0.0948 at 2.
@@ -32,10 +35,10 @@ OTHERS, WEIGHT_OF_OTHERS = 512, 0.1
 
 
 class Fed(NamedTuple):
-    """What one layer's experts were given: inputs [num_tokens, hidden], routing [num_tokens, top_k] and its weights."""
+    """What one layer's experts were given: inputs [num_tokens, hidden], chosen experts [num_tokens, top_k] and their weights."""
 
     hidden: Tensor
-    index: Tensor
+    chosen: Tensor
     gate: Tensor
 
 
@@ -55,7 +58,7 @@ class Calibration:
         text never sent to the expert are not taken for empty.
         """
         fed, experts = self.fed[layer], self._experts[layer]
-        token, choice = (fed.index == expert).nonzero(as_tuple=True)
+        token, choice = (fed.chosen == expert).nonzero(as_tuple=True)
         others = torch.arange(0, len(fed.hidden), max(1, len(fed.hidden) // OTHERS))
         usual = float(fed.gate.float().square().mean().sqrt())
         share = WEIGHT_OF_OTHERS * max(1, len(token)) / len(others)
@@ -83,6 +86,8 @@ def calibrate(
     found.fed = [Fed(*map(torch.cat, zip(*of_layer, strict=True))) for of_layer in observer.fed]
     found.residual = observer.residual
     bare = build_skeleton(path)  # experts that hold on to nothing else
+    del model, observer
+    gc.collect()
     found._experts = [bare.get_submodule(stack.name) for stack in prepared.stacks]
     return found
 
@@ -107,7 +112,7 @@ def measure_harm(
             made = {name: blob_layout(name, shapes, manifest.dtype, group_size) for name in precisions}
             errors = {name: torch.zeros(fed.hidden.shape, dtype=torch.float32) for name in precisions}
             for expert in range(stack.num_experts):
-                token, choice = (fed.index == expert).nonzero(as_tuple=True)
+                token, choice = (fed.chosen == expert).nonzero(as_tuple=True)
                 if not len(token):
                     continue
                 layout, x = manifest.layout_of(ExpertId(stack.layer, expert)), fed.hidden[token]
@@ -125,6 +130,29 @@ def measure_harm(
             harm.append({name: float(error.square().sum()) / residual for name, error in errors.items()})
             advance(1)
     return harm
+
+
+def measure_views(
+    path: Path, tokens: Tensor, *, window: int = 512, advance: Callable[[int], None] = lambda num_tokens: None
+) -> dict[int, float]:
+    """Nats per token of ``tokens`` [num_tokens] int64 that the store at ``path`` loses with every expert read as each shorter view.
+
+    Empty where no expert has shorter views. Policies choose by this what they may read.
+    """
+    prepared = prepare(path)
+    layouts = {
+        layout for layer in range(prepared.store.manifest.num_layers) for layout in prepared.store.manifest.layouts_of(layer)
+    }
+    views = list(accumulate(max((layout.plane_widths for layout in layouts), key=len)))
+    losses = {}
+    for bits in views if len(views) > 1 else ():
+        prepared = prepare(path)
+        config = OffloadConfig(context_length=window, preset="load-on-demand", precision_policy="gate-weighted")
+        model = realize(prepared, prepared.plan(config), config)
+        model.fate.runtime.tailor.policy = FixedView(bits)
+        with closing(model.fate):
+            losses[bits] = perplexity(model, tokens, window=window, advance=advance).loss
+    return {bits: losses[bits] - losses[views[-1]] for bits in views[:-1] if losses}
 
 
 class _Observer:

@@ -38,7 +38,7 @@ from fate_moe.store.convert import convert
 from fate_moe.store.dense import default_dense_precision, dense_layouts, read_by_row
 from fate_moe.store.format import blob_layout
 from fate_moe.store.gguf import config_folder, open_checkpoint
-from fate_moe.store.learned import gates_bytes, load_gates, load_statistics, save_statistics
+from fate_moe.store.learned import gates_bytes, load_gates, load_statistics, load_view_losses, save_statistics
 from fate_moe.store.open import Store, load_dense, open_store
 from fate_moe.store.plan import identity_of
 from fate_moe.store.reader import DiskSource
@@ -197,7 +197,7 @@ def realize(prepared: Prepared, plan: Plan | DevicePlan, config: OffloadConfig, 
     hastened = hasten(model, config.exact_activations)
     routers = routers_of(model, stacks)
     predictor = _predictor(config, prepared, routers, policy)
-    tailor = Tailor(make_precision_policy(config.precision_policy), layouts, residency)
+    tailor = Tailor(make_precision_policy(config.precision_policy, load_view_losses(store.path)), layouts, residency)
     runtime = ExpertRuntime(
         residency, predictor, routers, slots, num_experts=num_experts, tailor=tailor, look_ahead=config.look_ahead
     )

@@ -34,7 +34,7 @@ from fate_moe.models.weights import fill_device
 from fate_moe.report import Report
 from fate_moe.skeleton import ExpertStack
 from fate_moe.store.dense import dense_layouts
-from fate_moe.store.learned import load_gates
+from fate_moe.store.learned import load_gates, load_view_losses
 from fate_moe.store.open import load_dense
 from fate_moe.store.progress import progress_bar
 from fate_moe.store.reader import DiskSource
@@ -130,7 +130,7 @@ def _realize(prepared: Prepared, plan: DevicePlan, config: OffloadConfig, device
             read_all(source, arena, len(stacks), num_experts, config.io_threads, advance)
         source.close()
         host = WholeHost(arena)
-    precision = make_precision_policy(config.precision_policy)
+    precision = make_precision_policy(config.precision_policy, load_view_losses(store.path))
     share = _host_share(prepared, arena, top_k, device, config) if plan.host_share else None
     hidden = model.config.get_text_config().hidden_size
     learned = load_gates(store.path, [num_experts] * len(stacks), hidden) if options.limit and not reasons else None

@@ -65,7 +65,7 @@ def convert(
     A killed conversion continues when called again; a second one at the same time waits for the first. A whole store of the same
     source at ``destination`` is left as it is. ``solver`` and ``group_size`` concern quantized precisions; ``keep`` gives
     layers or single experts other ones, ``calibration`` says what inputs their codes are chosen for. ``dense_precision`` is that of
-    all other matrices (None: int8 where the experts are quantized). ``progress`` draws a bar on stderr (None: when it is a terminal).
+    all other matrices (None: int8 beside quantized experts). ``progress`` draws a bar on stderr (None: when it is a terminal).
     Raises CheckpointError or UnsupportedModelError for the source, StoreError when ``destination`` is something else,
     DiskSpaceError when it does not fit, ConfigError for an unknown precision, solver or group size.
     """

@@ -1,15 +1,17 @@
-"""What was learned about a model's routing, kept beside its store: fitted gates and routing statistics.
+"""What was learned about a model, kept beside its store: fitted gates, routing statistics, what shorter views lose.
 
-Neither is needed, both only make reading ahead and eviction better: a file that is damaged or of another model is said so once and
+None is needed, each only makes a choice better: a file that is damaged or of another model is said so once and
 left alone. Written atomically; a store that cannot be written to stays as it is.
 """
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,12 +23,25 @@ from safetensors.torch import load_file, save_file
 
 from fate_moe.kernels.native import multiplies_bf16
 
-__all__ = ["GATES", "STATISTICS", "Gates", "gates_bytes", "load_gates", "load_statistics", "save_gates", "save_statistics"]
+__all__ = [
+    "GATES",
+    "STATISTICS",
+    "VIEW_LOSSES",
+    "Gates",
+    "gates_bytes",
+    "load_gates",
+    "load_statistics",
+    "load_view_losses",
+    "save_gates",
+    "save_statistics",
+    "save_view_losses",
+]
 
 _log = logging.getLogger(__name__)
 
 GATES = "gates.safetensors"
 STATISTICS = "routing.npz"
+VIEW_LOSSES = "views.json"
 MAX_STATISTICS_BYTES = 64 << 20
 
 
@@ -115,3 +130,26 @@ def load_statistics(store: Path) -> dict[str, NDArray[Any]] | None:
     except (OSError, ValueError, zipfile.BadZipFile, EOFError, AttributeError) as error:
         _log.warning("%s cannot be read (%s) and is not used", path, error)
         return None
+
+
+def save_view_losses(store: Path, losses: Mapping[int, float]) -> None:
+    """Nats per token that reading every expert as a view of so many bits loses. Raises OSError if the store cannot be written to."""
+    path = store / VIEW_LOSSES
+    part = path.with_suffix(f".{os.getpid()}.part")
+    part.write_text(json.dumps({"nats_lost_by_bits": {str(bits): loss for bits, loss in sorted(losses.items())}}) + "\n")
+    os.replace(part, path)
+
+
+def load_view_losses(store: Path) -> dict[int, float] | None:
+    """What ``save_view_losses`` wrote; None where there is none that can be used."""
+    path = store / VIEW_LOSSES
+    try:
+        found = {int(bits): float(loss) for bits, loss in json.loads(path.read_text())["nats_lost_by_bits"].items()}
+        if not all(map(math.isfinite, found.values())):
+            raise ValueError("not finite")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        _log.warning("%s cannot be read (%s) and is not used; convert again with --calibrate", path, error)
+        return None
+    return found
