@@ -24,34 +24,37 @@ import torch
 
 from benchmarks.quality_page import draw, fill_page
 from fate_moe import demo
-from fate_moe.core import Need
+from fate_moe.core import PrecisionPolicy
 from fate_moe.kernels.reference import dequantize
 from fate_moe.machine import peak_memory
-from fate_moe.models.calibrate import Calibration, calibrate
+from fate_moe.memory.precision import FixedView, GateWeighted, PrefillPopularity
+from fate_moe.models.calibrate import calibrate, measure_views
 from fate_moe.models.evaluate import perplexity
 from fate_moe.models.load import is_store, load, load_tokenizer
 from fate_moe.quant.planes import pack
 from fate_moe.quant.solver import SOLVERS
 from fate_moe.store.convert import convert
+from fate_moe.store.learned import save_view_losses
 from fate_moe.store.open import open_store
 from fate_moe.store.plan import make_plan
 from fate_moe.store.source import Checkpoint
 
 WIDTHS = (2, 1, 1)
-CALIBRATION_TOKENS = 4096
-# By name: precision, solver, group size, whether the text calibrates it. Models other than the embedded one get the first four.
+CALIBRATION_TOKENS = 8192  # codes are chosen on seven eighths of them, what views lose is measured on the last
+# By name: precision, solver, group size, whether the text calibrates it. Models other than the embedded one get the first five.
 STORES: dict[str, tuple[str, str, int, bool]] = {
     "lossless": ("lossless", "hqq", 64, False),
     "hqq-64": ("int4", "hqq", 64, False),
     "int8": ("int8", "hqq", 64, False),
     "calibrated-64": ("int4", "hqq", 64, True),
+    "calibrated-32": ("int4", "hqq", 32, True),
     "minmax-64": ("int4", "minmax", 64, False),
     "hqq-32": ("int4", "hqq", 32, False),
     "hqq-128": ("int4", "hqq", 128, False),
 }
-NUM_FOR_OTHERS = 4
-# Name, store, precision policy or the bits of a view that all experts are read as.
-Line = tuple[str, str, str | int]
+NUM_FOR_OTHERS = 5
+# Name, store, precision policy (by name as it chooses by what views lose, or one that does not), or the bits of a view for all.
+Line = tuple[str, str, str | PrecisionPolicy | int]
 LINES: dict[str, list[Line]] = {
     "windows": [
         ("lossless", "lossless", "full"),
@@ -61,8 +64,14 @@ LINES: dict[str, list[Line]] = {
         ("INT4, min/max", "minmax-64", "full"),
         ("INT4, groups of 32", "hqq-32", "full"),
         ("INT4, groups of 128", "hqq-128", "full"),
+        ("INT4, calibrated, groups of 32", "calibrated-32", "full"),
         ("prefill-popularity", "hqq-64", "prefill-popularity"),
         ("budget", "hqq-64", "budget"),
+        ("calibrated, prefill-popularity", "calibrated-64", "prefill-popularity"),
+        ("calibrated, prefill-popularity, a quarter", "calibrated-64", PrefillPopularity(0.25)),
+        ("calibrated, budget", "calibrated-64", "budget"),
+        ("calibrated, 3-bit view of all", "calibrated-64", 3),
+        ("calibrated, 2-bit view of all", "calibrated-64", 2),
         ("3-bit view of all", "hqq-64", 3),
         ("2-bit view of all", "hqq-64", 2),
     ],
@@ -70,22 +79,16 @@ LINES: dict[str, list[Line]] = {
         ("lossless", "lossless", "full"),
         ("INT8", "int8", "full"),
         ("INT4", "hqq-64", "full"),
+        ("INT4, calibrated", "calibrated-64", "full"),
         ("gate-weighted", "hqq-64", "gate-weighted"),
         ("budget", "hqq-64", "budget"),
+        ("calibrated, gate-weighted", "calibrated-64", "gate-weighted"),
+        ("calibrated, gate-weighted at 0.6, 0.8, 1.2", "calibrated-64", GateWeighted(0.6, 0.8, 1.2)),
+        ("calibrated, gate-weighted at 0.8, none, 1.6", "calibrated-64", GateWeighted()),
         ("3-bit view of all", "hqq-64", 3),
         ("2-bit view of all", "hqq-64", 2),
     ],
 }
-
-
-class View:
-    """A precision policy for measuring: every expert as the same view."""
-
-    def __init__(self, bits: int) -> None:
-        self._bits = bits
-
-    def bits(self, needs: Sequence[Need], views: Sequence[int], affordable: float) -> list[int]:
-        return [self._bits] * len(needs)
 
 
 def prepare(source: Path, folder: Path, names: Sequence[str], text: Path, facts: dict[str, Any], write: Callable[[], None]) -> None:
@@ -94,32 +97,39 @@ def prepare(source: Path, folder: Path, names: Sequence[str], text: Path, facts:
     Each runs in a process of its own, whose peak memory is then the conversion's (and torch's, transformers' and Python's).
     Megabytes per second are of the weights as the lossless store has them.
     """
-    found: Calibration | None = None
     for name in names:
         if is_store(folder / name):
             continue
-        precision, solver, size, calibrated = STORES[name]
-        if calibrated and found is None:
-            began = time.perf_counter()
-            tokens = load_tokenizer(folder / "lossless")(text.read_text(), verbose=False)["input_ids"][:CALIBRATION_TOKENS]
-            found = calibrate(folder / "lossless", torch.tensor(tokens))
-            facts["calibrate_seconds"] = time.perf_counter() - began
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
-            job = alone.submit(timed_conversion, source, folder / name, precision, solver, size, found if calibrated else None)
-            seconds, peak = job.result()
+            took = alone.submit(timed_conversion, source, folder, name, text).result()
         weights = open_store(folder / "lossless").manifest
-        speed = (weights.expert_bytes + weights.dense_bytes) / 1e6 / seconds
-        facts.setdefault("conversions", {})[name] = {"seconds": seconds, "source_mb_per_second": speed, "peak_mib": peak / 2**20}
+        took["source_mb_per_second"] = (weights.expert_bytes + weights.dense_bytes) / 1e6 / took["seconds"]
+        facts.setdefault("conversions", {})[name] = took
         write()
 
 
-def timed_conversion(
-    source: Path, store: Path, precision: str, solver: str, group_size: int, calibration: Calibration | None
-) -> tuple[float, int]:
-    """Seconds, and this process' peak memory in bytes."""
+def timed_conversion(source: Path, folder: Path, name: str, text: Path) -> dict[str, Any]:
+    """Make the store ``name`` under ``folder`` (calibrated ones need the lossless one there): seconds, and this process' peak.
+
+    The seconds of looking at the text, which a calibrated store takes before its conversion and after it, are apart.
+    """
+    precision, solver, size, calibrated = STORES[name]
+    found, took, tokens = None, {}, torch.empty(0)
+    if calibrated:
+        began = time.perf_counter()
+        tokens = torch.tensor(
+            load_tokenizer(folder / "lossless")(text.read_text(), verbose=False)["input_ids"][:CALIBRATION_TOKENS]
+        )
+        found = calibrate(folder / "lossless", tokens[: -(len(tokens) // 8)])
+        took["calibrate_seconds"] = time.perf_counter() - began
     began = time.perf_counter()
-    convert(source, store, precision, solver=solver, group_size=group_size, calibration=calibration, progress=False)
-    return time.perf_counter() - began, peak_memory()
+    convert(source, folder / name, precision, solver=solver, group_size=size, calibration=found, progress=False)
+    took["seconds"] = time.perf_counter() - began
+    if calibrated:
+        began = time.perf_counter()
+        save_view_losses(folder / name, measure_views(folder / name, tokens[-(len(tokens) // 8) :]))
+        took["views_seconds"] = time.perf_counter() - began
+    return {**took, "peak_mib": peak_memory() / 2**20}
 
 
 def weight_errors() -> list[dict[str, Any]]:
@@ -151,12 +161,12 @@ def weight_errors() -> list[dict[str, Any]]:
     return rows
 
 
-def measure(store: Path, policy: str | int, texts: Sequence[Path], most: int, *, decode: bool) -> dict[str, Any]:
+def measure(store: Path, policy: str | PrecisionPolicy | int, texts: Sequence[Path], most: int, *, decode: bool) -> dict[str, Any]:
     """Perplexity (of the texts' mean loss) of ``store`` on ``most`` tokens of each text, bytes read and tokens per second."""
     named = policy if isinstance(policy, str) else "gate-weighted"
     model, tokenizer = load(store, expert_cache="25%", preset="load-on-demand", context_length=1024, precision_policy=named)
     if not isinstance(policy, str):
-        model.fate.runtime.tailor.policy = View(policy)
+        model.fate.runtime.tailor.policy = FixedView(policy) if isinstance(policy, int) else policy
     parts = [torch.tensor(tokenizer(text.read_text()[:40_000], verbose=False)["input_ids"][:most]) for text in texts]
     results = [perplexity(model, tokens, decode=decode) for tokens in parts]
     report = model.fate.report()

@@ -63,13 +63,15 @@ def _table(head: list[str], rows: Iterator[list[str]]) -> str:
 
 
 def _lines(lines: list[dict[str, Any]]) -> str:
+    """Policies and views against all bits of the same store: of the calibrated one where their names begin so."""
     of = {line["name"]: line for line in lines}
 
     def rows() -> Iterator[list[str]]:
         for line in lines:
-            against = [f"{line['perplexity'] / of[base]['perplexity'] - 1:+.1%}" for base in ("lossless", "INT4")]
+            whole = "INT4, calibrated" if line["name"].startswith("calibrated") else "INT4"
+            against = [f"{line['perplexity'] / of[base]['perplexity'] - 1:+.1%}" for base in ("lossless", whole)]
             size = line["bytes_per_token"]
-            fewer = f"{size / of['INT4']['bytes_per_token'] - 1:+.0%}"
+            fewer = f"{size / of[whole]['bytes_per_token'] - 1:+.0%}"
             speed = line["tokens_per_second"]
             yield [line["name"], f"{line['perplexity']:.2f}", *against, f"{size / 1024:,.0f} KiB", fewer, f"{speed:,.4g}"]
 

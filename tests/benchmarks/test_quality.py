@@ -1,4 +1,4 @@
-"""The quality page's measurements: its table of errors, its fixed views, and that tables and picture need the JSON alone."""
+"""The quality page's measurements: its table of errors, and that tables and picture need the JSON alone."""
 
 from __future__ import annotations
 
@@ -7,15 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.quality import View, weight_errors
+from benchmarks.quality import weight_errors
 from benchmarks.quality_page import draw, fill_page
-from fate_moe.core import Need
 
 DOCS = Path(__file__).parents[2] / "docs"
-
-
-def test_a_fixed_view() -> None:
-    assert View(3).bits([Need(1, 0.5, 0), Need(2, 0.1, 4)], [2, 3, 4], 0.0) == [3, 3]
 
 
 def test_weight_errors_are_ordered() -> None:

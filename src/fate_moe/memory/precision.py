@@ -118,7 +118,8 @@ class Budget:
 def make_precision_policy(name: str, losses: Mapping[int, float] | None = None) -> PrecisionPolicy | None:
     """The precision policy called ``name`` (one of config.PRECISION_POLICIES); None is ``full``: always everything.
 
-    ``losses``: nats lost by view, as measured on this model; None: taken for the most sensitive one's. Raises ConfigError for an unknown name.
+    ``losses``: nats lost by view, as measured on this model; None: taken for the most sensitive one's.
+    Raises ConfigError for an unknown name.
     """
     if name == "full":
         return None

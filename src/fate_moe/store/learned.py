@@ -133,7 +133,7 @@ def load_statistics(store: Path) -> dict[str, NDArray[Any]] | None:
 
 
 def save_view_losses(store: Path, losses: Mapping[int, float]) -> None:
-    """Nats per token that reading every expert as a view of so many bits loses. Raises OSError if the store cannot be written to."""
+    """Nats per token that reading every expert as a view of so many bits loses. Raises OSError where it cannot be written."""
     path = store / VIEW_LOSSES
     part = path.with_suffix(f".{os.getpid()}.part")
     part.write_text(json.dumps({"nats_lost_by_bits": {str(bits): loss for bits, loss in sorted(losses.items())}}) + "\n")
