@@ -11,9 +11,10 @@ import torch
 from fate_moe import demo
 from fate_moe.cli import main
 from fate_moe.models import calibrate as module
-from fate_moe.models.calibrate import calibrate, measure_harm
-from fate_moe.models.load import store_for
+from fate_moe.models.calibrate import calibrate, measure_harm, measure_views
+from fate_moe.models.load import load_tokenizer, store_for
 from fate_moe.store.convert import convert
+from fate_moe.store.learned import load_view_losses
 from fate_moe.store.open import open_store
 from tests.checkpoints import tiny_model
 from tests.conftest import load_model
@@ -97,6 +98,29 @@ def test_calibrated_codes_are_nearer_on_the_texts_own_inputs(checkpoint: Callabl
         model.fate.close()
     exact, plain, calibrated = outputs
     assert (calibrated - exact).norm() < 0.9 * (plain - exact).norm()
+
+
+def test_what_views_lose(checkpoint: Callable[[str], Path]) -> None:
+    """The difference of two perplexities, read so and read whole; a lossless store has no views."""
+    assert measure_views(store_for(checkpoint("qwen2_moe"), "lossless"), TOKENS) == {}
+    path = store_for(None, "int4")
+    tokens = load_tokenizer(path)(BOOKS.read_text()[:1000], return_tensors="pt")["input_ids"][0]
+    losses = measure_views(path, tokens)
+    assert list(losses) == [2, 3]
+    assert 0.05 < losses[2] < 1.0
+    assert -0.05 < losses[3] < losses[2] / 2
+
+
+def test_calibrate_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The store remembers what its views lose, and policies choose by that."""
+    options = ["--calibrate", str(BOOKS), "--calibrate-tokens", "256", "--solver", "minmax"]
+    assert main(["convert", str(demo.MODEL), str(tmp_path / "store"), "--precision", "int4", *options]) == 0
+    assert "2-bit view: +" in capsys.readouterr().out
+    losses = load_view_losses(tmp_path / "store")
+    assert losses is not None
+    model = load_model(tmp_path / "store", precision_policy="prefill-popularity")
+    assert model.fate.runtime.tailor.policy._losses == losses
+    model.fate.close()
 
 
 def test_auto_bits_needs_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

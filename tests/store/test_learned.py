@@ -10,7 +10,18 @@ import pytest
 import torch
 
 from fate_moe.kernels.native import native
-from fate_moe.store.learned import GATES, STATISTICS, gates_bytes, load_gates, load_statistics, save_gates, save_statistics
+from fate_moe.store.learned import (
+    GATES,
+    STATISTICS,
+    VIEW_LOSSES,
+    gates_bytes,
+    load_gates,
+    load_statistics,
+    load_view_losses,
+    save_gates,
+    save_statistics,
+    save_view_losses,
+)
 
 WEIGHTS = [torch.randn(4, 9, generator=torch.Generator().manual_seed(layer)).bfloat16() for layer in range(3)]
 
@@ -73,3 +84,15 @@ def test_damaged_statistics_are_not_used(tmp_path: Path) -> None:
 def test_a_store_that_cannot_be_written_stays_as_it_is(tmp_path: Path) -> None:
     save_statistics(tmp_path / "nowhere", {"recent": np.zeros(1)})
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_what_views_lose_is_read_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert load_view_losses(tmp_path) is None
+    save_view_losses(tmp_path, {3: 0.0625, 2: -0.5})
+    assert load_view_losses(tmp_path) == {2: -0.5, 3: 0.0625}
+    assert not caplog.records
+    for damaged in ("", "[]", '{"nats_lost_by_bits": {"two": 1}}', '{"nats_lost_by_bits": {"2": NaN}}', '{"nats_lost_by_bits": 3}'):
+        (tmp_path / VIEW_LOSSES).write_text(damaged)
+        caplog.clear()
+        assert load_view_losses(tmp_path) is None
+        assert "--calibrate" in caplog.text

@@ -143,7 +143,8 @@ def measure_views(
     layouts = {
         layout for layer in range(prepared.store.manifest.num_layers) for layout in prepared.store.manifest.layouts_of(layer)
     }
-    views = list(accumulate(max((layout.plane_widths for layout in layouts), key=len)))
+    widths = max((layout.plane_widths for layout in layouts), key=len)
+    views = list(accumulate(widths))
     losses = {}
     for bits in views if len(views) > 1 else ():
         prepared = prepare(path)
