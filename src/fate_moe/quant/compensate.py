@@ -13,9 +13,9 @@ from torch import Tensor
 
 __all__ = ["compensate"]
 
-# Of the mean of the moments' diagonal, added to all of it: what the text has not shown may still come. Error of the experts' outputs
-# on another text at 0.1 / 0.5 / 1: upcycled model 0.0787 / 0.0796 / 0.0808, embedded model 0.1167 / 0.1121 / 0.1111 (perplexity
-# 11.858 at 0.1, 11.837 at 0.5).
+# Of the mean of the moments' diagonal, added to all of it: what the text has not shown may still come. Error of the experts'
+# outputs on another text at 0.1 / 0.5 / 1: upcycled model 0.0787 / 0.0796 / 0.0808, embedded model 0.1167 / 0.1121 / 0.1111
+# (perplexity 11.858 at 0.1, 11.837 at 0.5).
 DAMPING = 0.5
 # Channels whose rounding is taken back at once by all that follow.
 _BLOCK = 64
