@@ -17,7 +17,7 @@ UNMEASURED = {2: 4.0, 3: 0.6}
 # What prefill-popularity may lose, in nats: measured losses are nearly proportional to the share of tokens (docs/quality.md).
 PREFILL_LOSS = 0.01
 # gate-weighted: a view is read below so many mean gate weights over the root of the view's loss.
-GATE_LOSS = 0.367
+GATE_LOSS = 0.4
 # budget reads no view that loses more than this.
 BUDGET_LOSS = 0.05
 

@@ -153,6 +153,8 @@ def measure_views(
         model.fate.runtime.tailor.policy = FixedView(bits)
         with closing(model.fate):
             losses[bits] = perplexity(model, tokens, window=window, advance=advance).loss
+        del model, prepared
+        gc.collect()  # a model refers to itself
     return {bits: losses[bits] - losses[views[-1]] for bits in views[:-1] if losses}
 
 
