@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fate_moe.errors import ConfigError
+
+try:
+    native: Any = importlib.import_module("fate_moe.kernels._native").Usage
+except (ImportError, AttributeError):  # not built, or before this was in it
+    native = None
 
 __all__ = ["CoActivation", "Usage"]
 
@@ -36,9 +42,9 @@ class Usage:
 
     ``worth`` [L, E] is the expected number of uses in the next token, ``value`` [L, E] what keeping the expert is worth: the chance
     that it is used, where a use that is a token further away counts for less by ``DISCOUNT``; so the layers that are yet to come in
-    this token are worth more than those just passed. What single tokens chose is kept until somebody wants to know, and settled for
-    all layers at once: a dozen small operations of numpy take 150 us while weights go through the processor's caches, for one layer
-    as for a token's 24.
+    this token are worth more than those just passed. The C++ extension counts a layer's turn in 2 us (``csrc/usage.cpp``). Without it, what
+    single tokens chose is kept until somebody wants to know, and settled for all layers at once: some thirty small operations of
+    numpy take as long for one layer as for a token's 24.
     """
 
     def __init__(self, experts_per_layer: Sequence[int], *, co_activation: bool = True) -> None:
@@ -56,6 +62,8 @@ class Usage:
         self._pending: list[tuple[int, Sequence[int]]] = []  # of one token, by ascending layer, with equally many experts
         fits = num_layers * SOURCES * (width + 1) * width * 4 <= MAX_TABLE_BYTES
         self._evidence = CoActivation(num_layers, width) if co_activation and fits else None
+        self._native: Any = None  # the extension's view of these arrays, for tokens of ``_native_k`` experts
+        self._native_k = 0
 
     @property
     def worth(self) -> Floats:
@@ -73,6 +81,12 @@ class Usage:
 
     def routed(self, layer: int, experts: Sequence[int], counts: Sequence[int] | None = None, num_tokens: int = 1) -> None:
         """``layer``'s router chose the distinct ``experts``, for ``counts`` of the ``num_tokens`` tokens (None: for all)."""
+        if num_tokens == 1 and native is not None:
+            if len(experts) != self._native_k:
+                self._bind(len(experts))
+            self._native.turn(layer, experts, layer <= self._last)
+            self._last = layer
+            return
         pending = self._pending
         if pending and (num_tokens > 1 or layer <= pending[-1][0] or len(experts) != len(pending[0][1])):
             self._settle()
@@ -88,6 +102,18 @@ class Usage:
         worth = recent.dot(self._ones)[None]
         layers = np.array([layer], np.intp)
         self._foretell(layers, worth, None)
+
+    def _bind(self, top_k: int) -> None:
+        """Let the extension count tokens of ``top_k`` experts."""
+        if self._evidence is not None:
+            self._evidence.expect(top_k)
+        arrays = [self._decays, self._gain, self._recent, self._worth, self._used_soon, self._value, self._turn, self._distance]
+        arrays += self._evidence.arrays() if self._evidence else []
+        addresses = [array.ctypes.data for array in arrays]
+        shape = (*self._worth.shape, SOURCES, top_k, len(DECAYS))
+        rate = RATE / (SOURCES * top_k)
+        self._native = native.make(*shape, addresses, rate, SLOPE_RATE, RARE, float(DISCOUNT), STEADY)
+        self._native_k = top_k
 
     def _settle(self) -> None:
         """Count what single tokens chose."""
@@ -151,9 +177,22 @@ class CoActivation:
         self._sources = np.maximum(layers - np.arange(SOURCES), 0)  # [L, S], those that have chosen when the layer has
         self._first = ((layers * SOURCES + np.arange(SOURCES)) * (width + 1))[:, :, None]  # row of each source's first expert
         self._latest = np.full((num_layers, 1), width, np.intp)  # what each layer chose last, [L, k]
-        self._rows = np.zeros((num_layers, 0), np.intp)  # those that spoke for each layer, [L, S k]
+        self._rows = self._unknown(1)  # those that spoke for each layer, [L, S k]
         self._chance: Floats = np.zeros((num_layers, width), np.float32)  # what they said
         self._log: Floats = np.zeros((num_layers, width), np.float32)  # of the frequency that it was said with
+
+    def _unknown(self, top_k: int) -> NDArray[np.intp]:
+        return (self._first + self._width).repeat(top_k, 2).reshape(len(self._first), -1)
+
+    def expect(self, top_k: int) -> None:
+        """Tokens choose ``top_k`` experts from now on; if that is new, nothing is known of what they chose last."""
+        if top_k != self._latest.shape[1]:
+            self._latest = np.full((len(self._latest), top_k), self._width, np.intp)
+            self._rows = self._unknown(top_k)
+
+    def arrays(self) -> list[NDArray[Any]]:
+        """What the extension works on, in the order of csrc/usage.h; other arrays once more are expected."""
+        return [self._table, self._slope, self._chance, self._log, self._latest, self._rows]
 
     def routed(self, layers: NDArray[np.intp], frequency: Floats, chosen: NDArray[np.intp] | None) -> Floats:
         """How likely each expert of ``layers`` [n], ascending, is to be used in the next token, [n, E].
@@ -163,15 +202,10 @@ class CoActivation:
         if chosen is None:
             self._latest[layers] = self._width
         else:
-            if chosen.shape[1] != self._latest.shape[1]:
-                self._latest = np.full((len(self._latest), chosen.shape[1]), self._width, np.intp)
-                self._rows = np.zeros((len(self._latest), 0), np.intp)
-            if self._rows.shape[1]:
-                self._learn(layers, chosen)
+            self.expect(chosen.shape[1])
+            self._learn(layers, chosen)
             self._latest[layers] = chosen
         rows = (self._first[layers] + self._latest[self._sources[layers]]).reshape(len(layers), -1)
-        if rows.shape[1] != self._rows.shape[1]:
-            self._rows = (self._first + self._width).repeat(self._latest.shape[1], 2).reshape(len(self._latest), -1)
         self._rows[layers] = rows
         log = np.log(frequency + np.float32(RARE))
         logits = np.add.reduce(self._table[rows], 1)
