@@ -16,8 +16,9 @@ ROOT = Path(fate_moe.__file__).parent
 # Each room may import from the rooms of the lines above its own, and from itself.
 ORDER = [
     {"errors", "config", "core", "demo", "machine"},
-    {"interface", "quant", "usage"},
+    {"interface", "quant"},
     {"kernels", "skeleton"},
+    {"usage"},
     {"store", "memory", "predict"},
     {"planner", "prefetch", "tailor"},
     {"gpu", "runtime", "trace"},

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fate_moe import usage as usage_module
 from fate_moe.errors import ConfigError
 from fate_moe.usage import DECAYS, MAX_TABLE_BYTES, CoActivation, Usage
 
@@ -59,6 +62,35 @@ def test_when_it_is_settled_does_not_matter() -> None:
                 usage.routed(layer, experts, **many)
             assert (asked.worth >= 0).all()
     np.testing.assert_allclose(asked.worth, unasked.worth, rtol=1e-3)  # the slope is learned layer by layer, or token by token
+
+
+@pytest.mark.skipif(usage_module.native is None, reason="the extension is not built")
+@given(st.integers(0, 2**32 - 1), st.integers(1, 5), st.integers(1, 9), st.booleans())
+def test_the_extension_counts_as_numpy_does(seed: int, num_layers: int, width: int, co_activation: bool) -> None:
+    """Whatever comes: tokens of other numbers of experts, prompts, layers left out, a restored state."""
+    rng = np.random.default_rng(seed)
+    extension, numpy = (Usage([width] * num_layers, co_activation=co_activation) for _ in range(2))
+    for token in range(12):
+        top_k, skipped = min(width, 1 + token // 5), rng.integers(num_layers + 1)
+        for layer in range(num_layers):
+            if layer == skipped:
+                continue
+            experts = rng.choice(width, top_k, replace=False).tolist()
+            num_tokens = 3 if rng.random() < 0.1 else 1
+            extension.routed(layer, experts, None, num_tokens)
+            with mock.patch.object(usage_module, "native", None):
+                numpy.routed(layer, experts, None, num_tokens)
+                np.testing.assert_allclose(extension.value, numpy.value, rtol=1e-4)
+        np.testing.assert_allclose(extension.worth, numpy.worth, rtol=1e-4)
+    for name, array in numpy.state().items():
+        np.testing.assert_allclose(extension.state()[name], array, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.skipif(usage_module.native is None, reason="the extension is not built")
+@pytest.mark.parametrize(("layer", "experts"), [(3, [0, 1]), (-1, [0, 1]), (0, [0, 6]), (0, [-1, 1])])
+def test_the_extension_refuses_what_does_not_exist(layer: int, experts: list[int]) -> None:
+    with pytest.raises(IndexError):
+        Usage([6] * 3).routed(layer, experts)
 
 
 @given(st.lists(st.lists(st.integers(0, 4), min_size=2, max_size=2, unique=True), max_size=40), st.integers(0, 3))

@@ -42,9 +42,9 @@ class Usage:
 
     ``worth`` [L, E] is the expected number of uses in the next token, ``value`` [L, E] what keeping the expert is worth: the chance
     that it is used, where a use that is a token further away counts for less by ``DISCOUNT``; so the layers that are yet to come in
-    this token are worth more than those just passed. The C++ extension counts a layer's turn in 2 us (``csrc/usage.cpp``). Without it, what
-    single tokens chose is kept until somebody wants to know, and settled for all layers at once: some thirty small operations of
-    numpy take as long for one layer as for a token's 24.
+    this token are worth more than those just passed. The C++ extension counts a layer's turn as it comes (``csrc/usage.cpp``).
+    Without it, what single tokens chose is kept until somebody wants to know, and settled for all layers at once: some thirty small
+    operations of numpy take as long for one layer as for a token's 24.
     """
 
     def __init__(self, experts_per_layer: Sequence[int], *, co_activation: bool = True) -> None:

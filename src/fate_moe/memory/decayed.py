@@ -27,7 +27,7 @@ class Decayed(EvictionPolicy):
         self._absent = np.full(self.usage.worth.shape, np.inf, np.float32)  # 0 where an expert has a slot
         self._held = self._absent.copy()  # value where an expert has a slot, else infinite
         self._flat = self._held.reshape(-1)
-        self._outdated = False  # ``held`` is, by what was routed or admitted since
+        self._outdated = False  # ``held`` is, by what was routed since
         self._width = max(experts_per_layer)
 
     def routed(self, layer: int, experts: Sequence[int], counts: Sequence[int] | None = None, num_tokens: int = 1) -> None:
@@ -36,7 +36,8 @@ class Decayed(EvictionPolicy):
 
     def admitted(self, expert: ExpertId, *, prefetched: bool = False) -> None:
         self._absent[expert] = 0
-        self._outdated = True
+        if not self._outdated:
+            self._held[expert] = self.usage.value[expert]
 
     def touched(self, expert: ExpertId) -> None:
         pass
