@@ -3,7 +3,9 @@
     python -m benchmarks.throttled [MODEL] [--gbps 0.3 1.2 3.5 12] [--expert-cache 25%] [--new-tokens 200] [--runs 3]
 
 The experts' bytes are held in memory and handed out one read at a time at the link's speed, so that nothing but the link differs.
-Presets take turns (`none` is the default policy without prediction); medians over the runs are shown, the last line is one JSON.
+Each run loads the model anew and decodes 32 tokens before those that count. Presets take turns, each first as often as the others
+(`none` is the default policy without prediction). Shown are medians over the runs, and how fast each was beside the first preset in
+the same round: median, least and most. The last line is one JSON.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import argparse
 import json
 import threading
 import time
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -28,17 +31,21 @@ from fate_moe.store.open import Store
 from fate_moe.store.reader import DiskSource
 
 
+def blobs_of(store: Store) -> dict[ExpertId, bytes]:
+    """Every expert's bytes."""
+    disk, room = DiskSource(store), SlotArena(1, store.manifest.slot_bytes)
+    experts = [ExpertId(layer, n) for layer, entry in enumerate(store.manifest.layers) for n in range(len(entry.experts))]
+    try:
+        return {expert: bytes(room.view(0)[: disk.read(expert, room.view(0))]) for expert in experts}
+    finally:
+        disk.close()
+
+
 class ThrottledSource:
     """An ExpertSource from memory: one read after another, each as long as ``bytes_per_second`` says."""
 
-    def __init__(self, store: Store, bytes_per_second: float) -> None:
-        disk, room = DiskSource(store), SlotArena(1, store.manifest.slot_bytes)
-        self._blobs: dict[ExpertId, bytes] = {}
-        for layer, entry in enumerate(store.manifest.layers):
-            for number in range(len(entry.experts)):
-                expert = ExpertId(layer, number)
-                self._blobs[expert] = bytes(room.view(0)[: disk.read(expert, room.view(0))])
-        disk.close()
+    def __init__(self, blobs: dict[ExpertId, bytes], bytes_per_second: float) -> None:
+        self._blobs = blobs
         self._bytes_per_second = bytes_per_second
         self._lock = threading.Lock()
         self._free = 0.0
@@ -58,12 +65,12 @@ class ThrottledSource:
         """Nothing is open."""
 
 
-def measure(model: str | None, preset: str, gbps: float, cache: str, new_tokens: int) -> dict[str, float]:
-    """One run: decode speed, ready on time, bytes and stall per token."""
+def measure(path: Path, blobs: dict[ExpertId, bytes], preset: str, gbps: float, cache: str, new_tokens: int) -> dict[str, float]:
+    """One run of the store at ``path``: decode speed, ready on time, bytes and stall per token."""
     choice = {"policy": PRESETS["best"][0], "predictor": "none"} if preset == "none" else {"preset": preset}
     config = OffloadConfig.from_options({"expert_cache": cache, "context_length": 1024, **choice})
-    prepared = load.prepare(load.store_for(model, config.precision))
-    source = ThrottledSource(prepared.store, gbps * 1e9)
+    prepared = load.prepare(path)
+    source = ThrottledSource(blobs, gbps * 1e9)
     running = load.realize(prepared, make_plan(prepared.footprint(), config), config, source)
     tokenizer = load.load_tokenizer(prepared.store.path)
     inputs = tokenizer(demo.PROMPT, return_tensors="pt")["input_ids"]
@@ -91,18 +98,23 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=200)
     parser.add_argument("--runs", type=int, default=3)
     arguments = parser.parse_args()
-    rows = []
+    path = load.store_for(arguments.model, OffloadConfig().precision)
+    blobs, rows = blobs_of(load.prepare(path).store), []
     for gbps in arguments.gbps:
-        runs: dict[str, list[dict[str, float]]] = {preset: [] for preset in arguments.preset}
-        for _ in range(arguments.runs):
-            for preset in arguments.preset:
-                runs[preset].append(measure(arguments.model, preset, gbps, arguments.expert_cache, arguments.new_tokens))
-        for preset, found in runs.items():
-            row = {name: median(run[name] for run in found) for name in found[0]}
-            rows.append({"gbps": gbps, "preset": preset, **row})
+        rounds: list[dict[str, dict[str, float]]] = []
+        for number in range(arguments.runs):
+            order = arguments.preset[:: -1 if number % 2 else 1]
+            rounds.append({p: measure(path, blobs, p, gbps, arguments.expert_cache, arguments.new_tokens) for p in order})
+        first = arguments.preset[0]
+        for preset in arguments.preset:
+            row = {name: median(found[preset][name] for found in rounds) for name in rounds[0][preset]}
+            speeds = [found[preset]["tokens_per_second"] / found[first]["tokens_per_second"] for found in rounds]
+            beside = {"beside_first": median(speeds), "least": min(speeds), "most": max(speeds)}
+            rows.append({"gbps": gbps, "preset": preset, **row, **beside})
             print(
-                f"| {gbps:g} | `{preset}` | {row['tokens_per_second']:.1f} | {row['ready_on_time']:.1%} | "
-                f"{format_bytes(row['bytes_per_token'])} | {row['stall_ms_per_token']:.2f} ms |",
+                f"| {gbps:g} GB/s | `{preset}` | {row['tokens_per_second']:.1f} | {row['ready_on_time']:.1%} | "
+                f"{format_bytes(row['bytes_per_token'])} | {row['stall_ms_per_token']:.2f} ms | "
+                f"{beside['beside_first']:.3f} ({beside['least']:.3f}-{beside['most']:.3f}) |",
                 flush=True,
             )
     print(json.dumps({"expert_cache": arguments.expert_cache, "rows": rows}))

@@ -75,26 +75,30 @@ class LinearRouters(Scorer):
         self._routers = list(routers)
         self._products = [_product(weight) for weight in routers]
         self._norms = None if norms is None else norms.float()
-        self._ratios: dict[tuple[int, int], torch.Tensor] = {}  # by layers seen from and asked about: [D]
+        self._ratios: dict[tuple[int, int, torch.dtype], torch.Tensor] = {}  # by layers seen from and asked about: [D]
 
     def scores(self, layer: int, gate_input: torch.Tensor, ahead: int = 1) -> torch.Tensor | None:
         if layer < ahead:
             return None
-        x = gate_input if self._norms is None else gate_input * self._ratio(layer - ahead, layer).to(gate_input.dtype)
+        x = gate_input if self._norms is None else gate_input * self._ratio(layer - ahead, layer, gate_input.dtype)
         return self._products[layer](x)
 
     def matrix(self, layer: int, ahead: int) -> torch.Tensor:
         """What ``scores`` multiplies by, as FittedGates wants it, [E, D + 1]. ``layer`` is at least ``ahead``."""
         weight = self._routers[layer].float()
-        return torch.nn.functional.pad(weight if self._norms is None else weight * self._ratio(layer - ahead, layer), (0, 1))
+        return torch.nn.functional.pad(
+            weight if self._norms is None else weight * self._ratio(layer - ahead, layer, weight.dtype), (0, 1)
+        )
 
-    def _ratio(self, source: int, layer: int) -> torch.Tensor:
+    def _ratio(self, source: int, layer: int, dtype: torch.dtype) -> torch.Tensor:
         assert self._norms is not None
-        if (source, layer) not in self._ratios:
+        ratio = self._ratios.get((source, layer, dtype))
+        if ratio is None:
             here, there = self._norms[source], self._norms[layer]
             whole = here.abs() > 1e-3 * here.abs().max()
-            self._ratios[source, layer] = torch.where(whole, there / torch.where(whole, here, 1.0), 1.0)
-        return self._ratios[source, layer]
+            ratio = torch.where(whole, there / torch.where(whole, here, 1.0), 1.0).to(dtype)
+            self._ratios[source, layer, dtype] = ratio
+        return ratio
 
 
 def affine(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
