@@ -2,9 +2,47 @@
 
 from __future__ import annotations
 
-import pytest
+from collections.abc import Sequence
 
-from fate_moe.prefetch import Trial
+import pytest
+import torch
+
+from fate_moe.core import Counters, ExpertId
+from fate_moe.prefetch import Prefetcher, Trial
+
+
+class Idle:
+    """Slots from which nothing is ever missing."""
+
+    read_seconds = 0.001
+
+    def __init__(self) -> None:
+        self.counters = Counters()
+
+    def prefetch(self, expected: Sequence[ExpertId], most: int | None = None, probabilities: Sequence[float] | None = None) -> int:
+        return 0
+
+    def missing(self, experts: Sequence[ExpertId]) -> list[bool]:
+        return [False] * len(experts)
+
+    def cancel_prefetches(self) -> None:
+        """There are none."""
+
+
+class Dear:
+    """A predictor that takes a second to say one thing, and counts how often it is asked and told."""
+
+    calibrated = True
+
+    def __init__(self) -> None:
+        self.now, self.asked, self.told = 1.0, 0, 0
+
+    def predict(self, layer: int, gate_input: torch.Tensor, ahead: int = 1) -> list[tuple[int, float]]:
+        self.now, self.asked = self.now + 1, self.asked + 1
+        return [(0, 0.5)]
+
+    def observe(self, layer: int, routed: Sequence[int]) -> None:
+        self.told += 1
 
 
 def run(trial: Trial, seconds: dict[bool, float], tokens: int) -> list[bool]:
@@ -77,3 +115,20 @@ def test_a_pause_is_not_a_token() -> None:
             now += 1000
         now += 1.0 if trial.token(now) else 2.0
     assert trial.reading_ahead
+
+
+def test_a_predictor_that_cannot_win_is_left_alone() -> None:
+    """Nothing is waited for: after the first block it is neither asked nor told, and nothing is said to be predicted."""
+    predictor = Dear()
+    prefetcher = Prefetcher(Idle(), predictor, 3, lambda: predictor.now)
+    for _ in range(500):
+        prefetcher.embedded(torch.zeros(1, 4))
+        for layer in range(3):
+            prefetcher.entered(layer, 1)
+            prefetcher.look_ahead(layer, torch.zeros(1, 4))
+            prefetcher.observe(layer, [0])
+        predictor.now += 0.01
+    assert (predictor.asked, predictor.told) == (3 * Trial.BLOCK, 3 * Trial.BLOCK)
+    assert not prefetcher.predicted
+    prefetcher.embedded(torch.zeros(9, 4))
+    assert predictor.asked == 3 * Trial.BLOCK + 1, "a prompt is another matter"

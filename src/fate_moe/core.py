@@ -172,7 +172,10 @@ class Predictor(Protocol):
     calibrated: bool
 
     def observe(self, layer: int, routed: Sequence[int]) -> None:
-        """``layer``'s router has spoken: the distinct experts it chose in this pass, most popular first."""
+        """``layer``'s router has spoken: the distinct experts it chose in this pass, most popular first.
+
+        Not called in passes in which nothing is asked.
+        """
 
     def predict(self, layer: int, gate_input: torch.Tensor, ahead: int = 1) -> list[tuple[int, float]]:
         """Experts of ``layer`` with probabilities, likeliest first, from ``gate_input`` [num_tokens, hidden] of ``layer - ahead``.

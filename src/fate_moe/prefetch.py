@@ -136,7 +136,9 @@ class Prefetcher:
                 self._trial.pause()
                 self._reading_ahead = True
         self._entered = None
-        self._read(-1, embeddings)
+        self.predicted.clear()
+        if self._reading_ahead:
+            self._read(-1, embeddings)
 
     def _lost(self) -> float:
         """Seconds so far: waited, spent on predicting, and wasted on the link."""
@@ -157,12 +159,12 @@ class Prefetcher:
 
     def look_ahead(self, layer: int, gate_input: torch.Tensor) -> None:
         """The reads of ``layer`` are under way: queue those of the next ones, from ``gate_input`` [num_tokens, hidden]."""
-        if layer + 1 < self._num_layers:
+        if self._reading_ahead and layer + 1 < self._num_layers:
             self._read(layer, gate_input)
 
     def observe(self, layer: int, routed: Sequence[int]) -> None:
-        """``layer``'s router has spoken."""
-        if not self.idle:
+        """``layer``'s router has spoken. The predictor is told only where it is asked: both took 2 % of a token."""
+        if self._reading_ahead:
             began = self._clock()
             self.predictor.observe(layer, routed)
             self._residency.counters.predicting_seconds += self._clock() - began
@@ -173,9 +175,6 @@ class Prefetcher:
         return window / read_seconds if read_seconds else 0.0
 
     def _read(self, layer: int, gate_input: torch.Tensor) -> None:
-        if not self._reading_ahead:
-            self.predicted.pop(layer + 1, None)
-            return
         began = self._clock()
         if self._furthest > 1:
             self._residency.cancel_prefetches()  # what is known now is better than what queued them
