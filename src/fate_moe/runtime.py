@@ -123,31 +123,41 @@ class ExpertRuntime:
         self._prefetcher.observe(layer, list(rows))
         return self._slots.combine(outputs, routing_weights.reshape(index.shape), hidden)
 
-    def begin(self, layer: int, hidden: torch.Tensor, chosen: Sequence[int]) -> Lease:
-        """``enter`` for one token whose router has chosen: ``hidden`` [1, hidden] goes to the experts ``chosen`` of ``layer``."""
+    def begin(self, layer: int, hidden: torch.Tensor, chosen: Sequence[int], weights: torch.Tensor) -> Lease:
+        """``enter`` for one token whose router has chosen: ``hidden`` [1, hidden] goes to the experts ``chosen`` of ``layer``.
+
+        ``weights`` begins with their gate weights.
+        """
         self._prefetcher.entered(layer, 1)
         if self._claim is not None:
             self._claim[3].release()
-        lease = self.residency.acquire([ExpertId(layer, expert) for expert in chosen])
+        sections = None
+        if self.tailor.policy is not None:
+            rows = {expert: (row,) for row, expert in enumerate(chosen)}
+            sections = self.tailor.sections(layer, rows, weights, self._prefetcher.affordable(1))
+        lease = self.residency.acquire([ExpertId(layer, expert) for expert in chosen], sections=sections)
         self._claim = (-1, hidden, {}, lease)  # for whoever comes next, if this pass is cut short
         self._prefetcher.look_ahead(layer, hidden)
         return lease
 
     def run(self, layer: int, experts: Any, lease: Lease, chosen: Sequence[int], hidden: torch.Tensor, rows: torch.Tensor) -> None:
         """``compute`` after ``begin``, without the sum: the output of ``chosen[i]`` to ``rows[i]``, fp32 [len(chosen), hidden]."""
+        whole = self.tailor.policy is None  # which is counted for all at once
         try:
             for arrived in lease.batches():
                 places = [(chosen.index(expert.expert), slot) for expert, slot in arrived]
-                self._slots.run_token(layer, experts, places, hidden, rows)
+                planes = None if whole else [self.tailor.num_planes(expert) for expert, _ in arrived]
+                self._slots.run_token(layer, experts, places, hidden, rows, planes)
         finally:
             lease.release()
             self._claim = None
-        self.tailor.count_whole(layer, chosen)
+        if whole:
+            self.tailor.count_whole(layer, chosen)
         self._prefetcher.observe(layer, chosen)
 
     def can_step(self, layer: int, experts: Any) -> bool:
-        """Whether ``begin`` and ``run`` do: the layer's experts have a fused kernel and are wanted whole, and nobody looks on."""
-        return self.observer is None and self.tailor.policy is None and self._slots.has_fused(layer, experts)
+        """Whether ``begin`` and ``run`` do: the layer's experts have a fused kernel, and nobody looks on."""
+        return self.observer is None and self._slots.has_fused(layer, experts)
 
     def _acquire(self, layer: int, index: torch.Tensor, weighing: Routing | torch.Tensor) -> tuple[dict[int, list[int]], Lease]:
         """The lease on the experts in ``index``: the one already held where the routing is the same, else a new one.

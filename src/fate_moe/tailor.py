@@ -27,6 +27,7 @@ class Tailor:
         # By expert: the bits that a read of all sections up to a plane's brings; scales and zeros are the section before planes.
         views = {layout: list(accumulate(layout.plane_widths)) or [_bits(layout)] for of_layer in layouts for layout in of_layer}
         self._views = [[views[layout] for layout in of_layer] for of_layer in layouts]
+        self._longest = [max(of_layer, key=len) for of_layer in self._views]
 
     def sections(
         self, layer: int, rows: Mapping[int, Sequence[int]], weighing: Routing | torch.Tensor, affordable: float
@@ -36,13 +37,13 @@ class Tailor:
         ``weighing``: the gate weights [num_tokens, top_k] or the routing they come from. ``affordable``: how many experts can be
         read while a layer computes.
         """
-        views = max(self._views[layer], key=len)
+        views = self._longest[layer]
         if self.policy is None or len(views) < 2:
             return None
-        flat = (chosen_weights(weighing) if isinstance(weighing, Routing) else weighing).reshape(-1).float()
+        flat = (chosen_weights(weighing) if isinstance(weighing, Routing) else weighing).reshape(-1).tolist()
         experts = [ExpertId(layer, expert) for expert in rows]
         needs = [
-            Need(len(chosen), float(flat[chosen].sum()), self._held_bits(expert))
+            Need(len(chosen), sum(flat[row] for row in chosen), self._held_bits(expert))
             for expert, chosen in zip(experts, rows.values(), strict=True)
         ]
         bits = self.policy.bits(needs, views, affordable * views[-1])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from fate_moe.core import Need, PrecisionPolicy
 from fate_moe.kernels.native import native
+from fate_moe.memory.precision import Budget, GateWeighted, PrefillPopularity
 from fate_moe.models import load
 from fate_moe.models.standard import SmallWeight, hasten, standard_of
 from fate_moe.models.step import _Step
+from fate_moe.prefetch import Prefetcher
 from fate_moe.store import dense
 from fate_moe.store.convert import convert
 from tests.checkpoints import tiny_model
@@ -102,6 +106,88 @@ def test_law_one_in_layers_that_run_whole(store_of: Callable[[str], Path]) -> No
         model.fate.close()
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+class Fixed:
+    """Every expert as the view of so many bits."""
+
+    def __init__(self, bits: int) -> None:
+        self._bits = bits
+
+    def bits(self, needs: Sequence[Need], views: Sequence[int], affordable: float) -> list[int]:
+        return [self._bits] * len(needs)
+
+
+POLICIES = {"2": Fixed(2), "3": Fixed(3), "gate": GateWeighted(), "budget": Budget(), "prefill": PrefillPopularity()}
+
+
+@pytest.fixture
+def slow_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One expert in the time of a layer, so that ``Budget`` does not depend on the clock."""
+    monkeypatch.setattr(Prefetcher, "affordable", lambda self, num_tokens: 1.0)
+
+
+class Decoded:
+    """24 single tokens of ``model`` with ``policy``, which read a prompt before for another text: what came of them."""
+
+    def __init__(self, model: Any, policy: PrecisionPolicy | None) -> None:
+        runtime = model.fate.runtime
+        self.decisions: list[tuple[list[int], Any]] = []  # by layer of each token: the experts in routing order, what is wanted
+        self.slow = 0  # layers that went the family's own way
+        runtime.tailor.policy = policy
+        with torch.inference_mode():
+            model(torch.randint(1, 128, (1, 40), generator=torch.Generator().manual_seed(0)))
+            past = model(torch.tensor([[3]]), use_cache=True).past_key_values
+        before = runtime.tailor.by_bits()
+        logits = []
+        with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
+            patch.setattr(runtime.tailor, "sections", self._deciding(runtime.tailor.sections))
+            patch.setattr(runtime, "compute", self._computing(runtime.compute))
+            for token in range(7, 31):
+                logits.append(model(torch.tensor([[token]]), past_key_values=past, use_cache=True).logits[0, -1].float())
+        runtime.residency.check_integrity()
+        self.logits = torch.stack(logits)
+        self.uses = {bits: n for bits, count in runtime.tailor.by_bits().items() if (n := count - before.get(bits, 0))}
+        model.fate.close()
+
+    def _deciding(self, sections: Any) -> Any:
+        def wrapper(layer: int, rows: dict[int, Any], *args: Any) -> Any:
+            wanted = sections(layer, rows, *args)
+            self.decisions.append((list(rows), wanted))
+            return wanted
+
+        return wrapper
+
+    def _computing(self, compute: Any) -> Any:
+        def wrapper(*args: Any) -> Any:
+            self.slow += 1
+            return compute(*args)
+
+        return wrapper
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.usefixtures("slow_link")
+def test_precision_policies_run_whole_layers(store_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """As the family's own forward with the same policy: it decides the same of the same experts, and gives nearly the same."""
+    options = {"expert_cache": "40%", "preset": "load-on-demand", "exact_activations": True}
+    store, policy = store_of("qwen2_moe"), POLICIES[name]
+    got, full = Decoded(load_model(store, **options), policy), Decoded(load_model(store, **options), None)
+    want = Decoded(plain(monkeypatch, store, **options), policy)
+    assert got.slow == 0
+    assert want.slow == len(want.decisions) == len(got.decisions) == 2 * 24
+    assert difference(got.logits, want.logits) <= 0.03
+    # Until a token whose two best experts are nearly equal is routed otherwise, from where on other experts are held.
+    alike = list(takewhile(lambda pair: pair[0][0] == pair[1][0], zip(got.decisions, want.decisions, strict=True)))
+    assert len(alike) >= 12
+    assert all(mine == own for mine, own in alike)
+    assert sum(got.uses.values()) == sum(want.uses.values()) == 2 * 2 * 24
+    if name == "prefill":
+        assert got.uses == full.uses == {4: 2 * 2 * 24}
+        assert torch.equal(got.logits, full.logits), "what the prompt read short is read to its end"
+    else:
+        assert min(got.uses) < 4
+        assert difference(got.logits, full.logits) > 0.06, "the comparison would not see whole experts"
 
 
 def test_other_calls_go_the_familys_own_way(store_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:

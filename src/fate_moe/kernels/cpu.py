@@ -104,15 +104,24 @@ class SlotExperts:
         first, *others = set(self._kernels_of(layer, experts))
         return first is not None and first.whole is not None and not others
 
-    def run_token(self, layer: int, experts: Any, places: Ready, hidden: torch.Tensor, rows: torch.Tensor) -> None:
-        """As ``run`` for one token and whole experts: those in the slots of ``places`` (row, slot) write their ``rows``."""
+    def run_token(
+        self,
+        layer: int,
+        experts: Any,
+        places: Ready,
+        hidden: torch.Tensor,
+        rows: torch.Tensor,
+        num_planes: Sequence[int | None] | None = None,
+    ) -> None:
+        """As ``run`` for one token: the experts in the slots of ``places`` (row, slot) write their ``rows``; ``num_planes`` is in
+        their order (None: all of all)."""
         kernel = (self._kernels[layer] if layer in self._kernels else self._kernels_of(layer, experts))[0]
         assert kernel is not None
         count, start, size = len(places), self._address, self._slot_bytes
         native.experts(
             kernel.whole,
             [start + slot * size for _, slot in places],
-            [kernel.num_planes] * count,
+            [kernel.num_planes] * count if num_planes is None else [planes or kernel.num_planes for planes in num_planes],
             list(range(count + 1)),
             [row for row, _ in places],
             hidden.data_ptr(),

@@ -160,7 +160,7 @@ class _Step:
 
     def _run(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, room: Any) -> torch.Tensor:
         layer, threads, exact = self.stack.layer, torch.get_num_threads(), self._exact
-        normed, rows = self._buffers["normed"], self._buffers["rows"]
+        normed, rows, gates = self._buffers["normed"], self._buffers["rows"], self._buffers["weights"]
         residual, weights, shared = (self._buffers[name].data_ptr() for name in ("residual", "weights", "shared"))
         past, keys, values = room.reserve(1)
         chosen, factor = native.layer(
@@ -168,7 +168,7 @@ class _Step:
             residual, normed.data_ptr(), weights, exact, threads,
         )  # fmt: skip
         room.extend(1)
-        lease = self.runtime.begin(layer, normed, chosen)
+        lease = self.runtime.begin(layer, normed, chosen, gates)
         if self._shared is not None:
             native.mlp(self._shared, normed.data_ptr(), 1, 1, shared, exact, threads)
         self.runtime.run(layer, self.experts, lease, chosen, normed, rows[: len(chosen)])
@@ -190,7 +190,7 @@ class _Pretender:
     def can_step(self, layer: int, experts: Any) -> bool:
         return True
 
-    def begin(self, layer: int, hidden: torch.Tensor, chosen: Sequence[int]) -> None:
+    def begin(self, layer: int, hidden: torch.Tensor, chosen: Sequence[int], weights: torch.Tensor) -> None:
         """There is nothing to wait for."""
 
     def run(self, layer: int, experts: Any, lease: Any, chosen: Sequence[int], hidden: torch.Tensor, rows: torch.Tensor) -> None:
