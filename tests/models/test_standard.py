@@ -118,7 +118,13 @@ class Fixed:
         return [self._bits] * len(needs)
 
 
-POLICIES = {"2": Fixed(2), "3": Fixed(3), "gate": GateWeighted(), "budget": Budget(), "prefill": PrefillPopularity()}
+POLICIES: dict[str, PrecisionPolicy] = {
+    "2": Fixed(2),
+    "3": Fixed(3),
+    "gate": GateWeighted(),
+    "budget": Budget(),
+    "prefill": PrefillPopularity(),
+}
 
 
 @pytest.fixture
