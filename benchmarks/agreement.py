@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.throttled import ThrottledSource
+from benchmarks.throttled import ThrottledSource, blobs_of
 from fate_moe.config import PRESETS, OffloadConfig, format_bytes
 from fate_moe.models import load
 from fate_moe.models.tracing import record_routing
@@ -31,7 +31,7 @@ def compare(model: str | None, text: str, preset: str, gbps: float, cache: str, 
     config = OffloadConfig.from_options({"expert_cache": cache, "context_length": max(1024, tokens), **choice})
     store = load.prepare(load.store_for(model, config.precision)).store
     (store.path / STATISTICS).unlink(missing_ok=True)
-    source = ThrottledSource(store, gbps * 1e9)
+    source = ThrottledSource(blobs_of(store), gbps * 1e9)
     trace = record_routing(
         model, [text], config, new_tokens=tokens, max_tokens=tokens, teacher=True, gate_inputs=preset != "none", source=source
     )
