@@ -22,7 +22,7 @@ from fate_moe.trace.plots import draw
 from fate_moe.trace.recall import RecallMeter
 from fate_moe.trace.record import Recorder
 from fate_moe.trace.recorded import recorded_run
-from fate_moe.trace.schema import RoutingTrace, write_trace
+from fate_moe.trace.schema import RoutingTrace, read_trace, write_trace
 from fate_moe.trace.simulate import Link, simulate
 
 
@@ -83,7 +83,7 @@ def test_stall_agrees_with_the_engine(loaded: Callable[..., Any], tmp_path: Path
     model = loaded("qwen2_moe", policy="lru", predictor="none", expert_cache="37.5%")
     residency = model.fate.runtime.residency
     residency._source = SlowSource(residency._source)
-    recorder = Recorder([8, 8], counters=residency.counters)
+    recorder = Recorder([8, 8], residency=residency)
     model.fate.runtime.observer = recorder
     generator, past = torch.Generator().manual_seed(4), None
     with torch.no_grad():
@@ -102,6 +102,32 @@ def test_stall_agrees_with_the_engine(loaded: Callable[..., Any], tmp_path: Path
     assert found["disk_gbps"] == pytest.approx(plan.slot_bytes / 0.005 / 1e9, rel=0.25)
     main(["simulate", str(tmp_path / "t.npz"), "--as-recorded"])
     assert "as recorded" in capsys.readouterr().out
+
+
+def test_every_read_is_in_the_timeline(loaded: Callable[..., Any], tmp_path: Path) -> None:
+    """Those asked for and those made ahead, each in its lane; what is cut off a trace takes its reads along."""
+    model = loaded("qwen2_moe", preset="fate", expert_cache="50%")
+    residency = model.fate.runtime.residency
+    recorder = Recorder([8, 8], residency=residency)
+    model.fate.runtime.observer = recorder
+    generator, past = torch.Generator().manual_seed(5), None
+    with torch.no_grad():
+        for _ in range(40):
+            token = torch.randint(1, 60, (1, 1), generator=generator)
+            past = model(token, past_key_values=past, use_cache=True).past_key_values
+            residency.wait_idle()
+    trace = recorder.trace()
+    counters, reads = residency.counters, trace.extras["reads"]
+    assert (int((reads[:, 3] == 1).sum()), int((reads[:, 3] == 0).sum())) == (counters.misses, counters.prefetched)
+    assert counters.prefetched > 0
+    assert (reads[:, 5] > reads[:, 4]).all()
+    path = tmp_path / "t.npz"
+    write_trace(path, trace)
+    draw(path, tmp_path / "one.json", token=7)
+    lanes = [e["tid"] for e in json.loads((tmp_path / "one.json").read_text())["traceEvents"] if e["ph"] == "X"]
+    mine = reads[reads[:, 0] == 7]
+    assert (lanes.count(2), lanes.count(3)) == ((mine[:, 3] == 1).sum(), (mine[:, 3] == 0).sum())
+    assert set(read_trace(path).first(10).extras["reads"][:, 0]) <= set(range(10))
 
 
 def test_a_trace_without_times_says_so() -> None:

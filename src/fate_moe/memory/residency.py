@@ -98,6 +98,8 @@ class Residency:
         self.counters = Counters()
         # The link's time per whole blob (decayed mean), however many are under way at once; 0.0 before the first.
         self.read_seconds = 0.0
+        # Where somebody wants to know: every read that ended, whether it was asked for, when it began and ended (perf_counter).
+        self.journal: list[tuple[ExpertId, bool, float, float]] | None = None
         self._source = source
         self._arena = arena
         self._policy = policy
@@ -325,7 +327,7 @@ class Residency:
         return victim
 
     def _read(self, expert: ExpertId, slot: int, demand: bool, last: int) -> None:
-        num_bytes, whole = 0, True
+        num_bytes, whole, began = 0, True, time.perf_counter()
         error: Exception | None = None
         try:
             if whole := last == WHOLE and not self._held[expert]:
@@ -343,6 +345,8 @@ class Residency:
                 self._held[expert] = last
                 self.counters.bytes_read += num_bytes
                 self.counters.link_seconds += seconds
+                if self.journal is not None:
+                    self.journal.append((expert, demand, began, time.perf_counter()))
                 if not whole:
                     seconds *= self._arena.slot_bytes / num_bytes  # what all of it would have taken
                 self.read_seconds = seconds if not self.read_seconds else self.read_seconds + 0.1 * (seconds - self.read_seconds)

@@ -54,8 +54,7 @@ def record_routing(
     norms = norms_of(running, prepared.stacks) if gate_inputs else None
     sizes = [stack.num_experts for stack in prepared.stacks]
     runtime = running.fate.runtime
-    counters = runtime.residency.counters
-    recorder = Recorder(sizes, gate_inputs=gate_inputs, routers=routers, norms=norms, prompts=prefill, counters=counters)
+    recorder = Recorder(sizes, gate_inputs=gate_inputs, routers=routers, norms=norms, prompts=prefill, residency=runtime.residency)
     runtime.observer = recorder
     with count_bar("tracing", max_tokens) as advance, torch.inference_mode():
         for text in texts:

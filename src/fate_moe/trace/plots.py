@@ -13,7 +13,8 @@ from fate_moe.trace.schema import RoutingTrace, read_trace
 
 __all__ = ["draw", "timeline"]
 
-LANES = ("compute", "wait")
+LANES = ("compute", "wait", "demand reads", "reads ahead")
+COLORS = ("tab:blue", "tab:red", "tab:orange", "tab:green")
 FOUND = ("hit", "in flight", "miss")
 
 
@@ -42,7 +43,8 @@ def draw(results: Path, out: Path, kind: str | None = None, token: int = -1) -> 
 
 
 def timeline(trace: RoutingTrace, token: int) -> list[dict[str, Any]]:
-    """One token's layers as Chrome trace events (microseconds): a lane of computing, one of waiting for reads."""
+    """One token as Chrome trace events (microseconds): lanes of computing, of waiting, of reads that were asked for and of those
+    made ahead, each read in the token in which it ended."""
     if not {"seconds", "stall", "lookups"} <= set(trace.extras):
         raise ConfigError("this trace has no times; record one with: fate trace")
     seconds, stall, lookups = (trace.extras[name][token] for name in ("seconds", "stall", "lookups"))
@@ -57,6 +59,11 @@ def timeline(trace: RoutingTrace, token: int) -> list[dict[str, Any]]:
             events.append({**common, "name": f"wait {layer}", "tid": 1, "ts": at * 1e6, "dur": waited * 1e6})
         events.append({**common, "name": f"layer {layer}", "tid": 0, "ts": (at + waited) * 1e6, "dur": (whole - waited) * 1e6})
         at += whole
+    reads = trace.extras.get("reads", np.zeros((0, 6)))
+    number = token % trace.num_tokens
+    for _, layer, expert, demanded, began, ended in reads[reads[:, 0] == number].tolist():
+        name, lane = f"expert {expert:.0f} of layer {layer:.0f}", 2 if demanded else 3
+        events.append({"name": name, "ph": "X", "pid": 0, "tid": lane, "ts": began * 1e6, "dur": (ended - began) * 1e6})
     return events
 
 
@@ -132,6 +139,6 @@ def _timeline(figure: Any, trace: RoutingTrace, token: int) -> None:
     axes = figure.subplots()
     for event in timeline(trace, token):
         if event["ph"] == "X":
-            color = ("tab:blue", "tab:red")[event["tid"]]
-            axes.barh(event["tid"], event["dur"] / 1e3, left=event["ts"] / 1e3, color=color, edgecolor="white", linewidth=0.5)
+            left, color = event["ts"] / 1e3, COLORS[event["tid"]]
+            axes.barh(event["tid"], event["dur"] / 1e3, left=left, color=color, edgecolor="white", linewidth=0.5, alpha=0.8)
     axes.set(yticks=range(len(LANES)), yticklabels=LANES, xlabel="ms")

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from fate_moe.core import Counters, ExpertId, Lookup
+from fate_moe.memory.residency import Residency
 from fate_moe.trace.schema import RoutingTrace
 
 __all__ = ["Recorder"]
@@ -36,7 +37,8 @@ class Recorder:
 
     ``gate_inputs``: keep what the routers saw too, with the embeddings, the ``routers`` [L, E, D] (linear ones) and the ``norms``
     [L, D] before them. ``prompts``: keep the tokens of longer passes instead, as if they had been decoded one by one; what lookups
-    found and how long it took would mean nothing then and is left out. ``counters``: the residency's, whose growth is recorded.
+    found and how long it took would mean nothing then and is left out. ``residency``: whose counters' growth
+    and whose reads are recorded; its journal is the recorder's from then on.
     """
 
     def __init__(
@@ -47,7 +49,7 @@ class Recorder:
         routers: torch.Tensor | None = None,
         norms: torch.Tensor | None = None,
         prompts: bool = False,
-        counters: Counters | None = None,
+        residency: Residency | None = None,
     ) -> None:
         self._sizes = list(experts_per_layer)
         self._gate_inputs = gate_inputs
@@ -58,7 +60,12 @@ class Recorder:
         self._embedding: torch.Tensor | None = None  # [1, hidden], of prompts [num_tokens, hidden]; None: this pass is not kept
         self._start: list[int] = []
         self._entered = 0.0
-        self._counters = None if prompts else counters
+        self._counters = None if prompts or residency is None else residency.counters
+        self._journal: list[tuple[ExpertId, bool, float, float]] = []
+        if residency is not None and not prompts:
+            residency.journal = self._journal
+        self._reads: list[tuple[float, ...]] = []
+        self._began = 0.0  # when layer 0 was entered
         self._before = Counters()
 
     @property
@@ -80,6 +87,8 @@ class Recorder:
         """``layer`` is about to run on ``gate_input`` [num_tokens, hidden]."""
         self._tick()
         self._entered = time.perf_counter()
+        if layer == 0:
+            self._began = self._entered
         if self._gate_inputs and self._embedding is not None:
             self._token["gate_inputs"].append(_halves(gate_input))
 
@@ -118,6 +127,8 @@ class Recorder:
         if not self.num_tokens:
             raise ValueError("nothing was recorded: no token was decoded one by one")
         arrays = {name: np.concatenate(values) for name, values in self._columns.items()}
+        if self._counters is not None:
+            arrays["reads"] = np.array(self._reads, np.float64).reshape(-1, 6)
         dtype = np.uint8 if max(self._sizes) <= 256 else np.uint16
         experts, probs = arrays.pop("experts").astype(dtype), arrays.pop("probs").astype(np.float16)
         start = np.array([*dict.fromkeys(at for at in self._start if at < len(experts)), len(experts)], np.int64)
@@ -139,9 +150,13 @@ class Recorder:
     def _finish(self) -> None:
         """The pass is over: [num_tokens, L, ...] of each column, if it went through all layers."""
         token, self._token = self._token, defaultdict(list)
+        journal, self._journal[:] = self._journal[:], []
         if self._embedding is None or any(len(values) != len(self._sizes) for values in token.values()) or not token["experts"]:
             return
-        num_tokens = len(self._embedding)
+        num_tokens, number = len(self._embedding), self.num_tokens
+        self._reads += [
+            (number, *expert, demand, began - self._began, ended - self._began) for expert, demand, began, ended in journal
+        ]
         for name, values in token.items():
             column = np.stack(values).astype(_KINDS.get(name, values[0].dtype if isinstance(values[0], np.ndarray) else None))
             by_token = column.swapaxes(0, 1) if name in ("experts", "probs", "gate_inputs") else column[None]

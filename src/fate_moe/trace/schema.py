@@ -15,6 +15,8 @@ Version 1. N tokens (single decode steps, in order), L MoE layers, k choices, E 
     link         [N, L] float32               seconds that these took the link
     overlap      [N, L] float32               seconds from the lookups to the first need of what they missed; 0: nothing was
     predicting   [N, L] float32               seconds that predicting took the thread that computes
+    reads        [R, 6] float64               token, layer, expert, 1 if it was asked for (0: read ahead), when the read began and
+                                              when it ended, in seconds since that token entered layer 0
     predicted    [N, L, E] float16            probabilities that were predicted; 0 where nothing was
     gate_inputs  [N, L, D] float16            what the routers saw
     embeddings   [N, D] float16
@@ -51,6 +53,7 @@ OPTIONAL = (
     "link",
     "overlap",
     "predicting",
+    "reads",
     "predicted",
     "gate_inputs",
     "embeddings",
@@ -82,7 +85,9 @@ class RoutingTrace:
     def first(self, num_tokens: int) -> RoutingTrace:
         """Its first ``num_tokens`` tokens."""
         start = np.append(self.start[self.start < num_tokens], min(num_tokens, self.num_tokens))
-        cut = {name: array if name in BY_LAYER else array[:num_tokens] for name, array in self.extras.items()}
+        cut = {name: array if name in BY_LAYER else array[:num_tokens] for name, array in self.extras.items() if name != "reads"}
+        if "reads" in self.extras:
+            cut["reads"] = self.extras["reads"][self.extras["reads"][:, 0] < num_tokens]
         return RoutingTrace(self.experts[:num_tokens], self.probs[:num_tokens], start, self.num_experts, cut, self.meta)
 
 
@@ -140,6 +145,9 @@ def _checked(arrays: dict[str, NDArray[Any]]) -> RoutingTrace:
         raise ValueError("a token chose an expert twice")
     extras = {name: arrays[name] for name in OPTIONAL if name in arrays}
     for name, array in extras.items():
-        if array.shape[0] != (num_layers if name in BY_LAYER else num_tokens):
+        if name == "reads":
+            if array.ndim != 2 or array.shape[1] != 6:
+                raise ValueError(f"reads are {array.shape}")
+        elif array.shape[0] != (num_layers if name in BY_LAYER else num_tokens):
             raise ValueError(f"{name} is {array.shape}")
     return RoutingTrace(experts, probs, start.astype(np.int64), num_experts, extras, json.loads(str(arrays.get("meta", "{}"))))
