@@ -147,7 +147,7 @@ class ExpertRuntime:
             for arrived in lease.batches():
                 places = [(chosen.index(expert.expert), slot) for expert, slot in arrived]
                 planes = None if whole else [self.tailor.num_planes(expert) for expert, _ in arrived]
-                self._slots.run_token(layer, experts, places, hidden, rows, planes)
+                self._slots.run_token(layer, experts, chosen, places, hidden, rows, planes)
         finally:
             lease.release()
             self._claim = None
@@ -156,7 +156,7 @@ class ExpertRuntime:
         self._prefetcher.observe(layer, chosen)
 
     def can_step(self, layer: int, experts: Any) -> bool:
-        """Whether ``begin`` and ``run`` do: the layer's experts have a fused kernel, and nobody looks on."""
+        """Whether ``begin`` and ``run`` do: the layer's experts have fused kernels, and nobody looks on."""
         return self.observer is None and self._slots.has_fused(layer, experts)
 
     def _acquire(self, layer: int, index: torch.Tensor, weighing: Routing | torch.Tensor) -> tuple[dict[int, list[int]], Lease]:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from fate_moe.core import Need, PrecisionPolicy
+from fate_moe.core import ExpertId, Need, PrecisionPolicy
 from fate_moe.kernels.native import native
 from fate_moe.memory.precision import Budget, GateWeighted, PrefillPopularity
 from fate_moe.models import load
@@ -194,6 +194,21 @@ def test_precision_policies_run_whole_layers(store_of: Callable[[str], Path], mo
     else:
         assert min(got.uses) < 4
         assert difference(got.logits, full.logits) > 0.05, "the comparison would not see whole experts"
+
+
+@pytest.mark.parametrize("policy", [None, GateWeighted()])
+@pytest.mark.parametrize("kept", ["int8", "lossless"])
+def test_layers_of_several_precisions_run_whole(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kept: str, policy: PrecisionPolicy | None
+) -> None:
+    tiny_model("qwen2_moe", torch.bfloat16).save_pretrained(tmp_path / "checkpoint")
+    keep: dict[int | ExpertId, str] = {ExpertId(layer, expert): kept for layer in (0, 1) for expert in (0, 3, 5)}
+    store = convert(tmp_path / "checkpoint", tmp_path / "store", "int4", keep=keep)
+    options = {"expert_cache": "40%", "preset": "load-on-demand", "exact_activations": True}
+    got, want = Decoded(load_model(store, **options), policy), Decoded(plain(monkeypatch, store, **options), policy)
+    assert (got.slow, want.slow) == (0, 2 * 24)
+    assert difference(got.logits, want.logits) <= 0.03
+    assert got.uses.keys() == want.uses.keys() == {4, {"int8": 8, "lossless": 16}[kept], *([2] if policy else [])}
 
 
 def test_other_calls_go_the_familys_own_way(store_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:

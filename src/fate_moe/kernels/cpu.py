@@ -100,38 +100,46 @@ class SlotExperts:
             outputs[chosen] = expert_mlp(experts, weights, x).to(outputs.dtype)
 
     def has_fused(self, layer: int, experts: Any) -> bool:
-        """Whether ``run_token`` can run ``layer``: all of one precision, with a kernel; ``experts`` is the transformers module."""
-        first, *others = set(self._kernels_of(layer, experts))
-        return first is not None and first.whole is not None and not others
+        """Whether ``run_token`` can run ``layer``: all its experts have a fused kernel; ``experts`` is the transformers module."""
+        return all(kernel is not None and kernel.whole is not None for kernel in set(self._kernels_of(layer, experts)))
 
     def run_token(
         self,
         layer: int,
         experts: Any,
+        chosen: Sequence[int],
         places: Ready,
         hidden: torch.Tensor,
         rows: torch.Tensor,
         num_planes: Sequence[int | None] | None = None,
     ) -> None:
-        """As ``run`` for one token: the experts in the slots of ``places`` (row, slot) write their ``rows``; ``num_planes`` is in
-        their order (None: all of all)."""
-        kernel = (self._kernels[layer] if layer in self._kernels else self._kernels_of(layer, experts))[0]
-        assert kernel is not None
-        count, start, size = len(places), self._address, self._slot_bytes
-        native.experts(
-            kernel.whole,
-            [start + slot * size for _, slot in places],
-            [kernel.num_planes] * count if num_planes is None else [planes or kernel.num_planes for planes in num_planes],
-            list(range(count + 1)),
-            [row for row, _ in places],
-            hidden.data_ptr(),
-            DTYPES[hidden.dtype],
-            1,
-            len(rows),
-            rows.data_ptr(),
-            self._exact,
-            torch.get_num_threads(),
-        )
+        """As ``run`` for one token: the experts in the slots of ``places`` (row, slot) write their ``rows``.
+
+        ``chosen`` are the experts by row; ``num_planes`` is in the order of ``places`` (None: all of all).
+        """
+        kernels = self._kernels[layer] if layer in self._kernels else self._kernels_of(layer, experts)
+        by_kernel: dict[_LayerKernel, list[tuple[int, int, int]]] = {}  # one, unless the layer has several precisions
+        for (row, slot), planes in zip(places, num_planes or [None] * len(places), strict=True):
+            kernel = kernels[chosen[row]]
+            assert kernel is not None
+            item = (self._address + slot * self._slot_bytes, planes or kernel.num_planes, row)
+            by_kernel.setdefault(kernel, []).append(item)
+        for kernel, items in by_kernel.items():
+            addresses, counts, at = map(list, zip(*items, strict=True))
+            native.experts(
+                kernel.whole,
+                addresses,
+                counts,
+                list(range(len(items) + 1)),
+                at,
+                hidden.data_ptr(),
+                DTYPES[hidden.dtype],
+                1,
+                len(rows),
+                rows.data_ptr(),
+                self._exact,
+                torch.get_num_threads(),
+            )
 
     def combine(self, outputs: torch.Tensor, routing_weights: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """[num_tokens, hidden] in ``hidden``'s dtype: the rows of ``outputs`` times ``routing_weights`` [num_tokens, top_k], summed
