@@ -175,6 +175,27 @@ def test_ridge_finds_a_linear_router() -> None:
         GateFitter([6], 10).gates()
 
 
+def test_routers_logits_say_more_than_their_choice() -> None:
+    """Sixty tokens, hardly more than numbers in an input: a linear map is found from logits, not from what was chosen."""
+    generator = torch.Generator().manual_seed(2)
+    routers = [torch.randn(12, 40, generator=generator) for _ in range(2)]
+    embedding, x = torch.randn(60, 40, generator=generator), torch.randn(500, 40, generator=generator)
+    truth = (x @ routers[1].mT).topk(2).indices
+    shares = []
+    for known in (routers, None):
+        fitter = GateFitter([12, 12], 40, routers=known)
+        fitter.embedded(embedding)
+        for layer in range(2):
+            fitter.entered(layer, embedding)
+            fitter.computed(layer, (embedding @ routers[layer].mT).topk(2).indices, torch.ones(60, 2), {}, 0.0, [])
+        gate = fitter.gates()[0][1]
+        assert gate is not None
+        guessed = (x @ gate[:, :-1].mT + gate[:, -1]).topk(2).indices
+        shares.append(float((guessed[:, :, None] == truth[:, None]).any(1).float().mean()))
+    from_logits, from_choices = shares
+    assert from_logits > 0.9 > 0.75 > from_choices
+
+
 def test_a_fit_is_ridge_regression_and_a_meter_counts_what_came_true() -> None:
     """Three layers, five passes: every gate and the forecast against regressions on all rows at once, recall against counting."""
     generator = torch.Generator().manual_seed(1)

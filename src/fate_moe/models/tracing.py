@@ -117,11 +117,12 @@ def fit_gates(
         raise ConfigError(f"the text to test on has fewer than {WINDOW} tokens; give more")
     running = realize(prepared, prepared.plan(config), config)
     sizes = [stack.num_experts for stack in prepared.stacks]
-    fitter = GateFitter(sizes, running.config.get_text_config().hidden_size, config.look_ahead, forecast=forecast)
+    weights = linear_routers(running, prepared.stacks)
+    hidden = running.config.get_text_config().hidden_size
+    fitter = GateFitter(sizes, hidden, config.look_ahead, forecast=forecast, routers=weights)
     _watch(running, fitter, [window for number, window in enumerate(windows) if number % 10 != 9], "watching")
     with count_bar("solving", len(sizes) * (1 + forecast)) as advance:
         gates, whole = fitter.gates(advance), fitter.forecast(advance)
-    weights = linear_routers(running, prepared.stacks)
     routers = None if weights is None else LinearRouters(weights, norms_of(running, prepared.stacks))
     meter = RecallMeter(gates, routers, whole)
     _watch(running, meter, windows[9::10], "choosing")

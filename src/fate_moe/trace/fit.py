@@ -55,21 +55,36 @@ class Passes:
 class GateFitter(Passes):
     """Sums up what ridge regression needs; nothing is kept per token.
 
-    A gate of look-ahead a: its target is which experts layer l chose, its input the gate input of layer l - a (layer -1's is the
-    embedding), for a up to ``look_ahead``. With ``forecast`` also from the embedding and the previous token's gate input at the
+    A gate of look-ahead a: its target is what layer l's router says of its own gate input (``routers`` [E, hidden] by layer; logits
+    less their mean), its input the gate input of layer l - a (layer -1's is the embedding), for a up to ``look_ahead``. Without
+    ``routers`` the target is which experts layer l chose, which says less of a token (upcycled SmolLM2, seven layers, 3,142 tokens:
+    50 % recall at top-4, from logits 69). With ``forecast`` also from the embedding and the previous token's gate input at the
     same layer (predict.forecast), of which only the products between the two are summed up besides. Memory, floats a layer:
     (hidden + 1)^2, with the forecast twice that, and (hidden + 1) * experts for each target.
     """
 
-    def __init__(self, experts_per_layer: Sequence[int], hidden: int, look_ahead: int = 1, *, forecast: bool = False) -> None:
+    def __init__(
+        self,
+        experts_per_layer: Sequence[int],
+        hidden: int,
+        look_ahead: int = 1,
+        *,
+        forecast: bool = False,
+        routers: Sequence[torch.Tensor] | None = None,
+    ) -> None:
         super().__init__(len(experts_per_layer))
         self.look_ahead = min(look_ahead, len(experts_per_layer))
         self._sizes = list(experts_per_layer)
         self._sources = [_Source(hidden, sum(self._sizes[at : at + self.look_ahead])) for at in range(len(self._sizes))]
         self._whole = [_Whole(hidden, size) for size in self._sizes] if forecast else []
+        self._routers = routers
 
     def whole_pass(self, inputs: list[torch.Tensor], chosen: list[torch.Tensor]) -> None:
-        targets = [torch.zeros(len(i), size).scatter_(1, i, 1.0) for i, size in zip(chosen, self._sizes, strict=True)]
+        if self._routers is None:
+            targets = [torch.zeros(len(i), size).scatter_(1, i, 1.0) for i, size in zip(chosen, self._sizes, strict=True)]
+        else:
+            logits = [x.float() @ weight.float().mT for x, weight in zip(inputs[1:], self._routers, strict=True)]
+            targets = [row - row.mean(1, keepdim=True) for row in logits]
         padded = [torch.nn.functional.pad(x.float(), (0, 1), value=1.0) for x in inputs[: len(self._sizes)]]
         for at, source in enumerate(self._sources):
             source.add(padded[at], torch.cat(targets[at : at + self.look_ahead], 1), first=at == 0)
