@@ -27,7 +27,7 @@ from fate_moe import demo
 from fate_moe.core import PrecisionPolicy
 from fate_moe.kernels.reference import dequantize
 from fate_moe.machine import peak_memory
-from fate_moe.memory.precision import FixedView, GateWeighted, PrefillPopularity
+from fate_moe.memory.precision import Budget, FixedView, GateWeighted, PrefillPopularity
 from fate_moe.models.calibrate import calibrate, measure_views
 from fate_moe.models.evaluate import perplexity
 from fate_moe.models.load import is_store, load, load_tokenizer
@@ -67,6 +67,8 @@ LINES: dict[str, list[Line]] = {
         ("INT4, calibrated, groups of 32", "calibrated-32", "full"),
         ("prefill-popularity", "hqq-64", "prefill-popularity"),
         ("budget", "hqq-64", "budget"),
+        ("prefill-popularity, a quarter", "hqq-64", PrefillPopularity(0.25)),
+        ("budget, any view", "hqq-64", Budget()),
         ("calibrated, prefill-popularity", "calibrated-64", "prefill-popularity"),
         ("calibrated, prefill-popularity, a quarter", "calibrated-64", PrefillPopularity(0.25)),
         ("calibrated, budget", "calibrated-64", "budget"),
