@@ -98,6 +98,30 @@ def test_plain_families_run_whole_layers(store_of: Callable[[str], Path], monkey
     own.fate.close()
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+def test_routers_that_are_sure_of_noise_do_not_hide_how_experts_are_weighed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, normalize: bool
+) -> None:
+    """Where a layer is tried, weights that add up to 1 by themselves must not pass for weights that are made to; nor may experts
+    drown in what attention adds. The router is as it was afterwards."""
+    model = tiny_model("qwen3_moe", torch.bfloat16, norm_topk_prob=normalize)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.gate.weight.mul_(1000)
+            layer.self_attn.o_proj.weight.mul_(1000)
+    model.save_pretrained(tmp_path / "checkpoint")
+    store = convert(tmp_path / "checkpoint", tmp_path / "store", "int4", dense_precision="lossless")
+    chosen: dict[int, bool] = {}
+    before = _Step.normalize
+    monkeypatch.setattr(_Step, "normalize", lambda step, value: (chosen.update({step.stack.layer: value}), before(step, value))[1])
+    loaded = load_model(store)
+    assert all(isinstance(layer.forward, _Step) for layer in loaded.model.layers)
+    assert chosen == dict.fromkeys(range(len(loaded.model.layers)), normalize)
+    for layer, own in zip(loaded.model.layers, model.model.layers, strict=True):
+        assert torch.equal(layer.mlp.gate.weight, own.mlp.gate.weight)
+    loaded.fate.close()
+
+
 def test_law_one_in_layers_that_run_whole(store_of: Callable[[str], Path]) -> None:
     results = []
     for options in ({"expert_cache": "100%"}, {"expert_cache": "20%"}, {"expert_cache": "40%", "preset": "fate"}):

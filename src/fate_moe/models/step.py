@@ -10,7 +10,8 @@ the weights of a layer have gone through the processor's caches, and whatever ru
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -88,7 +89,7 @@ def _step_of(layer: Any, stack: ExpertStack, runtime: ExpertRuntime, exact: bool
         or not runtime.can_step(stack.layer, experts)
     ):
         return None
-    return _Step(layer, stack, runtime, exact, buffers, experts, shared, [*weights, None][:2], name)
+    return _Step(layer, stack, runtime, exact, buffers, experts, shared, router.weight, [*weights, None][:2], name)
 
 
 class _Step:
@@ -103,13 +104,14 @@ class _Step:
         buffers: dict[str, torch.Tensor],
         experts: Any,
         shared: Any,
+        router: torch.Tensor,
         weights: list[Any],
         block: str,
     ) -> None:
         self.original, self.runtime, self.stack, self.experts = layer.forward, runtime, stack, experts
         self.index, self.block = layer.self_attn.layer_idx, getattr(layer, block)
         self.hidden = layer.input_layernorm.weight.numel()
-        self._attention, self._weights = layer.self_attn, weights
+        self._attention, self._router, self._weights = layer.self_attn, router, weights
         self._norms = (layer.input_layernorm, layer.post_attention_layernorm)
         self._shared = standard_of(shared) if shared is not None else None
         self._exact = exact
@@ -125,6 +127,22 @@ class _Step:
         self._watch = Watch([layer, self.block, *inner], hooked=[self.block])
         self.ready = True  # set for each pass of the decoder
         self.normalize(False)
+
+    @contextmanager
+    def flattened(self) -> Iterator[None]:
+        """Meanwhile the router has logits of about 1 for any token, so that what it chooses has not all of the probability.
+
+        A trained router may be sure of every random token; then weights that add up to 1 anyway do not tell whether they are
+        made to."""
+        whole = self._router.detach().clone()
+        steepest = float((whole.float() * self._norms[1].weight.float()).norm(dim=1).max())
+        try:
+            with torch.no_grad():
+                self._router.mul_(1 / max(1.0, steepest))
+            yield
+        finally:
+            with torch.no_grad():
+                self._router.copy_(whole)
 
     def is_unchanged(self) -> bool:
         """Whether the layer is as it was found and the runtime can do it."""
@@ -203,12 +221,13 @@ def _alike(step: _Step, generator: torch.Generator) -> bool:
     rows = torch.randn(step.stack.num_experts, step.hidden, generator=generator)
     step.block._forward_pre_hooks = OrderedDict()  # ours would start reads
     try:
-        for normalize in (False, True):
-            step.normalize(normalize)
-            # Experts that say much show how they are weighed, silent ones everything else.
-            if all(_alike_with(step, _Pretender(scale * rows), generator) for scale in (1.0, 0.0)):
-                step.ready = False
-                return True
+        with step.flattened():
+            for normalize in (False, True):
+                step.normalize(normalize)
+                # Experts louder than all else show how they are weighed, silent ones everything else.
+                if all(_alike_with(step, _Pretender(scale * rows), generator) for scale in (1e3, 0.0)):
+                    step.ready = False
+                    return True
     except Exception:  # a layer that wants other things
         return False
     finally:
