@@ -28,6 +28,7 @@ from benchmarks.gpu_routing import as_array, belady_misses, better_gates, fit_ga
 from fate_moe.errors import FateError
 from fate_moe.gpu.dense import ByteLinear
 from fate_moe.gpu.options import DeviceOptions
+from fate_moe.gpu.regime import settle
 from fate_moe.gpu.tables import layer_quotas
 from fate_moe.kernels.native import native
 from fate_moe.models.fused import FusedStep
@@ -41,6 +42,7 @@ METHODS: dict[str, DeviceOptions] = {
     "fate": DeviceOptions(eviction="recency", limit=1, num_whole=4, overlap=False),
     "no prefetch": DeviceOptions(limit=0),
     "best": DeviceOptions(),
+    "always ahead": DeviceOptions(),  # as best, but whether copying ahead pays is not asked (gpu/regime.py)
     "counted": DeviceOptions(eviction="frequency"),  # as best before the router's probabilities were weighed
     "fitted": DeviceOptions(),  # next layer's choice by gates fitted to this model
     "prefetch 2": DeviceOptions(limit=2),
@@ -59,9 +61,18 @@ def decode(
     experts = random.experts(share, METHODS[method], learned["fitted"] if method == "fitted" else ())
     step = PathStep(random.model, experts, cache, learned["eap"]) if method == "eap" else FusedStep(random.model, experts, cache)
     step.script = random.script[: step.tokens.numel()]
-    step.begin(int(random.script[PROMPT]), PROMPT)
-    step.capture()
-    step.begin(int(random.script[PROMPT]), PROMPT)
+    first = int(random.script[PROMPT])
+
+    def one_token() -> None:
+        step.begin(first, PROMPT)
+        step.replay()
+
+    step.begin(first, PROMPT)
+    if method == "always ahead":
+        step.capture()
+    else:
+        settle(experts, step.capture, one_token)
+    step.begin(first, PROMPT)
     for _ in range(warm):
         step.replay()
     before, hosted = experts.counters(), experts.tables.hosted()
@@ -77,6 +88,7 @@ def decode(
     row = {
         "tokens_per_second": 1e3 / took,
         "ms": took,
+        "copied_ahead": experts.options.limit,
         "ready": counted.ready_on_time,
         "misses_per_token": counted.misses / measured,
         "hosted_per_token": (experts.tables.hosted() - hosted) / measured,

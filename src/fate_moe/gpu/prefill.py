@@ -6,6 +6,7 @@ every expert of a layer is used, so the first half of the next layer's missing o
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ import triton.language as tl
 from fate_moe.core import Need
 from fate_moe.gpu.host import View
 from fate_moe.gpu.streams import Lane
-from fate_moe.kernels.triton_grouped import grouped_kernel
+from fate_moe.kernels.triton_grouped import grouped_kernel, tiles_kernel
 
 if TYPE_CHECKING:
     from fate_moe.gpu.experts import DeviceExperts
@@ -31,7 +32,7 @@ _VIEWS = (2, 3, 4)
 
 
 class Prefill:
-    """Prefill through ``experts``' pool; its residency does not move. One host synchronization per layer."""
+    """Prefill through ``experts``' pool; its residency does not move. The host waits for the device once in a layer that is not whole."""
 
     def __init__(self, experts: DeviceExperts) -> None:
         self._experts = experts
@@ -43,6 +44,11 @@ class Prefill:
         self._arrived: list[Any] = []  # marks of copies not yet released, oldest first
         self._early: list[tuple[int, int]] = []  # (expert, slot) copied before the router of ``_early_layer`` has spoken
         self._early_layer = -1
+        names = experts.tables.num_experts + 1
+        self._names = torch.arange(names, device=device)
+        self._mail = torch.empty(3 * names, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._told = self._mail
+        self._told_mark: Any = None
 
     def compute(self, layer: int, hidden: torch.Tensor, index: torch.Tensor, routing_weights: torch.Tensor) -> torch.Tensor:
         """As ``DeviceExperts.compute``."""
@@ -51,18 +57,39 @@ class Prefill:
         hidden = hidden.contiguous()
         flat = index.reshape(-1)
         flat = flat.where((flat >= 0) & (flat < num_experts), num_experts)
-        order = torch.argsort(flat, stable=True)
-        popularity = torch.bincount(flat, minlength=num_experts + 1)[:num_experts]
-        told = torch.cat([popularity, experts.tables.slot_of[layer : layer + 2].reshape(-1)]).tolist()
-        counts, slots, next_slots = told[:num_experts], told[num_experts : 2 * num_experts], told[2 * num_experts :]
-        first = [sum(counts[:expert]) for expert in range(num_experts)]
-        chosen = sorted((expert for expert in range(num_experts) if counts[expert]), key=lambda expert: -counts[expert])
+        by_expert, order = torch.sort(flat, stable=True)
+        starts = torch.searchsorted(by_expert, self._names)  # of each expert's rows in ``order``, and the last one's end
         layout = experts.layouts[layer]
         inner = hidden.new_empty(tokens * top_k, layout.width)
         outputs = hidden.new_zeros(tokens * top_k, layout.cols)  # rows without an expert stay 0
+        if all(quota == num_experts for quota in experts.tables.quotas[layer : layer + 2]):  # nothing comes, nothing comes early
+            self._run_residents(layer, starts, order, hidden, inner, outputs)
+        else:
+            self._tell(layer, starts)
+            if experts.options.overlap:  # enqueued before the host knows what is missing
+                self._run_residents(layer, starts, order, hidden, inner, outputs)
+            self._run_missing(layer, starts, order, hidden, inner, outputs)
+        weighted = outputs.view(tokens, top_k, -1) * routing_weights.reshape(tokens, top_k, 1)
+        return weighted.sum(1).to(hidden.dtype)
 
+    def _run_missing(
+        self,
+        layer: int,
+        starts: torch.Tensor,
+        order: torch.Tensor,
+        hidden: torch.Tensor,
+        inner: torch.Tensor,
+        outputs: torch.Tensor,
+    ) -> None:
+        """Stream and compute what has no slot (without overlap residents too), and begin with the next layer's."""
+        experts, num_experts = self._experts, self._experts.tables.num_experts
+        first, slots, next_slots = self._hear()
+        counts = [end - start for start, end in itertools.pairwise(first)]
+        chosen = sorted((expert for expert in range(num_experts) if counts[expert]), key=lambda expert: -counts[expert])
+        layout = experts.layouts[layer]
         early = self._early if self._early_layer == layer else []
-        missing = [expert for expert in chosen if slots[expert] < 0 and expert not in dict(early)]
+        arriving = {expert for expert, _ in early}
+        missing = [expert for expert in chosen if slots[expert] < 0 and expert not in arriving]
         short = self._short_views(layer, missing, {expert: counts[expert] for expert in chosen})
 
         def run(placed: Sequence[tuple[int, int]]) -> None:
@@ -73,9 +100,9 @@ class Prefill:
 
         waves = [missing[start : start + self._half] for start in range(0, len(missing), self._half)]
         copied = self._copy(layer, waves[0], short) if waves else []  # under way while the residents compute
-        if copied and not experts.options.overlap:
-            self._main.wait(self._arrived[-1])
-        run([(expert, slots[expert]) for expert in chosen if slots[expert] >= 0])
+        if not experts.options.overlap:
+            self._main.wait(self._arrived[-1] if copied else None)
+            self._run_residents(layer, starts, order, hidden, inner, outputs)
         if early:
             self._await()
             run([(expert, slot) for expert, slot in early if counts[expert]])
@@ -87,11 +114,22 @@ class Prefill:
             copied = self._copy(layer, wave, short) if wave else []
         # On demand alone: nothing before the router has spoken. (No copies ahead in decode, for large experts, is another matter.)
         looks = experts.options.limit > 0 or experts.options.overlap
-        many = looks and tokens * top_k >= _AHEAD_CHOICES * num_experts
+        many = looks and order.numel() >= _AHEAD_CHOICES * num_experts
         ahead = [expert for expert, slot in enumerate(next_slots) if slot < 0][: self._half] if many else []
         self._early, self._early_layer = self._copy(layer + 1, ahead, {}), layer + 1
-        weighted = outputs.view(tokens, top_k, -1) * routing_weights.reshape(tokens, top_k, 1)
-        return weighted.sum(1).to(hidden.dtype)
+
+    def _tell(self, layer: int, starts: torch.Tensor) -> None:
+        """Begin to tell the host ``starts`` and this layer's and the next one's slots, for ``_hear``."""
+        both = torch.cat([starts, self._experts.tables.slot_of[layer : layer + 2].reshape(-1)])
+        self._told = self._mail[: both.numel()].copy_(both, non_blocking=True)
+        self._told_mark = self._main.mark()
+
+    def _hear(self) -> tuple[list[int], list[int], list[int]]:
+        """What ``_tell`` told, once it is here: what has been enqueued since is not waited for."""
+        if self._told_mark is not None:
+            self._told_mark.synchronize()
+        told, names = self._told.tolist(), self._names.numel()
+        return told[:names], told[names : 2 * names - 1], told[2 * names - 1 :]
 
     def _short_views(self, layer: int, missing: Sequence[int], counts: dict[int, int]) -> dict[int, int]:
         """Of which experts in ``missing`` the precision policy wants only the first planes, and how many. ``counts`` are the tokens
@@ -141,19 +179,54 @@ class Prefill:
         outputs: torch.Tensor,
     ) -> None:
         """Compute experts given as (slot, first place in ``order``, number of rows), from their first ``planes``."""
-        experts, layout = self._experts, self._experts.layouts[layer]
-        block = 16 if order.numel() <= 16 * experts.tables.num_experts else 64  # whatever is resident: law 1
+        block = self._block(order)
         tiles = [
             (slot, first + start, min(block, count - start)) for slot, first, count in placed for start in range(0, count, block)
         ]
-        if not tiles:
-            return
-        table = torch.tensor(tiles, dtype=torch.int32).to(hidden.device, non_blocking=True)
+        if tiles:
+            table = torch.tensor(tiles, dtype=torch.int32).to(hidden.device, non_blocking=True)
+            self._multiply(layer, planes, table, order, hidden, inner, outputs)
+
+    def _run_residents(
+        self,
+        layer: int,
+        starts: torch.Tensor,
+        order: torch.Tensor,
+        hidden: torch.Tensor,
+        inner: torch.Tensor,
+        outputs: torch.Tensor,
+    ) -> None:
+        """Compute the experts that have a slot; which these are, the device looks up itself."""
+        tables, block = self._experts.tables, self._block(order)
+        most = order.numel() // block + tables.quotas[layer]
+        table = torch.zeros(most, 3, dtype=torch.int32, device=hidden.device)
+        tiles_kernel[(1,)](
+            starts, tables.slot_of[layer], table, num_experts=tables.num_experts, BM=block,
+            E=triton.next_power_of_2(tables.num_experts), num_warps=4,
+        )  # fmt: skip
+        self._multiply(layer, self._experts.layouts[layer].planes, table, order, hidden, inner, outputs)
+
+    def _block(self, order: torch.Tensor) -> int:
+        """Rows of a tile: by the number of choices alone, whatever is resident (law 1)."""
+        return 16 if order.numel() <= 16 * self._experts.tables.num_experts else 64
+
+    def _multiply(
+        self,
+        layer: int,
+        planes: int,
+        table: torch.Tensor,
+        order: torch.Tensor,
+        hidden: torch.Tensor,
+        inner: torch.Tensor,
+        outputs: torch.Tensor,
+    ) -> None:
+        """``grouped_kernel`` twice over the tiles in ``table``."""
+        experts, layout, block = self._experts, self._experts.layouts[layer], self._block(order)
         for source, out, offsets, cols, rows, activation in (
             (hidden, inner, layout.gate_up, layout.cols, layout.width, layout.activation),
             (inner, outputs, layout.down, layout.width, layout.cols, ""),
         ):
-            grouped_kernel[(len(tiles), triton.cdiv(rows, 64))](
+            grouped_kernel[(table.shape[0], triton.cdiv(rows, 64))](
                 experts.pool.bytes, table, order, source, out, experts.pool.slot_bytes, *offsets,
                 top_k=experts.top_k, cols=cols, rows=rows, DTYPE=layout.dtype,
                 DOT=dot_dtype(hidden.dtype, hidden.device), PLANES=planes,

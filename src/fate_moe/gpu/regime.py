@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 from fate_moe.gpu.experts import DeviceExperts
 
-__all__ = ["measured_limit", "prefetch_limit"]
+__all__ = ["measured_limit", "prefetch_limit", "settle"]
 
 MOST_LAYERS = 2.0
 _TIMES = 4
@@ -49,6 +50,17 @@ def measured_limit(experts: DeviceExperts, limit: int, one_token: Callable[[], o
     wanted = torch.tensor([[0, staging], [1, 0]], dtype=torch.int32, device=device)
     copy = seconds(lambda: experts.fetch(wanted))
     return prefetch_limit(limit, copy, seconds(one_token) / len(experts.layouts))
+
+
+def settle(experts: DeviceExperts, record: Callable[[], object], one_token: Callable[[], object]) -> None:
+    """Leave of the experts' limit what pays here, and ``record`` the decode step with it; ``one_token`` as ``measured_limit``'s."""
+    limit = experts.options.limit
+    if limit and experts.pool.bytes.device.type == "cuda":
+        experts.options = replace(experts.options, limit=0)
+        record()
+        limit = measured_limit(experts, limit, one_token)
+        experts.options = replace(experts.options, limit=limit)
+    record()
 
 
 def _wait(device: torch.device) -> None:

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from fate_moe.kernels.triton_experts import _activate
 
-__all__ = ["grouped_kernel"]
+__all__ = ["grouped_kernel", "tiles_kernel"]
 
 
 @triton.jit
@@ -91,7 +91,7 @@ def grouped_kernel(
     BN: tl.constexpr,
     GB: tl.constexpr,
 ):
-    """Grid (tiles, rows / BN). ``tiles`` int32 [.., 3]: slot, first place in ``order``, number of rows (at most BM).
+    """Grid (tiles, rows / BN). ``tiles`` int32 [.., 3]: slot, first place in ``order``, number of rows (at most BM; 0: no tile).
 
     ``order`` int64 [choice rows] sorts choice rows (token * top_k + choice) by expert. With ACT "silu" or "gelu" the matrix is
     gate_up [2 * rows, cols], ``source`` [tokens, cols] the hidden states and ``out`` [choice rows, rows]; with ACT "" it is down
@@ -99,9 +99,12 @@ def grouped_kernel(
     made in DOT: the hidden states' own dtype (fp32 under the interpreter, which has no bf16 product).
     """
     tile = tiles + 3 * tl.program_id(0)
+    count = tl.load(tile + 2)
+    if count == 0:
+        return
     blob = pool + tl.load(tile).to(tl.int64) * slot_bytes
     i = tl.arange(0, BM)
-    valid = i < tl.load(tile + 2)
+    valid = i < count
     r = tl.load(order + tl.load(tile + 1) + i, mask=valid, other=0)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     x = source + (r // top_k if ACT != "" else r)[:, None] * cols
@@ -116,3 +119,24 @@ def grouped_kernel(
         )
         total = _activate(total, up, ACT)
     tl.store(out + r[:, None] * rows + n[None, :], total.to(out.dtype.element_ty), mask=valid[:, None] & (n < rows)[None, :])
+
+
+@triton.jit
+def tiles_kernel(first, slot_of, tiles, num_experts: tl.constexpr, BM: tl.constexpr, E: tl.constexpr):
+    """One program: ``tiles`` of the experts that have a slot, for ``grouped_kernel``; the table is zero before.
+
+    ``first`` int64 [num_experts + 1]: each expert's first place in the order, and where the last one's rows end. ``slot_of`` int32
+    [num_experts], negative for none. An expert's tiles are those that a host would cut, so the numbers are the same (law 1).
+    """
+    e = tl.arange(0, E)
+    start = tl.load(first + e, mask=e < num_experts, other=0).to(tl.int32)
+    count = tl.load(first + e + 1, mask=e < num_experts, other=0).to(tl.int32) - start
+    slot = tl.load(slot_of + e, mask=e < num_experts, other=-1)
+    count = tl.where(slot >= 0, count, 0)
+    number = (count + BM - 1) // BM
+    place = tiles + 3 * (tl.cumsum(number, 0) - number)
+    for k in range(tl.max(number, 0)):
+        mask = k < number
+        tl.store(place + 3 * k, slot, mask=mask)
+        tl.store(place + 3 * k + 1, start + k * BM, mask=mask)
+        tl.store(place + 3 * k + 2, tl.minimum(count - k * BM, BM), mask=mask)

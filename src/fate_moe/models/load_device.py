@@ -20,7 +20,7 @@ from fate_moe.gpu.layout import DeviceLayout, device_layout
 from fate_moe.gpu.memory import PinnedArena, VramPool
 from fate_moe.gpu.options import DeviceOptions, device_options
 from fate_moe.gpu.plan import VRAM_RESERVE_BYTES, DevicePlan
-from fate_moe.gpu.regime import measured_limit
+from fate_moe.gpu.regime import settle
 from fate_moe.gpu.share import HostShare
 from fate_moe.gpu.tables import ResidencyTables, layer_quotas
 from fate_moe.memory.policies import make_policy
@@ -154,18 +154,13 @@ def _realize(prepared: Prepared, plan: DevicePlan, config: OffloadConfig, device
 
 def _settle(model: Any, experts: DeviceExperts, decode: CapturedDecode | None, device: torch.device) -> None:
     """Find out whether copying ahead pays here (law 3), and record the decode step."""
-    limit = experts.options.limit
-    if limit and device.type == "cuda":
-        token = torch.zeros(1, 1, dtype=torch.int64, device=device)
-        experts.options = replace(experts.options, limit=0)
+    token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    with torch.no_grad():
         if decode is not None:
-            decode.record()
-        with torch.no_grad():
-            limit = measured_limit(experts, limit, decode.one_token if decode is not None else lambda: model(token))
-        experts.options = replace(experts.options, limit=limit)
-        _log.info("copied ahead: at most %d experts a layer", limit)
-    if decode is not None:
-        decode.record()
+            settle(experts, decode.record, decode.one_token)
+        else:
+            settle(experts, lambda: None, lambda: model(token))
+    _log.info("copied ahead: at most %d experts a layer", experts.options.limit)
 
 
 def _host_share(prepared: Prepared, arena: PinnedArena, top_k: int, device: torch.device, config: OffloadConfig) -> HostShare:
