@@ -32,7 +32,8 @@ _VIEWS = (2, 3, 4)
 
 
 class Prefill:
-    """Prefill through ``experts``' pool; its residency does not move. The host waits for the device once in a layer that is not whole."""
+    """Prefill through ``experts``' pool; its residency does not move. The host waits for the device once in a layer that is not
+    whole."""
 
     def __init__(self, experts: DeviceExperts) -> None:
         self._experts = experts
