@@ -20,7 +20,16 @@ from fate_moe.kernels.triton_fetch import fetch_kernel
 from fate_moe.kernels.triton_share import ask_experts
 from fate_moe.models.fused import FusedStep
 
-__all__ = ["captured", "copies", "copy_microseconds", "event", "host_answers", "kernels", "launches", "milliseconds", "overlap"]
+__all__ = [
+    "captured", "copies", "copy_microseconds", "event", "host_answers", "kernels", "launches", "milliseconds", "overlap",
+    "prompt_parts",
+]  # fmt: skip
+
+
+_PROMPT_KERNELS = {
+    "grouped_kernel": "experts", "nvjet": "dense", "gemm": "dense", "cutlass": "dense", "sdpa": "attention", "fmha": "attention",
+    "flash": "attention",
+}  # fmt: skip
 
 
 def milliseconds(run: Callable[[], Any], repeat: int = 20) -> float:
@@ -165,6 +174,20 @@ def overlap(fused: FusedStep, steps: int = 2) -> dict[str, float]:
     copied = _length(copying)
     both = copied + _length(computing) - _length([*copying, *computing])
     return {"copy_share": copied / total, "copy_overlapped": both / copied if copied else 1.0}
+
+
+def prompt_parts(read: Callable[[], Any]) -> dict[str, float]:
+    """Of one prompt's pass: launches, and the device's milliseconds in experts, dense products, attention and all else."""
+    with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        read()
+        torch.cuda.synchronize()
+    found = {"launches": 0.0, "experts_ms": 0.0, "dense_ms": 0.0, "attention_ms": 0.0, "other_ms": 0.0}
+    for event in profile.events() or []:
+        if event.device_type.name == "CUDA":
+            kinds = [kind for name, kind in _PROMPT_KERNELS.items() if name in event.name.lower()]
+            found["launches"] += 1
+            found[f"{kinds[0] if kinds else 'other'}_ms"] += (event.time_range.end - event.time_range.start) / 1e3
+    return found
 
 
 def _length(spans: list[tuple[float, float]]) -> float:

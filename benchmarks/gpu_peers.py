@@ -1,4 +1,4 @@
-"""Whom the GPU tier is measured beside: activation paths inside the same step, and transformers with accelerate's offload."""
+"""Whom the GPU tier is measured beside: a collection of activation paths, and transformers with accelerate's offload."""
 
 from __future__ import annotations
 
@@ -13,11 +13,9 @@ import transformers
 from torch import nn
 
 from benchmarks.gpu_model import GEOMETRIES, TOPIC_TOKENS, RandomModel
-from fate_moe.gpu.experts import DeviceExperts
-from fate_moe.models.fused import FusedStep
 from fate_moe.skeleton import build_skeleton, expert_stacks
 
-__all__ = ["PathStep", "accelerated", "activation_paths"]
+__all__ = ["accelerated", "activation_paths"]
 
 
 def activation_paths(random: RandomModel, tokens: int = 64) -> torch.Tensor:
@@ -42,30 +40,6 @@ def activation_paths(random: RandomModel, tokens: int = 64) -> torch.Tensor:
     for hook in hooks:
         hook.remove()
     return torch.stack([matrix / matrix.norm() for matrix in made])
-
-
-class PathStep(FusedStep):
-    """A step whose prefetches come from the activation path (MoE-Infinity, arXiv 2401.14361): before each token, the sequence of
-    the collection whose activations are most like this one's so far; its experts by their share in it.
-
-    This sequence's matrix is the residency tables' decayed use, so matching needs no host.
-    """
-
-    def __init__(self, model: Any, experts: DeviceExperts, cache: Any, collection: torch.Tensor) -> None:
-        super().__init__(model, experts, cache)
-        self._tables, self._collection = experts.tables, collection
-        self._half_life = experts.options.half_life
-        self.foretold = torch.zeros_like(experts.tables.score)
-
-    @torch.no_grad()
-    def step(self) -> None:
-        tables = self._tables
-        running = torch.exp2(tables.score - tables.clock / self._half_life) * (tables.score > 0)
-        nearest = (self._collection.flatten(1) @ running.flatten()).argmax(0, keepdim=True)
-        match = self._collection.index_select(0, nearest)[0]
-        assert self.foretold is not None
-        self.foretold.copy_((match / match.sum(1, keepdim=True) + 1e-9).log())
-        super().step()
 
 
 def accelerated(name: str, share: float, num_layers: int | None, seconds: float = 20, prompt: int = 64) -> dict[str, Any]:
