@@ -10,6 +10,7 @@ with "host" compute misses on the host and need the C++ extension.
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import json
 import time
@@ -216,7 +217,7 @@ def _measure(
             if time.perf_counter() - began > arguments.seconds:
                 result["cut"] = True
                 continue
-            torch.cuda.empty_cache()
+            _empty()
             try:
                 row, (tokens, logits) = decode(random, cache, share, method, learned, arguments.warm, arguments.measured)
             except (ValueError, FateError) as error:  # fewer slots than one pass needs, no C++ extension
@@ -257,7 +258,7 @@ def prefill(random: RandomModel, share: float, tokens: int, method: str, expecte
 
     ``expected`` keeps the first logits of each length, which all others are compared with (law 1).
     """
-    torch.cuda.empty_cache()
+    _empty()
     experts = random.experts(share, METHODS[method])
     config, prompt = random.model.config, random.script[None, :tokens]
     cache = transformers.StaticCache(config=config, max_cache_len=tokens)
@@ -286,6 +287,12 @@ def prefill(random: RandomModel, share: float, tokens: int, method: str, expecte
         row |= {"recorded_tokens_per_second": tokens / best, "recorded_ms": best * 1e3, "recording_ms": recorded[1] * 1e3}
         row |= prompt_parts(lambda: random.model(prompt, past_key_values=_emptied(cache), logits_to_keep=1))
     return row | {"same_as_resident": float(same)}
+
+
+def _empty() -> None:
+    """Give back what cells before this one held; experts refer to themselves."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _emptied(cache: Any) -> Any:
