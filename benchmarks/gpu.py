@@ -34,7 +34,6 @@ from fate_moe.gpu.tables import layer_quotas
 from fate_moe.kernels.native import native
 from fate_moe.models.fused import FusedStep
 from fate_moe.models.path import PathStep
-from fate_moe.models.prompt import PromptPass
 
 PROMPT, LENGTH = 64, 1024
 
@@ -254,50 +253,38 @@ def _measure(
 
 
 def prefill(random: RandomModel, share: float, tokens: int, method: str, expected: dict[int, torch.Tensor]) -> dict[str, Any]:
-    """Time until a prompt of ``tokens`` has been read: pass by pass and, with all experts in VRAM, recorded (models/prompt.py).
+    """Time until a prompt of ``tokens`` has been read, through transformers' own layers.
 
     ``expected`` keeps the first logits of each length, which all others are compared with (law 1).
     """
     _empty()
     experts = random.experts(share, METHODS[method])
-    config, prompt = random.model.config, random.script[None, :tokens]
-    cache = transformers.StaticCache(config=config, max_cache_len=tokens)
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache.early_initialization(1, config.num_key_value_heads, dim, torch.bfloat16, prompt.device)
+    cache = transformers.StaticCache(config=random.model.config, max_cache_len=tokens)
 
-    def times(graph: bool, count: int) -> tuple[list[float], torch.Tensor]:
-        read, taken = PromptPass(random.model.forward, experts, cache, tokens, graph).read, []
-        for _ in range(count):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            logits = read(prompt)
-            torch.cuda.synchronize()
-            taken.append(time.perf_counter() - start)
-        return taken, logits
+    def read() -> torch.Tensor:
+        cache.reset()
+        with torch.no_grad():
+            logits = random.model(random.script[None, :tokens], past_key_values=cache, logits_to_keep=1).logits
+        torch.cuda.synchronize()
+        return logits  # type: ignore[no-any-return]
 
-    passes, logits = times(False, 4)
-    took = min(passes[1:])
+    times = []
+    for _ in range(4):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        logits = read()
+        times.append(time.perf_counter() - start)
+    took = min(times[1:])
     same = torch.equal(logits, expected.setdefault(tokens, logits))
     missing = (1 - experts.tables.num_slots / random.arena.num_blobs) * random.arena.bytes.numel()
     row = {"tokens_per_second": tokens / took, "ms": took * 1e3, "copy_ms_at_50GBs": missing / 50e6}
-    if share == 1.0:
-        recorded, logits = times(True, 5)
-        same = same and torch.equal(logits, expected[tokens])
-        best = min(recorded[2:])
-        row |= {"recorded_tokens_per_second": tokens / best, "recorded_ms": best * 1e3, "recording_ms": recorded[1] * 1e3}
-        row |= prompt_parts(lambda: random.model(prompt, past_key_values=_emptied(cache), logits_to_keep=1))
-    return row | {"same_as_resident": float(same)}
+    return row | (prompt_parts(read) if share == 1.0 else {}) | {"same_as_others": float(same)}
 
 
 def _empty() -> None:
     """Give back what cells before this one held; experts refer to themselves."""
     gc.collect()
     torch.cuda.empty_cache()
-
-
-def _emptied(cache: Any) -> Any:
-    cache.reset()
-    return cache
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ from fate_moe.gpu.plan import make_device_plan
 from fate_moe.kernels.native import native
 from fate_moe.models.load import prepare, store_for
 from fate_moe.models.load_device import realize_on_device
-from fate_moe.models.prompt import padded_length
 from fate_moe.store.convert import convert
 from fate_moe.store.learned import GATES, save_gates
 from fate_moe.store.open import open_store
@@ -62,35 +61,6 @@ def test_tokens_are_the_cpus(
     model.fate.close()
     with pytest.raises(RuntimeError, match="closed"):
         tokens(model)
-
-
-@pytest.mark.parametrize("slots", [None, 7])
-def test_prompts_are_padded_at_every_budget(
-    checkpoint: Callable[[str], Path], loaded: Callable[..., Any], slots: int | None
-) -> None:
-    """To the context's 24 tokens here; what pads changes no token and is given no expert."""
-    prompt = 3 + torch.arange(18)[None] * 7 % 90
-    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    model = on_gpu(store_for(checkpoint("qwen3_moe"), "lossless"), slots)
-    experts, lengths, widths = model.fate.experts, [], []
-    compute = experts.compute
-
-    def seen(layer: int, hidden: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = compute(layer, hidden, *rest)
-        lengths.append(int(out.abs().sum(1).count_nonzero()))
-        widths.append(len(out))
-        return out
-
-    experts.compute = seen
-    assert torch.equal(model.generate(prompt, **options), loaded("qwen3_moe").generate(prompt, **options))
-    assert set(widths) == {24}
-    assert set(lengths) == {18}
-    assert model.fate.decode.steps == 3
-    model.fate.close()
-
-
-def test_padded_lengths() -> None:
-    assert [padded_length(tokens) for tokens in (17, 64, 65, 512, 513, 1000, 1025)] == [64, 64, 128, 512, 640, 1024, 1280]
 
 
 def test_activation_paths(checkpoint: Callable[[str], Path], loaded: Callable[..., Any]) -> None:

@@ -25,14 +25,12 @@ from fate_moe.kernels.triton_experts import down_kernel, gate_up_kernel
 from fate_moe.kernels.triton_fetch import fetch_kernel
 from fate_moe.kernels.triton_residency import logits_kernel, prefetch_kernel, residency_kernel, route_kernel
 
-__all__ = ["ALL_REAL", "MAX_DECODE_TOKENS", "DeviceExperts"]
+__all__ = ["MAX_DECODE_TOKENS", "DeviceExperts"]
 
 Beside = Callable[[], None] | None
 
 # More tokens than this go through the grouped kernels: a decode program reads its expert's weights for one token alone.
 MAX_DECODE_TOKENS = 16
-
-ALL_REAL = 1 << 40
 
 # 16 KiB a program and step: with 8 warps four 16-byte loads are in flight per thread.
 _FETCH_WORDS = 4096
@@ -89,8 +87,6 @@ class DeviceExperts:
         self._arriving: Any = None  # the mark of prefetches that the main lane has not waited for
         self.fitted = list(fitted) or [None] * len(self.gates)
         self._exact = all(gate is None or gate.dtype == torch.float32 for gate in gates)
-        # int64 [1]: how many of a prompt's first tokens are real; what pads it is given no expert.
-        self.num_real = torch.full((1,), ALL_REAL, dtype=torch.int64, device=device)
         self._prefill = Prefill(self)
 
     def fill(self) -> None:

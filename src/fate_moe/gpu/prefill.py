@@ -57,8 +57,7 @@ class Prefill:
         tokens, top_k = index.shape
         hidden = hidden.contiguous()
         flat = index.reshape(-1)
-        real = torch.arange(tokens * top_k, device=flat.device) < experts.num_real * top_k
-        flat = flat.where((flat >= 0) & (flat < num_experts) & real, num_experts)
+        flat = flat.where((flat >= 0) & (flat < num_experts), num_experts)
         by_expert, order = torch.sort(flat, stable=True)
         starts = torch.searchsorted(by_expert, self._names)  # of each expert's rows in ``order``, and the last one's end
         layout = experts.layouts[layer]

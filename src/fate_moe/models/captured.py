@@ -1,8 +1,8 @@
 """``generate()`` through the fused decode step: transformers' own loop, with its sampling, streamers and stopping rules, around one
 replay a token.
 
-The model keeps one static KV cache, of one sequence, that ``generate`` is given. A pass of one token over it is the fused step, a
-prompt's is ``models/prompt.py``'s; every other pass (a batch, beams, another cache) runs transformers' layers.
+The model keeps one static KV cache, of one sequence, that ``generate`` is given. A pass of one token over it is the fused step;
+every other pass (a prompt, a batch, beams, another cache) runs transformers' layers.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ import torch
 from transformers import StaticCache
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
-from fate_moe.gpu.experts import MAX_DECODE_TOKENS, DeviceExperts
+from fate_moe.gpu.experts import DeviceExperts
 from fate_moe.models.attach import refuse_longer
 from fate_moe.models.fused import FusedStep
 from fate_moe.models.path import PathStep
-from fate_moe.models.prompt import PromptPass
 
 __all__ = ["CapturedDecode"]
 
@@ -41,9 +40,7 @@ class CapturedDecode:
         self.cache.early_initialization(1, config.num_key_value_heads, dim, model.dtype, model.device)
         self._step = (PathStep if paths else FusedStep)(model, experts, self.cache)
         self._graph = graph and model.device.type == "cuda" and length > 2
-        self._prompts = PromptPass(model.forward, experts, self.cache, length, graph)
         self._held = 0  # tokens in the cache
-        self._writing = False  # within a ``generate`` over our cache
         self.steps = 0
         model.forward = _in_place_of(self._forward, self._pass)
         model.generate = _in_place_of(self._generate, self._write)
@@ -76,11 +73,7 @@ class CapturedDecode:
             self._held = 0
             options["past_key_values"] = self.cache
             options.setdefault("disable_compile", True)
-            self._writing = True
-        try:
-            result = self._generate(inputs, *args, **options)
-        finally:
-            self._writing = False
+        result = self._generate(inputs, *args, **options)
         self._tell_cache()
         if isinstance(self._step, PathStep):
             self._step.keep()
@@ -121,25 +114,12 @@ class CapturedDecode:
             refuse_longer(inputs.shape[0] * (inputs.shape[1] + past), self._length, self._bytes_per_token)
         if ours and self._held and input_ids is not None and input_ids.shape == (1, 1) and not _wants_more(kwargs):
             return self._decode(input_ids)
-        if ours and self._writing and not self._held and self._is_prompt(input_ids, kwargs):
-            return self._read(input_ids)
         if ours:
             self._tell_cache()
         result = self._forward(input_ids, *args, **kwargs)
         if ours:
             self._held += inputs.shape[1]  # type: ignore[union-attr]
         return result
-
-    @staticmethod
-    def _is_prompt(input_ids: torch.Tensor | None, kwargs: dict[str, Any]) -> bool:
-        """Whether a first pass is one of many tokens, of which the last one's logits are wanted."""
-        many = input_ids is not None and input_ids.shape[0] == 1 and input_ids.shape[1] > MAX_DECODE_TOKENS
-        return many and kwargs.get("logits_to_keep") == 1 and not _wants_more(kwargs)
-
-    def _read(self, prompt: torch.Tensor) -> Any:
-        logits = self._prompts.read(prompt)
-        self._held = prompt.shape[1]
-        return MoeCausalLMOutputWithPast(logits=logits, past_key_values=self.cache)
 
     def _decode(self, input_ids: torch.Tensor) -> Any:
         step = self._step
