@@ -222,18 +222,24 @@ def _alike(step: _Step, generator: torch.Generator) -> bool:
     step.block._forward_pre_hooks = OrderedDict()  # ours would start reads
     try:
         with step.flattened():
-            for normalize in (False, True):
-                step.normalize(normalize)
-                # Experts louder than all else show how they are weighed, silent ones everything else.
-                if all(_alike_with(step, _Pretender(scale * rows), generator) for scale in (1e3, 0.0)):
-                    step.ready = False
-                    return True
+            ways = [normalize for normalize in (False, True) if _alike_so(step, normalize, rows, generator)]
+        # Where both will do, the probes cannot tell; but for a router that chooses everything there is nothing to tell.
+        if len(ways) == 1 or (ways and step.stack.top_k == step.stack.num_experts):
+            step.normalize(ways[0])
+            step.ready = False
+            return True
     except Exception:  # a layer that wants other things
         return False
     finally:
         step.runtime = step.experts.fate_runtime = runtime
         step.block._forward_pre_hooks = hooks
     return False
+
+
+def _alike_so(step: _Step, normalize: bool, rows: torch.Tensor, generator: torch.Generator) -> bool:
+    """Experts louder than all else show how they are weighed, silent ones everything else."""
+    step.normalize(normalize)
+    return all(_alike_with(step, _Pretender(scale * rows), generator) for scale in (1e3, 0.0))
 
 
 def _alike_with(step: _Step, pretender: _Pretender, generator: torch.Generator) -> bool:
