@@ -66,7 +66,7 @@ def test_what_a_view_loses_limits_popularity() -> None:
 
 
 def test_what_views_lose_limits_gate_weighted() -> None:
-    needs = [Need(1, weight, held) for weight, held in ((0.4, 0), (0.4, 2), (0.1, 0), (0.08, 2), (0.02, 0))]
+    needs = [Need(1, weight, held) for weight, held in ((0.4, 0), (0.4, 2), (0.1, 0), (0.09, 2), (0.01, 0))]
     assert (
         GateWeighted(losses={2: 0.21, 3: 0.04}).bits(needs, VIEWS, 0.0) == GateWeighted().bits(needs, VIEWS, 0.0) == [4, 4, 2, 2, 2]
     )
