@@ -26,17 +26,23 @@ from fate_moe.trace.schema import RoutingTrace, read_trace, write_trace
 from fate_moe.trace.simulate import Link, simulate
 
 
+def decode(model: Any, num_tokens: int, seed: int, between: Callable[[], None] = lambda: None) -> None:
+    """Random tokens, one by one."""
+    generator, past = torch.Generator().manual_seed(seed), None
+    with torch.no_grad():
+        for _ in range(num_tokens):
+            token = torch.randint(1, 60, (1, 1), generator=generator)
+            past = model(token, past_key_values=past, use_cache=True).past_key_values
+            between()
+
+
 @pytest.fixture
 def traced(loaded: Callable[..., Any]) -> tuple[Any, RoutingTrace]:
     """A tiny model with room for six of sixteen experts, and the trace of 160 decoded tokens."""
     model = loaded("qwen2_moe", policy="lru", predictor="none", expert_cache="37.5%")  # nothing learned by earlier tests
     recorder = Recorder([8, 8], gate_inputs=True, routers=torch.stack([layer.mlp.gate.weight for layer in model.model.layers]))
     model.fate.runtime.observer = recorder
-    generator, past = torch.Generator().manual_seed(3), None
-    with torch.no_grad():
-        for _ in range(160):
-            token = torch.randint(1, 60, (1, 1), generator=generator)
-            past = model(token, past_key_values=past, use_cache=True).past_key_values
+    decode(model, 160, 3)
     return model, recorder.trace(expert_bytes=model.fate.plan.slot_bytes)
 
 
@@ -85,11 +91,7 @@ def test_stall_agrees_with_the_engine(loaded: Callable[..., Any], tmp_path: Path
     residency._source = SlowSource(residency._source)
     recorder = Recorder([8, 8], residency=residency)
     model.fate.runtime.observer = recorder
-    generator, past = torch.Generator().manual_seed(4), None
-    with torch.no_grad():
-        for _ in range(80):
-            token = torch.randint(1, 60, (1, 1), generator=generator)
-            past = model(token, past_key_values=past, use_cache=True).past_key_values
+    decode(model, 80, 4)
     plan = model.fate.plan
     trace = recorder.trace(expert_bytes=plan.slot_bytes, slots=plan.num_slots, policy="lru", predictor="none")
     write_trace(tmp_path / "t.npz", trace)
@@ -110,12 +112,7 @@ def test_every_read_is_in_the_timeline(loaded: Callable[..., Any], tmp_path: Pat
     residency = model.fate.runtime.residency
     recorder = Recorder([8, 8], residency=residency)
     model.fate.runtime.observer = recorder
-    generator, past = torch.Generator().manual_seed(5), None
-    with torch.no_grad():
-        for _ in range(40):
-            token = torch.randint(1, 60, (1, 1), generator=generator)
-            past = model(token, past_key_values=past, use_cache=True).past_key_values
-            residency.wait_idle()
+    decode(model, 40, 5, residency.wait_idle)
     trace = recorder.trace()
     counters, reads = residency.counters, trace.extras["reads"]
     assert (int((reads[:, 3] == 1).sum()), int((reads[:, 3] == 0).sum())) == (counters.misses, counters.prefetched)
