@@ -54,8 +54,9 @@ cut to length; every engine is told the context that the workload needs. The che
   not. Its qwen2moe graph does not normalize routing weights, so smollm2-wide, which asks for that, is written for one that does
   (bailingmoe: the same function, see gguf_export).
 - All of this engine's cells have the same kernels (AMX, GFNI), those of one table often from different hours of one day, all from
-  before the policy was counted by the extension. It was cut at 28 to 60 s, llama.cpp at 45 to 110. It reads an expert at its first
-  use, also without a limit, where the first prompts of a cell are therefore slower (llama.cpp loads for 44 s before).
+  before the policy was counted by the extension but decode of `best` and `load-on-demand` at 5, 4 and 3 GiB of qwen-geometry, which
+  had more time and rest on several prompts. The engine was cut at 28 to 70 s, llama.cpp at 45 to 110. Ours reads an expert at
+  its first use, also without a limit, where the first prompts of a cell are therefore slower (llama.cpp loads for 44 s before).
 - `transformers + accelerate`: bf16, what does not fit offloaded to disk; its one cell was run beside other work, for a quarter of
   an hour. A peer without a row has not been run on that model.
 - Left out: kt-kernel 0.7.2 installs but is kernels only; its engine, sglang-kt, needs CUDA.
