@@ -16,24 +16,27 @@ from typing import Any
 
 from benchmarks.throttled import ThrottledSource, blobs_of
 from fate_moe.config import PRESETS, OffloadConfig, format_bytes
+from fate_moe.core import ExpertId
 from fate_moe.models import load
 from fate_moe.models.tracing import record_routing
 from fate_moe.store.learned import STATISTICS
+from fate_moe.store.open import Store
 from fate_moe.trace.recorded import recorded_run
 from fate_moe.trace.simulate import simulate
 
 COMPARED = ("ready_on_time", "bytes_per_token", "stall_seconds", "tokens_per_second")
 
 
-def compare(model: str | None, text: str, preset: str, gbps: float, cache: str, tokens: int, skip: int) -> dict[str, Any]:
-    """One run and its simulation: ``recorded`` and ``simulated`` of everything in COMPARED, stall in seconds a token."""
+def compare(
+    store: Store, blobs: dict[ExpertId, bytes], text: str, preset: str, gbps: float, cache: str, tokens: int, skip: int
+) -> dict[str, Any]:
+    """One run and its simulation: ``recorded`` and ``simulated`` of everything in COMPARED, stall in seconds over all tokens."""
     choice = {"policy": PRESETS["best"][0], "predictor": "none"} if preset == "none" else {"preset": preset}
     config = OffloadConfig.from_options({"expert_cache": cache, "context_length": max(1024, tokens), **choice})
-    store = load.prepare(load.store_for(model, config.precision)).store
     (store.path / STATISTICS).unlink(missing_ok=True)
-    source = ThrottledSource(blobs_of(store), gbps * 1e9)
+    source = ThrottledSource(blobs, gbps * 1e9)
     trace = record_routing(
-        model, [text], config, new_tokens=tokens, max_tokens=tokens, teacher=True, gate_inputs=preset != "none", source=source
+        store.path, [text], config, new_tokens=tokens, max_tokens=tokens, teacher=True, gate_inputs=preset != "none", source=source
     )
     recorded = recorded_run(trace, skip)
     row = simulate(trace, recorded.policy, recorded.predictor, recorded.capacity, recorded.link, skip=skip)
@@ -52,16 +55,22 @@ def main() -> None:
     parser.add_argument("--skip", type=int, default=200)
     arguments = parser.parse_args()
     text, rows = arguments.text.read_text("utf-8")[: 8 * arguments.tokens], []
+    store = load.prepare(load.store_for(arguments.model, OffloadConfig().precision)).store
+    blobs, learned = blobs_of(store), store.path / STATISTICS
+    before = learned.read_bytes() if learned.exists() else None
     print("| link | preset | resident | read per token | stall per token | tokens/s |  (recorded, simulated)")
     for gbps in arguments.gbps:
         for cache in arguments.expert_cache:
             for preset in arguments.preset:
-                row = compare(arguments.model, text, preset, gbps, cache, arguments.tokens, arguments.skip)
+                row = compare(store, blobs, text, preset, gbps, cache, arguments.tokens, arguments.skip)
                 rows.append(row)
                 read, speed = row["bytes_per_token"].values(), row["tokens_per_second"].values()
                 stalls = [1e3 * seconds / row["tokens"] for seconds in row["stall_seconds"].values()]
                 cells = (map(format_bytes, read), (f"{stall:.2f} ms" for stall in stalls), (f"{rate:.1f}" for rate in speed))
                 print(f"| {gbps:g} GB/s | `{preset}` | {cache} | {' | '.join(', '.join(cell) for cell in cells)} |", flush=True)
+    learned.unlink(missing_ok=True)
+    if before is not None:  # what the store had learned is its own
+        learned.write_bytes(before)
     print(json.dumps({"rows": rows}))
 
 
