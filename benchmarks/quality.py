@@ -41,7 +41,7 @@ from fate_moe.store.source import Checkpoint
 
 WIDTHS = (2, 1, 1)
 CALIBRATION_TOKENS = 9362  # codes are chosen on 8,192 of them; what views lose is measured on the last eighth
-# By name: precision, solver, group size, whether the text calibrates it. Models other than the embedded one get the first four.
+# By name: precision, solver, group size, whether the text calibrates it. Models other than the embedded one get the first five.
 STORES: dict[str, tuple[str, str, int, bool]] = {
     "lossless": ("lossless", "hqq", 64, False),
     "hqq-64": ("int4", "hqq", 64, False),
@@ -52,7 +52,7 @@ STORES: dict[str, tuple[str, str, int, bool]] = {
     "hqq-32": ("int4", "hqq", 32, False),
     "hqq-128": ("int4", "hqq", 128, False),
 }
-NUM_FOR_OTHERS = 4
+NUM_FOR_OTHERS = 5
 # Name, store, precision policy (by name as it chooses by what views lose, or one that does not), or the bits of a view for all.
 Line = tuple[str, str, str | PrecisionPolicy | int]
 LINES: dict[str, list[Line]] = {

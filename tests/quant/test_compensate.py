@@ -49,36 +49,78 @@ def test_it_is_its_twin(cols: int, group_size: int) -> None:
     weights, inputs, _ = drawn(6, cols, 0)
     moments = inputs.T @ inputs
     _, scale, zero = hqq(weights, 4, group_size)
-    got, expected = compensate(weights, scale, zero, 4, group_size, moments), twin(weights, scale, zero, 15, group_size, moments)
+    got, expected = compensate(weights, scale, zero, (4,), group_size, moments), twin(weights, scale, zero, 15, group_size, moments)
     # A decision at half a step may fall otherwise in fp32 and takes later ones of its row with it.
     assert (got == expected).all(1).sum() >= 5
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("bits", [4, 8])
-def test_outputs_are_nearer_on_inputs_not_seen(solver: str, bits: int) -> None:
+@pytest.mark.parametrize("widths", [(2, 1, 1), (8,)])
+def test_outputs_are_nearer_on_inputs_not_seen(solver: str, widths: tuple[int, ...]) -> None:
     weights, inputs, others = drawn(64, 256, 1)
-    codes, scale, zero = SOLVERS[solver](weights, bits, 64)
-    made = compensate(weights, scale, zero, bits, 64, inputs.T @ inputs)
+    codes, scale, zero = SOLVERS[solver](weights, sum(widths), 64)
+    made = compensate(weights, scale, zero, widths, 64, inputs.T @ inputs)
     errors = [
         ((restored(which, scale, zero, 64) - weights).float() @ others.T).norm() / (weights @ others.T).norm()
         for which in (codes, made)
     ]
     assert errors[1] < 0.7 * errors[0]
-    assert int(made.max()) < 2**bits
+    assert int(made.max()) < 2 ** sum(widths)
+
+
+def loss(codes: Tensor, weights: Tensor, scale: Tensor, zero: Tensor, moments: Tensor, view_weight: float) -> tuple[float, float]:
+    """What a descent makes smaller, in fp64, and the 3-bit view's part of it before its weight."""
+    damped = moments.double() + module.DAMPING * moments.double().diagonal().mean() * torch.eye(len(moments))
+    of_all, of_view = (
+        float((error @ damped * error).sum())
+        for error in (restored(values, scale, zero, 64) - weights for values in (codes.double(), codes // 2 * 2 + 0.5))
+    )
+    return of_all + view_weight * of_view, of_view
+
+
+def test_descents_never_lose_and_hear_the_shorter_view(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, inputs, _ = drawn(32, 256, 5)
+    moments = inputs.T @ inputs
+    _, scale, zero = hqq(weights, 4, 64)
+    for view_weight in (0.0, 0.03, 1.0):
+        monkeypatch.setattr(module, "VIEW_WEIGHT", view_weight)
+        found = []
+        for count in range(4):
+            monkeypatch.setattr(module, "DESCENTS", count)
+            found.append(loss(compensate(weights, scale, zero, (2, 1, 1), 64, moments), weights, scale, zero, moments, view_weight))
+        together = [both for both, _ in found]
+        assert together[1] < 0.999 * together[0]
+        assert all(after <= before * 1.000001 for before, after in zip(together, together[1:], strict=False))
+        assert view_weight == 0 or found[-1][1] < 0.97 * found[0][1]
+
+
+def test_a_descent_takes_the_best_of_all_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One channel at a time: no other code of it makes what the descents make smaller any smaller."""
+    weights, inputs, _ = drawn(3, 64, 6)
+    moments = inputs.T @ inputs
+    _, scale, zero = hqq(weights, 4, 64)
+    monkeypatch.setattr(module, "DESCENTS", 30)  # until nothing changes
+    made = compensate(weights, scale, zero, (2, 1, 1), 64, moments)
+    least = loss(made, weights, scale, zero, moments, module.VIEW_WEIGHT)[0]
+    for row in range(3):
+        for channel in range(64):
+            for code in range(16):
+                other = made.clone()
+                other[row, channel] = code
+                assert loss(other, weights, scale, zero, moments, module.VIEW_WEIGHT)[0] >= least * (1 - 1e-6)
 
 
 def test_moments_of_nothing_and_of_unrelated_channels_leave_the_nearest_codes() -> None:
     weights = torch.randn(8, 96, generator=torch.Generator().manual_seed(2))
     codes, scale, zero = minmax(weights, 4, 64)
     for moments in (torch.zeros(96, 96), torch.eye(96), torch.diag(torch.rand(96, generator=torch.Generator().manual_seed(3)))):
-        assert (compensate(weights, scale, zero, 4, 64, moments) == codes).float().mean() > 0.999  # ties aside
+        assert (compensate(weights, scale, zero, (4,), 64, moments) == codes).float().mean() > 0.999  # ties aside
 
 
 def test_fewer_inputs_than_channels_and_constant_groups() -> None:
     weights, inputs, _ = drawn(4, 128, 4)
     weights[:, :64] = 0.25
     _, scale, zero = minmax(weights, 4, 64)
-    made = restored(compensate(weights, scale, zero, 4, 64, inputs[:3].T @ inputs[:3]), scale, zero, 64)
+    made = restored(compensate(weights, scale, zero, (2, 1, 1), 64, inputs[:3].T @ inputs[:3]), scale, zero, 64)
     assert made.isfinite().all()
     assert torch.equal(made[:, :64], torch.full((4, 64), 0.25, dtype=torch.float64))

@@ -75,7 +75,7 @@ def encode(
 def _solve(layout: BlobLayout, weights: Tensor, solver: Solver, moments: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     bits, size = sum(layout.plane_widths), layout.group_size
     codes, scale, zero = solver(weights, bits, size, None if moments is None else moments.diagonal())
-    return codes if moments is None else compensate(weights, scale, zero, bits, size, moments), scale, zero
+    return codes if moments is None else compensate(weights, scale, zero, layout.plane_widths, size, moments), scale, zero
 
 
 def views(layout: BlobLayout, buffer: Tensor) -> dict[str, Tensor]:
