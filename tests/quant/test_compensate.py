@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -90,7 +92,7 @@ def test_descents_never_lose_and_hear_the_shorter_view(monkeypatch: pytest.Monke
             found.append(loss(compensate(weights, scale, zero, (2, 1, 1), 64, moments), weights, scale, zero, moments, view_weight))
         together = [both for both, _ in found]
         assert together[1] < 0.999 * together[0]
-        assert all(after <= before * 1.000001 for before, after in zip(together, together[1:], strict=False))
+        assert all(after <= before * 1.000001 for before, after in pairwise(together))
         assert view_weight == 0 or found[-1][1] < 0.97 * found[0][1]
 
 

@@ -87,8 +87,8 @@ def _round_in_turn(wanted: Tensor, grid: _Grid, moments: Tensor) -> Tensor:
 
 
 def _descend(codes: Tensor, wanted: Tensor, grid: _Grid, moments: Tensor, width: int) -> None:
-    """Choose ``codes`` [C, R] again, channel by channel, for the errors of all bits and of the view that reads ``width`` codes as the
-    middle of their bin."""
+    """Choose ``codes`` [C, R] again, channel by channel, for the errors of all bits and of the view that takes each ``width`` codes
+    for the middle of their bin."""
     views = torch.stack((codes, _middle(codes, width)), 1)  # [C, 2, R]
     # How the error would fall with each channel's weight, in its own power: a channel's best weight is its own plus this.
     pull = (wanted[:, None] - (views * grid.step[:, None] - grid.shift[:, None])).flatten(1)
