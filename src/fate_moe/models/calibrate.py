@@ -85,10 +85,11 @@ def calibrate(
             advance(span.end - span.scored)
     found.fed = [Fed(*map(torch.cat, zip(*of_layer, strict=True))) for of_layer in observer.fed]
     found.residual = observer.residual
+    names = [stack.name for stack in prepared.stacks]
+    del model, observer, prepared
+    gc.collect()  # a model refers to itself
     bare = build_skeleton(path)  # experts that hold on to nothing else
-    del model, observer
-    gc.collect()
-    found._experts = [bare.get_submodule(stack.name) for stack in prepared.stacks]
+    found._experts = [bare.get_submodule(name) for name in names]
     return found
 
 
