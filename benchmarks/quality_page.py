@@ -63,12 +63,14 @@ def _table(head: list[str], rows: Iterator[list[str]]) -> str:
 
 
 def _lines(lines: list[dict[str, Any]]) -> str:
-    """Policies and views against all bits of the same store: of the calibrated one where their names begin so."""
+    """Policies and views against all bits of the same store: of a calibrated one where their names begin so."""
     of = {line["name"]: line for line in lines}
 
     def rows() -> Iterator[list[str]]:
         for line in lines:
-            whole = "INT4, calibrated" if line["name"].startswith("calibrated") else "INT4"
+            small = line["name"].startswith("calibrated, groups of 32")
+            calibrated = "INT4, calibrated, groups of 32" if small else "INT4, calibrated"
+            whole = calibrated if line["name"].startswith("calibrated") else "INT4"
             against = [f"{line['perplexity'] / of[base]['perplexity'] - 1:+.1%}" for base in ("lossless", whole)]
             size = line["bytes_per_token"]
             fewer = f"{size / of[whole]['bytes_per_token'] - 1:+.0%}"
