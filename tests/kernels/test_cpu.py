@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fate_moe.config import GROUP_SIZES
 from fate_moe.core import BlobLayout
 from fate_moe.kernels.cpu import SlotExperts
 from fate_moe.kernels.gates import find_gate
@@ -36,14 +37,14 @@ def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
     native.choose(SETS[0])
 
 
-def a_blob(kind: str, rows: int, cols: int, seed: int) -> tuple[BlobLayout, torch.Tensor, dict[str, torch.Tensor]]:
+def a_blob(kind: str, rows: int, cols: int, seed: int, group: int = 64) -> tuple[BlobLayout, torch.Tensor, dict[str, torch.Tensor]]:
     """A matrix W [rows, cols] with a bias, encoded, in a buffer that ends where the blob's last part does (for the sanitizers)."""
     generator = torch.Generator().manual_seed(seed)
     shapes: dict[str, tuple[int, ...]] = {"W": (rows, cols), "W_bias": (rows,)}
     if kind == "bf16":
         layout = blob_layout("lossless", shapes, "BF16")
     else:
-        layout = blob_layout("int4", shapes, "F32", plane_widths=WIDTHS[kind])
+        layout = blob_layout("int4", shapes, "F32", group, WIDTHS[kind])
     tensors = {"W": torch.randn(rows, cols, generator=generator), "W_bias": torch.randn(rows, generator=generator)}
     whole = torch.frombuffer(encode(layout, tensors), dtype=torch.uint8)
     parts = views(layout, whole)
@@ -58,9 +59,9 @@ def native_linear(layout: BlobLayout, blob: torch.Tensor, shape: tuple[int, int]
     return out
 
 
-def check_linear(kind: str, rows: int, cols: int, tokens: int, planes: int, exact: bool, seed: int) -> None:
+def check_linear(kind: str, rows: int, cols: int, tokens: int, planes: int, exact: bool, seed: int, group: int = 64) -> None:
     """Error against float64 at most twice the twin's own, and a rounding of the terms' magnitudes where the twin was lucky."""
-    layout, blob, parts = a_blob(kind, rows, cols, seed)
+    layout, blob, parts = a_blob(kind, rows, cols, seed, group)
     x = torch.randn(tokens, cols, generator=torch.Generator().manual_seed(seed + 1))
     bias = parts["W_bias"].float()
     got = native_linear(layout, blob, (rows, cols), x, planes, exact)
@@ -69,11 +70,11 @@ def check_linear(kind: str, rows: int, cols: int, tokens: int, planes: int, exac
         twin, terms = x @ weights.T + bias, weights.abs()
     else:
         quantized = [parts[f"W.plane{i}"] for i in range(len(WIDTHS[kind]))], parts["W.scale"], parts["W.zero"]
-        shared = {"group_size": 64, "widths": WIDTHS[kind], "num_planes": planes if kind == "int4" else None}
+        shared = {"group_size": group, "widths": WIDTHS[kind], "num_planes": planes if kind == "int4" else None}
         weights = dequantize(*quantized, cols=cols, **shared)
         planes_of, scale_of, zero_of = quantized
         terms = dequantize(planes_of, scale_of, -zero_of.abs(), cols=cols, **shared)  # scale * q and zero nearly cancel
-        codes, scale = quantize_activations(x, 64)
+        codes, scale = quantize_activations(x, group)
         seen = x.double() if exact else (codes.double() * scale.double().unsqueeze(2)).flatten(1)[:, :cols]
         twin = linear_quantized(x, *quantized, **shared, exact=exact) + bias
     true = seen @ weights.double().T + bias.double()
@@ -82,19 +83,20 @@ def check_linear(kind: str, rows: int, cols: int, tokens: int, planes: int, exac
     assert (error <= allowed).all(), f"{error.max()} where the twin has {(twin - true).abs().max()}"
 
 
-@pytest.mark.parametrize("kind", ["int4", "int8", "bf16"])
+@pytest.mark.parametrize(("kind", "group"), [*itertools.product(["int4", "int8"], GROUP_SIZES), ("bf16", 64)])
 @pytest.mark.parametrize("exact", [False, True])
-def test_odd_shapes_and_unaligned_heads(instructions: str, kind: str, exact: bool) -> None:
-    """1 to 9 groups with whole and cut last ones, odd rows, 1 to 9 tokens, every view."""
-    for cols, tokens in zip((1, 63, 64, 65, 130, 192, 250, 256, 320, 530), itertools.cycle(range(1, 10)), strict=False):
+def test_odd_shapes_and_unaligned_heads(instructions: str, kind: str, group: int, exact: bool) -> None:
+    """1 to 17 groups with whole and cut last ones, even and odd, odd rows, 1 to 9 tokens, every view."""
+    for cols, tokens in zip((1, 31, 63, 64, 65, 96, 130, 192, 250, 256, 320, 530), itertools.cycle(range(1, 10)), strict=False):
         for planes in (3, 2, 1) if kind == "int4" else (3,):
-            check_linear(kind, 7, cols, tokens, planes, exact, cols)
+            check_linear(kind, 7, cols, tokens, planes, exact, cols, group)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     st.sampled_from(SETS),
     st.sampled_from(["int4", "int8", "bf16"]),
+    st.sampled_from(GROUP_SIZES),
     st.integers(1, 40),
     st.integers(1, 700),
     st.integers(1, 9),
@@ -102,16 +104,19 @@ def test_odd_shapes_and_unaligned_heads(instructions: str, kind: str, exact: boo
     st.booleans(),
     st.integers(0, 10**6),
 )
-def test_any_shape(name: str, kind: str, rows: int, cols: int, tokens: int, planes: int, exact: bool, seed: int) -> None:
+def test_any_shape(
+    name: str, kind: str, group: int, rows: int, cols: int, tokens: int, planes: int, exact: bool, seed: int
+) -> None:
     native.choose(name)
     try:
-        check_linear(kind, rows, cols, tokens, planes, exact, seed)
+        check_linear(kind, rows, cols, tokens, planes, exact, seed, group)
     finally:
         native.choose(SETS[0])
 
 
-def test_a_tokens_result_does_not_depend_on_its_company(instructions: str) -> None:
-    layout, blob, _ = a_blob("int4", 33, 1408, 0)
+@pytest.mark.parametrize("group", GROUP_SIZES)
+def test_a_tokens_result_does_not_depend_on_its_company(instructions: str, group: int) -> None:
+    layout, blob, _ = a_blob("int4", 33, 1408, 0, group)
     x = torch.randn(8, 1408, generator=torch.Generator().manual_seed(1))
     together = native_linear(layout, blob, (33, 1408), x, 3, False)
     for token in range(8):
@@ -119,8 +124,9 @@ def test_a_tokens_result_does_not_depend_on_its_company(instructions: str) -> No
         assert torch.equal(alone[0], together[token])
 
 
-def test_infinity_and_nan_show(instructions: str) -> None:
-    layout, blob, _ = a_blob("int4", 4, 128, 0)
+@pytest.mark.parametrize("group", GROUP_SIZES)
+def test_infinity_and_nan_show(instructions: str, group: int) -> None:
+    layout, blob, _ = a_blob("int4", 4, 128, 0, group)
     for value in (math.inf, math.nan):
         x = torch.ones(2, 128)
         x[1, 70] = value
@@ -130,11 +136,12 @@ def test_infinity_and_nan_show(instructions: str) -> None:
 
 
 @pytest.mark.parametrize(("kind", "planes"), [("int4", 3), ("int4", 2), ("int4", 1), ("int8", 1)])
-def test_written_out_numbers_are_the_twins(instructions: str, kind: str, planes: int) -> None:
-    for cols in (1, 64, 250, 256, 600):
-        layout, blob, parts = a_blob(kind, 5, cols, cols)
+@pytest.mark.parametrize("group", GROUP_SIZES)
+def test_written_out_numbers_are_the_twins(instructions: str, kind: str, planes: int, group: int) -> None:
+    for cols in (1, 64, 250, 256, 600, 1056):
+        layout, blob, parts = a_blob(kind, 5, cols, cols, group)
         stored = [parts[f"W.plane{i}"] for i in range(len(WIDTHS[kind]))]
-        shared = {"group_size": 64, "widths": WIDTHS[kind], "num_planes": planes}
+        shared = {"group_size": group, "widths": WIDTHS[kind], "num_planes": planes}
         want = dequantize(stored, parts["W.scale"], parts["W.zero"], cols=cols, **shared)
         for dtype in (torch.float32, torch.bfloat16):
             got = torch.empty(5, cols, dtype=dtype)
@@ -192,7 +199,7 @@ def mlp_twin(module: Any, layout: BlobLayout, parts: Any, weights: Any, x: torch
             return x @ weights[name].T + bias
         planes = [parts[f"{name}.plane{i}"] for i in range(len(layout.plane_widths))]
         scales = parts[f"{name}.scale"], parts[f"{name}.zero"]
-        how = {"group_size": 64, "widths": layout.plane_widths, "num_planes": num_planes, "exact": True}
+        how = {"group_size": layout.group_size, "widths": layout.plane_widths, "num_planes": num_planes, "exact": True}
         return linear_quantized(x, planes, *scales, **how) + bias
 
     if module.has_gate:
@@ -219,8 +226,8 @@ def both_ways(
 
 @pytest.mark.parametrize("kind", ["int4", "int8", "bf16"])
 @pytest.mark.parametrize("family", ["silu", "gpt_oss", "plain_relu2"])
-@pytest.mark.parametrize("tokens", [1, 3, 20])
-def test_fused_experts(kind: str, family: str, tokens: int) -> None:
+@pytest.mark.parametrize(("tokens", "group"), [(1, 64), (3, 64), (20, 64), (1, 32), (3, 128), (20, 32)])
+def test_fused_experts(kind: str, family: str, tokens: int, group: int) -> None:
     """All experts in one call or one by one, at any number of planes: the same bits, and near the twin in fp32."""
     module, hidden, inner, top_k = FAMILIES[family], 130, 70, 2
     generator = torch.Generator().manual_seed(tokens)
@@ -231,7 +238,7 @@ def test_fused_experts(kind: str, family: str, tokens: int) -> None:
         "down_proj": (hidden, inner),
         "down_proj_bias": (hidden,),
     }
-    layout = blob_layout("lossless", shapes, "BF16") if kind == "bf16" else blob_layout("int4", shapes, "F32", 64, WIDTHS[kind])
+    layout = blob_layout("lossless", shapes, "BF16") if kind == "bf16" else blob_layout("int4", shapes, "F32", group, WIDTHS[kind])
     memory = bytearray()
     for _ in range(4):
         memory += encode(layout, {name: torch.randn(shape, generator=generator) / 8 for name, shape in shapes.items()})
@@ -267,6 +274,6 @@ def test_combine_is_a_weighted_sum_in_order() -> None:
 def test_a_matrix_without_a_kernel_says_why() -> None:
     shapes: dict[str, tuple[int, ...]] = {"W": (4, 64)}
     assert "F16" in matrix_place(blob_layout("lossless", shapes, "F16"), "W", (4, 64))
-    assert "groups of 32" in matrix_place(blob_layout("int4", shapes, "F32", 32), "W", (4, 64))
+    assert "groups of 16" in matrix_place(blob_layout("int4", shapes, "F32", 16), "W", (4, 64))
     assert not isinstance(matrix_place(blob_layout("lossless", shapes, "BF16"), "W", (4, 64)), str)
     assert BF16 == 16

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import linear
 
+from fate_moe.config import GROUP_SIZES
 from fate_moe.kernels.cpu import SlotExperts
 from fate_moe.kernels.native import DTYPES, matrix_place, native
 from fate_moe.kernels.reference import dequantize, expert_mlp, expert_weights
@@ -19,12 +20,12 @@ if native is None or not native.has_tiles():
     pytest.skip("this processor has no matrix tiles", allow_module_level=True)
 
 
-def check_linear(kind: str, rows: int, cols: int, tokens: int, planes: int, seed: int) -> None:
+def check_linear(kind: str, rows: int, cols: int, tokens: int, planes: int, seed: int, group: int) -> None:
     """Error against float64 at most twice that of torch's bf16 GEMM with the same weights, in fp32 at most twice fp32's."""
-    layout, blob, parts = a_blob(kind, rows, cols, seed)
+    layout, blob, parts = a_blob(kind, rows, cols, seed, group)
     x = torch.randn(tokens, cols, generator=torch.Generator().manual_seed(seed)).bfloat16()
     stored = [parts[f"W.plane{i}"] for i in range(len(WIDTHS[kind]))]
-    shared = {"cols": cols, "group_size": 64, "widths": WIDTHS[kind], "num_planes": planes if kind == "int4" else None}
+    shared = {"cols": cols, "group_size": group, "widths": WIDTHS[kind], "num_planes": planes if kind == "int4" else None}
     weights = dequantize(stored, parts["W.scale"], parts["W.zero"], **shared).bfloat16()
     bias = parts["W_bias"].float()
     true = linear(x.double(), weights.double(), bias.double())
@@ -38,11 +39,12 @@ def check_linear(kind: str, rows: int, cols: int, tokens: int, planes: int, seed
         assert ((got - true).abs() <= allowed).all()
 
 
+@pytest.mark.parametrize("group", GROUP_SIZES)
 @pytest.mark.parametrize(("kind", "planes"), [("int4", 3), ("int4", 2), ("int4", 1), ("int8", 3)])
-def test_odd_shapes(kind: str, planes: int) -> None:
+def test_odd_shapes(kind: str, planes: int, group: int) -> None:
     """Cut groups, blocks and tiles; one to seventeen tiles of tokens, in one pass or two."""
     for rows, cols, tokens in ((1, 1, 9), (15, 63, 16), (16, 64, 17), (31, 130, 40), (33, 250, 64), (48, 256, 65), (70, 530, 272)):
-        check_linear(kind, rows, cols, tokens, planes, rows)
+        check_linear(kind, rows, cols, tokens, planes, rows, group)
 
 
 @settings(max_examples=30, deadline=None)
@@ -53,13 +55,15 @@ def test_odd_shapes(kind: str, planes: int) -> None:
     st.integers(1, 90),
     st.integers(1, 3),
     st.integers(0, 10**6),
+    st.sampled_from(GROUP_SIZES),
 )
-def test_any_shape(kind: str, rows: int, cols: int, tokens: int, planes: int, seed: int) -> None:
-    check_linear(kind, rows, cols, tokens, planes, seed)
+def test_any_shape(kind: str, rows: int, cols: int, tokens: int, planes: int, seed: int, group: int) -> None:
+    check_linear(kind, rows, cols, tokens, planes, seed, group)
 
 
-def test_a_tokens_result_does_not_depend_on_its_company() -> None:
-    layout, blob, _ = a_blob("int4", 70, 1408, 0)
+@pytest.mark.parametrize("group", GROUP_SIZES)
+def test_a_tokens_result_does_not_depend_on_its_company(group: int) -> None:
+    layout, blob, _ = a_blob("int4", 70, 1408, 0, group)
     place = matrix_place(layout, "W", (70, 1408), "W_bias")
     x = torch.randn(300, 1408, generator=torch.Generator().manual_seed(1)).bfloat16()
 
@@ -75,8 +79,8 @@ def test_a_tokens_result_does_not_depend_on_its_company() -> None:
 
 @pytest.mark.parametrize("kind", ["int4", "int8"])
 @pytest.mark.parametrize("family", ["silu", "gpt_oss", "plain_relu2"])
-@pytest.mark.parametrize("tokens", [40, 600])
-def test_experts(kind: str, family: str, tokens: int) -> None:
+@pytest.mark.parametrize(("tokens", "group"), [(40, 64), (600, 64), (40, 32), (40, 128)])
+def test_experts(kind: str, family: str, tokens: int, group: int) -> None:
     """Together or one by one, at any number of planes: the same bits, and as near the truth as torch in bf16."""
     module, hidden, inner, top_k = FAMILIES[family], 130, 70, 2
     generator = torch.Generator().manual_seed(tokens)
@@ -87,7 +91,7 @@ def test_experts(kind: str, family: str, tokens: int) -> None:
         "down_proj": (hidden, inner),
         "down_proj_bias": (hidden,),
     }
-    layout = blob_layout("int4", shapes, "BF16", 64, WIDTHS[kind])
+    layout = blob_layout("int4", shapes, "BF16", group, WIDTHS[kind])
     memory = bytearray()
     for _ in range(4):
         memory += encode(layout, {name: (torch.randn(shape, generator=generator) / 8).bfloat16() for name, shape in shapes.items()})

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fate_moe.config import GROUP_SIZES
 from fate_moe.core import BlobLayout
 
 try:
@@ -20,7 +21,6 @@ except ImportError as error:
 __all__ = [
     "BF16",
     "DTYPES",
-    "GROUP_SIZE",
     "INT8",
     "PLANES",
     "WIDTHS",
@@ -35,7 +35,6 @@ __all__ = [
 PLANES, INT8, BF16 = 3, 8, 16
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _DTYPE_NAMES = {"F32": 0, "BF16": 1, "F16": 2}
-GROUP_SIZE = 64
 WIDTHS = {(2, 1, 1): PLANES, (8,): INT8}
 _LANES = 64  # columns that the product of bf16 takes at a time
 # Best first, and what a processor needs for each (csrc/*.cpp: *_ops).
@@ -115,9 +114,8 @@ def matrix_place(layout: BlobLayout, name: str, shape: tuple[int, ...], bias: st
             return f"{name} is {parts[name].dtype}; of unquantized weights only bf16 has a kernel"
         return native.Place.make(BF16, rows, cols, [parts[name].offset], 0, 0, bias_at, bias_dtype)
     kind = WIDTHS.get(layout.plane_widths)
-    if kind is None or layout.group_size != GROUP_SIZE:
+    if kind is None or layout.group_size not in GROUP_SIZES:
         return f"planes of {layout.plane_widths} bits in groups of {layout.group_size} have no kernel"
     planes = [parts[f"{name}.plane{i}"].offset for i in range(len(layout.plane_widths))]
-    return native.Place.make(
-        kind, rows, cols, planes, parts[f"{name}.scale"].offset, parts[f"{name}.zero"].offset, bias_at, bias_dtype
-    )
+    scale, zero = parts[f"{name}.scale"].offset, parts[f"{name}.zero"].offset
+    return native.Place.make(kind, rows, cols, planes, scale, zero, bias_at, bias_dtype, layout.group_size)

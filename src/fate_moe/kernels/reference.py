@@ -64,7 +64,7 @@ def linear_quantized(
 ) -> torch.Tensor:
     """``x`` fp32 [T, C] times a quantized matrix [R, C] (see ``dequantize``): fp32 [T, R].
 
-    x is rounded to int8 first unless ``exact`` (then xq = x and sx = 1). Scales are applied to each group's sums, not to weights:
+    x is rounded to int8 first, in the weights' groups, unless ``exact`` (then xq = x and sx = 1). Scales are applied to each group's sums, not to weights:
     y = sum over groups of (scale * sx) * (q . xq) + (scale * middle - zero) * (sx * sum(xq)).
     """
     used = len(widths) if num_planes is None else num_planes
@@ -75,7 +75,7 @@ def linear_quantized(
         sx = torch.ones(len(x), groups)
     else:
         q, sx = quantize_activations(x, group_size)
-    products = torch.einsum("rgk,tgk->trg", codes, q)  # of integers: at most 64 * 255 * 127, exact in fp32
+    products = torch.einsum("rgk,tgk->trg", codes, q)  # of integers: at most 128 * 255 * 127, exact in fp32
     middle = (2 ** sum(widths[used:]) - 1) / 2
     offset = scale.float() * middle - zero.float()
     y: torch.Tensor = (scale.float() * sx.unsqueeze(1) * products).sum(2) + (sx * q.sum(2)) @ offset.T

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from fate_moe.config import GROUP_SIZES
 from fate_moe.core import BlobLayout
-from fate_moe.kernels.native import DTYPES, GROUP_SIZE, PLANES, WIDTHS, matrix_place, native
+from fate_moe.kernels.native import DTYPES, PLANES, WIDTHS, matrix_place, native
 from fate_moe.kernels.reference import dequantize
 from fate_moe.quant.blob import views
 from fate_moe.store.rows import StoredRows
@@ -26,12 +27,12 @@ def _numbers(parts: dict[str, torch.Tensor], layout: BlobLayout, cols: int, dtyp
     """Rows of a blob's parts as numbers [n, cols]."""
     planes = [parts[f"weight.plane{i}"] for i in range(len(layout.plane_widths))]
     scale, zero = parts["weight.scale"], parts["weight.zero"]
-    kind = WIDTHS.get(layout.plane_widths) if layout.group_size == GROUP_SIZE and scale.device.type == "cpu" else None
+    kind = WIDTHS.get(layout.plane_widths) if layout.group_size in GROUP_SIZES and scale.device.type == "cpu" else None
     if native is not None and kind is not None and dtype in (torch.float32, torch.bfloat16):
         at, places = planes[0].data_ptr(), [part.data_ptr() for part in (*planes, scale, zero)]
         offsets = [place - at for place in places]
         out = torch.empty(len(scale), cols, dtype=dtype)
-        place = native.Place.make(kind, len(scale), cols, offsets[:-2], *offsets[-2:], -1, 0)
+        place = native.Place.make(kind, len(scale), cols, offsets[:-2], *offsets[-2:], -1, 0, layout.group_size)
         native.expand(place, at, PLANES, out.data_ptr(), DTYPES[dtype], torch.get_num_threads())
         return out
     return dequantize(planes, scale, zero, cols=cols, group_size=layout.group_size, widths=layout.plane_widths).to(dtype)
@@ -103,8 +104,9 @@ class QuantizedLinear(nn.Module):
             offsets = {part.name: part.offset + first * self._parts[part.name][0].nbytes for part in self._layout.parts}
             planes = [offsets[f"weight.plane{i}"] for i in range(len(self._layout.plane_widths))]
             kind = PLANES if len(planes) == PLANES else 8
-            scale, zero = offsets["weight.scale"], offsets["weight.zero"]
-            tiles.append((native.Place.make(kind, count, self.in_features, planes, scale, zero, -1, 0), count))
+            where = planes, offsets["weight.scale"], offsets["weight.zero"]
+            place = native.Place.make(kind, count, self.in_features, *where, -1, 0, self._layout.group_size)
+            tiles.append((place, count))
         return tiles
 
 

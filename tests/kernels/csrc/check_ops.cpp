@@ -78,12 +78,12 @@ struct Example {
   Guarded<uint16_t> scale, zero, bias;
   Matrix m;
 
-  Example(Kind kind, int64_t rows, int64_t cols) : m{kind, rows, cols, groups_of(cols), {}, nullptr, nullptr, nullptr, Dtype::kF16} {
-    static constexpr int64_t widths[] = {16, 8, 8};
+  Example(Kind kind, int64_t rows, int64_t cols, int64_t group)
+      : m{kind, rows, cols, group, groups_of(cols, group), {}, nullptr, nullptr, nullptr, Dtype::kF16} {
     const int64_t groups = rows * m.groups;
     const int num_planes = kind == Kind::kInt8 || kind == Kind::kBf16 ? 1 : int(kind);
     for (int i = 0; i < num_planes; ++i) {
-      const int64_t bytes = kind == Kind::kBf16 ? rows * cols * 2 : groups * (kind == Kind::kInt8 ? 64 : widths[i]);
+      const int64_t bytes = kind == Kind::kBf16 ? rows * cols * 2 : groups * group / (kind == Kind::kInt8 ? 1 : i ? 8 : 4);
       planes[i] = Guarded<uint8_t>(bytes);
       for (int64_t j = 0; j < bytes; ++j) planes[i][j] = uint8_t(generator());
       m.planes[i] = planes[i].get();
@@ -113,14 +113,14 @@ struct Example {
       std::memcpy(&bits, planes[0].get() + 2 * (row * m.cols + col), 2);
       return {of_bf16(bits), std::fabs(of_bf16(bits))};
     }
-    const int64_t group = row * m.groups + col / 64, e = col % 64;
+    const int64_t group = row * m.groups + col / m.group, e = col % m.group, quarter = m.group / 4;
     double code = 0;
     if (m.kind == Kind::kInt8) {
-      code = m.planes[0][group * 64 + e];
+      code = m.planes[0][group * m.group + e];
     } else {
-      code = 4 * (m.planes[0][group * 16 + e % 16] >> (2 * (e / 16)) & 3);
-      if (m.kind != Kind::kPlanes1) code += 2 * (m.planes[1][group * 8 + e / 8] >> (e % 8) & 1);
-      if (m.kind == Kind::kPlanes3) code += m.planes[2][group * 8 + e / 8] >> (e % 8) & 1;
+      code = 4 * (m.planes[0][group * quarter + e % quarter] >> (2 * (e / quarter)) & 3);
+      if (m.kind != Kind::kPlanes1) code += 2 * (m.planes[1][group * quarter / 2 + e / 8] >> (e % 8) & 1);
+      if (m.kind == Kind::kPlanes3) code += m.planes[2][group * quarter / 2 + e / 8] >> (e % 8) & 1;
       code += m.kind == Kind::kPlanes1 ? 1.5 : m.kind == Kind::kPlanes2 ? 0.5 : 0;
     }
     const double scaled = code * of_half(m.scale[group]), zero = of_half(m.zero[group]);
@@ -138,7 +138,7 @@ Products product_of(const Ops& ops, const Example& of, const std::vector<float>&
   const Matrix& m = of.m;
   const bool integers = !exact && m.kind != Kind::kBf16;
   Inputs inputs;
-  inputs.resize(tokens, m.cols);
+  inputs.resize(tokens, m.cols, m.group);
   Products made{std::vector<float>(size_t(tokens * m.rows)), {}, {}};
   std::vector<Token> seen;
   for (int64_t t = 0; t < tokens; ++t) {
@@ -147,15 +147,15 @@ Products product_of(const Ops& ops, const Example& of, const std::vector<float>&
     seen.push_back(inputs.token(t, integers, made.out.data() + t * m.rows));
   }
   ops.product(m, seen.data(), tokens, 0, m.rows);
-  std::vector<int8_t> q(size_t(m.groups * 64));
+  std::vector<int8_t> q(size_t(m.groups * m.group));
   std::vector<float> scale(size_t(m.groups)), sum(size_t(m.groups));
   for (int64_t t = 0; t < tokens; ++t) {
-    portable_ops()->quantize(inputs.x(t), m.groups, false, q.data(), scale.data(), sum.data());
+    portable_ops()->quantize(inputs.x(t), m.groups, m.group, false, q.data(), scale.data(), sum.data());
     for (int64_t row = 0; row < m.rows; ++row) {
       const double bias = of_half(of.bias[row]);
       double want = bias, terms = std::fabs(bias);
       for (int64_t i = 0; i < m.cols; ++i) {
-        const double value = integers ? double(q[size_t(i)]) * scale[size_t(i / 64)] : x[size_t(t * m.cols + i)];
+        const double value = integers ? double(q[size_t(i)]) * scale[size_t(i / m.group)] : x[size_t(t * m.cols + i)];
         const auto [weight, magnitude] = of.weight(row, i);
         want += value * weight, terms += std::fabs(value) * magnitude;
       }
@@ -172,15 +172,16 @@ std::vector<float> numbers(int64_t count, float size = 1) {
   return values;
 }
 
-void check_products(const Ops& ops, Kind kind) {
+void check_products(const Ops& ops, Kind kind, int64_t group) {
   int64_t tokens = 0;
-  for (const int64_t cols : {1, 15, 63, 64, 65, 130, 192, 250, 256, 320, 530, 1408}) {
+  for (const int64_t cols : {1, 15, 63, 64, 65, 96, 130, 192, 250, 256, 320, 530, 1408}) {
     tokens = tokens % 9 + 1;
-    const Example example(kind, 7, cols);
+    const Example example(kind, 7, cols, group);
     const std::vector<float> x = numbers(tokens * cols);
+    const std::string matrix =
+        " kind " + std::to_string(int(kind)) + ", groups of " + std::to_string(group) + ", " + std::to_string(cols) + " columns";
     for (const bool exact : {false, true}) {
-      const std::string what = "product of kind " + std::to_string(int(kind)) + ", " + std::to_string(cols) + " columns, " +
-                               std::to_string(tokens) + " tokens" + (exact ? ", exact" : "");
+      const std::string what = "product of" + matrix + ", " + std::to_string(tokens) + " tokens" + (exact ? ", exact" : "");
       const Products plain = product_of(*portable_ops(), example, x, tokens, exact), made = product_of(ops, example, x, tokens, exact);
       double most = 0;
       for (const double error : plain.error) most = std::max(most, error);
@@ -196,7 +197,7 @@ void check_products(const Ops& ops, Kind kind) {
       std::vector<char> want(size_t(7 * cols * size_of(dtype))), got(want.size());
       portable_ops()->expand(example.m, 0, 7, want.data(), dtype);
       ops.expand(example.m, 0, 7, got.data(), dtype);
-      check(want == got, ops.name, "expand of kind " + std::to_string(int(kind)) + ", " + std::to_string(cols) + " columns");
+      check(want == got, ops.name, "expand of" + matrix);
     }
     for (const float strange : {std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN()}) {
       std::vector<float> y = numbers(cols);
@@ -211,18 +212,19 @@ void check_loops(const Ops& ops) {
   const auto same = [&](const void* a, const void* b, int64_t bytes, const char* what) {
     check(!std::memcmp(a, b, size_t(bytes)), ops.name, what);
   };
-  for (const float size : {1e-38f, 1e-3f, 1.0f, 1e30f}) {
-    const std::vector<float> x = numbers(17 * 64, size);
-    std::vector<int8_t> q[2];
-    std::vector<float> made[2];
-    for (int i = 0; i < 2; ++i) {
-      q[i].resize(17 * 64), made[i].resize(3 * 17);
-      (i ? ops : plain).quantize(x.data(), 17, false, q[i].data(), made[i].data(), made[i].data() + 17);
-      (i ? ops : plain).sum_groups(x.data(), 17, made[i].data() + 34);
+  for (const float size : {1e-38f, 1e-3f, 1.0f, 1e30f})
+    for (const int64_t group : {32, 64, 128}) {
+      const std::vector<float> x = numbers(17 * group, size);
+      std::vector<int8_t> q[2];
+      std::vector<float> made[2];
+      for (int i = 0; i < 2; ++i) {
+        q[i].resize(size_t(17 * group)), made[i].resize(3 * 17);
+        (i ? ops : plain).quantize(x.data(), 17, group, false, q[i].data(), made[i].data(), made[i].data() + 17);
+        (i ? ops : plain).sum_groups(x.data(), 17, group, made[i].data() + 34);
+      }
+      same(q[0].data(), q[1].data(), 17 * group, "quantize");
+      same(made[0].data(), made[1].data(), 3 * 17 * 4, "quantize's scales and sums");
     }
-    same(q[0].data(), q[1].data(), 17 * 64, "quantize");
-    same(made[0].data(), made[1].data(), 3 * 17 * 4, "quantize's scales and sums");
-  }
   for (int activation = 0; activation < 5; ++activation)
     for (const bool interleaved : {false, true}) {
       const std::vector<float> x = numbers(2 * 101, 8);
@@ -256,7 +258,7 @@ void check_loops(const Ops& ops) {
 
 // Several threads (the extension's own: there is no OpenMP here) make the same bits as one.
 void check_threads(const Ops& ops) {
-  const Example example(Kind::kPlanes3, 700, 320);
+  const Example example(Kind::kPlanes3, 700, 320, 64);
   const std::vector<float> x = numbers(3 * 320);
   std::vector<float> out[2] = {std::vector<float>(3 * 700), std::vector<float>(3 * 700)};
   for (int i = 0; i < 2; ++i)
@@ -273,7 +275,9 @@ int main(int count, char** wanted) {
   for (int i = 1; i < count; ++i)
     check(size_t(i) <= found.size() && !std::strcmp(found[size_t(i - 1)]->name, wanted[i]), wanted[i], "is not there");
   for (const Ops* ops : found) {
-    for (const Kind kind : {Kind::kPlanes1, Kind::kPlanes2, Kind::kPlanes3, Kind::kInt8, Kind::kBf16}) check_products(*ops, kind);
+    for (const Kind kind : {Kind::kPlanes1, Kind::kPlanes2, Kind::kPlanes3, Kind::kInt8})
+      for (const int64_t group : {32, 64, 128}) check_products(*ops, kind, group);
+    check_products(*ops, Kind::kBf16, 64);
     check_loops(*ops);
     check_threads(*ops);
     std::printf("%s: checked\n", ops->name);

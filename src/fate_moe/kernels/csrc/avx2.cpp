@@ -1,4 +1,4 @@
-// AVX2: two registers hold a group's 64 codes; integer products go through 16 bits.
+// AVX2: a block is 128 columns in four registers; integer products go through 16 bits.
 #include "ops.h"
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
@@ -9,9 +9,10 @@
 namespace fate {
 namespace {
 
-constexpr int64_t kBlock = 2;
+template <int64_t G>
+constexpr int64_t kBlock = 128 / G;
 struct Codes {
-  __m256i part[4];  // planes: elements 16j .. 16j + 15 of two groups; int8: halves of two groups
+  __m256i part[4];  // planes: quarter j of each group; int8: columns 32j .. 32j + 31
 };
 using Sums = __m256;
 
@@ -33,56 +34,63 @@ inline void halves(const uint16_t* in, int64_t n, float* out) {
   for (; i < n; ++i) out[i] = _cvtsh_ss(in[i]);
 }
 
-// Part j takes bytes 2j and 2j + 1 of each group's 8: each eight times, so that each element meets its bit.
-template <int j>
+// Codes 8k .. 8k + 7 of part j have their bits in one byte of a 1-bit plane, which is taken eight times, so that each meets its bit.
+template <int64_t G, int j>
 inline __m256i with_bits(__m256i part, __m256i plane, char value) {
-  constexpr int64_t step = 0x0101010101010101;
-  const __m256i spread = _mm256_setr_epi64x(2 * j * step, (2 * j + 1) * step, (2 * j + 8) * step, (2 * j + 9) * step);
+  const auto byte = [](int64_t k) { return (32 * k / G * (G / 8) + j * (G / 32) + k % (G / 32)) * 0x0101010101010101; };
+  const __m256i spread = _mm256_setr_epi64x(byte(0), byte(1), byte(2), byte(3));
   const __m256i each = _mm256_set1_epi64x(int64_t(0x8040201008040201));
   const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(_mm256_shuffle_epi8(plane, spread), each), each);
   return _mm256_or_si256(part, _mm256_and_si256(set, _mm256_set1_epi8(value)));
 }
 
-template <Kind kind, int j>
+template <Kind kind, int64_t G, int j>
 inline __m256i part_of(__m256i h, __m256i m, __m256i l) {
   __m256i part = _mm256_and_si256(h, _mm256_set1_epi8(12));  // two bits have come to bits 2 and 3
-  if constexpr (kind != Kind::kPlanes1) part = with_bits<j>(part, m, 2);
-  if constexpr (kind == Kind::kPlanes3) part = with_bits<j>(part, l, 1);
+  if constexpr (kind != Kind::kPlanes1) part = with_bits<G, j>(part, m, 2);
+  if constexpr (kind == Kind::kPlanes3) part = with_bits<G, j>(part, l, 1);
   return part;
 }
 
-template <Kind kind>
+template <Kind kind, int64_t G>
 inline Codes codes_of(__m256i h, __m128i m, __m128i l) {
   const __m256i m2 = _mm256_broadcastsi128_si256(m), l2 = _mm256_broadcastsi128_si256(l);
-  return {{part_of<kind, 0>(_mm256_slli_epi32(h, 2), m2, l2), part_of<kind, 1>(h, m2, l2),
-           part_of<kind, 2>(_mm256_srli_epi32(h, 2), m2, l2), part_of<kind, 3>(_mm256_srli_epi32(h, 4), m2, l2)}};
+  return {{part_of<kind, G, 0>(_mm256_slli_epi32(h, 2), m2, l2), part_of<kind, G, 1>(h, m2, l2),
+           part_of<kind, G, 2>(_mm256_srli_epi32(h, 2), m2, l2), part_of<kind, G, 3>(_mm256_srli_epi32(h, 4), m2, l2)}};
 }
 
 inline __m256i load32(const uint8_t* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
 inline __m128i load16(const uint8_t* from) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)); }
 inline __m128i load8(const uint8_t* from) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)); }
 
-template <Kind kind>
+template <Kind kind, int64_t G>
 inline Codes decode(const Matrix& m, int64_t at) {
   if constexpr (kind == Kind::kInt8) {
-    const uint8_t* from = m.planes[0] + at * 64;
+    const uint8_t* from = m.planes[0] + at * G;
     return {{load32(from), load32(from + 32), load32(from + 64), load32(from + 96)}};
   }
   const __m128i none = _mm_setzero_si128();
-  return codes_of<kind>(load32(m.planes[0] + at * 16), kind == Kind::kPlanes1 ? none : load16(m.planes[1] + at * 8),
-                        kind == Kind::kPlanes3 ? load16(m.planes[2] + at * 8) : none);
+  return codes_of<kind, G>(load32(m.planes[0] + at * (G / 4)), kind == Kind::kPlanes1 ? none : load16(m.planes[1] + at * (G / 8)),
+                           kind == Kind::kPlanes3 ? load16(m.planes[2] + at * (G / 8)) : none);
 }
 
-template <Kind kind>
-inline Codes decode_some(const Matrix& m, int64_t at, int64_t) {  // one group
+template <Kind kind, int64_t G>
+inline Codes decode_some(const Matrix& m, int64_t at, int64_t n) {  // one group of 64, up to three of 32, all of a block of 128
+  if constexpr (G == 128) return decode<kind, G>(m, at);
   if constexpr (kind == Kind::kInt8) {
-    const uint8_t* from = m.planes[0] + at * 64;
-    return {{load32(from), load32(from + 32), _mm256_setzero_si256(), _mm256_setzero_si256()}};
+    const uint8_t* from = m.planes[0] + at * G;
+    const auto load = [&](int64_t i) { return 32 * i < n * G ? load32(from + 32 * i) : _mm256_setzero_si256(); };
+    return {{load(0), load(1), load(2), load(3)}};
   }
   const __m128i none = _mm_setzero_si128();
-  return codes_of<kind>(_mm256_zextsi128_si256(load16(m.planes[0] + at * 16)),
-                        kind == Kind::kPlanes1 ? none : load8(m.planes[1] + at * 8),
-                        kind == Kind::kPlanes3 ? load8(m.planes[2] + at * 8) : none);
+  if constexpr (G == 32) {
+    alignas(32) uint8_t planes[3][32] = {};
+    for (int i = 0; i < int(kind); ++i) std::memcpy(planes[i], m.planes[i] + at * (i ? 4 : 8), size_t(n * (i ? 4 : 8)));
+    return codes_of<kind, G>(load32(planes[0]), load16(planes[1]), load16(planes[2]));
+  }
+  return codes_of<kind, G>(_mm256_zextsi128_si256(load16(m.planes[0] + at * 16)),
+                           kind == Kind::kPlanes1 ? none : load8(m.planes[1] + at * 8),
+                           kind == Kind::kPlanes3 ? load8(m.planes[2] + at * 8) : none);
 }
 
 inline __m256i pairs(__m256i codes, __m256i q) {  // 8-bit codes to 255: 16-bit products, 32-bit sums of two
@@ -95,13 +103,27 @@ inline __m256i pairs(__m256i codes, __m256i q) {  // 8-bit codes to 255: 16-bit 
 
 inline __m256i load_q(const int8_t* q) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q)); }
 
-template <Kind kind>
+inline __m256 two(float low, float high) {
+  return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_set1_ps(low)), _mm_set1_ps(high), 1);
+}
+
+// The factors of a block's groups where sums of four products lie.
+template <int64_t G>
+inline __m256 spread(const float* factors) {
+  if constexpr (G == 32)
+    return _mm256_permutevar8x32_ps(_mm256_castps128_ps256(_mm_load_ps(factors)), _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3));
+  return G == 64 ? two(factors[0], factors[1]) : _mm256_set1_ps(factors[0]);
+}
+
+template <Kind kind, int64_t G>
 inline void dot(Sums& sums, const Codes& codes, const int8_t* q, const float* factors) {
   if constexpr (kind == Kind::kInt8) {
+    constexpr int parts = G / 32;
     FATE_UNROLL
-    for (int g = 0; g < 2; ++g) {
-      const __m256i products = _mm256_add_epi32(pairs(codes.part[2 * g], load_q(q + 64 * g)),
-                                                pairs(codes.part[2 * g + 1], load_q(q + 64 * g + 32)));
+    for (int g = 0; g < kBlock<G>; ++g) {
+      __m256i products = pairs(codes.part[parts * g], load_q(q + G * g));
+      FATE_UNROLL
+      for (int i = 1; i < parts; ++i) products = _mm256_add_epi32(products, pairs(codes.part[parts * g + i], load_q(q + G * g + 32 * i)));
       sums = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products), _mm256_set1_ps(factors[g]), sums);
     }
     return;
@@ -110,8 +132,7 @@ inline void dot(Sums& sums, const Codes& codes, const int8_t* q, const float* fa
   FATE_UNROLL
   for (int j = 1; j < 4; ++j) sixteen = _mm256_add_epi16(sixteen, _mm256_maddubs_epi16(codes.part[j], load_q(q + 32 * j)));
   const __m256i products = _mm256_madd_epi16(sixteen, _mm256_set1_epi16(1));
-  const __m256 spread = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_set1_ps(factors[0])), _mm_set1_ps(factors[1]), 1);
-  sums = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products), spread, sums);
+  sums = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products), spread<G>(factors), sums);
 }
 
 inline __m256 numbers(const uint8_t* codes) {
@@ -119,27 +140,36 @@ inline __m256 numbers(const uint8_t* codes) {
 }
 
 // The block's codes in natural order.
-template <Kind kind>
+template <Kind kind, int64_t G>
 inline void store(const Codes& codes, uint8_t* out) {
   FATE_UNROLL
   for (int j = 0; j < 4; ++j) {
-    if constexpr (kind == Kind::kInt8) {
+    if constexpr (kind == Kind::kInt8 || G == 128) {
       _mm256_store_si256(reinterpret_cast<__m256i*>(out + 32 * j), codes.part[j]);
+      continue;
+    }
+    const auto to = [&](int64_t group) { return reinterpret_cast<__m128i*>(out + G * group + G / 4 * j); };
+    const __m128i low = _mm256_castsi256_si128(codes.part[j]), high = _mm256_extracti128_si256(codes.part[j], 1);
+    if constexpr (G == 64) {
+      _mm_store_si128(to(0), low);
+      _mm_store_si128(to(1), high);
     } else {
-      _mm_store_si128(reinterpret_cast<__m128i*>(out + 16 * j), _mm256_castsi256_si128(codes.part[j]));
-      _mm_store_si128(reinterpret_cast<__m128i*>(out + 64 + 16 * j), _mm256_extracti128_si256(codes.part[j], 1));
+      _mm_storel_epi64(to(0), low);
+      _mm_storel_epi64(to(1), _mm_unpackhi_epi64(low, low));
+      _mm_storel_epi64(to(2), high);
+      _mm_storel_epi64(to(3), _mm_unpackhi_epi64(high, high));
     }
   }
 }
 
-template <Kind kind>
+template <Kind kind, int64_t G>
 inline void dot(Sums& sums, const Codes& codes, const float* x, const float* factors) {
   alignas(32) uint8_t bytes[128];
-  store<kind>(codes, bytes);
+  store<kind, G>(codes, bytes);
   FATE_UNROLL
-  for (int g = 0; g < 2; ++g) {
+  for (int g = 0; g < kBlock<G>; ++g) {
     __m256 products = _mm256_setzero_ps();
-    for (int i = 64 * g; i < 64 * g + 64; i += 8) products = _mm256_fmadd_ps(numbers(bytes + i), _mm256_loadu_ps(x + i), products);
+    for (int64_t i = G * g; i < G * g + G; i += 8) products = _mm256_fmadd_ps(numbers(bytes + i), _mm256_loadu_ps(x + i), products);
     sums = _mm256_fmadd_ps(products, _mm256_set1_ps(factors[g]), sums);
   }
 }
@@ -151,31 +181,31 @@ inline void dot_bf16(Sums& sums, const uint16_t* w, const float* x) {
   }
 }
 
-template <Kind kind>
+template <Kind kind, int64_t G>
 void expand_codes(const Matrix& m, int64_t at, const Codes& codes, int64_t n, float* out);
-template <Kind kind>
+template <Kind kind, int64_t G>
 void expand_codes(const Matrix& m, int64_t at, const Codes& codes, int64_t n, uint16_t* out);
 
 #include "loops.inc"
 
-template <Kind kind>
+template <Kind kind, int64_t G>
 inline void expand_codes(const Matrix& m, int64_t at, const Codes& codes, int64_t n, float* out) {
   alignas(32) uint8_t bytes[128];
-  store<kind>(codes, bytes);
+  store<kind, G>(codes, bytes);
   for (int64_t g = 0; g < n; ++g) {
     const __m256 scale = _mm256_set1_ps(_cvtsh_ss(m.scale[at + g])), zero = _mm256_set1_ps(_cvtsh_ss(m.zero[at + g]));
-    for (int64_t i = 64 * g; i < 64 * g + 64; i += 8) {
+    for (int64_t i = G * g; i < G * g + G; i += 8) {
       const __m256 centred = _mm256_add_ps(numbers(bytes + i), _mm256_set1_ps(middle(kind)));
       _mm256_storeu_ps(out + i, _mm256_sub_ps(_mm256_mul_ps(centred, scale), zero));
     }
   }
 }
 
-template <Kind kind>
+template <Kind kind, int64_t G>
 inline void expand_codes(const Matrix& m, int64_t at, const Codes& codes, int64_t n, uint16_t* out) {
   alignas(32) float values[128];
-  expand_codes<kind>(m, at, codes, n, values);
-  for (int64_t i = 0; i < 64 * n; ++i) out[i] = round_to_bf16(values[i]);
+  expand_codes<kind, G>(m, at, codes, n, values);
+  for (int64_t i = 0; i < G * n; ++i) out[i] = round_to_bf16(values[i]);
 }
 
 const Ops kOps = {"avx2", product, quantize, sum_groups, gate, expand, to_float, from_float, combine};

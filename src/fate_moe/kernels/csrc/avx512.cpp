@@ -1,4 +1,4 @@
-// AVX-512 with VNNI, VBMI and GFNI (Ice Lake, Zen 4 and later): a block is four groups.
+// AVX-512 with VNNI, VBMI and GFNI (Ice Lake, Zen 4 and later): a block is 256 columns.
 #include "ops.h"
 
 #if defined(__AVX512VNNI__) && defined(__AVX512VBMI__) && defined(__GFNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
@@ -20,52 +20,72 @@ inline void add_products(Sums& sums, const float* a, const float* b, int64_t n) 
   for (int64_t i = 0; i < n; i += 16) sums = _mm512_fmadd_ps(_mm512_loadu_ps(a + i), _mm512_loadu_ps(b + i), sums);
 }
 
-template <Kind kind>
+inline __m512 two(float low, float high) { return _mm512_insertf32x8(_mm512_set1_ps(low), _mm256_set1_ps(high), 1); }
+
+// The factors of a block's groups where dpbusd leaves their sums: in 16 / kBlock lanes each.
+template <int64_t G>
+inline __m512 spread(const float* factors) {
+  if constexpr (G == 32) {
+    const __m512i two_of_each = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+    return _mm512_permutexvar_ps(two_of_each, _mm512_castps256_ps512(_mm256_load_ps(factors)));
+  } else if constexpr (G == 64) {
+    const __m512i four_of_each = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+    return _mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_load_ps(factors)), four_of_each);
+  } else {
+    return two(factors[0], factors[1]);
+  }
+}
+
+template <Kind kind, int64_t G>
 inline void dot(Sums& sums, const Codes& codes, const int8_t* q, const float* factors) {
   if constexpr (kind == Kind::kInt8) {
     FATE_UNROLL
-    for (int g = 0; g < 4; ++g) {
-      const __m512i products = _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes.part[g], _mm512_loadu_si512(q + 64 * g));
-      sums = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products), _mm512_set1_ps(factors[g]), sums);
+    for (int i = 0; i < 4; ++i) {
+      const __m512i products = _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes.part[i], _mm512_loadu_si512(q + 64 * i));
+      const __m512 factor = G == 32 ? two(factors[2 * i], factors[2 * i + 1]) : _mm512_set1_ps(factors[64 * i / G]);
+      sums = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products), factor, sums);
     }
     return;
   }
   __m512i products = _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes.part[0], _mm512_loadu_si512(q));
   FATE_UNROLL
   for (int j = 1; j < 4; ++j) products = _mm512_dpbusd_epi32(products, codes.part[j], _mm512_loadu_si512(q + 64 * j));
-  const __m512i four_of_each = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
-  const __m512 spread = _mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_load_ps(factors)), four_of_each);
-  sums = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products), spread, sums);
+  sums = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products), spread<G>(factors), sums);
 }
 
-template <int quarter>
+template <int lane>
 inline __m512 numbers(__m512i codes) {
-  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(codes, quarter)));
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(codes, lane)));
 }
 
-// Quarter `lane` of part j is 16 codes: of group j, or of group `lane`.
-template <Kind kind, int lane>
+// Lane `lane` of part j is 16 codes: of columns 64j + 16 lane on, or of group 16 lane / (G / 4); of groups of 32 it is 8 of two.
+template <Kind kind, int64_t G, int lane>
 inline void dot_lane(Sums& sums, const Codes& codes, const float* x, const float* factors) {
   if constexpr (kind == Kind::kInt8) {
     FATE_UNROLL
     for (int j = 0; j < 4; ++j)
       sums = _mm512_fmadd_ps(_mm512_mul_ps(numbers<lane>(codes.part[j]), _mm512_loadu_ps(x + 64 * j + 16 * lane)),
-                             _mm512_set1_ps(factors[j]), sums);
+                             _mm512_set1_ps(factors[(64 * j + 16 * lane) / G]), sums);
     return;
   }
+  constexpr int64_t group = 64 * lane / G, in = 16 * lane % (G / 4);
   __m512 products = _mm512_setzero_ps();
   FATE_UNROLL
-  for (int j = 0; j < 4; ++j)
-    products = _mm512_fmadd_ps(numbers<lane>(codes.part[j]), _mm512_loadu_ps(x + 64 * lane + 16 * j), products);
-  sums = _mm512_fmadd_ps(products, _mm512_set1_ps(factors[lane]), sums);
+  for (int j = 0; j < 4; ++j) {
+    const float* const from = x + G * group + G / 4 * j + in;
+    const __m512 values = G == 32 ? _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(from)), _mm256_loadu_ps(from + G), 1)
+                                  : _mm512_loadu_ps(from);
+    products = _mm512_fmadd_ps(numbers<lane>(codes.part[j]), values, products);
+  }
+  sums = _mm512_fmadd_ps(products, G == 32 ? two(factors[group], factors[group + 1]) : _mm512_set1_ps(factors[group]), sums);
 }
 
-template <Kind kind>
+template <Kind kind, int64_t G>
 inline void dot(Sums& sums, const Codes& codes, const float* x, const float* factors) {
-  dot_lane<kind, 0>(sums, codes, x, factors);
-  dot_lane<kind, 1>(sums, codes, x, factors);
-  dot_lane<kind, 2>(sums, codes, x, factors);
-  dot_lane<kind, 3>(sums, codes, x, factors);
+  dot_lane<kind, G, 0>(sums, codes, x, factors);
+  dot_lane<kind, G, 1>(sums, codes, x, factors);
+  dot_lane<kind, G, 2>(sums, codes, x, factors);
+  dot_lane<kind, G, 3>(sums, codes, x, factors);
 }
 
 inline void dot_bf16(Sums& sums, const uint16_t* w, const float* x) {
@@ -87,9 +107,9 @@ inline __m256i to_bf16(__m512 values) {  // finite ones, to nearest even
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
 }
 
-template <Kind kind>
+template <Kind kind, int64_t G>
 void expand_codes(const Matrix& m, int64_t at, const Codes& codes, int64_t n, float* out);
-template <Kind kind>
+template <Kind kind, int64_t G>
 void expand_codes(const Matrix& m, int64_t at, const Codes& codes, int64_t n, uint16_t* out);
 
 inline float middle(Kind kind);
@@ -115,18 +135,27 @@ inline void factors(const uint16_t* scales, const uint16_t* zeros, int64_t count
 
 #include "loops.inc"
 
-template <Kind kind>
+// Codes i .. i + 15 of group g, from a block's parts in memory.
+template <Kind kind, int64_t G>
+inline __m128i sixteen(const uint8_t* parts, int64_t g, int64_t i) {
+  const auto load = [](const uint8_t* from) { return reinterpret_cast<const __m128i*>(from); };
+  if constexpr (kind == Kind::kInt8) return _mm_load_si128(load(parts + G * g + i));
+  const uint8_t* const from = parts + 64 * (i / (G / 4)) + G / 4 * g + i % (G / 4);
+  if constexpr (G == 32) return _mm_unpacklo_epi64(_mm_loadl_epi64(load(from)), _mm_loadl_epi64(load(from + 64)));
+  return _mm_load_si128(load(from));
+}
+
+template <Kind kind, int64_t G>
 inline void expand_codes(const Matrix& m, int64_t at, const Codes& codes, int64_t n, float* out) {
-  alignas(64) uint8_t bytes[256];
-  for (int j = 0; j < 4; ++j) _mm512_store_si512(bytes + 64 * j, codes.part[j]);
+  alignas(64) uint8_t parts[kCols];
+  for (int j = 0; j < 4; ++j) _mm512_store_si512(parts + 64 * j, codes.part[j]);
   for (int64_t g = 0; g < n; ++g) {
     float scale, zero;
     halves(m.scale + at + g, 1, &scale);
     halves(m.zero + at + g, 1, &zero);
-    for (int j = 0; j < 4; ++j) {
-      const uint8_t* from = bytes + (kind == Kind::kInt8 ? 64 * g + 16 * j : 64 * j + 16 * g);
-      const __m512i wide = _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(from)));
-      _mm512_storeu_ps(out + 64 * g + 16 * j, value(_mm512_cvtepi32_ps(wide), scale, middle(kind), zero));
+    for (int64_t i = 0; i < G; i += 16) {
+      const __m512i wide = _mm512_cvtepu8_epi32(sixteen<kind, G>(parts, g, i));
+      _mm512_storeu_ps(out + G * g + i, value(_mm512_cvtepi32_ps(wide), scale, middle(kind), zero));
     }
   }
 }
@@ -142,30 +171,53 @@ inline __m256i table_of(const Matrix& m, int64_t at) {
   return to_bf16(_mm512_sub_ps(_mm512_mul_ps(_mm512_add_ps(all, _mm512_set1_ps(middle(kind))), scale), zero));
 }
 
-// Two groups of a block at a time: a table of 32 values, looked up by code, or by 16 + code.
-template <Kind kind, int pair>
-inline void expand_pair(const Matrix& m, int64_t at, const Codes& codes, uint16_t* out) {
-  const __m512i table = _mm512_inserti64x4(_mm512_castsi256_si512(table_of<kind>(m, at)), table_of<kind>(m, at + 1), 1);
-  const __m512i second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
-  FATE_UNROLL
-  for (int j = 0; j < 4; ++j) {
-    const __m512i index = _mm512_or_si512(_mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(codes.part[j], pair)), second);
-    const __m512i numbers = _mm512_permutexvar_epi16(index, table);
-    store_bf16(out + 16 * j, _mm512_castsi512_si256(numbers));
-    store_bf16(out + 64 + 16 * j, _mm512_extracti64x4_epi64(numbers, 1));
+template <Kind kind>
+inline __m512i tables_of(const Matrix& m, int64_t at) {  // of two groups
+  return _mm512_inserti64x4(_mm512_castsi256_si512(table_of<kind>(m, at)), table_of<kind>(m, at + 1), 1);
+}
+
+// The groups of half a block: tables of 16 values side by side, looked up by code + 16 * group.
+template <Kind kind, int64_t G, int half>
+inline void expand_half(const Matrix& m, int64_t at, const Codes& codes, uint16_t* out) {
+  const auto index_of = [&](int j) { return _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(codes.part[j], half)); };
+  if constexpr (G == 32) {
+    const __m512i low = tables_of<kind>(m, at), high = tables_of<kind>(m, at + 2);
+    const __m512i group = _mm512_set_epi64(0x0030003000300030, 0x0030003000300030, 0x0020002000200020, 0x0020002000200020,
+                                           0x0010001000100010, 0x0010001000100010, 0, 0);
+    FATE_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      const __m512i numbers = _mm512_permutex2var_epi16(low, _mm512_or_si512(index_of(j), group), high);
+      const auto store = [&](int64_t g, __m128i eight) { _mm_storeu_si128(reinterpret_cast<__m128i*>(out + G * g + 8 * j), eight); };
+      store(0, _mm512_castsi512_si128(numbers));
+      store(1, _mm512_extracti32x4_epi32(numbers, 1));
+      store(2, _mm512_extracti32x4_epi32(numbers, 2));
+      store(3, _mm512_extracti32x4_epi32(numbers, 3));
+    }
+  } else if constexpr (G == 64) {
+    const __m512i table = tables_of<kind>(m, at), second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
+    FATE_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      const __m512i numbers = _mm512_permutexvar_epi16(_mm512_or_si512(index_of(j), second), table);
+      store_bf16(out + 16 * j, _mm512_castsi512_si256(numbers));
+      store_bf16(out + 64 + 16 * j, _mm512_extracti64x4_epi64(numbers, 1));
+    }
+  } else {
+    const __m512i table = _mm512_castsi256_si512(table_of<kind>(m, at));
+    FATE_UNROLL
+    for (int j = 0; j < 4; ++j) _mm512_storeu_si512(out + 32 * j, _mm512_permutexvar_epi16(index_of(j), table));
   }
 }
 
-template <Kind kind>
+template <Kind kind, int64_t G>
 inline void expand_codes(const Matrix& m, int64_t at, const Codes& codes, int64_t n, uint16_t* out) {
-  if (kind != Kind::kInt8 && n == 4) {
-    expand_pair<kind, 0>(m, at, codes, out);
-    expand_pair<kind, 1>(m, at + 2, codes, out + 128);
+  if (kind != Kind::kInt8 && n == kBlock<G>) {
+    expand_half<kind, G, 0>(m, at, codes, out);
+    expand_half<kind, G, 1>(m, at + kBlock<G> / 2, codes, out + kCols / 2);
     return;
   }
-  alignas(64) float values[256];
-  expand_codes<kind>(m, at, codes, n, values);
-  for (int64_t i = 0; i < 64 * n; i += 16) store_bf16(out + i, to_bf16(_mm512_load_ps(values + i)));
+  alignas(64) float values[kCols];
+  expand_codes<kind, G>(m, at, codes, n, values);
+  for (int64_t i = 0; i < G * n; i += 16) store_bf16(out + i, to_bf16(_mm512_load_ps(values + i)));
 }
 
 const Ops kOps = {"avx512-vnni", product, quantize, sum_groups, gate, expand, to_float, from_float, combine};

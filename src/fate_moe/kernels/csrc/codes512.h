@@ -1,4 +1,4 @@
-// Blocks of four groups as AVX-512 with VBMI and GFNI reads them; each source that includes this compiles its own copy with its own flags.
+// Blocks of 256 columns as AVX-512 with VBMI and GFNI reads them; each source that includes this compiles its own copy with its own flags.
 #pragma once
 #include <immintrin.h>
 
@@ -7,9 +7,11 @@
 namespace fate {
 namespace {
 
-constexpr int64_t kBlock = 4;
+constexpr int64_t kCols = 256;
+template <int64_t G>
+constexpr int64_t kBlock = kCols / G;
 struct Codes {
-  __m512i part[4];  // planes: elements 16j .. 16j + 15 of four groups; int8: group j
+  __m512i part[4];  // planes: quarter j of each group; int8: columns 64j .. 64j + 63
 };
 
 inline void halves(const uint16_t* in, int64_t n, float* out) {
@@ -33,20 +35,33 @@ inline __m512i pick(__m512i bytes) {
   return _mm512_gf2p8affine_epi64_epi8(bytes, _mm512_set1_epi64(bits_from(b3, b2, b1, b0)), 0);
 }
 
-// Bytes of the 1-bit planes m (0 to 31) and l (32 to 63) of four groups as 8x8 matrices, two a group: rows are, from the top, the bytes
-// in which elements 16j + b of j = 2, 3, 0, 1 have their m and l; the first matrix is for b < 8, the second for the rest.
-alignas(64) constexpr uint8_t kRows[64] = {
-    4,  36, 6,  38, 0,  32, 2,  34, 5,  37, 7,  39, 1,  33, 3,  35, 12, 44, 14, 46, 8,  40, 10, 42, 13, 45, 15, 47, 9,  41, 11, 43,
-    20, 52, 22, 54, 16, 48, 18, 50, 21, 53, 23, 55, 17, 49, 19, 51, 28, 60, 30, 62, 24, 56, 26, 58, 29, 61, 31, 63, 25, 57, 27, 59};
+// Bytes of the 1-bit planes m (0 to 31) and l (32 to 63) of 256 columns as 8x8 matrices, one for every 8 codes of a part: rows are, from
+// the top, the bytes in which the codes of parts 2, 3, 0, 1 have their m and l.
+struct alignas(64) Rows512 {
+  uint8_t row[64];
+};
+template <int64_t G>
+constexpr Rows512 rows512() {
+  Rows512 rows = {};
+  for (int64_t k = 0; k < 8; ++k) {  // codes 8k .. 8k + 7 of each part: of group 8k / (G / 4)
+    for (int64_t i = 0; i < 4; ++i) {
+      const int64_t part = i ^ 2, byte = 32 * k / G * (G / 8) + part * (G / 32) + k % (G / 32);
+      rows.row[8 * k + 2 * i] = uint8_t(byte), rows.row[8 * k + 2 * i + 1] = uint8_t(32 + byte);
+    }
+  }
+  return rows;
+}
+template <int64_t G>
+constexpr Rows512 kRows = rows512<G>();
 
-// Byte b of a group's 16 in h has the upper bits of elements b, 16 + b, 32 + b, 48 + b in bits 0-1, 2-3, 4-5, 6-7. Multiplied by a unit
+// Byte b of a group's h has the upper bits of elements b, G/4 + b, G/2 + b, 3G/4 + b in bits 0-1, 2-3, 4-5, 6-7. Multiplied by a unit
 // vector a byte, the matrices above are transposed: `ml` has the lower bits of the same elements in bits 2-3, 0-1, 6-7, 4-5. So two
 // selections bring together each element's four bits, and one instruction puts them in their places.
-template <Kind kind>
+template <Kind kind, int64_t G>
 inline Codes codes_of(__m512i h, __m256i m, __m256i l) {
   if constexpr (kind == Kind::kPlanes1)
     return {{pick<1, 0, 8, 8>(h), _mm512_and_si512(h, _mm512_set1_epi8(12)), pick<5, 4, 8, 8>(h), pick<7, 6, 8, 8>(h)}};
-  const __m512i order = _mm512_load_si512(kRows), units = _mm512_set1_epi64(int64_t(0x8040201008040201));
+  const __m512i order = _mm512_load_si512(kRows<G>.row), units = _mm512_set1_epi64(int64_t(0x8040201008040201));
   const __m512i rows = kind == Kind::kPlanes2
                            ? _mm512_maskz_permutexvar_epi8(0x5555555555555555, order, _mm512_castsi256_si512(m))
                            : _mm512_permutexvar_epi8(order, _mm512_inserti64x4(_mm512_castsi256_si512(m), l, 1));
@@ -59,31 +74,35 @@ inline Codes codes_of(__m512i h, __m256i m, __m256i l) {
 
 inline __m256i load32(const uint8_t* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
 
-template <Kind kind>
+template <Kind kind, int64_t G>
 inline Codes decode(const Matrix& m, int64_t at) {
   if constexpr (kind == Kind::kInt8) {
-    const uint8_t* from = m.planes[0] + at * 64;
+    const uint8_t* from = m.planes[0] + at * G;
     return {{_mm512_loadu_si512(from), _mm512_loadu_si512(from + 64), _mm512_loadu_si512(from + 128), _mm512_loadu_si512(from + 192)}};
   }
   const __m256i none = _mm256_setzero_si256();
-  return codes_of<kind>(_mm512_loadu_si512(m.planes[0] + at * 16),
-                        kind == Kind::kPlanes1 ? none : load32(m.planes[1] + at * 8),
-                        kind == Kind::kPlanes3 ? load32(m.planes[2] + at * 8) : none);
+  return codes_of<kind, G>(_mm512_loadu_si512(m.planes[0] + at * (G / 4)),
+                           kind == Kind::kPlanes1 ? none : load32(m.planes[1] + at * (G / 8)),
+                           kind == Kind::kPlanes3 ? load32(m.planes[2] + at * (G / 8)) : none);
 }
 
-template <Kind kind>
+template <Kind kind, int64_t G>
 inline Codes decode_some(const Matrix& m, int64_t at, int64_t n) {
-  const __m512i zeros = _mm512_setzero_si512();
   if constexpr (kind == Kind::kInt8) {
-    const uint8_t* from = m.planes[0] + at * 64;
-    return {{_mm512_loadu_si512(from), n > 1 ? _mm512_loadu_si512(from + 64) : zeros,
-             n > 2 ? _mm512_loadu_si512(from + 128) : zeros, zeros}};
+    const uint8_t* from = m.planes[0] + at * G;
+    const auto load = [&](int64_t i) {  // what of bytes 64i .. 64i + 63 belongs to the n groups
+      const int64_t bytes = n * G - 64 * i;
+      if (bytes <= 0) return _mm512_setzero_si512();
+      return _mm512_maskz_loadu_epi8(bytes >= 64 ? ~0ull : (1ull << bytes) - 1, from + 64 * i);
+    };
+    return {{load(0), load(1), load(2), load(3)}};
   }
-  const __mmask8 two = __mmask8((1u << 2 * n) - 1), one = __mmask8((1u << n) - 1);
+  const __mmask16 two = __mmask16((1u << n * (G / 16)) - 1);  // bytes come in fours
+  const __mmask8 one = __mmask8((1u << n * (G / 32)) - 1);
   const __m256i none = _mm256_setzero_si256();
-  return codes_of<kind>(_mm512_maskz_loadu_epi64(two, m.planes[0] + at * 16),
-                        kind == Kind::kPlanes1 ? none : _mm256_maskz_loadu_epi64(one, m.planes[1] + at * 8),
-                        kind == Kind::kPlanes3 ? _mm256_maskz_loadu_epi64(one, m.planes[2] + at * 8) : none);
+  return codes_of<kind, G>(_mm512_maskz_loadu_epi32(two, m.planes[0] + at * (G / 4)),
+                           kind == Kind::kPlanes1 ? none : _mm256_maskz_loadu_epi32(one, m.planes[1] + at * (G / 8)),
+                           kind == Kind::kPlanes3 ? _mm256_maskz_loadu_epi32(one, m.planes[2] + at * (G / 8)) : none);
 }
 
 }  // namespace

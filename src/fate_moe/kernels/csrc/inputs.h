@@ -33,12 +33,12 @@ class Scratch {
   size_t size_ = 0;
 };
 
-inline int64_t groups_of(int64_t cols) { return (cols + kGroup - 1) / kGroup; }
+inline int64_t groups_of(int64_t cols, int64_t group = kGroup) { return (cols + group - 1) / group; }
 
 inline int64_t row_bytes(const Matrix& m) {
-  static constexpr int64_t per_group[] = {0, 20, 28, 36};
   if (m.kind == Kind::kBf16) return m.cols * 2;
-  return m.groups * (m.kind == Kind::kInt8 ? 68 : per_group[int(m.kind)]);
+  const int64_t bits = m.kind == Kind::kInt8 ? 8 : 1 + int64_t(m.kind);
+  return m.groups * (m.group * bits / 8 + 4);
 }
 
 // Rows of one task, a multiple of 8.
@@ -47,39 +47,40 @@ inline int64_t rows_of_task(const Matrix& m) { return std::max<int64_t>(1, kTask
 // The inputs of one product: fp32 values padded to whole groups, and what `product` needs of them.
 class Inputs {
  public:
-  void resize(int64_t count, int64_t cols) {
-    cols_ = cols, groups_ = (groups_of(cols) + 15) / 16 * 16;  // padded to whole blocks and registers
-    x_ = values_.of<float>(count * groups_ * kGroup);
-    q_ = codes_.of<int8_t>(count * groups_ * kGroup);
+  // For `count` tokens and matrices whose groups are all of `group` weights.
+  void resize(int64_t count, int64_t cols, int64_t group) {
+    cols_ = cols, group_ = group, groups_ = (groups_of(cols, group) + 15) / 16 * 16;  // padded to whole blocks and registers
+    x_ = values_.of<float>(count * groups_ * group);
+    q_ = codes_.of<int8_t>(count * groups_ * group);
     scale_ = scales_.of<float>(count * groups_);
     sum_ = sums_.of<float>(count * groups_);
   }
 
-  float* x(int64_t i) const { return x_ + i * groups_ * kGroup; }
+  float* x(int64_t i) const { return x_ + i * groups_ * group_; }
 
   // After x(i)'s first cols values are written.
   void finish(const Ops& ops, int64_t i, Kind kind, bool integers) const { finish(ops, i, kind, integers, 0, cols_); }
 
-  // After x(i)'s values [begin, end) are written; `begin` is a multiple of 16 groups, and so is `end` unless it is cols.
+  // After x(i)'s values [begin, end) are written; `begin` is a multiple of 256, the largest block, and so is `end` unless it is cols.
   void finish(const Ops& ops, int64_t i, Kind kind, bool integers, int64_t begin, int64_t end) const {
     if (end == cols_) {
-      std::fill(x(i) + cols_, x(i) + groups_ * kGroup, 0.0f);
-      end = groups_ * kGroup;
+      std::fill(x(i) + cols_, x(i) + groups_ * group_, 0.0f);
+      end = groups_ * group_;
     }
-    const int64_t at = i * groups_ + begin / kGroup, count = (end - begin) / kGroup;
+    const int64_t at = i * groups_ + begin / group_, count = (end - begin) / group_;
     if (integers) {
-      ops.quantize(x(i) + begin, count, kind != Kind::kInt8, q_ + at * kGroup, scale_ + at, sum_ + at);
+      ops.quantize(x(i) + begin, count, group_, kind != Kind::kInt8, q_ + at * group_, scale_ + at, sum_ + at);
     } else if (kind != Kind::kBf16) {
-      ops.sum_groups(x(i) + begin, count, sum_ + at);
+      ops.sum_groups(x(i) + begin, count, group_, sum_ + at);
     }
   }
 
   Token token(int64_t i, bool integers, float* out) const {
-    return {q_ + i * groups_ * kGroup, integers ? scale_ + i * groups_ : nullptr, sum_ + i * groups_, x(i), out};
+    return {q_ + i * groups_ * group_, integers ? scale_ + i * groups_ : nullptr, sum_ + i * groups_, x(i), out};
   }
 
  private:
-  int64_t cols_ = 0, groups_ = 0;
+  int64_t cols_ = 0, group_ = kGroup, groups_ = 0;
   Scratch values_, codes_, scales_, sums_;
   float *x_ = nullptr, *scale_ = nullptr, *sum_ = nullptr;
   int8_t* q_ = nullptr;

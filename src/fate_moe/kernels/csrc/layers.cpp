@@ -126,8 +126,8 @@ void run_mlp(const Ops& ops, const Mlp& mlp, const void* x, Dtype dtype, int64_t
   const Matrix matrices[] = {mlp.gate.matrix(), mlp.up.matrix(), mlp.down.matrix()};
   const int64_t hidden = matrices[0].cols, inner = matrices[2].cols;
   const bool up_integers = !exact && matrices[0].kind != Kind::kBf16, down_integers = !exact && matrices[2].kind != Kind::kBf16;
-  tokens.resize(num_tokens, hidden);
-  inners.resize(num_tokens, inner);
+  tokens.resize(num_tokens, hidden, matrices[0].group);
+  inners.resize(num_tokens, inner, matrices[2].group);
   const int64_t chunks = (inner + kChunk - 1) / kChunk;
   // By chunk of kChunk inner values: its gates, then its ups, so that activation can begin anywhere.
   float* const gate_up = gate_ups.of<float>(num_tokens * 2 * inner);
@@ -175,8 +175,8 @@ class Attending {
       : ops_(ops), a_(a), token_(token), attended_(own_inputs()), keys_(keys), values_(values), length_(length), room_(room) {
     q_ = a.q.matrix(), k_ = a.k.matrix(), v_ = a.v.matrix(), last_ = a.o.matrix();
     integers_ = !exact && q_.kind != Kind::kBf16, last_integers_ = !exact && last_.kind != Kind::kBf16;
-    token.resize(1, q_.cols);
-    attended_.resize(1, last_.cols);
+    token.resize(1, q_.cols, q_.group);
+    attended_.resize(1, last_.cols, last_.group);
     cut(tasks_, 0, q_), cut(tasks_, 1, k_), cut(tasks_, 2, v_);
     cut(last_tasks_, 0, last_);
     count_ = length + 1, padded_ = (count_ + 15) / 16 * 16;
@@ -217,7 +217,7 @@ class Attending {
       turn(ops_, a_, head, a_.q_norm, cos, sin, rows);
       const int64_t first = h / group * room_ * dim;
       const uint8_t* const key = static_cast<const uint8_t*>(at(keys_, Dtype::kBf16, first));
-      const Matrix past = {Kind::kBf16, count_, dim, groups_of(dim), {key, nullptr, nullptr}, nullptr, nullptr, nullptr, Dtype::kF32};
+      const Matrix past = {Kind::kBf16, count_, dim, kGroup, groups_of(dim), {key, nullptr, nullptr}, nullptr, nullptr, nullptr, Dtype::kF32};
       const Token asked = {nullptr, nullptr, nullptr, head, scores};
       ops_.product(past, &asked, 1, 0, count_);
       softmax(scores, count_, a_.scaling);
@@ -297,7 +297,7 @@ float run_layer(const Ops& ops, const Layer& layer, const void* x, const void* c
   const Matrix router = layer.router.matrix(), gate = layer.shared_gate.matrix();
   Inputs &of_token = token, &of_routed = routed;
   Attending attending(ops, layer.attention, token, keys, values, length, room, exact);
-  routed.resize(1, hidden);
+  routed.resize(1, hidden, router.group);
   float* const logits = scratch.of<float>(router.rows + 1);
   std::vector<Rows> tasks;
   cut(tasks, 0, router);

@@ -46,8 +46,8 @@ void choose(const std::string& name) {
 }
 
 Place make_place(int kind, int64_t rows, int64_t cols, const std::vector<int64_t>& planes, int64_t scale, int64_t zero,
-                 int64_t bias, int bias_dtype) {
-  Place place = {Kind(kind), rows, cols, {0, 0, 0}, scale, zero, bias, Dtype(bias_dtype)};
+                 int64_t bias, int bias_dtype, int64_t group) {
+  Place place = {Kind(kind), rows, cols, group, {0, 0, 0}, scale, zero, bias, Dtype(bias_dtype)};
   for (size_t i = 0; i < planes.size() && i < 3; ++i) place.planes[i] = planes[i];
   return place;
 }
@@ -186,7 +186,9 @@ NB_MODULE(_native, m) {
   m.def("instruction_set", [] { return std::string(chosen->name); }, "What is used.");
   m.def("choose", &choose, "Use another instruction set (tests and benchmarks).");
   m.def("team", [] { return std::string(team_name()); }, "Whose threads are used.");
-  nb::class_<Place>(m, "Place").def_static("make", &make_place);
+  nb::class_<Place>(m, "Place")
+      .def_static("make", &make_place, nb::arg("kind"), nb::arg("rows"), nb::arg("cols"), nb::arg("planes"), nb::arg("scale"),
+                  nb::arg("zero"), nb::arg("bias"), nb::arg("bias_dtype"), nb::arg("group") = kGroup);
   nb::class_<Gate>(m, "Gate").def_static("make", [](int activation, bool gated, bool interleaved, float alpha, float limit, float up_offset) {
     return Gate{Activation(activation), gated, interleaved, alpha, limit, up_offset};
   });

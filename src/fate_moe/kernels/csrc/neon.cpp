@@ -1,4 +1,4 @@
-// NEON: a register holds the 2-bit plane of a group. Compiled twice: here, and by neon_dot.cpp for processors with SDOT.
+// NEON: a block is 64 columns, or a group of 128. Compiled twice: here, and by neon_dot.cpp for processors with SDOT.
 #include "ops.h"
 
 #ifndef FATE_NEON_OPS
@@ -15,9 +15,11 @@
 namespace fate {
 namespace {
 
-constexpr int64_t kBlock = 1;
+template <int64_t G>
+constexpr int64_t kBlock = G < 64 ? 64 / G : 1;
+template <int64_t G>
 struct Codes {
-  uint8x16_t part[4];  // elements 16j .. 16j + 15
+  uint8x16_t part[kBlock<G> * G / 16];  // columns 16i .. 16i + 15; planes of two groups of 32: quarter i of each
 };
 using Sums = float32x4_t;
 
@@ -49,75 +51,126 @@ inline void halves(const uint16_t* in, int64_t n, float* out) {
   for (; i < n; ++i) out[i] = half(in[i]);
 }
 
-// Part j takes bytes 2j and 2j + 1 of a 1-bit plane's 8: each eight times, so that each element meets its bit.
-template <int j>
+// Each half of part i has its bits in one byte of a 1-bit plane, which is taken eight times, so that each element meets its bit.
+template <int64_t G, int i>
 inline uint8x16_t with_bits(uint8x16_t part, uint8x16_t plane, uint8_t value) {
-  const uint8x16_t spread = vcombine_u8(vdup_n_u8(2 * j), vdup_n_u8(2 * j + 1));
+  const uint8x16_t spread = vcombine_u8(vdup_n_u8(G == 32 ? i : 2 * i), vdup_n_u8(G == 32 ? 4 + i : 2 * i + 1));
   const uint8x16_t each = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201));
   return vbslq_u8(vdupq_n_u8(value), vtstq_u8(vqtbl1q_u8(plane, spread), each), part);
 }
 
-template <Kind kind, int j>
+// Of the register of h that has the part's upper bits in bits 2j and 2j + 1 of its bytes.
+template <Kind kind, int64_t G, int i>
 inline uint8x16_t part_of(uint8x16_t h, uint8x16_t m, uint8x16_t l) {
-  uint8x16_t part = vandq_u8(h, vdupq_n_u8(12));  // two bits have come to bits 2 and 3
-  if constexpr (kind != Kind::kPlanes1) part = with_bits<j>(part, m, 2);
-  if constexpr (kind == Kind::kPlanes3) part = with_bits<j>(part, l, 1);
+  constexpr int j = G == 128 ? i / 2 : i;
+  if constexpr (j == 0) h = vshlq_n_u8(h, 2);
+  if constexpr (j > 1) h = vshrq_n_u8(h, 2 * j - 2);
+  uint8x16_t part = vandq_u8(h, vdupq_n_u8(12));
+  if constexpr (kind != Kind::kPlanes1) part = with_bits<G, i>(part, m, 2);
+  if constexpr (kind == Kind::kPlanes3) part = with_bits<G, i>(part, l, 1);
   return part;
+}
+
+template <Kind kind, int64_t G>
+inline Codes<G> codes_of(uint8x16_t h, uint8x16_t second, uint8x16_t m, uint8x16_t l) {
+  if constexpr (G == 128)
+    return {{part_of<kind, G, 0>(h, m, l), part_of<kind, G, 1>(second, m, l), part_of<kind, G, 2>(h, m, l),
+             part_of<kind, G, 3>(second, m, l), part_of<kind, G, 4>(h, m, l), part_of<kind, G, 5>(second, m, l),
+             part_of<kind, G, 6>(h, m, l), part_of<kind, G, 7>(second, m, l)}};
+  else
+    return {{part_of<kind, G, 0>(h, m, l), part_of<kind, G, 1>(h, m, l), part_of<kind, G, 2>(h, m, l), part_of<kind, G, 3>(h, m, l)}};
 }
 
 inline uint8x16_t load8(const uint8_t* from) { return vcombine_u8(vld1_u8(from), vdup_n_u8(0)); }
 
-template <Kind kind>
-inline Codes decode(const Matrix& m, int64_t at) {
+template <Kind kind, int64_t G>
+inline Codes<G> decode(const Matrix& m, int64_t at) {
   if constexpr (kind == Kind::kInt8) {
-    const uint8_t* from = m.planes[0] + at * 64;
-    return {{vld1q_u8(from), vld1q_u8(from + 16), vld1q_u8(from + 32), vld1q_u8(from + 48)}};
+    Codes<G> codes;
+    const uint8_t* from = m.planes[0] + at * G;
+    for (int64_t i = 0; i < kBlock<G> * G / 16; ++i) codes.part[i] = vld1q_u8(from + 16 * i);
+    return codes;
   }
-  const uint8x16_t none = vdupq_n_u8(0), h = vld1q_u8(m.planes[0] + at * 16);
-  const uint8x16_t mid = kind == Kind::kPlanes1 ? none : load8(m.planes[1] + at * 8);
-  const uint8x16_t low = kind == Kind::kPlanes3 ? load8(m.planes[2] + at * 8) : none;
-  return {{part_of<kind, 0>(vshlq_n_u8(h, 2), mid, low), part_of<kind, 1>(h, mid, low), part_of<kind, 2>(vshrq_n_u8(h, 2), mid, low),
-           part_of<kind, 3>(vshrq_n_u8(h, 4), mid, low)}};
+  const uint8x16_t none = vdupq_n_u8(0), h = vld1q_u8(m.planes[0] + at * (G / 4));
+  const auto bits = [&](const uint8_t* plane) { return G == 128 ? vld1q_u8(plane + at * 16) : load8(plane + at * (G / 8)); };
+  return codes_of<kind, G>(h, G == 128 ? vld1q_u8(m.planes[0] + at * 32 + 16) : none, kind == Kind::kPlanes1 ? none : bits(m.planes[1]),
+                           kind == Kind::kPlanes3 ? bits(m.planes[2]) : none);
 }
 
-template <Kind kind>
-inline Codes decode_some(const Matrix& m, int64_t at, int64_t) {  // blocks of one group are never cut
-  return decode<kind>(m, at);
+template <Kind kind, int64_t G>
+inline Codes<G> decode_some(const Matrix& m, int64_t at, int64_t) {  // one group of 32; other blocks are never cut
+  if constexpr (G != 32) return decode<kind, G>(m, at);
+  const uint8x16_t none = vdupq_n_u8(0);
+  if constexpr (kind == Kind::kInt8) {
+    const uint8_t* from = m.planes[0] + at * G;
+    return {{vld1q_u8(from), vld1q_u8(from + 16), none, none}};
+  }
+  const auto bits = [&](const uint8_t* plane) {
+    uint32_t four;
+    std::memcpy(&four, plane + at * 4, 4);
+    return vreinterpretq_u8_u32(vsetq_lane_u32(four, vdupq_n_u32(0), 0));
+  };
+  return codes_of<kind, G>(load8(m.planes[0] + at * 8), none, kind == Kind::kPlanes1 ? none : bits(m.planes[1]),
+                           kind == Kind::kPlanes3 ? bits(m.planes[2]) : none);
 }
 
-// Sums of products of codes up to 15 with a group's int8 numbers.
+// Sums of products of codes up to 15 with `count` times 16 int8 numbers.
+template <int count>
 inline int32x4_t products_of(const uint8x16_t* codes, const int8_t* q) {
 #if defined(__ARM_FEATURE_DOTPROD)
   int32x4_t sums = vdupq_n_s32(0);
   FATE_UNROLL
-  for (int j = 0; j < 4; ++j) sums = vdotq_s32(sums, vreinterpretq_s8_u8(codes[j]), vld1q_s8(q + 16 * j));
+  for (int i = 0; i < count; ++i) sums = vdotq_s32(sums, vreinterpretq_s8_u8(codes[i]), vld1q_s8(q + 16 * i));
   return sums;
 #else
-  int16x8_t sums = vdupq_n_s16(0);  // at most 8 * 15 * 127 in 16 bits
+  int16x8_t sums = vdupq_n_s16(0);  // at most 16 * 15 * 127 in 16 bits
   FATE_UNROLL
-  for (int j = 0; j < 4; ++j) {
-    const int8x16_t code = vreinterpretq_s8_u8(codes[j]), number = vld1q_s8(q + 16 * j);
+  for (int i = 0; i < count; ++i) {
+    const int8x16_t code = vreinterpretq_s8_u8(codes[i]), number = vld1q_s8(q + 16 * i);
     sums = vmlal_high_s8(vmlal_s8(sums, vget_low_s8(code), vget_low_s8(number)), code, number);
   }
   return vpaddlq_s16(sums);
 #endif
 }
 
-template <Kind kind>
-inline void dot(Sums& sums, const Codes& codes, const int8_t* q, const float* factors) {
-  int32x4_t products;
-  if constexpr (kind == Kind::kInt8) {  // codes to 255: their halves
-    Codes low, high;
-    FATE_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      low.part[j] = vandq_u8(codes.part[j], vdupq_n_u8(15));
-      high.part[j] = vshrq_n_u8(codes.part[j], 4);
-    }
-    products = vaddq_s32(products_of(low.part, q), vshlq_n_s32(products_of(high.part, q), 4));
-  } else {
-    products = products_of(codes.part, q);
+// The same of two groups of 32, whose quarters lie side by side: sums of the first in the first two lanes, of the second in the others.
+inline int32x4_t products_apart(const uint8x16_t* codes, const int8_t* q) {
+#if defined(__ARM_FEATURE_DOTPROD)
+  return products_of<4>(codes, q);
+#else
+  int16x8_t first = vdupq_n_s16(0), second = vdupq_n_s16(0);
+  FATE_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const int8x16_t code = vreinterpretq_s8_u8(codes[i]), number = vld1q_s8(q + 16 * i);
+    first = vmlal_s8(first, vget_low_s8(code), vget_low_s8(number));
+    second = vmlal_high_s8(second, code, number);
   }
-  sums = vfmaq_n_f32(sums, vcvtq_f32_s32(products), factors[0]);
+  return vpaddq_s32(vpaddlq_s16(first), vpaddlq_s16(second));
+#endif
+}
+
+template <int count>
+inline int32x4_t products_of_bytes(const uint8x16_t* codes, const int8_t* q) {  // codes to 255: their halves
+  uint8x16_t low[count], high[count];
+  FATE_UNROLL
+  for (int i = 0; i < count; ++i) {
+    low[i] = vandq_u8(codes[i], vdupq_n_u8(15));
+    high[i] = vshrq_n_u8(codes[i], 4);
+  }
+  return vaddq_s32(products_of<count>(low, q), vshlq_n_s32(products_of<count>(high, q), 4));
+}
+
+template <Kind kind, int64_t G>
+inline void dot(Sums& sums, const Codes<G>& codes, const int8_t* q, const float* factors) {
+  if constexpr (kind == Kind::kInt8) {
+    for (int64_t g = 0; g < kBlock<G>; ++g)
+      sums = vfmaq_n_f32(sums, vcvtq_f32_s32(products_of_bytes<G / 16>(codes.part + g * G / 16, q + g * G)), factors[g]);
+  } else if constexpr (G == 32) {
+    const float32x4_t factor = vcombine_f32(vdup_n_f32(factors[0]), vdup_n_f32(factors[1]));
+    sums = vfmaq_f32(sums, vcvtq_f32_s32(products_apart(codes.part, q)), factor);
+  } else {
+    sums = vfmaq_n_f32(sums, vcvtq_f32_s32(products_of<G / 16>(codes.part, q)), factors[0]);
+  }
 }
 
 inline void numbers(uint8x16_t codes, float32x4_t* out) {
@@ -128,16 +181,26 @@ inline void numbers(uint8x16_t codes, float32x4_t* out) {
   out[3] = vcvtq_f32_u32(vmovl_high_u16(high));
 }
 
-template <Kind kind>
-inline void dot(Sums& sums, const Codes& codes, const float* x, const float* factors) {
-  Lanes lanes;
+// The column, in its block, of number 4i of part j.
+template <Kind kind, int64_t G>
+constexpr int64_t column_of(int64_t j, int64_t i) {
+  return kind != Kind::kInt8 && G == 32 ? 32 * (i / 2) + 8 * j + 4 * (i % 2) : 16 * j + 4 * i;
+}
+
+template <Kind kind, int64_t G>
+inline void dot(Sums& sums, const Codes<G>& codes, const float* x, const float* factors) {
+  Lanes lanes[kBlock<G>];
   FATE_UNROLL
-  for (int j = 0; j < 4; ++j) {
+  for (int64_t j = 0; j < kBlock<G> * G / 16; ++j) {
     float32x4_t code[4];
     numbers(codes.part[j], code);
-    for (int i = 0; i < 4; ++i) lanes.part[i] = vfmaq_f32(lanes.part[i], code[i], vld1q_f32(x + 16 * j + 4 * i));
+    for (int64_t i = 0; i < 4; ++i) {
+      const int64_t column = column_of<kind, G>(j, i);
+      float32x4_t& lane = lanes[column / G].part[i];
+      lane = vfmaq_f32(lane, code[i], vld1q_f32(x + column));
+    }
   }
-  sums = vfmaq_n_f32(sums, lanes.sum(), factors[0]);
+  for (int64_t g = 0; g < kBlock<G>; ++g) sums = vfmaq_n_f32(sums, lanes[g].sum(), factors[g]);
 }
 
 inline void dot_bf16(Sums& sums, const uint16_t* w, const float* x) {
@@ -152,29 +215,35 @@ inline void dot_bf16(Sums& sums, const uint16_t* w, const float* x) {
   sums = vaddq_f32(sums, lanes.sum());
 }
 
-template <Kind kind>
-void expand_codes(const Matrix& m, int64_t at, const Codes& codes, int64_t n, float* out);
-template <Kind kind>
-void expand_codes(const Matrix& m, int64_t at, const Codes& codes, int64_t n, uint16_t* out);
+template <Kind kind, int64_t G>
+void expand_codes(const Matrix& m, int64_t at, const Codes<G>& codes, int64_t n, float* out);
+template <Kind kind, int64_t G>
+void expand_codes(const Matrix& m, int64_t at, const Codes<G>& codes, int64_t n, uint16_t* out);
 
 #include "loops.inc"
 
-template <Kind kind>
-inline void expand_codes(const Matrix& m, int64_t at, const Codes& codes, int64_t, float* out) {
-  const float scale = half(m.scale[at]);
-  const float32x4_t zero = vdupq_n_f32(half(m.zero[at])), mid = vdupq_n_f32(middle(kind));
-  for (int j = 0; j < 4; ++j) {
+template <Kind kind, int64_t G>
+inline void expand_codes(const Matrix& m, int64_t at, const Codes<G>& codes, int64_t n, float* out) {
+  float scale[kBlock<G>], zero[kBlock<G>];
+  halves(m.scale + at, n, scale);
+  halves(m.zero + at, n, zero);
+  for (int64_t j = 0; j < kBlock<G> * G / 16; ++j) {
     float32x4_t code[4];
     numbers(codes.part[j], code);
-    for (int i = 0; i < 4; ++i) vst1q_f32(out + 16 * j + 4 * i, vsubq_f32(vmulq_n_f32(vaddq_f32(code[i], mid), scale), zero));
+    for (int64_t i = 0; i < 4; ++i) {
+      const int64_t column = column_of<kind, G>(j, i), g = column / G;
+      if (g >= n) continue;
+      const float32x4_t centred = vaddq_f32(code[i], vdupq_n_f32(middle(kind)));
+      vst1q_f32(out + column, vsubq_f32(vmulq_n_f32(centred, scale[g]), vdupq_n_f32(zero[g])));
+    }
   }
 }
 
-template <Kind kind>
-inline void expand_codes(const Matrix& m, int64_t at, const Codes& codes, int64_t n, uint16_t* out) {
-  float values[64];
-  expand_codes<kind>(m, at, codes, n, values);
-  for (int i = 0; i < 64; ++i) out[i] = round_to_bf16(values[i]);
+template <Kind kind, int64_t G>
+inline void expand_codes(const Matrix& m, int64_t at, const Codes<G>& codes, int64_t n, uint16_t* out) {
+  float values[kBlock<G> * G];
+  expand_codes<kind, G>(m, at, codes, n, values);
+  for (int64_t i = 0; i < n * G; ++i) out[i] = round_to_bf16(values[i]);
 }
 
 const Ops kOps = {FATE_NEON_NAME, product, quantize, sum_groups, gate, expand, to_float, from_float, combine};

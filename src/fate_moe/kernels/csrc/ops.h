@@ -2,6 +2,7 @@
 // The plain torch twin of each function is in kernels/reference.py and defines it.
 #pragma once
 #include <cstdint>
+#include <type_traits>
 
 // Before loops over registers: compilers keep arrays of them in registers only where such loops are unrolled early.
 #if defined(__clang__)
@@ -14,8 +15,8 @@
 
 namespace fate {
 
-constexpr int64_t kGroup = 64;  // weights that share a scale and a zero; also the step in which unquantized rows are read
-constexpr int64_t kMostGroups = 512;  // 32768 columns a pass; longer rows are summed in passes
+constexpr int64_t kGroup = 64;  // the step in which unquantized rows are read, and what counts as their group
+constexpr int64_t kMostGroups = 512;  // of a pass, 32768 columns in groups of 64; longer rows are summed in passes
 constexpr int64_t kTokens = 4;  // tokens of one pass over a row: 2 rows x 4 tokens fill the accumulators of AVX2
 
 enum class Kind : int32_t { kPlanes1 = 1, kPlanes2 = 2, kPlanes3 = 3, kInt8 = 8, kBf16 = 16 };  // kPlanesN: N planes of 2+1+1
@@ -26,7 +27,7 @@ enum class Activation : int32_t { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3
 // Bf16: planes[0] is [rows, cols] of bf16.
 struct Matrix {
   Kind kind;
-  int64_t rows, cols, groups;  // groups = ceil(cols / 64)
+  int64_t rows, cols, group, groups;  // group weights share a scale and a zero: 32, 64 or 128; groups = ceil(cols / group)
   const uint8_t* planes[3];
   const uint16_t* scale;
   const uint16_t* zero;
@@ -36,10 +37,10 @@ struct Matrix {
 
 // One token's input to a product. With int8 activations x = scale * q in each group; with exact ones scale is null.
 struct Token {
-  const int8_t* q;     // [padded * 64] where padded is groups rounded up to a multiple of 16; zero beyond cols
+  const int8_t* q;     // [padded * group] where padded is groups rounded up to a multiple of 16; zero beyond cols
   const float* scale;  // [padded]
   const float* sum;    // [padded]: the group's sum of x as the product sees it
-  const float* x;      // [padded * 64] fp32, zero beyond cols (exact activations and bf16 weights)
+  const float* x;      // [padded * group] fp32, zero beyond cols (exact activations and bf16 weights)
   float* out;          // [rows]: what the product writes
 };
 
@@ -53,17 +54,18 @@ struct Gate {
 
 constexpr int64_t kTile = 16;  // tokens, and matrix rows, of a matrix tile
 
-// Products with many tokens by matrix tiles. Tokens come packed, 16 to a tile, as bf16 in the order in which `blocked` planes (else
-// natural order) are written out; weights are written out as bf16, a few hundred columns at a time, and meet them in the near cache.
+// Products with many tokens by matrix tiles. Tokens come packed, 16 to a tile, as bf16 in the order in which planes of groups of
+// `order` weights are written out (0: natural order, which codes of one byte have); weights are written out as bf16, a few hundred
+// columns at a time, and meet them in the near cache.
 struct Tiles {
   // A packed tile has packed_size(cols) bf16 numbers. rows[t] is a token's [cols] of bf16; those after num_tokens become zeros.
-  void (*pack)(const uint16_t* const* rows, int64_t num_tokens, int64_t cols, bool blocked, uint16_t* tile);
+  void (*pack)(const uint16_t* const* rows, int64_t num_tokens, int64_t cols, int64_t order, uint16_t* tile);
   // Two runs of 16 rows of the matrix (first[i] + step * r, beyond the last row the last one) times num_tiles tiles of tokens:
   // out [16 rows][2 runs][16 * num_tiles tokens]. The rows `ahead` of these are what soon follows.
   void (*multiply)(const Matrix&, const int64_t* first, int64_t step, int64_t ahead, const uint16_t* tokens, int64_t num_tiles,
                    float* out);
   // 16 columns k .. k + 15 of one tile, k a multiple of 16, from inner values [16][16], row r at inner + r * stride.
-  void (*pack_columns)(const float* inner, int64_t stride, int64_t k, bool blocked, uint16_t* tile);
+  void (*pack_columns)(const float* inner, int64_t stride, int64_t k, int64_t order, uint16_t* tile);
   // [num_tokens <= 16][16] out of [16][16]: row r at from + r * stride; outs[t][r] for r < num_rows.
   void (*turn)(const float* from, int64_t stride, int64_t num_rows, int64_t num_tokens, float* const* outs);
   // Before and after a thread's calls of multiply.
@@ -71,17 +73,18 @@ struct Tiles {
   void (*end)();
 };
 
+inline int64_t order_of(Kind kind, int64_t group) { return kind == Kind::kInt8 ? 0 : group; }
 inline int64_t packed_size(int64_t cols) { return (cols + 255) / 256 * 256 * kTile; }
 
 struct Ops {
   const char* name;
   // out[row] of each token for rows [begin, end), bias included.
   void (*product)(const Matrix&, const Token* tokens, int64_t num_tokens, int64_t begin, int64_t end);
-  // One token's groups: int8 codes, scale = amax / 127, and scale * sum of codes; x has groups * 64 values. Blocked: in the order
-  // in which this instruction set reads planes (see loops.inc), else as they come (kInt8).
-  void (*quantize)(const float* x, int64_t groups, bool blocked, int8_t* q, float* scale, float* sum);
+  // One token's groups of `group` values: int8 codes, scale = amax / 127, and scale * sum of codes. Blocked: in the order in which this
+  // instruction set reads planes (see loops.inc), else as they come (kInt8).
+  void (*quantize)(const float* x, int64_t groups, int64_t group, bool blocked, int8_t* q, float* scale, float* sum);
   // Sums of x in each group, for exact activations.
-  void (*sum_groups)(const float* x, int64_t groups, float* sum);
+  void (*sum_groups)(const float* x, int64_t groups, int64_t group, float* sum);
   // inner [n] of gate_up [2n] (or [n] without a gate).
   void (*gate)(const Gate&, const float* gate_up, int64_t n, float* inner);
   // Rows [begin, end) as numbers of `dtype` (fp32 or bf16), row r at out + (r - begin) * cols.
@@ -92,6 +95,28 @@ struct Ops {
   void (*combine)(const float* rows, const float* weights, int64_t num_rows, int64_t n, float* out);
   const Tiles* tiles;  // null without matrix tiles
 };
+
+// Calls act(group) with the group size as a constant, so that inner loops know it.
+template <class Act>
+FATE_INLINE void with_group(int64_t group, Act act) {
+  if (group == 32) return act(std::integral_constant<int64_t, 32>());
+  if (group == 128) return act(std::integral_constant<int64_t, 128>());
+  act(std::integral_constant<int64_t, 64>());
+}
+
+// Calls act(kind, group) with both of a quantized matrix as constants; of bf16, which is numbers already, nothing.
+template <class Act>
+FATE_INLINE void with_layout(const Matrix& m, Act act) {
+  with_group(m.group, [&](auto group) {
+    switch (m.kind) {
+      case Kind::kPlanes1: return act(std::integral_constant<Kind, Kind::kPlanes1>(), group);
+      case Kind::kPlanes2: return act(std::integral_constant<Kind, Kind::kPlanes2>(), group);
+      case Kind::kPlanes3: return act(std::integral_constant<Kind, Kind::kPlanes3>(), group);
+      case Kind::kInt8: return act(std::integral_constant<Kind, Kind::kInt8>(), group);
+      case Kind::kBf16: return;
+    }
+  });
+}
 
 // Null where this build or this processor has no such instructions.
 const Ops* amx_ops();

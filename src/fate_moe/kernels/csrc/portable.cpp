@@ -6,9 +6,11 @@
 namespace fate {
 namespace {
 
+template <int64_t G>
 constexpr int64_t kBlock = 1;
+template <int64_t G>
 struct Codes {
-  uint8_t code[64];
+  uint8_t code[G];
 };
 struct Sums {
   float lane[16];
@@ -35,39 +37,39 @@ inline void halves(const uint16_t* in, int64_t n, float* out) {
   }
 }
 
-template <Kind kind>
-inline Codes decode(const Matrix& m, int64_t at) {
-  Codes codes;
+template <Kind kind, int64_t G>
+inline Codes<G> decode(const Matrix& m, int64_t at) {
+  Codes<G> codes;
   if constexpr (kind == Kind::kInt8) {
-    std::memcpy(codes.code, m.planes[0] + at * 64, 64);
+    std::memcpy(codes.code, m.planes[0] + at * G, G);
     return codes;
   }
-  const uint8_t* h = m.planes[0] + at * 16;
+  const uint8_t* h = m.planes[0] + at * (G / 4);
   for (int j = 0; j < 4; ++j)
-    for (int b = 0; b < 16; ++b) codes.code[16 * j + b] = uint8_t((h[b] >> (2 * j) & 3) << 2);
+    for (int b = 0; b < G / 4; ++b) codes.code[G / 4 * j + b] = uint8_t((h[b] >> (2 * j) & 3) << 2);
   if constexpr (kind != Kind::kPlanes1)
-    for (int e = 0; e < 64; ++e) codes.code[e] |= uint8_t((m.planes[1][at * 8 + e / 8] >> (e % 8) & 1) << 1);
+    for (int e = 0; e < G; ++e) codes.code[e] |= uint8_t((m.planes[1][at * (G / 8) + e / 8] >> (e % 8) & 1) << 1);
   if constexpr (kind == Kind::kPlanes3)
-    for (int e = 0; e < 64; ++e) codes.code[e] |= uint8_t(m.planes[2][at * 8 + e / 8] >> (e % 8) & 1);
+    for (int e = 0; e < G; ++e) codes.code[e] |= uint8_t(m.planes[2][at * (G / 8) + e / 8] >> (e % 8) & 1);
   return codes;
 }
 
-template <Kind kind>
-inline Codes decode_some(const Matrix& m, int64_t at, int64_t) {  // blocks of one group are never cut
-  return decode<kind>(m, at);
+template <Kind kind, int64_t G>
+inline Codes<G> decode_some(const Matrix& m, int64_t at, int64_t) {  // blocks of one group are never cut
+  return decode<kind, G>(m, at);
 }
 
-template <Kind kind>
-inline void dot(Sums& sums, const Codes& codes, const int8_t* q, const float* factors) {
+template <Kind kind, int64_t G>
+inline void dot(Sums& sums, const Codes<G>& codes, const int8_t* q, const float* factors) {
   int32_t products = 0;
-  for (int i = 0; i < 64; ++i) products += int32_t(codes.code[i]) * q[i];
+  for (int i = 0; i < G; ++i) products += int32_t(codes.code[i]) * q[i];
   sums.lane[0] += factors[0] * float(products);
 }
 
-template <Kind kind>
-inline void dot(Sums& sums, const Codes& codes, const float* x, const float* factors) {
+template <Kind kind, int64_t G>
+inline void dot(Sums& sums, const Codes<G>& codes, const float* x, const float* factors) {
   float lane[16] = {};
-  for (int i = 0; i < 64; i += 16)
+  for (int i = 0; i < G; i += 16)
     for (int j = 0; j < 16; ++j) lane[j] += float(codes.code[i + j]) * x[i + j];
   for (int j = 0; j < 16; ++j) sums.lane[j] += factors[0] * lane[j];
 }
@@ -84,28 +86,28 @@ inline void dot_bf16(Sums& sums, const uint16_t* w, const float* x) {
 
 inline float total(Sums sums);
 
-template <Kind kind>
-void expand_codes(const Matrix& m, int64_t at, const Codes& codes, int64_t n, float* out);
-template <Kind kind>
-void expand_codes(const Matrix& m, int64_t at, const Codes& codes, int64_t n, uint16_t* out);
+template <Kind kind, int64_t G>
+void expand_codes(const Matrix& m, int64_t at, const Codes<G>& codes, int64_t n, float* out);
+template <Kind kind, int64_t G>
+void expand_codes(const Matrix& m, int64_t at, const Codes<G>& codes, int64_t n, uint16_t* out);
 
 #include "loops.inc"
 
 inline float total(Sums sums) { return tree_sum(sums.lane); }
 
-template <Kind kind>
-inline void expand_codes(const Matrix& m, int64_t at, const Codes& codes, int64_t, float* out) {
+template <Kind kind, int64_t G>
+inline void expand_codes(const Matrix& m, int64_t at, const Codes<G>& codes, int64_t, float* out) {
   float scale, zero;
   halves(m.scale + at, 1, &scale);
   halves(m.zero + at, 1, &zero);
-  for (int i = 0; i < 64; ++i) out[i] = (float(codes.code[i]) + middle(kind)) * scale - zero;
+  for (int i = 0; i < G; ++i) out[i] = (float(codes.code[i]) + middle(kind)) * scale - zero;
 }
 
-template <Kind kind>
-inline void expand_codes(const Matrix& m, int64_t at, const Codes& codes, int64_t n, uint16_t* out) {
-  float values[64];
-  expand_codes<kind>(m, at, codes, n, values);
-  for (int i = 0; i < 64; ++i) out[i] = round_to_bf16(values[i]);
+template <Kind kind, int64_t G>
+inline void expand_codes(const Matrix& m, int64_t at, const Codes<G>& codes, int64_t n, uint16_t* out) {
+  float values[G];
+  expand_codes<kind, G>(m, at, codes, n, values);
+  for (int i = 0; i < G; ++i) out[i] = round_to_bf16(values[i]);
 }
 
 const Ops kOps = {"portable", product, quantize, sum_groups, gate, expand, to_float, from_float, combine};

@@ -10,7 +10,7 @@ namespace fate {
 Matrix Place::at(uint64_t address, int num_planes) const {
   const uint8_t* base = reinterpret_cast<const uint8_t*>(address);
   const Kind used = kind == Kind::kPlanes3 ? Kind(num_planes) : kind;
-  Matrix m = {used, rows, cols, groups_of(cols), {}, nullptr, nullptr, bias < 0 ? nullptr : base + bias, bias_dtype};
+  Matrix m = {used, rows, cols, group, groups_of(cols, group), {}, nullptr, nullptr, bias < 0 ? nullptr : base + bias, bias_dtype};
   for (int i = 0; i < 3; ++i) m.planes[i] = base + planes[i];
   if (kind != Kind::kBf16) {
     m.scale = reinterpret_cast<const uint16_t*>(base + scale);
@@ -26,8 +26,8 @@ void run_experts(const Ops& ops, const ExpertPlace& place, const Batch& batch, b
   const int64_t hidden = place.up.cols, wide = place.up.rows, inner = place.down.cols;
   const Kind kind = place.up.kind;
   const bool integers = !exact && kind != Kind::kBf16;
-  tokens.resize(batch.num_tokens, hidden);
-  inners.resize(num_rows, inner);
+  tokens.resize(batch.num_tokens, hidden, place.up.group);
+  inners.resize(num_rows, inner, place.down.group);
   float* const gate_up = gate_ups.of<float>(num_rows * wide);
   std::vector<Matrix> ups, downs;
   std::vector<Rows> up_tasks, down_tasks;
@@ -72,7 +72,7 @@ void run_linear(const Ops& ops, const Matrix& m, const void* x, Dtype x_dtype, i
   static thread_local Inputs tokens;
   static thread_local Scratch results;
   const bool integers = !exact && m.kind != Kind::kBf16;
-  tokens.resize(num_tokens, m.cols);
+  tokens.resize(num_tokens, m.cols, m.group);
   float* const result = out_dtype == Dtype::kF32 ? static_cast<float*>(out) : results.of<float>(num_tokens * m.rows);
   std::vector<Rows> tasks;
   cut(tasks, 0, m);

@@ -10,7 +10,7 @@ namespace fate {
 // Where a matrix lies, counted from the address that is given at the call. `bias` is -1 where there is none.
 struct Place {
   Kind kind;
-  int64_t rows, cols;
+  int64_t rows, cols, group;
   int64_t planes[3], scale, zero, bias;
   Dtype bias_dtype;
 

@@ -48,9 +48,8 @@ void bring(const Matrix& m, int64_t begin, int64_t end) {
     for (int64_t at = begin * row_bytes; at < end * row_bytes; at += 64) __builtin_prefetch(bytes + at, 0, 2);
   };
   if (m.kind == Kind::kBf16) return rows(m.planes[0], m.cols * 2);
-  if (m.kind == Kind::kInt8) rows(m.planes[0], m.groups * 64);
-  static constexpr int64_t widths[] = {16, 8, 8};
-  for (int i = 0; m.kind != Kind::kInt8 && i < int(m.kind); ++i) rows(m.planes[i], m.groups * widths[i]);
+  if (m.kind == Kind::kInt8) rows(m.planes[0], m.groups * m.group);
+  for (int i = 0; m.kind != Kind::kInt8 && i < int(m.kind); ++i) rows(m.planes[i], m.groups * m.group / (i ? 8 : 4));
   rows(m.scale, m.groups * 2);
   rows(m.zero, m.groups * 2);
 }
@@ -134,8 +133,8 @@ bool Share::await(uint32_t last, uint64_t& head) const {
 
 void Share::serve(int64_t number) {
   Own own;
-  own.token.resize(1, place_.up.cols);
-  own.inner.resize(1, place_.down.cols);
+  own.token.resize(1, place_.up.cols, place_.up.group);
+  own.inner.resize(1, place_.down.cols, place_.down.group);
   own.rows.resize(std::max(place_.up.rows, place_.down.rows));
   own.pair.resize(place_.up.rows);
   uint64_t head = 0;
