@@ -53,7 +53,7 @@ inline __m256i part_of(__m256i h, __m256i m, __m256i l) {
 }
 
 template <Kind kind, int64_t G>
-inline Codes codes_of(__m256i h, __m128i m, __m128i l) {
+FATE_INLINE Codes codes_of(__m256i h, __m128i m, __m128i l) {
   const __m256i m2 = _mm256_broadcastsi128_si256(m), l2 = _mm256_broadcastsi128_si256(l);
   return {{part_of<kind, G, 0>(_mm256_slli_epi32(h, 2), m2, l2), part_of<kind, G, 1>(h, m2, l2),
            part_of<kind, G, 2>(_mm256_srli_epi32(h, 2), m2, l2), part_of<kind, G, 3>(_mm256_srli_epi32(h, 4), m2, l2)}};
@@ -64,7 +64,7 @@ inline __m128i load16(const uint8_t* from) { return _mm_loadu_si128(reinterpret_
 inline __m128i load8(const uint8_t* from) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)); }
 
 template <Kind kind, int64_t G>
-inline Codes decode(const Matrix& m, int64_t at) {
+FATE_INLINE Codes decode(const Matrix& m, int64_t at) {
   if constexpr (kind == Kind::kInt8) {
     const uint8_t* from = m.planes[0] + at * G;
     return {{load32(from), load32(from + 32), load32(from + 64), load32(from + 96)}};
@@ -116,7 +116,7 @@ inline __m256 spread(const float* factors) {
 }
 
 template <Kind kind, int64_t G>
-inline void dot(Sums& sums, const Codes& codes, const int8_t* q, const float* factors) {
+FATE_INLINE void dot(Sums& sums, const Codes& codes, const int8_t* q, const float* factors) {
   if constexpr (kind == Kind::kInt8) {
     constexpr int parts = G / 32;
     FATE_UNROLL

@@ -37,7 +37,7 @@ inline __m512 spread(const float* factors) {
 }
 
 template <Kind kind, int64_t G>
-inline void dot(Sums& sums, const Codes& codes, const int8_t* q, const float* factors) {
+FATE_INLINE void dot(Sums& sums, const Codes& codes, const int8_t* q, const float* factors) {
   if constexpr (kind == Kind::kInt8) {
     FATE_UNROLL
     for (int i = 0; i < 4; ++i) {
@@ -117,7 +117,7 @@ inline float middle(Kind kind);
 // As in loops.inc, with nothing between conversion and use: rows of a few hundred bytes leave no time for three passes over them.
 #define FATE_OWN_FACTORS
 template <Kind kind, bool exact, int T>
-inline void factors(const uint16_t* scales, const uint16_t* zeros, int64_t count, const Token* tokens, int64_t first, Sums* sums,
+FATE_INLINE void factors(const uint16_t* scales, const uint16_t* zeros, int64_t count, const Token* tokens, int64_t first, Sums* sums,
                     float* scale, float (*factor)[kMostGroups]) {
   for (int64_t g = 0; g < count; g += 16) {
     const __mmask16 some = __mmask16(count - g < 16 ? (1u << (count - g)) - 1 : 0xffff);

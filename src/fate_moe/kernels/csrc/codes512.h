@@ -58,7 +58,7 @@ constexpr Rows512 kRows = rows512<G>();
 // vector a byte, the matrices above are transposed: `ml` has the lower bits of the same elements in bits 2-3, 0-1, 6-7, 4-5. So two
 // selections bring together each element's four bits, and one instruction puts them in their places.
 template <Kind kind, int64_t G>
-inline Codes codes_of(__m512i h, __m256i m, __m256i l) {
+FATE_INLINE Codes codes_of(__m512i h, __m256i m, __m256i l) {
   if constexpr (kind == Kind::kPlanes1)
     return {{pick<1, 0, 8, 8>(h), _mm512_and_si512(h, _mm512_set1_epi8(12)), pick<5, 4, 8, 8>(h), pick<7, 6, 8, 8>(h)}};
   const __m512i order = _mm512_load_si512(kRows<G>.row), units = _mm512_set1_epi64(int64_t(0x8040201008040201));
@@ -75,7 +75,7 @@ inline Codes codes_of(__m512i h, __m256i m, __m256i l) {
 inline __m256i load32(const uint8_t* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
 
 template <Kind kind, int64_t G>
-inline Codes decode(const Matrix& m, int64_t at) {
+FATE_INLINE Codes decode(const Matrix& m, int64_t at) {
   if constexpr (kind == Kind::kInt8) {
     const uint8_t* from = m.planes[0] + at * G;
     return {{_mm512_loadu_si512(from), _mm512_loadu_si512(from + 64), _mm512_loadu_si512(from + 128), _mm512_loadu_si512(from + 192)}};

@@ -84,7 +84,7 @@ inline Codes<G> codes_of(uint8x16_t h, uint8x16_t second, uint8x16_t m, uint8x16
 inline uint8x16_t load8(const uint8_t* from) { return vcombine_u8(vld1_u8(from), vdup_n_u8(0)); }
 
 template <Kind kind, int64_t G>
-inline Codes<G> decode(const Matrix& m, int64_t at) {
+FATE_INLINE Codes<G> decode(const Matrix& m, int64_t at) {
   if constexpr (kind == Kind::kInt8) {
     Codes<G> codes;
     const uint8_t* from = m.planes[0] + at * G;
@@ -161,7 +161,7 @@ inline int32x4_t products_of_bytes(const uint8x16_t* codes, const int8_t* q) {  
 }
 
 template <Kind kind, int64_t G>
-inline void dot(Sums& sums, const Codes<G>& codes, const int8_t* q, const float* factors) {
+FATE_INLINE void dot(Sums& sums, const Codes<G>& codes, const int8_t* q, const float* factors) {
   if constexpr (kind == Kind::kInt8) {
     for (int64_t g = 0; g < kBlock<G>; ++g)
       sums = vfmaq_n_f32(sums, vcvtq_f32_s32(products_of_bytes<G / 16>(codes.part + g * G / 16, q + g * G)), factors[g]);
