@@ -17,13 +17,7 @@ namespace {
 constexpr int64_t kSteps = 8;          // of 32 columns in a block of 256
 constexpr int64_t kStep = kTile * 32;  // numbers of one tile register
 
-// Step s of a block has columns 32s .. 32s + 31; of planes, codes 16n + 8 (s % 2) .. + 7 of part s / 2, for each n of 0 to 3.
-
-// The first of those columns, for planes in groups of `group`: code p of part j is element p % (group / 4) of a group's quarter j.
-inline int64_t column_of(int64_t group, int64_t s, int64_t n) {
-  const int64_t quarter = group / 4, code = 16 * n + s % 2 * 8;
-  return code / quarter * group + s / 2 * quarter + code % quarter;
-}
+// Step s of a block has columns 32s .. 32s + 31; of planes, columns 8s .. 8s + 7 of each quarter of the block in turn.
 
 // 16 x 16 numbers of 32 bits, rows for columns.
 inline void transpose(__m512i* rows) {
@@ -51,10 +45,7 @@ inline void transpose(__m512i* rows) {
   }
 }
 
-void pack(const uint16_t* const* rows, int64_t num_tokens, int64_t cols, int64_t order, uint16_t* tile) {
-  int64_t columns[kSteps][4];
-  for (int64_t s = 0; order && s < kSteps; ++s)
-    for (int64_t n = 0; n < 4; ++n) columns[s][n] = column_of(order, s, n);
+void pack(const uint16_t* const* rows, int64_t num_tokens, int64_t cols, bool blocked, uint16_t* tile) {
   alignas(64) uint16_t tails[kTile][kCols];
   for (int64_t at = 0; at < cols; at += kCols) {
     const uint16_t* from[kTile];
@@ -68,11 +59,11 @@ void pack(const uint16_t* const* rows, int64_t num_tokens, int64_t cols, int64_t
     for (int64_t s = 0; s < kSteps; ++s, tile += kStep) {
       __m512i pairs[kTile];
       for (int64_t t = 0; t < kTile; ++t) {
-        if (!order) {
+        if (!blocked) {
           pairs[t] = _mm512_loadu_si512(from[t] + 32 * s);
           continue;
         }
-        const auto eight = [&](int64_t n) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from[t] + columns[s][n])); };
+        const auto eight = [&](int64_t g) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from[t] + kGroup * g + 8 * s)); };
         const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(eight(0)), eight(1), 1);
         const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(eight(2)), eight(3), 1);
         pairs[t] = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
@@ -83,29 +74,17 @@ void pack(const uint16_t* const* rows, int64_t num_tokens, int64_t cols, int64_t
   }
 }
 
-void pack_columns(const float* inner, int64_t stride, int64_t k, int64_t order, uint16_t* tile) {
+void pack_columns(const float* inner, int64_t stride, int64_t k, bool blocked, uint16_t* tile) {
   tile += k / kCols * (kSteps * kStep);
-  const auto pairs = [&](int64_t r) {
+  for (int64_t r = 0; r < 16; r += 2) {
     // vcvtneps2bf16 rounds as torch does; two rows of it make pairs.
     const __m256i first = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_loadu_ps(inner + r * stride)));
     const __m256i second = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_loadu_ps(inner + (r + 1) * stride)));
-    return _mm512_or_si512(_mm512_cvtepu16_epi32(first), _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16));
-  };
-  if (!order) {
-    for (int64_t r = 0; r < 16; r += 2) {
-      const int64_t in = (k + r) % kCols;
-      _mm512_store_si512(tile + in / 32 * kStep + in % 32 / 2 * 32, pairs(r));
-    }
-    return;
+    const __m512i pairs = _mm512_or_si512(_mm512_cvtepu16_epi32(first), _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16));
+    const int64_t in = (k + r) % kCols;
+    const int64_t step = blocked ? in % kGroup / 8 : in / 32, pair = (blocked ? in / kGroup * 8 + in % 8 : in % 32) / 2;
+    _mm512_store_si512(tile + step * kStep + pair * 32, pairs);
   }
-  with_group(order, [&](auto group) {
-    constexpr int64_t size = group(), quarter = size / 4;
-    for (int64_t r = 0; r < 16; r += 2) {
-      const int64_t in = (k + r) % kCols, code = in / size * quarter + in % quarter;  // of part in % size / quarter
-      const int64_t step = in % size / quarter * 2 + code % 16 / 8, pair = (code / 16 * 8 + code % 8) / 2;
-      _mm512_store_si512(tile + step * kStep + pair * 32, pairs(r));
-    }
-  });
 }
 
 void turn(const float* from, int64_t stride, int64_t num_rows, int64_t num_tokens, float* const* outs) {
@@ -116,44 +95,61 @@ void turn(const float* from, int64_t stride, int64_t num_rows, int64_t num_token
   for (int64_t t = 0; t < num_tokens; ++t) _mm512_mask_storeu_ps(outs[t], mask, _mm512_castsi512_ps(rows[t]));
 }
 
-// The bytes of the 16 numbers that a group's codes stand for, low ones and high ones, by lane.
+// The block's codes of planes in the order of steps: lane n of register r has those of columns 64n + 16r .. 64n + 16r + 15.
+template <int64_t G>
+inline Codes in_steps(const Codes& codes) {
+  const __m512i* const part = codes.part;
+  if constexpr (G == 32)  // a lane of a part has 8 codes of two groups
+    return {{_mm512_unpacklo_epi64(part[0], part[1]), _mm512_unpacklo_epi64(part[2], part[3]), _mm512_unpackhi_epi64(part[0], part[1]),
+             _mm512_unpackhi_epi64(part[2], part[3])}};
+  if constexpr (G == 128) {  // two lanes have 32 of one
+    const __m512i even = _mm512_set_epi64(13, 12, 5, 4, 9, 8, 1, 0), odd = _mm512_set_epi64(15, 14, 7, 6, 11, 10, 3, 2);
+    return {{_mm512_permutex2var_epi64(part[0], even, part[2]), _mm512_permutex2var_epi64(part[0], odd, part[2]),
+             _mm512_permutex2var_epi64(part[1], even, part[3]), _mm512_permutex2var_epi64(part[1], odd, part[3])}};
+  }
+  return codes;
+}
+
+// The two bytes of the 16 numbers that a group's codes stand for, by lane.
 struct Table {
   __m512i low, high;
 };
 
-// Lane n has the numbers of group n.
-inline Table table_of(__m512 group0, __m512 group1, __m512 group2, __m512 group3) {
-  const __m512i table01 = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(group1, group0));
-  const __m512i table23 = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(group3, group2));
-  alignas(64) static constexpr uint8_t even[64] = {
-      0,  2,  4,  6,  8,  10, 12, 14, 16, 18, 20, 22, 24, 26, 28,  30,  32,  34,  36,  38,  40,  42,
-      44, 46, 48, 50, 52, 54, 56, 58, 60, 62, 64, 66, 68, 70, 72,  74,  76,  78,  80,  82,  84,  86,
-      88, 90, 92, 94, 96, 98, 100, 102, 104, 106, 108, 110, 112, 114, 116, 118, 120, 122, 124, 126};
-  const __m512i low_at = _mm512_load_si512(even), high_at = _mm512_or_si512(low_at, _mm512_set1_epi8(1));
-  return {_mm512_permutex2var_epi8(table01, low_at, table23), _mm512_permutex2var_epi8(table01, high_at, table23)};
+// Of the group whose scale and zero lie in a lane. scale * code is exact in fp32, so that fused subtraction rounds as the twin does.
+template <Kind kind>
+inline Table table_of(__m512 scale, __m512 zero) {
+  constexpr float middle = kind == Kind::kPlanes1 ? 1.5f : kind == Kind::kPlanes2 ? 0.5f : 0.0f;
+  __m512 four[4];  // codes 4c .. 4c + 3
+  FATE_UNROLL
+  for (int c = 0; c < 4; ++c) {
+    const float code = float(4 * c) + middle;
+    four[c] = _mm512_fmsub_ps(_mm512_set4_ps(code + 3, code + 2, code + 1, code), scale, zero);
+  }
+  const __m512i first = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(four[1], four[0]));  // of all lanes
+  const __m512i second = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(four[3], four[2]));
+  alignas(64) static constexpr uint8_t low_bytes[64] = {
+      0,  2,  4,  6,  32, 34, 36, 38, 64, 66, 68, 70, 96,  98,  100, 102, 8,  10, 12, 14, 40, 42, 44, 46, 72, 74, 76, 78, 104, 106, 108, 110,
+      16, 18, 20, 22, 48, 50, 52, 54, 80, 82, 84, 86, 112, 114, 116, 118, 24, 26, 28, 30, 56, 58, 60, 62, 88, 90, 92, 94, 120, 122, 124, 126};
+  const __m512i low = _mm512_load_si512(low_bytes), high = _mm512_or_si512(low, _mm512_set1_epi8(1));
+  return {_mm512_permutex2var_epi8(first, low, second), _mm512_permutex2var_epi8(first, high, second)};
 }
 
-// A block of one row as bf16: step s at out + s * kStep. A code's two bytes come from tables of 16 that lie by group in the lanes where
-// `Codes` has the group's codes; a lane of groups of 32 has two. scale * code is exact in fp32, so that fused subtraction rounds as
-// the twin does.
+// A block of one row as bf16: step s at out + s * kStep. A code's two bytes are looked up in its lane's tables of 16.
 template <Kind kind, int64_t G>
 inline void write_out(const Matrix& m, int64_t at, const Codes& codes, int64_t n, uint16_t* out) {
-  alignas(32) float scale[8], zero[8];
   const __mmask8 mask = __mmask8((1u << n) - 1);
-  if constexpr (G == 32) {
-    _mm256_store_ps(scale, _mm256_cvtph_ps(_mm_maskz_loadu_epi16(mask, m.scale + at)));
-    _mm256_store_ps(zero, _mm256_cvtph_ps(_mm_maskz_loadu_epi16(mask, m.zero + at)));
-  } else {
-    _mm_store_ps(scale, _mm_cvtph_ps(_mm_maskz_loadu_epi16(mask, m.scale + at)));
-    _mm_store_ps(zero, _mm_cvtph_ps(_mm_maskz_loadu_epi16(mask, m.zero + at)));
-  }
+  const auto floats = [&](const uint16_t* halves) {
+    return _mm512_castps256_ps512(_mm256_cvtph_ps(_mm_maskz_loadu_epi16(mask, halves + at)));
+  };
+  const __m512 scales = floats(m.scale), zeros = floats(m.zero);
   if constexpr (kind == Kind::kInt8) {
+    const auto values = [&](__m128i part, int column) {
+      const __m512i group = _mm512_set1_epi32(column / int(G));
+      return _mm512_fmsub_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(part)), _mm512_permutexvar_ps(group, scales),
+                             _mm512_permutexvar_ps(group, zeros));
+    };
     FATE_UNROLL
     for (int i = 0; i < 4; ++i) {
-      const auto values = [&](__m128i part, int column) {
-        const int g = column / int(G);
-        return _mm512_fmsub_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(part)), _mm512_set1_ps(scale[g]), _mm512_set1_ps(zero[g]));
-      };
       const __m512i part = codes.part[i];
       const __m512 v0 = values(_mm512_castsi512_si128(part), 64 * i), v1 = values(_mm512_extracti32x4_epi32(part, 1), 64 * i + 16);
       const __m512 v2 = values(_mm512_extracti32x4_epi32(part, 2), 64 * i + 32), v3 = values(_mm512_extracti32x4_epi32(part, 3), 64 * i + 48);
@@ -162,30 +158,19 @@ inline void write_out(const Matrix& m, int64_t at, const Codes& codes, int64_t n
     }
     return;
   }
-  constexpr float middle = kind == Kind::kPlanes1 ? 1.5f : kind == Kind::kPlanes2 ? 0.5f : 0.0f;
-  const __m512 all = _mm512_add_ps(_mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_ps(middle));
-  __m512 values[kBlock<G>];
+  const Codes ordered = in_steps<G>(codes);
+  Table table = {};
   FATE_UNROLL
-  for (int g = 0; g < kBlock<G>; ++g) values[g] = _mm512_fmsub_ps(all, _mm512_set1_ps(scale[g]), _mm512_set1_ps(zero[g]));
-  Table table, second;
-  if constexpr (G == 32) {
-    table = table_of(values[0], values[2], values[4], values[6]);
-    second = table_of(values[1], values[3], values[5], values[7]);
-  } else if constexpr (G == 64) {
-    table = table_of(values[0], values[1], values[2], values[3]);
-  } else {
-    table = table_of(values[0], values[0], values[1], values[1]);
-  }
-  FATE_UNROLL
-  for (int j = 0; j < 4; ++j) {
-    __m512i lows = _mm512_shuffle_epi8(table.low, codes.part[j]), highs = _mm512_shuffle_epi8(table.high, codes.part[j]);
-    if constexpr (G == 32) {
-      constexpr __mmask64 upper = 0xff00ff00ff00ff00;
-      lows = _mm512_mask_shuffle_epi8(lows, upper, second.low, codes.part[j]);
-      highs = _mm512_mask_shuffle_epi8(highs, upper, second.high, codes.part[j]);
+  for (int r = 0; r < 4; ++r) {
+    if (r == 0 || (G == 32 && r == 2)) {  // lane n's group is that of column 64n + 16r
+      const auto group = [&](int64_t n) { return int((64 * n + 16 * r) / G); };
+      const __m512i groups = _mm512_set_epi32(group(3), group(3), group(3), group(3), group(2), group(2), group(2), group(2), group(1), group(1),
+                                              group(1), group(1), group(0), group(0), group(0), group(0));
+      table = table_of<kind>(_mm512_permutexvar_ps(groups, scales), _mm512_permutexvar_ps(groups, zeros));
     }
-    _mm512_store_si512(out + 2 * j * kStep, _mm512_unpacklo_epi8(lows, highs));
-    _mm512_store_si512(out + (2 * j + 1) * kStep, _mm512_unpackhi_epi8(lows, highs));
+    const __m512i lows = _mm512_shuffle_epi8(table.low, ordered.part[r]), highs = _mm512_shuffle_epi8(table.high, ordered.part[r]);
+    _mm512_store_si512(out + 2 * r * kStep, _mm512_unpacklo_epi8(lows, highs));
+    _mm512_store_si512(out + (2 * r + 1) * kStep, _mm512_unpackhi_epi8(lows, highs));
   }
 }
 

@@ -56,18 +56,17 @@ struct Gate {
 
 constexpr int64_t kTile = 16;  // tokens, and matrix rows, of a matrix tile
 
-// Products with many tokens by matrix tiles. Tokens come packed, 16 to a tile, as bf16 in the order in which planes of groups of
-// `order` weights are written out (0: natural order, which codes of one byte have); weights are written out as bf16, a few hundred
-// columns at a time, and meet them in the near cache.
+// Products with many tokens by matrix tiles. Tokens come packed, 16 to a tile, as bf16 in the order in which `blocked` planes (else
+// natural order) are written out; weights are written out as bf16, a few hundred columns at a time, and meet them in the near cache.
 struct Tiles {
   // A packed tile has packed_size(cols) bf16 numbers. rows[t] is a token's [cols] of bf16; those after num_tokens become zeros.
-  void (*pack)(const uint16_t* const* rows, int64_t num_tokens, int64_t cols, int64_t order, uint16_t* tile);
+  void (*pack)(const uint16_t* const* rows, int64_t num_tokens, int64_t cols, bool blocked, uint16_t* tile);
   // Two runs of 16 rows of the matrix (first[i] + step * r, beyond the last row the last one) times num_tiles tiles of tokens:
   // out [16 rows][2 runs][16 * num_tiles tokens]. The rows `ahead` of these are what soon follows.
   void (*multiply)(const Matrix&, const int64_t* first, int64_t step, int64_t ahead, const uint16_t* tokens, int64_t num_tiles,
                    float* out);
   // 16 columns k .. k + 15 of one tile, k a multiple of 16, from inner values [16][16], row r at inner + r * stride.
-  void (*pack_columns)(const float* inner, int64_t stride, int64_t k, int64_t order, uint16_t* tile);
+  void (*pack_columns)(const float* inner, int64_t stride, int64_t k, bool blocked, uint16_t* tile);
   // [num_tokens <= 16][16] out of [16][16]: row r at from + r * stride; outs[t][r] for r < num_rows.
   void (*turn)(const float* from, int64_t stride, int64_t num_rows, int64_t num_tokens, float* const* outs);
   // Before and after a thread's calls of multiply.
@@ -75,7 +74,6 @@ struct Tiles {
   void (*end)();
 };
 
-inline int64_t order_of(Kind kind, int64_t group) { return kind == Kind::kInt8 ? 0 : group; }
 inline int64_t packed_size(int64_t cols) { return (cols + 255) / 256 * 256 * kTile; }
 
 struct Ops {

@@ -58,7 +58,7 @@ void multiply(const Ops& ops, const Matrix& m, int64_t first, int64_t second, in
 void run_experts_tiled(const Ops& ops, const ExpertPlace& place, const Batch& batch, int num_threads) {
   static thread_local Scratch of_tokens, of_inners;
   const int64_t hidden = place.up.cols, inner = place.down.cols;
-  const int64_t order = order_of(place.up.kind, place.up.group);
+  const bool blocked = place.up.kind != Kind::kInt8;
   Gate gate = place.gate;
   const bool interleaved = gate.interleaved;
   gate.interleaved = false;
@@ -75,7 +75,7 @@ void run_experts_tiled(const Ops& ops, const ExpertPlace& place, const Batch& ba
     const uint16_t* rows[kTile];
     const int64_t begin = pass.begin + tile * kTile, count = std::min(kTile, pass.end - begin);
     for (int64_t t = 0; t < count; ++t) rows[t] = x + batch.choices[begin + t] / batch.top_k * hidden;
-    ops.tiles->pack(rows, count, hidden, order, tokens + tile * packed_size(hidden));
+    ops.tiles->pack(rows, count, hidden, blocked, tokens + tile * packed_size(hidden));
     constexpr int64_t last = 256 * kTile;  // of inner values only what the activation writes may differ from zero
     std::memset(inners + (tile + 1) * packed_size(inner) - last, 0, last * 2);
   };
@@ -95,7 +95,7 @@ void run_experts_tiled(const Ops& ops, const ExpertPlace& place, const Batch& ba
     }
     for (int64_t i = 0; i < runs && k + i * kTile < inner; ++i)
       for (int64_t t = 0; t < num_tiles; ++t)
-        ops.tiles->pack_columns(values + i * wide + t * kTile, runs * wide, k + i * kTile, order, inners + t * packed_size(inner));
+        ops.tiles->pack_columns(values + i * wide + t * kTile, runs * wide, k + i * kTile, blocked, inners + t * packed_size(inner));
   };
   auto give = [&](const Pass& pass, const Matrix& down, int64_t row) {
     alignas(64) float sums[2 * kTile * kMostTokens];
@@ -128,7 +128,7 @@ void run_experts_tiled(const Ops& ops, const ExpertPlace& place, const Batch& ba
 
 void run_linear_tiled(const Ops& ops, const Matrix& m, const void* x, int64_t num_tokens, void* out, Dtype out_dtype, int num_threads) {
   static thread_local Scratch of_tokens;
-  const int64_t order = order_of(m.kind, m.group);
+  const bool blocked = m.kind != Kind::kInt8;
   const int64_t number = out_dtype == Dtype::kF32 ? 4 : 2;
   std::vector<Pass> passes;
   cut(passes, 0, 0, num_tokens);
@@ -140,7 +140,7 @@ void run_linear_tiled(const Ops& ops, const Matrix& m, const void* x, int64_t nu
     const uint16_t* rows[kTile];
     const int64_t begin = pass.begin + tile * kTile, count = std::min(kTile, pass.end - begin);
     for (int64_t t = 0; t < count; ++t) rows[t] = static_cast<const uint16_t*>(x) + (begin + t) * m.cols;
-    ops.tiles->pack(rows, count, m.cols, order, tokens + tile * packed_size(m.cols));
+    ops.tiles->pack(rows, count, m.cols, blocked, tokens + tile * packed_size(m.cols));
   };
   auto give = [&](const Pass& pass, int64_t row) {
     alignas(64) float sums[2 * kTile * kMostTokens], turned[kTile][2 * kTile];
