@@ -22,7 +22,7 @@ from torch.nn.functional import linear, silu
 from benchmarks.facts import memory_bandwidth
 from fate_moe.core import BlobLayout
 from fate_moe.kernels.cpu import SlotExperts
-from fate_moe.kernels.native import GROUP_SIZE, native, why_not
+from fate_moe.kernels.native import native, why_not
 from fate_moe.memory.slots import SlotArena
 from fate_moe.quant.blob import views
 from fate_moe.store.format import blob_layout
@@ -32,7 +32,7 @@ SHAPES = {"Qwen1.5-MoE": (2048, 1408, 4, 60), "Qwen3-30B-A3B": (2048, 768, 8, 12
 EXPERTS = SimpleNamespace(
     has_gate=True, act_fn=silu, _apply_gate=lambda x: silu(x[..., : x.shape[-1] // 2]) * x[..., x.shape[-1] // 2 :]
 )
-VIEW_BYTES = {3: 36, 2: 28, 1: 20}  # of a group of 64 with its scale and zero, by planes read
+GROUP_SIZE = 64  # where nothing else is said
 
 
 def timed(work: Callable[[], Any], seconds: float) -> float:
@@ -47,12 +47,17 @@ def timed(work: Callable[[], Any], seconds: float) -> float:
     return median(taken)
 
 
+def view_bytes(weights: int, planes: int, group_size: int = GROUP_SIZE) -> int:
+    """What of so many INT4 ``weights`` a product with ``planes`` planes reads, scales and zeros included."""
+    return weights * (1 + planes) // 8 + weights // group_size * 4
+
+
 class Pool:
     """INT4 experts of one shape in the slots that the runtime uses, ``num_bytes`` of them in all; random codes."""
 
-    def __init__(self, hidden: int, inner: int, num_bytes: int) -> None:
+    def __init__(self, hidden: int, inner: int, num_bytes: int, group_size: int = GROUP_SIZE) -> None:
         self.shapes: dict[str, tuple[int, ...]] = {"gate_up_proj": (2 * inner, hidden), "down_proj": (hidden, inner)}
-        self.layout: BlobLayout = blob_layout("int4", self.shapes, "BF16")
+        self.layout: BlobLayout = blob_layout("int4", self.shapes, "BF16", group_size)
         self.count = max(2, num_bytes // self.layout.length)
         self.arena = SlotArena(self.count, self.layout.length)
         self.buffer = self.arena.buffer
@@ -160,18 +165,18 @@ def main() -> None:
     print(f"{native.instruction_set()}, {threads} threads ({native.team()})")
     results: dict[str, Any] = {"instruction_set": native.instruction_set(), "threads": threads}
     for name, (hidden, inner, top_k, num_experts) in SHAPES.items():
-        groups = 2 * inner * hidden // GROUP_SIZE
+        weights = 2 * inner * hidden
         pool = Pool(hidden, inner, pool_bytes)
         memory = max(read(pool, threads, seconds), memory_bandwidth(threads, pool_bytes // 2))
-        floor = VIEW_BYTES[3] * groups / memory * 1e6
+        floor = view_bytes(weights, 3) / memory * 1e6
         print(f"\n{name}: gate_up [{2 * inner}, {hidden}], down [{hidden}, {inner}]")
         print(f"memory read {memory / 1e9:.1f} GB/s: gate_up at INT4 takes {floor:.0f} us at least")
         shape: dict[str, float] = {"memory_gbps": memory / 1e9}
         for planes, view in ((3, "int4"), (2, "view3"), (1, "view2")):
             taken = product(pool, "gate_up_proj", 1, planes, threads, seconds)
             shape[f"{view}_m1_us"] = taken * 1e6
-            shape[f"{view}_m1_gbps"] = VIEW_BYTES[planes] * groups / taken / 1e9
-        shape["int4_down_m1_gbps"] = VIEW_BYTES[3] * groups / 2 / product(pool, "down_proj", 1, 3, threads, seconds) / 1e9
+            shape[f"{view}_m1_gbps"] = view_bytes(weights, planes) / taken / 1e9
+        shape["int4_down_m1_gbps"] = view_bytes(weights // 2, 3) / product(pool, "down_proj", 1, 3, threads, seconds) / 1e9
         for tokens in (2, 4, 8):
             shape[f"int4_m{tokens}_us"] = product(pool, "gate_up_proj", tokens, 3, threads, seconds) * 1e6
         for experts in (4, 8):
@@ -179,12 +184,21 @@ def main() -> None:
                 continue
             taken = fused(pool, experts, seconds)
             shape[f"fused_{experts}_us"] = taken * 1e6
-            shape[f"fused_{experts}_gbps"] = experts * 1.5 * groups * VIEW_BYTES[3] / taken / 1e9
+            shape[f"fused_{experts}_gbps"] = experts * 1.5 * view_bytes(weights, 3) / taken / 1e9
         if name == "Qwen1.5-MoE":
             shape |= prefill(pool, top_k, num_experts, 512, 2 * seconds)
         memory = max(memory, read(pool, threads, seconds))  # other tenants of the host come and go: the better of before and after
         shape["memory_gbps"] = memory / 1e9
         del pool
+        if name == "Qwen1.5-MoE":
+            for size in (32, 128):
+                pool = Pool(hidden, inner, pool_bytes, size)
+                taken = product(pool, "gate_up_proj", 1, 3, threads, seconds)
+                shape[f"int4_groups{size}_m1_us"] = taken * 1e6
+                shape[f"int4_groups{size}_m1_gbps"] = view_bytes(weights, 3, size) / taken / 1e9
+                layer = prefill(pool, top_k, num_experts, 512, 2 * seconds)
+                shape[f"int4_groups{size}_prefill_gflops"] = layer["prefill_gflops"]
+                del pool
         theirs = torch_int4(2 * inner, hidden, 1, pool_bytes // 2, seconds)
         shape["torch_int4_m1_us"] = theirs * 1e6
         shape["int4_m1_vs_torch"] = theirs * 1e6 / shape["int4_m1_us"]

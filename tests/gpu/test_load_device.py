@@ -213,6 +213,9 @@ def test_models_that_the_kernels_cannot_run_say_why(checkpoint: Callable[[str], 
     mixed = convert(checkpoint("mixtral"), tmp_path / "mixed", "int4", keep={0: "lossless"})
     with pytest.raises(UnsupportedModelError, match="different precisions"):
         on_gpu(mixed)
+    finer = convert(checkpoint("mixtral"), tmp_path / "finer", "int4", group_size=32)
+    with pytest.raises(UnsupportedModelError, match=r"groups of 32 \(.* --group-size 64 .*\); run them on the CPU"):
+        on_gpu(finer)
 
 
 def test_gates_fitted_to_the_model_are_used(checkpoint: Callable[[str], Path], loaded: Callable[..., Any]) -> None:

@@ -41,10 +41,8 @@ def a_blob(kind: str, rows: int, cols: int, seed: int, group: int = 64) -> tuple
     """A matrix W [rows, cols] with a bias, encoded, in a buffer that ends where the blob's last part does (for the sanitizers)."""
     generator = torch.Generator().manual_seed(seed)
     shapes: dict[str, tuple[int, ...]] = {"W": (rows, cols), "W_bias": (rows,)}
-    if kind == "bf16":
-        layout = blob_layout("lossless", shapes, "BF16")
-    else:
-        layout = blob_layout("int4", shapes, "F32", group, WIDTHS[kind])
+    lossless = kind == "bf16"
+    layout = blob_layout("lossless", shapes, "BF16") if lossless else blob_layout("int4", shapes, "F32", group, WIDTHS[kind])
     tensors = {"W": torch.randn(rows, cols, generator=generator), "W_bias": torch.randn(rows, generator=generator)}
     whole = torch.frombuffer(encode(layout, tensors), dtype=torch.uint8)
     parts = views(layout, whole)

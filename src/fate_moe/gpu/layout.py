@@ -10,6 +10,7 @@ import triton.language as tl
 
 from fate_moe.core import BlobLayout
 from fate_moe.errors import UnsupportedModelError
+from fate_moe.store.format import PLANE_WIDTHS
 
 __all__ = ["DeviceLayout", "device_layout"]
 
@@ -52,10 +53,10 @@ def device_layout(layout: BlobLayout, shapes: dict[str, tuple[int, ...]], expert
     activation = _activation(getattr(experts, "act_fn", None))
     if not activation:
         reasons.append(f"activation {getattr(experts, 'act_fn', None)}")
-    if layout.precision == "int4" and (layout.group_size, layout.plane_widths) != (64, (2, 1, 1)):
-        reasons.append(f"planes of {layout.plane_widths} bits in groups of {layout.group_size}")
-    if layout.precision == "int8" and (layout.group_size, layout.plane_widths) != (64, (8,)):
-        reasons.append(f"codes in groups of {layout.group_size}")
+    if layout.precision != "lossless" and layout.plane_widths != PLANE_WIDTHS[layout.precision]:
+        reasons.append(f"planes of {layout.plane_widths} bits")
+    if layout.precision != "lossless" and layout.group_size != 64:
+        reasons.append(f"weights in groups of {layout.group_size} (those of a store made with --group-size 64 could be read)")
     if reasons:
         raise UnsupportedModelError(f"the GPU kernels cannot run these experts: {'; '.join(reasons)}; run them on the CPU")
     offsets = {part.name: part.offset for part in layout.parts}

@@ -28,8 +28,8 @@ class SlotExperts:
     """Runs experts on their tokens straight from the slots' bytes. One thread at a time.
 
     Few tokens: one call of the extension for all ready experts, with int8 activations in groups as wide as the weights' (``exact``:
-    fp32). Many: each expert is written out as numbers in the model's dtype, a few rows at a time where the processor has matrix tiles
-    (bf16), else whole for torch's GEMM. What an expert gives depends on its own tokens alone, whoever else is in the call.
+    fp32). Many: each expert is written out as numbers in the model's dtype, a few rows at a time where the processor has matrix
+    tiles (bf16), else whole for torch's GEMM. What an expert gives depends on its own tokens alone, whoever else is in the call.
     """
 
     def __init__(

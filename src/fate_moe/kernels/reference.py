@@ -64,8 +64,8 @@ def linear_quantized(
 ) -> torch.Tensor:
     """``x`` fp32 [T, C] times a quantized matrix [R, C] (see ``dequantize``): fp32 [T, R].
 
-    x is rounded to int8 first, in the weights' groups, unless ``exact`` (then xq = x and sx = 1). Scales are applied to each group's sums, not to weights:
-    y = sum over groups of (scale * sx) * (q . xq) + (scale * middle - zero) * (sx * sum(xq)).
+    x is rounded to int8 first, in the weights' groups, unless ``exact`` (then xq = x and sx = 1). Scales are applied to each
+    group's sums, not to weights: y = sum over groups of (scale * sx) * (q . xq) + (scale * middle - zero) * (sx * sum(xq)).
     """
     used = len(widths) if num_planes is None else num_planes
     rows, groups = scale.shape
