@@ -59,7 +59,7 @@ class Pool:
         self.shapes: dict[str, tuple[int, ...]] = {"gate_up_proj": (2 * inner, hidden), "down_proj": (hidden, inner)}
         self.layout: BlobLayout = blob_layout("int4", self.shapes, "BF16", group_size)
         self.count = max(2, num_bytes // self.layout.length)
-        self.arena = SlotArena(self.count, self.layout.length)
+        self.arena = SlotArena((self.count, self.layout.length))
         self.buffer = self.arena.buffer
         first = torch.frombuffer(self.buffer, dtype=torch.uint8)[: self.layout.length]
         first.random_(0, 256)
@@ -68,7 +68,7 @@ class Pool:
                 part.fill_(0.01 if name.endswith("scale") else 0.075)
         for slot in range(1, self.count):
             self.buffer[slot * self.layout.length : (slot + 1) * self.layout.length] = first.numpy().tobytes()
-        self.slots = SlotExperts(self.buffer, self.layout.length, [[self.layout] * self.count], [self.shapes])
+        self.slots = SlotExperts(self.buffer, self.arena.offsets, [[self.layout] * self.count], [self.shapes])
         self.address = torch.frombuffer(self.buffer, dtype=torch.uint8).data_ptr()
 
 

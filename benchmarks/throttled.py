@@ -33,7 +33,7 @@ from fate_moe.store.reader import DiskSource
 
 def blobs_of(store: Store) -> dict[ExpertId, bytes]:
     """Every expert's bytes."""
-    disk, room = DiskSource(store), SlotArena(1, store.manifest.slot_bytes)
+    disk, room = DiskSource(store), SlotArena((1, store.manifest.slot_bytes))
     experts = [ExpertId(layer, n) for layer, entry in enumerate(store.manifest.layers) for n in range(len(entry.experts))]
     try:
         return {expert: bytes(room.view(0)[: disk.read(expert, room.view(0))]) for expert in experts}

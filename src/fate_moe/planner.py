@@ -14,6 +14,7 @@ from fate_moe.errors import BudgetError
 from fate_moe.kernels.gates import find_gate
 from fate_moe.kernels.native import native
 from fate_moe.machine import available_memory, resident_memory
+from fate_moe.memory.classes import SlotClass, divide, fewest, slot_classes, total_bytes
 from fate_moe.quant.dtypes import dtype_name
 from fate_moe.skeleton import ExpertStack, parameter_dtypes
 from fate_moe.store.dense import byte_length, default_dense_precision, dense_layouts, read_by_row
@@ -36,7 +37,8 @@ PASS_TOKENS = 256  # that are packed at a time for matrix tiles (csrc/tiles.cpp:
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a model asks for, whatever the budget. ``slot_bytes`` is one expert; ``min_slots`` one token's experts in one layer.
+    """What a model asks for, whatever the budget. ``min_slots`` are one token's experts in one layer; ``slots`` the fewest slots for
+    experts of each length, of which ``slot_bytes`` is the longest.
 
     ``dense_bytes`` are resident; ``row_bytes``, the embedding of which tokens' rows are read, stay on disk. On a GPU all of them
     take ``device_bytes``: quantized matrices a byte a weight, the embedding and all others as numbers of the model's dtype, routers
@@ -50,18 +52,32 @@ class Footprint:
     row_bytes: int
     kv_bytes_per_token: int
     activation_bytes_per_token: int
-    slot_bytes: int
-    num_experts: int
+    slots: tuple[SlotClass, ...]
     min_slots: int
     num_layers: int
     device_bytes: int
     inner_bytes_per_token: int
     scratch_bytes: int
 
+    @property
+    def slot_bytes(self) -> int:
+        return self.slots[-1].slot_bytes
+
+    @property
+    def num_experts(self) -> int:
+        return sum(of.num_experts for of in self.slots)
+
+    @property
+    def expert_bytes(self) -> int:
+        """All experts together."""
+        return sum(of.num_experts * of.slot_bytes for of in self.slots)
+
 
 @dataclass(frozen=True)
 class Plan:
-    """Where the budget goes; all amounts in bytes. ``left_bytes`` is what no line needs (all experts fit)."""
+    """Where the budget goes; all amounts in bytes. ``left_bytes`` is what no line needs (all experts fit).
+
+    ``slots`` by ascending length, several where the store's blobs are of several lengths; ``slot_bytes`` is the longest."""
 
     family: str
     precision: str
@@ -71,13 +87,23 @@ class Plan:
     kv_cache_bytes: int
     activation_bytes: int
     context_length: int
-    num_slots: int
-    num_experts: int
-    slot_bytes: int
+    slots: tuple[SlotClass, ...]
+
+    @property
+    def num_slots(self) -> int:
+        return sum(of.num_slots for of in self.slots)
+
+    @property
+    def num_experts(self) -> int:
+        return sum(of.num_experts for of in self.slots)
+
+    @property
+    def slot_bytes(self) -> int:
+        return self.slots[-1].slot_bytes
 
     @property
     def expert_cache_bytes(self) -> int:
-        return self.num_slots * self.slot_bytes
+        return total_bytes(self.slots)
 
     @property
     def left_bytes(self) -> int:
@@ -85,20 +111,29 @@ class Plan:
         return self.budget_bytes - fixed - self.expert_cache_bytes
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "expert_cache_bytes": self.expert_cache_bytes, "left_bytes": self.left_bytes}
+        """For programs; ``slots`` only where there are several lengths."""
+        facts = asdict(self)
+        del facts["slots"]
+        for name in ("num_slots", "num_experts", "slot_bytes", "expert_cache_bytes", "left_bytes"):
+            facts[name] = getattr(self, name)
+        return {**facts, "slots": [of._asdict() for of in self.slots]} if len(self.slots) > 1 else facts
 
     def rows(self) -> list[tuple[str, int, str]]:
         """(what, bytes, remark) for a table."""
-        share = self.num_slots / self.num_experts
+        several = len(self.slots) > 1
         return [
             ("Python, torch, transformers", self.runtime_bytes, "measured in this process"),
             ("dense weights", self.dense_bytes, "attention, norms, routers, shared experts, head"),
             ("KV cache", self.kv_cache_bytes, f"{self.context_length} tokens"),
             ("activations", self.activation_bytes, f"prefill of {self.context_length} tokens"),
-            (
-                "expert slots",
-                self.expert_cache_bytes,
-                f"{self.num_slots} of {self.num_experts} experts ({share:.1%}), {self.precision}",
+            *(
+                (
+                    f"expert slots of {format_bytes(of.slot_bytes)}" if several else "expert slots",
+                    of.num_slots * of.slot_bytes,
+                    f"{of.num_slots} of {of.num_experts} experts ({of.num_slots / of.num_experts:.1%})"
+                    + ("" if several else f", {self.precision}"),
+                )
+                for of in self.slots
             ),
             ("left", self.left_bytes, ""),
             ("budget", self.budget_bytes, "the whole process"),
@@ -131,10 +166,12 @@ def footprint(
     absent = routed | set(model.all_tied_weights_keys)  # empty where nothing is tied
     numbers = {name: value.numel() * dtypes[name].itemsize for name, value in model.state_dict().items() if name not in absent}
     if manifest is not None:
-        slot_bytes, dense_bytes = manifest.slot_bytes, manifest.dense_bytes
+        lengths = [[layout.length for layout in manifest.layouts_of(stack.layer)] for stack in stacks]
+        dense_bytes = manifest.dense_bytes
         quantized = dense_layouts(model, manifest.dense_precision)
     else:
-        slot_bytes = max(blob_layout(precision, stack.output_rows_first(), dtype_name(model.dtype)).length for stack in stacks)
+        dtype = dtype_name(model.dtype)
+        lengths = [[blob_layout(precision, stack.output_rows_first(), dtype).length] * stack.num_experts for stack in stacks]
         quantized = dense_layouts(model, dense_precision or default_dense_precision(precision))
         dense_bytes = sum(quantized[name].length if name in quantized else size for name, size in numbers.items())
     embedding = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
@@ -149,6 +186,7 @@ def footprint(
         row_bytes = quantized[by_row].length if by_row in quantized else weight.numel() * dtypes[by_row].itemsize
     itemsize = model.dtype.itemsize
     top_k = max(stack.top_k for stack in stacks)
+    at_once = min(top_k, *(stack.num_experts for stack in stacks))
     inner = max(_width(text, "intermediate_size"), *(shape[0] for stack in stacks for shape in stack.parameters.values()))
     # One layer's transients per token at prefill: residual, norm in fp32, q k v o (about 8 hidden vectors), the experts' outputs by
     # (token, choice) and their weighted copy, and the widest MLP three times.
@@ -160,9 +198,8 @@ def footprint(
         row_bytes=row_bytes,
         kv_bytes_per_token=_kv_bytes_per_token(text, itemsize),
         activation_bytes_per_token=activation,
-        slot_bytes=slot_bytes,
-        num_experts=sum(stack.num_experts for stack in stacks),
-        min_slots=min(top_k, *(stack.num_experts for stack in stacks)),
+        slots=slot_classes(lengths, at_once),
+        min_slots=at_once,
         num_layers=len(stacks),
         device_bytes=sum(on_device.values()) + sum(stack.num_experts for stack in stacks) * text.hidden_size * itemsize,
         inner_bytes_per_token=top_k * max(shape[0] for stack in stacks for shape in stack.output_rows_first().values()) * itemsize,
@@ -182,24 +219,25 @@ def make_plan(needs: Footprint, config: OffloadConfig) -> Plan:
     kv = needs.kv_bytes_per_token * config.context_length
     activations = needs.activation_bytes_per_token * config.context_length + needs.scratch_bytes
     fixed = runtime + needs.dense_bytes + kv + activations
+    least = fewest(needs.slots, needs.min_slots)
     if config.expert_cache is None:
-        wanted, num_slots = needs.min_slots, min(needs.num_experts, (budget - fixed) // needs.slot_bytes)
+        wanted, slots = least, divide(budget - fixed, needs.slots, needs.min_slots)
     else:
-        amount = parse_amount(config.expert_cache, needs.num_experts * needs.slot_bytes)
-        wanted = num_slots = min(needs.num_experts, amount // needs.slot_bytes)
-        if num_slots < needs.min_slots:
+        amount = parse_amount(config.expert_cache, needs.expert_bytes)
+        wanted = slots = divide(amount, needs.slots, needs.min_slots)
+        if not slots:
             raise BudgetError(
-                f"--expert-cache {config.expert_cache} holds {num_slots} experts of {format_bytes(needs.slot_bytes)}; one token "
-                f"needs {needs.min_slots}: give at least {format_bytes(needs.min_slots * needs.slot_bytes)}",
-                fixed + needs.min_slots * needs.slot_bytes,
+                f"--expert-cache {config.expert_cache} is too small: one token needs {_words(least)}; give at least "
+                f"{format_bytes(total_bytes(least))}",
+                fixed + total_bytes(least),
             )
-    smallest = fixed + wanted * needs.slot_bytes
+    smallest = fixed + total_bytes(wanted)
     if smallest > budget:
         works = smallest + SPREAD_BYTES
         raise BudgetError(
             f"a budget of {format_bytes(budget)} is too small: {format_bytes(runtime)} runtime, {format_bytes(needs.dense_bytes)} "
-            f"dense weights, {format_bytes(kv + activations)} for {config.context_length} tokens and {wanted} expert slots of "
-            f"{format_bytes(needs.slot_bytes)} need at least --ram {-(-works >> 20)}MiB (or a shorter --context-length)",
+            f"dense weights, {format_bytes(kv + activations)} for {config.context_length} tokens and "
+            f"{_words(wanted)} need at least --ram {-(-works >> 20)}MiB (or a shorter --context-length)",
             works,
         )
     return Plan(
@@ -211,10 +249,13 @@ def make_plan(needs: Footprint, config: OffloadConfig) -> Plan:
         kv_cache_bytes=kv,
         activation_bytes=activations,
         context_length=config.context_length,
-        num_slots=num_slots,
-        num_experts=needs.num_experts,
-        slot_bytes=needs.slot_bytes,
+        slots=slots,
     )
+
+
+def _words(slots: tuple[SlotClass, ...]) -> str:
+    first, *others = ((of.num_slots, format_bytes(of.slot_bytes)) for of in slots)
+    return f"{first[0]} expert slots of {first[1]}" + "".join(f" and {number} of {size}" for number, size in others)
 
 
 def _scratch_bytes(model: PreTrainedModel, stacks: list[ExpertStack], precision: str) -> int:

@@ -9,7 +9,8 @@ import torch
 
 from fate_moe.core import ExpertId, Lookup, Predictor, Routing
 from fate_moe.kernels.cpu import SlotExperts
-from fate_moe.memory.residency import Lease, Residency
+from fate_moe.memory.lease import Lease
+from fate_moe.memory.residency import Residency
 from fate_moe.prefetch import Prefetcher
 from fate_moe.tailor import Tailor
 

@@ -9,7 +9,8 @@ from itertools import accumulate
 import torch
 
 from fate_moe.core import BlobLayout, ExpertId, Need, PrecisionPolicy, Routing
-from fate_moe.memory.residency import WHOLE, Residency
+from fate_moe.memory.lease import WHOLE
+from fate_moe.memory.residency import Residency
 from fate_moe.quant.dtypes import TORCH_DTYPES
 
 __all__ = ["Tailor", "chosen_weights"]

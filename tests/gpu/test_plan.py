@@ -36,6 +36,11 @@ def fast_link() -> None:
     save_link(Link(GPU.name, 16, 50e9, 45e9, 160e9, 45e9, 120e9))
 
 
+def small(needs: Footprint) -> Footprint:
+    """The same with experts of 4096 bytes."""
+    return replace(needs, slots=tuple(of._replace(slot_bytes=4096) for of in needs.slots))
+
+
 def planned(needs: Footprint, **options: Any) -> DevicePlan:
     config = OffloadConfig(device="cuda", **options)
     return make_device_plan(needs, config, GPU, device_options(config.preset))
@@ -86,7 +91,7 @@ def test_too_little_ram_names_the_smallest_that_works(needs: Footprint) -> None:
 
 
 def test_everything_fits(needs: Footprint) -> None:
-    plan = planned(replace(needs, slot_bytes=4096), ram="16GiB")
+    plan = planned(small(needs), ram="16GiB")
     assert plan.num_slots == plan.num_host_slots == needs.num_experts
     assert not plan.reads_disk
     assert "not read after loading" in str(plan.rows())
@@ -95,7 +100,7 @@ def test_everything_fits(needs: Footprint) -> None:
 
 def test_the_hosts_share_needs_every_expert_in_ram(needs: Footprint, fast_link: None) -> None:
     assert planned(needs, vram="4GiB").host_share == 0.0
-    whole = replace(needs, slot_bytes=4096)
+    whole = small(needs)
     plan = planned(whole, vram="4GiB", ram="8GiB", host_share="50%")
     assert plan.host_share == 0.5
     assert "the CPU computes 50% of" in plan.line()
@@ -108,7 +113,7 @@ def test_the_hosts_share_needs_every_expert_in_ram(needs: Footprint, fast_link: 
 
 
 def test_auto_asks_what_was_measured(needs: Footprint, fast_link: None) -> None:
-    whole = replace(needs, slot_bytes=4096)
+    whole = small(needs)
     assert planned(whole, ram="8GiB", host_share="auto").host_share == pytest.approx(0.65 * 120 / (0.65 * 120 + 45))
     (cache_home() / "link.json").unlink()
     with pytest.raises(ConfigError, match="fate doctor --calibrate"):

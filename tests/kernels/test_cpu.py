@@ -245,7 +245,7 @@ def test_fused_experts(kind: str, family: str, tokens: int, group: int) -> None:
     rows = {expert: [row for row, chosen in enumerate(index) if chosen == expert] for expert in set(index)}
     ready = [(expert, 3 - expert) for expert in rows]
     planes = {expert: 1 + expert % 3 for expert in rows} if kind == "int4" else {}
-    slots = SlotExperts(memory, layout.length, [[layout] * 4], [shapes], exact=True)
+    slots = SlotExperts(memory, range(0, len(memory), layout.length), [[layout] * 4], [shapes], exact=True)
     together = both_ways(slots, module, ready, rows, x, planes)
     for expert, slot in ready:
         blob = torch.frombuffer(memory, dtype=torch.uint8)[slot * layout.length :]
@@ -259,7 +259,7 @@ def test_fused_experts(kind: str, family: str, tokens: int, group: int) -> None:
 
 def test_combine_is_a_weighted_sum_in_order() -> None:
     generator = torch.Generator().manual_seed(0)
-    slots = SlotExperts(bytearray(4096), 4096, [], [])
+    slots = SlotExperts(bytearray(4096), [0], [], [])
     for dtype, tokens in itertools.product((torch.float32, torch.bfloat16), (1, 7)):
         rows, weights = torch.randn(tokens * 3, 50, generator=generator), torch.rand(tokens, 3, generator=generator)
         want = torch.zeros(tokens, 50)

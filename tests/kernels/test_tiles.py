@@ -101,7 +101,7 @@ def test_experts(kind: str, family: str, tokens: int, group: int) -> None:
     assert min(map(len, rows.values())) > 8
     ready = [(expert, 3 - expert) for expert in rows]
     planes = {expert: 1 + expert % 3 for expert in rows} if kind == "int4" else {}
-    slots = SlotExperts(memory, layout.length, [[layout] * 4], [shapes])
+    slots = SlotExperts(memory, range(0, len(memory), layout.length), [[layout] * 4], [shapes])
     together = both_ways(slots, module, ready, rows, x, planes)
     for expert, slot in ready:
         blob = torch.frombuffer(memory, dtype=torch.uint8)[slot * layout.length :]

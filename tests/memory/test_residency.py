@@ -14,7 +14,8 @@ from fate_moe.config import POLICIES
 from fate_moe.core import ExpertId, Lookup
 from fate_moe.errors import CorruptExpertError, StoreError
 from fate_moe.memory.policies import make_policy
-from fate_moe.memory.residency import Lease, Residency
+from fate_moe.memory.lease import Lease
+from fate_moe.memory.residency import Residency
 from fate_moe.memory.slots import SlotArena
 
 SLOT = 4096
@@ -79,7 +80,7 @@ def make() -> Iterator[Make]:
     def build(
         num_slots: int, policy: str = "lru", io_threads: int = 4, seconds: float = 0.0
     ) -> tuple[Residency, Source, SlotArena]:
-        source, arena = Source(seconds), SlotArena(num_slots, SLOT)
+        source, arena = Source(seconds), SlotArena((num_slots, SLOT))
         residency = Residency(source, arena, make_policy(policy, num_slots, [NUM_EXPERTS] * NUM_LAYERS), io_threads=io_threads)
         made.append((residency, source))
         return residency, source, arena
@@ -356,7 +357,7 @@ def test_whatever_happens_slots_hold_what_the_table_says(
     fails: dict[tuple[int, int], int],
     steps: list[tuple[int, list[int], list[int], int, bool]],
 ) -> None:
-    source, arena = Source(seconds), SlotArena(num_slots, SLOT)
+    source, arena = Source(seconds), SlotArena((num_slots, SLOT))
     source.fails = {ExpertId(*key): times for key, times in fails.items()}
     residency = Residency(source, arena, make_policy(policy, num_slots, [NUM_EXPERTS] * NUM_LAYERS), io_threads=io_threads)
     try:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from fate_moe.core import ExpertId, Lookup
 from fate_moe.errors import CorruptExpertError
 from fate_moe.memory.policies import make_policy
-from fate_moe.memory.residency import WHOLE, Residency
+from fate_moe.memory.lease import WHOLE
+from fate_moe.memory.residency import Residency
 from fate_moe.memory.slots import SlotArena
 
 SLOT, SECTIONS = 4096, 4
@@ -51,7 +52,7 @@ def make() -> Iterator[Make]:
     made: list[tuple[Residency, Source]] = []
 
     def build(num_slots: int) -> tuple[Residency, Source, SlotArena]:
-        source, arena = Source(), SlotArena(num_slots, SLOT)
+        source, arena = Source(), SlotArena((num_slots, SLOT))
         residency = Residency(source, arena, make_policy("lru", num_slots, [6, 6]))
         made.append((residency, source))
         return residency, source, arena

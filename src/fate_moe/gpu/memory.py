@@ -24,7 +24,7 @@ class PinnedArena:
 
     def __init__(self, num_blobs: int, blob_bytes: int, device: torch.device) -> None:
         self.num_blobs, self.blob_bytes = num_blobs, blob_bytes
-        self.slots = SlotArena(num_blobs, blob_bytes)
+        self.slots = SlotArena((num_blobs, blob_bytes))
         self.bytes = torch.frombuffer(self.slots.buffer, dtype=torch.uint8)
         self._registered: list[int] = []
         if device.type == "cuda":

@@ -35,19 +35,19 @@ class SlotExperts:
     def __init__(
         self,
         memory: Any,
-        slot_bytes: int,
+        offsets: Sequence[int],
         layouts: Sequence[Sequence[BlobLayout]],
         shapes: Sequence[dict[str, tuple[int, ...]]],
         *,
         exact: bool = False,
     ) -> None:
-        """``memory`` is the slots' buffer; ``layouts`` by layer and expert, ``shapes`` (parameter name to [out, in] or [out]) by
-        layer."""
+        """``memory`` is the slots' buffer, ``offsets`` where each begins in it; ``layouts`` by layer and expert, ``shapes`` (parameter
+        name to [out, in] or [out]) by layer."""
         if (reason := why_not()) is not None:
             _warn_once(reason)  # now, not in the middle of a text
         self._memory = torch.frombuffer(memory, dtype=torch.uint8)
-        self._address = self._memory.data_ptr()
-        self._slot_bytes = slot_bytes
+        self._offsets = offsets
+        self._addresses = [self._memory.data_ptr() + offset for offset in offsets]
         self._layouts = layouts
         self._shapes = shapes
         self._exact = exact
@@ -122,7 +122,7 @@ class SlotExperts:
         for (row, slot), planes in zip(places, num_planes or [None] * len(places), strict=True):
             kernel = kernels[chosen[row]]
             assert kernel is not None
-            item = (self._address + slot * self._slot_bytes, planes or kernel.num_planes, row)
+            item = (self._addresses[slot], planes or kernel.num_planes, row)
             by_kernel.setdefault(kernel, []).append(item)
         for kernel, items in by_kernel.items():
             addresses, counts, at = map(list, zip(*items, strict=True))
@@ -180,7 +180,7 @@ class SlotExperts:
         for expert, _ in ready:
             choices += rows[expert]
             starts.append(len(choices))
-        addresses = [self._address + slot * self._slot_bytes for _, slot in ready]
+        addresses = [self._addresses[slot] for _, slot in ready]
         counts = [planes.get(expert) or kernel.num_planes for expert, _ in ready]
         where, threads = (addresses, counts, starts, choices, hidden.data_ptr()), torch.get_num_threads()
         if tiled:
@@ -196,7 +196,7 @@ class SlotExperts:
         layout = self._layouts[layer][expert]
         parts = self._views.get((id(layout), slot))
         if parts is None:
-            start = slot * self._slot_bytes
+            start = self._offsets[slot]
             parts = self._views[id(layout), slot] = views(layout, self._memory[start : start + layout.length])
         if kernel is None or not layout.plane_widths or dtype not in (torch.float32, torch.bfloat16):
             return expert_weights(layout, parts, self._shapes[layer], dtype, num_planes)
@@ -208,7 +208,7 @@ class SlotExperts:
             weights[name] = torch.empty(shape, dtype=dtype)
             native.expand(
                 kernel.places[name],
-                self._address + slot * self._slot_bytes,
+                self._addresses[slot],
                 num_planes or kernel.num_planes,
                 weights[name].data_ptr(),
                 DTYPES[dtype],

@@ -5,82 +5,16 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from fate_moe.core import Counters, EvictionPolicy, ExpertId, ExpertSource, Lookup
+from fate_moe.memory.lease import WHOLE, Lease
 from fate_moe.memory.slots import SlotArena
 from fate_moe.memory.transfer import TransferQueue
 
-__all__ = ["WHOLE", "Lease", "Residency"]
-
-WHOLE = 1 << 30  # sections: more than any blob has
+__all__ = ["Residency"]
 
 _log = logging.getLogger(__name__)
-
-
-class Lease:
-    """Experts that are locked for use. Iterate once, to the end or until ``release``; at most one unreleased lease per thread.
-
-    Iteration gives ``(expert, slot)``: those that were resident first, in the order asked for, then the others as they arrive. An
-    expert is unlocked when the loop asks for the next one, so that more experts than there are slots can be leased. Raises the
-    source's error (StoreError, CorruptExpertError) at the expert that cannot be read.
-    """
-
-    def __init__(self, residency: Residency, lookups: dict[ExpertId, Lookup], wanted: Mapping[ExpertId, int]) -> None:
-        self.lookups = lookups
-        self._wanted = wanted
-        self._residency = residency
-        self._arrived: deque[tuple[ExpertId, Exception | None]] = deque()
-        self._held = dict.fromkeys(lookups)
-        self._asked: float | None = time.perf_counter()  # None once what was missing has been needed
-
-    def __iter__(self) -> Iterator[tuple[ExpertId, int]]:
-        hits = [expert for expert, found in self.lookups.items() if found is Lookup.HIT]
-        for expert in hits:
-            if expert in self._held:
-                yield expert, self._residency.slot_of(expert)
-                self._unlock(expert)
-        for _ in range(len(self.lookups) - len(hits)):
-            expert = self._residency._wait_for(self)
-            yield expert, self._residency.slot_of(expert)
-            self._unlock(expert)
-
-    def wanted(self, expert: ExpertId) -> int:
-        """How many sections of ``expert``'s blob are enough."""
-        return self._wanted.get(expert, WHOLE)
-
-    def batches(self) -> Iterator[list[tuple[ExpertId, int]]]:
-        """The same in lists, each unlocked when the next is asked for: all that were resident, then those that have arrived."""
-        hits = [expert for expert, found in self.lookups.items() if found is Lookup.HIT and expert in self._held]
-        if hits:
-            yield [(expert, self._residency.slot_of(expert)) for expert in hits]
-            self._residency._unlock(self, [expert for expert in hits if expert in self._held])
-        missing = len(self.lookups) - len(hits)
-        while missing:
-            arrived = [self._residency._wait_for(self)]
-            while self._arrived:
-                arrived.append(self._residency._wait_for(self))
-            missing -= len(arrived)
-            yield [(expert, self._residency.slot_of(expert)) for expert in arrived]
-            self._residency._unlock(self, [expert for expert in arrived if expert in self._held])
-
-    def arrivals(self) -> Iterator[tuple[ExpertId, int]]:
-        """The same one by one, all of them locked until ``release``: there must be as many slots."""
-        hits = [expert for expert, found in self.lookups.items() if found is Lookup.HIT]
-        yield from ((expert, self._residency.slot_of(expert)) for expert in hits)
-        for _ in range(len(self.lookups) - len(hits)):
-            expert = self._residency._wait_for(self)
-            yield expert, self._residency.slot_of(expert)
-
-    def release(self) -> None:
-        """Unlock what is left and withdraw the demand reads that have not begun. May be called again."""
-        if self._held:
-            self._residency._unlock(self, list(self._held))
-
-    def _unlock(self, expert: ExpertId) -> None:
-        if expert in self._held:
-            self._residency._unlock(self, [expert])
 
 
 class Residency:
@@ -89,12 +23,22 @@ class Residency:
     An expert is *resident*, *in flight* (it has a slot and its read has begun) or *missing*. A prefetch gets its slot only when a
     thread begins it, and never from an expert that is locked, in flight or *fresh*: expected, and its layer not acquired since. A
     demand read takes a fresh one if nothing else is left. A slot may hold only the first sections of its blob; a demand for more
-    reads the rest into the same slot, and meanwhile the expert is in flight. ``acquire`` and ``prefetch`` may be called from any
-    thread.
+    reads the rest into the same slot, and meanwhile the expert is in flight. Where the arena has slots of several lengths, an expert
+    takes one of the shortest that its blob fits into, or waits for one; those that wait for others pass it by. ``acquire`` and
+    ``prefetch`` may be called from any thread.
     """
 
-    def __init__(self, source: ExpertSource, arena: SlotArena, policy: EvictionPolicy, *, io_threads: int = 4) -> None:
-        """``io_threads``: concurrent reads, of which one is kept for demand reads (so with 1, nothing is prefetched)."""
+    def __init__(
+        self,
+        source: ExpertSource,
+        arena: SlotArena,
+        policy: EvictionPolicy,
+        *,
+        blob_bytes: Mapping[ExpertId, int] | None = None,
+        io_threads: int = 4,
+    ) -> None:
+        """``blob_bytes`` of each expert; None: all are as long as the longest slots. ``io_threads``: concurrent reads, of which one
+        is kept for demand reads (so with 1, nothing is prefetched)."""
         self.counters = Counters()
         # The link's time per whole blob (decayed mean), however many are under way at once; 0.0 before the first.
         self.read_seconds = 0.0
@@ -105,7 +49,11 @@ class Residency:
         self._policy = policy
         self._lock = threading.Lock()
         self._arrival = threading.Condition(self._lock)
-        self._free = list(reversed(range(arena.num_slots)))
+        self._blob_bytes = blob_bytes or {}
+        self._class = {expert: arena.class_for(length) for expert, length in self._blob_bytes.items()}
+        self._free: list[list[int]] = [[] for _ in arena.class_bytes]  # by class
+        for slot in reversed(range(arena.num_slots)):
+            self._free[arena.class_of[slot]].append(slot)
         self._slots: dict[ExpertId, int] = {}  # resident
         self._held: dict[ExpertId, int] = {}  # by resident and in flight: how many sections its slot holds
         self._reading: dict[ExpertId, int] = {}  # in flight, with the slot
@@ -116,7 +64,7 @@ class Residency:
         self._probability: dict[ExpertId, float] = {}  # of queued prefetches
         self._link_since = 0.0  # when the reads under way began, or the last one of them ended
         self._closed = False
-        self._queue = TransferQueue(self._lock, self._begin, io_threads)
+        self._queue = TransferQueue(self._lock, self._begin, self._lane, io_threads)
 
     # --- the inference thread ---
 
@@ -211,18 +159,22 @@ class Residency:
     def check_integrity(self) -> None:
         """Raise RuntimeError unless every slot is in exactly one place and all books agree. For tests and bug hunts."""
         with self._lock:
-            slots = sorted([*self._free, *self._slots.values(), *self._reading.values()])
-            placed = {*self._slots, *self._reading}
+            free = [slot for of_class in self._free for slot in of_class]
+            slots = sorted([*free, *self._slots.values(), *self._reading.values()])
+            placed = {**self._slots, **self._reading}
+            class_of = self._arena.class_of
             fresh = set().union(*self._fresh.values())
             books = {
                 "every slot is in one place": slots == list(range(self._arena.num_slots)),
                 "resident and in flight are disjoint": len(placed) == len(self._slots) + len(self._reading),
-                "who has a slot holds a number of sections": placed == self._held.keys(),
-                "fresh and unused experts have slots": fresh | self._unused <= placed,
+                "free slots are of their class": all(class_of[s] == n for n, of in enumerate(self._free) for s in of),
+                "an expert's slot is of its class": all(class_of[slot] == self._class_of(e) for e, slot in placed.items()),
+                "who has a slot holds a number of sections": placed.keys() == self._held.keys(),
+                "fresh and unused experts have slots": fresh | self._unused <= placed.keys(),
                 "locks are counted": all(count > 0 for count in self._locks.values()),
                 "who waits has locked": set(self._waiting) <= set(self._locks),
                 "nobody waits for a whole resident": all(self._held[e] < WHOLE for e in {*self._waiting} & {*self._slots}),
-                "who waits is served": set(self._waiting) <= {*self._reading, *self._queue.waiting()[0]},
+                "who waits is served": set(self._waiting) <= {*self._reading, *self._queue.demands()},
             }
         broken = [name for name, holds in books.items() if not holds]
         if broken:
@@ -247,28 +199,28 @@ class Residency:
         self.counters.in_flight += 1
         return Lookup.IN_FLIGHT
 
-    def _wait_for(self, lease: Lease) -> ExpertId:
+    def wait_for(self, lease: Lease) -> ExpertId:
         """The next expert to arrive for ``lease``; the wait is a stall."""
         with self._arrival:
-            if lease._asked is not None:
-                self.counters.overlap_seconds += time.perf_counter() - lease._asked
-                lease._asked = None
-            if not lease._arrived:
+            if lease.asked is not None:
+                self.counters.overlap_seconds += time.perf_counter() - lease.asked
+                lease.asked = None
+            if not lease.arrived:
                 began = time.perf_counter()
-                while not lease._arrived:
+                while not lease.arrived:
                     if self._closed:
                         raise RuntimeError("the model was closed while an expert was awaited")
                     self._arrival.wait()
                 self.counters.stall_seconds += time.perf_counter() - began
-            expert, error = lease._arrived.popleft()
+            expert, error = lease.arrived.popleft()
         if error is not None:
             raise error
         return expert
 
-    def _unlock(self, lease: Lease, experts: list[ExpertId]) -> None:
+    def unlock(self, lease: Lease, experts: list[ExpertId]) -> None:
         with self._lock:
             for expert in experts:
-                del lease._held[expert]
+                del lease.held[expert]
                 locks = self._locks.pop(expert) - 1
                 if locks:
                     self._locks[expert] = locks
@@ -295,15 +247,16 @@ class Residency:
         if expert in self._slots:  # it has the first sections
             slot = self._reading[expert] = self._slots.pop(expert)
             return lambda: self._read(expert, slot, demand, last)
-        if not self._free:
+        free = self._free[self._class_of(expert)]
+        if not free:
             victim = self._victim(expert, demand)
             if victim is None:
                 return None
             self._policy.removed(victim)
-            self._free.append(self._slots.pop(victim))
+            free.append(self._slots.pop(victim))
             del self._held[victim]
             self._forget_expected(victim)
-        slot = self._reading[expert] = self._free.pop()
+        slot = self._reading[expert] = free.pop()
         self._held[expert] = 0
         self._policy.admitted(expert, prefetched=not demand)
         if demand:
@@ -315,8 +268,11 @@ class Residency:
         return lambda: self._read(expert, slot, demand, last)
 
     def _victim(self, incoming: ExpertId, demand: bool) -> ExpertId | None:
+        wanted, class_of = self._class_of(incoming), self._arena.class_of
+
         def evictable(expert: ExpertId) -> bool:
-            return expert in self._slots and expert not in self._locks
+            slot = self._slots.get(expert)
+            return slot is not None and class_of[slot] == wanted and expert not in self._locks
 
         def stale(expert: ExpertId) -> bool:
             return evictable(expert) and expert not in self._fresh.get(expert.layer, ())
@@ -348,13 +304,14 @@ class Residency:
                 if self.journal is not None:
                     self.journal.append((expert, demand, began, time.perf_counter()))
                 if not whole:
-                    seconds *= self._arena.slot_bytes / num_bytes  # what all of it would have taken
+                    length = self._blob_bytes.get(expert, self._arena.class_bytes[-1])
+                    seconds *= length / num_bytes  # what all of it would have taken
                 self.read_seconds = seconds if not self.read_seconds else self.read_seconds + 0.1 * (seconds - self.read_seconds)
             else:
                 self._policy.removed(expert)
                 self._forget_expected(expert)
                 del self._held[expert]
-                self._free.append(slot)
+                self._free[self._class_of(expert)].append(slot)
             if error is not None and not demand and expert in self._waiting:
                 self._queue.demand(expert)  # it was only a prefetch that failed: those who wait for it get one read of their own
             elif error is not None and not demand:
@@ -367,17 +324,24 @@ class Residency:
                     self._queue.demand(expert)
                 for lease in waiting:
                     if lease not in short:
-                        lease._arrived.append((expert, error))
+                        lease.arrived.append((expert, error))
             self._queue.slot_freed()
             self._arrival.notify_all()
 
     def _can_begin(self) -> bool:
-        """Whether a thread is about to begin what comes next in the queue."""
-        demands, prefetches = self._queue.waiting()
-        if demands or (prefetches and not self._waiting):
-            coming = (demands or prefetches)[0]
-            return bool(self._free) or coming in self._slots or self._victim(coming, demand=bool(demands)) is not None
-        return False
+        """Whether a thread is about to begin one of those that come next in the queue."""
+        return any(
+            expert in self._slots or self._free[self._class_of(expert)] or self._victim(expert, demand) is not None
+            for expert, demand in self._queue.upcoming()
+            if demand or not self._waiting
+        )
+
+    def _class_of(self, expert: ExpertId) -> int:
+        return self._class.get(expert, len(self._free) - 1)
+
+    def _lane(self, expert: ExpertId) -> int:
+        """Who waits for the same slots as ``expert``: its class; one that has a slot already waits for none."""
+        return -1 if expert in self._slots else self._class_of(expert)
 
     def _forget_expected(self, expert: ExpertId) -> None:
         self._unused.discard(expert)

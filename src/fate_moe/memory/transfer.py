@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from fate_moe.core import ExpertId
 
@@ -16,13 +16,19 @@ class TransferQueue:
 
     One of ``num_threads`` threads never prefetches, so that a demand read finds a free one at once. All methods but ``close`` are
     called with ``lock`` held. ``begin(expert, demand)`` is called with it too, when a thread is free: it gives the read to make
-    (called without the lock) or None while there is no slot for it; ``slot_freed`` then makes the queue ask again.
+    (called without the lock) or None while there is no slot for it; ``slot_freed`` then makes the queue ask again. Meanwhile those
+    in other lanes go on: ``lane(expert)`` is equal for those that wait for the same slots.
     """
 
     def __init__(
-        self, lock: threading.Lock, begin: Callable[[ExpertId, bool], Callable[[], None] | None], num_threads: int
+        self,
+        lock: threading.Lock,
+        begin: Callable[[ExpertId, bool], Callable[[], None] | None],
+        lane: Callable[[ExpertId], int],
+        num_threads: int,
     ) -> None:
         self._begin = begin
+        self._lane = lane
         self._work = threading.Condition(lock)
         self._demands: OrderedDict[ExpertId, None] = OrderedDict()
         self._prefetches: OrderedDict[ExpertId, None] = OrderedDict()
@@ -61,9 +67,17 @@ class TransferQueue:
         if self._demands or self._prefetches:
             self._work.notify()
 
-    def waiting(self) -> tuple[list[ExpertId], list[ExpertId]]:
-        """Queued demand reads and queued prefetches, next one first."""
-        return list(self._demands), list(self._prefetches)
+    def demands(self) -> list[ExpertId]:
+        """Queued demand reads, next one first."""
+        return list(self._demands)
+
+    def upcoming(self) -> Iterator[tuple[ExpertId, bool]]:
+        """What may begin next, and whether it was asked for: the first of each lane; no prefetch while a demand read is queued."""
+        demand, lanes = bool(self._demands), set[int]()
+        for expert in self._demands or self._prefetches:
+            if (lane := self._lane(expert)) not in lanes:
+                lanes.add(lane)
+                yield expert, demand
 
     def close(self) -> None:
         """Forget what is queued, wait for the reads under way, end the threads."""
@@ -94,15 +108,11 @@ class TransferQueue:
 
     def _take(self) -> tuple[Callable[[], None], bool] | None:
         """The next read to make, out of the queue; None if nothing is queued or what comes next has no slot yet."""
-        if self._demands:
-            queue, demand = self._demands, True
-        elif self._prefetches and self._prefetching < self._most_prefetching:
-            queue, demand = self._prefetches, False
-        else:
+        if not self._demands and self._prefetching >= self._most_prefetching:
             return None
-        expert = next(iter(queue))
-        read = self._begin(expert, demand)
-        if read is None:
-            return None
-        del queue[expert]
-        return read, demand
+        for expert, demand in self.upcoming():
+            read = self._begin(expert, demand)
+            if read is not None:
+                del (self._demands if demand else self._prefetches)[expert]
+                return read, demand
+        return None

@@ -187,13 +187,14 @@ def realize(prepared: Prepared, plan: Plan | DevicePlan, config: OffloadConfig, 
     fill(model, load_dense(store, but=embedding), store.path, layouts_of_dense, config.exact_activations)
     load_generation_config(model, store.path)
     num_experts = [stack.num_experts for stack in stacks]
-    arena = SlotArena(plan.num_slots, plan.slot_bytes)
+    arena = SlotArena(*((of.num_slots, of.slot_bytes) for of in plan.slots))
     policy = make_policy(config.policy_name, plan.num_slots, num_experts)
     recall(policy, store.path)
-    residency = Residency(source or DiskSource(store), arena, policy, io_threads=config.io_threads)
     shapes = [stack.output_rows_first() for stack in stacks]
     layouts = [store.manifest.layouts_of(stack.layer) for stack in stacks]
-    slots = SlotExperts(arena.buffer, arena.slot_bytes, layouts, shapes, exact=config.exact_activations)
+    blob_bytes = {ExpertId(layer, expert): of.length for layer, row in enumerate(layouts) for expert, of in enumerate(row)}
+    residency = Residency(source or DiskSource(store), arena, policy, blob_bytes=blob_bytes, io_threads=config.io_threads)
+    slots = SlotExperts(arena.buffer, arena.offsets, layouts, shapes, exact=config.exact_activations)
     hastened = hasten(model, config.exact_activations)
     routers = routers_of(model, stacks)
     predictor = _predictor(config, prepared, routers, policy)
