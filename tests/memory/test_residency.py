@@ -27,10 +27,12 @@ def mark(expert: ExpertId) -> bytes:
 
 
 class Source:
-    """Writes each expert's mark into its slot. ``gate`` holds reads back, ``fails`` makes reads raise, so many times."""
+    """Writes each expert's mark into its slot. ``gate`` holds reads back, ``fails`` makes reads raise, so many times; ``long`` ones
+    need slots of twice the length."""
 
     def __init__(self, seconds: float = 0.0) -> None:
         self.seconds = seconds
+        self.long: set[ExpertId] = set()
         self.reads: list[ExpertId] = []
         self.fails: dict[ExpertId, int] = {}
         self.gate = threading.Event()
@@ -56,6 +58,8 @@ class Source:
                     self.fails[expert] -= 1
                     raise CorruptExpertError(f"{expert}")
             slot[:2] = mark(expert)
+            if expert in self.long:
+                slot[SLOT : SLOT + 2] = mark(expert)
             return SLOT
         finally:
             with self._lock:
@@ -326,6 +330,7 @@ def test_closing_wakes_who_waits_and_refuses_who_comes(make: Make) -> None:
     assert residency.prefetch(layer(0, 0)) == 0
 
 
+IDS = st.builds(ExpertId, st.integers(0, NUM_LAYERS - 1), st.integers(0, NUM_EXPERTS - 1))
 STEPS = st.lists(
     st.tuples(
         st.integers(0, NUM_LAYERS - 1),
@@ -344,9 +349,9 @@ STEPS = st.lists(
     num_slots=st.integers(1, 8),
     io_threads=st.integers(2, 4),
     seconds=st.sampled_from([0.0, 0.0005]),
-    fails=st.dictionaries(
-        st.tuples(st.integers(0, NUM_LAYERS - 1), st.integers(0, NUM_EXPERTS - 1)), st.integers(1, 2), max_size=3
-    ),
+    fails=st.dictionaries(IDS, st.integers(1, 2), max_size=3),
+    long=st.sets(IDS),
+    num_long=st.integers(1, 3),
     steps=STEPS,
 )
 def test_whatever_happens_slots_hold_what_the_table_says(
@@ -354,12 +359,22 @@ def test_whatever_happens_slots_hold_what_the_table_says(
     num_slots: int,
     io_threads: int,
     seconds: float,
-    fails: dict[tuple[int, int], int],
+    fails: dict[ExpertId, int],
+    long: set[ExpertId],
+    num_long: int,
     steps: list[tuple[int, list[int], list[int], int, bool]],
 ) -> None:
-    source, arena = Source(seconds), SlotArena((num_slots, SLOT))
-    source.fails = {ExpertId(*key): times for key, times in fails.items()}
-    residency = Residency(source, arena, make_policy(policy, num_slots, [NUM_EXPERTS] * NUM_LAYERS), io_threads=io_threads)
+    """With slots of one length or, where some experts are long ones, of two."""
+    everybody = [ExpertId(number, expert) for number in range(NUM_LAYERS) for expert in range(NUM_EXPERTS)]
+    source, arena = Source(seconds), SlotArena((num_slots, SLOT), *([(num_long, 2 * SLOT)] if long else []))
+    source.fails, source.long = dict(fails), long
+    residency = Residency(
+        source,
+        arena,
+        make_policy(policy, arena.num_slots, [NUM_EXPERTS] * NUM_LAYERS),
+        blob_bytes={expert: 2 * SLOT if expert in long else SLOT for expert in everybody},
+        io_threads=io_threads,
+    )
     try:
         lookups = 0
         for number, routed, expected, used, check in steps:
@@ -370,6 +385,7 @@ def test_whatever_happens_slots_hold_what_the_table_says(
                 for count, (expert, slot) in enumerate(lease):
                     for _ in range(2):  # locked: nobody overwrites it while it is in use
                         assert bytes(arena.view(slot)[:2]) == mark(expert)
+                        assert expert not in long or bytes(arena.view(slot)[SLOT : SLOT + 2]) == mark(expert)
                         time.sleep(0)
                     if count + 1 == used:
                         break
@@ -386,9 +402,8 @@ def test_whatever_happens_slots_hold_what_the_table_says(
         assert counters.prefetch_used <= counters.prefetched
         assert counters.bytes_read <= SLOT * len(source.reads)
         assert source.most_reading <= io_threads
-        for number in range(NUM_LAYERS):
-            for expert in layer(number, *range(NUM_EXPERTS)):
-                if residency.is_ready(expert):
-                    assert bytes(arena.view(residency.slot_of(expert))[:2]) == mark(expert)
+        for expert in everybody:
+            if residency.is_ready(expert):
+                assert bytes(arena.view(residency.slot_of(expert))[:2]) == mark(expert)
     finally:
         residency.close()

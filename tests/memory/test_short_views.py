@@ -141,10 +141,27 @@ def test_an_upgrade_that_fails_is_raised_and_the_slot_is_free(make: Make) -> Non
     assert use(residency, arena, {B: WHOLE}) == {B: Lookup.MISS}
 
 
+def test_the_rest_is_read_though_one_before_it_has_no_slot(make: Make) -> None:
+    """The only slot holds too little of one that is asked for second: it can be read into, and then given up."""
+    residency, source, arena = make(1)
+    use(residency, arena, {A: 2})
+    assert use(residency, arena, {B: WHOLE, A: WHOLE}) == {B: Lookup.MISS, A: Lookup.MISS}
+    assert source.reads == [(A, 0, 2), (A, 2, 4), (B, 0, 4)]
+
+
 def test_the_time_of_a_whole_read_is_reckoned_from_short_ones(make: Make) -> None:
     residency, _, arena = make(1)
     use(residency, arena, {A: 1})
-    assert residency.read_seconds > 0
+    assert residency.read_seconds == pytest.approx(4 * residency.counters.link_seconds), "a fourth of the slot's bytes"
+
+
+def test_a_whole_read_is_as_long_as_the_expert_not_as_the_longest_slot() -> None:
+    residency = Residency(Source(), SlotArena((1, SLOT), (1, 8 * SLOT)), make_policy("lru", 2, [6]), blob_bytes={A: SLOT})
+    lease = residency.acquire([A], sections={A: 1})
+    assert [expert for expert, _ in lease] == [A]
+    lease.release()
+    assert residency.read_seconds == pytest.approx(4 * residency.counters.link_seconds)
+    residency.close()
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])

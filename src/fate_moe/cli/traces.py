@@ -123,7 +123,7 @@ def _simulate(arguments: argparse.Namespace) -> None:
     from fate_moe.store.progress import count_bar
     from fate_moe.trace.recorded import recorded_run
     from fate_moe.trace.schema import read_trace
-    from fate_moe.trace.simulate import Link, simulate
+    from fate_moe.trace.simulate import Link, simulate, size_of_all
 
     trace = read_trace(arguments.trace)
     if arguments.tokens:
@@ -133,7 +133,7 @@ def _simulate(arguments: argparse.Namespace) -> None:
         layer_seconds = arguments.layer_ms / 1e3
     elif {"seconds", "stall"} <= set(trace.extras):
         layer_seconds = float(np.median(trace.extras["seconds"] - trace.extras["stall"]))
-    expert_bytes = parse_size(arguments.expert_bytes or trace.meta.get("expert_bytes") or "4MiB")
+    expert_bytes = parse_size(arguments.expert_bytes or size_of_all(trace.meta.get("expert_bytes")) or "4MiB")
     times = (arguments.overlap_ms / 1e3, arguments.latency_ms / 1e3)
     link = Link(arguments.disk_gbps * 1e9, expert_bytes, layer_seconds, *times)
     runs = list(_runs(arguments))

@@ -74,9 +74,10 @@ def record_routing(
                     pad_token_id=tokenizer.eos_token_id,
                 )
             advance(recorder.num_tokens - before)
+    lengths = sorted({layout.length for stack in prepared.stacks for layout in prepared.store.manifest.layouts_of(stack.layer)})
     facts = {
         "model": "embedded" if model is None else str(model),
-        "expert_bytes": plan.slot_bytes,
+        "expert_bytes": lengths[0] if len(lengths) == 1 else lengths,
         "slots": plan.num_slots,
         "policy": config.policy_name,
         "predictor": config.predictor_name,

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fate_moe.errors import ConfigError
 from fate_moe.trace.schema import RoutingTrace
-from fate_moe.trace.simulate import Link
+from fate_moe.trace.simulate import Link, size_of_all
 
 __all__ = ["RecordedRun", "recorded_run"]
 
@@ -37,7 +37,8 @@ class RecordedRun:
 
 
 def recorded_run(trace: RoutingTrace, skip: int = 0) -> RecordedRun:
-    """Read it off ``trace``, not counting the first ``skip`` tokens. Raises ConfigError if times are missing or no token is left.
+    """Read it off ``trace``, not counting the first ``skip`` tokens. Raises ConfigError if times are missing, experts differ in
+    size, or no token is left.
 
     A layer computes for what it took less its stall and what asking about the next layer cost; what hides reads is the mean time
     from its lookups to the first need of what they missed. Latency and bandwidth: see _latency_and_transfer.
@@ -51,7 +52,7 @@ def recorded_run(trace: RoutingTrace, skip: int = 0) -> RecordedRun:
     lookups, stall, seconds, read, busy, overlap = (trace.extras[name][skip:] for name in _NEEDED[:6])
     if not read.any():
         raise ConfigError("nothing was read in these tokens: there is nothing to compare; record with a smaller --expert-cache")
-    expert_bytes = int(trace.meta["expert_bytes"])
+    expert_bytes = int(size_of_all(trace.meta["expert_bytes"]))
     predicting, predicted = trace.extras["predicting"], trace.extras["predicted"]
     asked = np.roll(predicted.any(2), -1, axis=1)  # a layer asks about the next one
     asked[:, -1] = False

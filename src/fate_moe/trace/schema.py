@@ -23,7 +23,7 @@ Version 1. N tokens (single decode steps, in order), L MoE layers, k choices, E 
     routers      [L, E, D] float32            their weights, where they are linear; scores are routers @ gate_input
     norms        [L, D] float32               the gains of the norms before them; scores of layer m on l's residual stream are
                                               routers[m] @ (gate_input[l] * norms[m] / norms[l])
-    meta         [] str                       JSON: model, expert_bytes, policy, predictor, slots, ...
+    meta         [] str                       JSON: model, expert_bytes (a list where they differ), policy, predictor, slots, ...
 
 Files without ``version`` and ``num_experts`` (gpt-oss-20b's published traces) are read too; their layers are taken to be as wide as
 the next power of two. Nothing is unpickled.

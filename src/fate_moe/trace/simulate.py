@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from fate_moe.store.learned import Gates
 
-__all__ = ["Link", "Row", "policy_for", "predictor_for", "simulate"]
+__all__ = ["Link", "Row", "policy_for", "predictor_for", "simulate", "size_of_all"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,19 @@ class Row:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def size_of_all(expert_bytes: Any) -> Any:
+    """What a trace says of its experts' size, where that is one size for all; the simulator knows no others.
+
+    Raises ConfigError for the trace of a mixed store.
+    """
+    if isinstance(expert_bytes, list):
+        raise ConfigError(
+            f"this trace is of a mixed store, with experts of {', '.join(map(str, expert_bytes))} bytes, and the simulator takes all "
+            "for equally large; say how large with --expert-bytes, without --as-recorded"
+        )
+    return expert_bytes
 
 
 def policy_for(name: str, trace: RoutingTrace, num_slots: int) -> EvictionPolicy:
