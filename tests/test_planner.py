@@ -11,9 +11,13 @@ import pytest
 
 from fate_moe import plan
 from fate_moe.config import OffloadConfig, format_bytes, parse_amount, parse_size
+from fate_moe.core import ExpertId
 from fate_moe.errors import BudgetError, ConfigError
+from fate_moe.memory.classes import fewest, total_bytes
+from fate_moe.models.load import prepare
 from fate_moe.planner import footprint, make_plan
 from fate_moe.skeleton import build_skeleton, expert_stacks
+from fate_moe.store.convert import convert
 
 
 @pytest.mark.parametrize(
@@ -114,6 +118,32 @@ def test_too_small_budgets_name_the_smallest_that_works(checkpoint: Callable[[st
         make_plan(needs, OffloadConfig(ram=caught.value.smallest_bytes // 2, expert_cache="100%"))
 
 
+def test_a_mixed_store_has_slots_of_each_length(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    keep = {ExpertId(0, 5): "lossless", ExpertId(1, 2): "int8"}
+    needs = prepare(convert(checkpoint("qwen2_moe"), tmp_path / "mixed", "int4", keep=keep)).footprint()
+    lengths = [of.slot_bytes for of in needs.slots]
+    assert [of.num_experts for of in needs.slots] == [14, 1, 1]
+    assert needs.expert_bytes == 14 * lengths[0] + lengths[1] + lengths[2]
+    with pytest.raises(BudgetError, match=r"--ram \d+MiB") as caught:
+        make_plan(needs, OffloadConfig(ram="10MiB"))
+    smallest = make_plan(needs, OffloadConfig(ram=caught.value.smallest_bytes + (4 << 20)))
+    assert smallest.left_bytes >= 0
+    whole, half = (make_plan(needs, OffloadConfig(expert_cache=share)) for share in ("100%", "50%"))
+    assert [of.num_slots for of in whole.slots] == [14, 1, 1]
+    assert (whole.num_slots, whole.num_experts, whole.expert_cache_bytes) == (16, 16, needs.expert_bytes)
+    assert half.slots[1:] == whole.slots[1:], "one that is alone in its class keeps its slot"
+    assert half.num_slots > needs.expert_bytes // 2 // needs.slot_bytes
+    assert half.expert_cache_bytes <= needs.expert_bytes // 2 < half.expert_cache_bytes + lengths[0]
+    assert half.as_dict()["slots"] == [of._asdict() for of in half.slots]
+    assert half.as_dict()["num_slots"] == half.num_slots
+    rows = half.rows()
+    assert sum(size for _, size, _ in rows[:-1]) == half.budget_bytes
+    assert [what for what, _, _ in rows if "slots" in what] == [f"expert slots of {format_bytes(length)}" for length in lengths]
+    for share in ("1", str(total_bytes(fewest(needs.slots, needs.min_slots)) - 1)):
+        with pytest.raises(BudgetError, match="one token needs"):
+            make_plan(needs, OffloadConfig(expert_cache=share))
+
+
 def test_plan_is_what_load_does(checkpoint: Callable[[str], Path], loaded: Callable[..., Any]) -> None:
     planned = plan(checkpoint("qwen2_moe"), expert_cache="50%")
     model = loaded("qwen2_moe", expert_cache="50%")
@@ -121,3 +151,5 @@ def test_plan_is_what_load_does(checkpoint: Callable[[str], Path], loaded: Calla
     assert abs(planned.dense_bytes - model.fate.plan.dense_bytes) < 64 << 10  # the file's header
     assert planned.slot_bytes == model.fate.plan.slot_bytes
     assert sum(size for _, size, _ in planned.rows()[:-1]) == planned.budget_bytes
+    assert "slots" not in planned.as_dict()
+    assert ("expert slots", 8 * planned.slot_bytes, "8 of 16 experts (50.0%), lossless") in planned.rows()

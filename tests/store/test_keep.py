@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from fate_moe.core import ExpertId
 from fate_moe.errors import ConfigError, StoreError
+from fate_moe.memory.classes import total_bytes
+from fate_moe.models.load import prepare
 from fate_moe.store.convert import convert
 from fate_moe.store.direct import anonymous_buffer
 from fate_moe.store.format import Manifest
@@ -171,20 +173,29 @@ def test_experts_of_several_precisions_in_one_layer_compute_as_in_their_own_stor
 
 @pytest.mark.parametrize("precision_policy", ["full", "gate-weighted"])
 def test_a_budget_never_changes_what_mixed_experts_say(mixed: Path, precision_policy: str) -> None:
-    """Law 1; and a precision policy leaves those alone that have no shorter views."""
+    """Law 1, down to the fewest slots of each length and the fewest that all share, and slots take what the plan says; and a
+    precision policy leaves those alone that have no shorter views."""
     tokens, logits = torch.arange(1, 40)[None], []
-    for kept in ("100%", "50%", "25%"):
+    needs = prepare(mixed).footprint()
+    fewest_of_each, fewest_shared = total_bytes(needs.slots), needs.min_slots * needs.slot_bytes
+    assert fewest_shared < fewest_of_each
+    for kept in ("100%", "50%", fewest_of_each, fewest_shared):
         model = load_model(mixed, expert_cache=kept, precision_policy=precision_policy)
+        plan, residency = model.fate.plan, model.fate.runtime.residency
+        assert len(plan.slots) == (1 if kept == fewest_shared else 3)
+        assert len(residency._arena.buffer) == plan.expert_cache_bytes
+        assert plan.expert_cache_bytes <= (kept if isinstance(kept, int) else needs.expert_bytes)
         with torch.no_grad():
             prompt = model(tokens, use_cache=True)
             steps = [model(torch.tensor([[token]]), past_key_values=prompt.past_key_values).logits for token in (3, 5, 7)]
         logits.append(torch.cat([prompt.logits, *steps], 1))
         used = model.fate.runtime.tailor.used
+        residency.wait_idle()
+        residency.check_integrity()
         model.fate.close()
         assert {bits for (expert, bits) in used if expert in (ExpertId(0, 2), ExpertId(1, 7))} == {8}
     if precision_policy == "full":
-        assert torch.equal(logits[0], logits[1])
-        assert torch.equal(logits[0], logits[2])
+        assert all(torch.equal(logits[0], others) for others in logits[1:])
 
 
 @pytest.mark.parametrize("said", [[0] * 7, [0] * 7 + [9], ["a"] * 8])
