@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from fate_moe import demo
 from fate_moe.models.load import store_for
+from fate_moe.store.convert import convert
 
 # A process that is started from a big one inherits its peak (ru_maxrss survives vfork and exec), so a small one stands between.
 WITNESS = """
@@ -48,6 +50,15 @@ def test_peak_stays_under_the_budget_and_is_the_kernels(smallest: int, extra: in
     assert peak <= memory["budget_bytes"]
     assert abs(memory["peak_bytes"] - peak) <= 0.05 * peak
     assert result["config"]["expert_cache_bytes"] < 0.9 * 43e6, "the experts would have fitted; nothing was shown"
+
+
+def test_a_mixed_stores_peak_stays_under_the_budget(smallest: int, tmp_path: Path) -> None:
+    """As near to it as a lossless store's; about a third of the experts fit."""
+    store = convert(demo.MODEL, tmp_path / "mixed", "lossless", dense_precision="lossless", keep={0: "int8"}, solver="minmax")
+    code, result, peak, errors = run(str(store), "Once upon a time", "--ram", f"{smallest + 20}MiB")
+    assert code == 0, errors
+    assert peak <= result["memory"]["budget_bytes"]
+    assert 10 << 20 < result["config"]["expert_cache_bytes"] < 0.9 * 66e6, "the experts would have fitted; nothing was shown"
 
 
 @pytest.mark.root

@@ -13,10 +13,14 @@ import numpy as np
 import pytest
 import torch
 
+from fate_moe import demo
 from fate_moe.cli import main
+from fate_moe.config import OffloadConfig
 from fate_moe.core import ExpertId, ExpertSource
 from fate_moe.errors import ConfigError
+from fate_moe.models.tracing import record_routing
 from fate_moe.predict.forecast import forecast_source
+from fate_moe.store.convert import convert
 from fate_moe.trace.fit import RIDGE, GateFitter, Passes
 from fate_moe.trace.plots import draw
 from fate_moe.trace.recall import RecallMeter
@@ -285,3 +289,17 @@ def test_simulate_prints_rows(tmp_path: Path, traced: tuple[Any, RoutingTrace], 
     assert "temporal" in capsys.readouterr().out
     for wrong in (["--capacity", "much"], ["--capacity", "150%"], ["--policy", "mru"]):
         assert main(["simulate", str(path), *wrong]) == 1
+
+
+def test_a_mixed_stores_trace_wants_one_size_for_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = convert(demo.MODEL, tmp_path / "mixed", "int4", keep={ExpertId(3, 7): "lossless"}, solver="minmax")
+    config = OffloadConfig(expert_cache="50%", context_length=64)
+    trace = record_routing(store, ["Once upon a time"], config, new_tokens=4, max_tokens=4)
+    assert trace.meta["expert_bytes"] == [28672, 98304]
+    path = tmp_path / "t.npz"
+    write_trace(path, trace)
+    simulated = ["simulate", str(path), "--capacity", "50%"]
+    for refused in (simulated, [*simulated, "--as-recorded", "--expert-bytes", "28KiB"]):
+        assert main(refused) == 1
+        assert "experts of 28672, 98304 bytes" in capsys.readouterr().err
+    assert main([*simulated, "--expert-bytes", "28KiB"]) == 0
