@@ -37,7 +37,7 @@ PASS_TOKENS = 256  # that are packed at a time for matrix tiles (csrc/tiles.cpp:
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a model asks for, whatever the budget. ``min_slots`` are one token's experts in one layer; ``slots`` the fewest slots for
+    """What a model asks for, whatever the budget. ``min_slots`` are one token's experts in one layer; ``slots`` the fewest for the
     experts of each length, of which ``slot_bytes`` is the longest.
 
     ``dense_bytes`` are resident; ``row_bytes``, the embedding of which tokens' rows are read, stay on disk. On a GPU all of them

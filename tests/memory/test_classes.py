@@ -102,7 +102,7 @@ def test_an_expert_displaces_only_its_like(make: Make) -> None:
 
 
 def test_a_demand_without_a_slot_blocks_no_other_class(make: Make) -> None:
-    residency, source, arena = make(1, 1)
+    residency, source, _ = make(1, 1)
     holding = residency.acquire([LONG[0]])
     assert next(iter(holding))[0] == LONG[0]  # and in use from now on
     lease = residency.acquire([LONG[1], SHORT[0]])

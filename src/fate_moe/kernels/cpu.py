@@ -41,7 +41,7 @@ class SlotExperts:
         *,
         exact: bool = False,
     ) -> None:
-        """``memory`` is the slots' buffer, ``offsets`` where each begins in it; ``layouts`` by layer and expert, ``shapes`` (parameter
+        """``memory`` has the slots, ``offsets`` where each begins; ``layouts`` by layer and expert, ``shapes`` (parameter
         name to [out, in] or [out]) by layer."""
         if (reason := why_not()) is not None:
             _warn_once(reason)  # now, not in the middle of a text

@@ -78,8 +78,8 @@ def size_of_all(expert_bytes: Any) -> Any:
     """
     if isinstance(expert_bytes, list):
         raise ConfigError(
-            f"this trace is of a mixed store, with experts of {', '.join(map(str, expert_bytes))} bytes, and the simulator takes all "
-            "for equally large; say how large with --expert-bytes, without --as-recorded"
+            f"this trace is of a mixed store, with experts of {', '.join(map(str, expert_bytes))} bytes, and the simulator takes "
+            "them all for equally large; say how large with --expert-bytes, without --as-recorded"
         )
     return expert_bytes
 
