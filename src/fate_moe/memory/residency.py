@@ -23,8 +23,8 @@ class Residency:
     An expert is *resident*, *in flight* (it has a slot and its read has begun) or *missing*. A prefetch gets its slot only when a
     thread begins it, and never from an expert that is locked, in flight or *fresh*: expected, and its layer not acquired since. A
     demand read takes a fresh one if nothing else is left. A slot may hold only the first sections of its blob; a demand for more
-    reads the rest into the same slot, and meanwhile the expert is in flight. Where slots are of several lengths, an expert takes one
-    of the shortest that its blob fits into; while it waits for one, those that want slots of other lengths go on. ``acquire`` and
+    reads the rest into the same slot, and meanwhile the expert is in flight. Where slots are of several lengths, an expert takes
+    one of the shortest that its blob fits into; while it waits for one, those that want other lengths go on. ``acquire`` and
     ``prefetch`` may be called from any thread.
     """
 
