@@ -51,6 +51,7 @@ class Residency:
         self._arrival = threading.Condition(self._lock)
         self._blob_bytes = blob_bytes or {}
         self._class = {expert: arena.class_for(length) for expert, length in self._blob_bytes.items()}
+        self._longest = len(arena.class_bytes) - 1
         self._free: list[list[int]] = [[] for _ in arena.class_bytes]  # by class
         for slot in reversed(range(arena.num_slots)):
             self._free[arena.class_of[slot]].append(slot)
@@ -247,9 +248,10 @@ class Residency:
         if expert in self._slots:  # it has the first sections
             slot = self._reading[expert] = self._slots.pop(expert)
             return lambda: self._read(expert, slot, demand, last)
-        free = self._free[self._class_of(expert)]
+        number = self._class.get(expert, self._longest)
+        free = self._free[number]
         if not free:
-            victim = self._victim(expert, demand)
+            victim = self._victim(expert, demand, number)
             if victim is None:
                 return None
             self._policy.removed(victim)
@@ -267,12 +269,13 @@ class Residency:
             self._fresh.setdefault(expert.layer, set()).add(expert)
         return lambda: self._read(expert, slot, demand, last)
 
-    def _victim(self, incoming: ExpertId, demand: bool) -> ExpertId | None:
-        wanted, class_of = self._class_of(incoming), self._arena.class_of
+    def _victim(self, incoming: ExpertId, demand: bool, number: int) -> ExpertId | None:
+        """Who gives ``incoming`` its slot, one of class ``number``."""
+        class_of = self._arena.class_of
 
         def evictable(expert: ExpertId) -> bool:
             slot = self._slots.get(expert)
-            return slot is not None and class_of[slot] == wanted and expert not in self._locks
+            return slot is not None and class_of[slot] == number and expert not in self._locks
 
         def stale(expert: ExpertId) -> bool:
             return evictable(expert) and expert not in self._fresh.get(expert.layer, ())
@@ -330,14 +333,18 @@ class Residency:
 
     def _can_begin(self) -> bool:
         """Whether a thread is about to begin one of those that come next in the queue."""
-        return any(
-            expert in self._slots or self._free[self._class_of(expert)] or self._victim(expert, demand) is not None
-            for expert, demand in self._queue.upcoming()
-            if demand or not self._waiting
-        )
+
+        def finds_slot(expert: ExpertId, demand: bool) -> bool | None:
+            if not demand and self._waiting:
+                return None
+            number = self._class_of(expert)
+            has = expert in self._slots or self._free[number] or self._victim(expert, demand, number) is not None
+            return True if has else None
+
+        return self._queue.next_one(finds_slot) is not None
 
     def _class_of(self, expert: ExpertId) -> int:
-        return self._class.get(expert, len(self._free) - 1)
+        return self._class.get(expert, self._longest)
 
     def _lane(self, expert: ExpertId) -> int:
         """Who waits for the same slots as ``expert``: its class; one that has a slot already waits for none."""

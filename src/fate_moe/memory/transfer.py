@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import TypeVar
 
 from fate_moe.core import ExpertId
 
 __all__ = ["TransferQueue"]
+
+T = TypeVar("T")
 
 
 class TransferQueue:
@@ -71,13 +74,20 @@ class TransferQueue:
         """Queued demand reads, next one first."""
         return list(self._demands)
 
-    def upcoming(self) -> Iterator[tuple[ExpertId, bool]]:
-        """What may begin next, and whether it was asked for: the first of each lane; no prefetch while a demand read is queued."""
-        demand, lanes = bool(self._demands), set[int]()
+    def next_one(self, can: Callable[[ExpertId, bool], T | None]) -> tuple[ExpertId, bool, T] | None:
+        """What comes next of all for which ``can(expert, demand)`` gives something, whether it is a demand, and what was given.
+
+        Only the first of each lane is asked about, and no prefetch while a demand read is queued.
+        """
+        demand = bool(self._demands)
+        lanes: tuple[int, ...] = ()
         for expert in self._demands or self._prefetches:
-            if (lane := self._lane(expert)) not in lanes:
-                lanes.add(lane)
-                yield expert, demand
+            if lanes and self._lane(expert) in lanes:
+                continue
+            if (given := can(expert, demand)) is not None:
+                return expert, demand, given
+            lanes = (*lanes, self._lane(expert))
+        return None
 
     def close(self) -> None:
         """Forget what is queued, wait for the reads under way, end the threads."""
@@ -108,11 +118,11 @@ class TransferQueue:
 
     def _take(self) -> tuple[Callable[[], None], bool] | None:
         """The next read to make, out of the queue; None if nothing is queued or what comes next has no slot yet."""
-        if not self._demands and self._prefetching >= self._most_prefetching:
+        if not self._demands and (not self._prefetches or self._prefetching >= self._most_prefetching):
             return None
-        for expert, demand in self.upcoming():
-            read = self._begin(expert, demand)
-            if read is not None:
-                del (self._demands if demand else self._prefetches)[expert]
-                return read, demand
-        return None
+        found = self.next_one(self._begin)
+        if found is None:
+            return None
+        expert, demand, read = found
+        del (self._demands if demand else self._prefetches)[expert]
+        return read, demand
