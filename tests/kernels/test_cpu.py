@@ -90,6 +90,11 @@ def test_odd_shapes_and_unaligned_heads(instructions: str, kind: str, group: int
             check_linear(kind, 7, cols, tokens, planes, exact, cols, group)
 
 
+@pytest.mark.parametrize("group", GROUP_SIZES)
+def test_rows_of_several_passes(instructions: str, group: int) -> None:
+    check_linear("int4", 2, 512 * group + 96, 3, 3, False, group, group)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.sampled_from(SETS),
