@@ -219,6 +219,7 @@ class Residency:
         return expert
 
     def unlock(self, lease: Lease, experts: list[ExpertId]) -> None:
+        """``lease`` is done with ``experts``; demand reads that nobody else waits for and that have not begun are withdrawn."""
         with self._lock:
             for expert in experts:
                 del lease.held[expert]
