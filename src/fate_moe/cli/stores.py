@@ -47,7 +47,13 @@ def add_verbs(verbs: Any) -> None:
     convert.add_argument(
         "--calibrate", type=Path, metavar="FILE", help="a text whose activations choose the codes (and what --auto-bits spends)"
     )
-    convert.add_argument("--calibrate-tokens", type=int, default=8192, metavar="N", help="of its tokens; default: %(default)s")
+    convert.add_argument(
+        "--calibrate-tokens",
+        type=int,
+        default=16384,
+        metavar="N",
+        help="of its tokens, and N/7 that say what shorter views lose; default: %(default)s",
+    )
     convert.set_defaults(verb=_convert)
 
     inspect = verbs.add_parser(
@@ -137,7 +143,7 @@ def _calibration(arguments: argparse.Namespace) -> tuple[Any, Keep, Any]:
     from fate_moe.store.progress import count_bar
 
     lossless = store_for(arguments.source, "lossless")
-    tokens = read_tokens(arguments.calibrate, load_tokenizer(lossless), arguments.calibrate_tokens)
+    tokens = read_tokens(arguments.calibrate, load_tokenizer(lossless), arguments.calibrate_tokens * 8 // 7)
     tokens, spare = tokens[: -(len(tokens) // 8)], tokens[-(len(tokens) // 8) :]
     with count_bar("calibrating", len(tokens)) as advance:
         found = calibrate(lossless, tokens, advance=advance)
