@@ -30,29 +30,38 @@ def fill_page(facts: dict[str, Any], page: Path) -> None:
 
 
 def draw(facts: dict[str, Any], path: Path) -> None:
-    """Perplexity against bytes read per token: a row of panels for each model, prefill and decode."""
+    """What is lost against what is read per token: a row of panels for each model, prefill and decode."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import FuncFormatter
 
     models = facts["models"]
-    figure, panels = pyplot.subplots(len(models), 2, figsize=(11, 4 * len(models)), squeeze=False)
+    names = list(dict.fromkeys(line["name"] for of in models.values() for kind in TITLES for line in of[kind]))
+    colors = pyplot.get_cmap("tab20").colors  # type: ignore[attr-defined]
+    figure, panels = pyplot.subplots(len(models), 2, figsize=(13, 4.5 * len(models)), squeeze=False)
     for row, (name, of_model) in zip(panels, models.items(), strict=True):
         for axes, (kind, title) in zip(row, TITLES.items(), strict=True):
             if not of_model[kind]:  # not measured
                 axes.set_axis_off()
                 continue
+            lossless = next(line["perplexity"] for line in of_model[kind] if line["name"] == "lossless")
             for line in of_model[kind]:
-                x, y = line["bytes_per_token"] / 1024, line["perplexity"]
-                axes.plot(x, y, "o", color="tab:blue")
-                axes.annotate(line["name"], (x, y), textcoords="offset points", xytext=(6, 3), fontsize=7)
+                lost = max(0.03, 100 * (line["perplexity"] / lossless - 1))
+                number = names.index(line["name"])
+                point = {"marker": "ov^sDP"[number % 6], "color": colors[number % 20], "markeredgecolor": "black"}
+                axes.plot(line["bytes_per_token"] / 1024, lost, linestyle="", label=line["name"], **point)
             axes.set_xscale("log")
             axes.set_yscale("log")
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+                axis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:,g}" if f"{value:e}"[0] in "25" else ""))
             axes.set_title(f"{name}, {title}")
             axes.set_xlabel("KiB read per token, 25 % of the experts resident")
-            axes.set_ylabel("perplexity")
-            axes.margins(0.2)
+            axes.set_ylabel("perplexity above lossless, % (0.03: less)")
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize=6.5, loc="upper right")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
