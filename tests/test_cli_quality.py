@@ -47,3 +47,9 @@ def test_compare_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_text_that_cannot_be_read(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", "perplexity", "--text", "/nowhere/text"]) == 1
     assert "/nowhere/text cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("most", ["-5", "0", "1"])
+def test_too_few_tokens_are_said(most: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "perplexity", "--text", BOOKS, "--max-tokens", most]) == 1
+    assert "at least 2" in capsys.readouterr().err

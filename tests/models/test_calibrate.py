@@ -123,6 +123,15 @@ def test_calibrate_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFix
     model.fate.close()
 
 
+@pytest.mark.parametrize(("most", "text"), [("-5", "much"), ("0", "much"), ("100", "too short")])
+def test_too_few_tokens_to_calibrate_with(most: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "short.txt").write_text(text)
+    options = ["--calibrate", str(tmp_path / "short.txt"), "--calibrate-tokens", most]
+    assert main(["convert", str(demo.MODEL), str(tmp_path / "store"), "--precision", "int4", *options]) == 1
+    assert "at least 16" in capsys.readouterr().err
+    assert not (tmp_path / "store").exists()
+
+
 def test_auto_bits_needs_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", "anything", str(tmp_path / "store"), "--auto-bits", "20MiB"]) == 1
     assert "--calibrate" in capsys.readouterr().err

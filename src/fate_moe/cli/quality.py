@@ -140,9 +140,11 @@ def _open(path: Path, config: OffloadConfig, window: int) -> Any:
 
 
 def read_tokens(path: Path, tokenizer: Any, most: int | None = None) -> Any:
-    """The first ``most`` token ids [num_tokens] of the text file ``path``. Raises ConfigError where it cannot be read."""
+    """The first ``most`` token ids [num_tokens] of the text ``path``. Raises ConfigError where it cannot be read or most < 2."""
     import torch
 
+    if most is not None and most < 2:
+        raise ConfigError(f"{most} tokens of a text are too few, the first predicts the second; give at least 2")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 __all__ = ["add_verbs"]
 
 
+FEWEST_TOKENS = 16  # to calibrate with: an eighth of them is a text whose first token predicts the next
+
+
 def add_verbs(verbs: Any) -> None:
     """Add this group's verbs to the parser's ``verbs``."""
     plan = verbs.add_parser("plan", help="show what fits where", description="Show where the budget would go; loads nothing.")
@@ -123,6 +126,10 @@ def _calibration(arguments: argparse.Namespace) -> tuple[Any, Keep, Any]:
     on which nothing was chosen."""
     if arguments.auto_bits and not arguments.calibrate:
         raise ConfigError("--auto-bits needs a text that shows which layers matter; give one with --calibrate FILE")
+    if arguments.calibrate_tokens < FEWEST_TOKENS:
+        raise ConfigError(
+            f"--calibrate-tokens {arguments.calibrate_tokens} is too few to learn from; give at least {FEWEST_TOKENS}"
+        )
     if not (arguments.calibrate or arguments.keep):
         return None, {}, None
     from fate_moe.skeleton import build_skeleton, expert_stacks
@@ -144,6 +151,8 @@ def _calibration(arguments: argparse.Namespace) -> tuple[Any, Keep, Any]:
 
     lossless = store_for(arguments.source, "lossless")
     tokens = read_tokens(arguments.calibrate, load_tokenizer(lossless), arguments.calibrate_tokens * 8 // 7)
+    if len(tokens) < FEWEST_TOKENS:
+        raise ConfigError(f"{arguments.calibrate} has only {len(tokens)} tokens; calibration needs at least {FEWEST_TOKENS}")
     tokens, spare = tokens[: -(len(tokens) // 8)], tokens[-(len(tokens) // 8) :]
     with count_bar("calibrating", len(tokens)) as advance:
         found = calibrate(lossless, tokens, advance=advance)
