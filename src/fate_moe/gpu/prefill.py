@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
@@ -29,6 +29,18 @@ __all__ = ["Prefill", "dot_dtype"]
 _AHEAD_CHOICES = 4
 # Bits of the views of progressive INT4, one plane more each.
 _VIEWS = (2, 3, 4)
+
+
+class _Pass(NamedTuple):
+    """One layer's tokens: ``order`` [choices] the choices by expert, ``starts`` [experts + 1] where each expert's begin in it, the
+    tokens ``hidden`` [T, hidden], and by choice ``inner`` [choices, width] and ``outputs`` [choices, hidden] to write to."""
+
+    layer: int
+    starts: torch.Tensor
+    order: torch.Tensor
+    hidden: torch.Tensor
+    inner: torch.Tensor
+    outputs: torch.Tensor
 
 
 class Prefill:
@@ -63,27 +75,20 @@ class Prefill:
         layout = experts.layouts[layer]
         inner = hidden.new_empty(tokens * top_k, layout.width)
         outputs = hidden.new_zeros(tokens * top_k, layout.cols)  # rows without an expert stay 0
+        rows = _Pass(layer, starts, order, hidden, inner, outputs)
         if all(quota == num_experts for quota in experts.tables.quotas[layer : layer + 2]):  # nothing comes, nothing comes early
-            self._run_residents(layer, starts, order, hidden, inner, outputs)
+            self._run_residents(rows)
         else:
             self._tell(layer, starts)
             if experts.options.overlap:  # enqueued before the host knows what is missing
-                self._run_residents(layer, starts, order, hidden, inner, outputs)
-            self._run_missing(layer, starts, order, hidden, inner, outputs)
+                self._run_residents(rows)
+            self._run_missing(rows)
         weighted = outputs.view(tokens, top_k, -1) * routing_weights.reshape(tokens, top_k, 1)
         return weighted.sum(1).to(hidden.dtype)
 
-    def _run_missing(
-        self,
-        layer: int,
-        starts: torch.Tensor,
-        order: torch.Tensor,
-        hidden: torch.Tensor,
-        inner: torch.Tensor,
-        outputs: torch.Tensor,
-    ) -> None:
+    def _run_missing(self, rows: _Pass) -> None:
         """Stream and compute what has no slot (without overlap residents too), and begin with the next layer's."""
-        experts, num_experts = self._experts, self._experts.tables.num_experts
+        layer, experts, num_experts = rows.layer, self._experts, self._experts.tables.num_experts
         first, slots, next_slots = self._hear()
         counts = [end - start for start, end in itertools.pairwise(first)]
         chosen = sorted((expert for expert in range(num_experts) if counts[expert]), key=lambda expert: -counts[expert])
@@ -97,13 +102,13 @@ class Prefill:
             for planes in {short.get(expert, layout.planes) for expert, _ in placed}:
                 same = [(expert, slot) for expert, slot in placed if short.get(expert, layout.planes) == planes]
                 tiles = [(slot, first[expert], counts[expert]) for expert, slot in same]
-                self._run(layer, planes, tiles, order, hidden, inner, outputs)
+                self._run(rows, planes, tiles)
 
         waves = [missing[start : start + self._half] for start in range(0, len(missing), self._half)]
         copied = self._copy(layer, waves[0], short) if waves else []  # under way while the residents compute
         if not experts.options.overlap:
             self._main.wait(self._arrived[-1] if copied else None)
-            self._run_residents(layer, starts, order, hidden, inner, outputs)
+            self._run_residents(rows)
         if early:
             self._await()
             run([(expert, slot) for expert, slot in early if counts[expert]])
@@ -115,7 +120,7 @@ class Prefill:
             copied = self._copy(layer, wave, short) if wave else []
         # On demand alone: nothing before the router has spoken. (No copies ahead in decode, for large experts, is another matter.)
         looks = experts.options.limit > 0 or experts.options.overlap
-        many = looks and order.numel() >= _AHEAD_CHOICES * num_experts
+        many = looks and rows.order.numel() >= _AHEAD_CHOICES * num_experts
         ahead = [expert for expert, slot in enumerate(next_slots) if slot < 0][: self._half] if many else []
         self._early, self._early_layer = self._copy(layer + 1, ahead, {}), layer + 1
 
@@ -169,68 +174,42 @@ class Prefill:
         self._free[self._reading] = self._main.mark()
         self._reading ^= 1
 
-    def _run(
-        self,
-        layer: int,
-        planes: int,
-        placed: Sequence[tuple[int, int, int]],
-        order: torch.Tensor,
-        hidden: torch.Tensor,
-        inner: torch.Tensor,
-        outputs: torch.Tensor,
-    ) -> None:
-        """Compute experts given as (slot, first place in ``order``, number of rows), from their first ``planes``."""
-        block = self._block(order)
+    def _run(self, rows: _Pass, planes: int, placed: Sequence[tuple[int, int, int]]) -> None:
+        """Compute experts given as (slot, first place in ``rows.order``, number of rows), from their first ``planes``."""
+        block = self._block(rows.order)
         tiles = [
             (slot, first + start, min(block, count - start)) for slot, first, count in placed for start in range(0, count, block)
         ]
         if tiles:
-            table = torch.tensor(tiles, dtype=torch.int32).to(hidden.device, non_blocking=True)
-            self._multiply(layer, planes, table, order, hidden, inner, outputs)
+            table = torch.tensor(tiles, dtype=torch.int32).to(rows.hidden.device, non_blocking=True)
+            self._multiply(rows, planes, table)
 
-    def _run_residents(
-        self,
-        layer: int,
-        starts: torch.Tensor,
-        order: torch.Tensor,
-        hidden: torch.Tensor,
-        inner: torch.Tensor,
-        outputs: torch.Tensor,
-    ) -> None:
+    def _run_residents(self, rows: _Pass) -> None:
         """Compute the experts that have a slot; which these are, the device looks up itself."""
-        tables, block = self._experts.tables, self._block(order)
-        most = order.numel() // block + tables.quotas[layer]
-        table = torch.zeros(most, 3, dtype=torch.int32, device=hidden.device)
+        tables, block = self._experts.tables, self._block(rows.order)
+        most = rows.order.numel() // block + tables.quotas[rows.layer]
+        table = torch.zeros(most, 3, dtype=torch.int32, device=rows.hidden.device)
         tiles_kernel[(1,)](
-            starts, tables.slot_of[layer], table, num_experts=tables.num_experts, BM=block,
+            rows.starts, tables.slot_of[rows.layer], table, num_experts=tables.num_experts, BM=block,
             E=triton.next_power_of_2(tables.num_experts), num_warps=4,
         )  # fmt: skip
-        self._multiply(layer, self._experts.layouts[layer].planes, table, order, hidden, inner, outputs)
+        self._multiply(rows, self._experts.layouts[rows.layer].planes, table)
 
     def _block(self, order: torch.Tensor) -> int:
         """Rows of a tile: by the number of choices alone, whatever is resident (law 1)."""
         return 16 if order.numel() <= 16 * self._experts.tables.num_experts else 64
 
-    def _multiply(
-        self,
-        layer: int,
-        planes: int,
-        table: torch.Tensor,
-        order: torch.Tensor,
-        hidden: torch.Tensor,
-        inner: torch.Tensor,
-        outputs: torch.Tensor,
-    ) -> None:
+    def _multiply(self, rows: _Pass, planes: int, table: torch.Tensor) -> None:
         """``grouped_kernel`` twice over the tiles in ``table``."""
-        experts, layout, block = self._experts, self._experts.layouts[layer], self._block(order)
-        for source, out, offsets, cols, rows, activation in (
-            (hidden, inner, layout.gate_up, layout.cols, layout.width, layout.activation),
-            (inner, outputs, layout.down, layout.width, layout.cols, ""),
+        experts, layout, block = self._experts, self._experts.layouts[rows.layer], self._block(rows.order)
+        for source, out, offsets, cols, width, activation in (
+            (rows.hidden, rows.inner, layout.gate_up, layout.cols, layout.width, layout.activation),
+            (rows.inner, rows.outputs, layout.down, layout.width, layout.cols, ""),
         ):
-            grouped_kernel[(table.shape[0], triton.cdiv(rows, 64))](
-                experts.pool.bytes, table, order, source, out, experts.pool.slot_bytes, *offsets,
-                top_k=experts.top_k, cols=cols, rows=rows, DTYPE=layout.dtype,
-                DOT=dot_dtype(hidden.dtype, hidden.device), PLANES=planes,
+            grouped_kernel[(table.shape[0], triton.cdiv(width, 64))](
+                experts.pool.bytes, table, rows.order, source, out, experts.pool.slot_bytes, *offsets,
+                top_k=experts.top_k, cols=cols, rows=width, DTYPE=layout.dtype,
+                DOT=dot_dtype(rows.hidden.dtype, rows.hidden.device), PLANES=planes,
                 ACT=activation, BM=block, BN=64, GB=4, num_warps=4,
             )  # fmt: skip
 

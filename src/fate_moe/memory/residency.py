@@ -249,7 +249,7 @@ class Residency:
         if expert in self._slots:  # it has the first sections
             slot = self._reading[expert] = self._slots.pop(expert)
             return lambda: self._read(expert, slot, demand, last)
-        number = self._class.get(expert, self._longest)
+        number = self._class_of(expert)
         free = self._free[number]
         if not free:
             victim = self._victim(expert, demand, number)
