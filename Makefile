@@ -17,7 +17,7 @@ LOWEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\).*/\1/p' pyproject.toml)
 test-lowest: $(VENV)/.installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'transformers==$(LOWEST).*'
 	rm -f $(VENV)/.installed $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 tests/models/test_families.py tests/models/test_parity.py
+	$(BIN)/python -m pytest -n 2 tests/adapter/test_families.py tests/engine/test_parity.py
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
@@ -72,7 +72,7 @@ sanitize: $(VENV)/.installed-dev
 	PYTHONPATH=build/sanitize/src ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
 	  $(BIN)/python -m pytest -p no:cacheprovider tests/kernels/test_cpu.py tests/kernels/test_layers.py tests/kernels/test_tiles.py \
-	    tests/models/test_standard.py tests/gpu/test_share.py
+	    tests/layers/test_modules.py tests/gpu/test_host_compute.py
 
 # The NEON kernels without and with SDOT under the same sanitizers, on emulated processors (Debian: g++-aarch64-linux-gnu,
 # qemu-user-static), without Python.

@@ -17,10 +17,10 @@ from typing import Any
 from benchmarks.throttled import ThrottledSource, blobs_of
 from fate_moe.config import PRESETS, OffloadConfig, format_bytes
 from fate_moe.core import ExpertId
-from fate_moe.models import load
-from fate_moe.models.tracing import record_routing
+from fate_moe.engine import load
 from fate_moe.store.learned import STATISTICS
 from fate_moe.store.open import Store
+from fate_moe.tools.tracing import record_routing
 from fate_moe.trace.recorded import recorded_run
 from fate_moe.trace.simulate import simulate
 
@@ -36,7 +36,14 @@ def compare(
     (store.path / STATISTICS).unlink(missing_ok=True)
     source = ThrottledSource(blobs, gbps * 1e9)
     trace = record_routing(
-        store.path, [text], config, new_tokens=tokens, max_tokens=tokens, teacher=True, gate_inputs=preset != "none", source=source
+        store.path,
+        [text],
+        config,
+        new_tokens=tokens,
+        max_tokens=tokens,
+        teacher=True,
+        router_inputs=preset != "none",
+        source=source,
     )
     recorded = recorded_run(trace, skip)
     row = simulate(trace, recorded.policy, recorded.predictor, recorded.capacity, recorded.link, skip=skip)

@@ -28,9 +28,9 @@ import torch
 from rich.progress import track
 from transformers import AutoConfig
 
+from fate_moe.checkpoints.source import Checkpoint
 from fate_moe.config import format_bytes
 from fate_moe.errors import FateError, UnsupportedModelError
-from fate_moe.store.source import Checkpoint
 
 ARCHITECTURES = {
     "qwen2_moe": gguf.MODEL_ARCH.QWEN2MOE,

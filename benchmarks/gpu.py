@@ -25,15 +25,15 @@ import triton
 from benchmarks.gpu_measure import copies, copy_microseconds, event, host_answers, kernels, launches, overlap, prompt_parts
 from benchmarks.gpu_model import GEOMETRIES, TOPIC_POWER, RandomModel
 from benchmarks.gpu_peers import accelerated, activation_paths
-from benchmarks.gpu_routing import as_array, belady_misses, better_gates, fit_gates, foretold, recorded
+from benchmarks.gpu_routing import as_array, belady_misses, better_gates, fit_gates, predicted, recorded
 from fate_moe.errors import FateError
 from fate_moe.gpu.dense import ByteLinear
 from fate_moe.gpu.options import DeviceOptions
-from fate_moe.gpu.regime import settle
+from fate_moe.gpu.prefetch_trial import run_prefetch_trial
 from fate_moe.gpu.tables import layer_quotas
 from fate_moe.kernels.native import native
-from fate_moe.models.fused import FusedStep
-from fate_moe.models.path import PathStep
+from fate_moe.layers.cuda_path_step import PathStep
+from fate_moe.layers.cuda_step import FusedStep
 
 PROMPT, LENGTH = 64, 1024
 
@@ -48,8 +48,8 @@ METHODS: dict[str, DeviceOptions] = {
     "counted": DeviceOptions(eviction="frequency"),  # as best before the router's probabilities were weighed
     "fitted": DeviceOptions(),  # next layer's choice by gates fitted to this model
     "prefetch 2": DeviceOptions(limit=2),
-    "host": DeviceOptions(host_share=0.5),
-    "host, prefetch 2": DeviceOptions(limit=2, host_share=0.7),
+    "host": DeviceOptions(host_compute=0.5),
+    "host, prefetch 2": DeviceOptions(limit=2, host_compute=0.7),
 }
 _PROFILED = ("load on demand", "best", "host")  # a profile takes as long as a cell
 
@@ -73,7 +73,7 @@ def decode(
     if method == "always ahead":
         step.capture()
     else:
-        settle(experts, step.capture, one_token)
+        run_prefetch_trial(experts, step.capture, one_token)
     step.begin(first, PROMPT)
     for _ in range(warm):
         step.replay()
@@ -183,7 +183,7 @@ def _pieces(random: RandomModel, cache: Any, copied: dict[str, float], result: d
     token_bytes = dense_bytes + len(random.stacks) * config.num_experts_per_tok * random.layout.length
     result["floor_ms"] = token_bytes / copied["device_copy"] / 1e6
     if native is not None:
-        host_answers(random, random.host_share(), result)
+        host_answers(random, random.host_compute(), result)
 
 
 def _measure(
@@ -200,7 +200,7 @@ def _measure(
         random.model(random.script[None, :PROMPT], past_key_values=cache)  # what decoding starts from
     learned: dict[str, Any] = {"eap": activation_paths(random) if "eap" in arguments.methods else None}
     fitted = fit_gates(random) if "fitted" in arguments.methods else None
-    result["foretold"] = foretold(random, fitted)
+    result["predicted"] = predicted(random, fitted)
     if fitted is not None:
         learned["fitted"] = better_gates(random, fitted)
         result["fitted_layers"] = sum(gate is not None for gate in learned["fitted"])

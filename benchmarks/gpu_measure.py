@@ -14,11 +14,11 @@ import triton.language as tl
 
 from benchmarks.gpu_model import RandomModel
 from fate_moe.gpu.experts import DeviceExperts
+from fate_moe.gpu.host_compute import HostCompute
 from fate_moe.gpu.memory import PinnedArena, VramPool
-from fate_moe.gpu.share import HostShare
 from fate_moe.kernels.triton_fetch import fetch_kernel
-from fate_moe.kernels.triton_share import ask_experts
-from fate_moe.models.fused import FusedStep
+from fate_moe.kernels.triton_host_compute import ask_experts
+from fate_moe.layers.cuda_step import FusedStep
 
 __all__ = [
     "captured", "copies", "copy_microseconds", "event", "host_answers", "kernels", "launches", "milliseconds", "overlap",
@@ -208,7 +208,7 @@ def _question_kernel(questions, asked, late, x, count, num_blobs, cols: tl.const
     tl.store(late + i, tl.where(i < count, 2 + place, 0))
 
 
-def host_answers(random: RandomModel, share: HostShare, results: dict[str, Any]) -> None:
+def host_answers(random: RandomModel, share: HostCompute, results: dict[str, Any]) -> None:
     """Microseconds from a question for n experts to the answer in VRAM, the host reading other experts each time."""
     x = torch.randn(share.cols, device="cuda").bfloat16()
     rows = triton.next_power_of_2(share.most)

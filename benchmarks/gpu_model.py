@@ -19,16 +19,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from fate_moe.adapter.meta_model import ExpertStack, build_meta_model, expert_stacks
 from fate_moe.core import BlobLayout
+from fate_moe.engine.cuda_attach import attach_device, router_weights
 from fate_moe.gpu.dense import ByteLinear
 from fate_moe.gpu.experts import DeviceExperts
+from fate_moe.gpu.host_compute import HostCompute
 from fate_moe.gpu.layout import DeviceLayout, device_layout
 from fate_moe.gpu.memory import PinnedArena, VramPool
 from fate_moe.gpu.options import DeviceOptions
-from fate_moe.gpu.share import HostShare
 from fate_moe.gpu.tables import ResidencyTables, layer_quotas
-from fate_moe.models.device import attach_device, gates_of
-from fate_moe.skeleton import ExpertStack, build_skeleton, expert_stacks
 from fate_moe.store.format import blob_layout
 
 __all__ = ["GEOMETRIES", "RandomModel"]
@@ -65,7 +65,7 @@ class RandomModel:
     device_layouts: list[DeviceLayout]
     arena: PinnedArena
     script: torch.Tensor
-    share: HostShare | None = None  # once a method has asked for one
+    share: HostCompute | None = None  # once a method has asked for one
 
     @classmethod
     def make(
@@ -82,7 +82,7 @@ class RandomModel:
         config["num_hidden_layers"] = num_layers or config["num_hidden_layers"]
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "config.json").write_text(json.dumps(config))
-            model: Any = build_skeleton(folder)
+            model: Any = build_meta_model(folder)
         device = torch.device("cuda")
         torch.manual_seed(0)
         stacks = expert_stacks(model)
@@ -115,8 +115,8 @@ class RandomModel:
         )
         tables = ResidencyTables(quotas, num_experts, device)
         pool = VramPool(tables.num_slots, 2 * min(32, num_experts), self.layout.length, device)
-        gates = gates_of(self.model, self.stacks)
-        share = self.host_share() if options.host_share else None
+        gates = router_weights(self.model, self.stacks)
+        share = self.host_compute() if options.host_compute else None
         experts = DeviceExperts(
             self.device_layouts, self.arena, pool, tables, gates, top_k=top_k, options=options, share=share, fitted=fitted
         )
@@ -124,12 +124,12 @@ class RandomModel:
         attach_device(self.model, self.stacks, experts)
         return experts
 
-    def host_share(self) -> HostShare:
+    def host_compute(self) -> HostCompute:
         """The host's threads, made once."""
         if self.share is None:
             module, top_k = self.model.get_submodule(self.stacks[0].name), self.model.config.num_experts_per_tok
             shapes = self.stacks[0].output_rows_first()
-            self.share = HostShare(self.layout, shapes, module, self.arena, top_k, torch.device("cuda"))
+            self.share = HostCompute(self.layout, shapes, module, self.arena, top_k, torch.device("cuda"))
         return self.share
 
     def close(self) -> None:

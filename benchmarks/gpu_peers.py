@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 
 from benchmarks.gpu_model import GEOMETRIES, TOPIC_TOKENS, RandomModel
-from fate_moe.skeleton import build_skeleton, expert_stacks
+from fate_moe.adapter.meta_model import build_meta_model, expert_stacks
 
 __all__ = ["accelerated", "activation_paths"]
 
@@ -53,7 +53,7 @@ def accelerated(name: str, share: float, num_layers: int | None, seconds: float 
     config["num_hidden_layers"] = num_layers or config["num_hidden_layers"]
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(config))
-        model: Any = build_skeleton(folder)
+        model: Any = build_meta_model(folder)
     for module in model.modules():
         for key, value in list(module._parameters.items()):
             if value is not None:

@@ -1,4 +1,4 @@
-"""What the generated model's routing allows: how alike gate inputs are, what can be foretold, and what no policy can avoid."""
+"""What the generated model's routing allows: how alike gate inputs are, what can be predicted, and what no policy can avoid."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from benchmarks.gpu_model import TOPIC_TOKENS, RandomModel
 
-__all__ = ["as_array", "belady_misses", "better_gates", "fit_gates", "foretold", "recorded", "routers"]
+__all__ = ["as_array", "belady_misses", "better_gates", "fit_gates", "predicted", "recorded", "routers"]
 
 RIDGE = 3e-3  # as fate_moe/trace/fit.py
 PASS = 1024  # tokens
@@ -88,7 +88,7 @@ def better_gates(random: RandomModel, fitted: list[torch.Tensor | None]) -> list
     return kept
 
 
-def foretold(random: RandomModel, fitted: list[torch.Tensor | None] | None = None) -> dict[str, float]:
+def predicted(random: RandomModel, fitted: list[torch.Tensor | None] | None = None) -> dict[str, float]:
     """On the script's first tokens, mean over layers: cosine of neighbouring gate inputs; of a layer's choices, the share among
     the k and 2k that its router on the gate input before says likeliest (and among a fitted gate's); previous token's experts."""
     inputs, chosen = recorded(random, random.script[:256])

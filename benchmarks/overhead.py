@@ -23,11 +23,11 @@ from transformers.cache_utils import DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
 import fate_moe
+from fate_moe.adapter.contract import is_experts
+from fate_moe.adapter.families import router_of
+from fate_moe.adapter.kv_cache import RoomyLayer
 from fate_moe.core import ExpertId
-from fate_moe.interface import is_experts
 from fate_moe.kernels.native import native
-from fate_moe.models.cache import RoomyLayer
-from fate_moe.models.families import router_of
 
 KERNELS = ("expert kernels", "dense kernels")
 

@@ -24,20 +24,20 @@ import torch
 
 from benchmarks.quality_page import draw, fill_page
 from fate_moe import demo
+from fate_moe.checkpoints.source import Checkpoint
 from fate_moe.core import PrecisionPolicy
+from fate_moe.engine.load import is_store, load, load_tokenizer
 from fate_moe.kernels.reference import dequantize
 from fate_moe.machine import peak_memory
-from fate_moe.memory.precision import Budget, FixedView, GateWeighted, PrefillPopularity
-from fate_moe.models.calibrate import calibrate, measure_views
-from fate_moe.models.evaluate import perplexity
-from fate_moe.models.load import is_store, load, load_tokenizer
+from fate_moe.memory.precision import Budget, FixedView, PrefillPopularity, RoutingWeighted
 from fate_moe.quant.planes import pack
 from fate_moe.quant.solver import SOLVERS
 from fate_moe.store.convert import convert
 from fate_moe.store.learned import save_view_losses
 from fate_moe.store.open import open_store
 from fate_moe.store.plan import make_plan
-from fate_moe.store.source import Checkpoint
+from fate_moe.tools.calibrate import calibrate, measure_views
+from fate_moe.tools.evaluate import perplexity
 
 WIDTHS = (2, 1, 1)
 CALIBRATION_TOKENS = 18724  # codes are chosen on 16,384 of them; what views lose is measured on the last eighth
@@ -82,14 +82,14 @@ LINES: dict[str, list[Line]] = {
         ("INT8", "int8", "full"),
         ("INT4", "hqq-64", "full"),
         ("INT4, calibrated", "calibrated-64", "full"),
-        ("gate-weighted", "hqq-64", "gate-weighted"),
+        ("routing-weighted", "hqq-64", "routing-weighted"),
         ("budget", "hqq-64", "budget"),
         ("INT4, calibrated, groups of 32", "calibrated-32", "full"),
-        ("calibrated, gate-weighted", "calibrated-64", "gate-weighted"),
-        ("calibrated, gate-weighted at 0.6, 0.8, 1.2", "calibrated-64", GateWeighted(0.6, 0.8, 1.2)),
-        ("calibrated, gate-weighted at 0.8, none, 1.6", "calibrated-64", GateWeighted()),
+        ("calibrated, routing-weighted", "calibrated-64", "routing-weighted"),
+        ("calibrated, routing-weighted at 0.6, 0.8, 1.2", "calibrated-64", RoutingWeighted(0.6, 0.8, 1.2)),
+        ("calibrated, routing-weighted at 0.8, none, 1.6", "calibrated-64", RoutingWeighted()),
         ("calibrated, budget", "calibrated-64", "budget"),
-        ("calibrated, groups of 32, gate-weighted", "calibrated-32", "gate-weighted"),
+        ("calibrated, groups of 32, routing-weighted", "calibrated-32", "routing-weighted"),
         ("calibrated, 3-bit view of all", "calibrated-64", 3),
         ("calibrated, 2-bit view of all", "calibrated-64", 2),
         ("3-bit view of all", "hqq-64", 3),
@@ -170,10 +170,10 @@ def weight_errors() -> list[dict[str, Any]]:
 
 def measure(store: Path, policy: str | PrecisionPolicy | int, texts: Sequence[Path], most: int, *, decode: bool) -> dict[str, Any]:
     """Perplexity (of the texts' mean loss) of ``store`` on ``most`` tokens of each text, bytes read and tokens per second."""
-    named = policy if isinstance(policy, str) else "gate-weighted"
+    named = policy if isinstance(policy, str) else "routing-weighted"
     model, tokenizer = load(store, expert_cache="25%", preset="load-on-demand", context_length=1024, precision_policy=named)
     if not isinstance(policy, str):
-        model.fate.runtime.tailor.policy = FixedView(policy) if isinstance(policy, int) else policy
+        model.fate.runtime.view_selector.policy = FixedView(policy) if isinstance(policy, int) else policy
     parts = [torch.tensor(tokenizer(text.read_text()[:40_000], verbose=False)["input_ids"][:most]) for text in texts]
     results = [perplexity(model, tokens, decode=decode) for tokens in parts]
     report = model.fate.report()

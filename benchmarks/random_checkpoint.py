@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 
+from fate_moe.adapter.meta_model import build_meta_model, expert_stacks, parameter_dtypes
 from fate_moe.config import format_bytes
-from fate_moe.skeleton import build_skeleton, expert_stacks, parameter_dtypes
 
 
 def main() -> None:
@@ -50,7 +50,7 @@ def main() -> None:
 
 def write(folder: Path, seed: int) -> int:
     """Fill ``folder``, which has its config.json, with weights and an index; returns bytes written."""
-    model: Any = build_skeleton(folder)
+    model: Any = build_meta_model(folder)
     model._weight_conversions = get_model_conversion_mapping(model)
     dtypes = parameter_dtypes(model)
     routers = tuple(f"{stack.block}.{name}" for stack in expert_stacks(model) for name in ("gate.", "router."))

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from benchmarks.measure import Cell
-from fate_moe.skeleton import build_skeleton, expert_stacks
+from fate_moe.adapter.meta_model import build_meta_model, expert_stacks
 
 __all__ = ["ModelFacts", "Results", "model_facts"]
 
@@ -35,7 +35,7 @@ class ModelFacts:
 
 def model_facts(checkpoint: Path) -> ModelFacts:
     """From config.json alone."""
-    model = build_skeleton(checkpoint)
+    model = build_meta_model(checkpoint)
     stacks = expert_stacks(model)
     config = AutoConfig.from_pretrained(checkpoint).get_text_config()
     top_k = getattr(config, "num_experts_per_tok", None) or config.top_k

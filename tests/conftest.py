@@ -12,8 +12,8 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # GPU kernels run on the CPU; re
 import pytest
 import torch
 
-from fate_moe.models.load import store_for
-from tests.checkpoints import tiny_checkpoint
+from fate_moe.engine.load import store_for
+from tests.support.checkpoints import tiny_checkpoint
 
 torch.set_num_threads(1)  # two workers on two cores
 
@@ -58,8 +58,8 @@ def loaded(checkpoint: Callable[[str], Path]) -> Iterator[Callable[..., Any]]:
 def load_model(store: Path, **options: Any) -> Any:
     """load() without the tokenizer, which tiny checkpoints have not."""
     from fate_moe.config import OffloadConfig
-    from fate_moe.models.load import prepare, realize
-    from fate_moe.planner import make_plan
+    from fate_moe.engine.budget import make_plan
+    from fate_moe.engine.load import prepare, realize
 
     config = OffloadConfig.from_options({"context_length": 256, **options})
     prepared = prepare(store)

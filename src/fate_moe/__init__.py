@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fate_moe.config import OffloadConfig
 
 if TYPE_CHECKING:
-    from fate_moe.models.load import load, plan
+    from fate_moe.engine.load import load, plan
 
 __version__ = "0.1.0"
 
@@ -24,7 +24,7 @@ __all__ = ["OffloadConfig", "__version__", "load", "plan"]
 def __getattr__(name: str) -> Any:
     # torch and transformers take seconds to import; `fate --help` and `import fate_moe` must not wait for them.
     if name in ("load", "plan"):
-        from fate_moe.models import load as module
+        from fate_moe.engine import load as module
 
         return getattr(module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

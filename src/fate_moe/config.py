@@ -25,7 +25,7 @@ __all__ = [
     "cache_home",
     "format_bytes",
     "parse_amount",
-    "parse_host_share",
+    "parse_host_compute",
     "parse_size",
 ]
 
@@ -35,7 +35,7 @@ PREDICTORS = (
     "activation-path",
     "combined",
     "cross-layer",
-    "cross-layer-calibrated",
+    "cross-layer-probability",
     "cross-layer-norm",
     "forecast",
     "learned",
@@ -51,7 +51,7 @@ PRESETS = {
     "load-on-demand": ("lru", "none"),
 }
 # How much of a missing expert is read; only "full" keeps every number.
-PRECISION_POLICIES = ("full", "prefill-popularity", "gate-weighted", "budget")
+PRECISION_POLICIES = ("full", "prefill-popularity", "routing-weighted", "budget")
 GPU_PRECISION_POLICIES = ("full", "prefill-popularity")
 # How a conversion to fewer bits chooses codes, best first; and how many weights may share a scale.
 SOLVERS = ("hqq", "minmax")
@@ -90,7 +90,7 @@ def parse_amount(text: str | int | float, whole_bytes: int) -> int:
     return int(fraction * whole_bytes)
 
 
-def parse_host_share(text: str | int | float) -> float | None:
+def parse_host_compute(text: str | int | float) -> float | None:
     """ "off" is 0.0, "auto" None, else a share: "50%", "0.5", 1. Raises ConfigError for anything else."""
     if text in ("auto", "off"):
         return None if text == "auto" else 0.0
@@ -99,7 +99,7 @@ def parse_host_share(text: str | int | float) -> float | None:
     except ValueError:
         share = -1.0
     if not 0 <= share <= 1:
-        raise ConfigError(f"host_share {text!r} is not auto, off or a share between 0 and 1")
+        raise ConfigError(f"host_compute {text!r} is not auto, off or a share between 0 and 1")
     return share
 
 
@@ -134,7 +134,7 @@ class OffloadConfig:
     device: where the model computes, "cpu" or "cuda"; None: on the GPU if ``vram`` says how much of it, else on the CPU.
     vram: memory on the GPU: a size, a fraction of what is free there or "auto" (most of it); then ``ram`` is for the experts
         behind it. None: "auto" with device "cuda".
-    host_share: on a GPU, the share of missing experts that the CPU computes instead of copying them: a fraction, "auto" (as
+    host_compute: on a GPU, the share of missing experts that the CPU computes instead of copying them: a fraction, "auto" (as
         ``fate doctor --calibrate`` measured) or "off". The CPU rounds otherwise, so tokens may differ from fully resident.
     cuda_graph: decode steps as one captured graph where the family allows it; without, the same kernels one by one.
     expert_cache: bytes for expert slots: a size or a percentage of all experts ("25%"); None: what the budget leaves.
@@ -151,7 +151,7 @@ class OffloadConfig:
     ram: str | int | float = "auto"
     device: str | None = None
     vram: str | int | float | None = None
-    host_share: str | int | float = "off"
+    host_compute: str | int | float = "off"
     cuda_graph: bool = True
     expert_cache: str | int | None = None
     preset: str = "best"
@@ -187,8 +187,8 @@ class OffloadConfig:
                 parse_amount(self.vram, 1 << 40)
             if self.device == "cpu":
                 raise ConfigError("vram is memory of a GPU; leave it away, or device cpu")
-        if parse_host_share(self.host_share) != 0 and not self.on_gpu:
-            raise ConfigError("host_share is of experts that a GPU misses; give vram too, or leave it away")
+        if parse_host_compute(self.host_compute) != 0 and not self.on_gpu:
+            raise ConfigError("host_compute is of experts that a GPU misses; give vram too, or leave it away")
         if self.on_gpu and self.predictor is not None:
             raise ConfigError("on a GPU the next layer's router predicts; choose with preset, or run on the CPU")
         if self.on_gpu and self.precision_policy not in GPU_PRECISION_POLICIES:

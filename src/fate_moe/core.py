@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     import torch
@@ -25,8 +25,10 @@ __all__ = [
     "Lookup",
     "Need",
     "Part",
+    "Patcher",
     "PrecisionPolicy",
     "Predictor",
+    "Router",
     "Routing",
     "Section",
 ]
@@ -132,6 +134,10 @@ class Routing(NamedTuple):
     scores: torch.Tensor
 
 
+# Routes hidden states [num_tokens, hidden] of one layer.
+Router: TypeAlias = "Callable[[torch.Tensor], Routing]"
+
+
 class EvictionPolicy(Protocol):
     """Orders experts; owns no bytes and starts no reads. Called under the residency lock, from one thread at a time.
 
@@ -177,8 +183,8 @@ class Predictor(Protocol):
         Not called in passes in which nothing is asked.
         """
 
-    def predict(self, layer: int, gate_input: torch.Tensor, ahead: int = 1) -> list[tuple[int, float]]:
-        """Experts of ``layer`` with probabilities, likeliest first, from ``gate_input`` [num_tokens, hidden] of ``layer - ahead``.
+    def predict(self, layer: int, router_input: torch.Tensor, ahead: int = 1) -> list[tuple[int, float]]:
+        """Experts of ``layer`` with probabilities, likeliest first; ``router_input`` [num_tokens, hidden] is ``layer - ahead``'s.
 
         Layer -1's are the tokens' embeddings, given as soon as the tokens are known. Nearer layers are asked about before further
         ones; one that cannot look so far says nothing.
@@ -194,6 +200,16 @@ class Need(NamedTuple):
     num_tokens: int
     weight: float
     held: int
+
+
+class Patcher(Protocol):
+    """The only way to change the user's model: each change is listed and undone when the engine closes (engine/patches.py)."""
+
+    def replace(self, owner: Any, name: str, value: Any) -> None:
+        """``owner.name`` becomes ``value``."""
+
+    def hook(self, module: Any, when: str, function: Callable[..., Any], *, with_kwargs: bool = False) -> None:
+        """Call ``function`` "before" or "after" each forward of ``module``."""
 
 
 class PrecisionPolicy(Protocol):

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 
-from fate_moe.core import ExpertId, Lookup, Predictor, Routing
+from fate_moe.core import ExpertId, Lookup, Predictor, Router, Routing
 from fate_moe.kernels.cpu import SlotExperts
 from fate_moe.memory.lease import Lease
 from fate_moe.memory.residency import Residency
-from fate_moe.prefetch import Prefetcher
-from fate_moe.tailor import Tailor
+from fate_moe.memory.view_selector import ViewSelector
+from fate_moe.predict.prefetcher import Prefetcher
 
-__all__ = ["ExpertRuntime", "Observer", "Router", "rows_by_expert"]
-
-Router = Callable[[torch.Tensor], Routing]
+__all__ = ["ExpertRuntime", "Observer", "rows_by_expert"]
 
 
 def rows_by_expert(index: torch.Tensor, num_experts: int) -> dict[int, list[int]]:
@@ -37,8 +35,8 @@ class Observer(Protocol):
     def embedded(self, embeddings: torch.Tensor) -> None:
         """A forward pass begins on ``embeddings`` [num_tokens, hidden]."""
 
-    def entered(self, layer: int, gate_input: torch.Tensor) -> None:
-        """``layer`` is about to run on ``gate_input`` [num_tokens, hidden]."""
+    def entered(self, layer: int, router_input: torch.Tensor) -> None:
+        """``layer`` is about to run on ``router_input`` [num_tokens, hidden]."""
 
     def computed(
         self,
@@ -67,11 +65,11 @@ class ExpertRuntime:
         slots: SlotExperts,
         *,
         num_experts: Sequence[int],
-        tailor: Tailor,
+        view_selector: ViewSelector,
         look_ahead: int = 1,
     ) -> None:
         self.residency = residency
-        self.tailor = tailor
+        self.view_selector = view_selector
         self._prefetcher = Prefetcher(residency, predictor, len(routers), look_ahead=look_ahead)
         self._routers = routers
         self._slots = slots
@@ -86,9 +84,9 @@ class ExpertRuntime:
             self.observer.embedded(flat)
         self._prefetcher.embedded(flat)
 
-    def enter(self, layer: int, gate_input: torch.Tensor) -> None:
-        """MoE block ``layer`` is about to run on ``gate_input`` [..., hidden]: start its reads, then those of the next block."""
-        hidden = gate_input.reshape(-1, gate_input.shape[-1])
+    def enter(self, layer: int, router_input: torch.Tensor) -> None:
+        """MoE block ``layer`` is about to run on ``router_input`` [..., hidden]: start its reads, then those of the next block."""
+        hidden = router_input.reshape(-1, router_input.shape[-1])
         if self.observer is not None:
             self.observer.entered(layer, hidden)
         self._prefetcher.entered(layer, hidden.shape[0])
@@ -112,7 +110,7 @@ class ExpertRuntime:
         try:
             for arrived in lease.batches():
                 ready = [(expert.expert, slot) for expert, slot in arrived]
-                planes = {expert.expert: self.tailor.num_planes(expert) for expert, _ in arrived}
+                planes = {expert.expert: self.view_selector.num_planes(expert) for expert, _ in arrived}
                 self._slots.run(layer, experts, ready, rows, hidden, outputs, planes)
         finally:
             lease.release()
@@ -133,9 +131,9 @@ class ExpertRuntime:
         if self._claim is not None:
             self._claim[3].release()
         sections = None
-        if self.tailor.policy is not None:
+        if self.view_selector.policy is not None:
             rows = {expert: (row,) for row, expert in enumerate(chosen)}
-            sections = self.tailor.sections(layer, rows, weights, self._prefetcher.affordable(1))
+            sections = self.view_selector.sections(layer, rows, weights, self._prefetcher.affordable(1))
         lease = self.residency.acquire([ExpertId(layer, expert) for expert in chosen], sections=sections)
         self._claim = (-1, hidden, {}, lease)  # for whoever comes next, if this pass is cut short
         self._prefetcher.look_ahead(layer, hidden)
@@ -143,17 +141,17 @@ class ExpertRuntime:
 
     def run(self, layer: int, experts: Any, lease: Lease, chosen: Sequence[int], hidden: torch.Tensor, rows: torch.Tensor) -> None:
         """``compute`` after ``begin``, without the sum: the output of ``chosen[i]`` to ``rows[i]``, fp32 [len(chosen), hidden]."""
-        whole = self.tailor.policy is None  # which is counted for all at once
+        whole = self.view_selector.policy is None  # which is counted for all at once
         try:
             for arrived in lease.batches():
                 places = [(chosen.index(expert.expert), slot) for expert, slot in arrived]
-                planes = None if whole else [self.tailor.num_planes(expert) for expert, _ in arrived]
+                planes = None if whole else [self.view_selector.num_planes(expert) for expert, _ in arrived]
                 self._slots.run_token(layer, experts, chosen, places, hidden, rows, planes)
         finally:
             lease.release()
             self._claim = None
         if whole:
-            self.tailor.count_whole(layer, chosen)
+            self.view_selector.count_whole(layer, chosen)
         self._prefetcher.observe(layer, chosen)
 
     def can_step(self, layer: int, experts: Any) -> bool:
@@ -172,7 +170,7 @@ class ExpertRuntime:
             lease.release()  # a forward pass that was cut short, or a router whose real call differs from ours
         rows = rows_by_expert(index, self._num_experts[layer])
         counts = None if len(index) == 1 else [len(chosen) for chosen in rows.values()]
-        sections = self.tailor.sections(layer, rows, weighing, self._prefetcher.affordable(len(index)))
+        sections = self.view_selector.sections(layer, rows, weighing, self._prefetcher.affordable(len(index)))
         lease = self.residency.acquire([ExpertId(layer, expert) for expert in rows], counts, len(index), sections=sections)
         self._claim = (layer, index, rows, lease)
         return rows, lease

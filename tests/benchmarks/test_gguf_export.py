@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from benchmarks.gguf_export import export
+from fate_moe.checkpoints.source import Checkpoint
 from fate_moe.errors import UnsupportedModelError
-from fate_moe.store.source import Checkpoint
-from tests.checkpoints import tiny_checkpoint
+from tests.support.checkpoints import tiny_checkpoint
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe", "olmoe"])

@@ -17,7 +17,7 @@ from fate_moe.gpu.options import DeviceOptions
 from fate_moe.memory.policies import make_policy
 from fate_moe.memory.precision import PrefillPopularity
 from fate_moe.memory.residency import Residency
-from tests.gpu.device import CPU, Model, random_model, reference, route
+from tests.support.device import CPU, Model, random_model, reference, route
 
 
 class FromArena:

@@ -10,15 +10,15 @@ pytest.importorskip("triton")
 
 from fate_moe.config import cache_home
 from fate_moe.gpu.link import Link, load_link, measure_link, save_link
-from tests.gpu.device import CPU
+from tests.support.device import CPU
 
 FAST = Link("H", 16, 50e9, 45e9, 160e9, 45e9, 120e9)
 
 
 def test_the_cpu_helps_where_it_adds_much() -> None:
-    assert FAST.cpu_share == pytest.approx(78 / 123)
-    assert replace(FAST, both_memory=12e9).cpu_share == 0.0
-    assert replace(FAST, both_zero_copy=20e9, both_memory=50e9).cpu_share == 0.0, (
+    assert FAST.cpu_fraction == pytest.approx(78 / 123)
+    assert replace(FAST, both_memory=12e9).cpu_fraction == 0.0
+    assert replace(FAST, both_zero_copy=20e9, both_memory=50e9).cpu_fraction == 0.0, (
         "both at once are hardly faster than the link alone"
     )
 

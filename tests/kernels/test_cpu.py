@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from fate_moe.config import GROUP_SIZES
 from fate_moe.core import BlobLayout
+from fate_moe.kernels.activations import find_activation
 from fate_moe.kernels.cpu import SlotExperts
-from fate_moe.kernels.gates import find_gate
 from fate_moe.kernels.native import BF16, DTYPES, matrix_place, native
 from fate_moe.kernels.reference import dequantize, expert_mlp, expert_weights, linear_quantized, quantize_activations
 from fate_moe.quant.blob import encode, views
@@ -178,19 +178,19 @@ FAMILIES = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_gates_are_found_and_accurate(instructions: str, family: str) -> None:
     module = FAMILIES[family]
-    gate = find_gate(module)
+    gate = find_activation(module)
     assert gate is not None
     x = torch.randn(1, 300, generator=torch.Generator().manual_seed(3)) * 8
     twin = module._apply_gate(x) if module.has_gate else module.act_fn(x)
     true = module._apply_gate(x.double()) if module.has_gate else module.act_fn(x.double())
     got = torch.empty_like(twin)
-    native.gate(gate, x.data_ptr(), got.shape[1], got.data_ptr())
+    native.activate(gate, x.data_ptr(), got.shape[1], got.data_ptr())
     error, rounding = (got - true).abs(), 4 * EPSILON * true.abs()  # exp, two divisions or products, each rounded
     assert (error <= 2 * (twin - true).abs().max() + rounding).all()
 
 
 def test_unknown_gates_are_not_mistaken() -> None:
-    assert find_gate(an_experts_module(True, torch.tanh)) is None
+    assert find_activation(an_experts_module(True, torch.tanh)) is None
 
 
 def mlp_twin(module: Any, layout: BlobLayout, parts: Any, weights: Any, x: torch.Tensor, num_planes: int | None) -> torch.Tensor:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fate_moe.engine.load import store_for
 from fate_moe.kernels import cpu, gates, native
-from fate_moe.models.load import store_for
 from tests.conftest import load_model
 
 

@@ -57,7 +57,7 @@ def test_mlp(instructions: str, hidden: int, inner: int, num_tokens: int) -> Non
     (gate, gate_at), (up, up_at), (down, down_at) = (
         matrix(rows, cols, generator) for rows, cols in ((inner, hidden), (inner, hidden), (hidden, inner))
     )
-    of = native.Mlp.make(gate_at, up_at, down_at, native.Gate.make(0, True, False, 1.0, math.inf, 0.0))
+    of = native.Mlp.make(gate_at, up_at, down_at, native.ActivationSpec.make(0, True, False, 1.0, math.inf, 0.0))
     x = torch.randn(num_tokens, hidden, generator=generator)
     out = torch.empty_like(x)
     native.mlp(of, x.data_ptr(), 0, num_tokens, out.data_ptr(), True, 2)
@@ -83,11 +83,11 @@ def test_mlp_of_quantized_matrices(instructions: str, bits: str) -> None:
         native.linear(places[which], blobs[which][1].data_ptr(), 3, x.data_ptr(), 0, len(x), out.data_ptr(), 0, False, 1)
         return out
 
-    how = native.Gate.make(0, True, False, 1.0, math.inf, 0.0)
+    how = native.ActivationSpec.make(0, True, False, 1.0, math.inf, 0.0)
     values = torch.empty(2, inner)
     gate_up = torch.cat([product(0, x, inner), product(1, x, inner)], dim=1)
     for row in range(2):
-        native.gate(how, gate_up[row].data_ptr(), inner, values[row].data_ptr())
+        native.activate(how, gate_up[row].data_ptr(), inner, values[row].data_ptr())
     out = torch.empty(2, hidden)
     native.mlp(native.Mlp.make(*weights, how), x.data_ptr(), 0, 2, out.data_ptr(), False, 2)
     assert torch.equal(out, product(2, values, hidden))

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.gpu.device import random_model, reference, route
+from tests.support.device import random_model, reference, route
 
 
 @pytest.mark.parametrize(

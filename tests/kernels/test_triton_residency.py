@@ -13,7 +13,7 @@ from fate_moe.gpu.tables import ResidencyTables, layer_quotas
 from fate_moe.kernels.triton_fetch import fetch_kernel
 from fate_moe.kernels.triton_residency import logits_kernel, prefetch_kernel, residency_kernel
 from fate_moe.memory.policies import LRU
-from tests.gpu.twin import DecayedFrequency, Residency
+from tests.support.gpu_twin import DecayedFrequency, Residency
 
 EXPERTS, TOP_K, HALF_LIFE = 6, 2, 4.0
 CPU = torch.device("cpu")
@@ -37,13 +37,13 @@ class Device:
         self.frequency = frequency
         self.wanted = torch.zeros(EXPERTS + 1, 2, dtype=torch.int32)
         self.slots = torch.zeros(TOP_K, dtype=torch.int32)
-        self.late = torch.zeros(TOP_K, dtype=torch.int32)
+        self.pending = torch.zeros(TOP_K, dtype=torch.int32)
 
     def step(self, layer: int, routed: list[int]) -> list[tuple[int, int]]:
         hidden, staged = torch.zeros(1, 64), torch.zeros(1, 64)
         t = self.tables
         residency_kernel[(2,)](
-            torch.tensor(routed), hidden, staged, self.slots, self.late, self.wanted, self.wanted[-1],
+            torch.tensor(routed), hidden, staged, self.slots, self.pending, self.wanted, self.wanted[-1],
             t.slot_of, t.score, t.unused, t.counters, t.clock, layer, 1, HALF_LIFE,
             num_experts=EXPERTS, num_rows=TOP_K, cols=64, PLANES=3, FREQUENCY=self.frequency, E=8, R=2, BLOCK=64,
         )  # fmt: skip
@@ -76,7 +76,7 @@ def test_same_slots_lists_and_counters_as_the_twin(frequency: bool, steps: list,
             known = {number for number in routed if number >= 0}
             wanted = [(expert.layer * EXPERTS + expert.expert, slot) for expert, slot in twin.step(layer, known)]
             assert device.step(layer, routed) == wanted
-            assert device.late.tolist() == [int(number in twin.late) for number in routed]
+            assert device.pending.tolist() == [int(number in twin.pending) for number in routed]
             if layer == 0:
                 ahead = [(e.layer * EXPERTS + e.expert, s) for e, s in twin.prefetch(1, likeliest[:predicted], limit)]
                 assert device.prefetch(1, likeliest, predicted, limit) == ahead

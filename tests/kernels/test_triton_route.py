@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 from fate_moe.gpu.tables import ResidencyTables
 from fate_moe.kernels.triton_residency import route_kernel
-from tests.gpu.twin import DecayedFrequency, Residency
+from tests.support.gpu_twin import DecayedFrequency, Residency
 
 EXPERTS, TOP_K, HALF_LIFE, LIMIT = 6, 2, 4.0, 1
 CPU = torch.device("cpu")
@@ -25,7 +25,7 @@ def test_same_choice_slots_and_lists_as_the_twin(weighed: bool, seed: int, quota
     twin = Residency(quotas, [DecayedFrequency(HALF_LIFE) for _ in quotas])
     tables = ResidencyTables(quotas, EXPERTS, CPU)
     lists = torch.zeros(2, EXPERTS + 1, 2, dtype=torch.int32)
-    slots, late, weights = torch.zeros(TOP_K, dtype=torch.int32), torch.zeros(TOP_K, dtype=torch.int32), torch.zeros(1, TOP_K)
+    slots, pending, weights = torch.zeros(TOP_K, dtype=torch.int32), torch.zeros(TOP_K, dtype=torch.int32), torch.zeros(1, TOP_K)
     for now in range(1, 9):
         for policy in twin.policies:
             policy.now = now  # type: ignore[attr-defined]
@@ -33,7 +33,7 @@ def test_same_choice_slots_and_lists_as_the_twin(weighed: bool, seed: int, quota
             logits, ahead = 2 * torch.randn(2, EXPERTS, generator=random)
             looks = layer == 0 and quotas[1] < EXPERTS
             route_kernel[(1 + looks,)](
-                logits, ahead, weights, slots, late, lists[0], lists[0, -1], lists[1], lists[1, -1],
+                logits, ahead, weights, slots, pending, lists[0], lists[0, -1], lists[1], lists[1, -1],
                 tables.slot_of, tables.score, tables.unused, tables.counters, tables.clock, layer, 1, HALF_LIFE,
                 TOP_K, 0.0, LIMIT, 1.0, lists[1], lists[1], logits, num_experts=EXPERTS, top_k=TOP_K, cols=EXPERTS,
                 NORMALIZE=False, FREQUENCY=True, WEIGHED=weighed, HOST=False, MOST=0, E=8, R=2,

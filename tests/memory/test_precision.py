@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from fate_moe.config import PRECISION_POLICIES, OffloadConfig
 from fate_moe.core import Need, PrecisionPolicy
 from fate_moe.errors import ConfigError
-from fate_moe.memory.precision import Budget, FixedView, GateWeighted, PrefillPopularity, make_precision_policy
+from fate_moe.memory.precision import Budget, FixedView, PrefillPopularity, RoutingWeighted, make_precision_policy
 
 VIEWS = [2, 3, 4]
 NAMES = [name for name in PRECISION_POLICIES if name != "full"]
@@ -38,7 +38,7 @@ def test_every_policy_answers_with_views(name: str, needs: list[Need], views: li
 def test_full_is_no_policy_and_the_default() -> None:
     assert make_precision_policy("full") is None
     assert OffloadConfig().precision_policy == "full"
-    with pytest.raises(ConfigError, match=r"'gate-wieghted'.*did you mean 'gate-weighted'"):
+    with pytest.raises(ConfigError, match=r"'gate-wieghted'.*did you mean 'routing-weighted'"):
         OffloadConfig(precision_policy="gate-wieghted")
     with pytest.raises(ConfigError, match="half"):
         make_precision_policy("half")
@@ -68,10 +68,12 @@ def test_what_a_view_loses_limits_popularity() -> None:
 def test_what_views_lose_limits_gate_weighted() -> None:
     needs = [Need(1, weight, held) for weight, held in ((0.4, 0), (0.4, 2), (0.1, 0), (0.09, 2), (0.01, 0))]
     assert (
-        GateWeighted(losses={2: 0.21, 3: 0.04}).bits(needs, VIEWS, 0.0) == GateWeighted().bits(needs, VIEWS, 0.0) == [4, 4, 2, 2, 2]
+        RoutingWeighted(losses={2: 0.21, 3: 0.04}).bits(needs, VIEWS, 0.0)
+        == RoutingWeighted().bits(needs, VIEWS, 0.0)
+        == [4, 4, 2, 2, 2]
     )
-    assert GateWeighted(losses={2: 3.7, 3: 0.4}).bits(needs, VIEWS, 0.0) == [4, 4, 3, 3, 2]
-    assert GateWeighted(losses={}).bits(needs, VIEWS, 0.0) == [4] * 5, "what nobody knows is not read"
+    assert RoutingWeighted(losses={2: 3.7, 3: 0.4}).bits(needs, VIEWS, 0.0) == [4, 4, 3, 3, 2]
+    assert RoutingWeighted(losses={}).bits(needs, VIEWS, 0.0) == [4] * 5, "what nobody knows is not read"
 
 
 def test_what_views_lose_limits_budget() -> None:
@@ -83,7 +85,7 @@ def test_what_views_lose_limits_budget() -> None:
 
 def test_models_that_nobody_measured_count_as_sensitive() -> None:
     needs = [Need(1, weight, 0) for weight in (0.45, 0.3, 0.17, 0.08)]
-    gate, measured = make_precision_policy("gate-weighted"), make_precision_policy("gate-weighted", {2: 0.2, 3: 0.04})
+    gate, measured = make_precision_policy("routing-weighted"), make_precision_policy("routing-weighted", {2: 0.2, 3: 0.04})
     assert gate is not None
     assert measured is not None
     assert gate.bits(needs, VIEWS, 0.0) == [4, 4, 4, 3]
@@ -100,22 +102,22 @@ def test_popularity_leaves_decode_alone() -> None:
 
 def test_gate_weighted_by_weight() -> None:
     needs = [Need(1, weight, 0) for weight in (0.45, 0.3, 0.17, 0.08)]  # 1.8, 1.2, 0.68 and 0.32 of the mean
-    assert GateWeighted(0.5, 1.4, 1.6).bits(needs, VIEWS, 0.0) == [4, 3, 3, 2]
-    assert GateWeighted(0.5, 0.5, 1.6).bits(needs, VIEWS, 0.0) == [4, 4, 4, 2]
-    assert GateWeighted(0.5, 1.0, 1.6).bits(needs, [4, 8], 0.0) == [8, 8, 4, 4], "one shorter view"
-    assert GateWeighted().bits([Need(1, 0.0, 0)] * 3, VIEWS, 0.0) == [2, 2, 2], "what weighs nothing needs nothing"
+    assert RoutingWeighted(0.5, 1.4, 1.6).bits(needs, VIEWS, 0.0) == [4, 3, 3, 2]
+    assert RoutingWeighted(0.5, 0.5, 1.6).bits(needs, VIEWS, 0.0) == [4, 4, 4, 2]
+    assert RoutingWeighted(0.5, 1.0, 1.6).bits(needs, [4, 8], 0.0) == [8, 8, 4, 4], "one shorter view"
+    assert RoutingWeighted().bits([Need(1, 0.0, 0)] * 3, VIEWS, 0.0) == [2, 2, 2], "what weighs nothing needs nothing"
 
 
 def test_gate_weighted_upgrades_only_the_heavy() -> None:
     needs = [Need(1, weight, held) for weight, held in ((0.45, 2), (0.3, 3), (0.17, 4), (0.08, 2))]
-    assert GateWeighted(0.5, 1.0, 1.6).bits(needs, VIEWS, 0.0) == [4, 3, 4, 2]
-    assert GateWeighted(0.5, 1.0, 1.0).bits(needs, VIEWS, 0.0) == [4, 4, 4, 2]
+    assert RoutingWeighted(0.5, 1.0, 1.6).bits(needs, VIEWS, 0.0) == [4, 3, 4, 2]
+    assert RoutingWeighted(0.5, 1.0, 1.0).bits(needs, VIEWS, 0.0) == [4, 4, 4, 2]
 
 
 @given(needs_of)
 def test_gate_weighted_reads_prompts_whole(needs: list[Need]) -> None:
     shared = [need._replace(num_tokens=need.num_tokens + 1) for need in needs]
-    assert GateWeighted().bits(shared, VIEWS, 0.0) == [4] * len(needs)
+    assert RoutingWeighted().bits(shared, VIEWS, 0.0) == [4] * len(needs)
 
 
 def test_budget_spends_what_is_affordable_on_the_heaviest() -> None:

@@ -10,14 +10,14 @@ from fate_moe.config import PREDICTORS
 from fate_moe.core import Routing
 from fate_moe.errors import ConfigError
 from fate_moe.predict.activation_path import ActivationPath
-from fate_moe.predict.cross_layer import CrossLayerGate
+from fate_moe.predict.cross_layer import CrossLayerRouter
 from fate_moe.predict.forecast import Forecast, forecast_source
-from fate_moe.predict.gates import FittedGates, LinearRouters, RouterGates
-from fate_moe.predict.make import Known, make_predictor
-from fate_moe.predict.recursive import RecursiveGates
+from fate_moe.predict.gates import FittedGates, LinearRouters, RouterScorer
+from fate_moe.predict.predictors import Known, make_predictor
+from fate_moe.predict.recursive import RecursiveRouters
 from fate_moe.predict.temporal import Temporal
 from fate_moe.runtime import Router, rows_by_expert
-from tests.predict.contract import check_predictor
+from tests.support.predictor_contract import check_predictor
 
 NUM_LAYERS, NUM_EXPERTS, HIDDEN, TOP_K = 3, 16, 8, 2
 
@@ -82,7 +82,7 @@ def test_calibrated_probabilities_are_frequencies() -> None:
     """The router of the next layer on a noisy gate input: of what is given p, a share of p is chosen, and order is the router's."""
     generator = torch.Generator().manual_seed(5)
     route = linear_router(1)
-    predictor = make_predictor("cross-layer-calibrated", [NUM_EXPERTS] * 2, TOP_K, Known([None, route]))
+    predictor = make_predictor("cross-layer-probability", [NUM_EXPERTS] * 2, TOP_K, Known([None, route]))
     said, came = [], []
     for step in range(1500):
         truth = torch.randn(1, HIDDEN, generator=generator)
@@ -114,7 +114,7 @@ def test_a_router_may_answer_in_half_precision() -> None:
         routing = linear_router(1)(hidden)
         return Routing(routing.experts, routing.scores.bfloat16())
 
-    for name in ("cross-layer", "cross-layer-calibrated", "combined", "recursive"):
+    for name in ("cross-layer", "cross-layer-probability", "combined", "recursive"):
         predictor = make_predictor(name, [NUM_EXPERTS] * 2, TOP_K, Known([None, route]))
         for num_tokens in (1, 3):
             assert predictor.predict(1, torch.ones(num_tokens, HIDDEN))
@@ -152,7 +152,7 @@ def test_recursive_gates_learn_what_routers_get_wrong() -> None:
     """The true choice is the routers' with the experts renamed: no use at first, then nearly all of it."""
     generator = torch.Generator().manual_seed(0)
     rename = torch.randperm(NUM_EXPERTS, generator=generator)
-    scorer = RecursiveGates(RouterGates([None, linear_router(1)]), [NUM_EXPERTS] * 2)
+    scorer = RecursiveRouters(RouterScorer([None, linear_router(1)]), [NUM_EXPERTS] * 2)
     found = []
     for _ in range(6000):
         x = torch.randn(1, HIDDEN, generator=generator)
@@ -166,24 +166,24 @@ def test_recursive_gates_learn_what_routers_get_wrong() -> None:
 
 def test_cross_layer_is_the_next_router_on_this_gate_input() -> None:
     routers: list[Router | None] = [linear_router(0), linear_router(1), None]
-    predictor = CrossLayerGate(routers)
-    gate_input = torch.randn(1, HIDDEN, generator=torch.Generator().manual_seed(9))
-    predicted = predictor.predict(1, gate_input)
-    routing = linear_router(1)(gate_input)
+    predictor = CrossLayerRouter(routers)
+    router_input = torch.randn(1, HIDDEN, generator=torch.Generator().manual_seed(9))
+    predicted = predictor.predict(1, router_input)
+    routing = linear_router(1)(router_input)
     assert [expert for expert, _ in predicted[:TOP_K]] == routing.experts[0].tolist()
     quarter = routing.scores[0].argsort(descending=True)[: NUM_EXPERTS // 4].tolist()
     assert [expert for expert, _ in predicted] == quarter, "top-k, widened to the most confident quarter"
     expected = routing.scores[0].softmax(-1)
     assert all(abs(probability - float(expected[expert])) < 1e-6 for expert, probability in predicted)
-    assert predictor.predict(0, gate_input) == [], "layer 0 has no predecessor"
-    assert predictor.predict(2, gate_input) == [], "a router that cannot be asked early predicts nothing"
+    assert predictor.predict(0, router_input) == [], "layer 0 has no predecessor"
+    assert predictor.predict(2, router_input) == [], "a router that cannot be asked early predicts nothing"
 
 
 def test_prefill_covers_every_tokens_choice_most_votes_first() -> None:
-    gate_input = torch.randn(50, HIDDEN, generator=torch.Generator().manual_seed(4))
+    router_input = torch.randn(50, HIDDEN, generator=torch.Generator().manual_seed(4))
     routers: list[Router | None] = [None, linear_router(1)]
-    predicted = [expert for expert, _ in CrossLayerGate(routers).predict(1, gate_input)]
-    votes = torch.bincount(linear_router(1)(gate_input).experts.flatten(), minlength=NUM_EXPERTS)
+    predicted = [expert for expert, _ in CrossLayerRouter(routers).predict(1, router_input)]
+    votes = torch.bincount(linear_router(1)(router_input).experts.flatten(), minlength=NUM_EXPERTS)
     assert set(votes.nonzero().flatten().tolist()) <= set(predicted)
     assert [int(votes[expert]) for expert in predicted] == sorted(votes[predicted].tolist(), reverse=True)
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fate_moe.predict.calibration import isotonic
-from fate_moe.predict.rule import WASTE, reads_worth
+from fate_moe.predict.reliability import isotonic
+from fate_moe.predict.rule import WASTE, num_reads
 
 
 @pytest.mark.parametrize(
@@ -25,13 +25,13 @@ from fate_moe.predict.rule import WASTE, reads_worth
 )
 def test_by_hand(probabilities: list[float], window: float, read: float, worth: int) -> None:
     assert WASTE == 0.25
-    assert reads_worth(probabilities, window, read) == worth
+    assert num_reads(probabilities, window, read) == worth
 
 
 @given(st.lists(st.floats(0, 1), max_size=8), st.floats(0, 10), st.floats(0.01, 10))
 def test_more_time_never_means_fewer_reads(probabilities: list[float], window: float, read: float) -> None:
     likeliest_first = sorted(probabilities, reverse=True)
-    assert reads_worth(likeliest_first, window, read) <= reads_worth(likeliest_first, 2 * window, read)
+    assert num_reads(likeliest_first, window, read) <= num_reads(likeliest_first, 2 * window, read)
 
 
 @given(st.lists(st.tuples(st.floats(0, 50), st.floats(0.5, 60)), min_size=1, max_size=20))

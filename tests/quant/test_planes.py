@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fate_moe.kernels.reference import dequantize
 from fate_moe.quant.planes import pack, unpack
-from tests.quant.twin import pack_row
+from tests.support.quant_twin import pack_row
 
 WIDTHS = (2, 1, 1)
 PI = "243f6a8885a308d313198a2e03707344a4093822299f31d0082efa98ec4e6c89"

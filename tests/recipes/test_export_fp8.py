@@ -21,9 +21,9 @@ from fate_moe.core import ExpertId
 from fate_moe.store.convert import convert
 from fate_moe.store.open import load_dense, open_store, verify
 from fate_moe.store.reader import DiskSource
-from tests.checkpoints import tiny_checkpoint
-from tests.store.reading import load_all, published_expert, same_bits
 from tests.store.test_convert import read_parts
+from tests.support.checkpoints import tiny_checkpoint
+from tests.support.reading import load_all, published_expert, same_bits
 
 LAYER = "model.layers.1."
 QUANTIZED = {f"{LAYER}self_attn.{name}_proj.weight" for name in "qkvo"} | {

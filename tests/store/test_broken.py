@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fate_moe.cli import main
+from fate_moe.engine.load import prepare
 from fate_moe.errors import StoreError
-from fate_moe.models.load import prepare
 from fate_moe.store.convert import convert
 from fate_moe.store.format import Manifest
 from fate_moe.store.open import load_dense, open_store, verify

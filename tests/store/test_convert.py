@@ -12,15 +12,15 @@ from safetensors.torch import load_file, save_file
 
 from fate_moe.core import SLOT_ALIGNMENT, ExpertId
 from fate_moe.errors import CheckpointError, DiskSpaceError, StoreError, UnsupportedModelError
+from fate_moe.io.direct import anonymous_buffer
 from fate_moe.quant.blob import views
 from fate_moe.quant.solver import hqq
 from fate_moe.store import files
 from fate_moe.store.convert import convert
-from fate_moe.store.direct import anonymous_buffer
 from fate_moe.store.open import load_dense, open_store, verify
 from fate_moe.store.reader import DiskSource
-from tests.checkpoints import FAMILIES, tiny_checkpoint
-from tests.store.reading import load_all, published_expert, same_bits, snapshot
+from tests.support.checkpoints import FAMILIES, tiny_checkpoint
+from tests.support.reading import load_all, published_expert, same_bits, snapshot
 
 DENSE_LAYERS = {"deepseek_v2": 1, "deepseek_v3": 1}  # before the first MoE layer
 

@@ -13,11 +13,11 @@ import torch
 import xxhash
 from safetensors.torch import load_file
 
+from fate_moe.io.tensorfile import place_tensors
 from fate_moe.quant.blob import encode
 from fate_moe.store.convert import convert
 from fate_moe.store.format import FORMAT_VERSION, Manifest, blob_layout
-from fate_moe.store.tensorfile import place_tensors
-from tests.store.golden import write_checkpoint
+from tests.support.golden import write_checkpoint
 
 SHARD = "experts-00001-of-00001.safetensors"
 

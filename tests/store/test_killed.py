@@ -17,9 +17,9 @@ from fate_moe.errors import DiskSpaceError, StoreError
 from fate_moe.store import convert as convert_module
 from fate_moe.store.convert import convert
 from fate_moe.store.open import open_store, verify
-from tests.checkpoints import tiny_checkpoint
-from tests.store.children import Children
-from tests.store.reading import snapshot
+from tests.support.checkpoints import tiny_checkpoint
+from tests.support.children import Children
+from tests.support.reading import snapshot
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fate_moe.store.tensorfile import place_tensors
-from tests.checkpoints import tiny_checkpoint
-from tests.store.children import Children
+from fate_moe.io.tensorfile import place_tensors
+from tests.support.checkpoints import tiny_checkpoint
+from tests.support.children import Children
 
 HIDDEN, WIDTH, EXPERTS, LAYERS, VOCABULARY = 512, 256, 96, 4, 8192
 LARGEST_TENSOR_BYTES = VOCABULARY * HIDDEN * 2

@@ -18,9 +18,9 @@ from fate_moe.cli import main
 from fate_moe.config import OffloadConfig
 from fate_moe.core import ExpertId, ExpertSource
 from fate_moe.errors import ConfigError
-from fate_moe.models.tracing import record_routing
 from fate_moe.predict.forecast import forecast_source
 from fate_moe.store.convert import convert
+from fate_moe.tools.tracing import record_routing
 from fate_moe.trace.fit import RIDGE, GateFitter, Passes
 from fate_moe.trace.plots import draw
 from fate_moe.trace.recall import RecallMeter
@@ -44,7 +44,7 @@ def decode(model: Any, num_tokens: int, seed: int, between: Callable[[], None] =
 def traced(loaded: Callable[..., Any]) -> tuple[Any, RoutingTrace]:
     """A tiny model with room for six of sixteen experts, and the trace of 160 decoded tokens."""
     model = loaded("qwen2_moe", policy="lru", predictor="none", expert_cache="37.5%")  # nothing learned by earlier tests
-    recorder = Recorder([8, 8], gate_inputs=True, routers=torch.stack([layer.mlp.gate.weight for layer in model.model.layers]))
+    recorder = Recorder([8, 8], router_inputs=True, routers=torch.stack([layer.mlp.gate.weight for layer in model.model.layers]))
     model.fate.runtime.observer = recorder
     decode(model, 160, 3)
     return model, recorder.trace(expert_bytes=model.fate.plan.slot_bytes)
@@ -57,7 +57,7 @@ def test_what_is_recorded_is_what_happened(traced: tuple[Any, RoutingTrace]) -> 
     found = trace.extras["lookups"]
     assert [int((found == kind).sum()) for kind in range(3)] == [counters.hits, counters.in_flight, counters.misses]
     assert float(trace.extras["stall"].sum()) == pytest.approx(counters.stall_seconds, rel=1e-3)
-    inputs = torch.from_numpy(trace.extras["gate_inputs"]).float()
+    inputs = torch.from_numpy(trace.extras["router_inputs"]).float()
     routers = torch.from_numpy(trace.extras["routers"])
     scores = torch.einsum("nld,led->nle", inputs, routers)
     chosen = torch.from_numpy(trace.experts.astype("int64"))

@@ -148,13 +148,13 @@ def test_an_oracle_misses_only_what_the_link_has_no_time_for() -> None:
 
 
 def test_what_needs_gate_inputs_says_so() -> None:
-    with pytest.raises(ConfigError, match="--gate-inputs"):
+    with pytest.raises(ConfigError, match="--router-inputs"):
         simulate(random_trace(0), "lru", "combined", 0.5, SLOW)
     with pytest.raises(ConfigError, match="below one token"):
         simulate(random_trace(0), "lru", "none", 0.01, SLOW)
 
 
-@pytest.mark.parametrize("predictor", ["cross-layer", "cross-layer-calibrated", "combined", "learned", "forecast", "recursive"])
+@pytest.mark.parametrize("predictor", ["cross-layer", "cross-layer-probability", "combined", "learned", "forecast", "recursive"])
 def test_gates_run_on_recorded_inputs(predictor: str) -> None:
     """A router that sees the true gate input one layer early knows all: with a fast link nearly everything is on time."""
     import torch
@@ -163,7 +163,7 @@ def test_gates_run_on_recorded_inputs(predictor: str) -> None:
     routers = rng.normal(size=(3, 8, 6)).astype(np.float32)
     inputs = np.repeat(rng.normal(size=(300, 1, 6)), 3, axis=1).astype(np.float16)  # the same in all layers
     chosen = np.argsort(-np.einsum("nld,led->nle", inputs.astype(np.float32), routers), axis=2)[:, :, :2]
-    trace = trace_of(chosen, gate_inputs=inputs, embeddings=inputs[:, 0], routers=routers)
+    trace = trace_of(chosen, router_inputs=inputs, embeddings=inputs[:, 0], routers=routers)
     matrices = [torch.nn.functional.pad(torch.from_numpy(router), (0, 1)) for router in routers]
     forecast = [torch.cat([matrix[:, :-1], torch.zeros(8, 6), matrix[:, -1:]], 1) for matrix in matrices]
     gates = Gates([list(matrices), [None, *matrices[1:]]], forecast)
@@ -181,7 +181,7 @@ def test_looking_further_ahead_hides_reads_that_take_longer_than_a_layer() -> No
     routers = rng.normal(size=(6, 8, 6)).astype(np.float32)
     inputs = np.repeat(rng.normal(size=(400, 1, 6)), 6, axis=1).astype(np.float16)
     chosen = np.argsort(-np.einsum("nld,led->nle", inputs.astype(np.float32), routers), axis=2)[:, :, :1]
-    trace = trace_of(chosen, gate_inputs=inputs, embeddings=inputs[:, 0], routers=routers)
+    trace = trace_of(chosen, router_inputs=inputs, embeddings=inputs[:, 0], routers=routers)
     gates = Gates([[torch.nn.functional.pad(torch.from_numpy(router), (0, 1)) for router in routers]] * 3, [])
     slow = Link(1000, 800, 0.5)
     near, far = (simulate(trace, "best", "learned", 0.5, slow, skip=200, gates=gates, look_ahead=ahead) for ahead in (1, 3))

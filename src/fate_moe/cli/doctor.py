@@ -52,8 +52,8 @@ def _calibrate(as_json: bool) -> None:
         print(json.dumps({**link.as_dict(), "path": path}))
         return
     decision = (
-        f"the CPU may compute {link.cpu_share:.0%} of the misses"
-        if link.cpu_share
+        f"the CPU may compute {link.cpu_fraction:.0%} of the misses"
+        if link.cpu_fraction
         else "the link is fast enough: the CPU computes no misses"
     )
     amounts = [

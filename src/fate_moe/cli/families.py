@@ -24,8 +24,8 @@ def add_verbs(verbs: Any) -> None:
 
 def _models(arguments: argparse.Namespace) -> None:
     quiet_transformers()
-    from fate_moe.models.families import moe_families
-    from fate_moe.models.table import known_families, tried_with
+    from fate_moe.adapter.families import moe_families
+    from fate_moe.adapter.table import known_families, tried_with
 
     rows = known_families(moe_families())
     if arguments.json:

@@ -45,8 +45,8 @@ def add_offload_options(parser: argparse.ArgumentParser, gpu: bool = False) -> N
         )
         group.add_argument("--device", choices=DEVICES, help="cuda: the same as --vram auto")
         group.add_argument(
-            "--host-share",
-            default=DEFAULTS["host_share"],
+            "--host-compute",
+            default=DEFAULTS["host_compute"],
             metavar="auto|FRACTION|off",
             help="of the experts missing in VRAM, how many the CPU computes instead of copying them (auto: as doctor --calibrate "
             "measured); it rounds otherwise, so that tokens may depend on what is in VRAM; default: %(default)s",

@@ -53,9 +53,9 @@ def add_verbs(verbs: Any) -> None:
 
 def _perplexity(arguments: argparse.Namespace) -> None:
     quiet_transformers()
-    from fate_moe.models.evaluate import perplexity
-    from fate_moe.models.load import load_tokenizer, store_for
-    from fate_moe.store.progress import count_bar
+    from fate_moe.engine.load import load_tokenizer, store_for
+    from fate_moe.io.progress import count_bar
+    from fate_moe.tools.evaluate import perplexity
 
     path = store_for(arguments.model, arguments.precision, arguments.dense_precision)
     tokens = read_tokens(arguments.text, load_tokenizer(path), arguments.max_tokens)
@@ -83,9 +83,9 @@ def _perplexity(arguments: argparse.Namespace) -> None:
 
 def _compare(arguments: argparse.Namespace) -> None:
     quiet_transformers()
-    from fate_moe.models.evaluate import compare
-    from fate_moe.models.load import load_tokenizer, store_for
-    from fate_moe.store.progress import count_bar
+    from fate_moe.engine.load import load_tokenizer, store_for
+    from fate_moe.io.progress import count_bar
+    from fate_moe.tools.evaluate import compare
 
     reference = store_for(arguments.a, "lossless")
     path = store_for(arguments.b or arguments.a, arguments.precision, arguments.dense_precision)
@@ -116,7 +116,7 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 def _harness(arguments: argparse.Namespace) -> None:
     quiet_transformers()
-    from fate_moe.models.harness import run_harness
+    from fate_moe.tools.harness import run_harness
 
     run_harness([argument for argument in arguments.arguments if argument != "--"])
 
@@ -125,9 +125,9 @@ def _open(path: Path, config: OffloadConfig, window: int) -> Any:
     """The model of the store, with room for a window's logits set aside besides its KV cache."""
     from dataclasses import replace
 
-    from fate_moe.models.evaluate import logits_bytes
-    from fate_moe.models.load import prepare, realize
-    from fate_moe.planner import make_plan
+    from fate_moe.engine.budget import make_plan
+    from fate_moe.engine.load import prepare, realize
+    from fate_moe.tools.evaluate import logits_bytes
 
     prepared = prepare(path)
     needs = prepared.footprint()

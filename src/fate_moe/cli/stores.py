@@ -14,7 +14,7 @@ from fate_moe.core import PRECISIONS
 from fate_moe.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fate_moe.store.keep import Keep
+    from fate_moe.store.mixed_precision import PrecisionRules
 
 __all__ = ["add_verbs"]
 
@@ -43,7 +43,7 @@ def add_verbs(verbs: Any) -> None:
     convert.add_argument(
         "--group-size", type=int, choices=GROUP_SIZES, default=64, help="weights that share a scale; default: %(default)s"
     )
-    convert.add_argument("--keep", metavar="RULES", help="other precisions: layers.0-1:lossless,layers.3.experts.7:int8")
+    convert.add_argument("--precision-rules", metavar="RULES", help="other precisions: layers.0-1:lossless,layers.3.experts.7:int8")
     convert.add_argument(
         "--auto-bits", metavar="SIZE", help="choose a precision for each layer, all experts within this size; needs --calibrate"
     )
@@ -72,7 +72,7 @@ def add_verbs(verbs: Any) -> None:
 
 def _plan(arguments: argparse.Namespace) -> None:
     quiet_transformers()
-    from fate_moe.models.load import plan
+    from fate_moe.engine.load import plan
 
     config = offload_config(arguments, OffloadConfig.context_length)
     result = plan(arguments.model, **{field.name: getattr(config, field.name) for field in fields(config)})
@@ -110,9 +110,9 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 def _measure_views(path: Path, tokens: Any) -> None:
     """How much shorter views lose on a text that the codes were not chosen on; kept beside the store."""
-    from fate_moe.models.calibrate import measure_views
+    from fate_moe.io.progress import count_bar
     from fate_moe.store.learned import save_view_losses
-    from fate_moe.store.progress import count_bar
+    from fate_moe.tools.calibrate import measure_views
 
     with count_bar("shorter views", 3 * len(tokens)) as advance:
         losses = measure_views(path, tokens, advance=advance)
@@ -121,7 +121,7 @@ def _measure_views(path: Path, tokens: Any) -> None:
         print(", ".join(f"{bits}-bit view: {loss:+.3f} nats" for bits, loss in losses.items()), "with every expert read so")
 
 
-def _calibration(arguments: argparse.Namespace) -> tuple[Any, Keep, Any]:
+def _calibration(arguments: argparse.Namespace) -> tuple[Any, PrecisionRules, Any]:
     """What the calibration text says (None without one), what gets another precision than the rest, and the text's last eighth,
     on which nothing was chosen."""
     if arguments.auto_bits and not arguments.calibrate:
@@ -132,22 +132,22 @@ def _calibration(arguments: argparse.Namespace) -> tuple[Any, Keep, Any]:
         )
     if not (arguments.calibrate or arguments.keep):
         return None, {}, None
-    from fate_moe.skeleton import build_skeleton, expert_stacks
-    from fate_moe.store.gguf import config_folder
-    from fate_moe.store.keep import choose_precisions, parse_keep
-    from fate_moe.store.source import resolve_checkpoint
+    from fate_moe.adapter.meta_model import build_meta_model, expert_stacks
+    from fate_moe.checkpoints.gguf import config_folder
+    from fate_moe.checkpoints.source import resolve_checkpoint
+    from fate_moe.store.mixed_precision import choose_precisions, parse_precision_rules
 
     with config_folder(resolve_checkpoint(arguments.source)) as folder:
-        stacks = expert_stacks(build_skeleton(folder))
-    by_rule = parse_keep(arguments.keep, [stack.num_experts for stack in stacks]) if arguments.keep else {}
+        stacks = expert_stacks(build_meta_model(folder))
+    by_rule = parse_precision_rules(arguments.keep, [stack.num_experts for stack in stacks]) if arguments.keep else {}
     if not arguments.calibrate:
         return None, by_rule, None
     from fate_moe.cli.quality import read_tokens
-    from fate_moe.models.calibrate import calibrate, measure_harm
-    from fate_moe.models.load import load_tokenizer, store_for
+    from fate_moe.engine.load import load_tokenizer, store_for
+    from fate_moe.io.progress import count_bar
     from fate_moe.store.format import blob_layout
     from fate_moe.store.open import open_store
-    from fate_moe.store.progress import count_bar
+    from fate_moe.tools.calibrate import calibrate, measure_harm
 
     lossless = store_for(arguments.source, "lossless")
     tokens = read_tokens(arguments.calibrate, load_tokenizer(lossless), arguments.calibrate_tokens * 8 // 7)
@@ -216,7 +216,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 def _inspect_checkpoint(arguments: argparse.Namespace) -> None:
     quiet_transformers()
-    from fate_moe.models.inspect import describe
+    from fate_moe.tools.inspect import describe
 
     if arguments.verify:
         raise ConfigError(f"{arguments.store} is a checkpoint, which has no checksums; convert it first, or leave --verify away")

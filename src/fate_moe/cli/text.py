@@ -62,8 +62,8 @@ def _run(arguments: argparse.Namespace) -> None:
         arguments.model, arguments.prompt = None, arguments.model  # `fate run "Once upon a time"`
     prompt = _read_prompt(arguments)
     quiet_transformers()
-    from fate_moe.models.generate import generate
-    from fate_moe.models.load import load_tokenizer, prepare, realize, store_for
+    from fate_moe.engine.load import load_tokenizer, prepare, realize, store_for
+    from fate_moe.tools.generate import generate
 
     require_gpu(arguments)
     prepared = prepare(store_for(arguments.model, arguments.precision, arguments.dense_precision))
@@ -107,8 +107,8 @@ def _encode(tokenizer: Any, prompt: str, chat: bool) -> Any:
 
 def _chat(arguments: argparse.Namespace) -> None:
     quiet_transformers()
-    from fate_moe.models.generate import generate
-    from fate_moe.models.load import load_tokenizer, prepare, realize, store_for
+    from fate_moe.engine.load import load_tokenizer, prepare, realize, store_for
+    from fate_moe.tools.generate import generate
 
     require_gpu(arguments)
     prepared = prepare(store_for(arguments.model, arguments.precision, arguments.dense_precision))

@@ -30,7 +30,7 @@ def add_verbs(verbs: Any) -> None:
     trace.add_argument("--max-tokens", type=int, default=2000, metavar="N", help="in all; default: %(default)s")
     trace.add_argument("--teacher", action="store_true", help="follow the file's text token by token instead of writing")
     trace.add_argument("--prefill", action="store_true", help="follow it as a prompt: quicker, without lookups and times")
-    trace.add_argument("--gate-inputs", action="store_true", help="keep what the routers saw (two bytes a number)")
+    trace.add_argument("--router-inputs", action="store_true", help="keep what the routers saw (two bytes a number)")
     trace.set_defaults(verb=_trace)
     add_offload_options(trace)
 
@@ -64,7 +64,7 @@ def add_verbs(verbs: Any) -> None:
     fit.add_argument("model", nargs="?", help=MODEL_HELP)
     fit.add_argument("--text", type=Path, required=True, help="text like what the model will read and write")
     fit.add_argument("--max-tokens", type=int, default=30000, metavar="N", help="to learn from; default: %(default)s")
-    fit.add_argument("--forecast", action="store_true", help="also what foretells a whole token as soon as it is known")
+    fit.add_argument("--forecast", action="store_true", help="also what predicts a whole token as soon as it is known")
     fit.add_argument("--test", type=Path, metavar="FILE", help="text to say recall of; default: a tenth of --text's, held out")
     fit.add_argument("--test-tokens", type=int, default=4000, metavar="N", help="of it; default: %(default)s")
     fit.add_argument("--json", action="store_true", help="print one JSON object")
@@ -98,7 +98,7 @@ def _texts(path: Path) -> list[str]:
 def _trace(arguments: argparse.Namespace) -> None:
     texts = _texts(arguments.prompts)
     quiet_transformers()
-    from fate_moe.models.tracing import record_routing
+    from fate_moe.tools.tracing import record_routing
     from fate_moe.trace.schema import write_trace
 
     config = offload_config(arguments, 2048)
@@ -110,7 +110,7 @@ def _trace(arguments: argparse.Namespace) -> None:
         max_tokens=arguments.max_tokens,
         teacher=arguments.teacher,
         prefill=arguments.prefill,
-        gate_inputs=arguments.gate_inputs,
+        router_inputs=arguments.router_inputs,
     )
     write_trace(arguments.out, trace)
     size = format_bytes(arguments.out.stat().st_size)
@@ -120,7 +120,7 @@ def _trace(arguments: argparse.Namespace) -> None:
 def _simulate(arguments: argparse.Namespace) -> None:
     import numpy as np
 
-    from fate_moe.store.progress import count_bar
+    from fate_moe.io.progress import count_bar
     from fate_moe.trace.recorded import recorded_run
     from fate_moe.trace.schema import read_trace
     from fate_moe.trace.simulate import Link, simulate, size_of_all
@@ -231,7 +231,7 @@ def _fit(arguments: argparse.Namespace) -> None:
     texts = _texts(arguments.text)
     test_texts = [] if arguments.test is None else _texts(arguments.test)
     quiet_transformers()
-    from fate_moe.models.tracing import fit_gates
+    from fate_moe.tools.tracing import fit_gates
 
     found = fit_gates(
         arguments.model,

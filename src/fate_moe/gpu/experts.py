@@ -14,11 +14,11 @@ import triton
 
 from fate_moe.core import Counters, PrecisionPolicy
 from fate_moe.gpu.host import HostTier, WholeHost
+from fate_moe.gpu.host_compute import HostCompute
 from fate_moe.gpu.layout import DeviceLayout
 from fate_moe.gpu.memory import PinnedArena, VramPool
 from fate_moe.gpu.options import DeviceOptions
 from fate_moe.gpu.prefill import Prefill
-from fate_moe.gpu.share import HostShare
 from fate_moe.gpu.streams import Lane
 from fate_moe.gpu.tables import ResidencyTables
 from fate_moe.kernels.triton_experts import down_kernel, gate_up_kernel
@@ -53,15 +53,15 @@ class DeviceExperts:
         *,
         top_k: int,
         options: DeviceOptions | None = None,
-        share: HostShare | None = None,
+        share: HostCompute | None = None,
         precision: PrecisionPolicy | None = None,
         fitted: Sequence[torch.Tensor | None] = (),
     ) -> None:
         """``host`` is where misses come from; an arena alone holds all experts. ``gates[l]`` is the weight [num_experts, hidden] of
         layer l's router, None where it has none that can be applied early.
-        ``share`` computes what ``options.host_share`` leaves to the host;
+        ``share`` computes what ``options.host_compute`` leaves to the host;
         ``precision`` says how many bits of each missing expert prefill copies (None: all).
-        ``fitted[l]`` [num_experts, hidden + 1] foretells layer l from the gate input before in a fused step, better than its router
+        ``fitted[l]`` [num_experts, hidden + 1] predicts layer l from the gate input before in a fused step, better than its router
         (store/learned.py: Gates.ahead[0]); None or absent: the router does."""
         self.precision = precision
         self.layouts, self.pool, self.tables, self.gates = list(layouts), pool, tables, list(gates)
@@ -73,13 +73,13 @@ class DeviceExperts:
         self.staged = torch.zeros(MAX_DECODE_TOKENS, _padded(first.cols), dtype=torch.float32, device=device)
         self._inner = torch.zeros(rows, max(_padded(layout.width) for layout in layouts), dtype=torch.float32, device=device)
         self.slots = torch.full((rows,), -1, dtype=torch.int32, device=device)
-        self.late = torch.zeros(rows, dtype=torch.int32, device=device)
+        self.pending = torch.zeros(rows, dtype=torch.int32, device=device)
         self._logits = torch.zeros(MAX_DECODE_TOKENS, tables.num_experts, dtype=torch.float32, device=device)
         lists = torch.zeros(3, tables.num_experts + 1, 2, dtype=torch.int32, device=device)
         self._demand = lists[0]  # pairs (blob, slot); the last row's first entry is their number
         self._ahead = lists[1], lists[2]  # for even and odd layers: one is still read while the next is written
         self._main, self._demands, self._prefetches, self._answers = (Lane(device, side) for side in (False, True, True, True))
-        self._share = share if self.options.host_share > 0 else None
+        self._share = share if self.options.host_compute > 0 else None
         if self._share is not None and not isinstance(self.host, WholeHost):
             raise ValueError("the host computes misses only where it holds every expert at its own place")
         self._asked = False  # the residency step may have asked the host for rows that nobody collects yet
@@ -133,7 +133,7 @@ class DeviceExperts:
         if share is not None:
             self._answers.follow(self._main)
             with self._answers:
-                share.collect(self.late)
+                share.collect(self.pending)
         if not whole:
             self._demands.follow(self._main)
             with self._demands:
@@ -152,7 +152,7 @@ class DeviceExperts:
                 self._main.follow(self._demands)
             self._main.wait(prefetched)
             self._gate_up(layer, tokens, phase=2)
-        else:  # the late rows on the lane that brings them: where nothing is late, the main lane has one launch as if all were here
+        else:  # pending rows on the lane that brings them: where none is, the main lane has one launch, as if all were resident
             self._demands.wait(prefetched)
             with self._demands:
                 self._gate_up(layer, tokens, phase=1)
@@ -193,10 +193,10 @@ class DeviceExperts:
         self._asked = share is not None and tables.quotas[layer] < tables.num_experts
         questions, asked, most = (share.questions, share.asked, share.most) if share is not None else (listed, listed, 0)
         route_kernel[(1 + ahead,)](
-            logits, next_logits, routing_weights, self.slots, self.late, self._demand, self._demand[-1], listed, listed[-1],
+            logits, next_logits, routing_weights, self.slots, self.pending, self._demand, self._demand[-1], listed, listed[-1],
             tables.slot_of, tables.score, tables.unused, tables.counters, tables.clock, layer, len(self.layouts) - 1,
             options.half_life, options.num_predicted or self.top_k, options.least if plain else 0.0, options.limit,
-            1 - options.host_share, questions, asked, hidden,
+            1 - options.host_compute, questions, asked, hidden,
             num_experts=tables.num_experts, top_k=self.top_k, cols=self.layouts[layer].cols,
             NORMALIZE=normalize, FREQUENCY=options.eviction != "recency", WEIGHED=options.eviction == "probability",
             HOST=self._asked, MOST=most,
@@ -214,7 +214,7 @@ class DeviceExperts:
         tables, options = self.tables, self.options
         tokens, cols = hidden.shape
         residency_kernel[(1 + tokens,)](
-            index, hidden, self.staged, self.slots, self.late, self._demand, self._demand[-1],
+            index, hidden, self.staged, self.slots, self.pending, self._demand, self._demand[-1],
             tables.slot_of, tables.score, tables.unused, tables.counters, tables.clock, layer, len(self.layouts) - 1,
             options.half_life, num_experts=tables.num_experts, num_rows=index.numel(), cols=cols, PLANES=self.layouts[layer].planes,
             FREQUENCY=options.eviction != "recency", E=triton.next_power_of_2(tables.num_experts),
@@ -252,19 +252,19 @@ class DeviceExperts:
         layout = self.layouts[layer]
         block, groups, warps = gate_up_tile(layout)
         gate_up_kernel[(tokens * self.top_k, triton.cdiv(_padded(layout.width), block))](
-            self.pool.bytes, self.slots, self.late, self.staged, self._inner, self.pool.slot_bytes, *layout.gate_up,
+            self.pool.bytes, self.slots, self.pending, self.staged, self._inner, self.pool.slot_bytes, *layout.gate_up,
             top_k=self.top_k, cols=layout.cols, width=layout.width, DTYPE=layout.dtype, PLANES=layout.planes,
             EXACT=self._exact, ACT=layout.activation, PHASE=phase, BN=block, GB=groups, num_warps=warps,
         )  # fmt: skip
 
     def _down(
-        self, layer: int, routing_weights: torch.Tensor, out: torch.Tensor, add: bool, share: HostShare | None = None
+        self, layer: int, routing_weights: torch.Tensor, out: torch.Tensor, add: bool, share: HostCompute | None = None
     ) -> None:
         layout = self.layouts[layer]
         choices, block, groups, warps = down_tile(layout, self.top_k)
         down_kernel[(out.shape[0], triton.cdiv(layout.cols, block))](
-            self.pool.bytes, self.slots, self.late, self._inner, self._inner if share is None else share.outside, routing_weights,
-            out, out, self.pool.slot_bytes, *layout.down, top_k=self.top_k, cols=layout.cols, width=layout.width,
+            self.pool.bytes, self.slots, self.pending, self._inner, self._inner if share is None else share.outside,
+            routing_weights, out, out, self.pool.slot_bytes, *layout.down, top_k=self.top_k, cols=layout.cols, width=layout.width,
             DTYPE=layout.dtype, PLANES=layout.planes, EXACT=self._exact, RESIDUAL=add, HOST=share is not None,
             KP=choices, BN=block, GB=groups, num_warps=warps,
         )  # fmt: skip

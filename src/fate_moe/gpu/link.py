@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from fate_moe.config import cache_home, parse_host_share
+from fate_moe.config import cache_home, parse_host_compute
 from fate_moe.errors import ConfigError
 from fate_moe.gpu.memory import PinnedArena, VramPool
 
-__all__ = ["Link", "chosen_share", "load_link", "measure_link", "save_link"]
+__all__ = ["Link", "chosen_fraction", "load_link", "measure_link", "save_link"]
 
 _NAME = "link.json"
 # Computing misses on the CPU is worth its synchronization only where it brings misses this much faster.
@@ -51,17 +51,17 @@ class Link:
         return (self.both_zero_copy + self.computing) / self.zero_copy
 
     @property
-    def cpu_share(self) -> float:
+    def cpu_fraction(self) -> float:
         """The share of misses that the CPU should compute: as many as it can in the time the link copies the rest; 0.0 where that
         gains little."""
         return self.computing / (self.both_zero_copy + self.computing) if self.gain >= _WORTH else 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "gain": self.gain, "cpu_share": self.cpu_share}
+        return {**asdict(self), "gain": self.gain, "cpu_fraction": self.cpu_fraction}
 
 
 def save_link(link: Link) -> str:
-    """Keep ``link`` for later runs; returns the file's path. Raises ConfigError if it cannot be written."""
+    """PrecisionRules ``link`` for later runs; returns the file's path. Raises ConfigError if it cannot be written."""
     path = cache_home() / _NAME
     part = path.with_suffix(f".{os.getpid()}.part")
     try:
@@ -82,17 +82,17 @@ def load_link(gpu: str) -> Link | None:
     return link if link.gpu == gpu else None
 
 
-def chosen_share(host_share: str | int | float, gpu: str) -> float:
-    """What OffloadConfig.host_share means on ``gpu``. Raises ConfigError where "auto" has nothing to go by."""
-    share = parse_host_share(host_share)
+def chosen_fraction(host_compute: str | int | float, gpu: str) -> float:
+    """What OffloadConfig.host_compute means on ``gpu``. Raises ConfigError where "auto" has nothing to go by."""
+    share = parse_host_compute(host_compute)
     if share is not None:
         return share
     if (link := load_link(gpu)) is None:
         raise ConfigError(
-            f"--host-share auto needs to know this machine's link to the {gpu}; run `fate doctor --calibrate` once, or give a "
+            f"--host-compute auto needs to know this machine's link to the {gpu}; run `fate doctor --calibrate` once, or give a "
             "fraction such as 0.5"
         )
-    return link.cpu_share
+    return link.cpu_fraction
 
 
 def measure_link(

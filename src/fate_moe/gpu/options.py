@@ -19,7 +19,7 @@ class DeviceOptions:
     num_predicted: that many of the likeliest experts are expected (0: the router's top-k), if their softmax probability is at
     least ``least``.
     num_whole: layers kept whole, from the first on. overlap: compute the resident experts while the missing ones are fetched.
-    host_share: that share of a layer's missing experts (rounded up) is computed on the host instead of copied, in captured steps:
+    host_compute: that share of a layer's missing experts (rounded up) is computed on the host instead of copied, in captured steps:
     the host's bandwidth over the sum of both. They round otherwise than on the device, so tokens may differ from fully resident.
     """
 
@@ -31,15 +31,15 @@ class DeviceOptions:
     num_whole: int = 0
     overlap: bool = True
     fetch_programs: int = 16
-    host_share: float = 0.0
+    host_compute: float = 0.0
 
     def __post_init__(self) -> None:
         if self.eviction not in ("frequency", "probability", "recency"):
             raise ConfigError(f"eviction {self.eviction!r} is not one of frequency, probability, recency")
         if self.limit < 0 or self.num_predicted < 0 or self.num_whole < 0 or self.half_life <= 0 or self.fetch_programs < 1:
             raise ConfigError(f"{self}: counts must not be negative, half-life and fetch programs must be positive")
-        if not 0 <= self.host_share <= 1:
-            raise ConfigError(f"a host share of {self.host_share} is not between 0 and 1")
+        if not 0 <= self.host_compute <= 1:
+            raise ConfigError(f"a host share of {self.host_compute} is not between 0 and 1")
 
 
 def device_options(preset: str) -> DeviceOptions:

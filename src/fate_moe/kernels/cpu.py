@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fate_moe.core import BlobLayout
-from fate_moe.kernels.gates import find_gate
+from fate_moe.kernels.activations import find_activation
 from fate_moe.kernels.native import BF16, DTYPES, matrix_place, native, why_not
 from fate_moe.kernels.reference import expert_mlp, expert_weights
 from fate_moe.quant.blob import views
@@ -255,7 +255,7 @@ def layer_kernel(layout: BlobLayout, shapes: dict[str, tuple[int, ...]], experts
                 return place
             places[name] = place
     up = "gate_up_proj" if experts.has_gate else "up_proj"
-    gate = find_gate(experts) if {up, "down_proj"} == set(places) else None
+    gate = find_activation(experts) if {up, "down_proj"} == set(places) else None
     whole = native.ExpertPlace.make(places[up], places["down_proj"], gate) if gate is not None else None
     return _LayerKernel(places, whole, len(layout.plane_widths) or BF16)
 

@@ -1,7 +1,7 @@
 """The dense part of one decode step for one token: matrix-vector products with their norms, and attention over a static KV cache.
 
 Six launches a layer where torch.compile leaves about twenty. Twins: the transformers modules they replace
-(tests/gpu/test_fused.py).
+(tests/layers/test_cuda_step.py).
 """
 
 from __future__ import annotations

@@ -232,7 +232,7 @@ def _activate(gate, up, ACT: tl.constexpr):
 def gate_up_kernel(
     pool,
     slots,
-    late,
+    pending,
     staged,
     inner,
     slot_bytes,
@@ -254,7 +254,7 @@ def gate_up_kernel(
 ):
     """inner[r] = act(gate(x)) * up(x), staged, for choice row r = token * top_k + choice. Grid (choice rows, width / BN).
 
-    ``slots`` int32 [rows], -1 where a row has no expert (its inner is 0); ``late`` int32 [rows]: PHASE 0 computes the rows whose
+    ``slots`` int32 [rows], -1 where a row has no expert (its inner is 0); ``pending`` int32 [rows]: PHASE 0 computes the rows whose
     expert is there, 1 those whose expert is being copied when the residency step ends, 2 all (above 1: the host computes them).
     ``width`` is the experts' inner size; PLANES 0 means unquantized, 8 one byte a code.
     """
@@ -262,7 +262,7 @@ def gate_up_kernel(
     slot = tl.load(slots + r)
     wanted = True
     if PHASE < 2:
-        wanted = tl.load(late + r) == PHASE
+        wanted = tl.load(pending + r) == PHASE
     if wanted:
         groups: tl.constexpr = (cols + 63) // 64
         inner_groups: tl.constexpr = (width + 63) // 64
@@ -291,7 +291,7 @@ def gate_up_kernel(
 def down_kernel(
     pool,
     slots,
-    late,
+    pending,
     inner,
     outside,
     routing_weights,
@@ -318,7 +318,7 @@ def down_kernel(
     """out[t] = sum over choices of routing weight times down(inner): no atomics, one order of summation. Grid (tokens, cols / BN).
 
     One tile holds BN output rows of all ``top_k`` experts (KP is the next power of two). ``out`` [T, cols] in its own dtype; with
-    RESIDUAL plus ``residual`` [T, cols], which it may be. With HOST the rows with ``late`` 2 or more are taken as they are from
+    RESIDUAL plus ``residual`` [T, cols], which it may be. With HOST the rows with ``pending`` 2 or more are taken as they are from
     ``outside`` fp32 [rows, cols].
     """
     token = tl.program_id(0)
@@ -343,7 +343,7 @@ def down_kernel(
     y = tl.reshape(y, (KP, BN))
     if HOST:
         r = token * top_k + k
-        elsewhere = tl.load(late + r, mask=k < top_k, other=0) > 1
+        elsewhere = tl.load(pending + r, mask=k < top_k, other=0) > 1
         y += tl.load(outside + r[:, None] * cols + n[None, :], mask=elsewhere[:, None] & (n < cols)[None, :], other=0.0)
     total = tl.sum(y * routed[:, None], axis=0)
     if RESIDUAL:

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from fate_moe.kernels.triton_experts import stage_token
-from fate_moe.kernels.triton_share import ask_experts
+from fate_moe.kernels.triton_host_compute import ask_experts
 
 __all__ = ["logits_kernel", "prefetch_kernel", "residency_kernel", "route_kernel"]
 
@@ -45,7 +45,7 @@ def _settle(
     choice,
     probability,
     slots,
-    late_rows,
+    pending_rows,
     wanted,
     count,
     slot_of,
@@ -56,7 +56,7 @@ def _settle(
     layer,
     last,
     half_life,
-    link_share,
+    link_fraction,
     questions,
     asked,
     x,
@@ -74,8 +74,8 @@ def _settle(
 
     With WEIGHED every expert's use grows by the root of its ``probability`` [E], else the chosen ones' by 1.
 
-    With HOST only ``link_share`` of the misses, rounded down, are listed, those of highest score; the host is asked for the others
-    (``ask_experts``), whose slots stay -1, and ``late_rows`` is 2 + their place in its answer.
+    With HOST only ``link_fraction`` of the misses, rounded down, are listed, those of highest score; the host is asked for
+    the others (``ask_experts``), whose slots stay -1, and ``pending_rows`` is 2 + their place in its answer.
     """
     expert = tl.arange(0, E)
     known = expert < num_experts
@@ -104,10 +104,10 @@ def _settle(
     num_routed = tl.sum(routed.to(tl.int32), axis=0)
     num_used = tl.sum((routed & (waiting > 0)).to(tl.int32), axis=0)
     waiting = tl.where(routed, 0, tl.minimum(waiting, 1))
-    late = missing | (routed & under_way)
+    pending = missing | (routed & under_way)
     num_copied = num_missing
     if HOST:
-        num_copied = (num_missing.to(tl.float32) * link_share).to(tl.int32)
+        num_copied = (num_missing.to(tl.float32) * link_fraction).to(tl.int32)
     for i in range(num_copied):
         incoming = tl.min(tl.where(missing, expert, E), axis=0)
         if HOST:
@@ -124,11 +124,11 @@ def _settle(
     tl.store(score + at, value, mask=known)
     tl.store(unused + at, waiting, mask=known)
     tl.store(slots + r, tl.max(tl.where(chosen, slot[None, :], -1), axis=1), mask=r < num_rows)
-    state = late.to(tl.int32)
+    state = pending.to(tl.int32)
     if HOST:
         place = ask_experts(questions, asked, missing.to(tl.int32), at, x, cols, MOST, 1024)
         state = tl.where(missing, 2 + place, state)
-    tl.store(late_rows + r, tl.max(tl.where(chosen, state[None, :], 0), axis=1), mask=r < num_rows)
+    tl.store(pending_rows + r, tl.max(tl.where(chosen, state[None, :], 0), axis=1), mask=r < num_rows)
     counted = counters + layer * 5
     tl.store(counted, tl.load(counted) + num_routed - num_missing)
     tl.store(counted + 1, tl.load(counted + 1) + num_missing)
@@ -142,7 +142,7 @@ def residency_kernel(
     hidden,
     staged,
     slots,
-    late_rows,
+    pending_rows,
     wanted,
     count,
     slot_of,
@@ -162,9 +162,9 @@ def residency_kernel(
     R: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The router of ``layer`` has spoken: ``index`` int64 [rows] (outside 0..num_experts-1: no expert). Grid (1 + tokens).
+    """Residency after the routing of ``layer``: ``index`` int64 [rows] (outside 0..num_experts-1: no expert). Grid (1 + tokens).
 
-    Program 0 fills ``slots`` int32 [rows] (-1: no expert), ``late_rows`` int32 [rows] (1: the expert is being copied), ``wanted``
+    Program 0 fills ``slots`` int32 [rows] (-1: no expert), ``pending_rows`` int32 [rows] (1: being copied), ``wanted``
     int32 [.., 2] pairs (expert of the whole model, slot) and ``count`` int32 [1], and moves the tables; layer ``last`` advances
     ``clock`` int32 [1] for the next token. The other programs stage the tokens' activations for ``gate_up_kernel``. The quota must
     be at least the number of distinct experts in ``index`` plus the prefetches of one layer.
@@ -176,8 +176,8 @@ def residency_kernel(
         r = tl.arange(0, R)
         choice = tl.load(index + r, mask=r < num_rows, other=-1).to(tl.int32)
         _settle(
-            choice, choice, slots, late_rows, wanted, count, slot_of, score, unused, counters, clock, layer, last, half_life, 1.0,
-            count, count, hidden, num_experts, num_rows, cols, FREQUENCY, False, False, 0, E, R,
+            choice, choice, slots, pending_rows, wanted, count, slot_of, score, unused, counters, clock, layer, last, half_life,
+            1.0, count, count, hidden, num_experts, num_rows, cols, FREQUENCY, False, False, 0, E, R,
         )  # fmt: skip
 
 
@@ -294,7 +294,7 @@ def route_kernel(
     next_logits,
     routing_weights,
     slots,
-    late_rows,
+    pending_rows,
     wanted,
     count,
     ahead,
@@ -310,7 +310,7 @@ def route_kernel(
     num_predicted,
     least,
     limit,
-    link_share,
+    link_fraction,
     questions,
     asked,
     x,
@@ -356,6 +356,6 @@ def route_kernel(
             weight = weight / tl.sum(weight, axis=0)
         tl.store(routing_weights + r, weight.to(routing_weights.dtype.element_ty), mask=r < top_k)
         _settle(
-            choice, p, slots, late_rows, wanted, count, slot_of, score, unused, counters, clock, layer, last, half_life,
-            link_share, questions, asked, x, num_experts, top_k, cols, FREQUENCY, WEIGHED, HOST, MOST, E, R,
+            choice, p, slots, pending_rows, wanted, count, slot_of, score, unused, counters, clock, layer, last, half_life,
+            link_fraction, questions, asked, x, num_experts, top_k, cols, FREQUENCY, WEIGHED, HOST, MOST, E, R,
         )  # fmt: skip

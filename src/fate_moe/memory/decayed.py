@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fate_moe.core import EvictionPolicy, ExpertId
-from fate_moe.usage import Usage
+from fate_moe.memory.statistics import RoutingStatistics
 
 __all__ = ["Decayed"]
 
@@ -19,25 +19,25 @@ class Decayed(EvictionPolicy):
 
     An expert that is read once for a rare token has little worth and is the next victim: it passes through one slot and displaces
     nothing good (bypass). A prefetch gets no slot from an expert that is likelier to be used than what it brings (admission
-    margin). Worth outlives residency; ``state`` and ``restore`` carry it from one run to the next.
+    margin). ExpectedUses outlives residency; ``state`` and ``restore`` carry it from one run to the next.
     """
 
     def __init__(self, experts_per_layer: Sequence[int], *, co_activation: bool = True) -> None:
-        self.usage = Usage(experts_per_layer, co_activation=co_activation)
-        self._absent = np.full(self.usage.worth.shape, np.inf, np.float32)  # 0 where an expert has a slot
+        self.statistics = RoutingStatistics(experts_per_layer, co_activation=co_activation)
+        self._absent = np.full(self.statistics.expected_uses.shape, np.inf, np.float32)  # 0 where an expert has a slot
         self._held = self._absent.copy()  # value where an expert has a slot, else infinite
         self._flat = self._held.reshape(-1)
         self._outdated = False  # ``held`` is, by what was routed since
         self._width = max(experts_per_layer)
 
     def routed(self, layer: int, experts: Sequence[int], counts: Sequence[int] | None = None, num_tokens: int = 1) -> None:
-        self.usage.routed(layer, experts, counts, num_tokens)
+        self.statistics.routed(layer, experts, counts, num_tokens)
         self._outdated = True
 
     def admitted(self, expert: ExpertId, *, prefetched: bool = False) -> None:
         self._absent[expert] = 0
         if not self._outdated:
-            self._held[expert] = self.usage.value[expert]
+            self._held[expert] = self.statistics.value[expert]
 
     def touched(self, expert: ExpertId) -> None:
         pass
@@ -47,7 +47,7 @@ class Decayed(EvictionPolicy):
 
     def victim(self, incoming: ExpertId, evictable: Callable[[ExpertId], bool], probability: float = 1.0) -> ExpertId | None:
         if self._outdated:
-            np.add(self.usage.value, self._absent, out=self._held)
+            np.add(self.statistics.value, self._absent, out=self._held)
             self._outdated = False
         flat, passed_over = self._flat, []
         while True:
@@ -64,9 +64,9 @@ class Decayed(EvictionPolicy):
 
     def state(self) -> dict[str, NDArray[Any]]:
         """What was learned, as arrays by name."""
-        return self.usage.state()
+        return self.statistics.state()
 
     def restore(self, state: dict[str, NDArray[Any]]) -> None:
         """Go on from an earlier run's ``state``. Raises ConfigError if it does not fit, and changes nothing then."""
-        self.usage.restore(state)
+        self.statistics.restore(state)
         self._outdated = True

@@ -9,14 +9,14 @@ from itertools import accumulate
 from fate_moe.core import Need, PrecisionPolicy
 from fate_moe.errors import ConfigError
 
-__all__ = ["Budget", "FixedView", "GateWeighted", "PrefillPopularity", "make_precision_policy"]
+__all__ = ["Budget", "FixedView", "PrefillPopularity", "RoutingWeighted", "make_precision_policy"]
 
 # Nats that a token's prediction loses when every expert is read as a view of so many bits: a property of the model, which
 # `fate convert --calibrate` measures. These are taken where nobody did: the most sensitive model measured (docs/quality.md).
 UNMEASURED = {2: 4.0, 3: 0.6}
 # What prefill-popularity may lose, in nats: measured losses are nearly proportional to the share of tokens (docs/quality.md).
 PREFILL_LOSS = 0.01
-# gate-weighted: a view is read below so many mean gate weights over the root of the view's loss.
+# routing-weighted: a view is read below so many mean gate weights over the root of the view's loss.
 GATE_LOSS = 0.4
 # budget reads no view that loses more than this.
 BUDGET_LOSS = 0.05
@@ -57,7 +57,7 @@ class PrefillPopularity:
         return chosen
 
 
-class GateWeighted:
+class RoutingWeighted:
     """In decode, by an expert's gate weight against the mean of the pass's choices: below ``light`` of it the shortest view is
     read, below ``heavy`` the next longer one, the rest whole. A view that is held already stays, unless the expert weighs more
     than ``upgrade``: each upgrade is a read where there was a hit (docs/quality.md). ``losses`` by view (None: not asked) make
@@ -126,7 +126,7 @@ def make_precision_policy(name: str, losses: Mapping[int, float] | None = None) 
     losses = UNMEASURED if losses is None else losses
     known: dict[str, Callable[..., PrecisionPolicy]] = {
         "budget": Budget,
-        "gate-weighted": GateWeighted,
+        "routing-weighted": RoutingWeighted,
         "prefill-popularity": PrefillPopularity,
     }
     if name not in known:

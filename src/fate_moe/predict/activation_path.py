@@ -48,8 +48,8 @@ class ActivationPath:
             nearest = int(np.argmax(np.stack(self._collection) @ flat))
             self._match = self._collection[nearest].reshape(self._running.shape)
 
-    def predict(self, layer: int, gate_input: torch.Tensor, ahead: int = 1) -> list[tuple[int, float]]:
-        self._beginning = self._beginning or gate_input.shape[0] > 1
+    def predict(self, layer: int, router_input: torch.Tensor, ahead: int = 1) -> list[tuple[int, float]]:
+        self._beginning = self._beginning or router_input.shape[0] > 1
         row = self._match[layer, : self._sizes[layer]]
         most = float(row.max())
         if most <= 0:

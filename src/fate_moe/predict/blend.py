@@ -1,4 +1,4 @@
-"""How much several sources that foretell the same layer should count beside one another, learned online. No torch."""
+"""How much several sources that predict the same layer should count beside one another, learned online. No torch."""
 
 from __future__ import annotations
 

@@ -8,14 +8,14 @@ import torch
 
 from fate_moe.core import Routing
 
-__all__ = ["CrossLayerGate"]
+__all__ = ["CrossLayerRouter"]
 
 # Experts above this percentile of the predicted confidence are read too, beyond the predicted top-k (the paper's confidence rule,
 # which lifts its recall from 77-84 % to 97 %). Of 60 experts these are the 15 likeliest.
 CONFIDENCE_QUANTILE = 0.75
 
 
-class CrossLayerGate:
+class CrossLayerRouter:
     """Applies the router of layer l to the gate input of layer l - 1, or of one further back: neighbouring gate inputs are alike.
 
     ``routers[l]`` routes hidden states [num_tokens, hidden]; None where a layer's router cannot be asked early, which then gets no
@@ -30,7 +30,7 @@ class CrossLayerGate:
     def observe(self, layer: int, routed: Sequence[int]) -> None:
         pass
 
-    def predict(self, layer: int, gate_input: torch.Tensor, ahead: int = 1) -> list[tuple[int, float]]:
+    def predict(self, layer: int, router_input: torch.Tensor, ahead: int = 1) -> list[tuple[int, float]]:
         """The predicted top-k of every token, most votes first, then the rest of the most confident quarter.
 
         The probability is that at least one of the tokens chooses the expert.
@@ -38,7 +38,7 @@ class CrossLayerGate:
         route = self._routers[layer]
         if layer < ahead or route is None:
             return []
-        routing = route(gate_input)
+        routing = route(router_input)
         chosen_by_token = routing.scores.float().softmax(-1)  # [num_tokens, num_experts]
         chosen = 1 - (1 - chosen_by_token).clamp_min(0).prod(0)  # [num_experts]
         num_experts = chosen.numel()

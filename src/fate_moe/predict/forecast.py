@@ -1,4 +1,4 @@
-"""The whole token foretold at once, as soon as it is known: from its embedding and what each layer saw of the token before."""
+"""The whole token predicted at once, as soon as it is known: from its embedding and what each layer saw of the token before."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Forecast", "forecast_source"]
 
 
 def forecast_source(layer: int, num_layers: int) -> int:
-    """The layer whose gate input of the token before foretells ``layer``: itself, but the last, which nobody predicts from."""
+    """The layer whose gate input of the token before predicts ``layer``: itself, but the last, which nobody predicts from."""
     return min(layer, max(num_layers - 2, 0))
 
 
@@ -36,16 +36,16 @@ class Forecast(Scorer):
         self._scores: list[torch.Tensor] = []  # [1, E] by layer, without what the token before says of it
         self._known = False
 
-    def scores(self, layer: int, gate_input: torch.Tensor, ahead: int = 1) -> torch.Tensor | None:
+    def scores(self, layer: int, router_input: torch.Tensor, ahead: int = 1) -> torch.Tensor | None:
         source = layer - ahead
         if source < 0:
             if ahead == 1:
-                self._begin(gate_input)
+                self._begin(router_input)
         elif ahead == 1:
-            self._now[source] = gate_input[-1]
+            self._now[source] = router_input[-1]
             if layer == len(self._sizes) - 1:
                 self._known = True
-        if not self._scores or len(gate_input) > 1:
+        if not self._scores or len(router_input) > 1:
             return None
         return self._scores[layer] + self._of_layer[layer](self._before[layer : layer + 1])
 

@@ -10,14 +10,14 @@ import torch
 from fate_moe.core import Routing
 from fate_moe.kernels.native import BF16, DTYPES, multiplies_bf16, native
 
-__all__ = ["FittedGates", "LinearRouters", "RouterGates", "Scorer", "Scorers", "affine"]
+__all__ = ["FittedGates", "LinearRouters", "RouterScorer", "Scorer", "Scorers", "affine"]
 
 
 class Scorer(Protocol):
     """Scores a layer's experts."""
 
-    def scores(self, layer: int, gate_input: torch.Tensor, ahead: int = 1) -> torch.Tensor | None:
-        """[num_tokens, num_experts] fp32, higher is likelier, or None, from ``gate_input`` as in core.Predictor.predict."""
+    def scores(self, layer: int, router_input: torch.Tensor, ahead: int = 1) -> torch.Tensor | None:
+        """[num_tokens, num_experts] fp32, higher is likelier, or None, from ``router_input`` as in core.Predictor.predict."""
 
     def observe(self, layer: int, routed: Sequence[int]) -> None:
         """What ``layer``'s router chose."""
@@ -34,20 +34,20 @@ class FittedGates(Scorer):
     def __init__(self, *by_ahead: Sequence[torch.Tensor | None]) -> None:
         self._maps = [[None if weight is None else affine(weight) for weight in weights] for weights in by_ahead]
 
-    def scores(self, layer: int, gate_input: torch.Tensor, ahead: int = 1) -> torch.Tensor | None:
+    def scores(self, layer: int, router_input: torch.Tensor, ahead: int = 1) -> torch.Tensor | None:
         product = self._maps[ahead - 1][layer] if ahead <= len(self._maps) else None
-        return None if product is None else product(gate_input)
+        return None if product is None else product(router_input)
 
 
-class RouterGates(Scorer):
+class RouterScorer(Scorer):
     """The layer's own router on an earlier layer's gate input (Fate); nothing for what comes from the embedding."""
 
     def __init__(self, routers: Sequence[Callable[[torch.Tensor], Routing] | None]) -> None:
         self._routers = routers
 
-    def scores(self, layer: int, gate_input: torch.Tensor, ahead: int = 1) -> torch.Tensor | None:
+    def scores(self, layer: int, router_input: torch.Tensor, ahead: int = 1) -> torch.Tensor | None:
         route = self._routers[layer]
-        return None if layer < ahead or route is None else route(gate_input).scores.float()
+        return None if layer < ahead or route is None else route(router_input).scores.float()
 
 
 class Scorers(Scorer):
@@ -56,8 +56,8 @@ class Scorers(Scorer):
     def __init__(self, *scorers: Scorer) -> None:
         self._scorers = scorers
 
-    def scores(self, layer: int, gate_input: torch.Tensor, ahead: int = 1) -> torch.Tensor | None:
-        return next((s for scorer in self._scorers if (s := scorer.scores(layer, gate_input, ahead)) is not None), None)
+    def scores(self, layer: int, router_input: torch.Tensor, ahead: int = 1) -> torch.Tensor | None:
+        return next((s for scorer in self._scorers if (s := scorer.scores(layer, router_input, ahead)) is not None), None)
 
     def observe(self, layer: int, routed: Sequence[int]) -> None:
         for scorer in self._scorers:
@@ -77,10 +77,10 @@ class LinearRouters(Scorer):
         self._norms = None if norms is None else norms.float()
         self._ratios: dict[tuple[int, int, torch.dtype], torch.Tensor] = {}  # by layers seen from and asked about: [D]
 
-    def scores(self, layer: int, gate_input: torch.Tensor, ahead: int = 1) -> torch.Tensor | None:
+    def scores(self, layer: int, router_input: torch.Tensor, ahead: int = 1) -> torch.Tensor | None:
         if layer < ahead:
             return None
-        x = gate_input if self._norms is None else gate_input * self._ratio(layer - ahead, layer, gate_input.dtype)
+        x = router_input if self._norms is None else router_input * self._ratio(layer - ahead, layer, router_input.dtype)
         return self._products[layer](x)
 
     def matrix(self, layer: int, ahead: int) -> torch.Tensor:

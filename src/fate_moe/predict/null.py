@@ -19,5 +19,5 @@ class NoPrediction:
     def observe(self, layer: int, routed: Sequence[int]) -> None:
         pass
 
-    def predict(self, layer: int, gate_input: torch.Tensor, ahead: int = 1) -> list[tuple[int, float]]:
+    def predict(self, layer: int, router_input: torch.Tensor, ahead: int = 1) -> list[tuple[int, float]]:
         return []

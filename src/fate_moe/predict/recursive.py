@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fate_moe.predict.gates import Scorer
 
-__all__ = ["RecursiveGates"]
+__all__ = ["RecursiveRouters"]
 
 Floats = NDArray[np.float32]
 
@@ -20,7 +20,7 @@ SLOPE = 0.15  # a router's standardized score in units of probability
 MEMORY = 0.995  # per token, of who of the two was right lately
 
 
-class RecursiveGates(Scorer):
+class RecursiveRouters(Scorer):
     """Corrects ``routers``' scores of a layer by an affine map of all of them, [E + 1] -> [E], one for each layer and look-ahead.
 
     Least squares towards what was chosen, updated token by token (Plackett, Biometrika 1950) at O(E^2): in the space of the scores,
@@ -35,8 +35,8 @@ class RecursiveGates(Scorer):
         self._right: dict[tuple[int, int], list[float]] = {}  # shares found by the routers and by the map, decayed
         self._asked: dict[tuple[int, int], tuple[Floats, Floats]] = {}  # features [E + 1], what the map makes of them [E]
 
-    def scores(self, layer: int, gate_input: torch.Tensor, ahead: int = 1) -> torch.Tensor | None:
-        scored = self._routers.scores(layer, gate_input, ahead)
+    def scores(self, layer: int, router_input: torch.Tensor, ahead: int = 1) -> torch.Tensor | None:
+        scored = self._routers.scores(layer, router_input, ahead)
         if scored is None or len(scored) > 1:
             return scored
         row = scored[0].float().numpy(force=True)

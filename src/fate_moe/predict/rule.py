@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["WASTE", "reads_worth"]
+__all__ = ["WASTE", "num_reads"]
 
 # What a read that nobody uses costs beside the delay it causes, in reads: bytes, a thread's time, perhaps a good expert's slot.
 WASTE = 0.25
 
 
-def reads_worth(
-    probabilities: Sequence[float], layer_seconds: float, read_seconds: float, *, ahead: int = 1, queued: int = 0
-) -> int:
+def num_reads(probabilities: Sequence[float], layer_seconds: float, read_seconds: float, *, ahead: int = 1, queued: int = 0) -> int:
     """How many of the missing experts with these ``probabilities``, likeliest first, to read one after another from now on.
 
     The layer that may want them asks in ``ahead * layer_seconds``; a read takes ``read_seconds`` of the link, which has ``queued``

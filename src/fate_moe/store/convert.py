@@ -17,21 +17,21 @@ from typing import Protocol
 import xxhash
 from torch import Tensor
 
+from fate_moe.checkpoints.gguf import open_checkpoint
+from fate_moe.checkpoints.source import resolve_checkpoint
 from fate_moe.config import GROUP_SIZES
 from fate_moe.core import PRECISIONS
 from fate_moe.errors import CheckpointError, ConfigError, DiskSpaceError, StoreError
+from fate_moe.io.files import Journal, atomic_file, locked_folder, require_space, sync_folder
+from fate_moe.io.progress import Advance, progress_bar
 from fate_moe.quant.blob import encode
 from fate_moe.quant.dtypes import dtype_name
 from fate_moe.quant.solver import DEFAULT_SOLVER, SOLVERS, Solver
 from fate_moe.store.dense import default_dense_precision
-from fate_moe.store.files import Journal, atomic_file, locked_folder, require_space, sync_folder
 from fate_moe.store.format import FORMAT_VERSION, ExpertEntry, LayerEntry, Manifest
-from fate_moe.store.gguf import open_checkpoint
-from fate_moe.store.keep import Keep
+from fate_moe.store.mixed_precision import PrecisionRules
 from fate_moe.store.open import open_store
 from fate_moe.store.plan import Plan, ShardPlan, bytes_of, identity_of, make_plan
-from fate_moe.store.progress import Advance, progress_bar
-from fate_moe.store.source import resolve_checkpoint
 
 __all__ = ["Moments", "convert"]
 
@@ -55,7 +55,7 @@ def convert(
     solver: str = DEFAULT_SOLVER,
     group_size: int = 64,
     dense_precision: str | None = None,
-    keep: Keep | None = None,
+    keep: PrecisionRules | None = None,
     calibration: Moments | None = None,
     progress: bool | None = None,
 ) -> Path:

@@ -11,8 +11,8 @@ from typing import Any
 
 from fate_moe.core import PRECISIONS, SLOT_ALIGNMENT, BlobLayout, ExpertId, Part, Section
 from fate_moe.errors import StoreError
+from fate_moe.io.checked import checksum, count, file_name, items, require, text
 from fate_moe.quant.dtypes import TORCH_DTYPES
-from fate_moe.store.checked import checksum, count, file_name, items, require, text
 
 __all__ = ["FORMAT_VERSION", "ExpertEntry", "LayerEntry", "Manifest", "blob_layout"]
 

@@ -105,7 +105,7 @@ def load_gates(store: Path, experts_per_layer: Sequence[int], hidden: int) -> Ga
 
 
 def save_statistics(store: Path, state: dict[str, NDArray[Any]]) -> None:
-    """Keep a policy's state for the next start, if the store can be written to."""
+    """PrecisionRules a policy's state for the next start, if the store can be written to."""
     path = store / STATISTICS
     part = path.with_suffix(f".{os.getpid()}.part")
     try:

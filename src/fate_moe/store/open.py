@@ -13,11 +13,11 @@ import xxhash
 
 from fate_moe.core import SLOT_ALIGNMENT, ExpertId
 from fate_moe.errors import CorruptExpertError, StoreError
+from fate_moe.io.direct import DirectFile, anonymous_buffer
+from fate_moe.io.progress import progress_bar
+from fate_moe.io.tensorfile import TensorEntry, data_start, parse_header, read_header
 from fate_moe.quant.dtypes import TORCH_DTYPES
-from fate_moe.store.direct import DirectFile, anonymous_buffer
 from fate_moe.store.format import Manifest
-from fate_moe.store.progress import progress_bar
-from fate_moe.store.tensorfile import TensorEntry, data_start, parse_header, read_header
 
 __all__ = ["Store", "check_blob", "check_section", "load_dense", "open_store", "verify"]
 

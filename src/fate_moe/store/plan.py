@@ -14,18 +14,18 @@ import torch
 import xxhash
 from torch import Tensor
 
+from fate_moe.adapter.meta_model import ExpertStack, build_meta_model, expert_stacks, parameter_dtypes
+from fate_moe.checkpoints.mapping import Recipe, find_recipes
+from fate_moe.checkpoints.source import Checkpoint
 from fate_moe.core import BlobLayout
 from fate_moe.errors import CheckpointError, UnsupportedModelError
+from fate_moe.io.tensorfile import TensorEntry, place_tensors
 from fate_moe.quant.blob import Grid
 from fate_moe.quant.dtypes import dtype_name
 from fate_moe.quant.solver import DEFAULT_SOLVER, Solver
-from fate_moe.skeleton import ExpertStack, build_skeleton, expert_stacks, parameter_dtypes
 from fate_moe.store.dense import dense_layouts, encode_dense
 from fate_moe.store.format import FORMAT_VERSION, blob_layout
-from fate_moe.store.keep import Keep, precisions_of
-from fate_moe.store.mapping import Recipe, find_recipes
-from fate_moe.store.source import Checkpoint
-from fate_moe.store.tensorfile import TensorEntry, place_tensors
+from fate_moe.store.mixed_precision import PrecisionRules, precisions_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -144,7 +144,7 @@ def identity_of(
     solver: str = DEFAULT_SOLVER,
     group_size: int = 64,
     dense: str = "lossless",
-    keep: Keep | None = None,
+    keep: PrecisionRules | None = None,
     calibration: str = "",
 ) -> str:
     """Changes when the store would: the weight files' names, sizes and times, config.json, what is asked for, format version."""
@@ -163,13 +163,13 @@ def make_plan(
     precision: str,
     group_size: int = 64,
     dense_precision: str = "lossless",
-    keep: Keep | None = None,
+    keep: PrecisionRules | None = None,
 ) -> Plan:
     """``keep``: other precisions of layers or single experts.
 
     Raises CheckpointError naming the first parameter that the checkpoint lacks, UnsupportedModelError for odd experts.
     """
-    model = build_skeleton(checkpoint.folder)
+    model = build_meta_model(checkpoint.folder)
     stacks = expert_stacks(model)
     recipes = find_recipes(model, checkpoint.names)
     routed = {f"{stack.name}.{name}" for stack in stacks for name in stack.parameters}

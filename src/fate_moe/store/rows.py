@@ -10,9 +10,9 @@ import torch
 
 from fate_moe.core import BlobLayout
 from fate_moe.errors import StoreError
+from fate_moe.io.tensorfile import read_header
 from fate_moe.quant.dtypes import TORCH_DTYPES
 from fate_moe.store.open import Store
-from fate_moe.store.tensorfile import read_header
 
 __all__ = ["StoredRows"]
 

@@ -30,10 +30,10 @@ class Passes:
         """A pass begins."""
         self._inputs, self._chosen = [embeddings], []
 
-    def entered(self, layer: int, gate_input: torch.Tensor) -> None:
+    def entered(self, layer: int, router_input: torch.Tensor) -> None:
         """What predicts layers after ``layer``."""
         if layer == len(self._inputs) - 1:
-            self._inputs.append(gate_input)
+            self._inputs.append(router_input)
 
     def computed(
         self,

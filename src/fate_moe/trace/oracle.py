@@ -26,5 +26,5 @@ class Oracle:
     def observe(self, layer: int, routed: Sequence[int]) -> None:
         self._token += layer == len(self._experts[0]) - 1
 
-    def predict(self, layer: int, gate_input: torch.Tensor, ahead: int = 1) -> list[tuple[int, float]]:
+    def predict(self, layer: int, router_input: torch.Tensor, ahead: int = 1) -> list[tuple[int, float]]:
         return [(expert, 1.0) for expert in self._experts[self._token][layer]]

@@ -1,4 +1,4 @@
-"""How much of what layers choose was foretold: recall of fitted gates and of plain routers, by layer and width."""
+"""How much of what layers choose was predicted: recall of fitted gates and of plain routers, by layer and width."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class RecallMeter(Passes):
         return tuple(sorted({k, k + 2, 2 * k, 3 * k}))
 
     def better(self, ahead: int) -> list[int]:
-        """The layers in which what was fitted foretells at least as well as the router does, at k + 2."""
+        """The layers in which what was fitted predicts at least as well as the router does, at k + 2."""
         width = self._top_k + 2
         plain, fitted = (self._layers((name, ahead), width) for name in ("plain", "fitted"))
         return [layer for layer, (p, f) in enumerate(zip(plain, fitted, strict=True)) if f is not None and f >= (p or 0)]

@@ -35,7 +35,7 @@ _FOUND = {Lookup.HIT: 0, Lookup.IN_FLIGHT: 1, Lookup.MISS: 2}
 class Recorder:
     """Keeps every single-token pass that went through all layers (runtime.recorder); longer passes begin another generation.
 
-    ``gate_inputs``: keep what the routers saw too, with the embeddings, the ``routers`` [L, E, D] (linear ones) and the ``norms``
+    ``router_inputs``: keep what the routers saw too, with the embeddings, the ``routers`` [L, E, D] (linear ones) and the ``norms``
     [L, D] before them. ``prompts``: keep the tokens of longer passes instead, as if they had been decoded one by one; what lookups
     found and how long it took would mean nothing then and is left out. ``residency``: whose counters' growth
     and whose reads are recorded; its journal is the recorder's from then on.
@@ -45,14 +45,14 @@ class Recorder:
         self,
         experts_per_layer: Sequence[int],
         *,
-        gate_inputs: bool = False,
+        router_inputs: bool = False,
         routers: torch.Tensor | None = None,
         norms: torch.Tensor | None = None,
         prompts: bool = False,
         residency: Residency | None = None,
     ) -> None:
         self._sizes = list(experts_per_layer)
-        self._gate_inputs = gate_inputs
+        self._router_inputs = router_inputs
         self._linear = {"routers": routers, "norms": norms}
         self._prompts = prompts
         self._columns: dict[str, list[Any]] = defaultdict(list)
@@ -83,14 +83,14 @@ class Recorder:
             self._start.append(self.num_tokens)
         self._embedding = embeddings if (embeddings.shape[0] > 1) == self._prompts else None
 
-    def entered(self, layer: int, gate_input: torch.Tensor) -> None:
-        """``layer`` is about to run on ``gate_input`` [num_tokens, hidden]."""
+    def entered(self, layer: int, router_input: torch.Tensor) -> None:
+        """``layer`` is about to run on ``router_input`` [num_tokens, hidden]."""
         self._tick()
         self._entered = time.perf_counter()
         if layer == 0:
             self._began = self._entered
-        if self._gate_inputs and self._embedding is not None:
-            self._token["gate_inputs"].append(_halves(gate_input))
+        if self._router_inputs and self._embedding is not None:
+            self._token["router_inputs"].append(_halves(router_input))
 
     def computed(
         self,
@@ -132,7 +132,7 @@ class Recorder:
         dtype = np.uint8 if max(self._sizes) <= 256 else np.uint16
         experts, probs = arrays.pop("experts").astype(dtype), arrays.pop("probs").astype(np.float16)
         start = np.array([*dict.fromkeys(at for at in self._start if at < len(experts)), len(experts)], np.int64)
-        if self._gate_inputs:
+        if self._router_inputs:
             arrays |= {name: known.float().numpy(force=True) for name, known in self._linear.items() if known is not None}
         json.dumps(meta)
         return RoutingTrace(experts, probs, start, np.array(self._sizes, np.int64), arrays, meta)
@@ -159,10 +159,10 @@ class Recorder:
         ]
         for name, values in token.items():
             column = np.stack(values).astype(_KINDS.get(name, values[0].dtype if isinstance(values[0], np.ndarray) else None))
-            by_token = column.swapaxes(0, 1) if name in ("experts", "probs", "gate_inputs") else column[None]
+            by_token = column.swapaxes(0, 1) if name in ("experts", "probs", "router_inputs") else column[None]
             assert len(by_token) == num_tokens
             self._columns[name].append(by_token)
-        if self._gate_inputs:
+        if self._router_inputs:
             self._columns["embeddings"].append(_halves(self._embedding))
 
 

@@ -35,12 +35,12 @@ class Trace:
 def record(model: Any, tokens: Tensor) -> Trace:
     """Run a Mixture-of-Experts model, whose routers are linear, on windows of WINDOW tokens, each from an empty context."""
     routers = torch.stack([layer.mlp.gate.weight.detach() for layer in model.model.layers]).float()
-    inputs, starts, loss = gate_inputs(model, tokens)
+    inputs, starts, loss = router_inputs(model, tokens)
     chosen = (inputs @ routers.mT).topk(model.config.num_experts_per_tok).indices
     return Trace(inputs, chosen, routers, starts, loss)
 
 
-def gate_inputs(model: Any, tokens: Tensor) -> tuple[Tensor, Tensor, float]:
+def router_inputs(model: Any, tokens: Tensor) -> tuple[Tensor, Tensor, float]:
     """What every layer's `mlp` gets, [L, N, D], which tokens start a window, [N], and the loss; the same windows as `record`."""
     blocks = [layer.mlp for layer in model.model.layers]
     seen: list[list[Tensor]] = [[] for _ in blocks]
@@ -166,7 +166,7 @@ def summary(trace: Trace) -> list[str]:
         f"| share of the tenth of experts chosen most, % | {percent(popular_share(trace))} | {KNOWN_POPULAR} |",
     ]
     for width, known in zip(WIDTHS, KNOWN_RECALL, strict=True):
-        rows.append(f"| next layer's experts foretold, top-{width}, % | {percent(next_layer_recall(trace, width))} | {known} |")
+        rows.append(f"| next layer's experts predicted, top-{width}, % | {percent(next_layer_recall(trace, width))} | {known} |")
     for name, policy in (("LRU", lru_hits), ("Belady", belady_hits)):
         for resident, share in zip(RESIDENT, KNOWN_HITS[name], strict=True):
             hits = percent(cache_hits(trace, policy, resident))

@@ -18,11 +18,11 @@ Version 1. N tokens (single decode steps, in order), L MoE layers, k choices, E 
     reads        [R, 6] float64               token, layer, expert, 1 if it was asked for (0: read ahead), when the read began and
                                               when it ended, in seconds since that token entered layer 0
     predicted    [N, L, E] float16            probabilities that were predicted; 0 where nothing was
-    gate_inputs  [N, L, D] float16            what the routers saw
+    router_inputs  [N, L, D] float16            what the routers saw
     embeddings   [N, D] float16
-    routers      [L, E, D] float32            their weights, where they are linear; scores are routers @ gate_input
+    routers      [L, E, D] float32            their weights, where they are linear; scores are routers @ router_input
     norms        [L, D] float32               the gains of the norms before them; scores of layer m on l's residual stream are
-                                              routers[m] @ (gate_input[l] * norms[m] / norms[l])
+                                              routers[m] @ (router_input[l] * norms[m] / norms[l])
     meta         [] str                       JSON: model, expert_bytes (a list where they differ), policy, predictor, slots, ...
 
 Files without ``version`` and ``num_experts`` (gpt-oss-20b's published traces) are read too; their layers are taken to be as wide as
@@ -55,7 +55,7 @@ OPTIONAL = (
     "predicting",
     "reads",
     "predicted",
-    "gate_inputs",
+    "router_inputs",
     "embeddings",
     "routers",
     "norms",

@@ -15,8 +15,8 @@ from fate_moe.errors import ConfigError
 from fate_moe.memory.policies import make_policy
 from fate_moe.predict.activation_path import ActivationPath
 from fate_moe.predict.null import NoPrediction
+from fate_moe.predict.prefetcher import Prefetcher
 from fate_moe.predict.temporal import Temporal
-from fate_moe.prefetch import Prefetcher
 from fate_moe.trace.belady import Belady
 from fate_moe.trace.oracle import Oracle
 from fate_moe.trace.schema import RoutingTrace
@@ -108,13 +108,13 @@ def predictor_for(
         return Temporal(sizes)
     if name == "activation-path":
         return ActivationPath(sizes)
-    if not {"gate_inputs", "routers", "embeddings"} <= set(trace.extras):
-        raise ConfigError(f"predictor {name!r} needs a trace with gate inputs; record one with: fate trace --gate-inputs")
+    if not {"router_inputs", "routers", "embeddings"} <= set(trace.extras):
+        raise ConfigError(f"predictor {name!r} needs a trace with gate inputs; record one with: fate trace --router-inputs")
     import torch
 
     from fate_moe.core import Routing
     from fate_moe.predict.gates import FittedGates
-    from fate_moe.predict.make import Known, make_predictor
+    from fate_moe.predict.predictors import Known, make_predictor
 
     top_k = trace.experts.shape[2]
 
@@ -134,7 +134,7 @@ def predictor_for(
         norms=torch.from_numpy(trace.extras["norms"]) if "norms" in trace.extras else None,
         fitted=None if gates is None else FittedGates(*gates.ahead),
         forecast=gates.forecast if gates is not None and gates.forecast else None,
-        worth=getattr(policy, "usage", None),
+        history=getattr(policy, "statistics", None),
     )
     return make_predictor(name, sizes, top_k, known, look_ahead)
 
@@ -239,13 +239,13 @@ def _hide(residency: VirtualResidency, waited: float, overlap: float) -> None:
 
 def _inputs(trace: RoutingTrace) -> tuple[Callable[[int, int], Any], Callable[[int], Any]]:
     """Gate inputs by token and layer and embeddings by token, [1, D]; placeholders where the trace has none."""
-    if "gate_inputs" not in trace.extras:
+    if "router_inputs" not in trace.extras:
         nothing = np.zeros((1, 0), np.float32)
         return (lambda token, layer: nothing), (lambda token: nothing)
     import torch
 
-    gate_inputs, embeddings = trace.extras["gate_inputs"], trace.extras["embeddings"]
+    router_inputs, embeddings = trace.extras["router_inputs"], trace.extras["embeddings"]
     return (
-        lambda token, layer: torch.from_numpy(gate_inputs[token, layer].astype(np.float32))[None],
+        lambda token, layer: torch.from_numpy(router_inputs[token, layer].astype(np.float32))[None],
         lambda token: torch.from_numpy(embeddings[token].astype(np.float32))[None],
     )

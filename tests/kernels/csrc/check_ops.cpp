@@ -228,11 +228,11 @@ void check_loops(const Ops& ops) {
   for (int activation = 0; activation < 5; ++activation)
     for (const bool interleaved : {false, true}) {
       const std::vector<float> x = numbers(2 * 101, 8);
-      const Gate gate = {Activation(activation), true, interleaved, 1.702f, 7.0f, 1.0f};
+      const ActivationSpec spec = {Activation(activation), true, interleaved, 1.702f, 7.0f, 1.0f};
       std::vector<float> want(101), got(101);
-      plain.gate(gate, x.data(), 101, want.data());
-      ops.gate(gate, x.data(), 101, got.data());
-      for (size_t i = 0; i < 101; ++i) check(std::fabs(want[i] - got[i]) <= 1e-6f * std::fabs(want[i]), ops.name, "gate");
+      plain.activate(spec, x.data(), 101, want.data());
+      ops.activate(spec, x.data(), 101, got.data());
+      for (size_t i = 0; i < 101; ++i) check(std::fabs(want[i] - got[i]) <= 1e-6f * std::fabs(want[i]), ops.name, "activation");
     }
   std::vector<uint16_t> patterns;  // every half, subnormals, infinities and NaN among them
   for (int bits = 0; bits < 1 << 16; ++bits) patterns.push_back(uint16_t(bits));

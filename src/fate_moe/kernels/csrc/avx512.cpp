@@ -220,7 +220,7 @@ inline void expand_codes(const Matrix& m, int64_t at, const Codes& codes, int64_
   for (int64_t i = 0; i < G * n; i += 16) store_bf16(out + i, to_bf16(_mm512_load_ps(values + i)));
 }
 
-const Ops kOps = {"avx512-vnni", product, quantize, sum_groups, gate, expand, to_float, from_float, combine};
+const Ops kOps = {"avx512-vnni", product, quantize, sum_groups, apply, expand, to_float, from_float, combine};
 
 }  // namespace
 

@@ -155,7 +155,7 @@ void run_mlp(const Ops& ops, const Mlp& mlp, const void* x, Dtype dtype, int64_t
     });
     phases.each(2, num_tokens * chunks, [&](int64_t i) {
       const int64_t t = i / chunks, first = i % chunks * kChunk, length = std::min(kChunk, inner - first);
-      ops.gate(mlp.how, gate_up + t * 2 * inner + 2 * first, length, of_inners.x(t) + first);
+      ops.activate(mlp.how, gate_up + t * 2 * inner + 2 * first, length, of_inners.x(t) + first);
       of_inners.finish(ops, t, matrices[2].kind, down_integers, first, first + length);
     });
     phases.each(3, int64_t(down_tasks.size()), [&](int64_t i) {

@@ -18,7 +18,7 @@ struct Weight {
 
 struct Mlp {
   Weight gate, up, down;
-  Gate how;  // not interleaved
+  ActivationSpec how;  // not interleaved
 };
 
 struct Attention {

@@ -10,9 +10,9 @@
 
 #include "layers.h"
 #include "products.h"
-#include "share.h"
+#include "host_compute.h"
 #include "threads.h"
-#include "usage.h"
+#include "statistics.h"
 
 namespace nb = nanobind;
 using namespace fate;
@@ -95,8 +95,8 @@ void combine(uintptr_t rows, uintptr_t weights, int weights_dtype, int64_t num_t
               num_tokens, top_k, hidden, reinterpret_cast<void*>(out), Dtype(out_dtype), num_threads);
 }
 
-void gate_rows(const Gate& gate, uintptr_t gate_up, int64_t n, uintptr_t inner) {
-  chosen->gate(gate, reinterpret_cast<const float*>(gate_up), n, reinterpret_cast<float*>(inner));
+void activate_rows(const ActivationSpec& spec, uintptr_t gate_up, int64_t n, uintptr_t inner) {
+  chosen->activate(spec, reinterpret_cast<const float*>(gate_up), n, reinterpret_cast<float*>(inner));
 }
 
 uint64_t read_memory(uintptr_t address, int64_t num_bytes, int num_threads) {
@@ -141,8 +141,8 @@ void layer_end(uintptr_t residual, uintptr_t rows, uintptr_t weights, int64_t nu
                 reinterpret_cast<void*>(out));
 }
 
-// The arrays in usage.h's order, those of the evidence left away where there is none.
-Usage make_usage(int64_t num_layers, int64_t width, int64_t num_sources, int64_t top_k, int64_t num_decays,
+// The arrays in statistics.h's order, those of the evidence left away where there is none.
+RoutingStatistics make_statistics(int64_t num_layers, int64_t width, int64_t num_sources, int64_t top_k, int64_t num_decays,
                  std::vector<uintptr_t> arrays, float rate, float slope_rate, float rare, float discount, float steady) {
   arrays.resize(14);
   const auto floats = [&](size_t i) { return reinterpret_cast<float*>(arrays[i]); };
@@ -156,7 +156,7 @@ void bind_layers(nb::module_& m) {
   nb::class_<Weight>(m, "Weight").def_static("make", [](const Place& place, uint64_t address, uintptr_t bias, int bias_dtype) {
     return Weight{place, address, reinterpret_cast<const void*>(bias), Dtype(bias_dtype)};
   }).def_ro("place", &Weight::place);
-  nb::class_<Mlp>(m, "Mlp").def_static("make", [](const Weight& gate, const Weight& up, const Weight& down, const Gate& how) {
+  nb::class_<Mlp>(m, "Mlp").def_static("make", [](const Weight& gate, const Weight& up, const Weight& down, const ActivationSpec& how) {
     return Mlp{gate, up, down, how};
   });
   nb::class_<Attention>(m, "Attention")
@@ -189,16 +189,16 @@ NB_MODULE(_native, m) {
   nb::class_<Place>(m, "Place")
       .def_static("make", &make_place, nb::arg("kind"), nb::arg("rows"), nb::arg("cols"), nb::arg("planes"), nb::arg("scale"),
                   nb::arg("zero"), nb::arg("bias"), nb::arg("bias_dtype"), nb::arg("group") = kGroup);
-  nb::class_<Gate>(m, "Gate").def_static("make", [](int activation, bool gated, bool interleaved, float alpha, float limit, float up_offset) {
-    return Gate{Activation(activation), gated, interleaved, alpha, limit, up_offset};
+  nb::class_<ActivationSpec>(m, "ActivationSpec").def_static("make", [](int activation, bool gated, bool interleaved, float alpha, float limit, float up_offset) {
+    return ActivationSpec{Activation(activation), gated, interleaved, alpha, limit, up_offset};
   });
-  nb::class_<ExpertPlace>(m, "ExpertPlace").def_static("make", [](const Place& up, const Place& down, const Gate& gate) {
-    return ExpertPlace{up, down, gate};
+  nb::class_<ExpertPlace>(m, "ExpertPlace").def_static("make", [](const Place& up, const Place& down, const ActivationSpec& activation) {
+    return ExpertPlace{up, down, activation};
   });
-  nb::class_<Share>(m, "Share").def_static("make", [](const ExpertPlace& place, uint64_t arena, int64_t blob_bytes, uintptr_t questions,
+  nb::class_<HostCompute>(m, "HostCompute").def_static("make", [](const ExpertPlace& place, uint64_t arena, int64_t blob_bytes, uintptr_t questions,
                                                       uintptr_t answers, int64_t most, bool exact, int num_threads) {
     const Mail mail = {reinterpret_cast<const uint64_t*>(questions), reinterpret_cast<uint64_t*>(answers), most};
-    return std::make_unique<Share>(*chosen, place, arena, blob_bytes, mail, exact, num_threads);
+    return std::make_unique<HostCompute>(*chosen, place, arena, blob_bytes, mail, exact, num_threads);
   });
   m.def("experts", &experts);
   m.def("experts_tiled", &experts_tiled);
@@ -207,8 +207,8 @@ NB_MODULE(_native, m) {
   m.def("linear_tiled", &linear_tiled);
   m.def("expand", &expand);
   m.def("combine", &combine);
-  m.def("gate", &gate_rows);
+  m.def("activate", &activate_rows);
   m.def("read_memory", &read_memory);
-  nb::class_<Usage>(m, "Usage").def_static("make", &make_usage).def("turn", &usage_turn);
+  nb::class_<RoutingStatistics>(m, "RoutingStatistics").def_static("make", &make_statistics).def("turn", &statistics_turn);
   bind_layers(m);
 }

@@ -47,7 +47,7 @@ struct Token {
 };
 
 // act(min(gate, limit) * ...) as the families have it: g * sigmoid(alpha * g) for kSilu; the other factor is clamp(up) + up_offset.
-struct Gate {
+struct ActivationSpec {
   Activation activation;
   bool gated;        // two rows an inner value (gate and up), else one
   bool interleaved;  // gate0, up0, gate1, ... instead of all gates, then all ups
@@ -86,7 +86,7 @@ struct Ops {
   // Sums of x in each group, for exact activations.
   void (*sum_groups)(const float* x, int64_t groups, int64_t group, float* sum);
   // inner [n] of gate_up [2n] (or [n] without a gate).
-  void (*gate)(const Gate&, const float* gate_up, int64_t n, float* inner);
+  void (*activate)(const ActivationSpec&, const float* gate_up, int64_t n, float* inner);
   // Rows [begin, end) as numbers of `dtype` (fp32 or bf16), row r at out + (r - begin) * cols.
   void (*expand)(const Matrix&, int64_t begin, int64_t end, void* out, Dtype dtype);
   void (*to_float)(const void* in, Dtype dtype, int64_t n, float* out);

@@ -59,7 +59,7 @@ void run_experts(const Ops& ops, const ExpertPlace& place, const Batch& batch, b
     });
     phases.each(1, int64_t(up_tasks.size()), [&](int64_t i) { multiply(up_tasks[i], ups[up_tasks[i].expert], false); });
     phases.each(2, num_rows, [&](int64_t i) {
-      ops.gate(place.gate, gate_up + i * wide, inner, of_inners.x(i));
+      ops.activate(place.activation, gate_up + i * wide, inner, of_inners.x(i));
       of_inners.finish(ops, i, kind, integers);
     });
     phases.each(3, int64_t(down_tasks.size()), [&](int64_t i) { multiply(down_tasks[i], downs[down_tasks[i].expert], true); });

@@ -20,7 +20,7 @@ struct Place {
 // One expert's two matrices; `up` is gate and up together.
 struct ExpertPlace {
   Place up, down;
-  Gate gate;
+  ActivationSpec activation;
 };
 
 // One call's experts and their tokens: expert e has the (token, choice) rows choices[starts[e] .. starts[e + 1]), a row's token is

@@ -59,9 +59,9 @@ void run_experts_tiled(const Ops& ops, const ExpertPlace& place, const Batch& ba
   static thread_local Scratch of_tokens, of_inners;
   const int64_t hidden = place.up.cols, inner = place.down.cols;
   const bool blocked = place.up.kind != Kind::kInt8;
-  Gate gate = place.gate;
-  const bool interleaved = gate.interleaved;
-  gate.interleaved = false;
+  ActivationSpec activation = place.activation;
+  const bool interleaved = activation.interleaved;
+  activation.interleaved = false;
   std::vector<Pass> passes;
   for (int64_t e = 0; e < int64_t(batch.addresses.size()); ++e) cut(passes, e, batch.starts[e], batch.starts[e + 1]);
   const int64_t most = most_tiles(passes);
@@ -81,15 +81,15 @@ void run_experts_tiled(const Ops& ops, const ExpertPlace& place, const Batch& ba
   };
   auto activate = [&](const Pass& pass, const Matrix& up, int64_t task) {
     alignas(64) float sums[2 * kTile * kMostTokens], values[2 * kTile * kMostTokens];
-    const int64_t num_tiles = pass.num_tiles(), wide = num_tiles * kTile, runs = gate.gated ? 1 : 2, k = task * runs * kTile;
-    if (!gate.gated)
+    const int64_t num_tiles = pass.num_tiles(), wide = num_tiles * kTile, runs = activation.gated ? 1 : 2, k = task * runs * kTile;
+    if (!activation.gated)
       multiply(ops, up, k, k + kTile, 1, tokens, num_tiles, sums);
     else if (interleaved)
       multiply(ops, up, 2 * k, 2 * k + 1, 2, tokens, num_tiles, sums);
     else
       multiply(ops, up, k, inner + k, 1, tokens, num_tiles, sums);
     for (int64_t r = 0; r < kTile; ++r) {
-      ops.gate(gate, sums + r * 2 * wide, runs * wide, values + r * runs * wide);
+      ops.activate(activation, sums + r * 2 * wide, runs * wide, values + r * runs * wide);
       for (int64_t i = 0; i < runs; ++i)
         if (k + i * kTile + r >= inner) std::fill_n(values + (r * runs + i) * wide, wide, 0.0f);
     }
@@ -114,7 +114,7 @@ void run_experts_tiled(const Ops& ops, const ExpertPlace& place, const Batch& ba
     ops.tiles->begin();
     for (size_t p = 0; p < passes.size(); ++p) {
       const Pass& pass = passes[p];
-      const int64_t step = gate.gated ? kTile : 2 * kTile;
+      const int64_t step = activation.gated ? kTile : 2 * kTile;
       const Matrix up = place.up.at(batch.addresses[pass.expert], batch.num_planes[pass.expert]);
       const Matrix down = place.down.at(batch.addresses[pass.expert], batch.num_planes[pass.expert]);
       phases[p].each(0, pass.num_tiles(), [&](int64_t i) { pack(pass, i); });

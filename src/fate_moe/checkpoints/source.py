@@ -1,0 +1,256 @@
+"""Checkpoints as others wrote them: Hugging Face folders of safetensors files, plain, in block-scaled FP8, MXFP4 or packed INT4."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fate_moe.checkpoints.mxfp4 import BLOCKS, SCALES, dequantize_mxfp4, mxfp4_shape
+from fate_moe.checkpoints.packed import PACKED_METHODS, Packed, find_packed
+from fate_moe.errors import CheckpointError, UnsupportedModelError
+from fate_moe.io.direct import drop_from_page_cache
+from fate_moe.io.tensorfile import TensorEntry, read_header
+from fate_moe.quant.dtypes import TORCH_DTYPES
+
+__all__ = ["COMPANIONS", "Checkpoint", "resolve_checkpoint"]
+
+# What goes with the weights, copied as it is, so that a store can be run without its checkpoint.
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+)
+# What a snapshot needs to be run: not the same weights again in other formats, which some repositories keep in subfolders.
+_WANTED = ("*.safetensors", "*.safetensors.index.json", *COMPANIONS)
+_UNWANTED = ("*/*", "consolidated*")
+
+# Names that only quantizers write whose formats are not read (bitsandbytes, MXFP4 without scales), or variants of those that are.
+_FOREIGN = re.compile(r"\.(qweight|qzeros|g_idx|SCB|absmax|quant_map|weight_packed|weight_scale|weight_zero_point)$|_proj_blocks$")
+_SCALE = "_scale_inv"
+_PLAIN = ("BF16", "F16", "F32", "F64")
+_WHOLE_NUMBERS = ("BOOL", "U8", "I8", "I16", "I32", "I64")
+_USE = "use the checkpoint in bf16, FP8 with weight_scale_inv, MXFP4, or INT4 by GPTQ, AWQ or compressed-tensors"
+
+
+def resolve_checkpoint(name: str | Path) -> Path:
+    """The folder (or GGUF file) of a checkpoint: ``name``, or the snapshot of the hub id ``org/name``, downloaded on first use.
+
+    Raises CheckpointError when it is neither a folder nor a model that can be reached.
+    """
+    folder = Path(name)
+    if folder.is_dir() or (folder.is_file() and folder.suffix == ".gguf"):
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or folder.exists():
+        raise CheckpointError(f"{name} is neither a folder nor a hub id (org/name); give the folder of a Hugging Face checkpoint")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=list(_WANTED), ignore_patterns=list(_UNWANTED)))
+    except Exception as error:  # offline, no such model, gated, disk full: the hub's own words say which
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{name} is neither a folder nor a model that can be fetched from the hub ({reason})") from error
+
+
+class Checkpoint:
+    """The tensors of a checkpoint folder by name, each read when asked for and only as far as asked for.
+
+    Block-scaled FP8 weights (``X`` of F8_E4M3 beside ``X_scale_inv``, as in DeepSeek-V3) and MXFP4 ones (``X_blocks`` and
+    ``X_scales``, as in gpt-oss) appear as plain bf16 tensors ``X``, packed ones (see ``store.packed``) in their scales' dtype;
+    their scales do not appear. ``read_packed`` gives the codes.
+    """
+
+    packed_names: frozenset[str] = frozenset()  # of those that ``read_packed`` knows
+
+    def __init__(self, folder: Path) -> None:
+        """Reads every file's header. Raises CheckpointError for missing, torn or pickled files, UnsupportedModelError for foreign
+        quantization."""
+        self.folder = folder
+        self.files = _weight_files(folder)
+        self._entries: dict[str, tuple[Path, TensorEntry]] = {}
+        for path in self.files:
+            try:
+                self._entries.update((name, (path, entry)) for name, entry in read_header(path).items())
+            except OSError as error:
+                raise CheckpointError(f"{path} cannot be read ({error.strerror}); fetch the checkpoint again") from error
+            except ValueError as error:
+                raise CheckpointError(f"{path} is damaged ({error}); fetch the checkpoint again") from error
+        quantization = _quantization(folder)
+        self._block = _fp8_block(folder, quantization)
+        self._mxfp4 = {name.removesuffix(BLOCKS) for name in self._entries if self._has_mxfp4(name)}
+        try:
+            self._packed = find_packed(self._entries, quantization)
+        except (ValueError, AttributeError, TypeError, KeyError) as error:
+            raise UnsupportedModelError(f"{folder / 'config.json'}: {error} is not supported; {_USE}") from error
+        self._parts = {name + suffix for name in self._mxfp4 for suffix in (BLOCKS, SCALES)}
+        self._parts |= {part for weight in self._packed.values() for part in weight.parts.values()}
+        self._refuse_foreign()
+        names = (*self._entries, *self._mxfp4, *self._packed)
+        self.names = [name for name in names if name not in self._parts and not name.endswith(_SCALE)]
+        self.packed_names = frozenset(self._packed)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype that ``read`` gives."""
+        if name in self._mxfp4:
+            return torch.bfloat16
+        if name in self._packed:
+            return self.dtype(self._packed[name].scale_name)
+        dtype = TORCH_DTYPES[self._entries[name][1].dtype]
+        return torch.bfloat16 if dtype == torch.float8_e4m3fn else dtype
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape that ``read`` gives without a range."""
+        if name in self._mxfp4:
+            return mxfp4_shape(self._entries[name + BLOCKS][1].shape)
+        if name in self._packed:
+            return self._packed[name].shape(self.shape)
+        return self._entries[name][1].shape
+
+    def read(self, name: str, index: int | None = None) -> Tensor:
+        """The tensor ``name``, or [1, ...] of it: entry ``index`` of its first dimension.
+
+        Raises CheckpointError when the bytes are gone or the FP8 scales do not fit.
+        """
+        if name in self._mxfp4:
+            try:
+                return dequantize_mxfp4(self._read_raw(name + BLOCKS, index), self._read_raw(name + SCALES, index))
+            except ValueError as error:
+                path = self._entries[name + BLOCKS][0]
+                raise CheckpointError(f"{path}: {name}{BLOCKS}: {error}; fetch the checkpoint again") from error
+        if name in self._packed:
+            return self.read_packed(name).weight.to(self.dtype(name))
+        tensor = self._read_raw(name, index)
+        if tensor.dtype != torch.float8_e4m3fn:
+            return tensor
+        scale_name = name + _SCALE
+        of_index = index is not None and len(self.shape(scale_name)) == tensor.ndim == 3
+        scale = self._read_raw(scale_name, index if of_index else None).float()
+        try:
+            return dequantize_blocks(tensor, scale, self._block)
+        except ValueError as error:
+            raise CheckpointError(f"{self._entries[scale_name][0]}: {scale_name}: {error}; fetch the checkpoint again") from error
+
+    def companions(self) -> list[Path]:
+        """The files that go with the weights: configuration, tokenizer, chat template."""
+        return sorted({path for pattern in COMPANIONS for path in self.folder.glob(pattern) if path.is_file()})
+
+    def read_packed(self, name: str) -> Packed:
+        """Codes, scales and zeros of one of ``packed_names``. Raises CheckpointError when they do not fit together."""
+        try:
+            return self._packed[name].unpack(lambda part: self._read_raw(part, None))
+        except (ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{self.folder}: {name} cannot be unpacked ({error}); fetch the checkpoint again") from error
+
+    def _read_raw(self, name: str, index: int | None) -> Tensor:
+        path, entry = self._entries[name]
+        shape, offset, length = entry.shape, entry.offset, entry.length
+        if index is not None:
+            length //= shape[0]
+            offset, shape = offset + index * length, (1, *shape[1:])
+        data = bytearray(length)
+        try:
+            with open(path, "rb") as file:
+                file.seek(offset)
+                got = file.readinto(data)
+                drop_from_page_cache(file, offset, length)  # it is not read again
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read ({error.strerror}); fetch the checkpoint again") from error
+        if got < length:
+            raise CheckpointError(f"{path} ends within {name}; fetch the checkpoint again")
+        if not length:
+            return torch.empty(shape, dtype=TORCH_DTYPES[entry.dtype])
+        return torch.frombuffer(data, dtype=TORCH_DTYPES[entry.dtype]).view(shape)
+
+    def _has_mxfp4(self, name: str) -> bool:
+        """Whether ``name`` are blocks whose scales are there too, both in bytes."""
+        parts = (name, name.removesuffix(BLOCKS) + SCALES)
+        return name.endswith(BLOCKS) and all(part in self._entries and self._entries[part][1].dtype == "U8" for part in parts)
+
+    def _refuse_foreign(self) -> None:
+        for name, (path, entry) in self._entries.items():
+            if name in self._parts:
+                continue
+            scaled = entry.dtype == "F8_E4M3" and name + _SCALE in self._entries
+            plain = entry.dtype in _PLAIN or (entry.dtype in _WHOLE_NUMBERS and not name.endswith("weight"))
+            if _FOREIGN.search(name) or not (scaled or plain or name.endswith(_SCALE)):
+                raise UnsupportedModelError(f"{path}: {name} ({entry.dtype}) is quantized in a way that is not supported; {_USE}")
+
+
+def dequantize_blocks(weights: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
+    """bf16 of ``weights`` F8_E4M3 [..., R, C], each ``block`` (edge blocks may be smaller) times its own fp32 ``scale``.
+
+    ``scale`` is [..., ceil(R / block rows), ceil(C / block cols)], or a single number. Raises ValueError where it is neither.
+    """
+    if scale.numel() == 1:
+        return (weights.float() * scale.view(())).bfloat16()
+    rows, cols = weights.shape[-2:]
+    expected = (*weights.shape[:-2], -(-rows // block[0]), -(-cols // block[1]))
+    if tuple(scale.shape) != expected:
+        raise ValueError(f"scales of shape {tuple(scale.shape)} where blocks of {block} need {expected}")
+    out = torch.empty(weights.shape, dtype=torch.bfloat16)
+    # One row of blocks at a time: the whole matrix in fp32 would be four times the source.
+    for i, row in enumerate(range(0, rows, block[0])):
+        by_column = scale[..., i : i + 1, :].repeat_interleave(block[1], dim=-1)[..., :cols]
+        out[..., row : row + block[0], :] = weights[..., row : row + block[0], :].float() * by_column
+    return out
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        return _indexed_files(index)
+    if pickled := sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern)):
+        raise CheckpointError(f"{folder} has only pickled weights ({pickled[0]}), which are not read; get it as safetensors")
+    raise CheckpointError(f"{folder} has neither model.safetensors nor model.safetensors.index.json; give a whole checkpoint")
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    try:
+        weight_map = json.loads(index.read_bytes())["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is damaged ({error!r}); fetch the checkpoint again") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise CheckpointError(f"{index} names {name!r}, which is no file of this folder; fetch the checkpoint again")
+        if not (index.parent / name).is_file():
+            raise CheckpointError(f"{index.parent / name} is missing, and {index.name} names it; fetch the checkpoint again")
+    return [index.parent / name for name in names]
+
+
+def _quantization(folder: Path) -> dict[str, Any]:
+    """config.json's ``quantization_config``, {} where there is none. Raises UnsupportedModelError for a method that is not read."""
+    path = folder / "config.json"
+    try:
+        config: Any = json.loads(path.read_bytes())
+        quantization: dict[str, Any] = dict(config.get("quantization_config") or {})
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); give the folder of a Hugging Face checkpoint") from error
+    if quantization and quantization.get("quant_method") not in ("fp8", "mxfp4", *PACKED_METHODS):
+        raise UnsupportedModelError(f"{path}: quantization {quantization.get('quant_method')!r} is not supported; {_USE}")
+    return quantization
+
+
+def _fp8_block(folder: Path, quantization: dict[str, Any]) -> tuple[int, int]:
+    """Rows and columns that share a scale in block-scaled FP8."""
+    block = quantization.get("weight_block_size") or (128, 128)
+    if not _is_block(block):
+        raise CheckpointError(
+            f"{folder / 'config.json'}: weight_block_size {block!r} is no pair of sizes; fetch the checkpoint again"
+        )
+    return int(block[0]), int(block[1])
+
+
+def _is_block(block: Any) -> bool:
+    return isinstance(block, list | tuple) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)

@@ -1,0 +1,94 @@
+"""The transformers adapter: one experts function for all families, one pre-hook on each MoE block."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from fate_moe.adapter.families import NOT_ENTERED, entrance, find_router
+from fate_moe.adapter.kv_cache import make_room
+from fate_moe.adapter.meta_model import ExpertStack
+from fate_moe.core import Router
+from fate_moe.errors import BudgetError
+from fate_moe.runtime import ExpertRuntime
+
+__all__ = ["attach", "limit_context", "refuse_longer", "routers_of"]
+
+_log = logging.getLogger(__name__)
+_IMPLEMENTATION = "fate"
+
+
+def _experts_forward(experts: Any, hidden_states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """What transformers calls instead of a family's own: (experts module, hidden [T, H], top-k index and weights [T, k])."""
+    runtime: ExpertRuntime = experts.fate_runtime
+    return runtime.compute(experts.fate_layer, experts, hidden_states, index, weights)
+
+
+def routers_of(model: Any, stacks: Sequence[ExpertStack]) -> list[Router | None]:
+    """How to ask each layer's router early; a layer whose router cannot be asked runs too, without look-ahead."""
+    probe = torch.zeros(1, model.config.get_text_config().hidden_size, dtype=model.dtype)
+    found = [find_router(model.get_submodule(stack.block), stack, probe) for stack in stacks]
+    reasons = [f"{stack.block}: {why}" for stack, why in zip(stacks, found, strict=True) if isinstance(why, str)]
+    if text := [reason for reason in reasons if not reason.endswith(NOT_ENTERED)]:
+        _log.warning("%d of %d MoE blocks run without look-ahead (%s)", len(text), len(stacks), text[0])
+    return [None if isinstance(route, str) else route for route in found]
+
+
+def attach(model: Any, stacks: Sequence[ExpertStack], runtime: ExpertRuntime) -> None:
+    """Let ``model`` run its experts through ``runtime``. The experts' own parameters stay on the meta device."""
+    ALL_EXPERTS_FUNCTIONS[_IMPLEMENTATION] = _experts_forward
+    model.set_experts_implementation(_IMPLEMENTATION)
+    for stack in stacks:
+        for name in (stack.name, *stack.twins):
+            experts = model.get_submodule(name)
+            experts.fate_runtime, experts.fate_layer = runtime, stack.layer
+            block = entrance(model.get_submodule(name.rpartition(".")[0]))
+            block.register_forward_pre_hook(_entering(runtime, stack.layer), with_kwargs=True)
+    if (embeddings := model.get_input_embeddings()) is not None:
+        embeddings.register_forward_hook(lambda module, args, output: runtime.embedded(output))
+    if isinstance(model.get_output_embeddings(), nn.Linear):
+        model.get_output_embeddings().register_forward_pre_hook(_with_own_strides)
+
+
+def _with_own_strides(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """generate() gives the LM head a slice [1, 1, H] with the strides of the whole prompt, for which oneDNN copies the weight into
+    another layout: 300 ms instead of 5, and the head's size again in memory (32000 x 2048 bf16, torch 2.13)."""
+    return (args[0].clone(memory_format=torch.contiguous_format), *args[1:])
+
+
+def _entering(runtime: ExpertRuntime, layer: int) -> Any:
+    def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        runtime.enter(layer, args[0] if args else next(iter(kwargs.values())))
+
+    return hook
+
+
+def limit_context(model: Any, num_tokens: int, bytes_per_token: int) -> None:
+    """Refuse a forward pass that would need more KV cache than was set aside (``num_tokens`` over the whole batch); let the cache
+    grow in place up to there."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = next((x for x in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None)
+        past = kwargs.get("past_key_values")
+        if inputs is None:
+            return
+        make_room(past, num_tokens)
+        wanted = inputs.shape[0] * (inputs.shape[1] + (past.get_seq_length() if past is not None else 0))
+        refuse_longer(wanted, num_tokens, bytes_per_token)
+
+    model.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def refuse_longer(wanted: int, num_tokens: int, bytes_per_token: int) -> None:
+    """Raise BudgetError if ``wanted`` tokens are more than the KV cache is set aside for."""
+    if wanted > num_tokens:
+        raise BudgetError(
+            f"{wanted} tokens need more KV cache than the {num_tokens} set aside; load with context_length={wanted} or more "
+            "(--context-length)",
+            (wanted - num_tokens) * bytes_per_token,
+        )

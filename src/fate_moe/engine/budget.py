@@ -1,0 +1,294 @@
+"""What fits where, decided before anything is loaded."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from fate_moe.adapter.meta_model import ExpertStack, parameter_dtypes
+from fate_moe.config import OffloadConfig, format_bytes, parse_amount
+from fate_moe.errors import BudgetError
+from fate_moe.kernels.activations import find_activation
+from fate_moe.kernels.native import native
+from fate_moe.machine import available_memory, resident_memory
+from fate_moe.memory.classes import SlotClass, divide, fewest, slot_classes, total_bytes
+from fate_moe.quant.dtypes import dtype_name
+from fate_moe.store.dense import byte_length, default_dense_precision, dense_layouts, read_by_row
+from fate_moe.store.format import Manifest, blob_layout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["Footprint", "Plan", "footprint", "make_plan"]
+
+# What the process grows by between planning and its peak besides what the table lists: thread stacks, oneDNN's primitives and
+# scratch, allocator slack. Measured 30-45 MiB (torch 2.13, 2 and 8 threads, embedded model and a 3 GiB one).
+RESERVE_BYTES = 56 << 20
+# What a start takes differs from the next one's by a few MiB; the budget that a refusal names has to work then too.
+SPREAD_BYTES = 8 << 20
+# "auto" leaves a fifth of what is free to everybody else.
+AUTO_FRACTION = 0.8
+PASS_TOKENS = 256  # that are packed at a time for matrix tiles (csrc/tiles.cpp: kMostTokens)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a model asks for, whatever the budget. ``min_slots`` are one token's experts in one layer; ``slots`` the fewest for the
+    experts of each length, of which ``slot_bytes`` is the longest.
+
+    ``dense_bytes`` are resident; ``row_bytes``, the embedding of which tokens' rows are read, stay on disk. On a GPU all of them
+    take ``device_bytes``: quantized matrices a byte a weight, the embedding and all others as numbers of the model's dtype, routers
+    twice (the step has them beside one another). A layer's experts have ``inner_bytes_per_token`` between up and down. A prompt
+    has ``scratch_bytes`` whatever its length: an expert of many tokens is written out as numbers, or its tokens are packed.
+    """
+
+    family: str
+    precision: str
+    dense_bytes: int
+    row_bytes: int
+    kv_bytes_per_token: int
+    activation_bytes_per_token: int
+    slots: tuple[SlotClass, ...]
+    min_slots: int
+    num_layers: int
+    device_bytes: int
+    inner_bytes_per_token: int
+    scratch_bytes: int
+
+    @property
+    def slot_bytes(self) -> int:
+        return self.slots[-1].slot_bytes
+
+    @property
+    def num_experts(self) -> int:
+        return sum(of.num_experts for of in self.slots)
+
+    @property
+    def expert_bytes(self) -> int:
+        """All experts together."""
+        return sum(of.num_experts * of.slot_bytes for of in self.slots)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where the budget goes; all amounts in bytes. ``left_bytes`` is what no line needs (all experts fit).
+
+    ``slots`` by ascending length, several where the store's blobs are of several lengths; ``slot_bytes`` is the longest."""
+
+    family: str
+    precision: str
+    budget_bytes: int
+    runtime_bytes: int
+    dense_bytes: int
+    kv_cache_bytes: int
+    activation_bytes: int
+    context_length: int
+    slots: tuple[SlotClass, ...]
+
+    @property
+    def num_slots(self) -> int:
+        return sum(of.num_slots for of in self.slots)
+
+    @property
+    def num_experts(self) -> int:
+        return sum(of.num_experts for of in self.slots)
+
+    @property
+    def slot_bytes(self) -> int:
+        return self.slots[-1].slot_bytes
+
+    @property
+    def expert_cache_bytes(self) -> int:
+        return total_bytes(self.slots)
+
+    @property
+    def left_bytes(self) -> int:
+        fixed = self.runtime_bytes + self.dense_bytes + self.kv_cache_bytes + self.activation_bytes
+        return self.budget_bytes - fixed - self.expert_cache_bytes
+
+    def as_dict(self) -> dict[str, Any]:
+        """For programs; ``slots`` only where there are several lengths."""
+        facts = asdict(self)
+        del facts["slots"]
+        for name in ("num_slots", "num_experts", "slot_bytes", "expert_cache_bytes", "left_bytes"):
+            facts[name] = getattr(self, name)
+        return {**facts, "slots": [of._asdict() for of in self.slots]} if len(self.slots) > 1 else facts
+
+    def rows(self) -> list[tuple[str, int, str]]:
+        """(what, bytes, remark) for a table."""
+        several = len(self.slots) > 1
+        return [
+            ("Python, torch, transformers", self.runtime_bytes, "measured in this process"),
+            ("dense weights", self.dense_bytes, "attention, norms, routers, shared experts, head"),
+            ("KV cache", self.kv_cache_bytes, f"{self.context_length} tokens"),
+            ("activations", self.activation_bytes, f"prefill of {self.context_length} tokens"),
+            *(
+                (
+                    f"expert slots of {format_bytes(of.slot_bytes)}" if several else "expert slots",
+                    of.num_slots * of.slot_bytes,
+                    f"{of.num_slots} of {of.num_experts} experts ({of.num_slots / of.num_experts:.1%})"
+                    + ("" if several else f", {self.precision}"),
+                )
+                for of in self.slots
+            ),
+            ("left", self.left_bytes, ""),
+            ("budget", self.budget_bytes, "the whole process"),
+        ]
+
+    def line(self) -> str:
+        """The plan in one line."""
+        return (
+            f"{self.family}, {self.precision}: budget {format_bytes(self.budget_bytes)} = "
+            f"runtime {format_bytes(self.runtime_bytes)} + dense {format_bytes(self.dense_bytes)} + "
+            f"KV {format_bytes(self.kv_cache_bytes)} + activations {format_bytes(self.activation_bytes)} + "
+            f"{self.num_slots}/{self.num_experts} expert slots {format_bytes(self.expert_cache_bytes)} + "
+            f"left {format_bytes(self.left_bytes)}"
+        )
+
+
+def footprint(
+    model: PreTrainedModel,
+    stacks: list[ExpertStack],
+    precision: str,
+    manifest: Manifest | None = None,
+    dense_precision: str | None = None,
+) -> Footprint:
+    """Sizes of ``model`` (a meta_model: shapes without weights); exact from ``manifest`` where the store exists already.
+
+    ``dense_precision`` None: what a conversion chooses by itself."""
+    text = model.config.get_text_config()
+    dtypes = parameter_dtypes(model)
+    routed = {f"{stack.name}.{name}" for stack in stacks for name in stack.parameters}
+    absent = routed | set(model.all_tied_weights_keys)  # empty where nothing is tied
+    numbers = {name: value.numel() * dtypes[name].itemsize for name, value in model.state_dict().items() if name not in absent}
+    if manifest is not None:
+        lengths = [[layout.length for layout in manifest.layouts_of(stack.layer)] for stack in stacks]
+        dense_bytes = manifest.dense_bytes
+        quantized = dense_layouts(model, manifest.dense_precision)
+    else:
+        dtype = dtype_name(model.dtype)
+        lengths = [[blob_layout(precision, stack.output_rows_first(), dtype).length] * stack.num_experts for stack in stacks]
+        quantized = dense_layouts(model, dense_precision or default_dense_precision(precision))
+        dense_bytes = sum(quantized[name].length if name in quantized else size for name, size in numbers.items())
+    embedding = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    on_device = {
+        name: byte_length(quantized[name]) if name in quantized and name not in embedding else size
+        for name, size in numbers.items()
+    }
+    by_row = read_by_row(model)
+    row_bytes = 0
+    if by_row:
+        weight = model.get_parameter(by_row)
+        row_bytes = quantized[by_row].length if by_row in quantized else weight.numel() * dtypes[by_row].itemsize
+    itemsize = model.dtype.itemsize
+    top_k = max(stack.top_k for stack in stacks)
+    at_once = min(top_k, *(stack.num_experts for stack in stacks))
+    inner = max(_width(text, "intermediate_size"), *(shape[0] for stack in stacks for shape in stack.parameters.values()))
+    # One layer's transients per token at prefill: residual, norm in fp32, q k v o (about 8 hidden vectors), the experts' outputs by
+    # (token, choice) and their weighted copy, and the widest MLP three times.
+    activation = text.hidden_size * (8 * itemsize + 8 + top_k * (itemsize + 4)) + 3 * inner * itemsize
+    return Footprint(
+        family=model.config.model_type,
+        precision=precision,
+        dense_bytes=dense_bytes - row_bytes,
+        row_bytes=row_bytes,
+        kv_bytes_per_token=_kv_bytes_per_token(text, itemsize),
+        activation_bytes_per_token=activation,
+        slots=slot_classes(lengths, at_once),
+        min_slots=at_once,
+        num_layers=len(stacks),
+        device_bytes=sum(on_device.values()) + sum(stack.num_experts for stack in stacks) * text.hidden_size * itemsize,
+        inner_bytes_per_token=top_k * max(shape[0] for stack in stacks for shape in stack.output_rows_first().values()) * itemsize,
+        scratch_bytes=_scratch_bytes(model, stacks, precision),
+    )
+
+
+def make_plan(needs: Footprint, config: OffloadConfig) -> Plan:
+    """Divide the budget. Call it after torch and transformers are imported: what they take is measured, not guessed.
+
+    Raises BudgetError, naming the smallest budget that works, when the fixed parts and one token's experts do not fit, or when
+    ``expert_cache`` asks for more than the budget leaves.
+    """
+    free = available_memory() + resident_memory()
+    budget = int(free * AUTO_FRACTION) if config.ram == "auto" else parse_amount(config.ram, free)
+    runtime = resident_memory() + RESERVE_BYTES
+    kv = needs.kv_bytes_per_token * config.context_length
+    activations = needs.activation_bytes_per_token * config.context_length + needs.scratch_bytes
+    fixed = runtime + needs.dense_bytes + kv + activations
+    least = fewest(needs.slots, needs.min_slots)
+    if config.expert_cache is None:
+        wanted, slots = least, divide(budget - fixed, needs.slots, needs.min_slots)
+    else:
+        amount = parse_amount(config.expert_cache, needs.expert_bytes)
+        wanted = slots = divide(amount, needs.slots, needs.min_slots)
+        if not slots:
+            raise BudgetError(
+                f"--expert-cache {config.expert_cache} is too small: one token needs {_words(least)}; give at least "
+                f"{format_bytes(total_bytes(least))}",
+                fixed + total_bytes(least),
+            )
+    smallest = fixed + total_bytes(wanted)
+    if smallest > budget:
+        works = smallest + SPREAD_BYTES
+        raise BudgetError(
+            f"a budget of {format_bytes(budget)} is too small: {format_bytes(runtime)} runtime, {format_bytes(needs.dense_bytes)} "
+            f"dense weights, {format_bytes(kv + activations)} for {config.context_length} tokens and "
+            f"{_words(wanted)} need at least --ram {-(-works >> 20)}MiB (or a shorter --context-length)",
+            works,
+        )
+    return Plan(
+        family=needs.family,
+        precision=needs.precision,
+        budget_bytes=budget,
+        runtime_bytes=runtime,
+        dense_bytes=needs.dense_bytes,
+        kv_cache_bytes=kv,
+        activation_bytes=activations,
+        context_length=config.context_length,
+        slots=slots,
+    )
+
+
+def _words(slots: tuple[SlotClass, ...]) -> str:
+    first, *others = ((of.num_slots, format_bytes(of.slot_bytes)) for of in slots)
+    return f"{first[0]} expert slots of {first[1]}" + "".join(f" and {number} of {size}" for number, size in others)
+
+
+def _scratch_bytes(model: PreTrainedModel, stacks: list[ExpertStack], precision: str) -> int:
+    """What a layer's prompt takes beside activations (kernels/cpu.py, csrc/tiles.cpp)."""
+    if precision == "lossless":
+        return 0  # multiplied where it lies
+    shapes = [stack.output_rows_first() for stack in stacks]
+    expanded: int = max(sum(math.prod(shape) for shape in shape_of.values()) for shape_of in shapes) * model.dtype.itemsize
+    modules = {type(module): module for module in (model.get_submodule(stack.name) for stack in stacks)}
+    if native is None or not native.has_tiles() or model.dtype != torch.bfloat16 or None in map(find_activation, modules.values()):
+        return expanded
+    matrices = [shape for shape_of in shapes for shape in shape_of.values() if len(shape) == 2]
+    widest: int = max(cols for _, cols in matrices)
+    return PASS_TOKENS * 2 * widest * 2  # its tokens and their inner values
+
+
+def _kv_bytes_per_token(text: Any, itemsize: int) -> int:
+    """Upper bound over all layers: sliding windows and layers without a KV cache count as full ones."""
+    layers = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text] * text.num_hidden_layers
+    return sum(_kv_width(layer) for layer in layers) * itemsize
+
+
+def _kv_width(layer: Any) -> int:
+    """Numbers cached by one layer for one token; multi-head latent attention is cached expanded, an indexer caches one key."""
+    heads = layer.num_attention_heads
+    index = _width(layer, "index_head_dim") or _width(layer, "indexer_head_dim")
+    if _width(layer, "kv_lora_rank"):
+        return int(heads * (layer.qk_nope_head_dim + layer.qk_rope_head_dim + layer.v_head_dim) + index)
+    head_dim = _width(layer, "head_dim") or layer.hidden_size // heads
+    of_window = 2 * _width(layer, "swa_num_key_value_heads") * _width(layer, "swa_head_dim")
+    return max(2 * (_width(layer, "num_key_value_heads") or heads) * head_dim, of_window) + index
+
+
+def _width(config: Any, name: str) -> int:
+    value = getattr(config, name, None) or 0
+    return max(value) if isinstance(value, list | tuple) else value

@@ -1,0 +1,153 @@
+"""``generate()`` through the fused decode step: transformers' own loop, with its sampling, streamers and stopping rules, around one
+replay a token.
+
+The model keeps one static KV cache, of one sequence, that ``generate`` is given. A pass of one token over it is the fused step;
+every other pass (a prompt, a batch, beams, another cache) runs transformers' layers.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import StaticCache
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+
+from fate_moe.engine.attach import refuse_longer
+from fate_moe.gpu.experts import DeviceExperts
+from fate_moe.layers.cuda_path_step import PathStep
+from fate_moe.layers.cuda_step import FusedStep
+
+__all__ = ["CapturedDecode"]
+
+
+class CapturedDecode:
+    """Makes ``model`` decode through a fused step; ``graph`` False runs its kernels one by one, which gives the same bits."""
+
+    def __init__(
+        self, model: Any, experts: DeviceExperts, length: int, bytes_per_token: int, graph: bool, paths: bool = False
+    ) -> None:
+        """``length``: tokens of KV cache, each of ``bytes_per_token``. ``paths``: experts come early by activation paths, not by
+        routers. ``record`` comes next."""
+        config = model.config
+        self._model, self._experts, self._length = model, experts, length
+        self._bytes_per_token = bytes_per_token
+        self._forward, self._generate, self._prepare = model.forward, model.generate, model.prepare_inputs_for_generation
+        self.cache = StaticCache(config=config, max_cache_len=length)
+        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.cache.early_initialization(1, config.num_key_value_heads, dim, model.dtype, model.device)
+        self._step = (PathStep if paths else FusedStep)(model, experts, self.cache)
+        self._graph = graph and model.device.type == "cuda" and length > 2
+        self._held = 0  # tokens in the cache
+        self.steps = 0
+        model.forward = _in_place_of(self._forward, self._pass)
+        model.generate = _in_place_of(self._generate, self._write)
+        model.prepare_inputs_for_generation = _in_place_of(self._prepare, self._inputs)
+
+    def record(self) -> None:
+        """Compile the step, record it with the experts' options of now, and empty the cache."""
+        if self._graph:
+            self._step.capture()
+        self.cache.reset()
+
+    def one_token(self) -> None:
+        """A step of always the same token, for measurements; ``record`` afterwards."""
+        self._step.begin(0, 0)
+        self._run()
+
+    def _run(self) -> None:
+        if self._graph:
+            self._step.replay()
+        else:
+            self._step.step()
+
+    def _write(self, inputs: torch.Tensor | None = None, *args: Any, **options: Any) -> Any:
+        """``model.generate``: with our cache where it is one sequence without padding and nobody brings a cache."""
+        prompt = inputs if inputs is not None else options.get("input_ids")
+        mask = options.get("attention_mask")
+        own = "past_key_values" not in options and options.get("use_cache", True) and not args
+        if own and prompt is not None and prompt.shape[0] == 1 and (mask is None or bool(mask.all())) and self._alone(options):
+            self.cache.reset()
+            self._held = 0
+            options["past_key_values"] = self.cache
+            options.setdefault("disable_compile", True)
+        result = self._generate(inputs, *args, **options)
+        self._tell_cache()
+        if isinstance(self._step, PathStep):
+            self._step.keep()
+        return result
+
+    def _tell_cache(self) -> None:
+        """transformers' count of the tokens in the cache, which the fused step leaves behind."""
+        for layer in self.cache.layers:
+            layer.cumulative_length.fill_(self._held)
+
+    def _alone(self, options: dict[str, Any]) -> bool:
+        """Whether ``options`` of generate() mean one sequence, one token after the other, in a cache of the usual kind."""
+        config = options.get("generation_config") or self._model.generation_config
+
+        def chosen(name: str) -> Any:
+            value = options.get(name)
+            return getattr(config, name, None) if value is None else value
+
+        several = any((chosen(name) or 1) > 1 for name in ("num_beams", "num_return_sequences"))
+        special = any(
+            chosen(name) is not None for name in ("cache_implementation", "prompt_lookup_num_tokens", "prefill_chunk_size")
+        )
+        return not several and not special and options.get("assistant_model") is None
+
+    def _inputs(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """``prepare_inputs_for_generation``: the fused step wants no mask and no positions."""
+        if kwargs.get("past_key_values") is self.cache and self._held and input_ids.shape[1] == self._held + 1:
+            return {"input_ids": input_ids[:, -1:], "past_key_values": self.cache}
+        return self._prepare(input_ids, *args, **kwargs)
+
+    def _pass(self, input_ids: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """``model.forward``."""
+        self._experts.host.check()  # closed, or broken
+        inputs = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
+        ours = kwargs.get("past_key_values") is self.cache and inputs is not None
+        if inputs is not None:
+            past = self._held if ours else _held_by(kwargs.get("past_key_values"))
+            refuse_longer(inputs.shape[0] * (inputs.shape[1] + past), self._length, self._bytes_per_token)
+        if ours and self._held and input_ids is not None and input_ids.shape == (1, 1) and not _wants_more(kwargs):
+            return self._decode(input_ids)
+        if ours:
+            self._tell_cache()
+        result = self._forward(input_ids, *args, **kwargs)
+        if ours:
+            self._held += inputs.shape[1]  # type: ignore[union-attr]
+        return result
+
+    def _decode(self, input_ids: torch.Tensor) -> Any:
+        step = self._step
+        step.token.copy_(input_ids[0])
+        step.position.fill_(self._held)
+        self._run()
+        self._held += 1
+        self.steps += 1
+        logits = step.logits.clone().view(1, 1, -1)
+        return MoeCausalLMOutputWithPast(logits=logits, past_key_values=self.cache)
+
+
+def _in_place_of(method: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
+    """``ours`` with the signature of ``method``, which transformers looks at."""
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return ours(*args, **kwargs)
+
+    return call
+
+
+def _held_by(cache: Any) -> int:
+    return int(cache.get_seq_length()) if cache is not None else 0
+
+
+def _wants_more(kwargs: dict[str, Any]) -> bool:
+    """Whether a pass is asked for what the fused step has not."""
+    return any(kwargs.get(name) for name in ("output_hidden_states", "output_attentions", "output_router_logits")) or (
+        kwargs.get("labels") is not None
+    )

@@ -1,0 +1,80 @@
+"""Misses computed on the host: the C++ kernels at the other end of a mailbox that the captured step writes to and waits on.
+
+The host reads its memory two to three times as fast as the link, so that a missing expert may be sooner computed there than
+copied. Its products round the activations to int8 by group (``exact``: not), the device's do not: who asks for this gives up
+bit-identity between budgets (law 1), so it is an option.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from fate_moe.core import BlobLayout
+from fate_moe.errors import UnsupportedModelError
+from fate_moe.gpu.memory import PinnedArena
+from fate_moe.kernels.cpu import layer_kernel
+from fate_moe.kernels.native import native
+from fate_moe.kernels.triton_host_compute import collect_kernel
+
+__all__ = ["HostCompute"]
+
+_BLOCK = 512  # words of a collecting program: 4 KiB
+
+
+class HostCompute:
+    """Threads that compute experts of ``arena``, all of ``layout``, for up to ``top_k`` choices of one token at a time.
+
+    ``threads`` (None: all processors but two, which the driver and Python need) spin while questions come.
+    """
+
+    def __init__(
+        self,
+        layout: BlobLayout,
+        shapes: dict[str, tuple[int, ...]],
+        experts: Any,
+        arena: PinnedArena,
+        top_k: int,
+        device: torch.device,
+        threads: int | None = None,
+        exact: bool = False,
+    ) -> None:
+        """``shapes`` ([out, in] by name) and ``experts`` (the transformers module) as for ``device_layout``.
+
+        Raises UnsupportedModelError where the C++ kernels cannot compute these experts.
+        """
+        kernel = layer_kernel(layout, shapes, experts)
+        if isinstance(kernel, str) or kernel.whole is None:
+            why = kernel if isinstance(kernel, str) else "the family combines gate and up in its own way"
+            raise UnsupportedModelError(f"the host cannot compute these experts: {why}; leave --host-compute away")
+        self.cols = shapes["down_proj"][0]
+        self.most = top_k
+        question, answer = 1 + top_k + self.cols, top_k * self.cols
+        self._mail = PinnedArena(1, -(-8 * (question + answer) // 4096) * 4096, device)
+        words = self._mail.bytes.view(torch.int64)
+        self.questions, self.answers = words[:question], words[question : question + answer]
+        self.asked = torch.zeros(1, dtype=torch.int32, device=device)
+        self.outside = torch.zeros(top_k, self.cols, dtype=torch.float32, device=device)
+        threads = threads or max(1, (os.cpu_count() or 1) - 2)
+        self._team: Any = native.HostCompute.make(
+            kernel.whole,
+            arena.bytes.data_ptr(),
+            layout.length,
+            self.questions.data_ptr(),
+            self.answers.data_ptr(),
+            top_k,
+            exact,
+            threads,
+        )
+
+    def collect(self, pending_rows: torch.Tensor) -> None:
+        """Enqueue that the answers to the last question come to ``outside``, by the rows that ``pending_rows`` says."""
+        grid = (self.most, -(-self.cols // _BLOCK))
+        collect_kernel[grid](pending_rows, self.asked, self.answers, self.outside, cols=self.cols, BLOCK=_BLOCK, num_warps=4)
+
+    def close(self) -> None:
+        """Stop the threads; the device must have ended all steps."""
+        self._team = None
+        self._mail.close()

@@ -1,0 +1,58 @@
+"""Asking the host, from inside a graph, to compute experts that are not in VRAM, and taking its answers.
+
+Question and answer lie in pinned memory that both sides see. Each word carries the number of its question in its upper half, so
+that nothing depends on the order in which words become visible: a word counts when its number is right. The other side is
+``csrc/share.h``.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = ["ask_experts", "collect_kernel"]
+
+
+@triton.jit
+def ask_experts(questions, asked, hosted, blob, x, cols: tl.constexpr, MOST: tl.constexpr, BLOCK: tl.constexpr):
+    """Ask for the experts where ``hosted`` [E] is 1, whose blobs are ``blob`` int32 [E], on the activation ``x`` [cols].
+
+    ``asked`` int32 [1] counts questions; ``questions`` int64 [1 + MOST + cols]. Returns each expert's place in the answer [E].
+    """
+    place = tl.cumsum(hosted, axis=0) - 1
+    count = tl.sum(hosted, axis=0)
+    if count > 0:
+        number = tl.load(asked) + 1
+        tl.store(asked, number)
+        tag = number.to(tl.int64) << 32
+        tl.store(questions + 1 + place, tag | blob.to(tl.int64), mask=hosted > 0)
+        for start in tl.static_range(0, cols, BLOCK):
+            c = start + tl.arange(0, BLOCK)
+            bits = tl.load(x + c, mask=c < cols, other=0.0).to(tl.float32).to(tl.int32, bitcast=True)
+            tl.store(questions + 1 + MOST + c, tag | (bits.to(tl.int64) & 0xFFFFFFFF), mask=c < cols)
+        tl.store(questions, tag | count.to(tl.int64))
+    return place
+
+
+@triton.jit
+def collect_kernel(pending_rows, asked, answers, outside, cols: tl.constexpr, BLOCK: tl.constexpr):
+    """outside[r] = the host's answer for choice row r if ``pending_rows[r]`` >= 2 (2 + its place). Grid (rows, cols / BLOCK).
+
+    ``answers`` int64 [.., cols] in pinned memory, ``outside`` fp32 [rows, cols]. Waits for the host, looking at one word of its
+    block only, so that the link is left to copies.
+    """
+    place = tl.load(pending_rows + tl.program_id(0)) - 2
+    if place >= 0:
+        number = tl.load(asked).to(tl.int64)
+        c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        mask = c < cols
+        row = answers + place * cols
+        one = row + tl.program_id(1) * BLOCK
+        while (tl.load(one, volatile=True) >> 32) != number:
+            pass
+        value = tl.zeros((BLOCK,), tl.int64)
+        missing = 1
+        while missing > 0:
+            value = tl.load(row + c, mask=mask, other=0, volatile=True)
+            missing = tl.sum((mask & ((value >> 32) != number)).to(tl.int32), axis=0)
+        tl.store(outside + tl.program_id(0) * cols + c, value.to(tl.int32).to(tl.float32, bitcast=True), mask=mask)

@@ -1,0 +1,103 @@
+"""The right bits for each expert at each moment: asks the precision policy, and keeps count of what was computed with."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+
+import torch
+
+from fate_moe.core import BlobLayout, ExpertId, Need, PrecisionPolicy, Routing
+from fate_moe.memory.lease import WHOLE
+from fate_moe.memory.residency import Residency
+from fate_moe.quant.dtypes import TORCH_DTYPES
+
+__all__ = ["ViewSelector", "chosen_weights"]
+
+
+class ViewSelector:
+    """Between routing and residency. Without a policy every expert is wanted whole, and only the count is kept."""
+
+    def __init__(self, policy: PrecisionPolicy | None, layouts: Sequence[Sequence[BlobLayout]], residency: Residency) -> None:
+        """``layouts`` by layer and expert."""
+        self._used: Counter[tuple[ExpertId, int]] = Counter()  # how often an expert was computed with so many bits
+        self._whole: list[Counter[int]] = [Counter() for _ in layouts]  # and with all of them, by layer
+        self.policy = policy
+        self._residency = residency
+        # By expert: the bits that a read of all sections up to a plane's brings; scales and zeros are the section before planes.
+        views = {layout: list(accumulate(layout.plane_widths)) or [_bits(layout)] for of_layer in layouts for layout in of_layer}
+        self._views = [[views[layout] for layout in of_layer] for of_layer in layouts]
+        self._longest = [max(of_layer, key=len) for of_layer in self._views]
+
+    def sections(
+        self, layer: int, rows: Mapping[int, Sequence[int]], weighing: Routing | torch.Tensor, affordable: float
+    ) -> dict[ExpertId, int] | None:
+        """How many sections of each expert in ``rows`` (rows of the flat routing by expert) are wanted; None: all of all.
+
+        ``weighing``: the gate weights [num_tokens, top_k] or the routing they come from. ``affordable``: how many experts can be
+        read while a layer computes.
+        """
+        views = self._longest[layer]
+        if self.policy is None or len(views) < 2:
+            return None
+        flat = (chosen_weights(weighing) if isinstance(weighing, Routing) else weighing).reshape(-1).tolist()
+        experts = [ExpertId(layer, expert) for expert in rows]
+        needs = [
+            Need(len(chosen), sum(flat[row] for row in chosen), self._held_bits(expert))
+            for expert, chosen in zip(experts, rows.values(), strict=True)
+        ]
+        bits = self.policy.bits(needs, views, affordable * views[-1])
+        return {
+            expert: views.index(view) + 2
+            for expert, view in zip(experts, bits, strict=True)
+            if view < views[-1] and self._views[layer][expert.expert] is views  # others are kept in a precision without views
+        }
+
+    def num_planes(self, expert: ExpertId) -> int | None:
+        """The planes that ``expert``'s slot holds now (None: all); counts as one use."""
+        held = self._residency.held(expert)
+        views = self._views[expert.layer][expert.expert]
+        self._used[expert, views[-1] if held == WHOLE else views[held - 2]] += 1
+        return None if held == WHOLE else held - 1
+
+    def count_whole(self, layer: int, experts: Sequence[int]) -> None:
+        """Each of ``experts`` was computed once with all its bits."""
+        self._whole[layer].update(experts)
+
+    @property
+    def used(self) -> Counter[tuple[ExpertId, int]]:
+        """How often each expert was computed with so many bits."""
+        used = self._used.copy()
+        for layer, (counts, views) in enumerate(zip(self._whole, self._views, strict=True)):
+            for expert, count in counts.items():
+                used[ExpertId(layer, expert), views[expert][-1]] += count
+        return used
+
+    def by_bits(self) -> dict[int, int]:
+        """Uses by bits, over all experts."""
+        total: Counter[int] = Counter()
+        for (_, bits), uses in self.used.items():
+            total[bits] += uses
+        return dict(sorted(total.items()))
+
+    def _held_bits(self, expert: ExpertId) -> int:
+        held, views = self._residency.held(expert), self._views[expert.layer][expert.expert]
+        return views[-1] if held == WHOLE else views[held - 2] if held else 0
+
+
+def chosen_weights(routing: Routing) -> torch.Tensor:
+    """Gate weights [num_tokens, top_k] of the chosen experts from their scores: a token's add up to 1.
+
+    Scores may be logits or probabilities; those between 0 and 1 are taken for probabilities.
+    """
+    index = routing.experts.clamp(0, routing.scores.shape[-1] - 1)
+    scores = routing.scores.float().gather(-1, index)
+    if bool(((scores < 0) | (scores > 1)).any()):
+        return scores.softmax(-1)
+    return scores / scores.sum(-1, keepdim=True).clamp_min(1e-9)
+
+
+def _bits(layout: BlobLayout) -> int:
+    """Of one weight in a layout without planes."""
+    return TORCH_DTYPES[layout.parts[0].dtype].itemsize * 8

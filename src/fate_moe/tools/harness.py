@@ -1,0 +1,112 @@
+"""EleutherAI's evaluation harness on models whose experts live elsewhere: ``fate eval harness``, or ``register()`` and its API.
+
+The harness finds models in a registry that no entry point reaches, so its own command knows "fate" only after ``register()``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fate_moe.engine.load import load
+from fate_moe.errors import ConfigError
+
+__all__ = ["register", "run_harness", "score"]
+
+
+def score(model: Any, context: Sequence[int], continuation: Sequence[int], longest: int) -> tuple[float, bool]:
+    """Log probability of ``continuation`` after ``context`` (token ids, of which the last ``longest`` + 1 are taken), and whether
+    each of its tokens is the likeliest."""
+    tokens = torch.tensor([*context, *continuation])[-(longest + 1) :]
+    count = min(len(continuation), len(tokens) - 1)
+    with torch.inference_mode():
+        logits = model(tokens[None, :-1], use_cache=False, logits_to_keep=count).logits[0, -count:].float()
+    targets = tokens[-count:]
+    chosen = logits.log_softmax(-1).gather(1, targets[:, None])
+    return float(chosen.sum()), bool((logits.argmax(-1) == targets).all())
+
+
+def register() -> type:
+    """Make lm_eval know the model "fate" (arguments: ``model`` and the fields of OffloadConfig); returns its class.
+
+    Raises ConfigError where lm_eval is not installed.
+    """
+    try:
+        from lm_eval.api.model import TemplateLM
+        from lm_eval.api.registry import MODEL_REGISTRY, register_model
+        from lm_eval.utils import make_disjoint_window
+    except ImportError as error:
+        raise ConfigError("the evaluation harness is not installed; pip install 'fate-moe[eval]'") from error
+    if "fate" in MODEL_REGISTRY:
+        known: type = MODEL_REGISTRY["fate"]
+        return known
+
+    @register_model("fate")
+    class FateLM(TemplateLM):  # type: ignore[misc]
+        """One model, one request at a time."""
+
+        def __init__(self, model: str | None = None, batch_size: Any = 1, device: Any = None, **options: Any) -> None:
+            super().__init__()
+            self.model, self.tokenizer = load(model, **options)
+            self.longest = min(self.model.fate.config.context_length, self.model.config.get_text_config().max_position_embeddings)
+
+        @property
+        def eot_token_id(self) -> int:
+            return int(self.tokenizer.eos_token_id)
+
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+            return list(self.tokenizer(string, add_special_tokens=bool(add_special_tokens), verbose=False)["input_ids"])
+
+        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **kwargs: Any) -> list[tuple[float, bool]]:
+            return [score(self.model, context or [self.eot_token_id], end, self.longest) for _, context, end in requests]
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+            from lm_eval.utils import get_rolling_token_windows
+
+            totals: list[float] = []
+            for request in requests:
+                spans = get_rolling_token_windows(self.tok_encode(request.args[0]), self.eot_token_id, self.longest, 1)
+                parts = [make_disjoint_window(span) for span in spans]
+                totals.append(sum(score(self.model, context, end, self.longest)[0] for context, end in parts))
+            return totals
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+            return [self._generate(*request.args) for request in requests]
+
+        def _generate(self, context: str, options: dict[str, Any]) -> str:
+            stops = options.get("until") or []
+            stops = [stops] if isinstance(stops, str) else list(stops)
+            most = min(int(options.get("max_gen_toks", 256)), self.longest - 1)
+            inputs = torch.tensor([self.tok_encode(context)[-(self.longest - most) :]])
+            output: Tensor = self.model.generate(
+                inputs,
+                attention_mask=torch.ones_like(inputs),
+                max_new_tokens=most,
+                do_sample=bool(options.get("do_sample", False)),
+                tokenizer=self.tokenizer,
+                pad_token_id=self.eot_token_id,
+                **({"stop_strings": stops} if stops else {}),
+            )
+            text: str = self.tokenizer.decode(output[0, inputs.shape[1] :], skip_special_tokens=True)
+            return min((text.split(stop)[0] for stop in stops if stop), key=len, default=text)
+
+    made: type = FateLM
+    return made
+
+
+def run_harness(arguments: Sequence[str]) -> None:
+    """The harness's own command line with ``arguments``, the model being "fate" unless they say otherwise."""
+    import sys
+
+    register()
+    from lm_eval.__main__ import cli_evaluate
+
+    model = [] if any(argument.split("=")[0] in ("--model", "-m") for argument in arguments) else ["--model", "fate"]
+    kept, sys.argv = sys.argv, ["lm_eval", "run", *model, *arguments]
+    try:
+        cli_evaluate()
+    finally:
+        sys.argv = kept

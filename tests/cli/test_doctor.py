@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from fate_moe.cli import main
+
+
+def test_doctor_says_what_is_used_and_why(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    kernels = found["kernels"]
+    assert found["gpus"][0]["why"]
+    assert [kernel["name"] for kernel in kernels][:6] == ["amx", "avx512-vnni", "avx2", "neon-dot", "neon", "portable"]
+    assert main(["doctor"]) == 0
+    table = capsys.readouterr().out
+    assert all(kernel["name"] in table for kernel in kernels)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("verb", [["doctor", "--calibrate"], ["run", "--vram", "auto", "a prompt"], ["plan", "--device", "cuda"]])
+def test_without_a_gpu_one_line_says_so(verb: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(verb) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith("fate: no GPU can be used here: ")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--host-compute", "0.5"], "host_compute is of experts that a GPU misses; give vram too"),
+        (["--vram", "1GiB", "--host-compute", "most"], "host_compute 'most' is not auto, off or a share between 0 and 1"),
+        (["--vram", "1GiB", "--predictor", "temporal"], "on a GPU the next layer's router predicts"),
+    ],
+)
+def test_options_of_a_gpu_that_mean_nothing(options: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *options]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert said in error
+
+
+@pytest.mark.parametrize("verb", ["run", "chat", "plan"])
+def test_help_says_what_the_hosts_share_costs(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([verb, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "tokens may depend on what is in VRAM; default: off" in text
+    assert "doctor --calibrate" in text

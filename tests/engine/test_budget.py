@@ -1,0 +1,155 @@
+"""Sizes by hand, refusals with the smallest budget that works, and what plan says is what load does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fate_moe import plan
+from fate_moe.adapter.meta_model import build_meta_model, expert_stacks
+from fate_moe.config import OffloadConfig, format_bytes, parse_amount, parse_size
+from fate_moe.core import ExpertId
+from fate_moe.engine.budget import footprint, make_plan
+from fate_moe.engine.load import prepare
+from fate_moe.errors import BudgetError, ConfigError
+from fate_moe.memory.classes import fewest, total_bytes
+from fate_moe.store.convert import convert
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("4GiB", 4 << 30), ("4096MiB", 4 << 30), ("1.5G", 3 << 29), ("4GB", 4 * 10**9), ("10", 10), ("2kib", 2048)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "4 gigs", "-1GiB", "0", "1e9", "12%"])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(ConfigError, match="not a size"):
+        parse_size(text)
+
+
+def test_amounts() -> None:
+    assert parse_amount("25%", 1000) == 250
+    assert parse_amount("0.75", 1000) == 750
+    assert parse_amount("1KiB", 10) == 1024
+    for wrong in ("0%", "101%", "1.5x"):
+        with pytest.raises(ConfigError):
+            parse_amount(wrong, 1000)
+    assert [format_bytes(size) for size in (0, 1023, 1 << 20, 1000 << 20, 5 << 40)] == [
+        "0 B",
+        "1023 B",
+        "1 MiB",
+        "1000 MiB",
+        "5 TiB",
+    ]
+
+
+def test_unknown_options_name_their_neighbour() -> None:
+    with pytest.raises(ConfigError, match=r"unknown option 'expert_cach'; did you mean 'expert_cache'\?"):
+        OffloadConfig.from_options({"expert_cach": "25%"})
+    with pytest.raises(ConfigError, match=r"did you mean 'shallow-arc'\?"):
+        OffloadConfig(policy="shalow-arc")
+    for wrong in ({"context_length": 0}, {"io_threads": 1}, {"ram": "much"}, {"expert_cache": "0%"}, {"precision": "int5"}):
+        with pytest.raises(ConfigError):
+            OffloadConfig(**wrong)  # type: ignore[arg-type]
+
+
+def test_footprint_by_hand(checkpoint: Callable[[str], Path]) -> None:
+    """Qwen1.5-MoE-A2.7B's geometry, from a config.json alone."""
+    import json
+
+    folder = checkpoint("qwen2_moe").parent / "geometry"
+    folder.mkdir(exist_ok=True)
+    geometry = {
+        "model_type": "qwen2_moe", "hidden_size": 2048, "intermediate_size": 5632, "moe_intermediate_size": 1408,
+        "shared_expert_intermediate_size": 5632, "num_hidden_layers": 24, "num_attention_heads": 16, "num_key_value_heads": 16,
+        "num_experts": 60, "num_experts_per_tok": 4, "vocab_size": 151936, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(geometry))
+    model = build_meta_model(folder)
+    needs = footprint(model, expert_stacks(model), "lossless")
+    assert needs.num_experts == 24 * 60
+    assert needs.min_slots == 4
+    assert needs.slot_bytes == 3 * 2048 * 1408 * 2  # already a multiple of 4096
+    assert needs.kv_bytes_per_token == 24 * 2 * 2048 * 2
+    attention = 4 * 2048 * 2048 + 3 * 2048
+    per_layer = attention + 3 * 2048 * 5632 + 2048 + 60 * 2048 + 2 * 2048  # shared expert, its gate, router, norms
+    assert (needs.dense_bytes, needs.row_bytes) == (2 * (24 * per_layer + 151936 * 2048 + 2048), 2 * 151936 * 2048)
+    groups = 3 * 2048 * 1408 // 64
+    int4 = footprint(model, expert_stacks(model), "int4").slot_bytes
+    assert groups * 36 <= int4 < groups * 36 + 4096
+
+
+def test_a_written_out_expert_is_counted(checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the prompt's length: one expert as numbers, or the packed tokens of a pass where there are matrix tiles."""
+    model = build_meta_model(checkpoint("qwen2_moe")).bfloat16()
+    stacks = expert_stacks(model)
+    shapes = stacks[0].parameters.values()
+    numbers = sum(rows * cols for rows, cols in shapes)
+    expected = {False: 2 * numbers, True: 256 * 2 * 2 * max(cols for _, cols in shapes)}
+    config = OffloadConfig(ram="64GiB", context_length=16)
+    for tiles, scratch in expected.items():
+        monkeypatch.setattr("fate_moe.engine.budget.native", SimpleNamespace(has_tiles=lambda tiles=tiles: tiles))
+        needs = footprint(model, stacks, "int4")
+        assert needs.scratch_bytes == scratch
+        assert make_plan(needs, config).activation_bytes == 16 * needs.activation_bytes_per_token + scratch
+    monkeypatch.setattr("fate_moe.engine.budget.native", None)
+    assert footprint(model, stacks, "int4").scratch_bytes == 2 * numbers
+    assert footprint(model, stacks, "lossless").scratch_bytes == 0
+
+
+def test_too_small_budgets_name_the_smallest_that_works(checkpoint: Callable[[str], Path]) -> None:
+    model = build_meta_model(checkpoint("qwen2_moe"))
+    needs = footprint(model, expert_stacks(model), "lossless")
+    with pytest.raises(BudgetError, match=r"at least --ram \d+MiB") as caught:
+        make_plan(needs, OffloadConfig(ram="10MiB"))
+    enough = caught.value.smallest_bytes + (4 << 20)  # this process may have grown meanwhile
+    smallest = make_plan(needs, OffloadConfig(ram=enough))
+    assert smallest.num_slots >= needs.min_slots
+    assert smallest.left_bytes >= 0
+    with pytest.raises(BudgetError, match="one token needs 2"):
+        make_plan(needs, OffloadConfig(expert_cache=needs.slot_bytes))
+    with pytest.raises(BudgetError, match="is too small"):
+        make_plan(needs, OffloadConfig(ram=caught.value.smallest_bytes // 2, expert_cache="100%"))
+
+
+def test_a_mixed_store_has_slots_of_each_length(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    keep = {ExpertId(0, 5): "lossless", ExpertId(1, 2): "int8"}
+    needs = prepare(convert(checkpoint("qwen2_moe"), tmp_path / "mixed", "int4", keep=keep)).footprint()
+    lengths = [of.slot_bytes for of in needs.slots]
+    assert [of.num_experts for of in needs.slots] == [14, 1, 1]
+    assert needs.expert_bytes == 14 * lengths[0] + lengths[1] + lengths[2]
+    with pytest.raises(BudgetError, match=r"--ram \d+MiB") as caught:
+        make_plan(needs, OffloadConfig(ram="10MiB"))
+    smallest = make_plan(needs, OffloadConfig(ram=caught.value.smallest_bytes + (4 << 20)))
+    assert smallest.left_bytes >= 0
+    whole, half = (make_plan(needs, OffloadConfig(expert_cache=share)) for share in ("100%", "50%"))
+    assert [of.num_slots for of in whole.slots] == [14, 1, 1]
+    assert (whole.num_slots, whole.num_experts, whole.expert_cache_bytes) == (16, 16, needs.expert_bytes)
+    assert half.slots[1:] == whole.slots[1:], "one that is alone in its class keeps its slot"
+    assert half.num_slots > needs.expert_bytes // 2 // needs.slot_bytes
+    assert half.expert_cache_bytes <= needs.expert_bytes // 2 < half.expert_cache_bytes + lengths[0]
+    assert half.as_dict()["slots"] == [of._asdict() for of in half.slots]
+    assert half.as_dict()["num_slots"] == half.num_slots
+    rows = half.rows()
+    assert sum(size for _, size, _ in rows[:-1]) == half.budget_bytes
+    assert [what for what, _, _ in rows if "slots" in what] == [f"expert slots of {format_bytes(length)}" for length in lengths]
+    for share in ("1", str(total_bytes(fewest(needs.slots, needs.min_slots)) - 1)):
+        with pytest.raises(BudgetError, match="one token needs"):
+            make_plan(needs, OffloadConfig(expert_cache=share))
+
+
+def test_plan_is_what_load_does(checkpoint: Callable[[str], Path], loaded: Callable[..., Any]) -> None:
+    planned = plan(checkpoint("qwen2_moe"), expert_cache="50%")
+    model = loaded("qwen2_moe", expert_cache="50%")
+    assert planned.num_slots == model.fate.plan.num_slots == 8
+    assert abs(planned.dense_bytes - model.fate.plan.dense_bytes) < 64 << 10  # the file's header
+    assert planned.slot_bytes == model.fate.plan.slot_bytes
+    assert sum(size for _, size, _ in planned.rows()[:-1]) == planned.budget_bytes
+    assert "slots" not in planned.as_dict()
+    assert ("expert slots", 8 * planned.slot_bytes, "8 of 16 experts (50.0%), lossless") in planned.rows()

@@ -1,0 +1,97 @@
+"""Misses computed on the host: a real mailbox and the real C++ threads, the device's side under Triton's interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from fate_moe.errors import UnsupportedModelError
+from fate_moe.gpu.experts import DeviceExperts
+from fate_moe.gpu.host_compute import HostCompute
+from fate_moe.gpu.options import DeviceOptions
+from fate_moe.kernels.native import native
+from tests.support.device import CPU, Model, SwiGLU, random_model, reference
+
+pytestmark = pytest.mark.skipif(native is None, reason="the C++ kernels are not built")
+
+
+@pytest.fixture
+def model() -> Model:
+    return random_model(layers=2, experts=8, top_k=4, hidden=128, width=72)
+
+
+@pytest.fixture
+def share(model: Model) -> Iterator[HostCompute]:
+    made = HostCompute(model.layout, model.shapes, SwiGLU(), model.arena, model.top_k, CPU, threads=2, exact=True)
+    yield made
+    made.close()
+
+
+def step(experts: DeviceExperts, model: Model, layer: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One token through ``route`` and ``run``: output, routing weights and chosen experts."""
+    logits = model.gates[layer] @ x[0]
+    weights, out = torch.zeros(1, model.top_k), torch.zeros_like(x)
+    experts.staged[0] = staged(x[0])
+    experts.route(layer, logits, model.gates[-1] @ x[0], x[0], weights, normalize=True)
+    experts.run(layer, weights, out)
+    return out, weights, torch.topk(logits, model.top_k).indices[None]
+
+
+def staged(x: torch.Tensor) -> torch.Tensor:
+    """``x`` in the order of ``staged_index``: element 64g + 16j + 4w + c at [4j + c, g, w]."""
+    return x.view(-1, 4, 4, 4).permute(1, 3, 0, 2).reshape(-1)
+
+
+@pytest.mark.parametrize("host_compute", [1.0, 0.5])
+def test_same_sums_as_the_twin_and_only_the_links_misses_move_in(model: Model, share: HostCompute, host_compute: float) -> None:
+    experts = model.experts(10, DeviceOptions(limit=1, host_compute=host_compute), share=share)
+    random = torch.Generator().manual_seed(3)
+    hosted = 0
+    for _ in range(4):
+        for layer in (0, 1):
+            x = torch.randn(1, 128, generator=random)
+            before = {expert for held, expert, _ in experts.tables.residents() if held == layer}
+            out, weights, index = step(experts, model, layer, x)
+            after = {expert for held, expert, _ in experts.tables.residents() if held == layer}
+            missing = set(index[0].tolist()) - before
+            assert len(missing - after) == len(missing) - int(len(missing) * (1 - host_compute))
+            hosted += len(missing - after)
+            exact = reference(model, layer, x, index, weights, torch.float64)
+            twin = reference(model, layer, x, index, weights, torch.float32)
+            assert (out.double() - exact).abs().max() <= 2 * (twin.double() - exact).abs().max() + 1e-6 * exact.abs().max()
+    assert hosted == experts.tables.hosted() > 0
+    counted = experts.counters()
+    assert counted.bytes_read == (counted.misses - hosted + counted.prefetched) * model.layout.length
+    experts.tables.check_integrity()
+
+
+def test_activations_are_rounded_as_on_the_cpu_tier(model: Model) -> None:
+    share = HostCompute(model.layout, model.shapes, SwiGLU(), model.arena, model.top_k, CPU, threads=1)
+    experts = model.experts(10, DeviceOptions(host_compute=1.0), share=share)
+    x = torch.randn(1, 128, generator=torch.Generator().manual_seed(5))
+    out, weights, index = step(experts, model, 0, x)
+    exact = reference(model, 0, x, index, weights, torch.float64)
+    error = (out.double() - exact).norm() / exact.norm()
+    assert 1e-5 < error < 0.02  # int8 by group of 64: about 0.4 % per product
+    share.close()
+
+
+def test_a_host_without_every_expert_is_refused(model: Model, share: HostCompute) -> None:
+    experts = model.experts(10)
+    other = SimpleNamespace(bytes=model.arena.bytes)
+    with pytest.raises(ValueError, match="every expert"):
+        DeviceExperts(
+            experts.layouts, other, experts.pool, experts.tables, experts.gates, top_k=4,  # type: ignore[arg-type]
+            options=DeviceOptions(host_compute=0.5), share=share,
+        )  # fmt: skip
+
+
+def test_experts_without_a_kernel_are_refused() -> None:
+    model = random_model("lossless", torch.float32)
+    with pytest.raises(UnsupportedModelError, match="F32"):
+        HostCompute(model.layout, model.shapes, SwiGLU(), model.arena, model.top_k, CPU)

@@ -1,0 +1,132 @@
+"""The GPU path on tiny transformers models, on a simulated device: same numbers as transformers, and as fully resident (law 1)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import StaticCache
+
+pytest.importorskip("triton")
+
+from fate_moe.adapter.meta_model import expert_stacks
+from fate_moe.engine.cuda_attach import attach_device, router_weights
+from fate_moe.gpu.dense import ByteLinear
+from fate_moe.gpu.experts import DeviceExperts
+from fate_moe.gpu.layout import device_layout
+from fate_moe.gpu.memory import PinnedArena, VramPool
+from fate_moe.gpu.options import DeviceOptions
+from fate_moe.gpu.tables import ResidencyTables, layer_quotas
+from fate_moe.layers.cuda_step import FusedStep, why_not_fused
+from fate_moe.quant.blob import encode
+from fate_moe.store.format import blob_layout
+from tests.support.checkpoints import tiny_model
+
+CPU = torch.device("cpu")
+
+
+def on_device(model: Any, num_slots: int, fitted: Any = (), **options: Any) -> DeviceExperts:
+    """Move ``model``'s experts into an arena, losslessly, and run them from ``num_slots`` slots."""
+    stacks = expert_stacks(model)
+    shapes = stacks[0].output_rows_first()
+    layout = blob_layout("lossless", shapes, "F32")
+    experts, top_k = stacks[0].num_experts, model.config.num_experts_per_tok
+    arena = PinnedArena(len(stacks) * experts, layout.length, CPU)
+    for stack in stacks:
+        module = model.get_submodule(stack.name)
+        for number in range(experts):
+            blob = encode(layout, {name: getattr(module, name)[number].detach() for name in shapes})
+            arena.blob(stack.layer * experts + number).copy_(torch.frombuffer(blob, dtype=torch.uint8))
+    chosen = DeviceOptions(**options)
+    tables = ResidencyTables(layer_quotas(num_slots, len(stacks), experts, top_k + chosen.limit, chosen.num_whole), experts, CPU)
+    pool = VramPool(tables.num_slots, 4, layout.length, CPU)
+    layouts = [device_layout(layout, shapes, model.get_submodule(stack.name)) for stack in stacks]
+    device = DeviceExperts(layouts, arena, pool, tables, router_weights(model, stacks), top_k=top_k, options=chosen, fitted=fitted)
+    device.fill()
+    attach_device(model, stacks, device)
+    return device
+
+
+PROMPT = torch.tensor([[3, 17, 90, 5]])
+
+
+def fused_logits(model: Any, num_slots: int, steps: int, **options: Any) -> tuple[torch.Tensor, list[int], DeviceExperts]:
+    """Logits [steps, vocabulary] and tokens after PROMPT, by fused steps."""
+    device = on_device(model, num_slots, **options)
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    with torch.no_grad():
+        first = int(model(PROMPT, past_key_values=cache).logits[0, -1].argmax())
+    fused = FusedStep(model, device, cache)
+    fused.begin(first, PROMPT.shape[1])
+    rows = []
+    for _ in range(steps):
+        fused.step()
+        rows.append(fused.logits.clone())
+    device.tables.check_integrity()
+    return torch.stack(rows), [first, *fused.tokens[PROMPT.shape[1] + 1 :][:steps].tolist()], device
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "mixtral"])
+def test_fused_steps_are_the_models_own(family: str) -> None:
+    model = tiny_model(family)
+    assert why_not_fused(model) == []
+    with torch.no_grad():
+        expected = model.generate(PROMPT, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 4:].tolist()
+    logits, tokens, _ = fused_logits(model, num_slots=7, steps=3)
+    assert tokens == expected
+    with torch.no_grad():
+        whole = model(torch.tensor([[*PROMPT[0].tolist(), *tokens[:-1]]])).logits[0, 4:]  # through the same experts, no cache
+    torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_same_numbers_for_every_budget_and_option() -> None:
+    exact, tokens, device = fused_logits(tiny_model("qwen3_moe"), num_slots=16, steps=2)
+    assert device.counters().misses == 0
+    for slots, options in (
+        (4, {"limit": 0}),
+        (6, {"eviction": "recency"}),
+        (10, {"overlap": False, "num_whole": 1}),
+        (7, {"eviction": "probability"}),
+    ):
+        logits, same, device = fused_logits(tiny_model("qwen3_moe"), num_slots=slots, steps=2, **options)
+        assert torch.equal(logits, exact)
+        assert same == tokens
+        assert device.counters().misses > 0
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe"])
+def test_a_fitted_gate_says_who_comes_early_and_changes_no_number(family: str) -> None:
+    exact, tokens, _ = fused_logits(tiny_model(family), num_slots=16, steps=2)
+    config = tiny_model(family).config
+    prefetched = 0
+    for expert in (3, 5, 7):  # one at least that the prompt has not left in a slot
+        gate = torch.zeros(config.num_experts, config.hidden_size + 1)
+        gate[expert, -1] = 1.0
+        logits, same, device = fused_logits(tiny_model(family), num_slots=8, steps=2, fitted=[None, gate], num_predicted=1)
+        assert torch.equal(logits, exact)
+        assert same == tokens
+        prefetched += device.counters().prefetched
+    assert prefetched > 0
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe"])
+def test_dense_weights_of_one_byte(family: str) -> None:
+    def rounded() -> Any:
+        model = tiny_model(family)
+        for name, module in list(model.named_modules()):
+            if type(module) is torch.nn.Linear and "expert_gate" not in name:  # the fused step has it among the routers
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, ByteLinear.rounded(module.weight.data, module.bias))
+        return model
+
+    model = rounded()
+    logits, tokens, _ = fused_logits(model, num_slots=7, steps=2)
+    with torch.no_grad():  # transformers' own layers on the same numbers
+        whole = model(torch.tensor([[*PROMPT[0].tolist(), *tokens[:-1]]])).logits[0, 4:]
+    torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_other_layers_say_why_they_are_not_plain() -> None:
+    assert "deepseek_v2 is not one of" in why_not_fused(tiny_model("deepseek_v2"))[0]
+    assert "sliding window" in why_not_fused(tiny_model("mixtral", sliding_window=8))[0]

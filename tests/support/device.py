@@ -1,0 +1,133 @@
+"""A simulated device: the GPU path on the CPU, every kernel under Triton's interpreter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from fate_moe.core import BlobLayout
+from fate_moe.gpu.experts import DeviceExperts
+from fate_moe.gpu.host_compute import HostCompute
+from fate_moe.gpu.layout import device_layout
+from fate_moe.gpu.memory import PinnedArena, VramPool
+from fate_moe.gpu.options import DeviceOptions
+from fate_moe.gpu.tables import ResidencyTables, layer_quotas
+from fate_moe.quant.blob import encode, views
+from fate_moe.store.format import blob_layout
+
+CPU = torch.device("cpu")
+
+
+class SwiGLU:
+    """What the kernels ask of a transformers experts module."""
+
+    has_gate = True
+    is_concatenated = True
+    act_fn = staticmethod(torch.nn.functional.silu)
+
+    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.act_fn(gate) * up
+
+
+SwiGLU._apply_gate.__name__ = "_default_apply_gate"
+
+
+@dataclass
+class Model:
+    """Random experts of a few layers in an arena, and routers."""
+
+    layout: BlobLayout
+    shapes: dict[str, tuple[int, ...]]
+    arena: PinnedArena
+    gates: list[torch.Tensor]
+    num_experts: int
+    top_k: int
+    dtype: torch.dtype
+
+    @property
+    def hidden(self) -> int:
+        """Width of a token's vector."""
+        return self.shapes["down_proj"][0]
+
+    def experts(
+        self,
+        num_slots: int,
+        options: DeviceOptions | None = None,
+        num_staging: int = 4,
+        share: HostCompute | None = None,
+        host: Any = None,
+    ) -> DeviceExperts:
+        options = options or DeviceOptions()
+        layers = len(self.gates)
+        tables = ResidencyTables(
+            layer_quotas(num_slots, layers, self.num_experts, min(self.num_experts, self.top_k + options.limit), options.num_whole),
+            self.num_experts,
+            CPU,
+        )
+        pool = VramPool(tables.num_slots, num_staging, self.layout.length, CPU)
+        device = device_layout(self.layout, self.shapes, SwiGLU())
+        experts = DeviceExperts(
+            [device] * layers, host or self.arena, pool, tables, list(self.gates), top_k=self.top_k, options=options, share=share
+        )
+        experts.fill()
+        return experts
+
+    def parts(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
+        return views(self.layout, self.arena.blob(layer * self.num_experts + expert))
+
+
+def random_model(
+    precision: str = "int4",
+    dtype: torch.dtype = torch.float32,
+    *,
+    layers: int = 1,
+    experts: int = 4,
+    top_k: int = 2,
+    hidden: int = 128,
+    width: int = 64,
+    seed: int = 0,
+) -> Model:
+    random = torch.Generator().manual_seed(seed)
+    shapes: dict[str, tuple[int, ...]] = {"gate_up_proj": (2 * width, hidden), "down_proj": (hidden, width)}
+    name = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]
+    layout = blob_layout(precision, shapes, name)
+    arena = PinnedArena(layers * experts, layout.length, CPU)
+    for number in range(layers * experts):
+        tensors = {key: torch.randn(shape, generator=random) * shape[1] ** -0.5 for key, shape in shapes.items()}
+        arena.blob(number).copy_(torch.frombuffer(encode(layout, {k: v.to(dtype) for k, v in tensors.items()}), dtype=torch.uint8))
+    gates = [torch.randn(experts, hidden, generator=random) for _ in range(layers)]
+    return Model(layout, shapes, arena, gates, experts, top_k, dtype)
+
+
+def route(model: Model, layer: int, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    weights, index = (hidden.float() @ model.gates[layer].T).softmax(-1).topk(model.top_k)
+    return index, weights.to(hidden.dtype)
+
+
+def reference(
+    model: Model,
+    layer: int,
+    hidden: torch.Tensor,
+    index: torch.Tensor,
+    weights: torch.Tensor,
+    dtype: Any,
+    num_planes: int | None = None,
+) -> torch.Tensor:
+    """The twin: every token's experts one by one in ``dtype``, summed in routing order."""
+    from fate_moe.kernels.reference import expert_mlp, expert_weights
+
+    x = hidden.to(dtype)
+    out = torch.zeros(x.shape, dtype=dtype)
+    for token in range(x.shape[0]):
+        for choice in range(index.shape[1]):
+            parts = model.parts(layer, int(index[token, choice]))
+            made = expert_weights(model.layout, parts, model.shapes, torch.float32, num_planes)
+            made = {key: value.to(dtype) for key, value in made.items()}
+            out[token] += (expert_mlp(SwiGLU(), made, x[token : token + 1])[0] * weights[token, choice].to(dtype)).to(dtype)
+    return out
