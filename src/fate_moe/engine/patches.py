@@ -107,7 +107,8 @@ class Patches:
 def _table(owner: Any, name: str, value: Any) -> dict[str, Any]:
     """The dictionary in which ``owner`` keeps ``name``."""
     if not isinstance(owner, nn.Module):
-        return vars(owner)
+    attributes: dict[str, Any] = vars(owner)
+    return owner._modules if isinstance(value, nn.Module) else attributes
     for table in _TABLES:
         if name in owner.__dict__[table]:
             found: dict[str, Any] = owner.__dict__[table]
