@@ -106,14 +106,14 @@ class Patches:
 
 def _table(owner: Any, name: str, value: Any) -> dict[str, Any]:
     """The dictionary in which ``owner`` keeps ``name``."""
-    if not isinstance(owner, nn.Module):
     attributes: dict[str, Any] = vars(owner)
-    return owner._modules if isinstance(value, nn.Module) else attributes
-    for table in _TABLES:
-        if name in owner.__dict__[table]:
-            found: dict[str, Any] = owner.__dict__[table]
-            return found
-    return owner._modules if isinstance(value, nn.Module) else vars(owner)
+    if not isinstance(owner, nn.Module):
+        return attributes
+    table: dict[str, Any]
+    for table in (attributes[kind] for kind in _TABLES):
+        if name in table:
+            return table
+    return attributes["_modules"] if isinstance(value, nn.Module) else attributes
 
 
 def _kind(value: Any) -> str:
