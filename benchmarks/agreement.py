@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.throttled import ThrottledSource, blobs_of
 from fate_moe.config import PRESETS, OffloadConfig, format_bytes
 from fate_moe.core import ExpertId
-from fate_moe.engine import load
+from fate_moe.engine import prepare
 from fate_moe.store.learned import STATISTICS
 from fate_moe.store.open import Store
 from fate_moe.tools.tracing import record_routing
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--skip", type=int, default=200)
     arguments = parser.parse_args()
     text, rows = arguments.text.read_text("utf-8")[: 8 * arguments.tokens], []
-    store = load.prepare(load.store_for(arguments.model, OffloadConfig().precision)).store
+    store = prepare.prepare(prepare.store_for(arguments.model, OffloadConfig().precision)).store
     blobs, learned = blobs_of(store), store.path / STATISTICS
     before = learned.read_bytes() if learned.exists() else None
     print("| link | preset | resident | read per token | stall per token | tokens/s |  (recorded, simulated)")

@@ -22,6 +22,7 @@ from torch import nn
 from fate_moe.adapter.meta_model import ExpertStack, build_meta_model, expert_stacks
 from fate_moe.core import BlobLayout
 from fate_moe.engine.cuda_attach import attach_device, router_weights
+from fate_moe.engine.patches import Patches
 from fate_moe.gpu.dense import ByteLinear
 from fate_moe.gpu.experts import DeviceExperts
 from fate_moe.gpu.host_compute import HostCompute
@@ -121,7 +122,7 @@ class RandomModel:
             self.device_layouts, self.arena, pool, tables, gates, top_k=top_k, options=options, share=share, fitted=fitted
         )
         experts.fill()
-        attach_device(self.model, self.stacks, experts)
+        attach_device(self.model, self.stacks, experts, Patches(self.model))
         return experts
 
     def host_compute(self) -> HostCompute:

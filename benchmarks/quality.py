@@ -26,7 +26,8 @@ from benchmarks.quality_page import draw, fill_page
 from fate_moe import demo
 from fate_moe.checkpoints.source import Checkpoint
 from fate_moe.core import PrecisionPolicy
-from fate_moe.engine.load import is_store, load, load_tokenizer
+from fate_moe.engine.load import load
+from fate_moe.engine.prepare import is_store, load_tokenizer
 from fate_moe.kernels.reference import dequantize
 from fate_moe.machine import peak_memory
 from fate_moe.memory.precision import Budget, FixedView, PrefillPopularity, RoutingWeighted

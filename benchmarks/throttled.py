@@ -23,7 +23,7 @@ import torch
 from fate_moe import demo
 from fate_moe.config import PRESETS, OffloadConfig, format_bytes
 from fate_moe.core import ExpertId
-from fate_moe.engine import load
+from fate_moe.engine import load, prepare
 from fate_moe.engine.budget import make_plan
 from fate_moe.memory.slots import SlotArena
 from fate_moe.store.open import Store
@@ -69,14 +69,13 @@ def measure(path: Path, blobs: dict[ExpertId, bytes], preset: str, gbps: float, 
     """One run of the store at ``path``: decode speed, ready on time, bytes and stall per token."""
     choice = {"policy": PRESETS["best"][0], "predictor": "none"} if preset == "none" else {"preset": preset}
     config = OffloadConfig.from_options({"expert_cache": cache, "context_length": 1024, **choice})
-    prepared = load.prepare(path)
+    prepared = prepare.prepare(path)
     source = ThrottledSource(blobs, gbps * 1e9)
-    running = load.realize(prepared, make_plan(prepared.footprint(), config), config, source)
-    tokenizer = load.load_tokenizer(prepared.store.path)
+    running = load.build(prepared, make_plan(prepared.footprint(), config), config, source)
+    tokenizer = prepare.load_tokenizer(prepared.store.path)
     inputs = tokenizer(demo.PROMPT, return_tensors="pt")["input_ids"]
     generate(running, tokenizer, inputs, max_new_tokens=32, do_sample=False)  # warms up
     before = running.fate.report().experts
-    before = type(before)(**{name: getattr(before, name) for name in before.__dataclass_fields__})
     torch.manual_seed(0)
     answer = generate(running, tokenizer, inputs, max_new_tokens=new_tokens, do_sample=False, min_new_tokens=new_tokens)
     spent = running.fate.report().experts.since(before)
@@ -98,8 +97,8 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=200)
     parser.add_argument("--runs", type=int, default=3)
     arguments = parser.parse_args()
-    path = load.store_for(arguments.model, OffloadConfig().precision)
-    blobs, rows = blobs_of(load.prepare(path).store), []
+    path = prepare.store_for(arguments.model, OffloadConfig().precision)
+    blobs, rows = blobs_of(prepare.prepare(path).store), []
     for gbps in arguments.gbps:
         rounds: list[dict[str, dict[str, float]]] = []
         for number in range(arguments.runs):

@@ -12,8 +12,9 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # GPU kernels run on the CPU; re
 import pytest
 import torch
 
-from fate_moe.engine.load import store_for
+from fate_moe.engine.prepare import store_for
 from tests.support.checkpoints import tiny_checkpoint
+from tests.support.engines import load_model
 
 torch.set_num_threads(1)  # two workers on two cores
 
@@ -53,14 +54,3 @@ def loaded(checkpoint: Callable[[str], Path]) -> Iterator[Callable[..., Any]]:
     yield open_model
     for model in models:
         model.fate.close()
-
-
-def load_model(store: Path, **options: Any) -> Any:
-    """load() without the tokenizer, which tiny checkpoints have not."""
-    from fate_moe.config import OffloadConfig
-    from fate_moe.engine.budget import make_plan
-    from fate_moe.engine.load import prepare, realize
-
-    config = OffloadConfig.from_options({"context_length": 256, **options})
-    prepared = prepare(store)
-    return realize(prepared, make_plan(prepared.footprint(), config), config)

@@ -9,22 +9,58 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from fate_moe.config import OffloadConfig
+from fate_moe.errors import (
+    BudgetError,
+    CheckpointError,
+    ClosedModelError,
+    ConfigError,
+    CorruptExpertError,
+    DiskSpaceError,
+    FateError,
+    StoreError,
+    UnsupportedModelError,
+)
 
 if TYPE_CHECKING:
-    from fate_moe.engine.load import load, plan
+    from fate_moe.engine.engine import Engine
+    from fate_moe.engine.load import load
+    from fate_moe.engine.prepare import plan
+    from fate_moe.engine.report import Report
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
-__all__ = ["OffloadConfig", "__version__", "load", "plan"]
+__all__ = [
+    "BudgetError",
+    "CheckpointError",
+    "ClosedModelError",
+    "ConfigError",
+    "CorruptExpertError",
+    "DiskSpaceError",
+    "Engine",
+    "FateError",
+    "OffloadConfig",
+    "Report",
+    "StoreError",
+    "UnsupportedModelError",
+    "__version__",
+    "load",
+    "plan",
+]
+
+# torch and transformers take seconds to import; `fate --help` and `import fate_moe` must not wait for them.
+_LAZY = {
+    "Engine": "fate_moe.engine.engine",
+    "Report": "fate_moe.engine.report",
+    "load": "fate_moe.engine.load",
+    "plan": "fate_moe.engine.prepare",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # torch and transformers take seconds to import; `fate --help` and `import fate_moe` must not wait for them.
-    if name in ("load", "plan"):
-        from fate_moe.engine import load as module
-
-        return getattr(module, name)
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

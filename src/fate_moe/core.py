@@ -211,6 +211,12 @@ class Patcher(Protocol):
     def hook(self, module: Any, when: str, function: Callable[..., Any], *, with_kwargs: bool = False) -> None:
         """Call ``function`` "before" or "after" each forward of ``module``."""
 
+    def record(self, change: Callable[[], Any]) -> None:
+        """Call ``change``, a library's own function, and list the parts of modules that it replaced."""
+
+    def change(self, what: str, became: str, undo: Callable[[], None]) -> None:
+        """Note a change that a library's own call made, and what takes it back."""
+
 
 class PrecisionPolicy(Protocol):
     """Says how many bits of each expert a pass wants; what a slot holds beyond that is used too, what it lacks is read.

@@ -23,8 +23,8 @@ from fate_moe.cli import main
 from fate_moe.errors import CheckpointError, UnsupportedModelError
 from fate_moe.store.convert import convert
 from fate_moe.store.open import load_dense, open_store
-from tests.conftest import load_model
 from tests.support.checkpoints import tiny_model as tiny_common_model
+from tests.support.engines import load_model
 from tests.support.gguf_files import Kind, write_gguf
 from tests.support.tiny import tiny_model
 

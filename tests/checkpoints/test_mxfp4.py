@@ -14,8 +14,8 @@ from fate_moe.checkpoints.mxfp4 import dequantize_mxfp4
 from fate_moe.checkpoints.source import Checkpoint
 from fate_moe.errors import CheckpointError, UnsupportedModelError
 from fate_moe.store.convert import convert
-from tests.conftest import load_model
 from tests.support.checkpoints import tiny_checkpoint
+from tests.support.engines import load_model
 from tests.support.reading import load_all
 
 

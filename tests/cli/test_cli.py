@@ -13,7 +13,7 @@ import pytest
 
 from fate_moe import demo
 from fate_moe.cli import main
-from fate_moe.engine.load import store_for
+from fate_moe.engine.prepare import store_for
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_same_text_whatever_the_cache(store: Path, capsys: pytest.CaptureFixture
     texts = []
     for cache, policy in (("100%", "lru"), ("10%", "arc"), ("1%", "lfu")):
         options = ["--expert-cache", cache, "--policy", policy, "--max-new-tokens", "12", "--no-do-sample", "--json"]
-        assert main(["run", "--file", __file__.replace("test_cli.py", "data/prompt.txt"), *options]) == 0
+        assert main(["run", "--file", str(Path(__file__).parents[1] / "data/prompt.txt"), *options]) == 0
         texts.append(json.loads(capsys.readouterr().out.splitlines()[-1])["tokens"])
     assert texts[0] == texts[1] == texts[2]
 

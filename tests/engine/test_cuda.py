@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,33 +12,19 @@ from transformers.generation.streamers import BaseStreamer
 
 pytest.importorskip("triton")
 
-from fate_moe.config import OffloadConfig
 from fate_moe.core import ExpertId
-from fate_moe.engine.cuda import realize_on_device
-from fate_moe.engine.device_budget import make_device_plan
-from fate_moe.engine.load import prepare, store_for
+from fate_moe.engine.prepare import prepare, store_for
 from fate_moe.errors import BudgetError, CorruptExpertError, UnsupportedModelError
 from fate_moe.gpu.dense import ByteLinear
-from fate_moe.gpu.device import Gpu
 from fate_moe.gpu.link import Link, save_link
-from fate_moe.gpu.options import device_options
 from fate_moe.kernels.native import native
 from fate_moe.store.convert import convert
 from fate_moe.store.learned import GATES, save_gates
 from fate_moe.store.open import open_store
-from tests.conftest import load_model
+from tests.support.engines import load_model, simulated_gpu
 
 CPU = torch.device("cpu")
 PROMPT = torch.tensor([[3, 17, 90, 5]])
-
-
-def on_gpu(store: Path, slots: int | None = None, places: int | None = None, **options: Any) -> Any:
-    """The model of ``store`` with so many slots in "VRAM" and in RAM (None: all experts)."""
-    config = OffloadConfig(device="cuda", context_length=24, **options)
-    prepared = prepare(store)
-    plan = make_device_plan(prepared.footprint(), config, Gpu("simulated", CPU, 1 << 30, 1 << 30), device_options(config.preset))
-    plan = replace(plan, num_slots=slots or plan.num_slots, num_host_slots=places or plan.num_host_slots)
-    return realize_on_device(prepared, plan, config, CPU)
 
 
 def tokens(model: Any, num: int = 3, **options: Any) -> list[int]:
@@ -51,7 +36,7 @@ def tokens(model: Any, num: int = 3, **options: Any) -> list[int]:
 def test_tokens_are_the_cpus(
     checkpoint: Callable[[str], Path], loaded: Callable[..., Any], slots: int | None, places: int | None
 ) -> None:
-    model = on_gpu(store_for(checkpoint("qwen2_moe"), "lossless"), slots, places)
+    model = simulated_gpu(store_for(checkpoint("qwen2_moe"), "lossless"), slots, places)
     assert tokens(model) == tokens(loaded("qwen2_moe"))
     assert model.fate.decode.steps == 2, "decode did not go through the fused step"
     report = model.fate.report().as_dict()
@@ -65,7 +50,7 @@ def test_tokens_are_the_cpus(
 
 def test_activation_paths(checkpoint: Callable[[str], Path], loaded: Callable[..., Any]) -> None:
     """Preset eap: a sequence's use joins the collection when it ends, and predicts the next one's layers."""
-    model, twin = on_gpu(store_for(checkpoint("qwen2_moe"), "lossless"), 7, preset="eap"), loaded("qwen2_moe")
+    model, twin = simulated_gpu(store_for(checkpoint("qwen2_moe"), "lossless"), 7, preset="eap"), loaded("qwen2_moe")
     step = model.fate.decode._step
     assert tokens(model) == tokens(twin)
     first = step.collection[0].clone()
@@ -79,11 +64,11 @@ def test_activation_paths(checkpoint: Callable[[str], Path], loaded: Callable[..
     assert model.fate.experts.counters().prefetched > 0
     model.fate.close()
     with pytest.raises(UnsupportedModelError, match="choose --preset best"):
-        on_gpu(store_for(checkpoint("olmoe"), "lossless"), preset="eap")
+        simulated_gpu(store_for(checkpoint("olmoe"), "lossless"), preset="eap")
 
 
 def test_layers_that_are_not_plain_run_as_they_are(checkpoint: Callable[[str], Path], loaded: Callable[..., Any]) -> None:
-    model = on_gpu(store_for(checkpoint("olmoe"), "lossless"), 6, 4)
+    model = simulated_gpu(store_for(checkpoint("olmoe"), "lossless"), 6, 4)
     assert model.fate.decode is None
     assert tokens(model) == tokens(loaded("olmoe"))
     model.fate.close()
@@ -102,7 +87,7 @@ def test_generate_is_transformers(checkpoint: Callable[[str], Path], loaded: Cal
         def end(self) -> None:
             self.values.append(-1)
 
-    model, twin = on_gpu(store_for(checkpoint("qwen3_moe"), "lossless")), loaded("qwen3_moe")
+    model, twin = simulated_gpu(store_for(checkpoint("qwen3_moe"), "lossless")), loaded("qwen3_moe")
     made = []
     for each in (model, twin):
         torch.manual_seed(3)
@@ -134,7 +119,7 @@ def quantized(checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: py
 def test_quantized_dense_weights_stay_bytes(quantized: Callable[..., Path], dense_precision: str) -> None:
     store = quantized(dense_precision)
     twin = load_model(store, exact_activations=True)
-    model = on_gpu(store)
+    model = simulated_gpu(store)
     bytewide = [name for name, module in model.named_modules() if isinstance(module, ByteLinear)]
     mixers = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.shared_expert.{name}_proj" for name in ("gate", "up", "down")]
     assert set(bytewide) == {*(f"model.layers.{i}.{name}" for i in (0, 1) for name in mixers), "lm_head"}
@@ -155,7 +140,7 @@ def test_quantized_dense_weights_stay_bytes(quantized: Callable[..., Path], dens
 def test_misses_computed_on_the_host(quantized: Callable[..., Path]) -> None:
     store = quantized("int8", "qwen3_moe")
     twin = load_model(store, exact_activations=True)
-    model = on_gpu(store, 6, host_compute="0.5", exact_activations=True)
+    model = simulated_gpu(store, 6, host_compute="0.5", exact_activations=True)
     assert tokens(model, 6) == tokens(twin, 6)  # in fp32 and unrounded; tokens may differ otherwise
     report = model.fate.report()
     assert 0 < report.hosted <= report.experts.misses
@@ -171,15 +156,15 @@ def test_where_the_host_cannot_help(checkpoint: Callable[[str], Path]) -> None:
     save_link(Link("simulated", 16, 50e9, 45e9, 160e9, 45e9, 120e9))
     store = store_for(checkpoint("olmoe"), "lossless")
     with pytest.raises(UnsupportedModelError, match=r"olmoe is not one of .* leave --host-compute away"):
-        on_gpu(store, host_compute="0.5")
-    model = on_gpu(store, host_compute="auto")
+        simulated_gpu(store, host_compute="0.5")
+    model = simulated_gpu(store, host_compute="auto")
     assert model.fate.plan.host_compute == 0.0
     model.fate.close()
 
 
 def test_memory_that_runs_out_after_all_is_said(checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     store = store_for(checkpoint("mixtral"), "lossless")
-    model = on_gpu(store)
+    model = simulated_gpu(store)
     more = rf"give --vram {(model.fate.plan.vram_budget_bytes + (256 << 20)) / (1 << 20):.0f}MiB"
 
     def full(*args: Any, **options: Any) -> Any:
@@ -191,7 +176,7 @@ def test_memory_that_runs_out_after_all_is_said(checkpoint: Callable[[str], Path
     model.fate.close()
     monkeypatch.setattr("fate_moe.engine.cuda.fill_device", full)
     with pytest.raises(BudgetError, match=f"while loading.*{more}"):
-        on_gpu(store)
+        simulated_gpu(store)
 
 
 def test_damage_is_never_a_wrong_answer(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
@@ -202,20 +187,20 @@ def test_damage_is_never_a_wrong_answer(checkpoint: Callable[[str], Path], tmp_p
         file.seek(opened.manifest.layers[1].experts[7].offset)
         file.write(b"\xff" * 64)
     with pytest.raises(CorruptExpertError, match="layer 1 expert 7"):
-        on_gpu(store)
+        simulated_gpu(store)
     with pytest.raises(CorruptExpertError, match="layer 1 expert 7"):
-        tokens(on_gpu(store, 6, 4), 16)
+        tokens(simulated_gpu(store, 6, 4), 16)
 
 
 def test_models_that_the_kernels_cannot_run_say_why(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="gate_up_proj_bias"):
-        on_gpu(store_for(checkpoint("gpt_oss"), "lossless"))
+        simulated_gpu(store_for(checkpoint("gpt_oss"), "lossless"))
     mixed = convert(checkpoint("mixtral"), tmp_path / "mixed", "int4", keep={0: "lossless"})
     with pytest.raises(UnsupportedModelError, match="different precisions"):
-        on_gpu(mixed)
+        simulated_gpu(mixed)
     finer = convert(checkpoint("mixtral"), tmp_path / "finer", "int4", group_size=32)
     with pytest.raises(UnsupportedModelError, match=r"groups of 32 \(.* --group-size 64 .*\); run them on the CPU"):
-        on_gpu(finer)
+        simulated_gpu(finer)
 
 
 def test_gates_fitted_to_the_model_are_used(checkpoint: Callable[[str], Path], loaded: Callable[..., Any]) -> None:
@@ -224,7 +209,7 @@ def test_gates_fitted_to_the_model_are_used(checkpoint: Callable[[str], Path], l
     gates = [torch.randn(config.num_experts, config.hidden_size + 1) for _ in range(config.num_hidden_layers)]
     save_gates(store, gates)
     try:
-        model = on_gpu(store, slots=8)
+        model = simulated_gpu(store, slots=8)
         first, second = model.fate.experts.fitted
         assert first is None
         assert torch.equal(second.float(), gates[1].bfloat16().float())

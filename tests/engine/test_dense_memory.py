@@ -15,7 +15,7 @@ from fate_moe.store.convert import convert
 _CHILD = """
 import json, sys
 import torch
-from tests.conftest import load_model
+from tests.support.engines import load_model
 
 def memory(name):
     return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith(name))

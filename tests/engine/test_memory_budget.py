@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fate_moe import demo
-from fate_moe.engine.load import store_for
+from fate_moe.engine.prepare import store_for
 from fate_moe.store.convert import convert
 
 # A process that is started from a big one inherits its peak (ru_maxrss survives vfork and exec), so a small one stands between.

@@ -66,7 +66,7 @@ def test_context_beyond_what_was_set_aside_is_refused(loaded: Callable[..., Any]
 def test_a_flipped_byte_stops_the_run_before_a_wrong_number(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     from fate_moe.store.convert import convert
     from fate_moe.store.open import open_store
-    from tests.conftest import load_model
+    from tests.support.engines import load_model
 
     path = convert(checkpoint("qwen2_moe"), tmp_path / "store")
     layer = open_store(path).manifest.layers[1]

@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 
 from fate_moe.adapter.meta_model import expert_stacks
 from fate_moe.engine.cuda_attach import attach_device, router_weights
+from fate_moe.engine.patches import Patches
 from fate_moe.gpu.dense import ByteLinear
 from fate_moe.gpu.experts import DeviceExperts
 from fate_moe.gpu.layout import device_layout
@@ -44,7 +45,7 @@ def on_device(model: Any, num_slots: int, fitted: Any = (), **options: Any) -> D
     layouts = [device_layout(layout, shapes, model.get_submodule(stack.name)) for stack in stacks]
     device = DeviceExperts(layouts, arena, pool, tables, router_weights(model, stacks), top_k=top_k, options=chosen, fitted=fitted)
     device.fill()
-    attach_device(model, stacks, device)
+    attach_device(model, stacks, device, Patches(model))
     return device
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from fate_moe.engine.load import prepare
+from fate_moe.engine.prepare import prepare
 from fate_moe.errors import StoreError
 from fate_moe.layers.dense import QuantizedLinear, StoredEmbedding
 from fate_moe.quant.solver import minmax
@@ -18,7 +18,7 @@ from fate_moe.store import dense
 from fate_moe.store.convert import convert
 from fate_moe.store.dense import dense_layouts, encode_dense, read_by_row
 from fate_moe.store.open import load_dense, open_store
-from tests.conftest import load_model
+from tests.support.engines import load_model
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from torch.nn.functional import linear
 
 from fate_moe.core import ExpertId, Need, PrecisionPolicy
 from fate_moe.engine import load
+from fate_moe.engine.patches import Patches
 from fate_moe.kernels.native import native
 from fate_moe.layers.cpu_step import _Step
 from fate_moe.layers.modules import SmallWeight, accelerate, accelerated_by
@@ -21,8 +22,8 @@ from fate_moe.memory.precision import Budget, PrefillPopularity, RoutingWeighted
 from fate_moe.predict.prefetcher import Prefetcher
 from fate_moe.store import dense
 from fate_moe.store.convert import convert
-from tests.conftest import load_model
 from tests.support.checkpoints import tiny_model
+from tests.support.engines import load_model
 
 if native is None:
     pytest.skip("the extension is not built", allow_module_level=True)
@@ -307,7 +308,7 @@ def test_an_unusual_norm_keeps_its_own_forward() -> None:
             self.usual, self.unusual = OneMoreRMSNorm(0.0), OneMoreRMSNorm(1.0)
 
     model = Model()
-    assert accelerate(model, False) == {"norms": 1}
+    assert accelerate(model, False, Patches(model)) == {"norms": 1}
     assert accelerated_by(model.usual) == 1e-6
     assert accelerated_by(model.unusual) is None
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fate_moe.core import ExpertId, Routing
-from fate_moe.engine.load import store_for
+from fate_moe.engine.prepare import store_for
 from fate_moe.errors import CorruptExpertError
 from fate_moe.memory.precision import make_precision_policy
 from fate_moe.memory.view_selector import chosen_weights

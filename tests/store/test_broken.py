@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fate_moe.cli import main
-from fate_moe.engine.load import prepare
+from fate_moe.engine.prepare import prepare
 from fate_moe.errors import StoreError
 from fate_moe.store.convert import convert
 from fate_moe.store.format import Manifest

@@ -11,11 +11,11 @@ import torch
 
 from fate_moe import demo
 from fate_moe.cli import main
-from fate_moe.engine.load import load_tokenizer
+from fate_moe.engine.prepare import load_tokenizer
 from fate_moe.errors import UnsupportedModelError
 from fate_moe.store.convert import convert
-from tests.conftest import load_model
 from tests.support.checkpoints import tiny_checkpoint
+from tests.support.engines import load_model
 
 TRAP = "raise SystemExit('the code of a checkpoint was run')"
 

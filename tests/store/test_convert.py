@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from fate_moe.core import SLOT_ALIGNMENT, ExpertId
 from fate_moe.errors import CheckpointError, DiskSpaceError, StoreError, UnsupportedModelError
+from fate_moe.io import files
 from fate_moe.io.direct import anonymous_buffer
 from fate_moe.quant.blob import views
 from fate_moe.quant.solver import hqq
-from fate_moe.store import files
 from fate_moe.store.convert import convert
 from fate_moe.store.open import load_dense, open_store, verify
 from fate_moe.store.reader import DiskSource

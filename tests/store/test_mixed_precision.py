@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fate_moe.core import ExpertId
-from fate_moe.engine.load import prepare
+from fate_moe.engine.prepare import prepare
 from fate_moe.errors import ConfigError, StoreError
 from fate_moe.io.direct import anonymous_buffer
 from fate_moe.memory.classes import total_bytes
@@ -22,7 +22,7 @@ from fate_moe.store.format import Manifest
 from fate_moe.store.mixed_precision import choose_precisions, parse_precision_rules, precisions_of
 from fate_moe.store.open import open_store, verify
 from fate_moe.store.reader import DiskSource
-from tests.conftest import load_model
+from tests.support.engines import load_model
 
 
 def test_rules() -> None:

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 
 from fate_moe.core import ExpertId
 from fate_moe.errors import CorruptExpertError, StoreError
+from fate_moe.io import direct
 from fate_moe.io.direct import DirectFile, anonymous_buffer
-from fate_moe.store import direct
 from fate_moe.store import open as open_module
 from fate_moe.store.convert import convert
 from fate_moe.store.open import Store, load_dense, open_store, verify

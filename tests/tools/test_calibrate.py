@@ -10,14 +10,14 @@ import torch
 
 from fate_moe import demo
 from fate_moe.cli import main
-from fate_moe.engine.load import load_tokenizer, store_for
+from fate_moe.engine.prepare import load_tokenizer, store_for
 from fate_moe.store.convert import convert
 from fate_moe.store.learned import load_view_losses
 from fate_moe.store.open import open_store
 from fate_moe.tools import calibrate as module
 from fate_moe.tools.calibrate import calibrate, measure_harm, measure_views
-from tests.conftest import load_model
 from tests.support.checkpoints import tiny_model
+from tests.support.engines import load_model
 
 BOOKS = Path(__file__).parents[1] / "data/heldout-books.txt"
 TOKENS = torch.randint(1, 128, (60,), generator=torch.Generator().manual_seed(0))

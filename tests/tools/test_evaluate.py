@@ -86,9 +86,9 @@ def test_compare_is_its_definition(loaded: Callable[..., Any], checkpoint: Calla
 
 
 def test_other_vocabularies_are_not_comparable(loaded: Callable[..., Any], tmp_path: Path) -> None:
-    from fate_moe.engine.load import store_for
-    from tests.conftest import load_model
+    from fate_moe.engine.prepare import store_for
     from tests.support.checkpoints import tiny_checkpoint
+    from tests.support.engines import load_model
 
     other = load_model(store_for(tiny_checkpoint("qwen2_moe", tmp_path / "other", vocab_size=130), "lossless"))
     with pytest.raises(ConfigError, match="128 and 130"):

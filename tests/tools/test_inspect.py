@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from fate_moe.cli import main
-from fate_moe.engine.load import plan
+from fate_moe.engine.prepare import plan
 from fate_moe.tools.inspect import Bandwidths, describe, measure_bandwidths
 
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"

@@ -53,7 +53,7 @@ def add_verbs(verbs: Any) -> None:
 
 def _perplexity(arguments: argparse.Namespace) -> None:
     quiet_transformers()
-    from fate_moe.engine.load import load_tokenizer, store_for
+    from fate_moe.engine.prepare import load_tokenizer, store_for
     from fate_moe.io.progress import count_bar
     from fate_moe.tools.evaluate import perplexity
 
@@ -83,7 +83,7 @@ def _perplexity(arguments: argparse.Namespace) -> None:
 
 def _compare(arguments: argparse.Namespace) -> None:
     quiet_transformers()
-    from fate_moe.engine.load import load_tokenizer, store_for
+    from fate_moe.engine.prepare import load_tokenizer, store_for
     from fate_moe.io.progress import count_bar
     from fate_moe.tools.evaluate import compare
 
@@ -126,7 +126,8 @@ def _open(path: Path, config: OffloadConfig, window: int) -> Any:
     from dataclasses import replace
 
     from fate_moe.engine.budget import make_plan
-    from fate_moe.engine.load import prepare, realize
+    from fate_moe.engine.load import build
+    from fate_moe.engine.prepare import prepare
     from fate_moe.tools.evaluate import logits_bytes
 
     prepared = prepare(path)
@@ -136,7 +137,7 @@ def _open(path: Path, config: OffloadConfig, window: int) -> Any:
     roomy = replace(config, context_length=config.context_length + -(-extra // per_token))
     plan = make_plan(needs, roomy)
     print(plan.line(), file=sys.stderr, flush=True)
-    return realize(prepared, plan, roomy)
+    return build(prepared, plan, roomy)
 
 
 def read_tokens(path: Path, tokenizer: Any, most: int | None = None) -> Any:

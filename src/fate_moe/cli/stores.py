@@ -72,7 +72,7 @@ def add_verbs(verbs: Any) -> None:
 
 def _plan(arguments: argparse.Namespace) -> None:
     quiet_transformers()
-    from fate_moe.engine.load import plan
+    from fate_moe.engine.prepare import plan
 
     config = offload_config(arguments, OffloadConfig.context_length)
     result = plan(arguments.model, **{field.name: getattr(config, field.name) for field in fields(config)})
@@ -130,7 +130,7 @@ def _calibration(arguments: argparse.Namespace) -> tuple[Any, PrecisionRules, An
         raise ConfigError(
             f"--calibrate-tokens {arguments.calibrate_tokens} is too few to learn from; give at least {FEWEST_TOKENS}"
         )
-    if not (arguments.calibrate or arguments.keep):
+    if not (arguments.calibrate or arguments.precision_rules):
         return None, {}, None
     from fate_moe.adapter.meta_model import build_meta_model, expert_stacks
     from fate_moe.checkpoints.gguf import config_folder
@@ -139,11 +139,15 @@ def _calibration(arguments: argparse.Namespace) -> tuple[Any, PrecisionRules, An
 
     with config_folder(resolve_checkpoint(arguments.source)) as folder:
         stacks = expert_stacks(build_meta_model(folder))
-    by_rule = parse_precision_rules(arguments.keep, [stack.num_experts for stack in stacks]) if arguments.keep else {}
+    by_rule = (
+        parse_precision_rules(arguments.precision_rules, [stack.num_experts for stack in stacks])
+        if arguments.precision_rules
+        else {}
+    )
     if not arguments.calibrate:
         return None, by_rule, None
     from fate_moe.cli.quality import read_tokens
-    from fate_moe.engine.load import load_tokenizer, store_for
+    from fate_moe.engine.prepare import load_tokenizer, store_for
     from fate_moe.io.progress import count_bar
     from fate_moe.store.format import blob_layout
     from fate_moe.store.open import open_store

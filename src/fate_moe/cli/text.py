@@ -62,7 +62,8 @@ def _run(arguments: argparse.Namespace) -> None:
         arguments.model, arguments.prompt = None, arguments.model  # `fate run "Once upon a time"`
     prompt = _read_prompt(arguments)
     quiet_transformers()
-    from fate_moe.engine.load import load_tokenizer, prepare, realize, store_for
+    from fate_moe.engine.load import build
+    from fate_moe.engine.prepare import load_tokenizer, prepare, store_for
     from fate_moe.tools.generate import generate
 
     require_gpu(arguments)
@@ -72,7 +73,7 @@ def _run(arguments: argparse.Namespace) -> None:
     config = offload_config(arguments, inputs.shape[1] + arguments.max_new_tokens)
     plan = prepared.plan(config)
     print(plan.line(), file=sys.stderr, flush=True)
-    model = realize(prepared, plan, config)
+    model = build(prepared, plan, config)
     if arguments.json:
         answer = generate(model, tokenizer, inputs, **generate_options(arguments))
         name = "embedded" if arguments.model is None else str(arguments.model)
@@ -107,7 +108,8 @@ def _encode(tokenizer: Any, prompt: str, chat: bool) -> Any:
 
 def _chat(arguments: argparse.Namespace) -> None:
     quiet_transformers()
-    from fate_moe.engine.load import load_tokenizer, prepare, realize, store_for
+    from fate_moe.engine.load import build
+    from fate_moe.engine.prepare import load_tokenizer, prepare, store_for
     from fate_moe.tools.generate import generate
 
     require_gpu(arguments)
@@ -116,7 +118,7 @@ def _chat(arguments: argparse.Namespace) -> None:
     config = offload_config(arguments, OffloadConfig.context_length)
     plan = prepared.plan(config)
     print(plan.line(), file=sys.stderr)
-    model = realize(prepared, plan, config)
+    model = build(prepared, plan, config)
     if not tokenizer.chat_template:
         print("this model has no chat template: it continues the text of both of you", file=sys.stderr)
     messages: list[dict[str, str]] = []

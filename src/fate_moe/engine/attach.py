@@ -13,11 +13,11 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from fate_moe.adapter.families import NOT_ENTERED, entrance, find_router
 from fate_moe.adapter.kv_cache import make_room
 from fate_moe.adapter.meta_model import ExpertStack
-from fate_moe.core import Router
+from fate_moe.core import Patcher, Router
 from fate_moe.errors import BudgetError
 from fate_moe.runtime import ExpertRuntime
 
-__all__ = ["attach", "limit_context", "refuse_longer", "routers_of"]
+__all__ = ["attach", "limit_context", "refuse_longer", "routers_of", "use_experts_function"]
 
 _log = logging.getLogger(__name__)
 _IMPLEMENTATION = "fate"
@@ -29,50 +29,71 @@ def _experts_forward(experts: Any, hidden_states: torch.Tensor, index: torch.Ten
     return runtime.compute(experts.fate_layer, experts, hidden_states, index, weights)
 
 
-def routers_of(model: Any, stacks: Sequence[ExpertStack]) -> list[Router | None]:
+ALL_EXPERTS_FUNCTIONS[_IMPLEMENTATION] = _experts_forward
+
+
+def routers_of(model: Any, stacks: Sequence[ExpertStack], patcher: Patcher) -> list[Router | None]:
     """How to ask each layer's router early; a layer whose router cannot be asked runs too, without look-ahead."""
     probe = torch.zeros(1, model.config.get_text_config().hidden_size, dtype=model.dtype)
-    found = [find_router(model.get_submodule(stack.block), stack, probe) for stack in stacks]
+    found = [find_router(model.get_submodule(stack.block), stack, probe, patcher) for stack in stacks]
     reasons = [f"{stack.block}: {why}" for stack, why in zip(stacks, found, strict=True) if isinstance(why, str)]
     if text := [reason for reason in reasons if not reason.endswith(NOT_ENTERED)]:
         _log.warning("%d of %d MoE blocks run without look-ahead (%s)", len(text), len(stacks), text[0])
     return [None if isinstance(route, str) else route for route in found]
 
 
-def attach(model: Any, stacks: Sequence[ExpertStack], runtime: ExpertRuntime) -> None:
+def attach(model: Any, stacks: Sequence[ExpertStack], runtime: ExpertRuntime, patcher: Patcher) -> None:
     """Let ``model`` run its experts through ``runtime``. The experts' own parameters stay on the meta device."""
-    ALL_EXPERTS_FUNCTIONS[_IMPLEMENTATION] = _experts_forward
-    model.set_experts_implementation(_IMPLEMENTATION)
+    use_experts_function(model, _IMPLEMENTATION, patcher)
     for stack in stacks:
         for name in (stack.name, *stack.twins):
             experts = model.get_submodule(name)
-            experts.fate_runtime, experts.fate_layer = runtime, stack.layer
+            patcher.replace(experts, "fate_runtime", runtime)
+            patcher.replace(experts, "fate_layer", stack.layer)
             block = entrance(model.get_submodule(name.rpartition(".")[0]))
-            block.register_forward_pre_hook(_entering(runtime, stack.layer), with_kwargs=True)
+            patcher.hook(block, "before", _entering(runtime, stack.layer), with_kwargs=True)
     if (embeddings := model.get_input_embeddings()) is not None:
-        embeddings.register_forward_hook(lambda module, args, output: runtime.embedded(output))
+        patcher.hook(embeddings, "after", _embedded(runtime))
     if isinstance(model.get_output_embeddings(), nn.Linear):
-        model.get_output_embeddings().register_forward_pre_hook(_with_own_strides)
+        patcher.hook(model.get_output_embeddings(), "before", _with_own_strides)
+
+
+def use_experts_function(model: Any, name: str, patcher: Patcher) -> None:
+    """Let ``model`` run its experts by the function ``name`` of transformers' ALL_EXPERTS_FUNCTIONS."""
+    before = model.config._experts_implementation
+    model.set_experts_implementation(name)
+
+    def undo() -> None:
+        model.set_experts_implementation(before)
+
+    patcher.change("config._experts_implementation", name, undo)
 
 
 def _with_own_strides(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """generate() gives the LM head a slice [1, 1, H] with the strides of the whole prompt, for which oneDNN copies the weight into
-    another layout: 300 ms instead of 5, and the head's size again in memory (32000 x 2048 bf16, torch 2.13)."""
+    another layout: slow, and the head's size again in memory (torch 2.13)."""
     return (args[0].clone(memory_format=torch.contiguous_format), *args[1:])
 
 
+def _embedded(runtime: ExpertRuntime) -> Any:
+    def embedded(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        runtime.embedded(output)
+
+    return embedded
+
+
 def _entering(runtime: ExpertRuntime, layer: int) -> Any:
-    def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def enter(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         runtime.enter(layer, args[0] if args else next(iter(kwargs.values())))
 
-    return hook
+    return enter
 
 
-def limit_context(model: Any, num_tokens: int, bytes_per_token: int) -> None:
+def limit_context(model: Any, num_tokens: int, bytes_per_token: int, patcher: Patcher) -> None:
     """Refuse a forward pass that would need more KV cache than was set aside (``num_tokens`` over the whole batch); let the cache
     grow in place up to there."""
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def limit(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = next((x for x in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None)
         past = kwargs.get("past_key_values")
         if inputs is None:
@@ -81,7 +102,7 @@ def limit_context(model: Any, num_tokens: int, bytes_per_token: int) -> None:
         wanted = inputs.shape[0] * (inputs.shape[1] + (past.get_seq_length() if past is not None else 0))
         refuse_longer(wanted, num_tokens, bytes_per_token)
 
-    model.register_forward_pre_hook(hook, with_kwargs=True)
+    patcher.hook(model, "before", limit, with_kwargs=True)
 
 
 def refuse_longer(wanted: int, num_tokens: int, bytes_per_token: int) -> None:

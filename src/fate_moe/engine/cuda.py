@@ -1,207 +1,254 @@
-"""A store's model on a GPU: dense weights and slots in VRAM, experts in pinned memory, the disk behind."""
+"""A model on a GPU: dense weights and slots in VRAM, experts in pinned memory, the disk behind."""
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from fate_moe.adapter.meta_model import ExpertStack
 from fate_moe.config import OffloadConfig
-from fate_moe.core import PrecisionPolicy
+from fate_moe.core import EvictionPolicy, ExpertSource
 from fate_moe.engine.attach import limit_context
 from fate_moe.engine.cuda_attach import attach_device, router_weights
 from fate_moe.engine.cuda_decode import CapturedDecode
 from fate_moe.engine.device_budget import VRAM_RESERVE_BYTES, DevicePlan
+from fate_moe.engine.engine import Engine
+from fate_moe.engine.patches import Patches
+from fate_moe.engine.prepare import Prepared
 from fate_moe.engine.report import Report
 from fate_moe.engine.weights import fill_device
-from fate_moe.errors import BudgetError, UnsupportedModelError
+from fate_moe.errors import BudgetError, ConfigError, UnsupportedModelError
 from fate_moe.gpu.device import CONTEXT_BYTES, find_gpu, vram_peak
 from fate_moe.gpu.experts import DeviceExperts
 from fate_moe.gpu.host import DiskBelow, HostTier, WholeHost, read_all
 from fate_moe.gpu.host_compute import HostCompute
 from fate_moe.gpu.layout import DeviceLayout, device_layout
 from fate_moe.gpu.memory import PinnedArena, VramPool
-from fate_moe.gpu.options import DeviceOptions, device_options
+from fate_moe.gpu.options import device_options
 from fate_moe.gpu.prefetch_trial import run_prefetch_trial
 from fate_moe.gpu.tables import ResidencyTables, layer_quotas
 from fate_moe.io.progress import progress_bar
 from fate_moe.layers.cuda_step import why_not_fused
-from fate_moe.memory.policies import make_policy
+from fate_moe.machine import peak_memory
 from fate_moe.memory.precision import make_precision_policy
 from fate_moe.memory.residency import Residency
+from fate_moe.runtime import Observer
 from fate_moe.store.dense import dense_layouts
 from fate_moe.store.learned import load_gates, load_view_losses
 from fate_moe.store.open import load_dense
 from fate_moe.store.reader import DiskSource
 
-if TYPE_CHECKING:
-    from fate_moe.engine.load import Prepared
-
-__all__ = ["DeviceFate", "realize_on_device"]
+__all__ = ["CudaEngine", "CudaParts"]
 
 _log = logging.getLogger(__name__)
 
 
-class DeviceFate:
-    """What ``model.fate`` is on a GPU: the plan the model was loaded under, the options, and what has happened since."""
+class CudaEngine(Engine):
+    """``model.fate`` of a model on a GPU; ``experts`` runs its MoE blocks, ``decode`` its captured step, where it has one."""
 
     def __init__(
         self,
+        model: Any,
         plan: DevicePlan,
         config: OffloadConfig,
+        patches: Patches,
         experts: DeviceExperts,
         decode: CapturedDecode | None,
-        keep: Callable[[], None],
+        keep_learned: Callable[[], None],
     ) -> None:
-        self.plan, self.config, self.experts, self.decode = plan, config, experts, decode
-        self._keep = keep
+        self.model, self.plan, self.config, self.patches = model, plan, config, patches
+        self.experts, self.decode = experts, decode
+        self._keep_learned = keep_learned
+        self._last_report: Report | None = None  # of a closed engine
 
     def report(self) -> Report:
-        """Everything since loading: lookups in VRAM, bytes to it and from disk, memory. Waits for the device."""
-        experts = self.experts
-        disk = experts.host.counters() if self.plan.reads_disk else None
+        """As ``Engine.report``; waits for the device."""
+        if self._last_report is not None:
+            return self._last_report
+        experts, plan, config = self.experts, self.plan, self.config
         ahead = "" if experts.options.limit else ", nothing copied ahead"
-        return Report.on_device(
-            experts.counters(), disk, experts.tables.hosted(), self.plan, self.config, ahead, vram_peak(experts.pool.bytes.device)
+        return Report(
+            experts=experts.counters(),
+            budget_bytes=plan.budget_bytes,
+            peak_bytes=peak_memory(),
+            policy=config.policy_name if plan.reads_disk else "all in RAM",
+            predictor=f"preset {config.preset}{ahead}",
+            precision=plan.precision,
+            expert_cache_bytes=plan.expert_cache_bytes,
+            precision_policy=config.precision_policy,
+            vram_budget_bytes=plan.vram_budget_bytes,
+            vram_peak_bytes=vram_peak(experts.pool.bytes.device),
+            disk=replace(experts.host.counters()) if plan.reads_disk else None,
+            host_compute=plan.host_compute,
+            num_hosted=experts.tables.hosted(),
         )
 
-    def close(self) -> None:
-        """Give host memory back, close the store's files, keep what was learned. The model cannot run afterwards."""
-        self.experts.counters()  # the device has ended its work: nothing reads host memory any more
+    def observe(self, observer: Observer) -> AbstractContextManager[None]:
+        raise ConfigError("passes on a GPU cannot be observed; omit vram and device to observe them on the CPU")
+
+    def stop(self) -> None:
+        self._last_report = self.report()  # the device has ended its work: nothing reads host memory any more
         self.experts.close()
-        self._keep()
+        self._keep_learned()
 
 
-def realize_on_device(prepared: Prepared, plan: DevicePlan, config: OffloadConfig, device: torch.device | None = None) -> Any:
-    """As ``load.realize``; ``device`` None is this machine's GPU, a CPU simulates one under Triton's interpreter.
+class CudaParts:
+    """The steps of ``engine/load.py: build`` for a GPU, in the order in which they are called."""
 
-    Raises UnsupportedModelError for experts that the kernels cannot read, BudgetError if the GPU has less than the plan says.
-    """
-    try:
-        return _realize(prepared, plan, config, device)
-    except torch.OutOfMemoryError as error:
-        raise _ran_out(plan, "loading") from error
+    def __init__(
+        self, prepared: Prepared, plan: DevicePlan, config: OffloadConfig, patches: Patches, device: torch.device | None
+    ) -> None:
+        """Raises UnsupportedModelError, saying why, for a model or an option that the GPU tier cannot run."""
+        self._prepared, self._config, self._patches = prepared, config, patches
+        self._model, self._stacks = prepared.model, prepared.stacks
+        self._device = device or find_gpu().device
+        self._layouts = _layouts(prepared)
+        self._reasons = why_not_fused(prepared.model)
+        self._plan = plan = _without_host_compute(plan, config, self._reasons)
+        if config.preset == "eap" and self._reasons:
+            raise UnsupportedModelError(
+                f"--preset eap needs a fused step on a GPU, and {'; '.join(self._reasons)}; choose --preset best, fate or "
+                "load-on-demand"
+            )
+        self._num_experts, self._top_k = self._stacks[0].num_experts, max(stack.top_k for stack in self._stacks)
+        self._options = replace(device_options(config.preset), host_compute=plan.host_compute)
+        self.num_slots = plan.num_host_slots  # that the eviction policy orders
+        self._host: HostTier | None = None
+        self._experts: DeviceExperts | None = None
 
+    def guard(self) -> AbstractContextManager[None]:
+        """Around all steps: what the GPU's memory running out means."""
+        return _memory_of(self._plan, "loading")
 
-def _ran_out(plan: DevicePlan, while_doing: str) -> BudgetError:
-    enough = plan.vram_budget_bytes + VRAM_RESERVE_BYTES
-    return BudgetError(
-        f"the GPU's memory ran out while {while_doing}, against the plan; give --vram {-(-enough >> 20)}MiB, or end what else runs",
-        enough,
-    )
+    def place_weights(self) -> None:
+        """Dense weights to the GPU, within the budget."""
+        device, store = self._device, self._prepared.store
+        if device.type == "cuda":  # torch keeps the promise: it fails rather than take more
+            total = torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, (self._plan.vram_budget_bytes - CONTEXT_BYTES) / total), device)
+        layouts = dense_layouts(self._model, store.manifest.dense_precision)
+        fill_device(self._model, load_dense(store), store.path, layouts, device, self._patches)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # what the blobs took on their way
 
-
-def _realize(prepared: Prepared, plan: DevicePlan, config: OffloadConfig, device: torch.device | None) -> Any:
-    from fate_moe.engine.load import load_generation_config, recall, remember
-
-    device = device or find_gpu().device
-    store, model, stacks = prepared.store, prepared.model, prepared.stacks
-    layouts, reasons = _layouts(prepared), why_not_fused(model)
-    if plan.host_compute and reasons:
-        why = f"the CPU computes misses of fused steps alone, and {'; '.join(reasons)}"
-        if config.host_compute != "auto":
-            raise UnsupportedModelError(f"{why}; leave --host-compute away")
-        _log.warning("%s: it computes none", why)
-        plan = replace(plan, host_compute=0.0)
-    if config.preset == "eap" and reasons:
-        raise UnsupportedModelError(
-            f"--preset eap needs a fused step on a GPU, and {'; '.join(reasons)}; choose --preset best, fate or load-on-demand"
-        )
-    if device.type == "cuda":  # the promise is kept by torch: it fails rather than take more
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, (plan.vram_budget_bytes - CONTEXT_BYTES) / total), device)
-    fill_device(model, load_dense(store), store.path, dense_layouts(model, store.manifest.dense_precision), device)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # what the blobs took on their way
-    load_generation_config(model, store.path)
-    options = replace(device_options(config.preset), host_compute=plan.host_compute)
-    num_experts, top_k = stacks[0].num_experts, max(stack.top_k for stack in stacks)
-    source, arena = DiskSource(store), PinnedArena(plan.num_host_slots, plan.slot_bytes, device)
-    policy = make_policy(config.policy_name, plan.num_host_slots, [num_experts] * len(stacks))
-    recall(policy, store.path)
-    host: HostTier
-    if plan.reads_disk:
-        options = replace(options, limit=0)  # what would be copied ahead may have to be read first
-        residency = Residency(source, arena.slots, policy, io_threads=config.io_threads)
-        host = DiskBelow(residency, arena, num_experts, device)
-    else:
+    def make_residency(self, policy: EvictionPolicy, source: ExpertSource | None) -> None:
+        """Pinned slots in RAM: all experts, or as many as fit with the disk behind."""
+        plan, config, store = self._plan, self._config, self._prepared.store
+        source = source or DiskSource(store)
+        self._arena = arena = PinnedArena(plan.num_host_slots, plan.slot_bytes, self._device)
+        if plan.reads_disk:
+            self._options = replace(self._options, limit=0)  # what would be copied ahead may have to be read first
+            residency = Residency(source, arena.slots, policy, io_threads=config.io_threads)
+            self._host = DiskBelow(residency, arena, self._num_experts, self._device)
+            return
         with progress_bar("loading experts", store.manifest.expert_bytes, None) as advance:
-            read_all(source, arena, len(stacks), num_experts, config.io_threads, advance)
+            read_all(source, arena, len(self._stacks), self._num_experts, config.io_threads, advance)
         source.close()
-        host = WholeHost(arena)
-    precision = make_precision_policy(config.precision_policy, load_view_losses(store.path))
-    share = _host_compute(prepared, arena, top_k, device, config) if plan.host_compute else None
-    hidden = model.config.get_text_config().hidden_size
-    learned = load_gates(store.path, [num_experts] * len(stacks), hidden) if options.limit and not reasons else None
-    fitted = [] if learned is None else [None, *learned.ahead[0][1:]]  # nothing comes early to the first layer
-    gates = router_weights(model, stacks)
-    experts = _experts(plan, layouts, host, gates, num_experts, top_k, options, share, precision, fitted, device)
-    attach_device(model, stacks, experts)
-    model.register_forward_hook(lambda module, args, output: host.check())
-    decode, per_token = None, plan.kv_cache_bytes // plan.context_length
-    if reasons:
-        _log.info("decode runs transformers' layers: %s", "; ".join(reasons))
-        limit_context(model, plan.context_length, per_token)
-    else:
-        decode = CapturedDecode(model, experts, plan.context_length, per_token, config.cuda_graph, config.preset == "eap")
-    _settle(model, experts, decode, device)
-    experts.tables.counters.zero_()
-    model.generate = _with_inputs_on(device, model.generate, plan)
-    model.fate = DeviceFate(plan, config, experts, decode, lambda: remember(policy, store.path) if plan.reads_disk else None)
-    return model
+        self._host = WholeHost(arena)
 
+    def make_prediction(self) -> None:
+        """Routers that can be applied one layer early, and the gates of ``fate fit`` for a fused step."""
+        path, hidden = self._prepared.store.path, self._model.config.get_text_config().hidden_size
+        wanted = self._options.limit and not self._reasons
+        learned = load_gates(path, [self._num_experts] * len(self._stacks), hidden) if wanted else None
+        self._fitted: list[torch.Tensor | None] = [] if learned is None else [None, *learned.ahead[0][1:]]  # none before layer 0
+        self._routers = router_weights(self._model, self._stacks)
 
-def _settle(model: Any, experts: DeviceExperts, decode: CapturedDecode | None, device: torch.device) -> None:
-    """Find out whether copying ahead pays here (law 3), and record the decode step."""
-    token = torch.zeros(1, 1, dtype=torch.int64, device=device)
-    with torch.no_grad():
-        if decode is not None:
-            run_prefetch_trial(experts, decode.record, decode.one_token)
+    def patch(self) -> None:
+        """Slots in VRAM, filled; MoE blocks through them; the captured step where layers are plain."""
+        model, plan, config, patches, device = self._model, self._plan, self._config, self._patches, self._device
+        assert self._host is not None
+        host = self._host
+        self._experts = experts = self._make_experts(host)
+        attach_device(model, self._stacks, experts, patches)
+
+        def check(module: Any, args: Any, output: Any) -> None:
+            host.check()
+
+        patches.hook(model, "after", check)
+        self._decode, per_token = None, plan.kv_cache_bytes // plan.context_length
+        if self._reasons:
+            _log.info("decode runs transformers' layers: %s", "; ".join(self._reasons))
+            limit_context(model, plan.context_length, per_token, patches)
         else:
-            run_prefetch_trial(experts, lambda: None, lambda: model(token))
-    _log.info("copied ahead: at most %d experts a layer", experts.options.limit)
+            paths = config.preset == "eap"
+            self._decode = CapturedDecode(model, experts, plan.context_length, per_token, config.cuda_graph, patches, paths=paths)
+        self._try_prefetch(experts)
+        experts.tables.counters.zero_()
+        patches.replace(model, "generate", _with_inputs_on(device, model.generate, plan))
+
+    def engine(self, keep_learned: Callable[[], None]) -> CudaEngine:
+        """What becomes ``model.fate``. Statistics are kept only where the host tier used them."""
+        assert self._experts is not None
+        keep = keep_learned if self._plan.reads_disk else lambda: None
+        return CudaEngine(self._model, self._plan, self._config, self._patches, self._experts, self._decode, keep)
+
+    def abandon(self) -> None:
+        """A step failed: stop what earlier ones started."""
+        if self._experts is not None:
+            self._experts.close()
+        elif self._host is not None:
+            self._host.close()
+
+    def _make_experts(self, host: HostTier) -> DeviceExperts:
+        plan, options, num_layers = self._plan, self._options, len(self._layouts)
+        fewest = min(self._num_experts, self._top_k + options.limit)
+        quotas = layer_quotas(plan.num_slots, num_layers, self._num_experts, fewest, options.num_whole)
+        tables = ResidencyTables(quotas, self._num_experts, self._device)
+        pool = VramPool(tables.num_slots, plan.num_staging, plan.slot_bytes, self._device)
+        losses = load_view_losses(self._prepared.store.path)
+        experts = DeviceExperts(
+            self._layouts,
+            host,
+            pool,
+            tables,
+            self._routers,
+            top_k=self._top_k,
+            options=options,
+            share=self._host_compute() if plan.host_compute else None,
+            precision=make_precision_policy(self._config.precision_policy, losses),
+            fitted=self._fitted,
+        )
+        experts.fill()
+        host.check()
+        return experts
+
+    def _host_compute(self) -> HostCompute:
+        """Threads that compute misses. Raises UnsupportedModelError where they cannot compute these experts."""
+        stack, manifest = self._stacks[0], self._prepared.store.manifest
+        module, shapes = self._model.get_submodule(stack.name), stack.output_rows_first()
+        exact = self._config.exact_activations
+        return HostCompute(manifest.layouts[0], shapes, module, self._arena, self._top_k, self._device, exact=exact)
+
+    def _try_prefetch(self, experts: DeviceExperts) -> None:
+        """Time copies and steps, turn copying ahead off where it cannot pay, and record the decode step."""
+        token, decode, model = torch.zeros(1, 1, dtype=torch.int64, device=self._device), self._decode, self._model
+        with torch.no_grad():
+            if decode is not None:
+                run_prefetch_trial(experts, decode.record, decode.one_token)
+            else:
+                run_prefetch_trial(experts, lambda: None, lambda: model(token))
+        _log.info("copied ahead: at most %d experts a layer", experts.options.limit)
 
 
-def _host_compute(prepared: Prepared, arena: PinnedArena, top_k: int, device: torch.device, config: OffloadConfig) -> HostCompute:
-    """Threads that compute misses. Raises UnsupportedModelError where they cannot compute these experts."""
-    stack = prepared.stacks[0]
-    layout, module = prepared.store.manifest.layouts[0], prepared.model.get_submodule(stack.name)
-    shapes = stack.output_rows_first()
-    return HostCompute(layout, shapes, module, arena, top_k, device, exact=config.exact_activations)
-
-
-def _experts(
-    plan: DevicePlan,
-    layouts: Sequence[DeviceLayout],
-    host: HostTier,
-    gates: Sequence[torch.Tensor | None],
-    num_experts: int,
-    top_k: int,
-    options: DeviceOptions,
-    share: HostCompute | None,
-    precision: PrecisionPolicy | None,
-    fitted: Sequence[torch.Tensor | None],
-    device: torch.device,
-) -> DeviceExperts:
-    """Slots in VRAM, filled."""
-    quotas = layer_quotas(plan.num_slots, len(layouts), num_experts, min(num_experts, top_k + options.limit), options.num_whole)
-    tables = ResidencyTables(quotas, num_experts, device)
-    pool = VramPool(tables.num_slots, plan.num_staging, plan.slot_bytes, device)
-    experts = DeviceExperts(
-        layouts, host, pool, tables, gates, top_k=top_k, options=options, share=share, precision=precision, fitted=fitted
-    )
-    experts.fill()
-    host.check()
-    return experts
+def _without_host_compute(plan: DevicePlan, config: OffloadConfig, reasons: Sequence[str]) -> DevicePlan:
+    """``plan``, without host compute where layers are not plain. Raises UnsupportedModelError if it was asked for by number."""
+    if not plan.host_compute or not reasons:
+        return plan
+    why = f"the CPU computes misses of fused steps only, and {'; '.join(reasons)}"
+    if config.host_compute != "auto":
+        raise UnsupportedModelError(f"{why}; omit --host-compute")
+    _log.warning("%s: it computes none", why)
+    return replace(plan, host_compute=0.0)
 
 
 def _layouts(prepared: Prepared) -> list[DeviceLayout]:
-    """Each layer's experts as the kernels see them. Raises UnsupportedModelError, saying why, where they cannot."""
+    """Each layer's experts as the kernels see them. Raises UnsupportedModelError, saying why, where they cannot read them."""
     manifest, stacks = prepared.store.manifest, prepared.stacks
     reasons = []
     if len({stack.num_experts for stack in stacks}) > 1:
@@ -212,12 +259,23 @@ def _layouts(prepared: Prepared) -> list[DeviceLayout]:
         reasons.append("several modules share their experts")
     if reasons:
         raise UnsupportedModelError(f"the GPU tier cannot run this model: {'; '.join(reasons)}; run it on the CPU, without --vram")
-    return [_layout(prepared, stack) for stack in stacks]
+    return [
+        device_layout(manifest.layouts[0], stack.output_rows_first(), prepared.model.get_submodule(stack.name)) for stack in stacks
+    ]
 
 
-def _layout(prepared: Prepared, stack: ExpertStack) -> DeviceLayout:
-    module = prepared.model.get_submodule(stack.name)
-    return device_layout(prepared.store.manifest.layouts[0], stack.output_rows_first(), module)
+@contextmanager
+def _memory_of(plan: DevicePlan, activity: str) -> Iterator[None]:
+    """Raise BudgetError where the GPU's memory runs out within."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        enough = plan.vram_budget_bytes + VRAM_RESERVE_BYTES
+        raise BudgetError(
+            f"the GPU's memory ran out while {activity}, although the plan fitted; give --vram {-(-enough >> 20)}MiB, or end other "
+            "programs that use the GPU",
+            enough,
+        ) from error
 
 
 def _with_inputs_on(device: torch.device, generate: Callable[..., Any], plan: DevicePlan) -> Callable[..., Any]:
@@ -227,9 +285,7 @@ def _with_inputs_on(device: torch.device, generate: Callable[..., Any], plan: De
     def moved(*args: Any, **options: Any) -> Any:
         there = [value.to(device) if isinstance(value, torch.Tensor) else value for value in args]
         named = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in options.items()}
-        try:
+        with _memory_of(plan, "generating"):
             return generate(*there, **named)
-        except torch.OutOfMemoryError as error:
-            raise _ran_out(plan, "generating") from error
 
     return moved

@@ -14,6 +14,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from fate_moe.adapter.families import ROUTER_NAMES
 from fate_moe.adapter.meta_model import ExpertStack
+from fate_moe.core import Patcher
+from fate_moe.engine.attach import use_experts_function
 from fate_moe.gpu.experts import DeviceExperts
 
 __all__ = ["attach_device", "router_weights"]
@@ -39,15 +41,18 @@ def _experts_forward(experts: Any, hidden_states: torch.Tensor, index: torch.Ten
     return result
 
 
-def attach_device(model: Any, stacks: Sequence[ExpertStack], experts: DeviceExperts) -> None:
+ALL_EXPERTS_FUNCTIONS[_IMPLEMENTATION] = _experts_forward
+
+
+def attach_device(model: Any, stacks: Sequence[ExpertStack], experts: DeviceExperts, patcher: Patcher) -> None:
     """Let ``model`` run its experts through ``experts``, which must outlive it. Their own parameters stay on the meta device."""
-    ALL_EXPERTS_FUNCTIONS[_IMPLEMENTATION] = _experts_forward
-    model.set_experts_implementation(_IMPLEMENTATION)
+    use_experts_function(model, _IMPLEMENTATION, patcher)
     number = next(_numbers)
     _attached[number] = experts
     for stack in stacks:
         module = model.get_submodule(stack.name)
-        module.fate_number, module.fate_layer = number, stack.layer
+        patcher.replace(module, "fate_number", number)
+        patcher.replace(module, "fate_layer", stack.layer)
 
 
 def router_weights(model: Any, stacks: Sequence[ExpertStack]) -> list[torch.Tensor | None]:

@@ -15,6 +15,7 @@ import torch
 from transformers import StaticCache
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
+from fate_moe.core import Patcher
 from fate_moe.engine.attach import refuse_longer
 from fate_moe.gpu.experts import DeviceExperts
 from fate_moe.layers.cuda_path_step import PathStep
@@ -27,7 +28,14 @@ class CapturedDecode:
     """Makes ``model`` decode through a fused step; ``graph`` False runs its kernels one by one, which gives the same bits."""
 
     def __init__(
-        self, model: Any, experts: DeviceExperts, length: int, bytes_per_token: int, graph: bool, paths: bool = False
+        self,
+        model: Any,
+        experts: DeviceExperts,
+        length: int,
+        bytes_per_token: int,
+        graph: bool,
+        patcher: Patcher,
+        paths: bool = False,
     ) -> None:
         """``length``: tokens of KV cache, each of ``bytes_per_token``. ``paths``: experts come early by activation paths, not by
         routers. ``record`` comes next."""
@@ -42,9 +50,9 @@ class CapturedDecode:
         self._graph = graph and model.device.type == "cuda" and length > 2
         self._held = 0  # tokens in the cache
         self.steps = 0
-        model.forward = _in_place_of(self._forward, self._pass)
-        model.generate = _in_place_of(self._generate, self._write)
-        model.prepare_inputs_for_generation = _in_place_of(self._prepare, self._inputs)
+        patcher.replace(model, "forward", _in_place_of(self._forward, self._pass))
+        patcher.replace(model, "generate", _in_place_of(self._generate, self._write))
+        patcher.replace(model, "prepare_inputs_for_generation", _in_place_of(self._prepare, self._inputs))
 
     def record(self) -> None:
         """Compile the step, record it with the experts' options of now, and empty the cache."""
@@ -147,7 +155,7 @@ def _held_by(cache: Any) -> int:
 
 
 def _wants_more(kwargs: dict[str, Any]) -> bool:
-    """Whether a pass is asked for what the fused step has not."""
+    """Whether a pass is asked for what the fused step does not give."""
     return any(kwargs.get(name) for name in ("output_hidden_states", "output_attentions", "output_router_logits")) or (
         kwargs.get("labels") is not None
     )

@@ -77,6 +77,17 @@ class Patches:
         kind = "forward pre-hook" if when == "before" else "forward hook"
         self._made.append(Patch(self._name(module) or "model", f"{kind} {_kind(function)}", handle.remove))
 
+    def record(self, change: Callable[[], Any]) -> None:
+        """Call ``change``, a library's own function, and list the parameters, buffers and submodules that it replaced."""
+        tables = [(module, vars(module)[kind]) for module in self._model.modules() for kind in _TABLES]
+        before = [dict(table) for _, table in tables]
+        change()
+        for (module, table), old in zip(tables, before, strict=True):
+            for name, value in list(table.items()):
+                if value is not old.get(name):
+                    table[name] = old.get(name)
+                    self.replace(module, name, value)
+
     def change(self, what: str, became: str, undo: Callable[[], None]) -> None:
         """Note a change that a library's own call made (``model.set_experts_implementation``), and what takes it back."""
         self._made.append(Patch(what, became, undo))

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from fate_moe.config import OffloadConfig, format_bytes
+from fate_moe.config import format_bytes
 from fate_moe.core import Counters
-from fate_moe.engine.budget import Plan
-from fate_moe.engine.device_budget import DevicePlan
-from fate_moe.machine import peak_memory
 
 __all__ = ["Report"]
 
@@ -29,55 +26,12 @@ class Report:
     precision: str
     expert_cache_bytes: int
     precision_policy: str
-    uses_by_bits: dict[int, int]
+    uses_by_bits: dict[int, int] = field(default_factory=dict)
     vram_budget_bytes: int = 0
     vram_peak_bytes: int = 0
     disk: Counters | None = None
     host_compute: float = 0.0
-    hosted: int = 0
-
-    @classmethod
-    def on_device(
-        cls,
-        moved: Counters,
-        disk: Counters | None,
-        hosted: int,
-        plan: DevicePlan,
-        config: OffloadConfig,
-        ahead: str,
-        vram_peak_bytes: int,
-    ) -> Report:
-        """Of a model on a GPU; ``hosted`` misses were computed by the CPU, ``ahead`` says what the preset did not."""
-        return cls(
-            moved,
-            plan.budget_bytes,
-            peak_memory(),
-            config.policy_name if plan.reads_disk else "all in RAM",
-            f"preset {config.preset}{ahead}",
-            plan.precision,
-            plan.expert_cache_bytes,
-            config.precision_policy,
-            {},
-            plan.vram_budget_bytes,
-            vram_peak_bytes,
-            disk,
-            plan.host_compute,
-            hosted,
-        )
-
-    @classmethod
-    def of(cls, counters: Counters, plan: Plan, config: OffloadConfig, uses_by_bits: dict[int, int]) -> Report:
-        return cls(
-            counters,
-            plan.budget_bytes,
-            peak_memory(),
-            config.policy_name,
-            config.predictor_name,
-            plan.precision,
-            plan.expert_cache_bytes,
-            config.precision_policy,
-            uses_by_bits,
-        )
+    num_hosted: int = 0
 
     def traffic(self, num_tokens: int) -> str:
         """Bytes moved per token, for people."""
@@ -93,7 +47,7 @@ class Report:
             "experts": {
                 **self.experts.as_dict(),
                 "uses_by_bits": self.uses_by_bits,
-                **({"hosted": self.hosted} if self.vram_budget_bytes else {}),
+                **({"hosted": self.num_hosted} if self.vram_budget_bytes else {}),
             },
             **({"disk": self.disk.as_dict()} if self.disk is not None else {}),
             "memory": memory,
@@ -118,12 +72,12 @@ class Report:
             return self._device_paragraph(used)
         uses = max(1, sum(self.uses_by_bits.values()))
         bits = ", ".join(f"{count / uses:.1%} of uses with {bits} bits" for bits, count in self.uses_by_bits.items())
-        tailored = f"{self.precision_policy}: {bits}, {experts.upgrades} upgrades\n" if self.precision_policy != "full" else ""
+        by_policy = f"{self.precision_policy}: {bits}, {experts.upgrades} upgrades\n" if self.precision_policy != "full" else ""
         return (
             f"experts: {experts.ready_on_time:.1%} of {experts.lookups} ready on time, {experts.in_flight} in flight, "
             f"{experts.misses} missed{used}\n"
             f"read from disk: {format_bytes(experts.bytes_read)}, {experts.stall_seconds:.2f} s waited for it\n"
-            f"{tailored}"
+            f"{by_policy}"
             f"memory: peak {format_bytes(self.peak_bytes)} of {format_bytes(self.budget_bytes)} budget, "
             f"{format_bytes(self.expert_cache_bytes)} of it expert slots ({self.policy}, {self.predictor}, {self.precision})"
         )
@@ -135,9 +89,9 @@ class Report:
             if disk is not None
             else ""
         )
-        hosted = f", {self.hosted} of them computed by the CPU" if self.host_compute else ""
+        computed = f", {self.num_hosted} of them computed by the CPU" if self.host_compute else ""
         return (
-            f"experts: {experts.ready_on_time:.1%} of {experts.lookups} in VRAM on time, {experts.misses} missed{hosted}{used}; "
+            f"experts: {experts.ready_on_time:.1%} of {experts.lookups} in VRAM on time, {experts.misses} missed{computed}{used}; "
             f"{format_bytes(experts.bytes_read)} copied in decode\n"
             f"{below}"
             f"memory: VRAM peak {format_bytes(self.vram_peak_bytes)} of {format_bytes(self.vram_budget_bytes)}, "

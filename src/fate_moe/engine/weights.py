@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fate_moe.adapter.contract import is_experts
-from fate_moe.core import BlobLayout
+from fate_moe.core import BlobLayout, Patcher
 from fate_moe.errors import StoreError
 from fate_moe.kernels.reference import dequantize
 from fate_moe.layers.dense import QuantizedLinear, StoredEmbedding
@@ -25,38 +25,48 @@ _AGAIN = "delete the store and convert the checkpoint again"
 _AT_ONCE = 1 << 20
 
 
-def fill(model: Any, dense: dict[str, torch.Tensor], path: Path, quantized: dict[str, BlobLayout], exact: bool) -> None:
+def fill(
+    model: Any, dense: dict[str, torch.Tensor], path: Path, quantized: dict[str, BlobLayout], exact: bool, patcher: Patcher
+) -> None:
     """Put every dense tensor where the meta_model has its placeholder, and a module of ours where it is ``quantized``; no copies.
 
     ``path`` is the store's. Raises StoreError where they do not belong together.
     """
-    blobs = _place(model, dense, path, quantized)
+    blobs = _place(model, dense, path, quantized, patcher)
     for module_name, blob in blobs.items():
-        _replace(model, module_name, blob, quantized[f"{module_name}.weight"], exact)
-    _finish(model, path)
+        old, layout = model.get_submodule(module_name), quantized[f"{module_name}.weight"]
+        shape = (int(old.weight.shape[0]), int(old.weight.shape[1]))
+        _put(model, module_name, QuantizedLinear(blob, layout, shape, old, model.dtype, exact), patcher)
+    _finish(model, path, patcher)
 
 
 def fill_device(
-    model: Any, dense: dict[str, torch.Tensor], path: Path, quantized: dict[str, BlobLayout], device: torch.device
+    model: Any,
+    dense: dict[str, torch.Tensor],
+    path: Path,
+    quantized: dict[str, BlobLayout],
+    device: torch.device,
+    patcher: Patcher,
 ) -> None:
     """The same on ``device``: matrices that are ``quantized`` take one byte a weight there, the embedding becomes numbers of the
     model's dtype. The largest first, so that no more is ever on the device than in the end, and a small blob."""
     from fate_moe.gpu.dense import ByteLinear  # Triton's
 
     there = {name: tensor if tensor.dtype == torch.uint8 else tensor.to(device) for name, tensor in dense.items()}
-    blobs = _place(model, there, path, quantized)
+    blobs = _place(model, there, path, quantized, patcher)
     for module_name, blob in sorted(blobs.items(), key=lambda item: -len(item[1])):
         old, layout, there_blob = model.get_submodule(module_name), quantized[f"{module_name}.weight"], blob.to(device)
         if isinstance(old, nn.Embedding):
             weight = _expanded(there_blob, layout, old.weight.shape, model.dtype)
-            old.weight = nn.Parameter(weight, requires_grad=False)
+            patcher.replace(old, "weight", nn.Parameter(weight, requires_grad=False))
             continue
         shape = (int(old.weight.shape[0]), int(old.weight.shape[1]))
-        _put(model, module_name, ByteLinear.from_blob(there_blob, layout, shape, old.bias, model.dtype))
+        _put(model, module_name, ByteLinear.from_blob(there_blob, layout, shape, old.bias, model.dtype), patcher)
     for module in model.modules():
-        for leaf, value in module._buffers.items():
-            module._buffers[leaf] = None if value is None else value.to(device)
-    _finish(model, path)
+        for leaf, value in list(module._buffers.items()):
+            if value is not None and value.device != device:
+                patcher.replace(module, leaf, value.to(device))
+    _finish(model, path, patcher)
 
 
 def _expanded(blob: torch.Tensor, layout: BlobLayout, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
@@ -78,7 +88,9 @@ def _expanded(blob: torch.Tensor, layout: BlobLayout, shape: torch.Size, dtype: 
     return made
 
 
-def _place(model: Any, dense: dict[str, torch.Tensor], path: Path, quantized: dict[str, BlobLayout]) -> dict[str, torch.Tensor]:
+def _place(
+    model: Any, dense: dict[str, torch.Tensor], path: Path, quantized: dict[str, BlobLayout], patcher: Patcher
+) -> dict[str, torch.Tensor]:
     """Put the tensors of ``dense`` that are numbers into ``model``; the others, blobs, by the name of their module."""
     modules = dict(model.named_modules())
     blobs: dict[str, torch.Tensor] = {}
@@ -87,23 +99,20 @@ def _place(model: Any, dense: dict[str, torch.Tensor], path: Path, quantized: di
         owner = modules.get(owner_name, nn.Module())
         placeholder = owner._buffers.get(leaf, owner._parameters.get(leaf))
         if placeholder is None:
-            raise StoreError(f"{path}: dense.safetensors has {name}, which the model has not; {_AGAIN}")
+            raise StoreError(f"{path}: dense.safetensors has {name}, which the model does not have; {_AGAIN}")
         if name in quantized and tensor.dtype == torch.uint8 and len(tensor) == quantized[name].length:
             blobs[owner_name] = tensor  # once its bias is there
             continue
         if placeholder.shape != tensor.shape:
             found, wanted = tuple(tensor.shape), tuple(placeholder.shape)
             raise StoreError(f"{path}: {name} is {found} in dense.safetensors, config.json means {wanted}; {_AGAIN}")
-        if leaf in owner._buffers:
-            owner._buffers[leaf] = tensor
-        else:
-            owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+        patcher.replace(owner, leaf, tensor if leaf in owner._buffers else nn.Parameter(tensor, requires_grad=False))
     return blobs
 
 
-def _finish(model: Any, path: Path) -> None:
+def _finish(model: Any, path: Path, patcher: Patcher) -> None:
     """Tie what is tied; raise StoreError if a parameter that is no expert's has no numbers."""
-    model.tie_weights()
+    patcher.record(model.tie_weights)
     experts = {module for module in model.modules() if is_experts(module)}
     for module_name, module in model.named_modules():
         for leaf, value in module._parameters.items():
@@ -111,22 +120,15 @@ def _finish(model: Any, path: Path) -> None:
                 raise StoreError(f"{path}: dense.safetensors lacks {module_name}.{leaf}; {_AGAIN}")
 
 
-def _replace(model: Any, path: str, blob: torch.Tensor, layout: BlobLayout, exact: bool) -> None:
-    """The Linear at ``path`` by one that reads ``blob``."""
-    old = model.get_submodule(path)
-    shape = (int(old.weight.shape[0]), int(old.weight.shape[1]))
-    _put(model, path, QuantizedLinear(blob, layout, shape, old, model.dtype, exact))
-
-
-def _put(model: Any, path: str, module: nn.Module) -> None:
+def _put(model: Any, path: str, module: nn.Module, patcher: Patcher) -> None:
     """``module`` in place of the one at ``path``."""
     parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
+    patcher.replace(model.get_submodule(parent), name, module)
 
 
-def leave_on_disk(model: Any, parameter: str, store: Store, layout: BlobLayout | None) -> None:
+def leave_on_disk(model: Any, parameter: str, store: Store, layout: BlobLayout | None, patcher: Patcher) -> None:
     """The embedding with this ``parameter`` by one that reads its tokens' rows when they come."""
     owner = parameter.rpartition(".")[0]
     rows, cols = model.get_submodule(owner).weight.shape
     stored = StoredRows(store, parameter, (rows, cols), layout)
-    _put(model, owner, StoredEmbedding(stored, (rows, cols), model.dtype))
+    _put(model, owner, StoredEmbedding(stored, (rows, cols), model.dtype), patcher)

@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicCache
 from fate_moe.adapter.families import ROUTER_NAMES
 from fate_moe.adapter.kv_cache import make_room
 from fate_moe.adapter.meta_model import ExpertStack
+from fate_moe.core import Patcher
 from fate_moe.kernels.native import DTYPES, native
 from fate_moe.layers.modules import ModuleSnapshot, accelerated_by, room_in, weight_of
 from fate_moe.runtime import ExpertRuntime
@@ -34,7 +35,7 @@ _TRIES = 3  # a token whose k-th and next expert are nearly equal may be routed 
 
 
 @torch.no_grad()
-def join_layers(model: Any, stacks: Sequence[ExpertStack], runtime: ExpertRuntime, exact: bool) -> int:
+def join_layers(model: Any, stacks: Sequence[ExpertStack], runtime: ExpertRuntime, exact: bool, patcher: Patcher) -> int:
     """Let the plain layers among those of ``stacks`` run so; how many."""
     if native is None or model.dtype != torch.bfloat16:
         return 0
@@ -44,7 +45,7 @@ def join_layers(model: Any, stacks: Sequence[ExpertStack], runtime: ExpertRuntim
         layer = model.get_submodule(stack.block.rpartition(".")[0])
         step = _step_of(layer, stack, runtime, exact, buffers)
         if step is not None and _alike(step, generator):
-            layer.forward = step
+            patcher.replace(layer, "forward", step)
             steps.append(step)
 
     def before(module: nn.Module, args: Any) -> None:
@@ -57,8 +58,8 @@ def join_layers(model: Any, stacks: Sequence[ExpertStack], runtime: ExpertRuntim
 
     if steps:
         decoder = model.get_submodule(stacks[0].block.rpartition(".")[0].rpartition(".")[0].rpartition(".")[0])
-        decoder.register_forward_pre_hook(before)
-        decoder.register_forward_hook(after)
+        patcher.hook(decoder, "before", before)
+        patcher.hook(decoder, "after", after)
     return len(steps)
 
 

@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicCache
 from fate_moe.adapter.contract import is_experts
 from fate_moe.adapter.families import ROUTER_NAMES
 from fate_moe.adapter.kv_cache import RoomyLayer, make_room
+from fate_moe.core import Patcher
 from fate_moe.kernels.activations import find_activation
 from fate_moe.kernels.native import BF16, DTYPES, native
 from fate_moe.layers.dense import MOST_ROWS, QuantizedLinear
@@ -35,7 +36,7 @@ Accelerated = tuple[Forward, Any]  # a forward, and what ``accelerated_by`` give
 
 
 @torch.no_grad()
-def accelerate(model: Any, exact: bool) -> Counter[str]:
+def accelerate(model: Any, exact: bool, patcher: Patcher) -> Counter[str]:
     """Let the extension run ``model``'s standard modules; how many of each kind. Does nothing without the extension."""
     found: Counter[str] = Counter()
     if native is None or model.dtype not in (torch.float32, torch.bfloat16):
@@ -47,12 +48,13 @@ def accelerate(model: Any, exact: bool) -> Counter[str]:
             continue
         kind, accelerated = _accelerated(module, model, exact, generator)
         if accelerated is not None:
-            module.forward, module.fate_accelerated = accelerated
+            patcher.replace(module, "forward", accelerated[0])
+            patcher.replace(module, "fate_accelerated", accelerated[1])
             found[kind] += 1
         weight = module._parameters.get("weight")
         small = weight is not None and weight.dim() == 2 and weight.dtype == torch.bfloat16 and 0 < weight.numel() <= _SMALL
         if small and (type(module) is nn.Linear or name.rpartition(".")[2] in ROUTER_NAMES):
-            module._parameters["weight"] = SmallWeight.of(weight)
+            patcher.replace(module, "weight", SmallWeight.of(weight))
             found["small matrices"] += 1
     return found
 

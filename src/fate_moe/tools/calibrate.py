@@ -18,7 +18,8 @@ from torch.nn.functional import linear
 from fate_moe.adapter.meta_model import build_meta_model
 from fate_moe.config import OffloadConfig
 from fate_moe.core import ExpertId
-from fate_moe.engine.load import Prepared, prepare, realize
+from fate_moe.engine.load import build
+from fate_moe.engine.prepare import Prepared, prepare
 from fate_moe.kernels.reference import expert_mlp, expert_weights
 from fate_moe.memory.precision import FixedView
 from fate_moe.quant.blob import encode, views
@@ -77,7 +78,7 @@ def calibrate(
     found = Calibration(hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16])
     prepared = prepare(path)
     config = OffloadConfig(context_length=window, preset="load-on-demand")
-    model = realize(prepared, prepared.plan(config), config)
+    model = build(prepared, prepared.plan(config), config)
     with closing(model.fate), torch.inference_mode():
         observer = _Observer(prepared, model)
         for span in windows(len(tokens), window, window - 1):
@@ -150,7 +151,7 @@ def measure_views(
     for bits in views if len(views) > 1 else ():
         prepared = prepare(path)
         config = OffloadConfig(context_length=window, preset="load-on-demand", precision_policy="routing-weighted")
-        model = realize(prepared, prepared.plan(config), config)
+        model = build(prepared, prepared.plan(config), config)
         model.fate.runtime.view_selector.policy = FixedView(bits)
         with closing(model.fate):
             losses[bits] = perplexity(model, tokens, window=window, advance=advance).loss
@@ -167,10 +168,11 @@ class _Observer:
         self.fed: list[list[Fed]] = [[] for _ in prepared.stacks]
         self.residual = [0.0] * len(prepared.stacks)
         self._runtime = model.fate.runtime
+        patches = model.fate.patches
         for stack in prepared.stacks:
-            model.get_submodule(stack.name).fate_runtime = self
+            patches.replace(model.get_submodule(stack.name), "fate_runtime", self)
             decoder_layer = model.get_submodule(stack.block.rpartition(".")[0])
-            decoder_layer.register_forward_pre_hook(self._measuring(stack.layer), with_kwargs=True)
+            patches.hook(decoder_layer, "before", self._measuring(stack.layer), with_kwargs=True)
 
     def compute(self, layer: int, experts: Any, hidden: Tensor, index: Tensor, routing_weights: Tensor) -> Tensor:
         """The runtime's own answer."""

@@ -10,7 +10,8 @@ import torch
 from fate_moe.adapter.families import linear_routers, norms_of
 from fate_moe.config import OffloadConfig
 from fate_moe.core import ExpertSource
-from fate_moe.engine.load import load_tokenizer, prepare, realize, store_for
+from fate_moe.engine.load import build
+from fate_moe.engine.prepare import load_tokenizer, prepare, store_for
 from fate_moe.errors import ConfigError
 from fate_moe.io.progress import count_bar
 from fate_moe.predict.gates import LinearRouters
@@ -48,7 +49,7 @@ def record_routing(
     prepared = prepare(store_for(model, config.precision, config.dense_precision))
     tokenizer = load_tokenizer(prepared.store.path)
     plan = prepared.plan(config)
-    running = realize(prepared, plan, config, source)
+    running = build(prepared, plan, config, source)
     weights = linear_routers(running, prepared.stacks) if router_inputs else None
     routers = None if weights is None else _padded(weights)
     norms = norms_of(running, prepared.stacks) if router_inputs else None
@@ -118,7 +119,7 @@ def fit_gates(
     held = _windows(tokenizer, test_texts, test_tokens)
     if test_texts and not held:
         raise ConfigError(f"the text to test on has fewer than {WINDOW} tokens; give more")
-    running = realize(prepared, prepared.plan(config), config)
+    running = build(prepared, prepared.plan(config), config)
     sizes = [stack.num_experts for stack in prepared.stacks]
     weights = linear_routers(running, prepared.stacks)
     hidden = running.config.get_text_config().hidden_size
