@@ -8,16 +8,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from fate_moe import plan
 from fate_moe.adapter.meta_model import build_meta_model, expert_stacks
 from fate_moe.config import OffloadConfig, format_bytes, parse_amount, parse_size
 from fate_moe.core import ExpertId
 from fate_moe.engine.budget import footprint, make_plan
-from fate_moe.engine.prepare import prepare
+from fate_moe.engine.prepare import prepare, store_for
 from fate_moe.errors import BudgetError, ConfigError
 from fate_moe.memory.classes import fewest, total_bytes
 from fate_moe.store.convert import convert
+from fate_moe.store.learned import save_gates
 
 
 @pytest.mark.parametrize(
@@ -153,3 +155,20 @@ def test_plan_is_what_load_does(checkpoint: Callable[[str], Path], loaded: Calla
     assert sum(size for _, size, _ in planned.rows()[:-1]) == planned.budget_bytes
     assert "slots" not in planned.as_dict()
     assert ("expert slots", 8 * planned.slot_bytes, "8 of 16 experts (50.0%), lossless") in planned.rows()
+
+
+def test_a_plan_counts_the_gates_of_fate_fit_as_load_does(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    store = convert(checkpoint("qwen3_moe"), tmp_path / "store")
+    before = plan(store, expert_cache="50%")
+    save_gates(store, [torch.zeros(8, 65), torch.zeros(8, 65)])
+    planned, loaded_plan = plan(store, expert_cache="50%"), prepare(store).plan(OffloadConfig(expert_cache="50%"))
+    assert planned.dense_bytes > before.dense_bytes
+    assert planned.dense_bytes == loaded_plan.dense_bytes
+
+
+def test_a_plan_of_a_checkpoint_that_was_converted_is_its_stores(checkpoint: Callable[[str], Path]) -> None:
+    source = checkpoint("olmoe")
+    estimated = plan(source, expert_cache="50%")
+    exact = prepare(store_for(source, "lossless")).plan(OffloadConfig(expert_cache="50%"))
+    assert estimated.dense_bytes != exact.dense_bytes  # the file's header
+    assert plan(source, expert_cache="50%").dense_bytes == exact.dense_bytes

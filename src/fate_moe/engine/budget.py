@@ -30,7 +30,7 @@ __all__ = ["Footprint", "Plan", "footprint", "make_plan"]
 RESERVE_BYTES = 56 << 20
 # What a start takes differs from the next one's by a few MiB; the budget that a refusal names has to work then too.
 SPREAD_BYTES = 8 << 20
-# "auto" leaves a fifth of what is free to everybody else.
+# "auto" takes so much of the free memory; the rest is for other programs.
 AUTO_FRACTION = 0.8
 PASS_TOKENS = 256  # that are packed at a time for matrix tiles (csrc/tiles.cpp: kMostTokens)
 
@@ -219,17 +219,17 @@ def make_plan(needs: Footprint, config: OffloadConfig) -> Plan:
     kv = needs.kv_bytes_per_token * config.context_length
     activations = needs.activation_bytes_per_token * config.context_length + needs.scratch_bytes
     fixed = runtime + needs.dense_bytes + kv + activations
-    least = fewest(needs.slots, needs.min_slots)
+    smallest_slots = fewest(needs.slots, needs.min_slots)
     if config.expert_cache is None:
-        wanted, slots = least, divide(budget - fixed, needs.slots, needs.min_slots)
+        wanted, slots = smallest_slots, divide(budget - fixed, needs.slots, needs.min_slots)
     else:
         amount = parse_amount(config.expert_cache, needs.expert_bytes)
         wanted = slots = divide(amount, needs.slots, needs.min_slots)
         if not slots:
             raise BudgetError(
-                f"--expert-cache {config.expert_cache} is too small: one token needs {_words(least)}; give at least "
-                f"{format_bytes(total_bytes(least))}",
-                fixed + total_bytes(least),
+                f"--expert-cache {config.expert_cache} is too small: one token needs {_describe(smallest_slots)}; give at least "
+                f"{format_bytes(total_bytes(smallest_slots))}",
+                fixed + total_bytes(smallest_slots),
             )
     smallest = fixed + total_bytes(wanted)
     if smallest > budget:
@@ -237,7 +237,7 @@ def make_plan(needs: Footprint, config: OffloadConfig) -> Plan:
         raise BudgetError(
             f"a budget of {format_bytes(budget)} is too small: {format_bytes(runtime)} runtime, {format_bytes(needs.dense_bytes)} "
             f"dense weights, {format_bytes(kv + activations)} for {config.context_length} tokens and "
-            f"{_words(wanted)} need at least --ram {-(-works >> 20)}MiB (or a shorter --context-length)",
+            f"{_describe(wanted)} need at least --ram {-(-works >> 20)}MiB (or a shorter --context-length)",
             works,
         )
     return Plan(
@@ -253,7 +253,7 @@ def make_plan(needs: Footprint, config: OffloadConfig) -> Plan:
     )
 
 
-def _words(slots: tuple[SlotClass, ...]) -> str:
+def _describe(slots: tuple[SlotClass, ...]) -> str:
     first, *others = ((of.num_slots, format_bytes(of.slot_bytes)) for of in slots)
     return f"{first[0]} expert slots of {first[1]}" + "".join(f" and {number} of {size}" for number, size in others)
 

@@ -21,9 +21,9 @@ VRAM_RESERVE_BYTES = 256 << 20
 # Measured 840 MiB, and 1 GiB to 1.2 GiB when kernels have to be compiled first (torch 2.11, CUDA 13).
 RAM_RESERVE_BYTES = 1280 << 20
 # Of what is free on the GPU. The rest is left to a desktop.
-AUTO_VRAM_SHARE = 0.9
+AUTO_VRAM_FRACTION = 0.9
 # Experts of a layer that prefill streams at once, at most; half of them are computed while the other half is copied.
-MOST_STAGING = 64
+MAX_STAGING = 64
 
 
 @dataclass(frozen=True)
@@ -93,11 +93,11 @@ class DevicePlan:
             ("VRAM: KV cache", self.kv_cache_bytes, f"{self.context_length} tokens"),
             ("VRAM: activations", self.activation_bytes, f"prefill of {self.context_length} tokens"),
             ("VRAM: staging", self.num_staging * self.slot_bytes, f"{self.num_staging} experts on their way through prefill"),
-            ("VRAM: expert slots", self.expert_cache_bytes, f"{self._share(self.num_slots)}, {self.precision}"),
+            ("VRAM: expert slots", self.expert_cache_bytes, f"{self._fraction_of(self.num_slots)}, {self.precision}"),
             ("VRAM: left", self.vram_left_bytes, ""),
             ("VRAM budget", self.vram_budget_bytes, "of the GPU, this process"),
             ("RAM: Python, torch, CUDA", self.runtime_bytes, "measured in this process"),
-            ("RAM: pinned expert slots", self.host_cache_bytes, f"{self._share(self.num_host_slots)}; {below}"),
+            ("RAM: pinned expert slots", self.host_cache_bytes, f"{self._fraction_of(self.num_host_slots)}; {below}"),
             ("RAM: dense weights in passing", max(0, self.passing_bytes - self.host_cache_bytes), "beyond the pinned slots"),
             ("RAM: left", self.left_bytes, ""),
             ("RAM budget", self.budget_bytes, "the whole process; beside it the page cache may hold the store"),
@@ -117,7 +117,7 @@ class DevicePlan:
             f"{f'; the CPU computes {self.host_compute:.0%} of the missing experts' if self.host_compute else ''}"
         )
 
-    def _share(self, slots: int) -> str:
+    def _fraction_of(self, slots: int) -> str:
         return f"{slots} of {self.num_experts} experts ({slots / self.num_experts:.1%})"
 
 
@@ -129,12 +129,14 @@ def min_slots(needs: Footprint, options: DeviceOptions) -> int:
 def make_device_plan(needs: Footprint, config: OffloadConfig, gpu: Gpu, options: DeviceOptions) -> DevicePlan:
     """Divide both budgets. Call it after torch, transformers and the GPU are in use: what they take in RAM is measured.
 
-    Raises BudgetError, naming the smallest budget that works, for the tier that is too small, and ConfigError where a host share
+    Raises BudgetError, naming the smallest budget that works, for the tier that is too small, and ConfigError where host_compute
     is "auto" and nothing has been measured.
     """
-    slot, least = needs.slot_bytes, min_slots(needs, options)
+    slot, fewest_slots = needs.slot_bytes, min_slots(needs, options)
     vram = (
-        int(gpu.free_bytes * AUTO_VRAM_SHARE) if config.vram in (None, "auto") else parse_amount(config.vram or 0, gpu.free_bytes)
+        int(gpu.free_bytes * AUTO_VRAM_FRACTION)
+        if config.vram in (None, "auto")
+        else parse_amount(config.vram or 0, gpu.free_bytes)
     )
     runtime = (CONTEXT_BYTES if gpu.device.type == "cuda" else 0) + VRAM_RESERVE_BYTES
     kv = needs.kv_bytes_per_token * config.context_length
@@ -147,39 +149,39 @@ def make_device_plan(needs: Footprint, config: OffloadConfig, gpu: Gpu, options:
         raise BudgetError(
             f"--vram {config.vram} is more than the {format_bytes(gpu.free_bytes)} that are free on {gpu.name}; give less, or end "
             "what else runs there",
-            fixed + (least + 2) * slot,
+            fixed + (fewest_slots + 2) * slot,
         )
     room = (vram - fixed) // slot
-    if room < least + 2:
-        works = fixed + (least + 2) * slot + SPREAD_BYTES
+    if room < fewest_slots + 2:
+        works = fixed + (fewest_slots + 2) * slot + SPREAD_BYTES
         raise BudgetError(
             f"{format_bytes(vram)} of VRAM are too few: {format_bytes(runtime)} CUDA, {format_bytes(needs.device_bytes)} dense "
-            f"weights, {format_bytes(kv + activations)} for {config.context_length} tokens and {least + 2} expert slots of "
+            f"weights, {format_bytes(kv + activations)} for {config.context_length} tokens and {fewest_slots + 2} expert slots of "
             f"{format_bytes(slot)} need at least --vram {-(-works >> 20)}MiB (or a shorter --context-length)",
             works,
         )
-    staging = max(2, min(MOST_STAGING, 2 * (needs.num_experts // needs.num_layers), room // 8, room - least) // 2 * 2)
+    staging = max(2, min(MAX_STAGING, 2 * (needs.num_experts // needs.num_layers), room // 8, room - fewest_slots) // 2 * 2)
     num_slots = min(needs.num_experts, room - staging)
     if config.expert_cache is not None:
         wanted = parse_amount(config.expert_cache, needs.num_experts * slot) // slot
-        if not least <= wanted <= room - 2:
+        if not fewest_slots <= wanted <= room - 2:
             raise BudgetError(
-                f"--expert-cache {config.expert_cache} is {wanted} experts; the GPU needs at least {least} "
-                f"({format_bytes(least * slot)}) and --vram leaves room for {room - 2}",
-                fixed + (max(least, wanted) + 2) * slot,
+                f"--expert-cache {config.expert_cache} is {wanted} experts; the GPU needs at least {fewest_slots} "
+                f"({format_bytes(fewest_slots * slot)}) and --vram leaves room for {room - 2}",
+                fixed + (max(fewest_slots, wanted) + 2) * slot,
             )
         num_slots, staging = min(needs.num_experts, wanted), min(staging, (room - min(needs.num_experts, wanted)) // 2 * 2)
-    share = chosen_fraction(config.host_compute, gpu.name)
+    fraction = chosen_fraction(config.host_compute, gpu.name)
     ram, process, num_host = _ram(needs, config)
-    if share and num_host < needs.num_experts:
+    if fraction and num_host < needs.num_experts:
         if parse_host_compute(config.host_compute) is not None:
             works = process + needs.num_experts * slot + SPREAD_BYTES
             raise BudgetError(
                 f"--host-compute {config.host_compute} needs every expert in RAM, and {format_bytes(ram)} hold {num_host} of "
-                f"{needs.num_experts}; give --ram {-(-works >> 20)}MiB, or leave it away",
+                f"{needs.num_experts}; give --ram {-(-works >> 20)}MiB, or omit --host-compute",
                 works,
             )
-        share = 0.0  # "auto" takes what there is
+        fraction = 0.0  # "auto" takes what there is
     return DevicePlan(
         family=needs.family,
         precision=needs.precision,
@@ -198,7 +200,7 @@ def make_device_plan(needs: Footprint, config: OffloadConfig, gpu: Gpu, options:
         runtime_bytes=process,
         passing_bytes=needs.dense_bytes + needs.row_bytes,
         num_host_slots=num_host,
-        host_compute=share,
+        host_compute=fraction,
     )
 
 
@@ -208,13 +210,13 @@ def _ram(needs: Footprint, config: OffloadConfig) -> tuple[int, int, int]:
     ram = int(free * AUTO_FRACTION) if config.ram == "auto" else parse_amount(config.ram, free)
     process = resident_memory() + RAM_RESERVE_BYTES
     passing = needs.dense_bytes + needs.row_bytes
-    least = needs.min_slots + 2  # one token's experts, and some that come meanwhile
-    smallest = process + max(passing, min(needs.num_experts, least) * needs.slot_bytes)
+    fewest_slots = needs.min_slots + 2  # one token's experts, and some that come meanwhile
+    smallest = process + max(passing, min(needs.num_experts, fewest_slots) * needs.slot_bytes)
     if smallest > ram:
         works = smallest + SPREAD_BYTES
         raise BudgetError(
             f"{format_bytes(ram)} of RAM are too few: {format_bytes(process)} process, and {format_bytes(passing)} "
-            f"dense weights in passing or {least} experts of {format_bytes(needs.slot_bytes)}, need at least --ram "
+            f"dense weights in passing or {fewest_slots} experts of {format_bytes(needs.slot_bytes)}, need at least --ram "
             f"{-(-works >> 20)}MiB",
             works,
         )
