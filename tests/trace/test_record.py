@@ -16,8 +16,9 @@ import torch
 from fate_moe import demo
 from fate_moe.cli import main
 from fate_moe.config import OffloadConfig
-from fate_moe.core import ExpertId, ExpertSource
+from fate_moe.core import Counters, ExpertId, ExpertSource
 from fate_moe.errors import ConfigError
+from fate_moe.journal import ForwardPass, LayerPass, Moment
 from fate_moe.predict.forecast import forecast_source
 from fate_moe.store.convert import convert
 from fate_moe.tools.tracing import record_routing
@@ -40,13 +41,23 @@ def decode(model: Any, num_tokens: int, seed: int, between: Callable[[], None] =
             between()
 
 
+def pass_of(inputs: list[torch.Tensor], chosen: list[torch.Tensor]) -> ForwardPass:
+    """A pass of many tokens: the embeddings, then the router inputs, by layer what was chosen; no lookups, no times."""
+    start = Moment(0.0, Counters())
+    steps = [
+        LayerPass(layer, start, router_input, index, torch.ones_like(index).float(), {}, [])
+        for layer, (router_input, index) in enumerate(zip(inputs[1:], chosen, strict=True))
+    ]
+    return ForwardPass(len(inputs[0]), start, inputs[0], steps, start)
+
+
 @pytest.fixture
 def traced(loaded: Callable[..., Any]) -> tuple[Any, RoutingTrace]:
     """A tiny model with room for six of sixteen experts, and the trace of 160 decoded tokens."""
     model = loaded("qwen2_moe", policy="lru", predictor="none", expert_cache="37.5%")  # nothing learned by earlier tests
     recorder = Recorder([8, 8], router_inputs=True, routers=torch.stack([layer.mlp.gate.weight for layer in model.model.layers]))
-    model.fate.runtime.observer = recorder
-    decode(model, 160, 3)
+    with model.fate.runtime.observe(recorder):
+        decode(model, 160, 3)
     return model, recorder.trace(expert_bytes=model.fate.plan.slot_bytes)
 
 
@@ -93,9 +104,9 @@ def test_stall_agrees_with_the_engine(loaded: Callable[..., Any], tmp_path: Path
     model = loaded("qwen2_moe", policy="lru", predictor="none", expert_cache="37.5%")
     residency = model.fate.runtime.residency
     residency._source = SlowSource(residency._source)
-    recorder = Recorder([8, 8], residency=residency)
-    model.fate.runtime.observer = recorder
-    decode(model, 80, 4)
+    recorder = Recorder([8, 8])
+    with model.fate.runtime.observe(recorder):
+        decode(model, 80, 4)
     plan = model.fate.plan
     trace = recorder.trace(expert_bytes=plan.slot_bytes, slots=plan.num_slots, policy="lru", predictor="none")
     write_trace(tmp_path / "t.npz", trace)
@@ -114,9 +125,9 @@ def test_every_read_is_in_the_timeline(loaded: Callable[..., Any], tmp_path: Pat
     """Those asked for and those made ahead, each in its lane; what is cut off a trace takes its reads along."""
     model = loaded("qwen2_moe", preset="fate", expert_cache="50%")
     residency = model.fate.runtime.residency
-    recorder = Recorder([8, 8], residency=residency)
-    model.fate.runtime.observer = recorder
-    decode(model, 40, 5, residency.wait_idle)
+    recorder = Recorder([8, 8])
+    with model.fate.runtime.observe(recorder):
+        decode(model, 40, 5, residency.wait_idle)
     trace = recorder.trace()
     counters, reads = residency.counters, trace.extras["reads"]
     assert (int((reads[:, 3] == 1).sum()), int((reads[:, 3] == 0).sum())) == (counters.misses, counters.prefetched)
@@ -140,8 +151,7 @@ def test_a_trace_without_times_says_so() -> None:
 def test_many_tokens_begin_another_generation(loaded: Callable[..., Any]) -> None:
     model = loaded("qwen2_moe")
     recorder = Recorder([8, 8])
-    model.fate.runtime.observer = recorder
-    with torch.no_grad():
+    with model.fate.runtime.observe(recorder), torch.no_grad():
         for length in (5, 1, 1, 4, 1):
             model(torch.arange(1, length + 1)[None], use_cache=False)
     trace = recorder.trace()
@@ -161,10 +171,8 @@ def test_ridge_finds_a_linear_router() -> None:
     fitter = GateFitter([6, 6], 10)
     for _ in range(20):
         embedding, first = torch.randn(64, 10, generator=generator), torch.randn(64, 10, generator=generator)
-        fitter.embedded(embedding)
-        for layer, x in enumerate((embedding, first)):
-            fitter.entered(layer, first)
-            fitter.computed(layer, (x @ hidden_router.mT).topk(2).indices, torch.ones(64, 2), {}, 0.0, [])
+        chosen = [(x @ hidden_router.mT).topk(2).indices for x in (embedding, first)]
+        fitter.record(pass_of([embedding, first, first], chosen))
     (gates,) = fitter.gates()
     x = torch.randn(500, 10, generator=generator)
     for gate in gates:
@@ -185,10 +193,7 @@ def test_routers_logits_say_more_than_their_choice() -> None:
     shares = []
     for known in (routers, None):
         fitter = GateFitter([12, 12], 40, routers=known)
-        fitter.embedded(embedding)
-        for layer in range(2):
-            fitter.entered(layer, embedding)
-            fitter.computed(layer, (embedding @ routers[layer].mT).topk(2).indices, torch.ones(60, 2), {}, 0.0, [])
+        fitter.record(pass_of([embedding] * 3, [(embedding @ router.mT).topk(2).indices for router in routers]))
         gate = fitter.gates()[0][1]
         assert gate is not None
         guessed = (x @ gate[:, :-1].mT + gate[:, -1]).topk(2).indices
@@ -208,10 +213,7 @@ def test_a_fit_is_ridge_regression_and_a_meter_counts_what_came_true() -> None:
 
     def show(observer: Passes) -> None:
         for inputs, chosen in passes:
-            observer.embedded(inputs[0])
-            for layer, index in enumerate(chosen):
-                observer.entered(layer, inputs[layer + 1])
-                observer.computed(layer, index, torch.ones(12, k), {}, 0.0, [])
+            observer.record(pass_of(inputs, chosen))
 
     def regression(rows: list[torch.Tensor], layer: int, begin: int) -> torch.Tensor:
         x = torch.nn.functional.pad(torch.cat(rows), (0, 1), value=1.0).double()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from fate_moe.core import ExpertId, Lookup
+from fate_moe.journal import ForwardPass
 from fate_moe.predict.forecast import forecast_source
 
 __all__ = ["GateFitter", "Passes"]
@@ -15,41 +15,25 @@ RIDGE = 3e-3  # of the inputs' mean square; between 1e-3 and 1e-2 recall differs
 
 
 class Passes:
-    """Gathers whole passes of many tokens as the runtime's observer, and hands each to ``whole_pass``."""
+    """An observer of whole passes of many tokens; ``whole_pass`` says what is done with each."""
 
     def __init__(self, num_layers: int) -> None:
         self._num_layers = num_layers
-        self._inputs: list[torch.Tensor] = []
-        self._chosen: list[torch.Tensor] = []
 
     def whole_pass(self, inputs: list[torch.Tensor], chosen: list[torch.Tensor]) -> None:
-        """``inputs``: embeddings, then gate inputs by layer, [num_tokens, hidden]; ``chosen`` [num_tokens, k] by layer."""
+        """``inputs``: embeddings, then router inputs by layer, [num_tokens, hidden]; ``chosen`` [num_tokens, k] by layer."""
         raise NotImplementedError
 
-    def embedded(self, embeddings: torch.Tensor) -> None:
-        """A pass begins."""
-        self._inputs, self._chosen = [embeddings], []
+    def keeps_inputs(self, num_tokens: int) -> bool:
+        """Of every pass."""
+        return True
 
-    def entered(self, layer: int, router_input: torch.Tensor) -> None:
-        """What predicts layers after ``layer``."""
-        if layer == len(self._inputs) - 1:
-            self._inputs.append(router_input)
-
-    def computed(
-        self,
-        layer: int,
-        index: torch.Tensor,
-        weights: torch.Tensor,
-        lookups: dict[ExpertId, Lookup],
-        stall_seconds: float,
-        predicted: list[tuple[int, float]],
-    ) -> None:
-        """``index`` [num_tokens, k] is what it chose."""
-        if layer != len(self._chosen) or layer + 2 != len(self._inputs) or len(index) != len(self._inputs[0]):
-            return
-        self._chosen.append(index)
-        if len(self._chosen) == self._num_layers:
-            self.whole_pass(self._inputs, self._chosen)
+    def record(self, forward: ForwardPass) -> None:
+        """A pass that did not go through all layers is left out."""
+        inputs = [forward.embeddings, *(step.router_input for step in forward.layers)]
+        known = [tensor for tensor in inputs if tensor is not None]
+        if forward.is_whole(self._num_layers) and len(known) == len(inputs):
+            self.whole_pass(known, [step.experts for step in forward.layers])
 
 
 class GateFitter(Passes):
