@@ -35,8 +35,8 @@ def rows_by_expert(index: torch.Tensor, num_experts: int) -> dict[int, list[int]
 class ExpertRuntime:
     """Runs the experts of a model whose experts live elsewhere. One inference thread; not re-entrant.
 
-    A layer runs by ``enter`` and ``compute`` (any number of tokens, around the family's own router) or by ``begin`` and ``run`` (one
-    token that is routed already, for layers with ``has_fused`` experts). Both write the same journal while somebody observes.
+    A layer runs by ``enter`` and ``compute`` (any number of tokens, before and after the family's own router) or by ``begin`` and
+    ``run`` (one token after routing, for layers with ``has_fused`` experts). Both write the same journal while somebody observes.
 
     Same numbers: an expert's output depends on its tokens alone and is stored by (token, choice) row; rows are reduced in routing
     order. So neither the order of arrival nor the number of slots changes a bit.

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fate_moe.core import Lookup
 from fate_moe.journal import ForwardPass
@@ -91,19 +92,22 @@ class Recorder:
         json.dumps(meta)
         return RoutingTrace(experts, probs, start, np.array(self._sizes, np.int64), arrays, meta)
 
-    def _routing(self, forward: ForwardPass) -> dict[str, np.ndarray[Any, Any]]:
+    def _routing(self, forward: ForwardPass) -> dict[str, NDArray[Any]]:
         """What was chosen, likeliest first, and what the routers saw: [num_tokens, L, ...]."""
         weights = np.stack([step.weights.float().numpy(force=True) for step in forward.layers], 1)
         experts = np.stack([step.experts.numpy(force=True) for step in forward.layers], 1)
         order = np.argsort(-weights, axis=2, kind="stable")
-        columns = {"experts": np.take_along_axis(experts, order, 2), "probs": np.take_along_axis(weights, order, 2)}
+        columns: dict[str, NDArray[Any]] = {
+            "experts": np.take_along_axis(experts, order, 2),
+            "probs": np.take_along_axis(weights, order, 2),
+        }
         inputs = [step.router_input for step in forward.layers if step.router_input is not None]
         if self._router_inputs and forward.embeddings is not None and inputs:
             columns["router_inputs"] = np.stack([_halves(router_input) for router_input in inputs], 1)
             columns["embeddings"] = _halves(forward.embeddings)
         return columns
 
-    def _times(self, forward: ForwardPass) -> dict[str, np.ndarray[Any, Any]]:
+    def _times(self, forward: ForwardPass) -> dict[str, NDArray[Any]]:
         """What the one token's lookups found, what was predicted, and how long all took: [1, L, ...].
 
         A layer's times end when the next one is entered, the last one's when the pass is over; what was counted between the
@@ -112,7 +116,7 @@ class Recorder:
         steps, end = forward.layers, forward.end or forward.layers[-1].start
         bounds = [step.start.seconds for step in steps] + [end.seconds]
         counted = [forward.start.counters, *(step.start.counters for step in steps[1:]), end.counters]
-        columns = {"seconds": np.diff(bounds).astype(np.float32)}
+        columns: dict[str, NDArray[Any]] = {"seconds": np.diff(bounds).astype(np.float32)}
         for name, (counter, dtype) in _COUNTED.items():
             columns[name] = np.diff([getattr(counters, counter) for counters in counted]).astype(dtype)
         predicted = np.zeros((len(steps), max(self._sizes)), np.float16)
@@ -133,5 +137,5 @@ def _timeline(token: int, forward: ForwardPass) -> list[tuple[float, ...]]:
     return [(token, *expert, demand, start - began, end - began) for expert, demand, start, end in forward.reads]
 
 
-def _halves(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+def _halves(tensor: torch.Tensor) -> NDArray[Any]:
     return np.asarray(tensor.to(torch.float16).numpy(force=True))
