@@ -12,7 +12,8 @@ import argparse
 import json
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from statistics import median
 from typing import Any
 
@@ -33,7 +34,7 @@ KERNELS = ("expert kernels", "dense kernels")
 
 
 class Clock:
-    """Time by part: whoever runs innermost is charged."""
+    """Time by part: the innermost function that runs is charged."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -86,7 +87,7 @@ def decode(model: Any, prompt: torch.Tensor, new_tokens: int, begin: Callable[[]
     ticks = Ticks(begin)
     mask = torch.ones_like(prompt)
     with torch.inference_mode():
-        model.generation_config.eos_token_id = None  # else 1 ms a token goes to keeping it away
+        model.generation_config.eos_token_id = None  # the text must not end early; a minimum length costs 1 ms a token
         model.generate(
             prompt, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, streamer=ticks,
             pad_token_id=0,
@@ -104,52 +105,69 @@ def read_all(model: Any) -> None:
         lease.release()
 
 
-def instrument(model: Any, clock: Clock) -> None:
-    """Put a timer on everything that has a name of its own."""
+@contextmanager
+def instrument(model: Any, clock: Clock) -> Iterator[None]:
+    """Meanwhile a timer is on everything that has a name of its own. Raises AttributeError where a name is gone: what a renamed
+    function does would be charged to its caller."""
+    with ExitStack() as undo:
 
-    def wrap(owner: Any, name: str, part: str) -> None:
-        if hasattr(owner, name):
-            setattr(owner, name, clock.charge(part, getattr(owner, name)))
+        def wrap(owner: Any, name: str, part: str) -> None:
+            original, own = getattr(owner, name), name in vars(owner)
+            setattr(owner, name, clock.charge(part, original))
+            undo.callback(*((setattr, owner, name, original) if own else (delattr, owner, name)))
 
-    runtime, functional = model.fate.runtime, torch.nn.functional
+        for owner, names, part in _functions(model):
+            for name in names:
+                wrap(owner, name, part)
+        routers = model.fate.runtime._routers
+        undo.callback(routers.__setitem__, slice(None), list(routers))
+        routers[:] = [clock.charge("router, asked early", route) if route else None for route in routers]
+        for module in model.modules():
+            part = _part_of(module)
+            if part is not None:
+                wrap(module, "forward", part)
+            router = _router(module)
+            if router is not None:
+                wrap(router, "forward", "router, the family's own call")
+        wrap(model, "forward", "model: masks, positions, head")
+        yield
+
+
+def _functions(model: Any) -> Iterator[tuple[Any, Sequence[str], str]]:
+    """Owner, names and part of the functions that are timed, but for modules."""
+    runtime = model.fate.runtime
     if native is not None:
-        for name in ("experts", "combine"):
-            wrap(native, name, "expert kernels")
-        for name in ("linear", "mlp", "attention", "layer", "expand"):
-            wrap(native, name, "dense kernels")
-        wrap(native, "layer_end", "expert kernels")
-        wrap(native, "rms_norm", "norms")
-    for layers in (DynamicLayer, RoomyLayer):
-        for name in ("update", "reserve", "extend", "get_seq_length", "get_mask_sizes"):
-            if name in vars(layers):
-                wrap(layers, name, "KV cache")
-    wrap(functional, "scaled_dot_product_attention", "attention")
-    runtime._routers[:] = [clock.charge("router, asked early", route) if route else None for route in runtime._routers]
-    for name in ("embedded", "entered", "look_ahead", "observe"):
-        wrap(runtime._prefetcher, name, "prediction")
-    for name in ("acquire", "_unlock", "_wait_for"):
-        wrap(runtime.residency, name, "residency and policy")
-    for name in ("enter", "compute", "embedded", "begin", "run"):
-        wrap(runtime, name, "runtime")
-    for module in model.modules():
-        kind = type(module).__name__
-        routers = [child for child in [router_of(module)] if child is not None and any(map(is_experts, module.children()))]
-        for router in routers:
-            wrap(router, "forward", "router, the family's own call")
-        if not routers and not list(module.children()) and hasattr(module, "weight"):
-            part = "norms" if kind.endswith("Norm") else "embedding" if "Embedding" in kind else "linears around their kernels"
-            wrap(module, "forward", part)
-        elif "RotaryEmbedding" in kind:
-            wrap(module, "forward", "rope's angles")
-        elif kind.endswith("Attention"):
-            wrap(module, "forward", "attention blocks: rope, reshapes")
-        elif kind.endswith("DecoderLayer"):
-            wrap(module, "forward", "decoder layers: residuals, hooks")
-        elif routers:
-            wrap(module, "forward", "MoE blocks: shared expert's gate, sums")
-        elif kind.endswith("MLP"):
-            wrap(module, "forward", "shared experts: activation, product")
-    wrap(model, "forward", "model: masks, positions, head")
+        yield native, ("experts", "combine", "layer_end"), "expert kernels"
+        yield native, ("linear", "mlp", "attention", "layer", "expand"), "dense kernels"
+        yield native, ("rms_norm",), "norms"
+    yield DynamicLayer, ("update", "get_seq_length", "get_mask_sizes"), "KV cache"
+    yield RoomyLayer, ("update", "reserve", "extend", "get_seq_length"), "KV cache"
+    yield torch.nn.functional, ("scaled_dot_product_attention",), "attention"
+    yield runtime._prefetcher, ("embedded", "entered", "look_ahead", "observe"), "prediction"
+    yield runtime.residency, ("acquire", "unlock", "wait_for"), "residency and policy"
+    yield runtime, ("enter", "compute", "embedded", "begin", "run"), "runtime"
+
+
+def _router(module: torch.nn.Module) -> torch.nn.Module | None:
+    """The router of ``module``, if that is a MoE block."""
+    return router_of(module) if any(map(is_experts, module.children())) else None
+
+
+def _part_of(module: torch.nn.Module) -> str | None:
+    """What the time in a module's own forward is spent on; None: it is charged to its caller."""
+    kind = type(module).__name__
+    is_block = _router(module) is not None
+    if not is_block and not list(module.children()) and hasattr(module, "weight"):
+        return "norms" if kind.endswith("Norm") else "embedding" if "Embedding" in kind else "linears around their kernels"
+    if "RotaryEmbedding" in kind:
+        return "rope's angles"
+    if kind.endswith("Attention"):
+        return "attention blocks: rope, reshapes"
+    if kind.endswith("DecoderLayer"):
+        return "decoder layers: residuals, hooks"
+    if is_block:
+        return "MoE blocks: shared expert's gate, sums"
+    return "shared experts: activation, product" if kind.endswith("MLP") else None
 
 
 def main() -> None:
@@ -167,8 +185,8 @@ def main() -> None:
     decode(model, prompt, 8)
     plain = 1e3 * median(decode(model, prompt, arguments.new_tokens))
     clock = Clock()
-    instrument(model, clock)
-    timed = 1e3 * median(decode(model, prompt, arguments.new_tokens, clock.start))
+    with instrument(model, clock):
+        timed = 1e3 * median(decode(model, prompt, arguments.new_tokens, clock.start))
     count = arguments.new_tokens - 1
     rows = {part: 1e3 * seconds / count for part, seconds in sorted(clock.seconds.items(), key=lambda item: -item[1])}
     table = Table("part", "ms per token", "calls")
