@@ -32,7 +32,7 @@ class Idle:
 class Dear:
     """A predictor that takes a second to say one thing, and counts how often it is asked and told."""
 
-    calibrated = True
+    gives_probabilities = True
 
     def __init__(self) -> None:
         self.now, self.asked, self.told = 1.0, 0, 0

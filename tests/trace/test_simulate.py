@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,7 @@ def test_an_oracle_misses_only_what_the_link_has_no_time_for() -> None:
     assert simulate(trace, "lru", "none", 0.5, link).ready_on_time < bound.ready_on_time < 1
 
 
-def test_what_needs_gate_inputs_says_so() -> None:
+def test_what_needs_router_inputs_says_so() -> None:
     with pytest.raises(ConfigError, match="--router-inputs"):
         simulate(random_trace(0), "lru", "combined", 0.5, SLOW)
     with pytest.raises(ConfigError, match="below one token"):
@@ -156,7 +157,7 @@ def test_what_needs_gate_inputs_says_so() -> None:
 
 @pytest.mark.parametrize("predictor", ["cross-layer", "cross-layer-probability", "combined", "learned", "forecast", "recursive"])
 def test_gates_run_on_recorded_inputs(predictor: str) -> None:
-    """A router that sees the true gate input one layer early knows all: with a fast link nearly everything is on time."""
+    """A router that sees the true router input one layer early knows all: with a fast link nearly everything is on time."""
     import torch
 
     rng = np.random.default_rng(3)
@@ -205,6 +206,26 @@ def test_published_traces_are_read(tmp_path: Path) -> None:
     assert read_trace(tmp_path / "old.npz").num_experts.tolist() == [32]
 
 
+def test_names_from_before_0_2_are_read(tmp_path: Path) -> None:
+    """The array of what routers saw, and a predictor that was renamed."""
+    inputs = np.arange(4, dtype=np.float16).reshape(1, 1, 4)
+    np.savez(
+        tmp_path / "old.npz",
+        experts=np.array([[[3, 1]]], np.uint8),
+        probs=np.ones((1, 1, 2), np.float16),
+        start=np.array([0, 1]),
+        gate_inputs=inputs,
+        meta=np.array(json.dumps({"predictor": "cross-layer-calibrated", "policy": "lru", "slots": 7})),
+    )
+    trace = read_trace(tmp_path / "old.npz")
+    assert np.array_equal(trace.extras["router_inputs"], inputs)
+    assert trace.meta == {"predictor": "cross-layer-probability", "policy": "lru", "slots": 7}
+    write_trace(tmp_path / "new.npz", trace)
+    with np.load(tmp_path / "new.npz") as file:
+        assert "router_inputs" in file.files
+        assert "gate_inputs" not in file.files
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -215,6 +236,7 @@ def test_published_traces_are_read(tmp_path: Path) -> None:
         {"version": np.int64(2)},
         {"probs": np.ones((2, 1, 1), np.float16)},
         {"meta": np.array("{")},
+        {"meta": np.array("[]")},
     ],
 )
 def test_damaged_traces_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:

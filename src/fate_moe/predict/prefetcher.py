@@ -121,7 +121,7 @@ class Prefetcher:
         self._residency = residency
         self._num_layers = num_layers
         self._furthest = look_ahead
-        self._trial = Trial() if predictor.calibrated and not self.idle else None
+        self._trial = Trial() if predictor.gives_probabilities and not self.idle else None
         self._reading_ahead = not self.idle
         self._wasted = (0, 0.0)  # reads ahead that nobody used (yet), and the seconds that they cost others
         self._entered: tuple[int, float, float] | None = None  # layer, time and stall so far when the last block was entered
@@ -193,7 +193,7 @@ class Prefetcher:
         if not predicted:
             return 0
         experts = [ExpertId(layer, expert) for expert, _ in predicted]
-        if not self.predictor.calibrated:  # one after another: reads share the link and the cores
+        if not self.predictor.gives_probabilities:  # one after another: reads share the link and the cores
             fitting = int(ahead * self.affordable(len(router_input))) - queued
             if ahead > 1 and fitting < 1:
                 return 0

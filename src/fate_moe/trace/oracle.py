@@ -17,7 +17,7 @@ class Oracle:
     """Names exactly what each layer of one trace will choose; what is not ready then, no predictor over the same link and so many
     layers ahead could have made ready. ``observe`` must follow the trace from its beginning."""
 
-    calibrated = False  # sure, and never given up by a trial
+    gives_probabilities = False  # sure, and never given up by a trial
 
     def __init__(self, trace: RoutingTrace) -> None:
         self._experts = trace.experts.tolist()
