@@ -15,8 +15,8 @@ Version 1. N tokens (single decode steps, in order), L MoE layers, k choices, E 
     link         [N, L] float32               seconds in which they used the link
     overlap      [N, L] float32               seconds from the lookups to the first need of a missing expert; 0: none was missing
     predicting   [N, L] float32               seconds that the inference thread spent on predicting
-    reads        [R, 6] float64               token, layer, expert, 1 for a demand read (0: a prefetch), when the read began and when
-                                              it ended, in seconds since that token entered layer 0
+    reads        [R, 6] float64               token, layer, expert, 1 for a demand read (0: a prefetch), when the read began and
+                                              when it ended, in seconds since that token entered layer 0
     predicted    [N, L, E] float16            probabilities that were predicted; 0 where nothing was
     router_inputs [N, L, D] float16           what the routers saw
     embeddings   [N, D] float16
@@ -26,7 +26,7 @@ Version 1. N tokens (single decode steps, in order), L MoE layers, k choices, E 
     meta         [] str                       JSON: model, expert_bytes (a list where they differ), policy, predictor, slots, ...
 
 Files without ``version`` and ``num_experts`` (gpt-oss-20b's published traces) are read too; their layers are taken to be as wide as
-the next power of two. So are files with names from before 0.2.0 (``gate_inputs``, ``cross-layer-calibrated``). Nothing is unpickled.
+the next power of two. Names from before 0.2.0 (``gate_inputs``, ``cross-layer-calibrated``) are understood. Nothing is unpickled.
 """
 
 from __future__ import annotations
