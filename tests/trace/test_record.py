@@ -1,4 +1,4 @@
-"""A real engine's trace, the simulator beside it, fitted gates, and pictures."""
+"""Traces of the engine, the simulator compared with them, fitted gates, and pictures."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_the_simulator_agrees_with_the_engine(traced: tuple[Any, RoutingTrace]) 
 
 
 class SlowSource:
-    """One read after another, each five milliseconds, whatever else the machine does."""
+    """One read after another, five milliseconds each, however busy the machine is."""
 
     def __init__(self, inner: ExpertSource) -> None:
         self._inner, self._lock, self._free = inner, threading.Lock(), 0.0
@@ -100,7 +100,7 @@ class SlowSource:
 
 
 def test_stall_agrees_with_the_engine(loaded: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A link so slow that the machine's own noise does not count; the trace alone tells the simulator how slow it was."""
+    """The link is so slow that the machine's own noise does not matter; the simulator knows its speed from the trace alone."""
     model = loaded("qwen2_moe", policy="lru", predictor="none", expert_cache="37.5%")
     residency = model.fate.runtime.residency
     residency._source = SlowSource(residency._source)
@@ -118,11 +118,11 @@ def test_stall_agrees_with_the_engine(loaded: Callable[..., Any], tmp_path: Path
     assert recorded["stall_seconds"] == pytest.approx(float(trace.extras["stall"].sum()), rel=1e-3)
     assert found["disk_gbps"] == pytest.approx(plan.slot_bytes / 0.005 / 1e9, rel=0.25)
     main(["simulate", str(tmp_path / "t.npz"), "--as-recorded"])
-    assert "as recorded" in capsys.readouterr().out
+    assert "recorded, simulated" in capsys.readouterr().out
 
 
 def test_every_read_is_in_the_timeline(loaded: Callable[..., Any], tmp_path: Path) -> None:
-    """Those asked for and those made ahead, each in its lane; what is cut off a trace takes its reads along."""
+    """Demand reads and prefetches, each in its lane; the first tokens of a trace come with their reads."""
     model = loaded("qwen2_moe", preset="fate", expert_cache="50%")
     residency = model.fate.runtime.residency
     recorder = Recorder([8, 8])
@@ -184,25 +184,25 @@ def test_ridge_finds_a_linear_router() -> None:
         GateFitter([6], 10).gates()
 
 
-def test_routers_logits_say_more_than_their_choice() -> None:
-    """Sixty tokens, hardly more than numbers in an input: a linear map is found from logits, not from what was chosen."""
+def test_a_fit_to_logits_predicts_better_than_one_to_choices() -> None:
+    """Sixty tokens, hardly more than an input has numbers: a linear map is found from logits, not from choices."""
     generator = torch.Generator().manual_seed(2)
     routers = [torch.randn(12, 40, generator=generator) for _ in range(2)]
     embedding, x = torch.randn(60, 40, generator=generator), torch.randn(500, 40, generator=generator)
     truth = (x @ routers[1].mT).topk(2).indices
-    shares = []
+    recalls = []
     for known in (routers, None):
         fitter = GateFitter([12, 12], 40, routers=known)
         fitter.record(pass_of([embedding] * 3, [(embedding @ router.mT).topk(2).indices for router in routers]))
         gate = fitter.gates()[0][1]
         assert gate is not None
         guessed = (x @ gate[:, :-1].mT + gate[:, -1]).topk(2).indices
-        shares.append(float((guessed[:, :, None] == truth[:, None]).any(1).float().mean()))
-    from_logits, from_choices = shares
+        recalls.append(float((guessed[:, :, None] == truth[:, None]).any(1).float().mean()))
+    from_logits, from_choices = recalls
     assert from_logits > 0.9 > 0.75 > from_choices
 
 
-def test_a_fit_is_ridge_regression_and_a_meter_counts_what_came_true() -> None:
+def test_a_fit_is_ridge_regression_and_recall_is_counted() -> None:
     """Three layers, five passes: every gate and the forecast against regressions on all rows at once, recall against counting."""
     generator = torch.Generator().manual_seed(1)
     sizes, hidden, k = [6, 5, 6], 7, 1
@@ -293,7 +293,7 @@ def test_simulate_prints_rows(tmp_path: Path, traced: tuple[Any, RoutingTrace], 
         assert main(["simulate", str(path), *wrong]) == 1
 
 
-def test_a_mixed_stores_trace_wants_one_size_for_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mixed_stores_trace_needs_one_size_for_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = convert(demo.MODEL, tmp_path / "mixed", "int4", keep={ExpertId(3, 7): "lossless"}, solver="minmax")
     config = OffloadConfig(expert_cache="50%", context_length=64)
     trace = record_routing(store, ["Once upon a time"], config, new_tokens=4, max_tokens=4)

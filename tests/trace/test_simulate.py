@@ -49,7 +49,7 @@ def test_demand_reads_by_hand() -> None:
     assert row.tokens_per_second == pytest.approx(2 / 4.0)
 
 
-def test_overlap_hides_so_much_of_a_wait() -> None:
+def test_overlap_hides_a_wait() -> None:
     link = Link(1000.0, 1000, 0.5, overlap_seconds=0.4)
     row = simulate(trace_of([[[0]], [[1]], [[1]]]), "lru", "none", 0.25, link)
     assert row.stall_seconds == pytest.approx(2 * 0.6)
@@ -57,7 +57,7 @@ def test_overlap_hides_so_much_of_a_wait() -> None:
 
 
 def test_latency_delays_use_and_not_the_next_read() -> None:
-    """Two misses: the link is busy for two seconds, the second is of use a quarter later; a lone one after 1.25."""
+    """Two misses: the link is busy for two seconds, the second expert is ready a quarter later; a lone one after 1.25."""
     link = Link(1000.0, 1000, 0.5, latency_seconds=0.25)
     row = simulate(trace_of([[[0, 1]], [[0, 2]]]), "lru", "none", 0.5, link)
     assert row.stall_seconds == pytest.approx(2.25 + 1.25)
@@ -113,7 +113,7 @@ def test_a_prefetch_takes_no_fresh_expert() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 1000), slots=st.integers(2, 20), policy=st.sampled_from([*POLICIES, "best"]))
-def test_nobody_beats_belady(seed: int, slots: int, policy: str) -> None:
+def test_no_policy_beats_belady(seed: int, slots: int, policy: str) -> None:
     trace = random_trace(seed)
     bound = simulate(trace, "belady", "none", slots / 24, SLOW)
     row = simulate(trace, policy, "none", slots / 24, SLOW)
@@ -124,7 +124,7 @@ def test_nobody_beats_belady(seed: int, slots: int, policy: str) -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 1000), predictor=st.sampled_from(["temporal", "activation-path"]))
-def test_reading_ahead_keeps_the_books(seed: int, predictor: str) -> None:
+def test_counters_of_prefetches_agree(seed: int, predictor: str) -> None:
     row = simulate(random_trace(seed), "best", predictor, 0.5, Link(20000.0, 1000, 0.5))
     assert row.prefetch_used <= row.prefetched
     misses = round(row.miss_rate * row.lookups)
@@ -138,7 +138,7 @@ def test_belady_by_hand() -> None:
 
 
 def test_an_oracle_misses_only_what_the_link_has_no_time_for() -> None:
-    """Layer 0, asked for the moment its token is known, always wants the same; what none asks for is never read."""
+    """Layer 0, predicted as soon as the token is known, always chooses the same; what no layer chooses is never read."""
     trace = random_trace(2)
     trace.experts[:, 0] = [0, 1]
     link = Link(1000.0, 500, 0.5)  # half a second for both
@@ -175,7 +175,7 @@ def test_gates_run_on_recorded_inputs(predictor: str) -> None:
 
 
 def test_looking_further_ahead_hides_reads_that_take_longer_than_a_layer() -> None:
-    """Every layer chooses alike and routers know it: with reads of 1.6 layers, two layers' notice hides what one layer's cannot."""
+    """All layers choose alike and gates know it: reads that take 1.6 layers are hidden two layers ahead, not one layer ahead."""
     import torch
 
     rng = np.random.default_rng(4)

@@ -1,4 +1,4 @@
-"""Runs a model to see how it routes: traces of decode, and fitted gates."""
+"""Runs a model to record its routing: traces of decode, and fitted gates."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def record_routing(
 ) -> RoutingTrace:
     """Continue each of ``texts`` greedily by ``new_tokens``, or with ``teacher`` follow it token by token; ``max_tokens`` in all.
 
-    ``prefill``: follow it in passes of many tokens, as quick as a prompt, without lookups and times. ``router_inputs`` records what
-    linear routers saw, and their weights. ``source`` brings the experts' bytes; None: the store. Raises ConfigError if no token was
-    decoded.
+    ``prefill``: follow it in passes of many tokens, as fast as a prompt, without lookups and times. ``router_inputs``: record the
+    inputs and weights of linear routers too. ``source`` brings the experts' bytes; None: the store. Raises ConfigError if no token
+    was decoded.
     """
     if config.on_gpu:
         raise ConfigError("routing is recorded on the CPU; omit vram and device")
@@ -110,10 +110,12 @@ def fit_gates(
     tokenizer = load_tokenizer(prepared.store.path)
     windows = _windows(tokenizer, texts, max_tokens)
     if len(windows) < 10:
-        raise ConfigError(f"{WINDOW * len(windows)} tokens of text are too few to fit gates; give at least {10 * WINDOW}")
+        raise ConfigError(
+            f"{WINDOW * len(windows)} tokens of text are too few to fit gates; give at least {10 * WINDOW} (--text, --max-tokens)"
+        )
     test_windows = _windows(tokenizer, test_texts, test_tokens)
     if test_texts and not test_windows:
-        raise ConfigError(f"the text to test on has fewer than {WINDOW} tokens; give more")
+        raise ConfigError(f"the text to test on has fewer than {WINDOW} tokens; give a longer one (--test, --test-tokens)")
     running = realize(prepared, prepared.plan(config), config)
     sizes = [stack.num_experts for stack in prepared.stacks]
     with closing(running.fate):
@@ -163,7 +165,7 @@ def _padded(weights: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _enough(texts: Sequence[str], max_tokens: int) -> list[str]:
-    """As many of ``texts`` as may be needed: a token has at least a character."""
+    """About 8 characters of ``texts`` per token, which is more than a token has."""
     taken, length = [], 0
     for text in texts:
         if length > 8 * max_tokens:
@@ -174,7 +176,7 @@ def _enough(texts: Sequence[str], max_tokens: int) -> list[str]:
 
 
 def _follow(model: Any, ids: torch.Tensor, window: int) -> None:
-    """Run ``ids`` [1, num_tokens], ``window`` at a time, whatever the model would have written."""
+    """Run ``ids`` [1, num_tokens] through the model, ``window`` at a time."""
     past = None
     for part in torch.split(ids, window, dim=1):
         past = model(part, past_key_values=past, use_cache=True).past_key_values

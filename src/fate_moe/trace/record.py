@@ -29,11 +29,11 @@ _FOUND = {Lookup.HIT: 0, Lookup.IN_FLIGHT: 1, Lookup.MISS: 2}
 
 
 class Recorder:
-    """An observer that keeps every single-token pass that went through all layers; longer passes begin another generation.
+    """An observer that records every single-token pass that went through all layers; longer passes begin another generation.
 
-    ``router_inputs``: keep what the routers saw too, with the embeddings, the ``routers`` [L, E, D] (linear ones) and the ``norms``
-    [L, D] before them. ``prompts``: keep the tokens of longer passes instead, as if they had been decoded one by one; what lookups
-    found and how long it took would mean nothing then and is omitted.
+    ``router_inputs``: record router inputs and embeddings too, with the ``routers`` [L, E, D] (linear ones) and the ``norms``
+    [L, D] before them. ``prompts``: record the tokens of longer passes instead, as if they had been decoded one by one; lookups and
+    times, which would mean nothing then, are omitted.
     """
 
     def __init__(
@@ -59,11 +59,11 @@ class Recorder:
         return sum(len(column) for column in self._columns["experts"])
 
     def keeps_inputs(self, num_tokens: int) -> bool:
-        """Router inputs are kept of the passes that are recorded, if they were asked for."""
+        """Whether ``record`` uses the inputs of such a pass."""
         return self._router_inputs and (num_tokens > 1) == self._prompts
 
     def record(self, forward: ForwardPass) -> None:
-        """Keep ``forward`` if it is of the kind that is recorded and went through all layers."""
+        """Record ``forward`` if it is of the kind that is recorded and went through all layers."""
         if forward.num_tokens > 1 or not self._start:
             self._start.append(self.num_tokens)
         if (forward.num_tokens > 1) != self._prompts or not forward.is_whole(len(self._sizes)):
@@ -78,7 +78,7 @@ class Recorder:
             self._columns[name].append(column)
 
     def trace(self, **meta: Any) -> RoutingTrace:
-        """What was recorded. Raises ValueError if nothing was."""
+        """What was recorded, with ``meta`` (it must be JSON). Raises ValueError if nothing was."""
         if not self.num_tokens:
             raise ValueError("nothing was recorded: no token was decoded one by one")
         arrays = {name: np.concatenate(values) for name, values in self._columns.items()}

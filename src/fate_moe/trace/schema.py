@@ -17,8 +17,8 @@ Version 1. N tokens (single decode steps, in order), L MoE layers, k choices, E 
     predicting   [N, L] float32               seconds that the inference thread spent on predicting
     reads        [R, 6] float64               token, layer, expert, 1 for a demand read (0: a prefetch), when the read began and
                                               when it ended, in seconds since that token entered layer 0
-    predicted    [N, L, E] float16            probabilities that were predicted; 0 where nothing was
-    router_inputs [N, L, D] float16           what the routers saw
+    predicted    [N, L, E] float16            predicted probabilities; 0 where nothing was predicted
+    router_inputs [N, L, D] float16           the routers' inputs
     embeddings   [N, D] float16
     routers      [L, E, D] float32            their weights, where they are linear; scores are routers @ router_input
     norms        [L, D] float32               the gains of the norms before them; scores of layer m on l's residual stream are
