@@ -1,9 +1,9 @@
-"""Where a decoded token's time goes when everything is resident: milliseconds by what is being done, the rest of each module apart.
+"""Where a decoded token's time goes when all experts are resident: milliseconds by part of the engine and the model.
 
     python -m benchmarks.overhead MODEL [--new-tokens 32] [--prompt-tokens 64] [--option key=value ...]
 
-Every part is timed alone (what it calls is not counted twice); a timer costs about 1 us, so the sum is a little more than the token
-takes without them, which is measured first and shown too. Options are those of `fate_moe.load`.
+A part's time does not include the parts that it calls. Timers make the token a little slower; its time without them is measured
+first and printed too. Options are those of `fate_moe.load`.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Clock:
 
 
 class Ticks(BaseStreamer):  # type: ignore[misc]
-    """When each token came; ``begin`` is called once the first of them is there."""
+    """The time of each token; ``begin`` is called after the first one."""
 
     def __init__(self, begin: Callable[[], None]) -> None:
         self.times: list[float] = []
@@ -79,7 +79,7 @@ class Ticks(BaseStreamer):  # type: ignore[misc]
             self._begin()
 
     def end(self) -> None:
-        """Nothing is held back."""
+        """Nothing is buffered."""
 
 
 def decode(model: Any, prompt: torch.Tensor, new_tokens: int, begin: Callable[[], None] = lambda: None) -> list[float]:
@@ -96,7 +96,7 @@ def decode(model: Any, prompt: torch.Tensor, new_tokens: int, begin: Callable[[]
 
 
 def read_all(model: Any) -> None:
-    """Bring every expert into its slot, as far as there are slots."""
+    """Read every expert, as far as there are slots."""
     runtime = model.fate.runtime
     for layer, count in enumerate(runtime._num_experts):
         lease = runtime.residency.acquire([ExpertId(layer, expert) for expert in range(count)])
@@ -123,12 +123,10 @@ def instrument(model: Any, clock: Clock) -> Iterator[None]:
         undo.callback(routers.__setitem__, slice(None), list(routers))
         routers[:] = [clock.charge("router, asked early", route) if route else None for route in routers]
         for module in model.modules():
-            part = _part_of(module)
-            if part is not None:
-                wrap(module, "forward", part)
-            router = _router(module)
-            if router is not None:
+            if (router := _router(module)) is not None:
                 wrap(router, "forward", "router, the family's own call")
+            if (kind := _part_of(module)) is not None:
+                wrap(module, "forward", kind)
         wrap(model, "forward", "model: masks, positions, head")
         yield
 

@@ -18,7 +18,12 @@ PROMPT = torch.arange(1, 6)[None]
 def test_the_innermost_function_is_charged() -> None:
     clock = Clock()
     inner = clock.charge("inner", lambda: time.sleep(0.02))
-    outer = clock.charge("outer", lambda: (time.sleep(0.01), inner()))
+
+    def work() -> None:
+        time.sleep(0.01)
+        inner()
+
+    outer = clock.charge("outer", work)
     clock.start()
     outer()
     assert clock.seconds["inner"] >= 0.02
@@ -31,7 +36,12 @@ def test_waiting_is_charged_to_the_residency(loaded: Callable[..., Any], monkeyp
     model = loaded("qwen2_moe", policy="lru", predictor="none", expert_cache="25%")
     source = model.fate.runtime.residency._source
     read = source.read
-    monkeypatch.setattr(source, "read", lambda *args: (time.sleep(0.005), read(*args))[1])
+
+    def slow(*args: Any) -> Any:
+        time.sleep(0.005)
+        return read(*args)
+
+    monkeypatch.setattr(source, "read", slow)
     clock = Clock()
     with instrument(model, clock):
         decode(model, PROMPT, 8, clock.start)

@@ -168,7 +168,7 @@ def summary(trace: Trace) -> list[str]:
     rows = [
         f"| cosine of neighbouring router inputs | {sum(c := neighbour_cosine(trace)) / len(c):.3f} | > 0.83 |",
         f"| previous token's experts chosen again, % | {percent(previous_overlap(trace))} | {KNOWN_OVERLAP} |",
-        f"| fraction of choices that are of the tenth of experts chosen most, % | {percent(popular_share(trace))} | {KNOWN_POPULAR} |",
+        f"| share of the tenth of experts chosen most, % | {percent(popular_share(trace))} | {KNOWN_POPULAR} |",
     ]
     for width, known in zip(WIDTHS, KNOWN_RECALL, strict=True):
         rows.append(f"| next layer's experts predicted, top-{width}, % | {percent(next_layer_recall(trace, width))} | {known} |")
