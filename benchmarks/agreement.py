@@ -1,10 +1,10 @@
-"""The simulator beside the real engine, behind links of known speeds.
+"""The simulator compared with the engine, behind links of known speeds.
 
     python -m benchmarks.agreement [MODEL] --text FILE [--gbps 0.3 1.2 3.5] [--expert-cache 25% 50% 75%] [--tokens 600] [--skip 200]
 
-Follows the text token by token with experts that come from memory at the link's speed (throttled.py), nothing learned before,
-records it, and replays the recording in virtual time with the times that it was measured to have (`fate simulate --as-recorded`).
-The last line is one JSON.
+Decodes the text token by token with experts that come from memory at the link's speed (throttled.py) and without statistics of
+earlier runs, records it on the path that users run, and replays the recording in virtual time with the measured times, as
+`fate simulate --as-recorded` does. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ COMPARED = ("ready_on_time", "bytes_per_token", "stall_seconds", "tokens_per_sec
 def compare(
     store: Store, blobs: dict[ExpertId, bytes], text: str, preset: str, gbps: float, cache: str, tokens: int, skip: int
 ) -> dict[str, Any]:
-    """One run and its simulation: ``recorded`` and ``simulated`` of everything in COMPARED, stall in seconds over all tokens."""
+    """One run and its simulation: ``recorded`` and ``simulated`` for each of COMPARED; stall seconds are totals."""
     choice = {"policy": PRESETS["best"][0], "predictor": "none"} if preset == "none" else {"preset": preset}
     config = OffloadConfig.from_options({"expert_cache": cache, "context_length": max(1024, tokens), **choice})
     (store.path / STATISTICS).unlink(missing_ok=True)
@@ -62,9 +62,9 @@ def main() -> None:
     parser.add_argument("--skip", type=int, default=200)
     arguments = parser.parse_args()
     text, rows = arguments.text.read_text("utf-8")[: 8 * arguments.tokens], []
-    store = prepare.prepare(prepare.store_for(arguments.model, OffloadConfig().precision)).store
-    blobs, learned = blobs_of(store), store.path / STATISTICS
-    before = learned.read_bytes() if learned.exists() else None
+    store = load.prepare(load.store_for(arguments.model, OffloadConfig().precision)).store
+    blobs, statistics = blobs_of(store), store.path / STATISTICS
+    before = statistics.read_bytes() if statistics.exists() else None
     print("| link | preset | resident | read per token | stall per token | tokens/s |  (recorded, simulated)")
     for gbps in arguments.gbps:
         for cache in arguments.expert_cache:
@@ -75,9 +75,9 @@ def main() -> None:
                 stalls = [1e3 * seconds / row["tokens"] for seconds in row["stall_seconds"].values()]
                 cells = (map(format_bytes, read), (f"{stall:.2f} ms" for stall in stalls), (f"{rate:.1f}" for rate in speed))
                 print(f"| {gbps:g} GB/s | `{preset}` | {cache} | {' | '.join(', '.join(cell) for cell in cells)} |", flush=True)
-    learned.unlink(missing_ok=True)
-    if before is not None:  # what the store had learned is its own
-        learned.write_bytes(before)
+    statistics.unlink(missing_ok=True)
+    if before is not None:  # restore the store's statistics
+        statistics.write_bytes(before)
     print(json.dumps({"rows": rows}))
 
 

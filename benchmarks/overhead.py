@@ -1,9 +1,9 @@
-"""Where a decoded token's time goes when everything is resident: milliseconds by what is being done, the rest of each module apart.
+"""Where a decoded token's time goes when all experts are resident: milliseconds by part of the engine and the model.
 
     python -m benchmarks.overhead MODEL [--new-tokens 32] [--prompt-tokens 64] [--option key=value ...]
 
-Every part is timed alone (what it calls is not counted twice); a timer costs about 1 us, so the sum is a little more than the token
-takes without them, which is measured first and shown too. Options are those of `fate_moe.load`.
+A part's time does not include the parts that it calls. Timers make the token a little slower; its time without them is measured
+first and printed too. Options are those of `fate_moe.load`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import argparse
 import json
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from statistics import median
 from typing import Any
 
@@ -33,7 +34,7 @@ KERNELS = ("expert kernels", "dense kernels")
 
 
 class Clock:
-    """Time by part: whoever runs innermost is charged."""
+    """Time by part: the innermost function that runs is charged."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -66,7 +67,7 @@ class Clock:
 
 
 class Ticks(BaseStreamer):  # type: ignore[misc]
-    """When each token came; ``begin`` is called once the first of them is there."""
+    """The time of each token; ``begin`` is called after the first one."""
 
     def __init__(self, begin: Callable[[], None]) -> None:
         self.times: list[float] = []
@@ -78,7 +79,7 @@ class Ticks(BaseStreamer):  # type: ignore[misc]
             self._begin()
 
     def end(self) -> None:
-        """Nothing is held back."""
+        """Nothing is buffered."""
 
 
 def decode(model: Any, prompt: torch.Tensor, new_tokens: int, begin: Callable[[], None] = lambda: None) -> list[float]:
@@ -86,7 +87,7 @@ def decode(model: Any, prompt: torch.Tensor, new_tokens: int, begin: Callable[[]
     ticks = Ticks(begin)
     mask = torch.ones_like(prompt)
     with torch.inference_mode():
-        model.generation_config.eos_token_id = None  # else 1 ms a token goes to keeping it away
+        model.generation_config.eos_token_id = None  # the text must not end early; a minimum length costs 1 ms a token
         model.generate(
             prompt, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, streamer=ticks,
             pad_token_id=0,
@@ -95,7 +96,7 @@ def decode(model: Any, prompt: torch.Tensor, new_tokens: int, begin: Callable[[]
 
 
 def read_all(model: Any) -> None:
-    """Bring every expert into its slot, as far as there are slots."""
+    """Read every expert, as far as there are slots."""
     runtime = model.fate.runtime
     for layer, count in enumerate(runtime._num_experts):
         lease = runtime.residency.acquire([ExpertId(layer, expert) for expert in range(count)])
@@ -104,52 +105,67 @@ def read_all(model: Any) -> None:
         lease.release()
 
 
-def instrument(model: Any, clock: Clock) -> None:
-    """Put a timer on everything that has a name of its own."""
+@contextmanager
+def instrument(model: Any, clock: Clock) -> Iterator[None]:
+    """Meanwhile a timer is on everything that has a name of its own. Raises AttributeError where a name is gone: what a renamed
+    function does would be charged to its caller."""
+    with ExitStack() as undo:
 
-    def wrap(owner: Any, name: str, part: str) -> None:
-        if hasattr(owner, name):
-            setattr(owner, name, clock.charge(part, getattr(owner, name)))
+        def wrap(owner: Any, name: str, part: str) -> None:
+            original, own = getattr(owner, name), name in vars(owner)
+            setattr(owner, name, clock.charge(part, original))
+            undo.callback(*((setattr, owner, name, original) if own else (delattr, owner, name)))
 
-    runtime, functional = model.fate.runtime, torch.nn.functional
+        for owner, names, part in _functions(model):
+            for name in names:
+                wrap(owner, name, part)
+        routers = model.fate.runtime._routers
+        undo.callback(routers.__setitem__, slice(None), list(routers))
+        routers[:] = [clock.charge("router, asked early", route) if route else None for route in routers]
+        for module in model.modules():
+            if (router := _router(module)) is not None:
+                wrap(router, "forward", "router, the family's own call")
+            if (kind := _part_of(module)) is not None:
+                wrap(module, "forward", kind)
+        wrap(model, "forward", "model: masks, positions, head")
+        yield
+
+
+def _functions(model: Any) -> Iterator[tuple[Any, Sequence[str], str]]:
+    """Owner, names and part of the functions that are timed, but for modules."""
+    runtime = model.fate.runtime
     if native is not None:
-        for name in ("experts", "combine"):
-            wrap(native, name, "expert kernels")
-        for name in ("linear", "mlp", "attention", "layer", "expand"):
-            wrap(native, name, "dense kernels")
-        wrap(native, "layer_end", "expert kernels")
-        wrap(native, "rms_norm", "norms")
-    for layers in (DynamicLayer, RoomyLayer):
-        for name in ("update", "reserve", "extend", "get_seq_length", "get_mask_sizes"):
-            if name in vars(layers):
-                wrap(layers, name, "KV cache")
-    wrap(functional, "scaled_dot_product_attention", "attention")
-    runtime._routers[:] = [clock.charge("router, asked early", route) if route else None for route in runtime._routers]
-    for name in ("embedded", "entered", "look_ahead", "observe"):
-        wrap(runtime._prefetcher, name, "prediction")
-    for name in ("acquire", "_unlock", "_wait_for"):
-        wrap(runtime.residency, name, "residency and policy")
-    for name in ("enter", "compute", "embedded", "begin", "run"):
-        wrap(runtime, name, "runtime")
-    for module in model.modules():
-        kind = type(module).__name__
-        routers = [child for child in [router_of(module)] if child is not None and any(map(is_experts, module.children()))]
-        for router in routers:
-            wrap(router, "forward", "router, the family's own call")
-        if not routers and not list(module.children()) and hasattr(module, "weight"):
-            part = "norms" if kind.endswith("Norm") else "embedding" if "Embedding" in kind else "linears around their kernels"
-            wrap(module, "forward", part)
-        elif "RotaryEmbedding" in kind:
-            wrap(module, "forward", "rope's angles")
-        elif kind.endswith("Attention"):
-            wrap(module, "forward", "attention blocks: rope, reshapes")
-        elif kind.endswith("DecoderLayer"):
-            wrap(module, "forward", "decoder layers: residuals, hooks")
-        elif routers:
-            wrap(module, "forward", "MoE blocks: shared expert's gate, sums")
-        elif kind.endswith("MLP"):
-            wrap(module, "forward", "shared experts: activation, product")
-    wrap(model, "forward", "model: masks, positions, head")
+        yield native, ("experts", "combine", "layer_end"), "expert kernels"
+        yield native, ("linear", "mlp", "attention", "layer", "expand"), "dense kernels"
+        yield native, ("rms_norm",), "norms"
+    yield DynamicLayer, ("update", "get_seq_length", "get_mask_sizes"), "KV cache"
+    yield RoomyLayer, ("update", "reserve", "extend", "get_seq_length"), "KV cache"
+    yield torch.nn.functional, ("scaled_dot_product_attention",), "attention"
+    yield runtime._prefetcher, ("embedded", "entered", "look_ahead", "observe"), "prediction"
+    yield runtime.residency, ("acquire", "unlock", "wait_for"), "residency and policy"
+    yield runtime, ("enter", "compute", "embedded", "begin", "run"), "runtime"
+
+
+def _router(module: torch.nn.Module) -> torch.nn.Module | None:
+    """The router of ``module``, if that is a MoE block."""
+    return router_of(module) if any(map(is_experts, module.children())) else None
+
+
+def _part_of(module: torch.nn.Module) -> str | None:
+    """What the time in a module's own forward is spent on; None: it is charged to its caller."""
+    kind = type(module).__name__
+    is_block = _router(module) is not None
+    if not is_block and not list(module.children()) and hasattr(module, "weight"):
+        return "norms" if kind.endswith("Norm") else "embedding" if "Embedding" in kind else "linears around their kernels"
+    if "RotaryEmbedding" in kind:
+        return "rope's angles"
+    if kind.endswith("Attention"):
+        return "attention blocks: rope, reshapes"
+    if kind.endswith("DecoderLayer"):
+        return "decoder layers: residuals, hooks"
+    if is_block:
+        return "MoE blocks: shared expert's gate, sums"
+    return "shared experts: activation, product" if kind.endswith("MLP") else None
 
 
 def main() -> None:
@@ -167,8 +183,8 @@ def main() -> None:
     decode(model, prompt, 8)
     plain = 1e3 * median(decode(model, prompt, arguments.new_tokens))
     clock = Clock()
-    instrument(model, clock)
-    timed = 1e3 * median(decode(model, prompt, arguments.new_tokens, clock.start))
+    with instrument(model, clock):
+        timed = 1e3 * median(decode(model, prompt, arguments.new_tokens, clock.start))
     count = arguments.new_tokens - 1
     rows = {part: 1e3 * seconds / count for part, seconds in sorted(clock.seconds.items(), key=lambda item: -item[1])}
     table = Table("part", "ms per token", "calls")

@@ -1,4 +1,4 @@
-"""Law 1: offloading never changes numbers. Law 2's refusal is in test_planner, its measurement in test_memory_limit."""
+"""Same numbers: offloading never changes a bit. (The budget is a promise: tests/engine/test_budget.py, test_memory_budget.py.)"""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from fate_moe.config import POLICIES, PREDICTORS
 from fate_moe.engine.prepare import store_for
 from fate_moe.store.learned import save_gates
 
-NUM_EXPERTS_KEPT = ("2", "7", "100%")  # of 2 layers x 8 experts, top-2: one token's experts, fewer than a layer, all
+NUM_RESIDENT = ("2", "7", "100%")  # of 2 layers x 8 experts, top-2: one token's experts, fewer than a layer, all
 PAIRS = [(policy, "cross-layer") for policy in POLICIES] + [("co-activation", predictor) for predictor in PREDICTORS]
 
 
 def logits_of(model: Any, batch: int) -> list[torch.Tensor]:
-    """Prefill of 9 tokens (left-padded rows where there are several), then five decode steps, through the KV cache."""
+    """A prompt of 9 tokens (rows left-padded if there are several), then five decode steps, with a KV cache."""
     generator = torch.Generator().manual_seed(batch)
     vocabulary = model.config.get_text_config().vocab_size
     tokens = torch.randint(1, vocabulary, (batch, 9), generator=generator)
@@ -37,8 +37,9 @@ def logits_of(model: Any, batch: int) -> list[torch.Tensor]:
     return steps
 
 
-def slots(model_slots: str, slot_bytes: int) -> str | int:
-    return model_slots if model_slots.endswith("%") else int(model_slots) * slot_bytes
+def cache_size(num_experts: str, slot_bytes: int) -> str | int:
+    """A fraction as it is, a number of experts in bytes."""
+    return num_experts if num_experts.endswith("%") else int(num_experts) * slot_bytes
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def resident() -> dict[Any, list[torch.Tensor]]:
     return {}
 
 
-@pytest.mark.parametrize("kept", NUM_EXPERTS_KEPT)
+@pytest.mark.parametrize("num_resident", NUM_RESIDENT)
 @pytest.mark.parametrize(("policy", "predictor"), PAIRS)
 @pytest.mark.parametrize(("family", "precision"), [("qwen2_moe", "lossless"), ("qwen2_moe", "int4"), ("deepseek_v3", "lossless")])
 def test_logits_are_bit_identical_to_fully_resident(
@@ -57,7 +58,7 @@ def test_logits_are_bit_identical_to_fully_resident(
     precision: str,
     policy: str,
     predictor: str,
-    kept: str,
+    num_resident: str,
 ) -> None:
     if predictor in ("learned", "forecast"):
         generator = torch.Generator().manual_seed(7)
@@ -71,13 +72,15 @@ def test_logits_are_bit_identical_to_fully_resident(
         assert whole.fate.plan.num_slots == whole.fate.plan.num_experts
         resident[key] = {batch: logits_of(whole, batch) for batch in (1, 3)}
     slot_bytes = loaded(family, precision).fate.plan.slot_bytes
-    model = loaded(family, precision, policy=policy, predictor=predictor, look_ahead=2, expert_cache=slots(kept, slot_bytes))
+    model = loaded(
+        family, precision, policy=policy, predictor=predictor, look_ahead=2, expert_cache=cache_size(num_resident, slot_bytes)
+    )
     for batch in (1, 3):
         for step, (got, want) in enumerate(zip(logits_of(model, batch), resident[key][batch], strict=True)):
             assert torch.equal(got, want), f"batch {batch}, step {step}"
     counters = model.fate.report().experts
     assert counters.lookups > 0
-    if not kept.endswith("%"):
+    if not num_resident.endswith("%"):
         assert counters.misses > 0
         assert counters.bytes_read > model.fate.plan.expert_cache_bytes
     model.fate.runtime.residency.wait_idle()

@@ -21,7 +21,7 @@ ORDER = [
     {"adapter", "kernels"},
     {"checkpoints"},
     {"store", "memory"},
-    {"predict"},
+    {"predict", "journal"},
     {"gpu", "runtime", "trace"},
     {"layers"},
     {"engine"},

@@ -1,4 +1,4 @@
-"""The nouns and the seams. Imports nothing of ours and no torch.
+"""The data types and protocols that all parts share. Imports nothing of ours and no torch.
 
 ``layer`` everywhere in this package counts *MoE blocks* from 0, in the order in which the model runs them: dense layers in
 between do not count, so that "the next layer" is always the next one that routes.
@@ -47,11 +47,11 @@ class ExpertId(NamedTuple):
 
 
 class Lookup(enum.Enum):
-    """What a lookup found at the moment the router had spoken (law 5)."""
+    """What a lookup found, decided at the moment after routing (honest counters)."""
 
     HIT = "hit"  # the bytes are in a slot
-    IN_FLIGHT = "in_flight"  # a prefetch read had begun and has not ended
-    MISS = "miss"  # a demand read has to be made (a prefetch that was only queued counts as this)
+    IN_FLIGHT = "in_flight"  # a prefetch read has begun and has not ended
+    MISS = "miss"  # a demand read has to be made (a prefetch that is only queued counts as this)
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,10 @@ class Section:
 
 @dataclass(frozen=True)
 class BlobLayout:
-    """Where everything lies in one expert's blob of ``length`` bytes (a multiple of 4096).
+    """The layout of one expert's blob of ``length`` bytes (a multiple of 4096).
 
     lossless: one section ``weights``; parts ``gate_up_proj`` [2I, H] and ``down_proj`` [H, I] (``up_proj`` where experts have no
-    gate), each row-major by *output* row whatever the checkpoint did, and ``*_bias`` [out] where the family has them.
+    gate_proj), each row-major by *output* row whatever the checkpoint's order, and ``*_bias`` [out] where the family has them.
 
     int4: sections ``scales``, then one per plane (``plane0``: 2 bits, ``plane1``: 1, ``plane2``: 1), each over all matrices; for a
     matrix W [R, C] with G = ceil(C / group_size) groups per row the parts are ``W.scale`` F16 [R, G], ``W.zero`` F16 [R, G] (the
@@ -95,14 +95,14 @@ class BlobLayout:
 
 @dataclass
 class Counters:
-    """What the residency layer did since it was made; amounts in bytes and seconds."""
+    """What the residency layer did since it was created; amounts in bytes and seconds."""
 
     hits: int = 0
     in_flight: int = 0
     misses: int = 0
     prefetched: int = 0
     prefetch_used: int = 0
-    upgrades: int = 0  # lookups that found fewer bits than they wanted; they count as misses
+    upgrades: int = 0  # lookups that found fewer bits than requested; they count as misses
     bytes_read: int = 0
     stall_seconds: float = 0.0
     link_seconds: float = 0.0  # in which reads were under way
@@ -115,19 +115,19 @@ class Counters:
 
     @property
     def ready_on_time(self) -> float:
-        """Share of lookups whose expert was in its slot when the router had spoken; 1.0 before any lookup."""
+        """Fraction of lookups whose expert was in its slot after routing; 1.0 before any lookup."""
         return self.hits / self.lookups if self.lookups else 1.0
 
     def as_dict(self) -> dict[str, float]:
         return {**asdict(self), "ready_on_time": self.ready_on_time}
 
     def since(self, earlier: Counters) -> Counters:
-        """The difference to an earlier copy of these counters."""
+        """What was counted since ``earlier``, a copy of these counters."""
         return Counters(**{key: value - getattr(earlier, key) for key, value in asdict(self).items()})
 
 
 class Routing(NamedTuple):
-    """What a router said of ``num_tokens`` tokens: ``experts`` [num_tokens, top_k] int64 in the family's own order, and ``scores``
+    """A router's result for ``num_tokens`` tokens: ``experts`` [num_tokens, top_k] int64 in the family's own order, and ``scores``
     [num_tokens, num_experts] (logits or probabilities), where a higher one is likelier to be chosen."""
 
     experts: torch.Tensor
@@ -139,7 +139,7 @@ Router: TypeAlias = "Callable[[torch.Tensor], Routing]"
 
 
 class EvictionPolicy(Protocol):
-    """Orders experts; owns no bytes and starts no reads. Called under the residency lock, from one thread at a time.
+    """Chooses the expert to evict; owns no bytes and starts no reads. Called under the residency lock, from one thread at a time.
 
     The residency layer calls ``admitted`` when an expert is given a slot, ``touched`` at every lookup of an expert that has one
     (once per forward pass of its layer, also for the lookup that caused a demand read: admitted, then touched), and ``removed``
@@ -152,49 +152,49 @@ class EvictionPolicy(Protocol):
         return
 
     def admitted(self, expert: ExpertId, *, prefetched: bool = False) -> None:
-        """``expert`` got a slot: by demand, or by a prefetch that nobody has asked for yet. It must not have had one."""
+        """``expert`` got a slot: by demand, or by a prefetch that no lookup has asked for yet. It had none before."""
 
     def touched(self, expert: ExpertId) -> None:
         """The router chose ``expert``, which has a slot."""
 
     def removed(self, expert: ExpertId) -> None:
-        """``expert`` lost its slot. Ghosts may be kept."""
+        """``expert`` lost its slot. A policy may remember it (a ghost entry)."""
 
     def victim(self, incoming: ExpertId, evictable: Callable[[ExpertId], bool], probability: float = 1.0) -> ExpertId | None:
-        """The admitted expert to give up for ``incoming``, among those for which ``evictable`` is true; None if there is none.
+        """The admitted expert to evict for ``incoming``, among those for which ``evictable`` is true; None if there is none.
 
-        ``probability`` is that of ``incoming`` being used in the coming pass of its layer. A policy that knows the same of its own
-        experts may give None rather than a likelier one; never at 1.0, which a demand read has.
+        ``probability``: that ``incoming`` is used in the coming pass of its layer. A policy that knows this probability of the
+        admitted experts may return None rather than a likelier one; never at 1.0, which a demand read has.
         """
 
 
 class Predictor(Protocol):
-    """Names the experts that a layer will choose, before its router has spoken. May be wrong, must be cheap, never raises.
+    """Predicts the experts that a layer will choose, before routing. May be wrong, must be cheap, never raises.
 
-    ``calibrated`` says that its probabilities are frequencies: of the experts given 0.3, three in ten are used. Then they are
-    weighed against what a read costs (``predict.rule``); else the list is taken in its order.
+    ``gives_probabilities``: its probabilities are frequencies (of the experts given 0.3, three in ten are used), so that they are
+    compared with the cost of a read (``predict.rule``). Otherwise experts are prefetched in the order of the list.
     """
 
-    calibrated: bool
+    gives_probabilities: bool
 
     def observe(self, layer: int, routed: Sequence[int]) -> None:
-        """``layer``'s router has spoken: the distinct experts it chose in this pass, most popular first.
+        """``layer`` was routed: the distinct experts it chose in this pass, most popular first.
 
-        Not called in passes in which nothing is asked.
+        Not called in passes in which nothing is predicted.
         """
 
     def predict(self, layer: int, router_input: torch.Tensor, ahead: int = 1) -> list[tuple[int, float]]:
         """Experts of ``layer`` with probabilities, likeliest first; ``router_input`` [num_tokens, hidden] is ``layer - ahead``'s.
 
-        Layer -1's are the tokens' embeddings, given as soon as the tokens are known. Nearer layers are asked about before further
-        ones; one that cannot look so far says nothing.
+        Layer -1's are the tokens' embeddings. Nearer layers are predicted before further ones; a predictor that cannot look
+        ``ahead`` layers ahead returns an empty list.
         """
 
 
 class Need(NamedTuple):
     """One of a pass's distinct experts in one layer, as a precision policy sees it.
 
-    ``num_tokens`` chose it, ``weight`` is their gate weight (in no unit); ``held`` bits are in its slot, 0 if it is missing.
+    ``num_tokens`` chose it, ``weight`` is the sum of their routing weights; ``held`` bits are in its slot, 0 if it is missing.
     """
 
     num_tokens: int
@@ -219,28 +219,28 @@ class Patcher(Protocol):
 
 
 class PrecisionPolicy(Protocol):
-    """Says how many bits of each expert a pass wants; what a slot holds beyond that is used too, what it lacks is read.
+    """Decides how many bits of each expert a pass uses; more bits that are in the slot are used too, missing ones are read.
 
-    The one seam that may change numbers, and only because the user chose it. Decides at once, from what it is given alone.
+    The only protocol whose implementations may change numbers, and only if the user chose one. Depends on its arguments alone.
     """
 
     def bits(self, needs: Sequence[Need], views: Sequence[int], affordable: float) -> list[int]:
-        """For each of ``needs`` one of ``views`` (bits that a read may end with, ascending; the last is everything).
+        """For each of ``needs`` one of ``views`` (bits at which a read may end, ascending; the last is the whole expert).
 
-        ``affordable``: how many bits of experts, summed over them, can be read while one layer computes; 0.0 before it is known.
+        ``affordable``: how many bits, summed over experts, can be read while one layer computes; 0.0 before it is known.
         """
 
 
 class ExpertSource(Protocol):
-    """Brings an expert's bytes to a slot: disk, host RAM, or a test double that is slow, fails or tears."""
+    """Brings an expert's bytes to a slot: from disk, from host RAM, or in tests from a source that is slow or fails."""
 
     def read(self, expert: ExpertId, slot: memoryview, first: int = 0, last: int | None = None) -> int:
         """Fill ``slot`` (page-aligned, at least the blob's length) and return the bytes read. Called from several threads at once.
 
-        Only the sections from ``first`` up to but without ``last`` (None: to the end) need be read, each to its place; reads begin
-        and end on multiples of 4096, so that bytes of a neighbouring section may come along, never others than it has.
+        Only the sections from ``first`` up to but not including ``last`` (None: to the end) have to be read, each to its place.
+        Reads begin and end on multiples of 4096, so bytes of a neighbouring section may be written too, unchanged.
         Raises StoreError if the bytes cannot be read whole, CorruptExpertError if they differ from their checksum.
         """
 
     def close(self) -> None:
-        """Give back file handles; no read may follow."""
+        """Close the files; no read may follow."""

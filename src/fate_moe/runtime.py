@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
-from fate_moe.core import ExpertId, Lookup, Predictor, Router, Routing
+from fate_moe.core import ExpertId, Predictor, Router, Routing
+from fate_moe.errors import ConfigError
+from fate_moe.journal import Journal, Observer
 from fate_moe.kernels.cpu import SlotExperts
 from fate_moe.memory.lease import Lease
 from fate_moe.memory.residency import Residency
 from fate_moe.memory.view_selector import ViewSelector
 from fate_moe.predict.prefetcher import Prefetcher
 
-__all__ = ["ExpertRuntime", "Observer", "rows_by_expert"]
+__all__ = ["ExpertRuntime", "rows_by_expert"]
 
 
 def rows_by_expert(index: torch.Tensor, num_experts: int) -> dict[int, list[int]]:
@@ -29,32 +32,14 @@ def rows_by_expert(index: torch.Tensor, num_experts: int) -> dict[int, list[int]
     return rows if len(rows) == index.numel() else dict(sorted(rows.items(), key=lambda item: -len(item[1])))
 
 
-class Observer(Protocol):
-    """Is told of every pass, before anything else happens to it; see trace.record.Recorder. Must not change what it is given."""
-
-    def embedded(self, embeddings: torch.Tensor) -> None:
-        """A forward pass begins on ``embeddings`` [num_tokens, hidden]."""
-
-    def entered(self, layer: int, router_input: torch.Tensor) -> None:
-        """``layer`` is about to run on ``router_input`` [num_tokens, hidden]."""
-
-    def computed(
-        self,
-        layer: int,
-        index: torch.Tensor,
-        weights: torch.Tensor,
-        lookups: dict[ExpertId, Lookup],
-        stall_seconds: float,
-        predicted: list[tuple[int, float]],
-    ) -> None:
-        """``layer`` ran: what was chosen, found, waited for, and what had been predicted of it."""
-
-
 class ExpertRuntime:
     """Runs the experts of a model whose experts live elsewhere. One inference thread; not re-entrant.
 
-    Law 1: an expert's output depends on its tokens alone and is stored by (token, choice) row; rows are reduced in routing order.
-    So neither the order of arrival nor the number of slots changes a bit.
+    A layer runs by ``enter`` and ``compute`` (any number of tokens, before and after the family's own router) or by ``begin`` and
+    ``run`` (one token after routing, for layers with ``has_fused`` experts). Both write the same journal while somebody observes.
+
+    Same numbers: an expert's output depends on its tokens alone and is stored by (token, choice) row; rows are reduced in routing
+    order. So neither the order of arrival nor the number of slots changes a bit.
     """
 
     def __init__(
@@ -67,7 +52,9 @@ class ExpertRuntime:
         num_experts: Sequence[int],
         view_selector: ViewSelector,
         look_ahead: int = 1,
+        check: bool = False,
     ) -> None:
+        """``num_experts`` by layer. ``check``: after each pass, raise RuntimeError if the residency's tables do not agree."""
         self.residency = residency
         self.view_selector = view_selector
         self._prefetcher = Prefetcher(residency, predictor, len(routers), look_ahead=look_ahead)
@@ -75,20 +62,36 @@ class ExpertRuntime:
         self._slots = slots
         self._num_experts = num_experts
         self._claim: tuple[int, torch.Tensor, dict[int, list[int]], Lease] | None = None
-        self.observer: Observer | None = None
+        self._journal: Journal | None = None  # while somebody observes
+        self._check = check
+
+    @contextmanager
+    def observe(self, observer: Observer) -> Iterator[None]:
+        """Meanwhile ``observer`` gets every forward pass, each when the next begins and the last at the end.
+
+        Raises ConfigError if another observer is there.
+        """
+        if self._journal is not None:
+            raise ConfigError("this model is observed already; leave the other `with ... observe(...)` first")
+        self._journal = journal = Journal(observer, self.residency)
+        try:
+            yield
+        finally:
+            self._journal = None
+            journal.close()
 
     def embedded(self, embeddings: torch.Tensor) -> None:
         """A forward pass begins on these ``embeddings`` [..., hidden]: layer 0 may be read ahead."""
         flat = embeddings.reshape(-1, embeddings.shape[-1])
-        if self.observer is not None:
-            self.observer.embedded(flat)
+        if self._journal is not None:
+            self._journal.embedded(flat)
         self._prefetcher.embedded(flat)
 
     def enter(self, layer: int, router_input: torch.Tensor) -> None:
         """MoE block ``layer`` is about to run on ``router_input`` [..., hidden]: start its reads, then those of the next block."""
         hidden = router_input.reshape(-1, router_input.shape[-1])
-        if self.observer is not None:
-            self.observer.entered(layer, hidden)
+        if self._journal is not None:
+            self._journal.entered(layer, hidden)
         self._prefetcher.entered(layer, hidden.shape[0])
         route = self._routers[layer]
         if route is not None:
@@ -105,7 +108,8 @@ class ExpertRuntime:
         [num_tokens, top_k]. Raises StoreError if an expert cannot be read whole.
         """
         rows, lease = self._acquire(layer, index, routing_weights)
-        stalled = self.residency.counters.stall_seconds
+        if self._journal is not None:
+            self._journal.routed(layer, index, routing_weights, lease.lookups, self._prefetcher.predicted.get(layer, ()))
         outputs = self._slots.outputs(layer, experts, hidden, index.numel())  # by (token, choice)
         try:
             for arrived in lease.batches():
@@ -115,18 +119,16 @@ class ExpertRuntime:
         finally:
             lease.release()
             self._claim = None
-        if self.observer is not None:
-            stall = self.residency.counters.stall_seconds - stalled
-            said = self._prefetcher.predicted.get(layer, [])
-            self.observer.computed(layer, index, routing_weights, lease.lookups, stall, said)
-        self._prefetcher.observe(layer, list(rows))
+        self._finish(layer, list(rows))
         return self._slots.combine(outputs, routing_weights.reshape(index.shape), hidden)
 
     def begin(self, layer: int, hidden: torch.Tensor, chosen: Sequence[int], weights: torch.Tensor) -> Lease:
-        """``enter`` for one token whose router has chosen: ``hidden`` [1, hidden] goes to the experts ``chosen`` of ``layer``.
+        """``enter`` for one token after routing: ``hidden`` [1, hidden] goes to the experts ``chosen`` of ``layer``.
 
-        ``weights`` begins with their gate weights.
+        ``weights`` begins with their routing weights. Neither tensor is kept: both may be reused once ``run`` returns.
         """
+        if self._journal is not None:
+            self._journal.entered(layer, hidden)
         self._prefetcher.entered(layer, 1)
         if self._claim is not None:
             self._claim[3].release()
@@ -135,13 +137,16 @@ class ExpertRuntime:
             rows = {expert: (row,) for row, expert in enumerate(chosen)}
             sections = self.view_selector.sections(layer, rows, weights, self._prefetcher.affordable(1))
         lease = self.residency.acquire([ExpertId(layer, expert) for expert in chosen], sections=sections)
-        self._claim = (-1, hidden, {}, lease)  # for whoever comes next, if this pass is cut short
+        self._claim = (-1, hidden, {}, lease)  # so that the next pass can release this lease if run() is never reached
+        if self._journal is not None:
+            predicted = self._prefetcher.predicted.get(layer, ())
+            self._journal.routed(layer, torch.tensor([chosen]), weights[: len(chosen)], lease.lookups, predicted)
         self._prefetcher.look_ahead(layer, hidden)
         return lease
 
     def run(self, layer: int, experts: Any, lease: Lease, chosen: Sequence[int], hidden: torch.Tensor, rows: torch.Tensor) -> None:
         """``compute`` after ``begin``, without the sum: the output of ``chosen[i]`` to ``rows[i]``, fp32 [len(chosen), hidden]."""
-        whole = self.view_selector.policy is None  # which is counted for all at once
+        whole = self.view_selector.policy is None  # every expert with all its bits: counted at once, below
         try:
             for arrived in lease.batches():
                 places = [(chosen.index(expert.expert), slot) for expert, slot in arrived]
@@ -152,16 +157,24 @@ class ExpertRuntime:
             self._claim = None
         if whole:
             self.view_selector.count_whole(layer, chosen)
-        self._prefetcher.observe(layer, chosen)
+        self._finish(layer, chosen)
 
-    def can_step(self, layer: int, experts: Any) -> bool:
-        """Whether ``begin`` and ``run`` do: the layer's experts have fused kernels, and nobody looks on."""
-        return self.observer is None and self._slots.has_fused(layer, experts)
+    def has_fused(self, layer: int, experts: Any) -> bool:
+        """Whether ``layer`` may run by ``begin`` and ``run``: all its experts have fused kernels."""
+        return self._slots.has_fused(layer, experts)
+
+    def _finish(self, layer: int, chosen: Sequence[int]) -> None:
+        """``layer`` has run the distinct experts ``chosen``."""
+        if self._journal is not None:
+            self._journal.computed()
+        self._prefetcher.observe(layer, chosen)
+        if self._check and layer == len(self._routers) - 1:
+            self.residency.check_integrity()
 
     def _acquire(self, layer: int, index: torch.Tensor, weighing: Routing | torch.Tensor) -> tuple[dict[int, list[int]], Lease]:
         """The lease on the experts in ``index``: the one already held where the routing is the same, else a new one.
 
-        ``weighing`` has their gate weights, or the scores that these come from.
+        ``weighing`` has their routing weights, or the scores that these come from.
         """
         if self._claim is not None:
             held_layer, held_index, rows, lease = self._claim
@@ -176,5 +189,5 @@ class ExpertRuntime:
         return rows, lease
 
     def close(self) -> None:
-        """Stop reading and give the slots back; the model cannot run afterwards."""
+        """Stop the reads; the model cannot run afterwards."""
         self.residency.close()

@@ -32,7 +32,7 @@ class Idle:
 class Dear:
     """A predictor that takes a second to say one thing, and counts how often it is asked and told."""
 
-    calibrated = True
+    gives_probabilities = True
 
     def __init__(self) -> None:
         self.now, self.asked, self.told = 1.0, 0, 0
@@ -114,7 +114,7 @@ def test_a_pause_is_not_a_token() -> None:
             trial.pause()
             now += 1000
         now += 1.0 if trial.token(now) else 2.0
-    assert trial.reading_ahead
+    assert trial.prefetching
 
 
 def test_a_predictor_that_cannot_win_is_left_alone() -> None:

@@ -20,6 +20,6 @@ def check_predictor(predictor: Predictor, num_layers: int, num_experts: int, hid
                 assert all(isinstance(expert, int) and 0 <= expert < num_experts for expert in experts)
                 chances = [probability for _, probability in predicted]
                 assert all(0 <= probability <= 1 for probability in chances)
-                assert not predictor.calibrated or chances == sorted(chances, reverse=True)
+                assert not predictor.gives_probabilities or chances == sorted(chances, reverse=True)
                 assert predictor.predict(layer + ahead - 1, router_input, ahead) == predicted, "asking twice changes nothing"
             predictor.observe(layer, [3, 1])

@@ -1,4 +1,4 @@
-"""A real engine's trace, the simulator beside it, fitted gates, and pictures."""
+"""Traces of the engine, the simulator compared with them, fitted gates, and pictures."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ import torch
 from fate_moe import demo
 from fate_moe.cli import main
 from fate_moe.config import OffloadConfig
-from fate_moe.core import ExpertId, ExpertSource
+from fate_moe.core import Counters, ExpertId, ExpertSource
 from fate_moe.errors import ConfigError
+from fate_moe.journal import ForwardPass, LayerPass, Moment
 from fate_moe.predict.forecast import forecast_source
 from fate_moe.store.convert import convert
 from fate_moe.tools.tracing import record_routing
@@ -40,13 +41,23 @@ def decode(model: Any, num_tokens: int, seed: int, between: Callable[[], None] =
             between()
 
 
+def pass_of(inputs: list[torch.Tensor], chosen: list[torch.Tensor]) -> ForwardPass:
+    """A pass of many tokens: the embeddings, then the router inputs, by layer what was chosen; no lookups, no times."""
+    start = Moment(0.0, Counters())
+    steps = [
+        LayerPass(layer, start, router_input, index, torch.ones_like(index).float(), {}, [])
+        for layer, (router_input, index) in enumerate(zip(inputs[1:], chosen, strict=True))
+    ]
+    return ForwardPass(len(inputs[0]), start, inputs[0], steps, start)
+
+
 @pytest.fixture
 def traced(loaded: Callable[..., Any]) -> tuple[Any, RoutingTrace]:
     """A tiny model with room for six of sixteen experts, and the trace of 160 decoded tokens."""
     model = loaded("qwen2_moe", policy="lru", predictor="none", expert_cache="37.5%")  # nothing learned by earlier tests
     recorder = Recorder([8, 8], router_inputs=True, routers=torch.stack([layer.mlp.gate.weight for layer in model.model.layers]))
-    model.fate.runtime.observer = recorder
-    decode(model, 160, 3)
+    with model.fate.runtime.observe(recorder):
+        decode(model, 160, 3)
     return model, recorder.trace(expert_bytes=model.fate.plan.slot_bytes)
 
 
@@ -72,7 +83,7 @@ def test_the_simulator_agrees_with_the_engine(traced: tuple[Any, RoutingTrace]) 
 
 
 class SlowSource:
-    """One read after another, each five milliseconds, whatever else the machine does."""
+    """One read after another, five milliseconds each, however busy the machine is."""
 
     def __init__(self, inner: ExpertSource) -> None:
         self._inner, self._lock, self._free = inner, threading.Lock(), 0.0
@@ -89,13 +100,13 @@ class SlowSource:
 
 
 def test_stall_agrees_with_the_engine(loaded: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A link so slow that the machine's own noise does not count; the trace alone tells the simulator how slow it was."""
+    """The link is so slow that the machine's own noise does not matter; the simulator knows its speed from the trace alone."""
     model = loaded("qwen2_moe", policy="lru", predictor="none", expert_cache="37.5%")
     residency = model.fate.runtime.residency
     residency._source = SlowSource(residency._source)
-    recorder = Recorder([8, 8], residency=residency)
-    model.fate.runtime.observer = recorder
-    decode(model, 80, 4)
+    recorder = Recorder([8, 8])
+    with model.fate.runtime.observe(recorder):
+        decode(model, 80, 4)
     plan = model.fate.plan
     trace = recorder.trace(expert_bytes=plan.slot_bytes, slots=plan.num_slots, policy="lru", predictor="none")
     write_trace(tmp_path / "t.npz", trace)
@@ -107,16 +118,16 @@ def test_stall_agrees_with_the_engine(loaded: Callable[..., Any], tmp_path: Path
     assert recorded["stall_seconds"] == pytest.approx(float(trace.extras["stall"].sum()), rel=1e-3)
     assert found["disk_gbps"] == pytest.approx(plan.slot_bytes / 0.005 / 1e9, rel=0.25)
     main(["simulate", str(tmp_path / "t.npz"), "--as-recorded"])
-    assert "as recorded" in capsys.readouterr().out
+    assert "recorded, simulated" in capsys.readouterr().out
 
 
 def test_every_read_is_in_the_timeline(loaded: Callable[..., Any], tmp_path: Path) -> None:
-    """Those asked for and those made ahead, each in its lane; what is cut off a trace takes its reads along."""
+    """Demand reads and prefetches, each in its lane; the first tokens of a trace come with their reads."""
     model = loaded("qwen2_moe", preset="fate", expert_cache="50%")
     residency = model.fate.runtime.residency
-    recorder = Recorder([8, 8], residency=residency)
-    model.fate.runtime.observer = recorder
-    decode(model, 40, 5, residency.wait_idle)
+    recorder = Recorder([8, 8])
+    with model.fate.runtime.observe(recorder):
+        decode(model, 40, 5, residency.wait_idle)
     trace = recorder.trace()
     counters, reads = residency.counters, trace.extras["reads"]
     assert (int((reads[:, 3] == 1).sum()), int((reads[:, 3] == 0).sum())) == (counters.misses, counters.prefetched)
@@ -140,8 +151,7 @@ def test_a_trace_without_times_says_so() -> None:
 def test_many_tokens_begin_another_generation(loaded: Callable[..., Any]) -> None:
     model = loaded("qwen2_moe")
     recorder = Recorder([8, 8])
-    model.fate.runtime.observer = recorder
-    with torch.no_grad():
+    with model.fate.runtime.observe(recorder), torch.no_grad():
         for length in (5, 1, 1, 4, 1):
             model(torch.arange(1, length + 1)[None], use_cache=False)
     trace = recorder.trace()
@@ -161,10 +171,8 @@ def test_ridge_finds_a_linear_router() -> None:
     fitter = GateFitter([6, 6], 10)
     for _ in range(20):
         embedding, first = torch.randn(64, 10, generator=generator), torch.randn(64, 10, generator=generator)
-        fitter.embedded(embedding)
-        for layer, x in enumerate((embedding, first)):
-            fitter.entered(layer, first)
-            fitter.computed(layer, (x @ hidden_router.mT).topk(2).indices, torch.ones(64, 2), {}, 0.0, [])
+        chosen = [(x @ hidden_router.mT).topk(2).indices for x in (embedding, first)]
+        fitter.record(pass_of([embedding, first, first], chosen))
     (gates,) = fitter.gates()
     x = torch.randn(500, 10, generator=generator)
     for gate in gates:
@@ -176,28 +184,25 @@ def test_ridge_finds_a_linear_router() -> None:
         GateFitter([6], 10).gates()
 
 
-def test_routers_logits_say_more_than_their_choice() -> None:
-    """Sixty tokens, hardly more than numbers in an input: a linear map is found from logits, not from what was chosen."""
+def test_a_fit_to_logits_predicts_better_than_one_to_choices() -> None:
+    """Sixty tokens, hardly more than an input has numbers: a linear map is found from logits, not from choices."""
     generator = torch.Generator().manual_seed(2)
     routers = [torch.randn(12, 40, generator=generator) for _ in range(2)]
     embedding, x = torch.randn(60, 40, generator=generator), torch.randn(500, 40, generator=generator)
     truth = (x @ routers[1].mT).topk(2).indices
-    shares = []
+    recalls = []
     for known in (routers, None):
         fitter = GateFitter([12, 12], 40, routers=known)
-        fitter.embedded(embedding)
-        for layer in range(2):
-            fitter.entered(layer, embedding)
-            fitter.computed(layer, (embedding @ routers[layer].mT).topk(2).indices, torch.ones(60, 2), {}, 0.0, [])
+        fitter.record(pass_of([embedding] * 3, [(embedding @ router.mT).topk(2).indices for router in routers]))
         gate = fitter.gates()[0][1]
         assert gate is not None
         guessed = (x @ gate[:, :-1].mT + gate[:, -1]).topk(2).indices
-        shares.append(float((guessed[:, :, None] == truth[:, None]).any(1).float().mean()))
-    from_logits, from_choices = shares
+        recalls.append(float((guessed[:, :, None] == truth[:, None]).any(1).float().mean()))
+    from_logits, from_choices = recalls
     assert from_logits > 0.9 > 0.75 > from_choices
 
 
-def test_a_fit_is_ridge_regression_and_a_meter_counts_what_came_true() -> None:
+def test_a_fit_is_ridge_regression_and_recall_is_counted() -> None:
     """Three layers, five passes: every gate and the forecast against regressions on all rows at once, recall against counting."""
     generator = torch.Generator().manual_seed(1)
     sizes, hidden, k = [6, 5, 6], 7, 1
@@ -208,16 +213,16 @@ def test_a_fit_is_ridge_regression_and_a_meter_counts_what_came_true() -> None:
 
     def show(observer: Passes) -> None:
         for inputs, chosen in passes:
-            observer.embedded(inputs[0])
-            for layer, index in enumerate(chosen):
-                observer.entered(layer, inputs[layer + 1])
-                observer.computed(layer, index, torch.ones(12, k), {}, 0.0, [])
+            observer.record(pass_of(inputs, chosen))
 
     def regression(rows: list[torch.Tensor], layer: int, begin: int) -> torch.Tensor:
         x = torch.nn.functional.pad(torch.cat(rows), (0, 1), value=1.0).double()
         targets = torch.cat([torch.nn.functional.one_hot(chosen[layer][begin:, 0], sizes[layer]) for _, chosen in passes]).double()
         squares = x.mT @ x
-        return torch.linalg.solve(squares + RIDGE * squares.diagonal().mean() * torch.eye(len(squares)), x.mT @ targets).mT.float()
+        solved: torch.Tensor = torch.linalg.solve(
+            squares + RIDGE * squares.diagonal().mean() * torch.eye(len(squares)), x.mT @ targets
+        ).mT.float()
+        return solved
 
     fitter = GateFitter(sizes, hidden, 2, forecast=True)
     show(fitter)
@@ -291,7 +296,7 @@ def test_simulate_prints_rows(tmp_path: Path, traced: tuple[Any, RoutingTrace], 
         assert main(["simulate", str(path), *wrong]) == 1
 
 
-def test_a_mixed_stores_trace_wants_one_size_for_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mixed_stores_trace_needs_one_size_for_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = convert(demo.MODEL, tmp_path / "mixed", "int4", keep={ExpertId(3, 7): "lossless"}, solver="minmax")
     config = OffloadConfig(expert_cache="50%", context_length=64)
     trace = record_routing(store, ["Once upon a time"], config, new_tokens=4, max_tokens=4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def test_demand_reads_by_hand() -> None:
     assert row.tokens_per_second == pytest.approx(2 / 4.0)
 
 
-def test_overlap_hides_so_much_of_a_wait() -> None:
+def test_overlap_hides_a_wait() -> None:
     link = Link(1000.0, 1000, 0.5, overlap_seconds=0.4)
     row = simulate(trace_of([[[0]], [[1]], [[1]]]), "lru", "none", 0.25, link)
     assert row.stall_seconds == pytest.approx(2 * 0.6)
@@ -56,7 +57,7 @@ def test_overlap_hides_so_much_of_a_wait() -> None:
 
 
 def test_latency_delays_use_and_not_the_next_read() -> None:
-    """Two misses: the link is busy for two seconds, the second is of use a quarter later; a lone one after 1.25."""
+    """Two misses: the link is busy for two seconds, the second expert is ready a quarter later; a lone one after 1.25."""
     link = Link(1000.0, 1000, 0.5, latency_seconds=0.25)
     row = simulate(trace_of([[[0, 1]], [[0, 2]]]), "lru", "none", 0.5, link)
     assert row.stall_seconds == pytest.approx(2.25 + 1.25)
@@ -64,7 +65,8 @@ def test_latency_delays_use_and_not_the_next_read() -> None:
 
 def test_skipped_tokens_warm_up_and_do_not_count() -> None:
     row = simulate(trace_of([[[0]], [[0]], [[1]]]), "lru", "none", 0.25, SLOW, skip=1)
-    assert (row.num_tokens, row.miss_rate, row.stall_seconds) == (2, 0.5, pytest.approx(1.0))
+    assert (row.num_tokens, row.miss_rate) == (2, 0.5)
+    assert row.stall_seconds == pytest.approx(1.0)
 
 
 def residency(num_slots: int = 4) -> VirtualResidency:
@@ -112,7 +114,7 @@ def test_a_prefetch_takes_no_fresh_expert() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 1000), slots=st.integers(2, 20), policy=st.sampled_from([*POLICIES, "best"]))
-def test_nobody_beats_belady(seed: int, slots: int, policy: str) -> None:
+def test_no_policy_beats_belady(seed: int, slots: int, policy: str) -> None:
     trace = random_trace(seed)
     bound = simulate(trace, "belady", "none", slots / 24, SLOW)
     row = simulate(trace, policy, "none", slots / 24, SLOW)
@@ -123,7 +125,7 @@ def test_nobody_beats_belady(seed: int, slots: int, policy: str) -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 1000), predictor=st.sampled_from(["temporal", "activation-path"]))
-def test_reading_ahead_keeps_the_books(seed: int, predictor: str) -> None:
+def test_counters_of_prefetches_agree(seed: int, predictor: str) -> None:
     row = simulate(random_trace(seed), "best", predictor, 0.5, Link(20000.0, 1000, 0.5))
     assert row.prefetch_used <= row.prefetched
     misses = round(row.miss_rate * row.lookups)
@@ -137,7 +139,7 @@ def test_belady_by_hand() -> None:
 
 
 def test_an_oracle_misses_only_what_the_link_has_no_time_for() -> None:
-    """Layer 0, asked for the moment its token is known, always wants the same; what none asks for is never read."""
+    """Layer 0, predicted as soon as the token is known, always chooses the same; what no layer chooses is never read."""
     trace = random_trace(2)
     trace.experts[:, 0] = [0, 1]
     link = Link(1000.0, 500, 0.5)  # half a second for both
@@ -147,7 +149,7 @@ def test_an_oracle_misses_only_what_the_link_has_no_time_for() -> None:
     assert simulate(trace, "lru", "none", 0.5, link).ready_on_time < bound.ready_on_time < 1
 
 
-def test_what_needs_gate_inputs_says_so() -> None:
+def test_what_needs_router_inputs_says_so() -> None:
     with pytest.raises(ConfigError, match="--router-inputs"):
         simulate(random_trace(0), "lru", "combined", 0.5, SLOW)
     with pytest.raises(ConfigError, match="below one token"):
@@ -156,7 +158,7 @@ def test_what_needs_gate_inputs_says_so() -> None:
 
 @pytest.mark.parametrize("predictor", ["cross-layer", "cross-layer-probability", "combined", "learned", "forecast", "recursive"])
 def test_gates_run_on_recorded_inputs(predictor: str) -> None:
-    """A router that sees the true gate input one layer early knows all: with a fast link nearly everything is on time."""
+    """A router that sees the true router input one layer early knows all: with a fast link nearly everything is on time."""
     import torch
 
     rng = np.random.default_rng(3)
@@ -174,7 +176,7 @@ def test_gates_run_on_recorded_inputs(predictor: str) -> None:
 
 
 def test_looking_further_ahead_hides_reads_that_take_longer_than_a_layer() -> None:
-    """Every layer chooses alike and routers know it: with reads of 1.6 layers, two layers' notice hides what one layer's cannot."""
+    """All layers choose alike and gates know it: reads that take 1.6 layers are hidden two layers ahead, not one layer ahead."""
     import torch
 
     rng = np.random.default_rng(4)
@@ -205,6 +207,26 @@ def test_published_traces_are_read(tmp_path: Path) -> None:
     assert read_trace(tmp_path / "old.npz").num_experts.tolist() == [32]
 
 
+def test_names_from_before_0_2_are_read(tmp_path: Path) -> None:
+    """The array of what routers saw, and a predictor that was renamed."""
+    inputs = np.arange(4, dtype=np.float16).reshape(1, 1, 4)
+    np.savez(
+        tmp_path / "old.npz",
+        experts=np.array([[[3, 1]]], np.uint8),
+        probs=np.ones((1, 1, 2), np.float16),
+        start=np.array([0, 1]),
+        gate_inputs=inputs,
+        meta=np.array(json.dumps({"predictor": "cross-layer-calibrated", "policy": "lru", "slots": 7})),
+    )
+    trace = read_trace(tmp_path / "old.npz")
+    assert np.array_equal(trace.extras["router_inputs"], inputs)
+    assert trace.meta == {"predictor": "cross-layer-probability", "policy": "lru", "slots": 7}
+    write_trace(tmp_path / "new.npz", trace)
+    with np.load(tmp_path / "new.npz") as file:
+        assert "router_inputs" in file.files
+        assert "gate_inputs" not in file.files
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -215,6 +237,7 @@ def test_published_traces_are_read(tmp_path: Path) -> None:
         {"version": np.int64(2)},
         {"probs": np.ones((2, 1, 1), np.float16)},
         {"meta": np.array("{")},
+        {"meta": np.array("[]")},
     ],
 )
 def test_damaged_traces_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:

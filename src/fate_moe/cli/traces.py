@@ -20,62 +20,77 @@ END = "<|endoftext|>"
 
 def add_verbs(verbs: Any) -> None:
     """Add this group's verbs to the parser's ``verbs``."""
-    trace = verbs.add_parser("trace", help="record routing", description="Record what routers choose in decode, in a .npz file.")
+    trace = verbs.add_parser("trace", help="record routing", description="Record the routing of decode steps in a .npz file.")
     trace.add_argument("model", nargs="?", help=MODEL_HELP)
     trace.add_argument(
-        "--prompts", type=Path, required=True, help=f"one prompt a line (or .jsonl with a 'prompt'), or texts between {END} lines"
+        "--prompts",
+        type=Path,
+        required=True,
+        help=f"file with one prompt per line, a .jsonl with 'prompt' fields, or texts separated by {END}",
     )
-    trace.add_argument("--out", type=Path, required=True, help="the .npz file; its schema is in docs/prediction.md")
-    trace.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="a prompt; default: %(default)s")
-    trace.add_argument("--max-tokens", type=int, default=2000, metavar="N", help="in all; default: %(default)s")
-    trace.add_argument("--teacher", action="store_true", help="follow the file's text token by token instead of writing")
-    trace.add_argument("--prefill", action="store_true", help="follow it as a prompt: quicker, without lookups and times")
-    trace.add_argument("--router-inputs", action="store_true", help="keep what the routers saw (two bytes a number)")
+    trace.add_argument("--out", type=Path, required=True, help="the .npz file to write")
+    trace.add_argument(
+        "--max-new-tokens", type=int, default=200, metavar="N", help="tokens to generate per prompt; default: %(default)s"
+    )
+    trace.add_argument("--max-tokens", type=int, default=2000, metavar="N", help="tokens to record in total; default: %(default)s")
+    trace.add_argument("--teacher", action="store_true", help="run the file's text token by token instead of generating")
+    trace.add_argument("--prefill", action="store_true", help="run the text in large passes: faster, but without lookups and times")
+    trace.add_argument(
+        "--router-inputs", action="store_true", help="record router inputs too (hidden size x 2 bytes per layer and token)"
+    )
     trace.set_defaults(verb=_trace)
     add_offload_options(trace)
 
-    simulate = verbs.add_parser("simulate", help="replay a trace", description="What policies and predictors would do on a trace.")
-    simulate.add_argument("trace", type=Path)
+    simulate = verbs.add_parser("simulate", help="replay a trace", description="Simulate policies and predictors on a trace.")
+    simulate.add_argument("trace", type=Path, help="a .npz file written by `fate trace`")
     simulate.add_argument("--policy", default="best", help=f"comma-separated: best, belady, {', '.join(POLICIES)}; default: best")
     simulate.add_argument("--predictor", default="none", help=f"comma-separated: {', '.join(PREDICTORS)}, oracle; default: none")
     simulate.add_argument(
-        "--capacity", default="12.5%,25%,40%,50%,75%", help="comma-separated shares of all experts; default: %(default)s"
+        "--capacity", default="12.5%,25%,40%,50%,75%", help="comma-separated fractions of all experts; default: %(default)s"
     )
-    simulate.add_argument("--disk-gbps", type=float, default=1.2, metavar="GB/S", help="the link; default: %(default)s")
-    simulate.add_argument("--expert-bytes", metavar="SIZE", help="one expert; default: the trace's, else 4MiB")
     simulate.add_argument(
-        "--layer-ms", type=float, metavar="MS", help="compute of one layer; default: the trace's median, else 2.5"
+        "--disk-gbps", type=float, default=1.2, metavar="GB/S", help="bandwidth of the disk; default: %(default)s"
     )
-    simulate.add_argument("--overlap-ms", type=float, default=0.0, metavar="MS", help="of it before experts are needed; default: 0")
-    simulate.add_argument("--latency-ms", type=float, default=0.0, metavar="MS", help="until a read is of use; default: 0")
+    simulate.add_argument("--expert-bytes", metavar="SIZE", help="size of one expert; default: from the trace, else 4MiB")
+    simulate.add_argument(
+        "--layer-ms", type=float, metavar="MS", help="compute time of one layer; default: the trace's median, else 2.5"
+    )
+    simulate.add_argument(
+        "--overlap-ms", type=float, default=0.0, metavar="MS", help="part of it that needs no missing expert; default: 0"
+    )
+    simulate.add_argument("--latency-ms", type=float, default=0.0, metavar="MS", help="latency of a read; default: 0")
     simulate.add_argument(
         "--as-recorded",
         action="store_true",
-        help="instead: the traced run's own policy, predictor, slots and measured times, beside what that run really did",
+        help="simulate the traced run's own policy, predictor, slots and measured times, and compare with what it did",
     )
-    simulate.add_argument("--gates", type=Path, metavar="STORE", help="store whose fitted gates are used")
-    simulate.add_argument("--look-ahead", type=int, default=1, metavar="K", help="layers predicted ahead; default: %(default)s")
-    simulate.add_argument("--skip", type=int, default=0, metavar="N", help="first tokens that do not count; default: 0")
-    simulate.add_argument("--tokens", type=int, metavar="N", help="no more than the first N tokens")
+    simulate.add_argument("--gates", type=Path, metavar="STORE", help="use the fitted gates of this store")
+    simulate.add_argument(
+        "--look-ahead", type=int, default=1, metavar="K", help="predict up to K layers ahead; default: %(default)s"
+    )
+    simulate.add_argument("--skip", type=int, default=0, metavar="N", help="do not count the first N tokens; default: 0")
+    simulate.add_argument("--tokens", type=int, metavar="N", help="use only the first N tokens")
     simulate.add_argument("--json", action="store_true", help="print one JSON object")
     simulate.set_defaults(verb=_simulate)
 
-    fit = verbs.add_parser("fit", help="learn gates", description="Fit gates that predict routing; they are kept in the store.")
+    fit = verbs.add_parser("fit", help="fit gates", description="Fit gates that predict routing, and save them in the store.")
     fit.add_argument("model", nargs="?", help=MODEL_HELP)
-    fit.add_argument("--text", type=Path, required=True, help="text like what the model will read and write")
-    fit.add_argument("--max-tokens", type=int, default=30000, metavar="N", help="to learn from; default: %(default)s")
-    fit.add_argument("--forecast", action="store_true", help="also what predicts a whole token as soon as it is known")
-    fit.add_argument("--test", type=Path, metavar="FILE", help="text to say recall of; default: a tenth of --text's, held out")
-    fit.add_argument("--test-tokens", type=int, default=4000, metavar="N", help="of it; default: %(default)s")
+    fit.add_argument("--text", type=Path, required=True, help="text similar to what the model will read and write")
+    fit.add_argument("--max-tokens", type=int, default=30000, metavar="N", help="tokens to fit on; default: %(default)s")
+    fit.add_argument(
+        "--forecast", action="store_true", help="also fit the forecast, which predicts all layers of a token from its embedding"
+    )
+    fit.add_argument("--test", type=Path, metavar="FILE", help="text to measure recall on; default: a held-out tenth of --text")
+    fit.add_argument("--test-tokens", type=int, default=4000, metavar="N", help="tokens of --test; default: %(default)s")
     fit.add_argument("--json", action="store_true", help="print one JSON object")
     fit.set_defaults(verb=_fit)
     add_offload_options(fit)
 
-    plot = verbs.add_parser("plot", help="draw results", description="Draw pictures from result files alone (needs matplotlib).")
-    plot.add_argument("results", type=Path, help="a trace (.npz) or what `fate simulate --json` or `fate fit --json` printed")
-    plot.add_argument("--out", type=Path, required=True, help="a picture; .json: a Perfetto trace of one token")
-    plot.add_argument("--kind", choices=("capacity", "heat", "recall", "timeline"), help="default: by the file")
-    plot.add_argument("--token", type=int, default=-1, metavar="N", help="of a timeline; default: the last")
+    plot = verbs.add_parser("plot", help="draw results", description="Draw a picture from a result file (needs matplotlib).")
+    plot.add_argument("results", type=Path, help="a trace (.npz), or the output of `fate simulate --json` or `fate fit --json`")
+    plot.add_argument("--out", type=Path, required=True, help="the picture to write; .json: a Perfetto trace of one token")
+    plot.add_argument("--kind", choices=("capacity", "heat", "recall", "timeline"), help="what to draw; default: by the file")
+    plot.add_argument("--token", type=int, default=-1, metavar="N", help="which token a timeline shows; default: the last")
     plot.set_defaults(verb=_plot)
 
 
@@ -91,7 +106,7 @@ def _texts(path: Path) -> list[str]:
             rows = [json.loads(line) for line in text.splitlines() if line.strip()]
             return [str(row.get("prompt") or row["question"]) for row in rows]
         except (ValueError, KeyError, AttributeError) as error:
-            raise ConfigError(f"{path}: every line must be an object with a 'prompt' ({error})") from error
+            raise ConfigError(f"{path}: every line must be a JSON object with a 'prompt' ({error})") from error
     return [line for line in text.splitlines() if line.strip()]
 
 
@@ -147,7 +162,9 @@ def _simulate(arguments: argparse.Namespace) -> None:
 
         hidden = trace.extras["embeddings"].shape[-1] if "embeddings" in trace.extras else 0
         if (gates := load_gates(arguments.gates, trace.num_experts.tolist(), hidden)) is None:
-            raise ConfigError(f"{arguments.gates} has no gates for this trace's model; make them with: fate fit")
+            raise ConfigError(
+                f"{arguments.gates} has no gates for this trace's model; fit them with: fate fit {arguments.gates} --text FILE"
+            )
     rows = []
     with count_bar("simulating", len(runs) * trace.num_tokens) as advance:
         for policy, predictor, capacity in runs:
@@ -181,7 +198,7 @@ def _simulate(arguments: argparse.Namespace) -> None:
 
 
 def _print_comparison(recorded: dict[str, Any], row: dict[str, Any]) -> None:
-    print("as recorded, against this simulation:")
+    print("recorded, simulated:")
     print(f"  ready on time   {recorded['ready_on_time']:.1%}, {row['ready_on_time']:.1%}")
     print(f"  read per token  {format_bytes(recorded['bytes_per_token'])}, {format_bytes(row['bytes_per_token'])}")
     print(f"  stall           {recorded['stall_seconds']:.2f} s, {row['stall_seconds']:.2f} s")
@@ -192,9 +209,11 @@ def _runs(arguments: argparse.Namespace) -> Iterator[tuple[str, str, float]]:
     try:
         capacities = [float(text.strip().removesuffix("%")) / (100 if "%" in text else 1) for text in arguments.capacity.split(",")]
     except ValueError as error:
-        raise ConfigError(f"{arguments.capacity!r} is no list of shares; write for example 12.5%,25%,50%") from error
+        raise ConfigError(
+            f"--capacity {arguments.capacity!r} is not a list of fractions; write for example 12.5%,25%,50%"
+        ) from error
     if not all(0 < capacity <= 1 for capacity in capacities):
-        raise ConfigError(f"{arguments.capacity!r}: shares lie between 0 and 100 %")
+        raise ConfigError(f"--capacity {arguments.capacity!r}: fractions lie between 0 and 100 %")
     for policy in arguments.policy.split(","):
         for predictor in arguments.predictor.split(","):
             for capacity in capacities:
@@ -221,9 +240,9 @@ def _print_rows(rows: list[dict[str, Any]]) -> None:
         table.add_column(column, justify="left" if named else "right", no_wrap=named)
     for row in rows:
         used = f"{row['prefetch_used'] / row['prefetched']:.0%} of {row['prefetched']}" if row["prefetched"] else "-"
-        shares = [f"{row[name]:.1%}" for name in ("capacity", "miss_rate", "ready_on_time")]
+        rates = [f"{row[name]:.1%}" for name in ("capacity", "miss_rate", "ready_on_time")]
         read, stall = format_bytes(row["bytes_per_token"]), f"{row['stall_seconds']:.2f} s"
-        table.add_row(row["policy"], row["predictor"], *shares, read, stall, f"{row['tokens_per_second']:.1f}", used)
+        table.add_row(row["policy"], row["predictor"], *rates, read, stall, f"{row['tokens_per_second']:.1f}", used)
     Console().print(table)
 
 

@@ -87,7 +87,7 @@ def _step_of(layer: Any, stack: ExpertStack, runtime: ExpertRuntime, exact: bool
         or any(accelerated_by(part) is None for part in parts)
         or accelerated_by(parts[0]) != accelerated_by(parts[1])
         or layer.input_layernorm.weight.dtype != layer.post_attention_layernorm.weight.dtype
-        or not runtime.can_step(stack.layer, experts)
+        or not runtime.has_fused(stack.layer, experts)
     ):
         return None
     return _Step(layer, stack, runtime, exact, buffers, experts, shared, router.weight, [*weights, None][:2], name)
@@ -147,7 +147,7 @@ class _Step:
 
     def is_unchanged(self) -> bool:
         """Whether the layer is as it was found and the runtime can do it."""
-        return self._watch.same() and self.runtime.can_step(self.stack.layer, self.experts)
+        return self._watch.same() and self.runtime.has_fused(self.stack.layer, self.experts)
 
     def normalize(self, normalize: bool) -> None:
         """Whether the weights of a token's experts add up to 1."""
@@ -206,7 +206,7 @@ class _Pretender:
     def compute(self, layer: int, experts: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return (self.rows[index] * weights.float().unsqueeze(-1)).sum(1).to(hidden.dtype)
 
-    def can_step(self, layer: int, experts: Any) -> bool:
+    def has_fused(self, layer: int, experts: Any) -> bool:
         return True
 
     def begin(self, layer: int, hidden: torch.Tensor, chosen: Sequence[int], weights: torch.Tensor) -> None:

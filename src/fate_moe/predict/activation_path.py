@@ -26,7 +26,7 @@ class ActivationPath:
     tokens, gives the probabilities; with an empty collection the running matrix stands in.
     """
 
-    calibrated = False
+    gives_probabilities = False
 
     def __init__(self, experts_per_layer: Sequence[int]) -> None:
         self._sizes = list(experts_per_layer)

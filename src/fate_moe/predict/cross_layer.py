@@ -22,7 +22,7 @@ class CrossLayerRouter:
     prediction. Layer 0 has no predecessor: nothing is predicted for it, the shallow-favouring cache keeps it resident instead.
     """
 
-    calibrated = False
+    gives_probabilities = False
 
     def __init__(self, routers: Sequence[Callable[[torch.Tensor], Routing] | None]) -> None:
         self._routers = routers

@@ -14,7 +14,7 @@ __all__ = ["NoPrediction"]
 class NoPrediction:
     """The null implementation of the Predictor seam."""
 
-    calibrated = True
+    gives_probabilities = True
 
     def observe(self, layer: int, routed: Sequence[int]) -> None:
         pass

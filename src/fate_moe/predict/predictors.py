@@ -85,7 +85,7 @@ def _best_routers(known: Known) -> Scorer:
 class _Counting:
     """A predictor whose history nobody else keeps."""
 
-    calibrated = True
+    gives_probabilities = True
 
     def __init__(self, gate: ProbabilityPredictor, statistics: RoutingStatistics, top_k: int) -> None:
         self._gate, self._statistics, self._top_k = gate, statistics, top_k

@@ -1,4 +1,4 @@
-"""Reading ahead: when to ask the predictor, how much to read, and when to leave it."""
+"""Prefetching: when to ask the predictor, how much to read, and when to do neither."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Prefetcher", "Slots", "Trial"]
 
-MOST_MISSING = 8  # experts: further layers are asked about where so many reads take longer than the layers in between
-KEPT_FROM = 0.25  # a resident expert that is at least so likely is kept from prefetches until its layer has run
+MAX_MISSING = 8  # experts: a further layer is predicted now only if reading so many takes longer than the layers in between
+PROTECTED_FROM = 0.25  # a resident expert with this probability or more is protected from prefetches until its layer has run
 
 
 class Slots(Protocol):
-    """What reading ahead wants of a residency, the real one or the simulator's."""
+    """The part of a residency that prefetching uses: the real one or the simulator's."""
 
     counters: Counters
     read_seconds: float
@@ -36,75 +36,79 @@ class Slots(Protocol):
 
 
 class Trial:
-    """Finds out whether reading ahead pays here: a few tokens with, a few without, then the better way (law 3).
+    """Measures whether prefetching pays here: a few tokens with, a few without, then the better way (never slower than not trying).
 
-    What counts is the time lost in a token: waited for reads, spent on predicting, and what reads that nobody used cost others.
-    That is far less noisy than the token's whole time, which also must not be longer (medians of blocks, decayed): what the
-    machine does besides would otherwise decide. Blocks of ``BLOCK`` tokens, ``FIRST`` tokens of each way, then a block of the other
-    way again and again: soon at first, when slots still fill, every ``PERIOD`` tokens later. While less is lost without reading
-    ahead than predicting alone takes, reading ahead cannot win, and is not tried.
+    A way's cost is the time lost in a token: waiting for reads, predicting, and the link time of reads that were never used. That
+    is far less noisy than the token's whole time, which must not be longer either (medians of blocks, decayed). Both ways run for
+    ``FIRST`` tokens, in turns of ``BLOCK`` tokens. Then the better one runs, and the other is measured again for a block: soon at
+    first, while slots still fill, every ``PERIOD`` tokens later. While less is lost without prefetching than predicting alone
+    takes, prefetching cannot win and is not measured.
     """
 
     BLOCK, FIRST, PERIOD = 4, 12, 128
 
     def __init__(self) -> None:
-        self.reading_ahead = True
-        self._seconds: dict[bool, float] = {}  # a token, by way
-        self._lost: dict[bool, float] = {}  # of it, by way; infinite where it is not known
-        self._judged: dict[bool, int] = {}  # at which token, by way
-        self._price = 0.0  # seconds that predicting takes, a token
+        self.prefetching = True
+        self._seconds: dict[bool, float] = {}  # per token, with and without prefetching
+        self._lost: dict[bool, float] = {}  # of these, those that were lost; infinite where that is not known
+        self._measured_at: dict[bool, int] = {}  # the token
+        self._predicting_seconds = 0.0  # per token
         self._tokens = 0
         self._blocks_to_try = 2 * self.FIRST // self.BLOCK - 1
-        self._next = 4 * self.FIRST  # tokens after which the other way is tried again
-        self._block: list[float] = []
-        self._before = (0.0, 0.0, 0.0)  # now, lost and spent as the last token began
-        self._sum = self._predicting = 0.0
+        self._next = 4 * self.FIRST  # tokens after which the other way is measured again
+        self._block: list[float] = []  # seconds of its tokens
+        self._last = (0.0, 0.0, 0.0)  # the arguments of ``token`` as the last token began
+        self._lost_in_block = self._predicting_in_block = 0.0
 
-    def token(self, now: float, lost: float = float("inf"), spent: float = 0.0) -> bool:
-        """A decode step begins; whether to read ahead in it. ``lost``: seconds lost so far, in all; ``spent``: on predicting."""
-        then, lost_then, spent_then = self._before
+    def token(self, now: float, lost: float = float("inf"), predicting: float = 0.0) -> bool:
+        """A decode step begins; whether to prefetch in it. ``lost`` and ``predicting``: total seconds until ``now``."""
+        then, lost_then, predicting_then = self._last
         if then:
             self._block.append(now - then)
-            self._sum += lost - lost_then if lost < float("inf") else lost
-            self._predicting += spent - spent_then
-        self._before = (now, lost, spent)
+            self._lost_in_block += lost - lost_then if lost < float("inf") else lost
+            self._predicting_in_block += predicting - predicting_then
+        self._last = (now, lost, predicting)
         if len(self._block) >= self.BLOCK:
-            self._judge()
-        return self.reading_ahead
+            self._decide()
+        return self.prefetching
 
     def pause(self) -> None:
         """What follows is not comparable: a prompt is read, or time has passed."""
-        self._before = (0.0, 0.0, 0.0)
-        self._block, self._sum, self._predicting = [], 0.0, 0.0
+        self._last = (0.0, 0.0, 0.0)
+        self._clear_block()
 
-    def _judge(self) -> None:
-        way, count = self.reading_ahead, len(self._block)
+    def _clear_block(self) -> None:
+        self._block, self._lost_in_block, self._predicting_in_block = [], 0.0, 0.0
+
+    def _decide(self) -> None:
+        """A block is complete: choose how the next one runs."""
+        way, count = self.prefetching, len(self._block)
         self._tokens += count
-        recent = self._tokens - self._judged.get(way, 0) <= 3 * self.BLOCK  # else what is known may not be so any more
-        self._judged[way] = self._tokens
-        for known, found in ((self._seconds, sorted(self._block)[count // 2]), (self._lost, self._sum / count)):
+        recent = self._tokens - self._measured_at.get(way, 0) <= 3 * self.BLOCK  # older measurements are replaced, not blended
+        self._measured_at[way] = self._tokens
+        for known, found in ((self._seconds, sorted(self._block)[count // 2]), (self._lost, self._lost_in_block / count)):
             blend = recent and way in known and found < float("inf")
             known[way] = known[way] + 0.5 * (found - known[way]) if blend else found
         if way:
-            self._price = self._predicting / count
-        self._block, self._sum, self._predicting = [], 0.0, 0.0
-        if self._lost.get(False, float("inf")) < self._price:
-            self._blocks_to_try, self.reading_ahead = 0, False
+            self._predicting_seconds = self._predicting_in_block / count
+        self._clear_block()
+        if self._lost.get(False, float("inf")) < self._predicting_seconds:
+            self._blocks_to_try, self.prefetching = 0, False
             self._next = max(self._next, self._tokens + self.BLOCK)
             return
         if self._blocks_to_try:
             self._blocks_to_try -= 1
-            self.reading_ahead = not way
+            self.prefetching = not way
             return
         loses_less = self._lost[True] < self._lost[False] or self._lost[False] == float("inf")
-        self.reading_ahead = loses_less and self._seconds[True] <= self._seconds[False]
+        self.prefetching = loses_less and self._seconds[True] <= self._seconds[False]
         if self._tokens >= self._next:
             self._next = self._tokens + min(self._tokens, self.PERIOD)
-            self.reading_ahead = not self.reading_ahead
+            self.prefetching = not self.prefetching
 
 
 class Prefetcher:
-    """Asks the predictor about the next layers and queues what is worth its read, nearer layers first. One thread calls it."""
+    """Predicts the next layers' experts and queues the reads that pay, nearer layers first. Called from one thread."""
 
     def __init__(
         self,
@@ -116,39 +120,39 @@ class Prefetcher:
     ) -> None:
         self.predictor = predictor
         self.idle = isinstance(predictor, NoPrediction)
-        self.predicted: dict[int, list[tuple[int, float]]] = {}  # what was said of each layer last
+        self.predicted: dict[int, list[tuple[int, float]]] = {}  # by layer, the last prediction in this pass
         self._clock = clock
         self._residency = residency
         self._num_layers = num_layers
         self._furthest = look_ahead
-        self._trial = Trial() if predictor.calibrated and not self.idle else None
-        self._reading_ahead = not self.idle
-        self._wasted = (0, 0.0)  # reads ahead that nobody used (yet), and the seconds that they cost others
-        self._entered: tuple[int, float, float] | None = None  # layer, time and stall so far when the last block was entered
-        self._layer_seconds: dict[int, float] = {}  # by the power of two of the number of tokens: one block's time without stalls
+        self._trial = Trial() if predictor.gives_probabilities and not self.idle else None
+        self._prefetching = not self.idle
+        self._wasted = (0, 0.0)  # prefetches that were not used (yet), and the seconds that they cost other reads
+        self._entered: tuple[int, float, float] | None = None  # the last layer, and the time and total stall as it was entered
+        self._layer_seconds: dict[int, float] = {}  # by num_tokens.bit_length(): one layer's time without stalls
 
     def embedded(self, embeddings: torch.Tensor) -> None:
         """A forward pass begins on these tokens' ``embeddings`` [num_tokens, hidden]."""
         if self._trial is not None:
             if embeddings.shape[0] == 1:
-                self._reading_ahead = self._trial.token(self._clock(), self._lost(), self._residency.counters.predicting_seconds)
+                self._prefetching = self._trial.token(self._clock(), self._lost(), self._residency.counters.predicting_seconds)
             else:
                 self._trial.pause()
-                self._reading_ahead = True
+                self._prefetching = True
         self._entered = None
         self.predicted.clear()
-        if self._reading_ahead:
+        if self._prefetching:
             self._read(-1, embeddings)
 
     def _lost(self) -> float:
-        """Seconds so far: waited, spent on predicting, and wasted on the link."""
+        """Total seconds: stalls, predicting, and link time of unused prefetches."""
         counters = self._residency.counters
         unused, (known, wasted) = counters.prefetched - counters.prefetch_used, self._wasted
         self._wasted = (unused, wasted + WASTE * self._residency.read_seconds * max(0, unused - known))
         return counters.stall_seconds + counters.predicting_seconds + self._wasted[1]
 
     def entered(self, layer: int, num_tokens: int) -> None:
-        """Block ``layer`` is about to run: learn how long one block takes without its stalls."""
+        """``layer`` is about to run: measure how long one layer takes without its stalls."""
         now, stalled = self._clock(), self._residency.counters.stall_seconds
         if self._entered is not None and self._entered[0] == layer - 1:
             spent = (now - self._entered[1]) - (stalled - self._entered[2])
@@ -158,26 +162,26 @@ class Prefetcher:
         self._entered = (layer, now, stalled)
 
     def look_ahead(self, layer: int, router_input: torch.Tensor) -> None:
-        """The reads of ``layer`` are under way: queue those of the next ones, from ``router_input`` [num_tokens, hidden]."""
-        if self._reading_ahead and layer + 1 < self._num_layers:
+        """The reads of ``layer`` have been queued: queue those of the next layers, from ``router_input`` [num_tokens, hidden]."""
+        if self._prefetching and layer + 1 < self._num_layers:
             self._read(layer, router_input)
 
     def observe(self, layer: int, routed: Sequence[int]) -> None:
-        """``layer``'s router has spoken. The predictor is told only where it is asked: both took 2 % of a token."""
-        if self._reading_ahead:
+        """``layer`` chose the experts ``routed``. The predictor learns this only in passes in which it predicts: both take time."""
+        if self._prefetching:
             began = self._clock()
             self.predictor.observe(layer, routed)
             self._residency.counters.predicting_seconds += self._clock() - began
 
     def affordable(self, num_tokens: int) -> float:
-        """How many experts can be read while one block computes ``num_tokens`` tokens; 0.0 before that is known."""
+        """How many experts can be read while one layer computes ``num_tokens`` tokens; 0.0 before that is known."""
         window, read_seconds = self._layer_seconds.get(num_tokens.bit_length(), 0.0), self._residency.read_seconds
         return window / read_seconds if read_seconds else 0.0
 
     def _read(self, layer: int, router_input: torch.Tensor) -> None:
         began = self._clock()
         if self._furthest > 1:
-            self._residency.cancel_prefetches()  # what is known now is better than what queued them
+            self._residency.cancel_prefetches()  # nearer layers are predicted better, so queue them anew
         queued = self._predict(layer + 1, router_input, 1, 0)
         for ahead in range(2, min(self._furthest, self._num_layers - 1 - layer) + 1):
             queued += self._predict(layer + ahead, router_input, ahead, queued)
@@ -187,13 +191,13 @@ class Prefetcher:
         """Queue reads of ``layer`` behind ``queued`` others; how many."""
         layer_seconds = self._layer_seconds.get(router_input.shape[0].bit_length(), 0.0)
         read_seconds = self._residency.read_seconds
-        if ahead > 1 and not (ahead - 1) * layer_seconds < MOST_MISSING * read_seconds:
-            return 0  # one layer later is soon enough
+        if ahead > 1 and not (ahead - 1) * layer_seconds < MAX_MISSING * read_seconds:
+            return 0  # predicting it one layer later is early enough
         predicted = self.predicted[layer] = self.predictor.predict(layer, router_input, ahead)
         if not predicted:
             return 0
         experts = [ExpertId(layer, expert) for expert, _ in predicted]
-        if not self.predictor.calibrated:  # one after another: reads share the link and the cores
+        if not self.predictor.gives_probabilities:  # as many as can be read in time: reads share the link and the cores
             fitting = int(ahead * self.affordable(len(router_input))) - queued
             if ahead > 1 and fitting < 1:
                 return 0
@@ -206,6 +210,6 @@ class Prefetcher:
         likely = [
             (expert, probability)
             for expert, (_, probability), absent in zip(experts, predicted, missing, strict=True)
-            if absent or probability >= KEPT_FROM
+            if absent or probability >= PROTECTED_FROM
         ]
         return self._residency.prefetch([expert for expert, _ in likely], most, [probability for _, probability in likely])

@@ -44,7 +44,7 @@ class ProbabilityPredictor:
     scorer is silent.
     """
 
-    calibrated = True
+    gives_probabilities = True
 
     def __init__(
         self,

@@ -23,7 +23,7 @@ class Temporal:
     Of many tokens at once it says nothing: nearly every expert is used then.
     """
 
-    calibrated = True
+    gives_probabilities = True
 
     def __init__(self, experts_per_layer: Sequence[int]) -> None:
         self.statistics = RoutingStatistics(experts_per_layer)

@@ -1,8 +1,9 @@
-"""Runs a model to see how it routes: traces of decode, and fitted gates."""
+"""Runs a model to record its routing: traces of decode, and fitted gates."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -40,12 +41,12 @@ def record_routing(
 ) -> RoutingTrace:
     """Continue each of ``texts`` greedily by ``new_tokens``, or with ``teacher`` follow it token by token; ``max_tokens`` in all.
 
-    ``prefill``: follow it in passes of many tokens, as quick as a prompt, without lookups and times. ``router_inputs`` records what
-    linear routers saw, and their weights. ``source`` brings the experts' bytes; None: the store. Raises ConfigError if no token was
-    decoded.
+    ``prefill``: follow it in passes of many tokens, as fast as a prompt, without lookups and times. ``router_inputs``: record the
+    inputs and weights of linear routers too. ``source`` brings the experts' bytes; None: the store. Raises ConfigError if no token
+    was decoded.
     """
     if config.on_gpu:
-        raise ConfigError("routing is recorded on the CPU; leave vram and device away")
+        raise ConfigError("routing is recorded on the CPU; omit vram and device")
     prepared = prepare(store_for(model, config.precision, config.dense_precision))
     tokenizer = load_tokenizer(prepared.store.path)
     plan = prepared.plan(config)
@@ -54,28 +55,25 @@ def record_routing(
     routers = None if weights is None else _padded(weights)
     norms = norms_of(running, prepared.stacks) if router_inputs else None
     sizes = [stack.num_experts for stack in prepared.stacks]
-    runtime = running.fate.runtime
-    recorder = Recorder(
-        sizes, router_inputs=router_inputs, routers=routers, norms=norms, prompts=prefill, residency=runtime.residency
-    )
-    runtime.observer = recorder
-    with count_bar("tracing", max_tokens) as advance, torch.inference_mode():
+    recorder = Recorder(sizes, router_inputs=router_inputs, routers=routers, norms=norms, prompts=prefill)
+    with closing(running.fate), count_bar("tracing", max_tokens) as advance, torch.inference_mode():
         for text in texts:
             left = min(max_tokens - recorder.num_tokens, new_tokens)
             if left < 2:
                 break
             ids = tokenizer(text, return_tensors="pt")["input_ids"]
             before = recorder.num_tokens
-            if teacher or prefill:
-                _follow(running, ids[:, : min(left, config.context_length)], WINDOW if prefill else 1)
-            elif ids.shape[1] and ids.shape[1] + left <= config.context_length:
-                running.generate(
-                    ids,
-                    attention_mask=torch.ones_like(ids),
-                    max_new_tokens=left,
-                    do_sample=False,
-                    pad_token_id=tokenizer.eos_token_id,
-                )
+            with running.fate.runtime.observe(recorder):
+                if teacher or prefill:
+                    _follow(running, ids[:, : min(left, config.context_length)], WINDOW if prefill else 1)
+                elif ids.shape[1] and ids.shape[1] + left <= config.context_length:
+                    running.generate(
+                        ids,
+                        attention_mask=torch.ones_like(ids),
+                        max_new_tokens=left,
+                        do_sample=False,
+                        pad_token_id=tokenizer.eos_token_id,
+                    )
             advance(recorder.num_tokens - before)
     lengths = sorted({layout.length for stack in prepared.stacks for layout in prepared.store.manifest.layouts_of(stack.layer)})
     facts = {
@@ -86,11 +84,9 @@ def record_routing(
         "predictor": config.predictor_name,
     }
     try:
-        trace = recorder.trace(**facts)
+        return recorder.trace(**facts)
     except ValueError as error:
         raise ConfigError(f"{error}; give longer prompts or more --max-new-tokens") from error
-    running.fate.close()
-    return trace
 
 
 def fit_gates(
@@ -104,42 +100,44 @@ def fit_gates(
     test_tokens: int = 0,
 ) -> dict[str, Any]:
     """Fit gates for up to ``config.look_ahead`` layers, and with ``forecast`` the whole-token forecast, on nine tenths of the
-    windows of ``texts``, write them into the store, and say their recall on the others.
+    windows of ``texts``, write them into the store, and return their recall on the others.
 
-    Where the layer's own router predicts the others better than what was fitted, it takes its place: both are one matrix.
-    ``test_texts``: recall is said of the first ``test_tokens`` of these instead. Raises ConfigError for too little text.
+    Where the layer's own router predicts the others better than the fitted gate, it takes the gate's place: both are one matrix.
+    ``test_texts``: recall is measured on the first ``test_tokens`` of these instead. Raises ConfigError for too little text.
     """
     if config.on_gpu:
-        raise ConfigError("routing is recorded on the CPU; leave vram and device away")
+        raise ConfigError("routing is recorded on the CPU; omit vram and device")
     prepared = prepare(store_for(model, config.precision, config.dense_precision))
     tokenizer = load_tokenizer(prepared.store.path)
     windows = _windows(tokenizer, texts, max_tokens)
     if len(windows) < 10:
-        raise ConfigError(f"{WINDOW * len(windows)} tokens of text are too few to fit gates; give at least {10 * WINDOW}")
-    held = _windows(tokenizer, test_texts, test_tokens)
-    if test_texts and not held:
-        raise ConfigError(f"the text to test on has fewer than {WINDOW} tokens; give more")
-    running = build(prepared, prepared.plan(config), config)
+        raise ConfigError(
+            f"{WINDOW * len(windows)} tokens of text are too few to fit gates; give at least {10 * WINDOW} (--text, --max-tokens)"
+        )
+    test_windows = _windows(tokenizer, test_texts, test_tokens)
+    if test_texts and not test_windows:
+        raise ConfigError(f"the text to test on has fewer than {WINDOW} tokens; give a longer one (--test, --test-tokens)")
+    running = realize(prepared, prepared.plan(config), config)
     sizes = [stack.num_experts for stack in prepared.stacks]
-    weights = linear_routers(running, prepared.stacks)
-    hidden = running.config.get_text_config().hidden_size
-    fitter = GateFitter(sizes, hidden, config.look_ahead, forecast=forecast, routers=weights)
-    _watch(running, fitter, [window for number, window in enumerate(windows) if number % 10 != 9], "watching")
-    with count_bar("solving", len(sizes) * (1 + forecast)) as advance:
-        gates, whole = fitter.gates(advance), fitter.forecast(advance)
-    routers = None if weights is None else LinearRouters(weights, norms_of(running, prepared.stacks))
-    meter = RecallMeter(gates, routers, whole)
-    _watch(running, meter, windows[9::10], "choosing")
-    better = [meter.better(ahead) for ahead in range(1, len(gates) + 1)]
-    if held:
+    with closing(running.fate):
+        weights = linear_routers(running, prepared.stacks)
+        hidden = running.config.get_text_config().hidden_size
+        fitter = GateFitter(sizes, hidden, config.look_ahead, forecast=forecast, routers=weights)
+        _show(running, fitter, [window for number, window in enumerate(windows) if number % 10 != 9], "recording")
+        with count_bar("solving", len(sizes) * (1 + forecast)) as advance:
+            gates, whole = fitter.gates(advance), fitter.forecast(advance)
+        routers = None if weights is None else LinearRouters(weights, norms_of(running, prepared.stacks))
         meter = RecallMeter(gates, routers, whole)
-        _watch(running, meter, held, "testing")
-    running.fate.close()
-    kept = [
+        _show(running, meter, windows[9::10], "choosing")
+        better = [meter.better(ahead) for ahead in range(1, len(gates) + 1)]
+        if test_windows:
+            meter = RecallMeter(gates, routers, whole)
+            _show(running, meter, test_windows, "testing")
+    chosen = [
         [routers.matrix(layer, ahead) if routers and layer >= ahead and layer not in layers else g for layer, g in enumerate(row)]
         for ahead, (row, layers) in enumerate(zip(gates, better, strict=True), start=1)
     ]
-    path = save_gates(prepared.store.path, *kept, forecast=whole)
+    path = save_gates(prepared.store.path, *chosen, forecast=whole)
     counts = {"fitted_tokens": WINDOW * (len(windows) - len(windows) // 10), "tested_tokens": meter.num_tokens}
     return {"gates": str(path), **counts, **meter.table(), "fitted_layers": better}
 
@@ -152,14 +150,13 @@ def _windows(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[torc
     return list(torch.split(ids[: len(ids[:max_tokens]) // WINDOW * WINDOW], WINDOW))
 
 
-def _watch(model: Any, observer: Passes, windows: Sequence[torch.Tensor], what: str) -> None:
+def _show(model: Any, observer: Passes, windows: Sequence[torch.Tensor], what: str) -> None:
     """Run ``model`` on ``windows``, each from an empty context, for ``observer`` to see."""
-    model.fate.runtime.observer = observer
-    with count_bar(what, WINDOW * len(windows)) as advance, torch.inference_mode():
+    bar = count_bar(what, WINDOW * len(windows))
+    with model.fate.runtime.observe(observer), bar as advance, torch.inference_mode():
         for window in windows:
             model.base_model(window[None], use_cache=False)
             advance(len(window))
-    model.fate.runtime.observer = None
 
 
 def _padded(weights: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -169,7 +166,7 @@ def _padded(weights: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _enough(texts: Sequence[str], max_tokens: int) -> list[str]:
-    """As many of ``texts`` as may be needed: a token has at least a character."""
+    """About 8 characters of ``texts`` per token, which is more than a token has."""
     taken, length = [], 0
     for text in texts:
         if length > 8 * max_tokens:
@@ -180,7 +177,7 @@ def _enough(texts: Sequence[str], max_tokens: int) -> list[str]:
 
 
 def _follow(model: Any, ids: torch.Tensor, window: int) -> None:
-    """Run ``ids`` [1, num_tokens], ``window`` at a time, whatever the model would have written."""
+    """Run ``ids`` [1, num_tokens] through the model, ``window`` at a time."""
     past = None
     for part in torch.split(ids, window, dim=1):
         past = model(part, past_key_values=past, use_cache=True).past_key_values

@@ -1,4 +1,4 @@
-"""Fits gates that know the next layer's choice better than its own router does: ridge regression on the model's own routing."""
+"""Fits gates that predict a layer's choice better than its own router does early: ridge regression on the model's own routing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from fate_moe.core import ExpertId, Lookup
+from fate_moe.journal import ForwardPass
 from fate_moe.predict.forecast import forecast_source
 
 __all__ = ["GateFitter", "Passes"]
@@ -15,52 +15,36 @@ RIDGE = 3e-3  # of the inputs' mean square; between 1e-3 and 1e-2 recall differs
 
 
 class Passes:
-    """Gathers whole passes of many tokens as the runtime's observer, and hands each to ``whole_pass``."""
+    """An observer of whole passes of many tokens; ``whole_pass`` defines what is done with each."""
 
     def __init__(self, num_layers: int) -> None:
         self._num_layers = num_layers
-        self._inputs: list[torch.Tensor] = []
-        self._chosen: list[torch.Tensor] = []
 
     def whole_pass(self, inputs: list[torch.Tensor], chosen: list[torch.Tensor]) -> None:
-        """``inputs``: embeddings, then gate inputs by layer, [num_tokens, hidden]; ``chosen`` [num_tokens, k] by layer."""
+        """``inputs``: embeddings, then router inputs by layer, [num_tokens, hidden]; ``chosen`` [num_tokens, k] by layer."""
         raise NotImplementedError
 
-    def embedded(self, embeddings: torch.Tensor) -> None:
-        """A pass begins."""
-        self._inputs, self._chosen = [embeddings], []
+    def keeps_inputs(self, num_tokens: int) -> bool:
+        """Every pass is recorded with its inputs."""
+        return True
 
-    def entered(self, layer: int, router_input: torch.Tensor) -> None:
-        """What predicts layers after ``layer``."""
-        if layer == len(self._inputs) - 1:
-            self._inputs.append(router_input)
-
-    def computed(
-        self,
-        layer: int,
-        index: torch.Tensor,
-        weights: torch.Tensor,
-        lookups: dict[ExpertId, Lookup],
-        stall_seconds: float,
-        predicted: list[tuple[int, float]],
-    ) -> None:
-        """``index`` [num_tokens, k] is what it chose."""
-        if layer != len(self._chosen) or layer + 2 != len(self._inputs) or len(index) != len(self._inputs[0]):
-            return
-        self._chosen.append(index)
-        if len(self._chosen) == self._num_layers:
-            self.whole_pass(self._inputs, self._chosen)
+    def record(self, forward: ForwardPass) -> None:
+        """Passes that did not go through all layers are omitted."""
+        inputs = [forward.embeddings, *(step.router_input for step in forward.layers)]
+        known = [tensor for tensor in inputs if tensor is not None]
+        if forward.is_whole(self._num_layers) and len(known) == len(inputs):
+            self.whole_pass(known, [step.experts for step in forward.layers])
 
 
 class GateFitter(Passes):
-    """Sums up what ridge regression needs; nothing is kept per token.
+    """Accumulates the sums that ridge regression needs; nothing is stored per token.
 
-    A gate of look-ahead a: its target is what layer l's router says of its own gate input (``routers`` [E, hidden] by layer; logits
-    less their mean), its input the gate input of layer l - a (layer -1's is the embedding), for a up to ``look_ahead``. Without
-    ``routers`` the target is which experts layer l chose, which says less of a token (upcycled SmolLM2, seven layers, 3,142 tokens:
-    50 % recall at top-4, from logits 69). With ``forecast`` also from the embedding and the previous token's gate input at the
-    same layer (predict.forecast), of which only the products between the two are summed up besides. Memory, floats a layer:
-    (hidden + 1)^2, with the forecast twice that, and (hidden + 1) * experts for each target.
+    The gate of layer l with look-ahead a maps the router input of layer l - a (layer -1's is the embedding) to the logits of layer
+    l's router (``routers`` [E, hidden] by layer) for its own input, less their mean; a goes up to ``look_ahead``. Without
+    ``routers`` the target is which experts layer l chose (1 or 0), from which much less is learned per token. With ``forecast``
+    there is also a gate from the embedding and the previous token's router input at the same layer (predict.forecast), which needs
+    the products between the two besides. Memory, floats per layer: (hidden + 1)^2, with the forecast twice that, and
+    (hidden + 1) * experts for each target.
     """
 
     def __init__(
@@ -93,9 +77,9 @@ class GateFitter(Passes):
             whole.add(padded[0][1:], before[:-1], targets[layer][1:])
 
     def gates(self, advance: Callable[[int], None] = lambda layers: None) -> list[list[torch.Tensor | None]]:
-        """By look-ahead and layer, [num_experts, hidden + 1] or None; ``advance`` is told of layers that are done.
+        """By look-ahead and layer, [num_experts, hidden + 1] or None; ``advance`` gets the number of layers that are done.
 
-        Raises ValueError where nothing was seen."""
+        Raises ValueError if no pass was recorded."""
         found: list[list[torch.Tensor | None]] = [[None] * len(self._sizes) for _ in range(self.look_ahead)]
         for at, source in enumerate(self._sources):
             sizes = self._sizes[at : at + self.look_ahead]
@@ -105,7 +89,7 @@ class GateFitter(Passes):
         return found
 
     def forecast(self, advance: Callable[[int], None] = lambda layers: None) -> list[torch.Tensor]:
-        """By layer, [num_experts, 2 * hidden + 1]; empty unless asked for."""
+        """By layer, [num_experts, 2 * hidden + 1]; empty without ``forecast``."""
         weights = []
         for layer, whole in enumerate(self._whole):
             before = self._sources[1 + forecast_source(layer, len(self._sizes)) if len(self._sizes) > 1 else 0]
@@ -115,12 +99,14 @@ class GateFitter(Passes):
 
 
 class _Source:
-    """Sums over tokens of what is known at one place in the pass, x [n, hidden + 1] with a last column of ones."""
+    """Sums over tokens of one input, x [num_tokens, hidden + 1] with a last column of ones."""
 
     def __init__(self, hidden: int, targets: int) -> None:
         self.squares = torch.zeros(hidden + 1, hidden + 1)
         self.products = torch.zeros(hidden + 1, targets)
-        self._ends: list[torch.Tensor] = []  # rows that a forecast does not see: the first embedding of a pass, the last gate input
+        self._ends: list[
+            torch.Tensor
+        ] = []  # rows that a forecast does not use: the first embedding of a pass, the last router input
 
     def add(self, x: torch.Tensor, target: torch.Tensor, *, first: bool) -> None:
         self.squares.addmm_(x.mT, x)
@@ -134,7 +120,7 @@ class _Source:
 
 
 class _Whole:
-    """The sums for (embedding, previous token's gate input, 1) that the two sources do not have."""
+    """The sums for (embedding, previous token's router input, 1) that the two sources do not have."""
 
     def __init__(self, hidden: int, targets: int) -> None:
         self._between = torch.zeros(hidden + 1, hidden + 1)
@@ -154,7 +140,7 @@ class _Whole:
 
 
 def _solve(squares: torch.Tensor, products: torch.Tensor) -> torch.Tensor:
-    """[targets, width]: the ridge regression whose sums these are."""
+    """[targets, width]: the ridge regression with these sums."""
     mean_square = float(squares.diagonal().mean())
     if not mean_square:
         raise ValueError("a layer ran for no token")

@@ -14,10 +14,10 @@ __all__ = ["Oracle"]
 
 
 class Oracle:
-    """Names exactly what each layer of one trace will choose; what is not ready then, no predictor over the same link and so many
-    layers ahead could have made ready. ``observe`` must follow the trace from its beginning."""
+    """Predicts exactly what each layer of one trace chooses: with the same link and look-ahead, no predictor has more experts ready
+    on time. ``observe`` must follow the trace from its beginning."""
 
-    calibrated = False  # sure, and never given up by a trial
+    gives_probabilities = False  # all of it is prefetched, and no trial turns it off
 
     def __init__(self, trace: RoutingTrace) -> None:
         self._experts = trace.experts.tolist()

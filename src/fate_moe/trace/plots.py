@@ -13,16 +13,17 @@ from fate_moe.trace.schema import RoutingTrace, read_trace
 
 __all__ = ["draw", "timeline"]
 
-LANES = ("compute", "wait", "demand reads", "reads ahead")
+LANES = ("compute", "wait", "demand reads", "prefetches")
 COLORS = ("tab:blue", "tab:red", "tab:orange", "tab:green")
 FOUND = ("hit", "in flight", "miss")
 
 
 def draw(results: Path, out: Path, kind: str | None = None, token: int = -1) -> None:
-    """Draw ``results`` into ``out``: a simulation's rows as "capacity" or "recall", a trace as "heat" or "timeline", what
-    `fate fit` found as recall against experts named.
+    """Draw ``results`` into ``out``: a simulation's rows as "capacity" or "recall", a trace as "heat" or "timeline", the output of
+    `fate fit` as recall by the number of experts named.
 
-    ``out`` ending in .json is a Chrome trace (Perfetto opens it) of one ``token``. Raises ConfigError for what cannot be drawn.
+    If ``out`` ends in .json it becomes a Chrome trace (for Perfetto) of one ``token``. Raises ConfigError for files that cannot be
+    drawn.
     """
     if results.suffix == ".npz":
         trace = read_trace(results)
@@ -43,10 +44,10 @@ def draw(results: Path, out: Path, kind: str | None = None, token: int = -1) -> 
 
 
 def timeline(trace: RoutingTrace, token: int) -> list[dict[str, Any]]:
-    """One token as Chrome trace events (microseconds): lanes of computing, of waiting, of reads that were asked for and of those
-    made ahead, each read in the token in which it ended."""
+    """One token as Chrome trace events (microseconds) in four lanes: compute, waits, demand reads, prefetches. A read belongs to
+    the token in which it ended."""
     if not {"seconds", "stall", "lookups"} <= set(trace.extras):
-        raise ConfigError("this trace has no times; record one with: fate trace")
+        raise ConfigError("this trace has no times; record one without --prefill: fate trace MODEL --prompts FILE --out T.npz")
     seconds, stall, lookups = (trace.extras[name][token] for name in ("seconds", "stall", "lookups"))
     events: list[dict[str, Any]] = [
         {"name": "thread_name", "ph": "M", "pid": 0, "tid": lane, "args": {"name": name}} for lane, name in enumerate(LANES)
@@ -107,7 +108,7 @@ def _recall(figure: Any, rows: list[dict[str, Any]], token: int) -> None:
 
 
 def _widths(figure: Any, found: dict[str, Any], token: int) -> None:
-    """Recall against how many experts are named, means over layers."""
+    """Recall by the number of experts named, means over layers."""
     axes = figure.subplots()
     lines = {
         f"{name}, {ahead} ahead": {width: row["mean"] for width, row in by_width.items()}

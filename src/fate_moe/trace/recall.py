@@ -1,4 +1,4 @@
-"""How much of what layers choose was predicted: recall of fitted gates and of plain routers, by layer and width."""
+"""Recall: the fraction of chosen experts that fitted gates and plain routers predict, by layer and number of experts named."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ Kind = tuple[str, int]  # "plain" or "fitted" and the look-ahead; "forecast" and
 
 
 class RecallMeter(Passes):
-    """Asks ``gates`` (by look-ahead and layer, [num_experts, hidden + 1]), ``routers`` and ``forecast`` about passes of many
-    tokens as they come, and counts what came true at top-k, k + 2, 2k and 3k."""
+    """Compares what ``gates`` (by look-ahead and layer, [num_experts, hidden + 1]), ``routers`` and ``forecast`` predict for passes
+    of many tokens with what was chosen, at top-k, k + 2, 2k and 3k."""
 
     def __init__(
         self, gates: Gates, routers: LinearRouters | None, forecast: Sequence[torch.Tensor] = (), num_layers: int | None = None
@@ -58,18 +58,19 @@ class RecallMeter(Passes):
 
     @property
     def widths(self) -> tuple[int, ...]:
+        """How many experts are named, ascending."""
         k = self._top_k
         return tuple(sorted({k, k + 2, 2 * k, 3 * k}))
 
     def better(self, ahead: int) -> list[int]:
-        """The layers in which what was fitted predicts at least as well as the router does, at k + 2."""
+        """The layers whose fitted gate predicts as well as the router or better, at k + 2."""
         width = self._top_k + 2
         plain, fitted = (self._layers((name, ahead), width) for name in ("plain", "fitted"))
         return [layer for layer, (p, f) in enumerate(zip(plain, fitted, strict=True)) if f is not None and f >= (p or 0)]
 
     def table(self) -> dict[str, Any]:
-        """``by_ahead``: for each look-ahead, plain and fitted; ``forecast``. Keys are widths, lists go by layer (None: not asked);
-        the means are of what comes from a gate input, so of layers from the look-ahead on."""
+        """``by_ahead``: for each look-ahead, plain and fitted; ``forecast``. Keys are widths, lists go by layer (None: not
+        predicted); means are over the layers that are predicted from a router input, so from the look-ahead on."""
         by_ahead = [
             {name: self._rows((name, ahead), ahead) for name in ("plain", "fitted")} for ahead in range(1, len(self._gates) + 1)
         ]
@@ -79,7 +80,7 @@ class RecallMeter(Passes):
         rows = {}
         for width in self.widths:
             layers = self._layers(kind, width)
-            known = [share for share in layers[first:] if share is not None]
+            known = [recall for recall in layers[first:] if recall is not None]
             rows[width] = {"mean": sum(known) / len(known) if known else None, "layers": layers}
         return rows
 

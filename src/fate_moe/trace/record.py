@@ -3,42 +3,37 @@
 from __future__ import annotations
 
 import json
-import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from fate_moe.core import Counters, ExpertId, Lookup
-from fate_moe.memory.residency import Residency
+from fate_moe.core import Lookup
+from fate_moe.journal import ForwardPass
 from fate_moe.trace.schema import RoutingTrace
 
 __all__ = ["Recorder"]
 
-# Columns, and the counters whose growth they are.
-_COUNTED = {"bytes_read": "bytes_read", "overlap": "overlap_seconds", "link": "link_seconds", "predicting": "predicting_seconds"}
-_KINDS = {
-    "lookups": np.uint8,
-    "stall": np.float32,
-    "seconds": np.float32,
-    "bytes_read": np.int64,
-    "overlap": np.float32,
-    "link": np.float32,
-    "predicting": np.float32,
+# Columns, the counters whose growth they are, and their dtypes.
+_COUNTED = {
+    "stall": ("stall_seconds", np.float32),
+    "bytes_read": ("bytes_read", np.int64),
+    "overlap": ("overlap_seconds", np.float32),
+    "link": ("link_seconds", np.float32),
+    "predicting": ("predicting_seconds", np.float32),
 }
 _FOUND = {Lookup.HIT: 0, Lookup.IN_FLIGHT: 1, Lookup.MISS: 2}
 
 
 class Recorder:
-    """Keeps every single-token pass that went through all layers (runtime.recorder); longer passes begin another generation.
+    """An observer that records every single-token pass that went through all layers; longer passes begin another generation.
 
-    ``router_inputs``: keep what the routers saw too, with the embeddings, the ``routers`` [L, E, D] (linear ones) and the ``norms``
-    [L, D] before them. ``prompts``: keep the tokens of longer passes instead, as if they had been decoded one by one; what lookups
-    found and how long it took would mean nothing then and is left out. ``residency``: whose counters' growth
-    and whose reads are recorded; its journal is the recorder's from then on.
+    ``router_inputs``: record router inputs and embeddings too, with the ``routers`` [L, E, D] (linear ones) and the ``norms``
+    [L, D] before them. ``prompts``: record the tokens of longer passes instead, as if they had been decoded one by one; lookups and
+    times, which would mean nothing then, are omitted.
     """
 
     def __init__(
@@ -49,85 +44,45 @@ class Recorder:
         routers: torch.Tensor | None = None,
         norms: torch.Tensor | None = None,
         prompts: bool = False,
-        residency: Residency | None = None,
     ) -> None:
         self._sizes = list(experts_per_layer)
         self._router_inputs = router_inputs
         self._linear = {"routers": routers, "norms": norms}
         self._prompts = prompts
-        self._columns: dict[str, list[Any]] = defaultdict(list)
-        self._token: dict[str, list[Any]] = defaultdict(list)
-        self._embedding: torch.Tensor | None = None  # [1, hidden], of prompts [num_tokens, hidden]; None: this pass is not kept
+        self._columns: dict[str, list[Any]] = defaultdict(list)  # by name: [num_tokens, L, ...] of each pass
         self._start: list[int] = []
-        self._entered = 0.0
-        self._counters = None if prompts or residency is None else residency.counters
-        self._journal: list[tuple[ExpertId, bool, float, float]] = []
-        if residency is not None and not prompts:
-            residency.journal = self._journal
         self._reads: list[tuple[float, ...]] = []
-        self._began = 0.0  # when layer 0 was entered
-        self._before = Counters()
 
     @property
     def num_tokens(self) -> int:
-        """Recorded so far."""
+        """Recorded so far; the pass that ran last is recorded when the next begins or observing ends."""
         return sum(len(column) for column in self._columns["experts"])
 
-    def embedded(self, embeddings: torch.Tensor) -> None:
-        """A pass begins on ``embeddings`` [num_tokens, hidden]."""
-        self._tick()
-        self._finish()
-        if self._counters is not None:
-            self._before = replace(self._counters)
-        if embeddings.shape[0] > 1 or not self._start:
+    def keeps_inputs(self, num_tokens: int) -> bool:
+        """Whether ``record`` uses the inputs of such a pass."""
+        return self._router_inputs and (num_tokens > 1) == self._prompts
+
+    def record(self, forward: ForwardPass) -> None:
+        """Record ``forward`` if it is of the kind that is recorded and went through all layers."""
+        if forward.num_tokens > 1 or not self._start:
             self._start.append(self.num_tokens)
-        self._embedding = embeddings if (embeddings.shape[0] > 1) == self._prompts else None
-
-    def entered(self, layer: int, router_input: torch.Tensor) -> None:
-        """``layer`` is about to run on ``router_input`` [num_tokens, hidden]."""
-        self._tick()
-        self._entered = time.perf_counter()
-        if layer == 0:
-            self._began = self._entered
-        if self._router_inputs and self._embedding is not None:
-            self._token["router_inputs"].append(_halves(router_input))
-
-    def computed(
-        self,
-        layer: int,
-        index: torch.Tensor,
-        weights: torch.Tensor,
-        lookups: dict[ExpertId, Lookup],
-        stall_seconds: float,
-        predicted: list[tuple[int, float]],
-    ) -> None:
-        """``layer`` ran for ``index`` [num_tokens, k] with routing ``weights``; its lookups found and it waited so much."""
-        if self._embedding is None or len(index) != len(self._embedding) or layer != len(self._token["experts"]):
-            self._embedding = None
+        if (forward.num_tokens > 1) != self._prompts or not forward.is_whole(len(self._sizes)):
             return
-        weight = weights.reshape(index.shape).float().numpy(force=True)
-        order = np.argsort(-weight, axis=1, kind="stable")
-        chosen = np.take_along_axis(index.numpy(force=True), order, 1)
-        token = self._token
-        token["experts"].append(chosen)
-        token["probs"].append(np.take_along_axis(weight, order, 1))
-        if self._prompts:
-            return
-        token["lookups"].append([_FOUND[lookups[ExpertId(layer, expert)]] for expert in chosen[0].tolist()])
-        token["stall"].append(stall_seconds)
-        chances = np.zeros(max(self._sizes), np.float16)
-        for expert, probability in predicted:
-            chances[expert] = probability
-        token["predicted"].append(chances)
+        found = self._routing(forward)
+        if not self._prompts:
+            if any(len(step.lookups) != step.experts.shape[1] for step in forward.layers):
+                return  # a family that masks choices: the format has no place for fewer than k experts
+            self._reads += _timeline(self.num_tokens, forward)
+            found |= self._times(forward)
+        for name, column in found.items():
+            self._columns[name].append(column)
 
     def trace(self, **meta: Any) -> RoutingTrace:
-        """What was recorded. Raises ValueError if nothing was."""
-        self._tick()
-        self._finish()
+        """What was recorded, with ``meta`` (it must be JSON). Raises ValueError if nothing was."""
         if not self.num_tokens:
             raise ValueError("nothing was recorded: no token was decoded one by one")
         arrays = {name: np.concatenate(values) for name, values in self._columns.items()}
-        if self._counters is not None:
+        if not self._prompts:
             arrays["reads"] = np.array(self._reads, np.float64).reshape(-1, 6)
         dtype = np.uint8 if max(self._sizes) <= 256 else np.uint16
         experts, probs = arrays.pop("experts").astype(dtype), arrays.pop("probs").astype(np.float16)
@@ -137,34 +92,50 @@ class Recorder:
         json.dumps(meta)
         return RoutingTrace(experts, probs, start, np.array(self._sizes, np.int64), arrays, meta)
 
-    def _tick(self) -> None:
-        if self._entered and not self._prompts:
-            self._token["seconds"].append(time.perf_counter() - self._entered)
-            if self._counters is not None:
-                now, before = replace(self._counters), self._before
-                for column, name in _COUNTED.items():
-                    self._token[column].append(getattr(now, name) - getattr(before, name))
-                self._before = now
-        self._entered = 0.0
+    def _routing(self, forward: ForwardPass) -> dict[str, NDArray[Any]]:
+        """What was chosen, likeliest first, and what the routers saw: [num_tokens, L, ...]."""
+        weights = np.stack([step.weights.float().numpy(force=True) for step in forward.layers], 1)
+        experts = np.stack([step.experts.numpy(force=True) for step in forward.layers], 1)
+        order = np.argsort(-weights, axis=2, kind="stable")
+        columns: dict[str, NDArray[Any]] = {
+            "experts": np.take_along_axis(experts, order, 2),
+            "probs": np.take_along_axis(weights, order, 2),
+        }
+        inputs = [step.router_input for step in forward.layers if step.router_input is not None]
+        if self._router_inputs and forward.embeddings is not None and inputs:
+            columns["router_inputs"] = np.stack([_halves(router_input) for router_input in inputs], 1)
+            columns["embeddings"] = _halves(forward.embeddings)
+        return columns
 
-    def _finish(self) -> None:
-        """The pass is over: [num_tokens, L, ...] of each column, if it went through all layers."""
-        token, self._token = self._token, defaultdict(list)
-        journal, self._journal[:] = self._journal[:], []
-        if self._embedding is None or any(len(values) != len(self._sizes) for values in token.values()) or not token["experts"]:
-            return
-        num_tokens, number = len(self._embedding), self.num_tokens
-        self._reads += [
-            (number, *expert, demand, began - self._began, ended - self._began) for expert, demand, began, ended in journal
-        ]
-        for name, values in token.items():
-            column = np.stack(values).astype(_KINDS.get(name, values[0].dtype if isinstance(values[0], np.ndarray) else None))
-            by_token = column.swapaxes(0, 1) if name in ("experts", "probs", "router_inputs") else column[None]
-            assert len(by_token) == num_tokens
-            self._columns[name].append(by_token)
-        if self._router_inputs:
-            self._columns["embeddings"].append(_halves(self._embedding))
+    def _times(self, forward: ForwardPass) -> dict[str, NDArray[Any]]:
+        """What the one token's lookups found, what was predicted, and how long all took: [1, L, ...].
+
+        A layer's times end when the next one is entered, the last one's when the pass is over; what was counted between the
+        embedding and layer 0 belongs to layer 0.
+        """
+        steps, end = forward.layers, forward.end or forward.layers[-1].start
+        bounds = [step.start.seconds for step in steps] + [end.seconds]
+        counted = [forward.start.counters, *(step.start.counters for step in steps[1:]), end.counters]
+        columns: dict[str, NDArray[Any]] = {"seconds": np.diff(bounds).astype(np.float32)}
+        for name, (counter, dtype) in _COUNTED.items():
+            columns[name] = np.diff([getattr(counters, counter) for counters in counted]).astype(dtype)
+        predicted = np.zeros((len(steps), max(self._sizes)), np.float16)
+        lookups = []
+        for step, row in zip(steps, predicted, strict=True):
+            found = {expert.expert: _FOUND[lookup] for expert, lookup in step.lookups.items()}
+            order = step.weights[0].argsort(descending=True, stable=True)
+            lookups.append([found[expert] for expert in step.experts[0, order].tolist()])
+            for expert, probability in step.predicted:
+                row[expert] = probability
+        columns["lookups"], columns["predicted"] = np.array(lookups, np.uint8), predicted
+        return {name: column[None] for name, column in columns.items()}
 
 
-def _halves(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+def _timeline(token: int, forward: ForwardPass) -> list[tuple[float, ...]]:
+    """The rows of ``reads`` (trace.schema) for one pass."""
+    began = forward.layers[0].start.seconds
+    return [(token, *expert, demand, start - began, end - began) for expert, demand, start, end in forward.reads]
+
+
+def _halves(tensor: torch.Tensor) -> NDArray[Any]:
     return np.asarray(tensor.to(torch.float16).numpy(force=True))

@@ -1,4 +1,4 @@
-"""What the engine that wrote a trace did while it wrote it, and the time model's parameters as they were then. No torch."""
+"""What the traced run did, and the time model's parameters as measured in it. No torch."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from fate_moe.trace.simulate import Link, size_of_all
 __all__ = ["RecordedRun", "recorded_run"]
 
 _NEEDED = ("lookups", "stall", "seconds", "bytes_read", "link", "overlap", "predicting", "predicted")
-_WAITED = 50e-6  # seconds: a shorter stall is a thread's turn, not a read
+_WAITED = 50e-6  # seconds: a shorter stall is the switch between threads, not a read
 
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """A traced run: how it was set up, the time model as measured in it, and of it what simulate.Row says of a simulated one."""
+    """A traced run: its set-up, the time model as measured in it, and the results that simulate.Row has of a simulated run."""
 
     policy: str
     predictor: str
@@ -37,26 +37,28 @@ class RecordedRun:
 
 
 def recorded_run(trace: RoutingTrace, skip: int = 0) -> RecordedRun:
-    """Read it off ``trace``, not counting the first ``skip`` tokens. Raises ConfigError if times are missing, experts differ in
-    size, or no token is left.
+    """The run that wrote ``trace``, without its first ``skip`` tokens.
 
-    A layer computes for what it took less its stall and what asking about the next layer cost; what hides reads is the mean time
-    from its lookups to the first need of what they missed. Latency and bandwidth: see _latency_and_transfer.
+    A layer's compute time is its whole time less stalls and predicting. The overlap is the mean time from its lookups to the first
+    need of a missing expert. Latency and bandwidth: see _latency_and_transfer. Raises ConfigError if times are missing, experts
+    differ in size, or no token is left.
     """
     if not set(_NEEDED) <= set(trace.extras) or not {"slots", "expert_bytes", "policy", "predictor"} <= set(trace.meta):
         raise ConfigError(
             "this trace has no times of the run that wrote it; record one without --prefill: fate trace MODEL --out T.npz"
         )
     if not 0 <= skip < trace.num_tokens:
-        raise ConfigError(f"{skip} tokens are all there are to skip; skip fewer than {trace.num_tokens}")
+        raise ConfigError(f"the trace has {trace.num_tokens} tokens; skip fewer than that, not {skip}")
     lookups, stall, seconds, read, busy, overlap = (trace.extras[name][skip:] for name in _NEEDED[:6])
     if not read.any():
-        raise ConfigError("nothing was read in these tokens: there is nothing to compare; record with a smaller --expert-cache")
+        raise ConfigError(
+            "no expert was read in these tokens, so there is nothing to compare; record with a smaller --expert-cache"
+        )
     expert_bytes = int(size_of_all(trace.meta["expert_bytes"]))
     predicting, predicted = trace.extras["predicting"], trace.extras["predicted"]
-    asked = np.roll(predicted.any(2), -1, axis=1)  # a layer asks about the next one
+    asked = np.roll(predicted.any(2), -1, axis=1)  # a layer's input predicts the next layer
     asked[:, -1] = False
-    price = float(predicting[asked].mean() - predicting[~asked].mean()) if asked.any() else 0.0  # also of tokens that do not count
+    price = float(predicting[asked].mean() - predicting[~asked].mean()) if asked.any() else 0.0  # over skipped tokens too
     paid = np.where(asked[skip:], price, 0.0)
     hidden = float((overlap - paid)[overlap > 0].mean()) if overlap.any() else 0.0
     latency, transfer = _latency_and_transfer(lookups, hidden + paid + stall, read / expert_bytes, busy, stall)
@@ -84,10 +86,10 @@ def recorded_run(trace: RoutingTrace, skip: int = 0) -> RecordedRun:
 def _latency_and_transfer(
     lookups: NDArray[Any], until_used: NDArray[Any], reads: NDArray[Any], busy: NDArray[Any], stall: NDArray[Any]
 ) -> tuple[float, float]:
-    """Seconds: what n reads asked for together take, as latency + n x transfer, by least squares over layers ([N, L] each).
+    """The seconds that n reads queued together take, as latency + n x transfer, by least squares over layers ([N, L] each).
 
-    From the lookup to the last arrival where most of what missed was really waited for (where little was, those that waited are
-    the slow ones), else by how long the link was busy.
+    Measured from the lookup to the last arrival if most layers that missed waited (if few did, they are the slow ones), else by how
+    long the link was busy.
     """
     missed = (lookups == 2).sum(2)
     alone = (missed > 0) & (missed == (lookups != 0).sum(2))

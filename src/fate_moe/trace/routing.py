@@ -1,7 +1,9 @@
-"""What a model's routers see and choose, and the figures by which routing is compared with the literature's.
+"""Router inputs and choices of a model, and the figures by which its routing is compared with the literature's.
 
 Shapes below: N tokens, L layers, E experts, k chosen, D hidden.
 """
+
+from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
@@ -23,7 +25,7 @@ KNOWN_HITS = {"LRU": (40.4, 66.2), "Belady": (71.0, 87.7)}  # by RESIDENT
 
 @dataclass(frozen=True)
 class Trace:
-    """What the routers saw and chose. `starts` marks the first token of each window, where nothing precedes."""
+    """Router inputs and choices. `starts` marks the first token of each window, which has no context."""
 
     inputs: Tensor  # [L, N, D]
     chosen: Tensor  # [L, N, k]
@@ -41,7 +43,7 @@ def record(model: Any, tokens: Tensor) -> Trace:
 
 
 def router_inputs(model: Any, tokens: Tensor) -> tuple[Tensor, Tensor, float]:
-    """What every layer's `mlp` gets, [L, N, D], which tokens start a window, [N], and the loss; the same windows as `record`."""
+    """The input of every layer's `mlp`, [L, N, D], which tokens start a window, [N], and the loss; the same windows as `record`."""
     blocks = [layer.mlp for layer in model.model.layers]
     seen: list[list[Tensor]] = [[] for _ in blocks]
     hooks = [
@@ -63,6 +65,7 @@ def router_inputs(model: Any, tokens: Tensor) -> tuple[Tensor, Tensor, float]:
 
 
 def join(traces: list[Trace]) -> Trace:
+    """One trace of all tokens of `traces`, which are of one model; the loss is the mean of theirs."""
     return Trace(
         torch.cat([t.inputs for t in traces], dim=1),
         torch.cat([t.chosen for t in traces], dim=1),
@@ -72,7 +75,7 @@ def join(traces: list[Trace]) -> Trace:
     )
 
 
-# ---- what the tables hold, each per layer ----------------------------------------------------------------------------
+# ---- the columns of the tables, each by layer ----------------------------------------------------------------------------
 
 
 def neighbour_cosine(trace: Trace) -> list[float]:
@@ -81,18 +84,19 @@ def neighbour_cosine(trace: Trace) -> list[float]:
 
 
 def next_layer_recall(trace: Trace, width: int) -> list[float]:
-    """The share of layer l + 1's chosen experts among the `width` that its router ranks first on layer l's input."""
+    """The fraction of layer l + 1's chosen experts that are among the `width` its router ranks first on layer l's input."""
     guessed = (trace.inputs[:-1] @ trace.routers[1:].mT).topk(width).indices  # [L-1, N, width]
     return shared(guessed, trace.chosen[1:]).mean(1).tolist()
 
 
 def previous_overlap(trace: Trace) -> list[float]:
+    """The fraction of a token's experts that the previous token of its window chose too."""
     follows = ~trace.starts[1:]
     return shared(trace.chosen[:, :-1], trace.chosen[:, 1:])[:, follows].mean(1).tolist()
 
 
 def shared(guessed: Tensor, chosen: Tensor) -> Tensor:
-    """[..., g], [..., k] -> the share of the k that are among the g, [...]."""
+    """[..., g], [..., k] -> the fraction of the k that are among the g, [...]."""
     return (chosen[..., :, None] == guessed[..., None, :]).any(-1).float().mean(-1)
 
 
@@ -102,27 +106,28 @@ def load(trace: Trace) -> Tensor:
 
 
 def popular_share(trace: Trace) -> list[float]:
-    """The share of all choices that fall on the tenth of the experts chosen most."""
+    """The fraction of all choices that are of the tenth of the experts chosen most."""
     counts = load(trace).sort(dim=1, descending=True).values.float()
     return (counts[:, : counts.shape[1] // 10].sum(1) / counts.sum(1)).tolist()
 
 
 def lru_hits(accesses: list[int], slots: int) -> float:
-    held: OrderedDict[int, None] = OrderedDict()
+    """The hit rate of `slots` slots under least recently used."""
+    resident: OrderedDict[int, None] = OrderedDict()
     hits = 0
     for expert in accesses:
-        if expert in held:
+        if expert in resident:
             hits += 1
-            held.move_to_end(expert)
+            resident.move_to_end(expert)
         else:
-            if len(held) == slots:
-                held.popitem(last=False)
-            held[expert] = None
+            if len(resident) == slots:
+                resident.popitem(last=False)
+            resident[expert] = None
     return hits / len(accesses)
 
 
 def belady_hits(accesses: list[int], slots: int) -> float:
-    """Evict what is needed furthest in the future: the best any policy without prefetch could do."""
+    """The hit rate if the expert that is needed furthest in the future is evicted: the bound for policies without prefetch."""
     next_use = [0] * len(accesses)
     upcoming: dict[int, int] = {}
     for at in range(len(accesses) - 1, -1, -1):
@@ -146,7 +151,7 @@ def belady_hits(accesses: list[int], slots: int) -> float:
 
 
 def cache_hits(trace: Trace, policy: Any, resident: float) -> list[float]:
-    """Every layer has slots for its share of `resident`; tokens come one by one, as in decode."""
+    """Hit rates if each layer has slots for the fraction `resident` of its experts and tokens come one by one, as in decode."""
     slots = round(resident * trace.routers.shape[1])
     return [policy(layer.flatten().tolist(), slots) for layer in trace.chosen]
 
@@ -175,6 +180,7 @@ def summary(trace: Trace) -> list[str]:
 
 
 def by_layer(trace: Trace) -> list[str]:
+    """The same by layer, as lines of a table."""
     columns: dict[str, Sequence[float | None]] = {"cosine to the layer before": [None, *neighbour_cosine(trace)]}
     columns |= {f"recall at {w}, %": [None, *next_layer_recall(trace, w)] for w in WIDTHS}
     columns |= {"as previous token, %": previous_overlap(trace), "top tenth's share, %": popular_share(trace)}

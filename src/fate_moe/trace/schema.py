@@ -12,13 +12,13 @@ Version 1. N tokens (single decode steps, in order), L MoE layers, k choices, E 
     stall        [N, L] float32               seconds that the layer waited for reads
     seconds      [N, L] float32               from entering the layer to entering the next, or to the next token's embedding
     bytes_read   [N, L] int64                 by reads that ended meanwhile
-    link         [N, L] float32               seconds that these took the link
-    overlap      [N, L] float32               seconds from the lookups to the first need of what they missed; 0: nothing was
-    predicting   [N, L] float32               seconds that predicting took the thread that computes
-    reads        [R, 6] float64               token, layer, expert, 1 if it was asked for (0: read ahead), when the read began and
+    link         [N, L] float32               seconds in which they used the link
+    overlap      [N, L] float32               seconds from the lookups to the first need of a missing expert; 0: none was missing
+    predicting   [N, L] float32               seconds that the inference thread spent on predicting
+    reads        [R, 6] float64               token, layer, expert, 1 for a demand read (0: a prefetch), when the read began and
                                               when it ended, in seconds since that token entered layer 0
-    predicted    [N, L, E] float16            probabilities that were predicted; 0 where nothing was
-    router_inputs  [N, L, D] float16            what the routers saw
+    predicted    [N, L, E] float16            predicted probabilities; 0 where nothing was predicted
+    router_inputs [N, L, D] float16           the routers' inputs
     embeddings   [N, D] float16
     routers      [L, E, D] float32            their weights, where they are linear; scores are routers @ router_input
     norms        [L, D] float32               the gains of the norms before them; scores of layer m on l's residual stream are
@@ -26,7 +26,7 @@ Version 1. N tokens (single decode steps, in order), L MoE layers, k choices, E 
     meta         [] str                       JSON: model, expert_bytes (a list where they differ), policy, predictor, slots, ...
 
 Files without ``version`` and ``num_experts`` (gpt-oss-20b's published traces) are read too; their layers are taken to be as wide as
-the next power of two. Nothing is unpickled.
+the next power of two. Names from before 0.2.0 (``gate_inputs``, ``cross-layer-calibrated``) are understood. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -61,6 +61,9 @@ OPTIONAL = (
     "norms",
 )
 BY_LAYER = ("routers", "norms")
+# What arrays, and policies and predictors in ``meta``, were called in files from before 0.2.0.
+OLD_ARRAYS = {"gate_inputs": "router_inputs"}
+OLD_NAMES = {"cross-layer-calibrated": "cross-layer-probability", "gate-weighted": "routing-weighted"}
 
 
 @dataclass(frozen=True)
@@ -110,17 +113,17 @@ def write_trace(path: Path, trace: RoutingTrace) -> None:
 
 
 def read_trace(path: Path) -> RoutingTrace:
-    """Read a trace and check that its arrays belong together. Raises ConfigError for what is none or damaged."""
+    """Read a trace and check that its arrays belong together. Raises ConfigError for a file that is not a trace or is damaged."""
     try:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+            arrays = {OLD_ARRAYS.get(name, name): file[name] for name in file.files}
     except OSError as error:
         raise ConfigError(f"the trace {path} cannot be read: {error}") from error
     except (ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
         raise ConfigError(f"{path} is not a trace or is damaged ({error}); make one with: fate trace MODEL --out {path}") from error
     try:
         return _checked(arrays)
-    except (KeyError, ValueError, IndexError) as error:
+    except (KeyError, ValueError, IndexError, AttributeError) as error:
         raise ConfigError(
             f"{path} is not a trace that can be used ({error}); make one with: fate trace MODEL --out {path}"
         ) from error
@@ -150,4 +153,10 @@ def _checked(arrays: dict[str, NDArray[Any]]) -> RoutingTrace:
                 raise ValueError(f"reads are {array.shape}")
         elif array.shape[0] != (num_layers if name in BY_LAYER else num_tokens):
             raise ValueError(f"{name} is {array.shape}")
-    return RoutingTrace(experts, probs, start.astype(np.int64), num_experts, extras, json.loads(str(arrays.get("meta", "{}"))))
+    meta = {name: _current(value) for name, value in json.loads(str(arrays.get("meta", "{}"))).items()}
+    return RoutingTrace(experts, probs, start.astype(np.int64), num_experts, extras, meta)
+
+
+def _current(value: Any) -> Any:
+    """The name that ``value`` has today, if it is the name of a policy or predictor."""
+    return OLD_NAMES.get(value, value) if isinstance(value, str) else value

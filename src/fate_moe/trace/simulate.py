@@ -33,9 +33,8 @@ __all__ = ["Link", "Row", "policy_for", "predictor_for", "simulate", "size_of_al
 @dataclass(frozen=True)
 class Link:
     """The time model: one read at a time at ``bytes_per_second``, of use ``latency_seconds`` after its last byte; a layer computes
-    for ``layer_seconds``, of which the first ``overlap_seconds`` need nothing that is missing (the shared expert, the experts that
-    were there) and hide as much of the wait, the rest once its experts are there. Asking the predictor about a layer takes
-    ``predicting_seconds``, which hide some of a wait too."""
+    for ``layer_seconds``, of which the first ``overlap_seconds`` need no missing expert (the shared expert, the resident experts)
+    and hide as much of the wait. Predicting a layer takes ``predicting_seconds``, which hide some of a wait too."""
 
     bytes_per_second: float
     expert_bytes: int
@@ -51,7 +50,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Row:
-    """One simulated run; ``capacity`` is a fraction of all experts, amounts are per token where they say so, else in total."""
+    """One simulated run; ``capacity`` is a fraction of all experts. Amounts are totals unless named per token."""
 
     policy: str
     predictor: str
@@ -72,14 +71,14 @@ class Row:
 
 
 def size_of_all(expert_bytes: Any) -> Any:
-    """What a trace says of its experts' size, where that is one size for all; the simulator knows no others.
+    """``expert_bytes`` of a trace's meta, if all experts have one size; the simulator supports nothing else.
 
     Raises ConfigError for the trace of a mixed store.
     """
     if isinstance(expert_bytes, list):
         raise ConfigError(
-            f"this trace is of a mixed store, with experts of {', '.join(map(str, expert_bytes))} bytes, and the simulator takes "
-            "them all for equally large; say how large with --expert-bytes, without --as-recorded"
+            f"this trace is of a mixed store, with experts of {', '.join(map(str, expert_bytes))} bytes; the simulator needs one "
+            "size for all: give it with --expert-bytes, and omit --as-recorded"
         )
     return expert_bytes
 
@@ -96,8 +95,8 @@ def predictor_for(
 ) -> Predictor:
     """A predictor by its name in config.PREDICTORS, or "oracle" for the bound.
 
-    Those that look at gate inputs need a trace with gate inputs and routers. ``gates`` are fitted ones (store.learned.load_gates);
-    ``policy`` may keep statistics that the predictor uses too. Raises ConfigError where the trace lacks what the predictor needs.
+    Most predictors need a trace with router inputs and routers. ``gates`` are fitted ones (store.learned.load_gates); ``policy``
+    may have statistics that the predictor uses too. Raises ConfigError if the trace lacks what the predictor needs.
     """
     sizes = trace.num_experts.tolist()
     if name == "none":
@@ -109,7 +108,7 @@ def predictor_for(
     if name == "activation-path":
         return ActivationPath(sizes)
     if not {"router_inputs", "routers", "embeddings"} <= set(trace.extras):
-        raise ConfigError(f"predictor {name!r} needs a trace with gate inputs; record one with: fate trace --router-inputs")
+        raise ConfigError(f"predictor {name!r} needs a trace with router inputs; record one with: fate trace --router-inputs")
     import torch
 
     from fate_moe.core import Routing
@@ -153,17 +152,19 @@ def simulate(
 ) -> Row:
     """Replay ``trace`` from an empty expert cache of ``capacity`` (a fraction of all), not counting the first ``skip`` tokens.
 
-    ``advance`` is told of tokens that are done. Raises ConfigError for names that do not exist and capacities below one expert.
+    ``advance`` gets the number of tokens that are done. Raises ConfigError for unknown names and for capacities below one token's
+    experts in one layer.
     """
     num_slots = int(capacity * int(trace.num_experts.sum()) + 1e-9)
     if num_slots < trace.experts.shape[2] or not 0 <= skip < trace.num_tokens:
         raise ConfigError(
-            f"a capacity of {capacity:.2%} is below one token's experts in one layer, or {skip} tokens are all there are"
+            f"a capacity of {capacity:.2%} is below one token's experts in one layer, or the trace has no more than {skip} tokens; "
+            "simulate a larger capacity or skip fewer tokens"
         )
     evictor = policy_for(policy, trace, num_slots)
     residency = VirtualResidency(evictor, num_slots, link.transfer_seconds, link.expert_bytes, link.latency_seconds)
-    foreteller = predictor_for(predictor, trace, gates, evictor, look_ahead)
-    prefetcher = Prefetcher(residency, foreteller, trace.num_layers, lambda: residency.now, look_ahead)
+    made_predictor = predictor_for(predictor, trace, gates, evictor, look_ahead)
+    prefetcher = Prefetcher(residency, made_predictor, trace.num_layers, lambda: residency.now, look_ahead)
     inputs, embeddings = _inputs(trace)
     began, skipped, virtual = time.perf_counter(), Counters(), 0.0
     rows = trace.experts.tolist()
@@ -205,7 +206,7 @@ def _pass(
     token: int,
     begins: bool,
 ) -> None:
-    """One token's way through all layers."""
+    """One token through all layers."""
     if prefetcher.idle:
         for layer, experts in enumerate(layers):
             asked = residency.now
@@ -231,14 +232,14 @@ def _pass(
 
 
 def _hide(residency: VirtualResidency, waited: float, overlap: float) -> None:
-    """What needs nothing that is missing, ``overlap`` seconds, is done while reads are under way."""
+    """``overlap`` seconds of compute run while reads are under way: the wait is shorter by as much."""
     hidden = min(overlap, waited)
     residency.now -= hidden
     residency.counters.stall_seconds -= hidden
 
 
 def _inputs(trace: RoutingTrace) -> tuple[Callable[[int, int], Any], Callable[[int], Any]]:
-    """Gate inputs by token and layer and embeddings by token, [1, D]; placeholders where the trace has none."""
+    """Router inputs by token and layer and embeddings by token, [1, D]; placeholders where the trace has none."""
     if "router_inputs" not in trace.extras:
         nothing = np.zeros((1, 0), np.float32)
         return (lambda token, layer: nothing), (lambda token: nothing)
