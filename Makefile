@@ -30,8 +30,8 @@ BENCH ?= build/bench
 bench: $(VENV)/.installed-bench
 	test -f $(BENCH)/smollm2-wide/model.safetensors.index.json || \
 	  $(BIN)/python -m benchmarks.upcycle $(BENCH)/smollm2-wide --hidden 2304 --expert-width 768 --shared-width 1536
-	$(BIN)/python -m benchmarks run $(BENCH)/smollm2-wide --home $(BENCH) --results docs/benchmarks/smollm2-wide.json
-	$(BIN)/python -m benchmarks report docs/benchmarks/*.json --page docs/benchmarks.md
+	$(BIN)/python -m benchmarks run $(BENCH)/smollm2-wide --home $(BENCH) --results docs/results/benchmarks/smollm2-wide.json
+	$(BIN)/python -m benchmarks report docs/results/benchmarks/*.json --page docs/results/benchmarks.md
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
