@@ -4,7 +4,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-lowest check bench native sanitize test-arm wheel clean
+.PHONY: demo test test-lowest check docs bench native sanitize test-arm wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fate run --expert-cache 25% --max-new-tokens 120 --seed 1
@@ -23,6 +23,11 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The site, under build/site; a broken link is an error.
+docs: $(VENV)/.installed-docs
+	$(BIN)/python docs/scripts/one_token.py
+	$(BIN)/mkdocs build --strict --quiet
 
 # This engine, llama.cpp and accelerate on the same real weights (10.6 B parameters, upcycled), under real memory limits: hours, and
 # 50 GB under BENCH. Stopped, it goes on where it was.
@@ -45,6 +50,10 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 
 $(VENV)/.installed-bench: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	touch $@
 
 # The C++ kernels, built into src/ for the interpreter PYTHON (an editable install has done so already).

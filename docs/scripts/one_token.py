@@ -1,6 +1,6 @@
 """Draws docs/concepts/one-token.svg: one token through one layer, on a CPU and on a GPU. Standard library only.
 
-    python docs/scripts/one_token.py
+python docs/scripts/one_token.py
 """
 
 from __future__ import annotations

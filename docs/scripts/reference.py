@@ -48,7 +48,7 @@ def verbs(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]
 
 
 def command_line() -> str:
-    """Every verb: what it does, its arguments, its options; then the groups that verbs share, from the verb that has most of each."""
+    """Every verb: what it does, its arguments, its options; then the groups that verbs share, from the verb with most of each."""
     parts, shared = [], dict[str, list[argparse.Action]]()
     for name, parser in verbs(cli._parser()).items():
         parts.append(f"## {name}\n\n{_plain(parser.description or '')}\n\n```text\n{_usage(name, parser)}\n```\n")
@@ -90,7 +90,9 @@ def _row(action: argparse.Action) -> tuple[str, str]:
     names = ", ".join(f"`{name}`" for name in action.option_strings) or f"`{str(action.metavar or action.dest).upper()}`"
     value = ""
     if action.option_strings and action.nargs != 0:
-        value = " `" + (" | ".join(map(str, action.choices)) if action.choices else str(action.metavar or action.dest).upper()) + "`"
+        value = (
+            " `" + (" | ".join(map(str, action.choices)) if action.choices else str(action.metavar or action.dest).upper()) + "`"
+        )
     help_text = (action.help or "") % {**vars(action), "prog": "fate"}
     return names + value.replace(" | ", "`, `"), _plain(help_text)
 
@@ -128,17 +130,29 @@ def error_tree() -> str:
 
 
 def environment() -> str:
-    """``fate_moe.switches.SWITCHES``: objects with ``name``, ``values`` and ``meaning``."""
-    try:
-        switches = importlib.import_module("fate_moe.switches").SWITCHES
-    except (ImportError, AttributeError):
+    """The table in the docstring of ``fate_moe.switches``, which names every variable that the package reads."""
+    if not importlib.util.find_spec("fate_moe.switches"):
         return "This version lists no environment variables.\n"
-    rows = ((f"`{switch.name}`", _values(switch.values), _plain(switch.meaning)) for switch in switches)
-    return table(("variable", "values", "meaning"), rows)
+    head, *rows = simple_table(inspect.getdoc(importlib.import_module("fate_moe.switches")) or "")
+    return table(head, ((f"`{name}`", *map(_plain, rest)) for name, *rest in rows))
 
 
-def _values(values: Any) -> str:
-    return str(values) if isinstance(values, str) else ", ".join(f"`{value}`" for value in values)
+def simple_table(text: str) -> list[list[str]]:
+    """The rows of the first reStructuredText "simple table" in ``text``, its head first. Raises ValueError if there is none."""
+    lines = text.splitlines()
+    rules = [number for number, line in enumerate(lines) if re.fullmatch(r"=+( +=+)+", line)]
+    if len(rules) < 3:
+        raise ValueError("no table between lines of = signs")
+    starts = [found.start() for found in re.finditer("=+", lines[rules[0]])]
+    bounds = list(zip(starts, [*starts[1:], None], strict=True))
+    rows: list[list[str]] = []
+    for line in lines[rules[0] + 1 : rules[1]] + lines[rules[1] + 1 : rules[2]]:
+        cells = [line[start:end].strip() for start, end in bounds]
+        if cells[0]:
+            rows.append(cells)
+        else:  # a line that goes on
+            rows[-1] = [f"{before} {more}".strip() for before, more in zip(rows[-1], cells, strict=True)]
+    return rows
 
 
 def choices(option: str, registry: str) -> str:
