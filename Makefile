@@ -4,7 +4,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-lowest check bench native sanitize test-arm wheel clean
+.PHONY: demo test test-lowest check docs bench native sanitize test-arm wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fate run --expert-cache 25% --max-new-tokens 120 --seed 1
@@ -24,14 +24,19 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# The site, under build/site; a broken link is an error.
+docs: $(VENV)/.installed-docs
+	$(BIN)/python docs/scripts/one_token.py
+	$(BIN)/mkdocs build --strict --quiet
+
 # This engine, llama.cpp and accelerate on the same real weights (10.6 B parameters, upcycled), under real memory limits: hours, and
 # 50 GB under BENCH. Stopped, it goes on where it was.
 BENCH ?= build/bench
 bench: $(VENV)/.installed-bench
 	test -f $(BENCH)/smollm2-wide/model.safetensors.index.json || \
 	  $(BIN)/python -m benchmarks.upcycle $(BENCH)/smollm2-wide --hidden 2304 --expert-width 768 --shared-width 1536
-	$(BIN)/python -m benchmarks run $(BENCH)/smollm2-wide --home $(BENCH) --results docs/benchmarks/smollm2-wide.json
-	$(BIN)/python -m benchmarks report docs/benchmarks/*.json --page docs/benchmarks.md
+	$(BIN)/python -m benchmarks run $(BENCH)/smollm2-wide --home $(BENCH) --results docs/results/benchmarks/smollm2-wide.json
+	$(BIN)/python -m benchmarks report docs/results/benchmarks/*.json --page docs/results/benchmarks.md
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -45,6 +50,10 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 
 $(VENV)/.installed-bench: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	touch $@
 
 # The C++ kernels, built into src/ for the interpreter PYTHON (an editable install has done so already).

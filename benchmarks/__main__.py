@@ -1,7 +1,7 @@
 """Where this engine stands: the same weights, limit and machine for every engine, in one run.
 
 python -m benchmarks run CHECKPOINT --home DIR --results FILE.json    measures; continues where it stopped
-python -m benchmarks report FILE.json ... --page docs/benchmarks.md   tables and pictures
+python -m benchmarks report FILE.json ... --page docs/results/benchmarks.md   tables and pictures
 python -m benchmarks peers                                            who is known
 """
 
@@ -38,14 +38,15 @@ LIMITS = ("none", "78%", "65%", "52%", "39%")
 HEADER = """# Benchmarks
 
 Made by `python -m benchmarks report` from the result files beside the pictures. Every cell is a process of its own, started from
-cold caches in a control group of the limit named (page cache included). *killed*: by the limit. *cut*: stopped at the time allowed;
-the samples that had ended are counted, or what came where none had. The first prompt of a cell warms up and is not counted unless
-nothing else came. Of several variants of an engine the fastest is shown; all are listed at the end. Greedy; prompts are real text,
-cut to length; every engine is told the context that the workload needs. The checkpoints and the cells:
+cold caches in a control group of the limit named (page cache included). *killed*: by the limit. *slow*: stopped at the time
+allowed; the samples that had ended are counted, or what came where none had. The first prompt of a cell warms up and is not
+counted unless nothing else came. Speeds are medians; of several variants of an engine the fastest is shown. How each cell ended,
+its lowest and its highest speed are listed under *Every cell*. Greedy; prompts are real text, cut to length; every engine is told
+the context that the workload needs. The checkpoints and the cells:
 
     python -m benchmarks.random_checkpoint Qwen1.5-MoE-A2.7B/config.json DIR/qwen-geometry --tokenizer src/fate_moe/demo/model
     python -m benchmarks.upcycle DIR/smollm2-wide --hidden 2304 --expert-width 768 --shared-width 1536
-    python -m benchmarks run DIR/NAME --home DIR --results docs/benchmarks/NAME.json --workloads decode --limits none 6GiB 5GiB ...
+    python -m benchmarks run DIR/NAME --home DIR --results docs/results/benchmarks/NAME.json --workloads decode --limits none 6GiB
 
 - `load-on-demand`, `eap`, `fate`, `best`: this engine's presets, experts and dense weights INT4, budget = limit less 256 MiB
   for the page cache of Python's and torch's libraries.
@@ -152,7 +153,7 @@ def main(argv: list[str] | None = None) -> None:
     verb.set_defaults(do=run)
     verb = verbs.add_parser("report", help="tables and pictures from result files")
     verb.add_argument("files", type=Path, nargs="+")
-    verb.add_argument("--page", type=Path, default=Path("docs/benchmarks.md"))
+    verb.add_argument("--page", type=Path, default=Path("docs/results/benchmarks.md"))
     verb.set_defaults(do=report)
     verb = verbs.add_parser("peers", help="who is known")
     verb.set_defaults(do=lambda _: print("\n".join(PEERS)))

@@ -1,6 +1,6 @@
 """Decode speed against the share of experts in VRAM, from what ``benchmarks.gpu --json`` wrote: a panel a model.
 
-    python -m benchmarks.gpu_picture gpu.json --out docs/gpu.png
+    python -m benchmarks.gpu_picture gpu.json --out docs/results/gpu.png
 
 Drawn in: the goals, and the bound of the link (least misses at that size, everything foreseen, copies beside all other work).
 """

@@ -1,7 +1,7 @@
 """Quality against bytes: what solvers, calibration, shorter views and precision policies cost a model and save it.
 
-    python -m benchmarks.quality STORES TEXT... --calibrate TEXT --out docs/quality.json [--page docs/quality.md]
-                                 [--picture docs/quality.png] [--model NAME=CHECKPOINT]
+    python -m benchmarks.quality STORES TEXT... --calibrate TEXT --out docs/results/quality.json [--page docs/results/quality.md]
+                                 [--picture docs/results/quality.png] [--model NAME=CHECKPOINT]
 
 Measures the embedded model and every checkpoint that --model names (of which fewer stores are made). What the JSON has already is
 not measured again, so that a run that was cut goes on; delete the file to begin anew. Tables and picture are made from the JSON

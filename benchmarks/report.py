@@ -31,9 +31,20 @@ def cell_text(cell: Cell | None) -> str:
     rate = cell.rate()
     if cell.outcome in ("killed", "failed") or rate is None:
         return cell.outcome
-    rates = cell.prefill_rates() if cell.workload.startswith("prefill") else cell.decode_rates()
+    rates = cell_rates(cell)
     spread = f" ({number(min(rates))}-{number(max(rates))})" if len(rates) > 1 else ""
     return f"{number(rate)}{spread}" + (" cut" if cell.outcome == "slow" else "")
+
+
+def speed_text(cell: Cell) -> str:
+    """The median speed, or how the cell ended where it has none: one number a cell of the table."""
+    rate = cell.rate()
+    return cell.outcome if cell.outcome in ("killed", "failed") or rate is None else number(rate)
+
+
+def cell_rates(cell: Cell) -> list[float]:
+    """Every sample's speed, tokens/s."""
+    return cell.prefill_rates() if cell.workload.startswith("prefill") else cell.decode_rates()
 
 
 def markdown(results: Results) -> str:
@@ -66,8 +77,8 @@ def facts(results: Results) -> str:
 def speeds(results: Results, workload: str) -> str:
     prefill = workload.startswith("prefill")
     what = "prompt tokens/s" if prefill else "new tokens/s"
-    text = f"### {workload}: {what}, median (lowest-highest) by memory limit\n\n"
-    text += by_limit(results, workload, cell_text)
+    text = f"### {workload}: {what} by memory limit\n\n"
+    text += by_limit(results, workload, speed_text)
     if not prefill:
         text += f"\nSeconds to the first token ({workload}):\n\n"
         text += by_limit(results, workload, lambda cell: number(median(cell.first_seconds())) if cell.first_seconds() else "")
@@ -135,8 +146,11 @@ def every_cell(results: Results) -> str:
         message = f": {cell.message.replace('|', ' ')}" if cell.message else ""
         peak = format_bytes(cell.peak_bytes) if cell.peak_bytes else ""
         name = limit_name(cell.limit_bytes)
-        rows.append([cell.peer, cell.variant, cell.workload, name, cell.outcome + message, number(rate) if rate else "", peak])
+        rates = cell_rates(cell) if rate else []
+        ends = [number(min(rates)), number(max(rates))] if len(rates) > 1 else ["", ""]
+        speed = [number(rate) if rate else "", *ends]
+        rows.append([cell.peer, cell.variant, cell.workload, name, cell.outcome + message, *speed, peak])
     versions = {cell.peer: cell.versions for cell in results.cells if cell.versions}
     said = "; ".join(f"{peer}: " + ", ".join(f"{k} {v}" for k, v in used.items()) for peer, used in versions.items())
-    head = ["engine", "variant", "workload", "limit", "outcome", "rate", "peak memory"]
+    head = ["engine", "variant", "workload", "limit", "outcome", "median", "lowest", "highest", "peak memory"]
     return f"### Every cell\n\n{table(head, rows)}\nVersions: {said}\n"

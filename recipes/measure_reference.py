@@ -1,6 +1,6 @@
 """Measure a reference model's routing and print its page: tables, expert maps, continuations. CPU, a few minutes.
 
-    python recipes/measure_reference.py --model MODEL --text TEXT --page docs/reference-model.md
+    python recipes/measure_reference.py --model MODEL --text TEXT --page docs/notebook/reference-model.md
 
 MODEL is a model folder with its `training.json`, as `train_reference.py` writes them; TEXT holds `heldout-*.txt`.
 matplotlib draws the maps.
@@ -87,8 +87,8 @@ def main(argv: list[str] | None = None) -> None:
     page = [
         "# The reference model",
         "",
-        "Made by `python recipes/measure_reference.py --model MODEL --text TEXT --page docs/reference-model.md`, where MODEL is",
-        "the model's folder, with the `training.json` of its training, and TEXT holds `heldout-*.txt`.",
+        "Made by `python recipes/measure_reference.py --model MODEL --text TEXT --page docs/notebook/reference-model.md`,",
+        "where MODEL is the model's folder, with the `training.json` of its training, and TEXT holds `heldout-*.txt`.",
         "",
         f"{config.num_hidden_layers} layers x {config.num_experts} experts, top-{config.num_experts_per_tok}, "
         f"a gated shared expert; hidden {config.hidden_size}, expert width {config.moe_intermediate_size}, shared width "

@@ -1,6 +1,6 @@
 """Every family that the installed transformers runs through its experts interface, found by looking.
 
-``python -m tests.adapter.test_families`` tries them all and writes what it found where the package and docs/models.md have it.
+``python -m tests.adapter.test_families`` tries them all and writes what it found where the package and docs/results/models.md have it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fate_moe.adapter.table import FAMILIES_FILE, Family, tried_families, tried_
 from fate_moe.checkpoints.gguf_config import ARCHITECTURES
 from tests.support.examine import RECIPE, BrokenRuleError, examine
 
-DOCS = Path(__file__).parents[2] / "docs" / "models.md"
+DOCS = Path(__file__).parents[2] / "docs" / "results" / "models.md"
 GGUF = [
     "",
     "## GGUF files",

@@ -10,7 +10,7 @@ import pytest
 from benchmarks.quality import weight_errors
 from benchmarks.quality_page import draw, fill_page
 
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = Path(__file__).parents[2] / "docs" / "results"
 
 
 def test_weight_errors_are_ordered() -> None:

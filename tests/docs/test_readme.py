@@ -1,0 +1,59 @@
+"""The README: its code runs as it stands, its table is the result page's, its links lead somewhere, and it stays short."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from fate_moe import cli
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """The fenced blocks of a language, in order."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
+def test_it_is_one_screen_and_a_bit() -> None:
+    assert len(README.splitlines()) < 80
+
+
+def test_the_python_block_writes_text(capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = blocks(README, "python")
+    names: dict[str, object] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert len(capsys.readouterr().out) > len("It was a dark night, and") + 64
+    names["model"].fate.close()  # type: ignore[attr-defined]
+
+
+def test_commands_are_verbs_and_targets() -> None:
+    lines = [line.split(" # ")[0] for block in blocks(README, "sh") for line in block.splitlines()]
+    commands = [shlex.split(line) for line in lines if line.strip()]
+    parser = cli._parser()
+    for command in commands:
+        if command[0] == "fate":
+            parser.parse_args(command[1:])  # exits where an option does not exist
+        elif command[0] == "make":
+            assert re.search(rf"^{command[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert {command[0] for command in commands} == {"fate", "make", "pip"}
+
+
+def test_the_table_is_the_result_pages() -> None:
+    """Every row is a row of the page that a command writes, and every cell but the first has one number."""
+    rows = [line for line in README.splitlines() if line.startswith("|")]
+    page = (ROOT / "docs" / "results" / "benchmarks.md").read_text().splitlines()
+    assert len(rows) == 5
+    assert all(row in page for row in rows)
+    for row in rows[2:]:
+        assert all(re.fullmatch(r"[\d.]+", cell.strip()) for cell in row.strip("|").split("|")[1:])
+
+
+def test_links_lead_somewhere() -> None:
+    targets = [target for target in re.findall(r"\]\(([^)#]+)", README) if not target.startswith("https://")]
+    assert targets
+    assert [target for target in targets if not (ROOT / target).exists()] == []
