@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--skip", type=int, default=200)
     arguments = parser.parse_args()
     text, rows = arguments.text.read_text("utf-8")[: 8 * arguments.tokens], []
-    store = load.prepare(load.store_for(arguments.model, OffloadConfig().precision)).store
+    store = prepare.prepare(prepare.store_for(arguments.model, OffloadConfig().precision)).store
     blobs, statistics = blobs_of(store), store.path / STATISTICS
     before = statistics.read_bytes() if statistics.exists() else None
     print("| link | preset | resident | read per token | stall per token | tokens/s |  (recorded, simulated)")

@@ -19,6 +19,7 @@ from fate_moe.engine.patches import Patches
 from fate_moe.engine.prepare import Prepared
 from fate_moe.engine.report import Report
 from fate_moe.engine.weights import fill, leave_on_disk
+from fate_moe.journal import Observer
 from fate_moe.kernels.cpu import SlotExperts
 from fate_moe.layers.cpu_step import join_layers
 from fate_moe.layers.modules import accelerate
@@ -29,7 +30,7 @@ from fate_moe.memory.slots import SlotArena
 from fate_moe.memory.view_selector import ViewSelector
 from fate_moe.predict.gates import FittedGates
 from fate_moe.predict.predictors import Known, make_predictor
-from fate_moe.runtime import ExpertRuntime, Observer
+from fate_moe.runtime import ExpertRuntime
 from fate_moe.store.dense import dense_layouts, read_by_row
 from fate_moe.store.learned import load_gates, load_view_losses
 from fate_moe.store.open import load_dense

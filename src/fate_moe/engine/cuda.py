@@ -33,11 +33,11 @@ from fate_moe.gpu.options import device_options
 from fate_moe.gpu.prefetch_trial import run_prefetch_trial
 from fate_moe.gpu.tables import ResidencyTables, layer_quotas
 from fate_moe.io.progress import progress_bar
+from fate_moe.journal import Observer
 from fate_moe.layers.cuda_step import why_not_fused
 from fate_moe.machine import peak_memory
 from fate_moe.memory.precision import make_precision_policy
 from fate_moe.memory.residency import Residency
-from fate_moe.runtime import Observer
 from fate_moe.store.dense import dense_layouts
 from fate_moe.store.learned import load_gates, load_view_losses
 from fate_moe.store.open import load_dense

@@ -15,7 +15,7 @@ from fate_moe.engine.report import Report
 from fate_moe.errors import ClosedModelError
 
 if TYPE_CHECKING:
-    from fate_moe.runtime import Observer
+    from fate_moe.journal import Observer
 
 __all__ = ["Engine"]
 

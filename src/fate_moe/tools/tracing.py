@@ -117,7 +117,7 @@ def fit_gates(
     test_windows = _windows(tokenizer, test_texts, test_tokens)
     if test_texts and not test_windows:
         raise ConfigError(f"the text to test on has fewer than {WINDOW} tokens; give a longer one (--test, --test-tokens)")
-    running = realize(prepared, prepared.plan(config), config)
+    running = build(prepared, prepared.plan(config), config)
     sizes = [stack.num_experts for stack in prepared.stacks]
     with closing(running.fate):
         weights = linear_routers(running, prepared.stacks)
