@@ -23,7 +23,7 @@ from fate_moe.predict.forecast import forecast_source
 from fate_moe.store.convert import convert
 from fate_moe.tools.tracing import record_routing
 from fate_moe.trace.fit import RIDGE, GateFitter, Passes
-from fate_moe.trace.plots import draw
+from fate_moe.trace.plots import draw, figure_of
 from fate_moe.trace.recall import RecallMeter
 from fate_moe.trace.record import Recorder
 from fate_moe.trace.recorded import recorded_run
@@ -249,37 +249,72 @@ def test_a_fit_is_ridge_regression_and_recall_is_counted() -> None:
     assert meter.better(1) == [0, 1, 2], "nothing else was asked"
 
 
-def test_pictures_come_from_files(traced: tuple[Any, RoutingTrace], tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+def test_a_perfetto_trace_shows_one_token(traced: tuple[Any, RoutingTrace], tmp_path: Path) -> None:
     _, trace = traced
-    path = tmp_path / "t.npz"
-    write_trace(path, trace)
-    draw(path, tmp_path / "timeline.json", token=5)
+    write_trace(tmp_path / "t.npz", trace)
+    draw(tmp_path / "t.npz", tmp_path / "timeline.json", token=5)
     events = json.loads((tmp_path / "timeline.json").read_text())["traceEvents"]
     computing = [event for event in events if event["ph"] == "X" and event["tid"] == 0]
     waiting = sum(event["dur"] for event in events if event["ph"] == "X" and event["tid"] == 1)
     assert len(computing) == 2
     assert waiting == pytest.approx(1e6 * float(trace.extras["stall"][5].sum()), rel=1e-3)
+    (tmp_path / "rows.json").write_text("[]")
+    with pytest.raises(ConfigError, match="not a trace"):
+        draw(tmp_path / "rows.json", tmp_path / "x.json")
+
+
+def test_pictures_show_the_numbers_of_their_files(traced: tuple[Any, RoutingTrace], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    _, trace = traced
+    path = tmp_path / "t.npz"
+    write_trace(path, trace)
+    (heat,) = figure_of(path).axes[0].images
+    counts = np.stack([np.bincount(trace.experts[:, layer].reshape(-1), minlength=8) for layer in range(2)])
+    assert np.allclose(heat.get_array(), 100 * counts / 160)
+    bars = figure_of(path, "timeline", token=5).axes[0].patches
+    assert sum(bar.get_width() for bar in bars if bar.get_y() < 1.5) == pytest.approx(
+        1e3 * trace.extras["seconds"][5].sum(), rel=1e-3
+    )
+
     rows = [
-        simulate(trace, policy, "none", share, Link(1e9, 4096, 1e-3)).as_dict()
+        simulate(trace, policy, "none", capacity, Link(1e9, 4096, 1e-3)).as_dict()
         for policy in ("lru", "belady")
-        for share in (0.25, 0.5)
+        for capacity in (0.5, 0.25)
     ]
     (tmp_path / "rows.json").write_text(json.dumps({"rows": rows}))
-    for kind in ("heat", "timeline"):
-        draw(path, tmp_path / f"{kind}.png", kind)
-    for kind in ("capacity", "recall"):
-        draw(tmp_path / "rows.json", tmp_path / f"{kind}.png", kind)
-    assert all((tmp_path / f"{kind}.png").stat().st_size > 5000 for kind in ("heat", "timeline", "capacity", "recall"))
-    row = {"mean": 0.5, "layers": [0.7, 0.5]}
-    by_width = {"2": row, "4": row}
-    ahead = {"plain": {"2": {"mean": None, "layers": []}}, "fitted": by_width}
-    (tmp_path / "fit.json").write_text(json.dumps({"by_ahead": [ahead], "forecast": by_width}))
-    draw(tmp_path / "fit.json", tmp_path / "widths.png")
-    assert (tmp_path / "widths.png").stat().st_size > 5000
+    by_capacity = curves(figure_of(tmp_path / "rows.json"))
+    assert by_capacity == {
+        policy: [(100 * row["capacity"], 100 * row["ready_on_time"]) for row in reversed(rows) if row["policy"] == policy]
+        for policy in ("lru", "belady")
+    }
+    by_bytes = curves(figure_of(tmp_path / "rows.json", "recall"))
+    assert by_bytes["lru, none"] == [(row["bytes_per_token"] / 1e6, 100 * row["ready_on_time"]) for row in rows[1::-1]]
+    draw(tmp_path / "rows.json", tmp_path / "rows.png")
+    assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_of_fitted_gates_shows_recall_by_width(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    fitted = {"2": {"mean": 0.5, "layers": [0.7, 0.5]}, "4": {"mean": 0.6, "layers": [0.8, 0.6]}}
+    forecast = {"2": {"mean": 0.3, "layers": [0.3, 0.3]}}
+    ahead = {"plain": {"2": {"mean": None, "layers": []}}, "fitted": fitted}
+    (tmp_path / "fit.json").write_text(json.dumps({"by_ahead": [ahead], "forecast": forecast}))
+    assert curves(figure_of(tmp_path / "fit.json")) == {
+        "fitted, 1 ahead": [(2, 50), (4, 60)],
+        "layer 0, from the embedding": [(2, 70), (4, 80)],
+        "whole token": [(2, 30)],
+    }
     (tmp_path / "nothing.json").write_text("[]")
     with pytest.raises(ConfigError, match="no rows"):
-        draw(tmp_path / "nothing.json", tmp_path / "x.png")
+        figure_of(tmp_path / "nothing.json")
+
+
+def curves(figure: Any) -> dict[str, list[tuple[float, float]]]:
+    """By label, the points of each line."""
+    return {
+        line.get_label(): list(zip(map(float, line.get_xdata()), map(float, line.get_ydata()), strict=True))
+        for line in figure.axes[0].lines
+    }
 
 
 def test_simulate_prints_rows(tmp_path: Path, traced: tuple[Any, RoutingTrace], capsys: pytest.CaptureFixture[str]) -> None:

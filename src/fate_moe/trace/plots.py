@@ -11,7 +11,7 @@ import numpy as np
 from fate_moe.errors import ConfigError
 from fate_moe.trace.schema import RoutingTrace, read_trace
 
-__all__ = ["draw", "timeline"]
+__all__ = ["draw", "figure_of", "timeline"]
 
 LANES = ("compute", "wait", "demand reads", "prefetches")
 COLORS = ("tab:blue", "tab:red", "tab:orange", "tab:green")
@@ -19,28 +19,30 @@ FOUND = ("hit", "in flight", "miss")
 
 
 def draw(results: Path, out: Path, kind: str | None = None, token: int = -1) -> None:
-    """Draw ``results`` into ``out``: a simulation's rows as "capacity" or "recall", a trace as "heat" or "timeline", the output of
-    `fate fit` as recall by the number of experts named.
+    """Draw ``results`` into ``out``, as ``figure_of`` describes.
 
-    If ``out`` ends in .json it becomes a Chrome trace (for Perfetto) of one ``token``. Raises ConfigError for files that cannot be
-    drawn.
+    If ``out`` ends in .json it becomes a Chrome trace (for Perfetto) of one ``token`` of a trace. Raises ConfigError for files that
+    cannot be drawn.
     """
-    if results.suffix == ".npz":
-        trace = read_trace(results)
-        if out.suffix == ".json":
-            out.write_text(json.dumps({"traceEvents": timeline(trace, token), "displayTimeUnit": "ms"}))
-            return
-        figure = _figure(_timeline if kind == "timeline" else _heat, trace, token)
+    if out.suffix == ".json":
+        events = timeline(read_trace(results), token)
+        out.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
     else:
-        try:
-            found = json.loads(results.read_text().splitlines()[-1])
-            if "by_ahead" in found:
-                figure = _figure(_widths, found, token)
-            else:
-                figure = _figure(_recall if kind == "recall" else _capacity, found["rows"], token)
-        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-            raise ConfigError(f"{results} holds no rows ({error}); make it with: fate simulate --json > {results}") from error
-    figure.savefig(out, dpi=110)
+        figure_of(results, kind, token).savefig(out, dpi=110)
+
+
+def figure_of(results: Path, kind: str | None = None, token: int = -1) -> Any:
+    """A matplotlib figure: of a simulation's rows as "capacity" or "recall", of a trace as "heat" or (one ``token``) "timeline", of
+    the output of `fate fit` as recall by the number of experts named. Raises ConfigError for files that cannot be drawn."""
+    if results.suffix == ".npz":
+        return _figure(_timeline if kind == "timeline" else _heat, read_trace(results), token)
+    try:
+        found = json.loads(results.read_text().splitlines()[-1])
+        if "by_ahead" in found:
+            return _figure(_widths, found, token)
+        return _figure(_recall if kind == "recall" else _capacity, found["rows"], token)
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise ConfigError(f"{results} holds no rows ({error}); make it with: fate simulate --json > {results}") from error
 
 
 def timeline(trace: RoutingTrace, token: int) -> list[dict[str, Any]]:
