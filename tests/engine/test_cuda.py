@@ -22,8 +22,8 @@ from fate_moe.errors import BudgetError, CorruptExpertError, UnsupportedModelErr
 from fate_moe.gpu.dense import ByteLinear
 from fate_moe.gpu.device import Gpu
 from fate_moe.gpu.link import Link, save_link
-from fate_moe.gpu.options import device_options
 from fate_moe.kernels.native import native
+from fate_moe.registry import PRESETS
 from fate_moe.store.convert import convert
 from fate_moe.store.learned import GATES, save_gates
 from fate_moe.store.open import open_store
@@ -37,7 +37,7 @@ def on_gpu(store: Path, slots: int | None = None, places: int | None = None, **o
     """The model of ``store`` with so many slots in "VRAM" and in RAM (None: all experts)."""
     config = OffloadConfig(device="cuda", context_length=24, **options)
     prepared = prepare(store)
-    plan = make_device_plan(prepared.footprint(), config, Gpu("simulated", CPU, 1 << 30, 1 << 30), device_options(config.preset))
+    plan = make_device_plan(prepared.footprint(), config, Gpu("simulated", CPU, 1 << 30, 1 << 30), PRESETS[config.preset].device)
     plan = replace(plan, num_slots=slots or plan.num_slots, num_host_slots=places or plan.num_host_slots)
     return realize_on_device(prepared, plan, config, CPU)
 

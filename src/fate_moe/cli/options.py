@@ -6,8 +6,9 @@ import argparse
 from dataclasses import fields
 from typing import Any
 
-from fate_moe.config import DEVICES, POLICIES, PRECISION_POLICIES, PREDICTORS, PRESETS, OffloadConfig
+from fate_moe.config import DEVICES, PRECISION_POLICIES, OffloadConfig
 from fate_moe.core import PRECISIONS
+from fate_moe.registry import POLICIES, PREDICTORS, PRESETS
 
 __all__ = [
     "DEFAULTS",

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from fate_moe.cli.options import MODEL_HELP, add_offload_options, offload_config, print_table, quiet_transformers
-from fate_moe.config import OffloadConfig, format_bytes
+from fate_moe.config import OffloadConfig
 from fate_moe.errors import ConfigError
+from fate_moe.units import format_bytes
 
 __all__ = ["add_verbs", "read_tokens"]
 

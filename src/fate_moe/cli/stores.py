@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fate_moe.cli.options import DEFAULTS, MODEL_HELP, add_offload_options, offload_config, print_table, quiet_transformers
-from fate_moe.config import GROUP_SIZES, SOLVERS, OffloadConfig, format_bytes, parse_size
+from fate_moe.config import OffloadConfig
 from fate_moe.core import PRECISIONS
 from fate_moe.errors import ConfigError
+from fate_moe.quant.choices import GROUP_SIZES, SOLVER_NAMES
+from fate_moe.units import format_bytes, parse_size
 
 if TYPE_CHECKING:
     from fate_moe.store.mixed_precision import PrecisionRules
@@ -39,7 +41,9 @@ def add_verbs(verbs: Any) -> None:
     convert.add_argument(
         "--dense-precision", choices=PRECISIONS, help="of all other matrices; default: int8 beside quantized experts"
     )
-    convert.add_argument("--solver", choices=SOLVERS, default=SOLVERS[0], help="how codes are chosen; default: %(default)s")
+    convert.add_argument(
+        "--solver", choices=SOLVER_NAMES, default=SOLVER_NAMES[0], help="how codes are chosen; default: %(default)s"
+    )
     convert.add_argument(
         "--group-size", type=int, choices=GROUP_SIZES, default=64, help="weights that share a scale; default: %(default)s"
     )
@@ -130,7 +134,7 @@ def _calibration(arguments: argparse.Namespace) -> tuple[Any, PrecisionRules, An
         raise ConfigError(
             f"--calibrate-tokens {arguments.calibrate_tokens} is too few to learn from; give at least {FEWEST_TOKENS}"
         )
-    if not (arguments.calibrate or arguments.keep):
+    if not (arguments.calibrate or arguments.precision_rules):
         return None, {}, None
     from fate_moe.adapter.meta_model import build_meta_model, expert_stacks
     from fate_moe.checkpoints.gguf import config_folder
@@ -139,7 +143,8 @@ def _calibration(arguments: argparse.Namespace) -> tuple[Any, PrecisionRules, An
 
     with config_folder(resolve_checkpoint(arguments.source)) as folder:
         stacks = expert_stacks(build_meta_model(folder))
-    by_rule = parse_precision_rules(arguments.keep, [stack.num_experts for stack in stacks]) if arguments.keep else {}
+    rules = arguments.precision_rules
+    by_rule = parse_precision_rules(rules, [stack.num_experts for stack in stacks]) if rules else {}
     if not arguments.calibrate:
         return None, by_rule, None
     from fate_moe.cli.quality import read_tokens

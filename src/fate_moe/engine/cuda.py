@@ -26,14 +26,14 @@ from fate_moe.gpu.host import DiskBelow, HostTier, WholeHost, read_all
 from fate_moe.gpu.host_compute import HostCompute
 from fate_moe.gpu.layout import DeviceLayout, device_layout
 from fate_moe.gpu.memory import PinnedArena, VramPool
-from fate_moe.gpu.options import DeviceOptions, device_options
+from fate_moe.gpu.options import DeviceOptions
 from fate_moe.gpu.prefetch_trial import run_prefetch_trial
 from fate_moe.gpu.tables import ResidencyTables, layer_quotas
 from fate_moe.io.progress import progress_bar
 from fate_moe.layers.cuda_step import why_not_fused
-from fate_moe.memory.policies import make_policy
 from fate_moe.memory.precision import make_precision_policy
 from fate_moe.memory.residency import Residency
+from fate_moe.registry import PRESETS, make_policy
 from fate_moe.store.dense import dense_layouts
 from fate_moe.store.learned import load_gates, load_view_losses
 from fate_moe.store.open import load_dense
@@ -119,7 +119,7 @@ def _realize(prepared: Prepared, plan: DevicePlan, config: OffloadConfig, device
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what the blobs took on their way
     load_generation_config(model, store.path)
-    options = replace(device_options(config.preset), host_compute=plan.host_compute)
+    options = replace(PRESETS[config.preset].device, host_compute=plan.host_compute)
     num_experts, top_k = stacks[0].num_experts, max(stack.top_k for stack in stacks)
     source, arena = DiskSource(store), PinnedArena(plan.num_host_slots, plan.slot_bytes, device)
     policy = make_policy(config.policy_name, plan.num_host_slots, [num_experts] * len(stacks))

@@ -15,7 +15,7 @@ from fate_moe.adapter.families import linear_routers, norms_of
 from fate_moe.adapter.meta_model import ExpertStack, build_meta_model, expert_stacks
 from fate_moe.checkpoints.gguf import config_folder, open_checkpoint
 from fate_moe.checkpoints.source import resolve_checkpoint
-from fate_moe.config import OffloadConfig, cache_home
+from fate_moe.config import OffloadConfig
 from fate_moe.core import EvictionPolicy, ExpertId, ExpertSource, Predictor, Router
 from fate_moe.engine.attach import attach, limit_context, routers_of
 from fate_moe.engine.budget import Footprint, Plan, footprint, make_plan
@@ -24,18 +24,17 @@ from fate_moe.engine.report import Report
 from fate_moe.engine.weights import fill, leave_on_disk
 from fate_moe.errors import CheckpointError, ConfigError, StoreError
 from fate_moe.gpu.device import find_gpu
-from fate_moe.gpu.options import device_options
 from fate_moe.kernels.cpu import SlotExperts
 from fate_moe.layers.cpu_step import join_layers
 from fate_moe.layers.modules import accelerate
 from fate_moe.memory.decayed import Decayed
-from fate_moe.memory.policies import make_policy
 from fate_moe.memory.precision import make_precision_policy
 from fate_moe.memory.residency import Residency
 from fate_moe.memory.slots import SlotArena
 from fate_moe.memory.view_selector import ViewSelector
 from fate_moe.predict.gates import FittedGates
-from fate_moe.predict.predictors import Known, make_predictor
+from fate_moe.predict.predictors import Known
+from fate_moe.registry import PRESETS, make_policy, make_predictor
 from fate_moe.runtime import ExpertRuntime
 from fate_moe.store.convert import convert
 from fate_moe.store.dense import default_dense_precision, dense_layouts, read_by_row
@@ -44,6 +43,7 @@ from fate_moe.store.learned import gates_bytes, load_gates, load_statistics, loa
 from fate_moe.store.open import Store, load_dense, open_store
 from fate_moe.store.plan import identity_of
 from fate_moe.store.reader import DiskSource
+from fate_moe.switches import cache_home
 
 __all__ = ["Fate", "Prepared", "load", "load_tokenizer", "plan", "prepare", "realize", "store_for"]
 
@@ -121,7 +121,7 @@ def plan(model: str | Path | None = None, **options: Any) -> Plan | DevicePlan:
 
 def _plan(needs: Footprint, config: OffloadConfig) -> Plan | DevicePlan:
     if config.on_gpu:
-        return make_device_plan(needs, config, find_gpu(), device_options(config.preset))
+        return make_device_plan(needs, config, find_gpu(), PRESETS[config.preset].device)
     return make_plan(needs, config)
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from fate_moe.config import GROUP_SIZES
 from fate_moe.core import BlobLayout
+from fate_moe.quant.choices import GROUP_SIZES
 
 try:
     native: Any = importlib.import_module("fate_moe.kernels._native")
