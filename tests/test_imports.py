@@ -82,6 +82,7 @@ def test_core_and_errors_import_nothing_of_ours() -> None:
         "fate_moe.registry",
         "fate_moe.switches",
         "fate_moe.units",
+        "fate_moe.kernels.extension",
         "fate_moe.cli",
         "fate_moe.memory.policies",
         "fate_moe.predict.prefetcher",
