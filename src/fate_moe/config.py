@@ -27,18 +27,19 @@ class OffloadConfig:
     device: where the model computes, "cpu" or "cuda"; None: on the GPU if ``vram`` says how much of it, else on the CPU.
     vram: memory on the GPU: a size, a fraction of what is free there or "auto" (most of it); then ``ram`` is for the experts
         behind it. None: "auto" with device "cuda".
-    host_compute: on a GPU, the share of missing experts that the CPU computes instead of copying them: a fraction, "auto" (as
-        ``fate doctor --calibrate`` measured) or "off". The CPU rounds otherwise, so tokens may differ from fully resident.
+    host_compute: on a GPU, the fraction of missing experts that the CPU computes instead of copying them: a fraction, "auto" (as
+        ``fate doctor --measure`` found) or "off". The CPU rounds otherwise, so tokens may differ from fully resident.
     cuda_graph: decode steps as one captured graph where the family allows it; without, the same kernels one by one.
     expert_cache: bytes for expert slots: a size or a percentage of all experts ("25%"); None: what the budget leaves.
-    preset: a pair of policy and predictor: what does best here, or what a published system does.
-    policy: which expert gives up its slot; predictor: which experts are read ahead; None: the preset's.
-    look_ahead: how many layers ahead experts are predicted; further ones are read behind the nearer ones' reads.
+    preset: what works best here, or what a published system does (registry.PRESETS): a policy and a predictor, on a GPU their like.
+    policy: which expert gives up its slot (registry.POLICIES); on a GPU, its slot in RAM where experts come from the disk. None:
+        the preset's. predictor: which experts are read ahead (registry.PREDICTORS), not on a GPU. None: the preset's.
+    look_ahead: how many layers ahead experts are predicted, not on a GPU; further ones are read behind the nearer ones' reads.
     precision: how experts are stored; dense_precision: all other matrices (None: int8 beside quantized experts).
     precision_policy: how many of an INT4 expert's bits are read; anything but "full" trades exactness for bytes.
     context_length: tokens for which KV cache is set aside (prompt and answer together).
     io_threads: concurrent reads; one of them is always kept for demand reads.
-    exact_activations: multiply quantized weights with fp32 activations instead of int8 ones.
+    exact_activations: on the CPU (and in host_compute), multiply quantized weights with fp32 activations instead of int8 ones.
     """
 
     ram: str | int | float = "auto"
@@ -65,10 +66,10 @@ class OffloadConfig:
         check_name("precision", self.precision, PRECISIONS)
         check_name("dense_precision", self.dense_precision or "lossless", PRECISIONS)
         check_name("precision_policy", self.precision_policy, PRECISION_POLICIES)
-        for name, least in (("context_length", 1), ("io_threads", 2), ("look_ahead", 1)):
+        for name, smallest in (("context_length", 1), ("io_threads", 2), ("look_ahead", 1)):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ConfigError(f"{name} must be a whole number of at least {least}, not {value!r}")
+            if not isinstance(value, int) or value < smallest:
+                raise ConfigError(f"{name} must be a whole number of at least {smallest}, not {value!r}")
         if self.ram != "auto":
             parse_amount(self.ram, 1 << 40)
         if self.expert_cache is not None:
@@ -79,15 +80,31 @@ class OffloadConfig:
             if self.vram != "auto":
                 parse_amount(self.vram, 1 << 40)
             if self.device == "cpu":
-                raise ConfigError("vram is memory of a GPU; leave it away, or device cpu")
-        if parse_host_compute(self.host_compute) != 0 and not self.on_gpu:
-            raise ConfigError("host_compute is of experts that a GPU misses; give vram too, or leave it away")
-        if self.on_gpu and self.predictor is not None:
+                raise ConfigError("vram is memory of a GPU; omit it, or omit device cpu")
+        if self.on_gpu:
+            self._check_gpu()
+        else:
+            self._check_cpu()
+
+    def _check_gpu(self) -> None:
+        """Refuse what has no meaning on a GPU."""
+        if self.predictor is not None:
             raise ConfigError("on a GPU the next layer's router predicts; choose with preset, or run on the CPU")
-        if self.on_gpu and self.precision_policy not in GPU_PRECISION_POLICIES:
+        if self.look_ahead != 1:
+            raise ConfigError("on a GPU experts are predicted one layer ahead; omit look_ahead, or run on the CPU")
+        if self.precision_policy not in GPU_PRECISION_POLICIES:
             raise ConfigError(
                 f"on a GPU precision_policy is one of {', '.join(GPU_PRECISION_POLICIES)}, not {self.precision_policy}"
             )
+        if self.exact_activations and parse_host_compute(self.host_compute) == 0:
+            raise ConfigError("a GPU never rounds activations; omit exact_activations, or give host_compute, which it is for")
+
+    def _check_cpu(self) -> None:
+        """Refuse what has a meaning on a GPU alone."""
+        if parse_host_compute(self.host_compute) != 0:
+            raise ConfigError("host_compute is for the experts that a GPU misses; give vram too, or omit it")
+        if not self.cuda_graph:
+            raise ConfigError("cuda_graph is for a GPU; give vram too, or omit it")
 
     @property
     def on_gpu(self) -> bool:
@@ -106,7 +123,7 @@ class OffloadConfig:
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> OffloadConfig:
-        """Build from keyword options; a name that does not exist raises ConfigError and names its nearest neighbour."""
+        """Build from keyword options; a name that does not exist raises ConfigError and names the nearest one."""
         known = [field.name for field in fields(cls)]
         for name in options:
             if name not in known:

@@ -14,7 +14,7 @@ import difflib
 import importlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fate_moe.core import EvictionPolicy, Predictor
 from fate_moe.errors import ConfigError
@@ -40,16 +40,10 @@ __all__ = [
 ]
 
 
-class PolicyFactory(Protocol):
-    """Makes a policy for ``num_slots`` slots and so many experts in each MoE layer."""
-
-    def __call__(self, num_slots: int, experts_per_layer: Sequence[int]) -> EvictionPolicy: ...
-
-
-class PredictorFactory(Protocol):
-    """Makes a predictor for up to ``look_ahead`` layers. Raises ConfigError where it needs what is not ``known``."""
-
-    def __call__(self, experts_per_layer: Sequence[int], top_k: int, known: Known, look_ahead: int) -> Predictor: ...
+# (num_slots, experts_per_layer) -> policy
+PolicyFactory: TypeAlias = "Callable[[int, Sequence[int]], EvictionPolicy]"
+# (experts_per_layer, top_k, known, look_ahead) -> predictor. Raises ConfigError where it needs what is not known.
+PredictorFactory: TypeAlias = "Callable[[Sequence[int], int, Known, int], Predictor]"
 
 
 @dataclass(frozen=True)
@@ -121,7 +115,7 @@ PRESETS = {
         "expert activation paths, as in MoE-Infinity",
         "lfu",
         "activation-path",
-        DeviceOptions(eviction="frequency"),  # what is fetched early: layers/cuda_path_step.py
+        DeviceOptions(eviction="frequency", activation_path=True),
         built_in=True,
     ),
     "fate": Preset(

@@ -27,31 +27,31 @@ def parse_size(text: str | int) -> int:
 
 
 def parse_amount(text: str | int | float, whole_bytes: int) -> int:
-    """Bytes from a size ("4GiB"), a share in percent ("25%") or as a fraction ("0.75"; 1.0 is the whole) of ``whole_bytes``.
+    """Bytes from a size ("4GiB"), a percentage ("25%") or a fraction ("0.75"; 1.0 is the whole) of ``whole_bytes``.
 
     A fraction must have a decimal point, so that "1" stays one byte and is refused as a budget later.
-    Raises ConfigError when the text is none of these or a share above the whole.
+    Raises ConfigError when the text is none of these or above the whole.
     """
-    share = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*|\s*([01]?\.\d+)\s*", str(text))
-    if not share:
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*|\s*([01]?\.\d+)\s*", str(text))
+    if not found:
         return parse_size(str(text))
-    fraction = float(share[1]) / 100 if share[1] else float(share[2])
+    fraction = float(found[1]) / 100 if found[1] else float(found[2])
     if not 0 < fraction <= 1:
-        raise ConfigError(f"{text!r} is not a share between 0 and 100 %")
+        raise ConfigError(f"{text!r} is not between 0 and 100 %")
     return int(fraction * whole_bytes)
 
 
 def parse_host_compute(text: str | int | float) -> float | None:
-    """ "off" is 0.0, "auto" None, else a share: "50%", "0.5", 1. Raises ConfigError for anything else."""
+    """ "off" is 0.0, "auto" None, else a fraction: "50%", "0.5", 1. Raises ConfigError for anything else."""
     if text in ("auto", "off"):
         return None if text == "auto" else 0.0
     try:
-        share = float(text[:-1]) / 100 if isinstance(text, str) and text.endswith("%") else float(text)
+        fraction = float(text[:-1]) / 100 if isinstance(text, str) and text.endswith("%") else float(text)
     except ValueError:
-        share = -1.0
-    if not 0 <= share <= 1:
-        raise ConfigError(f"host_compute {text!r} is not auto, off or a share between 0 and 1")
-    return share
+        fraction = -1.0
+    if not 0 <= fraction <= 1:
+        raise ConfigError(f"host_compute {text!r} is not auto, off or a fraction between 0 and 1")
+    return fraction
 
 
 def format_bytes(amount: float) -> str:

@@ -108,9 +108,10 @@ def _realize(prepared: Prepared, plan: DevicePlan, config: OffloadConfig, device
             raise UnsupportedModelError(f"{why}; leave --host-compute away")
         _log.warning("%s: it computes none", why)
         plan = replace(plan, host_compute=0.0)
-    if config.preset == "eap" and reasons:
+    if PRESETS[config.preset].device.activation_path and reasons:
         raise UnsupportedModelError(
-            f"--preset eap needs a fused step on a GPU, and {'; '.join(reasons)}; choose --preset best, fate or load-on-demand"
+            f"--preset {config.preset} needs a fused step on a GPU, and {'; '.join(reasons)}; "
+            "choose --preset best, fate or load-on-demand"
         )
     if device.type == "cuda":  # the promise is kept by torch: it fails rather than take more
         total = torch.cuda.get_device_properties(device).total_memory
@@ -148,7 +149,7 @@ def _realize(prepared: Prepared, plan: DevicePlan, config: OffloadConfig, device
         _log.info("decode runs transformers' layers: %s", "; ".join(reasons))
         limit_context(model, plan.context_length, per_token)
     else:
-        decode = CapturedDecode(model, experts, plan.context_length, per_token, config.cuda_graph, config.preset == "eap")
+        decode = CapturedDecode(model, experts, plan.context_length, per_token, config.cuda_graph, options.activation_path)
     _settle(model, experts, decode, device)
     experts.tables.counters.zero_()
     model.generate = _with_inputs_on(device, model.generate, plan)

@@ -1,4 +1,4 @@
-"""How residency on the device behaves."""
+"""How residency on a GPU behaves. No torch."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ class DeviceOptions:
     num_predicted: that many of the likeliest experts are expected (0: the router's top-k), if their softmax probability is at
     least ``min_probability``.
     num_whole: layers kept whole, from the first on. overlap: compute the resident experts while the missing ones are fetched.
-    host_compute: that share of a layer's missing experts (rounded up) is computed on the host instead of copied, in captured steps:
-    the host's bandwidth over the sum of both. They round otherwise than on the device, so tokens may differ from fully resident.
+    activation_path: fetch what followed the same path of experts before (layers/cuda_path_step.py), not what the next router says.
+    host_compute: that fraction of a layer's missing experts (rounded up) is computed on the host instead of copied, in captured
+    steps: the host's bandwidth over the sum of both. They round otherwise than on the device, so tokens may differ from fully
+    resident.
     """
 
     eviction: str = "probability"
@@ -30,6 +32,7 @@ class DeviceOptions:
     min_probability: float = 0.02
     num_whole: int = 0
     overlap: bool = True
+    activation_path: bool = False
     fetch_programs: int = 16
     host_compute: float = 0.0
 
@@ -39,4 +42,4 @@ class DeviceOptions:
         if self.limit < 0 or self.num_predicted < 0 or self.num_whole < 0 or self.half_life <= 0 or self.fetch_programs < 1:
             raise ConfigError(f"{self}: counts must not be negative, half-life and fetch programs must be positive")
         if not 0 <= self.host_compute <= 1:
-            raise ConfigError(f"a host share of {self.host_compute} is not between 0 and 1")
+            raise ConfigError(f"host_compute {self.host_compute} is not between 0 and 1")
