@@ -26,7 +26,7 @@ from benchmarks.pictures import plot
 from benchmarks.report import cell_text, limit_name, markdown
 from benchmarks.results import Results, model_facts
 from benchmarks.workloads import WORKLOADS, context_tokens, samples
-from fate_moe.config import parse_amount
+from fate_moe.units import parse_amount
 
 PEERS: dict[str, Callable[[], Peer]] = {
     **{preset: partial(Fate, preset) for preset in ("load-on-demand", "eap", "fate", "best")},

@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.throttled import ThrottledSource, blobs_of
-from fate_moe.config import PRESETS, OffloadConfig, format_bytes
+from fate_moe.config import OffloadConfig
 from fate_moe.core import ExpertId
-from fate_moe.engine import prepare
+from fate_moe.engine import load
+from fate_moe.registry import PRESETS
 from fate_moe.store.learned import STATISTICS
 from fate_moe.store.open import Store
 from fate_moe.tools.tracing import record_routing
 from fate_moe.trace.recorded import recorded_run
 from fate_moe.trace.simulate import simulate
+from fate_moe.units import format_bytes
 
 COMPARED = ("ready_on_time", "bytes_per_token", "stall_seconds", "tokens_per_second")
 
@@ -30,8 +32,8 @@ COMPARED = ("ready_on_time", "bytes_per_token", "stall_seconds", "tokens_per_sec
 def compare(
     store: Store, blobs: dict[ExpertId, bytes], text: str, preset: str, gbps: float, cache: str, tokens: int, skip: int
 ) -> dict[str, Any]:
-    """One run and its simulation: ``recorded`` and ``simulated`` for each of COMPARED; stall seconds are totals."""
-    choice = {"policy": PRESETS["best"][0], "predictor": "none"} if preset == "none" else {"preset": preset}
+    """One run and its simulation: ``recorded`` and ``simulated`` of everything in COMPARED, stall in seconds over all tokens."""
+    choice = {"policy": PRESETS["best"].policy, "predictor": "none"} if preset == "none" else {"preset": preset}
     config = OffloadConfig.from_options({"expert_cache": cache, "context_length": max(1024, tokens), **choice})
     (store.path / STATISTICS).unlink(missing_ok=True)
     source = ThrottledSource(blobs, gbps * 1e9)

@@ -29,8 +29,8 @@ from rich.progress import track
 from transformers import AutoConfig
 
 from fate_moe.checkpoints.source import Checkpoint
-from fate_moe.config import format_bytes
 from fate_moe.errors import FateError, UnsupportedModelError
+from fate_moe.units import format_bytes
 
 ARCHITECTURES = {
     "qwen2_moe": gguf.MODEL_ARCH.QWEN2MOE,

@@ -22,7 +22,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 
 from fate_moe.adapter.meta_model import build_meta_model, expert_stacks, parameter_dtypes
-from fate_moe.config import format_bytes
+from fate_moe.units import format_bytes
 
 
 def main() -> None:

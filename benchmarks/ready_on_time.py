@@ -17,7 +17,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from fate_moe.config import POLICIES, PREDICTORS, format_bytes
+from fate_moe.registry import POLICIES, PREDICTORS
+from fate_moe.units import format_bytes
 
 Kind = tuple[str, str, str]  # expert cache, policy, predictor
 COLUMNS = ("ready on time", "in flight", "from disk per token", "prefetched used", "waited per token", "tokens/s")

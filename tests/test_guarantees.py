@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from fate_moe.config import POLICIES, PREDICTORS
-from fate_moe.engine.prepare import store_for
+from fate_moe.engine.load import store_for
+from fate_moe.registry import POLICIES, PREDICTORS
 from fate_moe.store.learned import save_gates
 
 NUM_RESIDENT = ("2", "7", "100%")  # of 2 layers x 8 experts, top-2: one token's experts, fewer than a layer, all

@@ -15,6 +15,8 @@ from fate_moe import demo
 from fate_moe.cli import main
 from fate_moe.engine.prepare import store_for
 
+PROMPT = Path(__file__).parents[1] / "data" / "prompt.txt"
+
 
 @pytest.fixture(scope="module")
 def store() -> Path:
@@ -29,6 +31,7 @@ def test_run_json(store: Path) -> None:
     done = fate("run", "--json", "--expert-cache", "25%", "--max-new-tokens", "24", "--no-do-sample")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
+    assert result["schema"] == 1
     assert result["new_tokens"] == len(result["tokens"]) <= 24
     assert result["text"].strip()
     assert result["prompt_tokens"] > 3
@@ -49,7 +52,7 @@ def test_same_text_whatever_the_cache(store: Path, capsys: pytest.CaptureFixture
     texts = []
     for cache, policy in (("100%", "lru"), ("10%", "arc"), ("1%", "lfu")):
         options = ["--expert-cache", cache, "--policy", policy, "--max-new-tokens", "12", "--no-do-sample", "--json"]
-        assert main(["run", "--file", str(Path(__file__).parents[1] / "data/prompt.txt"), *options]) == 0
+        assert main(["run", "--file", str(PROMPT), *options]) == 0
         texts.append(json.loads(capsys.readouterr().out.splitlines()[-1])["tokens"])
     assert texts[0] == texts[1] == texts[2]
 
@@ -82,12 +85,14 @@ def test_chat_remembers_and_ends(store: Path) -> None:
 def test_plan_and_inspect(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--expert-cache", "50%", "--json"]) == 0
     planned = json.loads(capsys.readouterr().out)
+    assert planned["schema"] == 1
     assert planned["num_slots"] == planned["num_experts"] // 2
     assert main(["plan", "--ram", "2GiB"]) == 0
     assert "expert slots" in capsys.readouterr().out
     assert main(["inspect", str(store), "--verify", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["verified"] is True
+    assert facts["schema"] == 1
     assert facts["experts"] == planned["num_experts"]
     assert main(["inspect", str(store)]) == 0
     assert "qwen2_moe" in capsys.readouterr().out
@@ -112,6 +117,9 @@ def test_convert_int4_and_run_it(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["run", "--file", "/nowhere/prompt.txt"], "cannot be read"),
         (["run", "--chat", "Hello you"], "no chat template"),
         (["run", "--context-length", "4", "Once upon a time there was"], "context_length"),
+        (["run", "--vram", "1GiB", "--look-ahead", "2", "Once upon"], "one layer ahead"),
+        (["run", "--vram", "1GiB", "--exact-activations", "Once upon"], "never rounds"),
+        (["run", "--no-cuda-graph", "Once upon"], "for a GPU"),
         (["inspect", "/nowhere/store"], "/nowhere/store"),
         (["convert", "/nowhere/checkpoint", "/tmp/never-made"], "/nowhere/checkpoint"),
         (["plan", "/nowhere/checkpoint"], "/nowhere/checkpoint"),

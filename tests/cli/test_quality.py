@@ -10,7 +10,7 @@ import pytest
 from fate_moe import demo
 from fate_moe.cli import main
 
-BOOKS = str(Path(__file__).parents[1] / "data/heldout-books.txt")
+BOOKS = str(Path(__file__).parents[1] / "data" / "heldout-books.txt")
 
 
 def test_perplexity_json(capsys: pytest.CaptureFixture[str]) -> None:

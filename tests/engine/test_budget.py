@@ -12,14 +12,14 @@ import torch
 
 from fate_moe import plan
 from fate_moe.adapter.meta_model import build_meta_model, expert_stacks
-from fate_moe.config import OffloadConfig, format_bytes, parse_amount, parse_size
+from fate_moe.config import OffloadConfig
 from fate_moe.core import ExpertId
 from fate_moe.engine.budget import footprint, make_plan
 from fate_moe.engine.prepare import prepare, store_for
 from fate_moe.errors import BudgetError, ConfigError
 from fate_moe.memory.classes import fewest, total_bytes
 from fate_moe.store.convert import convert
-from fate_moe.store.learned import save_gates
+from fate_moe.units import format_bytes, parse_amount, parse_size
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,15 @@ import pytest
 import torch
 
 from fate_moe.adapter.meta_model import build_meta_model, expert_stacks
-from fate_moe.config import PRESETS, OffloadConfig, cache_home
+from fate_moe.config import OffloadConfig
 from fate_moe.engine.budget import Footprint, footprint
 from fate_moe.engine.device_budget import DevicePlan, make_device_plan, min_slots
 from fate_moe.errors import BudgetError, ConfigError
 from fate_moe.gpu.device import Gpu
 from fate_moe.gpu.link import Link, save_link
-from fate_moe.gpu.options import DeviceOptions, device_options
+from fate_moe.gpu.options import DeviceOptions
+from fate_moe.registry import PRESETS
+from fate_moe.switches import cache_home
 
 CONFIG = Path(__file__).parents[1] / "data" / "configs" / "Qwen3-30B-A3B"
 GPU = Gpu("simulated", torch.device("cpu"), 24 << 30, 20 << 30)
@@ -43,7 +45,7 @@ def small(needs: Footprint) -> Footprint:
 
 def planned(needs: Footprint, **options: Any) -> DevicePlan:
     config = OffloadConfig(device="cuda", **options)
-    return make_device_plan(needs, config, GPU, device_options(config.preset))
+    return make_device_plan(needs, config, GPU, PRESETS[config.preset].device)
 
 
 def test_lines_add_up(needs: Footprint) -> None:
@@ -136,4 +138,4 @@ def test_options_that_mean_nothing_are_errors() -> None:
     ):
         with pytest.raises(ConfigError):
             OffloadConfig(**wrong)
-    assert all(device_options(preset) for preset in PRESETS)
+    assert all(preset.device for preset in PRESETS.values())

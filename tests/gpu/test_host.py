@@ -14,9 +14,9 @@ from fate_moe.errors import StoreError
 from fate_moe.gpu.host import DiskBelow, read_all
 from fate_moe.gpu.memory import PinnedArena
 from fate_moe.gpu.options import DeviceOptions
-from fate_moe.memory.policies import make_policy
 from fate_moe.memory.precision import PrefillPopularity
 from fate_moe.memory.residency import Residency
+from fate_moe.registry import make_policy
 from tests.support.device import CPU, Model, random_model, reference, route
 
 

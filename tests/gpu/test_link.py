@@ -8,8 +8,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from fate_moe.config import cache_home
 from fate_moe.gpu.link import Link, load_link, measure_link, save_link
+from fate_moe.switches import cache_home
 from tests.support.device import CPU
 
 FAST = Link("H", 16, 50e9, 45e9, 160e9, 45e9, 120e9)

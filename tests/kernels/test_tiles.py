@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import linear
 
-from fate_moe.config import GROUP_SIZES
 from fate_moe.kernels.cpu import SlotExperts
 from fate_moe.kernels.native import DTYPES, matrix_place, native
 from fate_moe.kernels.reference import dequantize, expert_mlp, expert_weights
 from fate_moe.quant.blob import encode, views
+from fate_moe.quant.choices import GROUP_SIZES
 from fate_moe.store.format import blob_layout
 from tests.kernels.test_cpu import EPSILON, FAMILIES, WIDTHS, a_blob, both_ways
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from fate_moe.core import ExpertId, Lookup
 from fate_moe.memory.classes import SlotClass, divide, fewest, slot_classes, total_bytes
-from fate_moe.memory.policies import make_policy
 from fate_moe.memory.residency import Residency
 from fate_moe.memory.slots import SlotArena
+from fate_moe.registry import make_policy
 from tests.memory.test_residency import Source, layer, use
 
 SLOT = 4096

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fate_moe.config import POLICIES
 from fate_moe.core import EvictionPolicy, ExpertId
 from fate_moe.errors import ConfigError
 from fate_moe.memory.arc import ARC
-from fate_moe.memory.policies import LFU, make_policy
+from fate_moe.memory.policies import LFU
 from fate_moe.memory.shallow import ShallowARC, shallow_quotas
+from fate_moe.registry import POLICIES, make_policy
 
 EXPERTS = st.builds(ExpertId, st.integers(0, 5), st.integers(0, 5))
 REQUESTS = st.lists(EXPERTS, max_size=200)

@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from fate_moe.config import POLICIES
 from fate_moe.core import ExpertId, Lookup
 from fate_moe.errors import CorruptExpertError, StoreError
 from fate_moe.memory.lease import Lease
-from fate_moe.memory.policies import make_policy
 from fate_moe.memory.residency import Residency
 from fate_moe.memory.slots import SlotArena
+from fate_moe.registry import POLICIES, make_policy
 
 SLOT = 4096
 NUM_LAYERS, NUM_EXPERTS = 3, 6

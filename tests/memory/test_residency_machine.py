@@ -7,12 +7,11 @@ import time
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fate_moe.config import POLICIES
 from fate_moe.core import ExpertId
 from fate_moe.errors import CorruptExpertError
-from fate_moe.memory.policies import make_policy
 from fate_moe.memory.residency import Residency
 from fate_moe.memory.slots import SlotArena
+from fate_moe.registry import POLICIES, make_policy
 from tests.memory.test_residency import NUM_EXPERTS, NUM_LAYERS, SLOT, Source, layer, mark
 
 IDS = st.builds(ExpertId, st.integers(0, NUM_LAYERS - 1), st.integers(0, NUM_EXPERTS - 1))
@@ -30,7 +29,7 @@ STEPS = st.lists(
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    policy=st.sampled_from(POLICIES),
+    policy=st.sampled_from(sorted(POLICIES)),
     num_slots=st.integers(1, 8),
     io_threads=st.integers(2, 4),
     seconds=st.sampled_from([0.0, 0.0005]),

@@ -6,16 +6,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fate_moe.config import PREDICTORS
 from fate_moe.core import Routing
 from fate_moe.errors import ConfigError
 from fate_moe.predict.activation_path import ActivationPath
 from fate_moe.predict.cross_layer import CrossLayerRouter
 from fate_moe.predict.forecast import Forecast, forecast_source
 from fate_moe.predict.gates import FittedGates, LinearRouters, RouterScorer
-from fate_moe.predict.predictors import Known, make_predictor
+from fate_moe.predict.predictors import Known
 from fate_moe.predict.recursive import RecursiveRouters
 from fate_moe.predict.temporal import Temporal
+from fate_moe.registry import PREDICTORS, make_predictor
 from fate_moe.runtime import Router, rows_by_expert
 from tests.support.predictor_contract import check_predictor
 

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fate_moe import config
 from fate_moe.config import OffloadConfig
 from fate_moe.errors import ConfigError
 from fate_moe.quant import solver
 from fate_moe.quant.blob import encode, views
+from fate_moe.quant.choices import SOLVER_NAMES
 from fate_moe.quant.solver import SOLVERS, minmax
 from fate_moe.store.convert import convert
 from fate_moe.store.format import blob_layout
@@ -176,4 +176,4 @@ def test_unknown_solvers_and_precisions_are_errors(checkpoint_of: Path, tmp_path
     with pytest.raises(ValueError, match="int3"):
         blob_layout("int3", {"down_proj": (4, 4)}, "F32")
     assert not list(tmp_path.iterdir())
-    assert tuple(SOLVERS) == config.SOLVERS
+    assert tuple(SOLVERS) == SOLVER_NAMES

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fate_moe.config import POLICIES
 from fate_moe.core import ExpertId
 from fate_moe.errors import ConfigError
 from fate_moe.memory.policies import LRU
+from fate_moe.registry import POLICIES
 from fate_moe.store.learned import Gates
 from fate_moe.trace.schema import RoutingTrace, read_trace, write_trace
 from fate_moe.trace.simulate import Link, simulate

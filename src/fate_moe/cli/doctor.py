@@ -6,7 +6,7 @@ import argparse
 import json
 
 from fate_moe.cli.options import print_table
-from fate_moe.config import format_bytes
+from fate_moe.units import format_bytes
 
 __all__ = ["add_verbs"]
 

@@ -1,34 +1,45 @@
-"""What verbs share: groups of options, what they become, and tables."""
+"""What verbs share: groups of options, what they become, tables and JSON."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from fate_moe.config import DEVICES, POLICIES, PRECISION_POLICIES, PREDICTORS, PRESETS, OffloadConfig
+from fate_moe.config import DEVICES, PRECISION_POLICIES, OffloadConfig
 from fate_moe.core import PRECISIONS
+from fate_moe.registry import POLICIES, PREDICTORS, PRESETS, Entry, Preset
+from fate_moe.store.home import find_store
 
 __all__ = [
     "DEFAULTS",
+    "JSON_SCHEMA",
     "MODEL_HELP",
     "add_offload_options",
     "add_sampling_options",
+    "add_verbosity",
     "generate_options",
+    "model_name",
     "offload_config",
+    "print_json",
     "print_table",
     "quiet_transformers",
     "require_gpu",
 ]
 
-MODEL_HELP = "checkpoint folder, GGUF file, hub id or store; none: the embedded model"
+MODEL_HELP = "checkpoint folder, GGUF file, hub id, or store (a folder, or a name as fate list shows it); none: the embedded model"
+# The version of all JSON that verbs print: a change that breaks readers raises it, a new key does not.
+JSON_SCHEMA = 1
 DEFAULTS = {field.name: field.default for field in fields(OffloadConfig)}
 # Options of generate(), by their names in transformers.
 _SAMPLING: dict[str, tuple[type, str]] = {
     "temperature": (float, "higher is more surprising"),
     "top_k": (int, "sample among the k likeliest tokens"),
     "top_p": (float, "sample among the likeliest tokens that together have this probability"),
-    "min_p": (float, "drop tokens below this share of the likeliest one's probability"),
+    "min_p": (float, "drop tokens below this fraction of the likeliest one's probability"),
     "repetition_penalty": (float, "above 1.0 discourages repeating"),
     "num_beams": (int, "beam search"),
 }
@@ -48,8 +59,8 @@ def add_offload_options(parser: argparse.ArgumentParser, gpu: bool = False) -> N
             "--host-compute",
             default=DEFAULTS["host_compute"],
             metavar="auto|FRACTION|off",
-            help="of the experts missing in VRAM, how many the CPU computes instead of copying them (auto: as doctor --calibrate "
-            "measured); it rounds otherwise, so that tokens may depend on what is in VRAM; default: %(default)s",
+            help="of the experts missing in VRAM, how many the CPU computes instead of copying them (auto: as doctor --measure "
+            "found); it rounds otherwise, so that tokens may depend on what is in VRAM; default: %(default)s",
         )
         group.add_argument(
             "--no-cuda-graph",
@@ -62,12 +73,32 @@ def add_offload_options(parser: argparse.ArgumentParser, gpu: bool = False) -> N
     )
     group.add_argument("--expert-cache", metavar="SIZE|PERCENT", help="for expert slots; default: what the budget leaves")
     group.add_argument(
-        "--preset", choices=PRESETS, default=DEFAULTS["preset"], help="who is kept and who is read ahead; default: %(default)s"
+        "--preset",
+        choices=PRESETS,
+        default=DEFAULTS["preset"],
+        metavar="NAME",
+        help=f"which experts stay and which are read ahead; default: %(default)s. {_summaries(PRESETS)}",
     )
-    group.add_argument("--policy", choices=POLICIES, help="who gives up a slot; default: the preset's")
-    group.add_argument("--predictor", choices=PREDICTORS, help="who is read ahead; default: the preset's")
+    in_ram = "; on a GPU, in RAM where experts come from the disk" if gpu else ""
+    not_there = "; not on a GPU" if gpu else ""
     group.add_argument(
-        "--look-ahead", type=int, default=DEFAULTS["look_ahead"], metavar="K", help="layers predicted ahead; default: %(default)s"
+        "--policy",
+        choices=POLICIES,
+        metavar="NAME",
+        help=f"which expert gives up its slot{in_ram}; default: the preset's. {_summaries(POLICIES)}",
+    )
+    group.add_argument(
+        "--predictor",
+        choices=PREDICTORS,
+        metavar="NAME",
+        help=f"which experts are read ahead{not_there}; default: the preset's. {_summaries(PREDICTORS)}",
+    )
+    group.add_argument(
+        "--look-ahead",
+        type=int,
+        default=DEFAULTS["look_ahead"],
+        metavar="K",
+        help=f"layers predicted ahead{not_there}; default: %(default)s",
     )
     group.add_argument(
         "--precision", choices=PRECISIONS, default=DEFAULTS["precision"], help="of the experts; default: %(default)s"
@@ -85,9 +116,32 @@ def add_offload_options(parser: argparse.ArgumentParser, gpu: bool = False) -> N
     group.add_argument(
         "--io-threads", type=int, default=DEFAULTS["io_threads"], metavar="N", help="reads at once; default: %(default)s"
     )
+    on_cpu = "; on a GPU, only with --host-compute" if gpu else ""
     group.add_argument(
-        "--exact-activations", action="store_true", help="multiply quantized weights with fp32 activations, not int8 ones"
+        "--exact-activations",
+        action="store_true",
+        help=f"multiply quantized weights with fp32 activations, not int8 ones{on_cpu}",
     )
+
+
+def _summaries(entries: Mapping[str, Entry | Preset]) -> str:
+    """One sentence that says what each name stands for."""
+    return "; ".join(f"{name}: {of.summary}" if of.summary else name for name, of in sorted(entries.items())).replace("%", "%%")
+
+
+def add_verbosity(parser: argparse.ArgumentParser) -> None:
+    """``-v`` and ``-vv``, for ``parser`` and every verb below it."""
+    parser.add_argument(
+        "-v",
+        "--verbose",
+        action="count",
+        default=argparse.SUPPRESS,
+        help="say more on stderr: -v what is decided, -vv everything, and where an error came from",
+    )
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for verb in action.choices.values():
+                add_verbosity(verb)
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
@@ -104,6 +158,12 @@ def _positive(text: str) -> int:
     if (value := int(text)) < 1:
         raise ValueError
     return value
+
+
+def model_name(text: str) -> str:
+    """A model as the command line was given it, where the name of a store under $FATE_HOME becomes its path."""
+    store = None if os.path.exists(text) else find_store(text)
+    return text if store is None else str(store)
 
 
 def offload_config(arguments: argparse.Namespace, context_length: int) -> OffloadConfig:
@@ -137,6 +197,11 @@ def quiet_transformers() -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+
+
+def print_json(facts: Mapping[str, Any]) -> None:
+    """One JSON object in one line on stdout, with ``"schema"`` first."""
+    print(json.dumps({"schema": JSON_SCHEMA, **facts}))
 
 
 def print_table(title: str, rows: list[tuple[str, str, str]]) -> None:

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from fate_moe.cli.options import MODEL_HELP, add_offload_options, offload_config, print_table, quiet_transformers
-from fate_moe.config import OffloadConfig, format_bytes
+from fate_moe.cli.options import (
+    MODEL_HELP,
+    add_offload_options,
+    model_name,
+    offload_config,
+    print_json,
+    print_table,
+    quiet_transformers,
+)
+from fate_moe.config import OffloadConfig
 from fate_moe.errors import ConfigError
+from fate_moe.units import format_bytes
 
 __all__ = ["add_verbs", "read_tokens"]
 
@@ -20,7 +28,7 @@ def add_verbs(verbs: Any) -> None:
     group = verbs.add_parser("eval", help="measure quality", description="Measure how well a model predicts text.")
     kinds = group.add_subparsers(required=True, metavar="WHAT")
     one = kinds.add_parser("perplexity", help="of a text", description="Perplexity of a text, in windows.")
-    one.add_argument("model", nargs="?", help=MODEL_HELP)
+    one.add_argument("model", nargs="?", type=model_name, help=MODEL_HELP)
     one.add_argument("--stride", type=int, metavar="N", help="tokens from one window to the next; default: window - 1")
     one.set_defaults(verb=_perplexity)
     two = kinds.add_parser(
@@ -29,8 +37,8 @@ def add_verbs(verbs: Any) -> None:
         description="How far B's predictions are from A's. A is the reference: a store, or a checkpoint taken lossless; "
         "the options are B's.",
     )
-    two.add_argument("a", help="checkpoint folder, hub id or store")
-    two.add_argument("b", nargs="?", help="default: the same as A")
+    two.add_argument("a", type=model_name, help="checkpoint folder, hub id or store")
+    two.add_argument("b", nargs="?", type=model_name, help="default: the same as A")
     two.set_defaults(verb=_compare)
     harness = kinds.add_parser(
         "harness",
@@ -69,7 +77,7 @@ def _perplexity(arguments: argparse.Namespace) -> None:
     per_token = report.experts.bytes_read / found.tokens
     if arguments.json:
         name = "embedded" if arguments.model is None else arguments.model
-        print(json.dumps({"model": name, **found.as_dict(), "bytes_read_per_token": per_token, **report.as_dict()}))
+        print_json({"model": name, **found.as_dict(), "bytes_read_per_token": per_token, **report.as_dict()})
         return
     rows = [
         ("perplexity", f"{found.perplexity:.4g}", f"{found.loss:.4f} nats per token"),
@@ -102,7 +110,7 @@ def _compare(arguments: argparse.Namespace) -> None:
             advance=advance,
         )
     if arguments.json:
-        print(json.dumps({"a": arguments.a, "b": str(path), **found.as_dict()}))
+        print_json({"a": arguments.a, "b": str(path), **found.as_dict()})
         return
     change = found.perplexity_b / found.perplexity_a - 1
     rows = [

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fate_moe.cli.options import DEFAULTS, MODEL_HELP, add_offload_options, offload_config, print_table, quiet_transformers
-from fate_moe.config import GROUP_SIZES, SOLVERS, OffloadConfig, format_bytes, parse_size
+from fate_moe.cli.options import (
+    DEFAULTS,
+    MODEL_HELP,
+    add_offload_options,
+    model_name,
+    offload_config,
+    print_json,
+    print_table,
+    quiet_transformers,
+)
+from fate_moe.config import OffloadConfig
 from fate_moe.core import PRECISIONS
 from fate_moe.errors import ConfigError
+from fate_moe.quant.choices import GROUP_SIZES, SOLVER_NAMES
+from fate_moe.units import format_bytes, parse_size
 
 if TYPE_CHECKING:
     from fate_moe.store.mixed_precision import PrecisionRules
@@ -25,7 +35,7 @@ FEWEST_TOKENS = 16  # to calibrate with: an eighth of them is a text whose first
 def add_verbs(verbs: Any) -> None:
     """Add this group's verbs to the parser's ``verbs``."""
     plan = verbs.add_parser("plan", help="show what fits where", description="Show where the budget would go; loads nothing.")
-    plan.add_argument("model", nargs="?", help=MODEL_HELP)
+    plan.add_argument("model", nargs="?", type=model_name, help=MODEL_HELP)
     plan.add_argument("--json", action="store_true", help="print one JSON object")
     plan.set_defaults(verb=_plan)
     add_offload_options(plan, gpu=True)
@@ -39,7 +49,9 @@ def add_verbs(verbs: Any) -> None:
     convert.add_argument(
         "--dense-precision", choices=PRECISIONS, help="of all other matrices; default: int8 beside quantized experts"
     )
-    convert.add_argument("--solver", choices=SOLVERS, default=SOLVERS[0], help="how codes are chosen; default: %(default)s")
+    convert.add_argument(
+        "--solver", choices=SOLVER_NAMES, default=SOLVER_NAMES[0], help="how codes are chosen; default: %(default)s"
+    )
     convert.add_argument(
         "--group-size", type=int, choices=GROUP_SIZES, default=64, help="weights that share a scale; default: %(default)s"
     )
@@ -77,7 +89,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     config = offload_config(arguments, OffloadConfig.context_length)
     result = plan(arguments.model, **{field.name: getattr(config, field.name) for field in fields(config)})
     if arguments.json:
-        print(json.dumps(result.as_dict()))
+        print_json(result.as_dict())
     else:
         print_table(
             f"{result.family}, {result.precision}", [(what, format_bytes(size), remark) for what, size, remark in result.rows()]
@@ -139,11 +151,8 @@ def _calibration(arguments: argparse.Namespace) -> tuple[Any, PrecisionRules, An
 
     with config_folder(resolve_checkpoint(arguments.source)) as folder:
         stacks = expert_stacks(build_meta_model(folder))
-    by_rule = (
-        parse_precision_rules(arguments.precision_rules, [stack.num_experts for stack in stacks])
-        if arguments.precision_rules
-        else {}
-    )
+    rules = arguments.precision_rules
+    by_rule = parse_precision_rules(rules, [stack.num_experts for stack in stacks]) if rules else {}
     if not arguments.calibrate:
         return None, by_rule, None
     from fate_moe.cli.quality import read_tokens
@@ -206,7 +215,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
         verify(store)
         facts["verified"] = True
     if arguments.json:
-        print(json.dumps(facts))
+        print_json(facts)
         return
     rows = [
         (name.replace("_", " "), format_bytes(value) if name.endswith("_bytes") else str(value), "")
@@ -223,10 +232,10 @@ def _inspect_checkpoint(arguments: argparse.Namespace) -> None:
     from fate_moe.tools.inspect import describe
 
     if arguments.verify:
-        raise ConfigError(f"{arguments.store} is a checkpoint, which has no checksums; convert it first, or leave --verify away")
+        raise ConfigError(f"{arguments.store} is a checkpoint, which has no checksums; convert it first, or omit --verify")
     found = describe(arguments.store)
     if arguments.json:
-        print(json.dumps(found.as_dict()))
+        print_json(found.as_dict())
         return
     rows = [
         ("family", found.family, ""),

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from fate_moe.cli.options import MODEL_HELP, add_offload_options, offload_config, quiet_transformers
-from fate_moe.config import POLICIES, PREDICTORS, format_bytes, parse_size
 from fate_moe.errors import ConfigError
+from fate_moe.registry import POLICIES, PREDICTORS
+from fate_moe.units import format_bytes, parse_size
 
 __all__ = ["add_verbs"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fate_moe.adapter.meta_model import ExpertStack, parameter_dtypes
-from fate_moe.config import OffloadConfig, format_bytes, parse_amount
+from fate_moe.config import OffloadConfig
 from fate_moe.errors import BudgetError
 from fate_moe.kernels.activations import find_activation
 from fate_moe.kernels.native import native
@@ -19,6 +19,7 @@ from fate_moe.memory.classes import SlotClass, divide, fewest, slot_classes, tot
 from fate_moe.quant.dtypes import dtype_name
 from fate_moe.store.dense import byte_length, default_dense_precision, dense_layouts, read_by_row
 from fate_moe.store.format import Manifest, blob_layout
+from fate_moe.units import format_bytes, parse_amount
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fate_moe.config import OffloadConfig, format_bytes, parse_amount, parse_host_compute
+from fate_moe.config import OffloadConfig
 from fate_moe.engine.budget import AUTO_FRACTION, SPREAD_BYTES, Footprint
 from fate_moe.errors import BudgetError
 from fate_moe.gpu.device import CONTEXT_BYTES, Gpu
 from fate_moe.gpu.link import chosen_fraction
 from fate_moe.gpu.options import DeviceOptions
 from fate_moe.machine import available_memory, resident_memory
+from fate_moe.units import format_bytes, parse_amount, parse_host_compute
 
 __all__ = ["DevicePlan", "make_device_plan", "min_slots"]
 

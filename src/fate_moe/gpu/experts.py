@@ -195,7 +195,7 @@ class DeviceExperts:
         route_kernel[(1 + ahead,)](
             logits, next_logits, routing_weights, self.slots, self.pending, self._demand, self._demand[-1], listed, listed[-1],
             tables.slot_of, tables.score, tables.unused, tables.counters, tables.clock, layer, len(self.layouts) - 1,
-            options.half_life, options.num_predicted or self.top_k, options.least if plain else 0.0, options.limit,
+            options.half_life, options.num_predicted or self.top_k, options.min_probability if plain else 0.0, options.limit,
             1 - options.host_compute, questions, asked, hidden,
             num_experts=tables.num_experts, top_k=self.top_k, cols=self.layouts[layer].cols,
             NORMALIZE=normalize, FREQUENCY=options.eviction != "recency", WEIGHED=options.eviction == "probability",
@@ -235,7 +235,7 @@ class DeviceExperts:
             )
             prefetch_kernel[(1,)](
                 self._logits, listed, listed[-1], tables.slot_of, tables.score, tables.unused, tables.counters, tables.clock,
-                layer + 1, tokens, options.num_predicted or self.top_k, options.least, options.limit,
+                layer + 1, tokens, options.num_predicted or self.top_k, options.min_probability, options.limit,
                 num_experts=tables.num_experts, FREQUENCY=options.eviction != "recency",
                 E=triton.next_power_of_2(tables.num_experts), num_warps=8,
             )  # fmt: skip

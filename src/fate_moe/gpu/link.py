@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from fate_moe.config import cache_home, parse_host_compute
 from fate_moe.errors import ConfigError
 from fate_moe.gpu.memory import PinnedArena, VramPool
+from fate_moe.switches import cache_home
+from fate_moe.units import parse_host_compute
 
 __all__ = ["Link", "chosen_fraction", "load_link", "measure_link", "save_link"]
 

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fate_moe.config import format_bytes
 from fate_moe.errors import DiskSpaceError
 from fate_moe.io.direct import drop_from_page_cache
+from fate_moe.units import format_bytes
 
 __all__ = ["Journal", "atomic_file", "locked_folder", "require_space", "sync_folder"]
 

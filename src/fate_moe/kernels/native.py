@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import platform
 from typing import Any
 
 import torch
 
-from fate_moe.config import GROUP_SIZES
+from fate_moe import switches
 from fate_moe.core import BlobLayout
-
-try:
-    native: Any = importlib.import_module("fate_moe.kernels._native")
-    _missing = ""
-except ImportError as error:
-    native = None
-    _missing = str(error)
+from fate_moe.kernels.extension import native, why_not
+from fate_moe.quant.choices import GROUP_SIZES
 
 __all__ = [
     "BF16",
@@ -49,16 +43,6 @@ _NEEDS = {
 }
 
 
-def why_not() -> str | None:
-    """Why the extension cannot be used, and what to do; None where it can."""
-    if native is not None:
-        return None
-    return (
-        f"the C++ kernels are not built ({_missing}); install a wheel, or with a C++17 compiler run "
-        "`pip install --no-cache-dir --force-reinstall --no-deps fate-moe` (in a source tree: `make native`)"
-    )
-
-
 def multiplies_bf16(columns: int) -> bool:
     """Whether the extension multiplies bf16 matrices of so many ``columns``."""
     return native is not None and columns % _LANES == 0
@@ -72,13 +56,15 @@ def kernel_facts() -> list[tuple[str, bool, str]]:
         used = native is not None and native.instruction_set() == name
         lacking = [feature for feature in features if feature not in _processor_features()]
         if name in available:
-            why = f"used, {native.team()}" if used else "available, slower"
+            why = f"used, {native.team()}" if used else "available, slower" if switches.kernels() is None else "available"
         elif family and family != _family():
             why = f"for {family} processors"
         elif lacking:
             why = f"this processor lacks {', '.join(lacking)}"
+        elif native is None:
+            why = "not built" if switches.use_native() else "turned off"
         else:
-            why = "not built" if native is None else "this build was made without it"
+            why = "this build was made without it"
         facts.append((name, used, why))
     return facts if native is not None else [*facts, ("torch", True, why_not() or "")]
 

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from fate_moe.config import GROUP_SIZES
 from fate_moe.core import BlobLayout
 from fate_moe.kernels.native import DTYPES, PLANES, WIDTHS, matrix_place, native
 from fate_moe.kernels.reference import dequantize
 from fate_moe.quant.blob import views
+from fate_moe.quant.choices import GROUP_SIZES
 from fate_moe.store.rows import StoredRows
 
 __all__ = ["QuantizedLinear", "StoredEmbedding"]

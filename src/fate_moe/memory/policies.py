@@ -1,4 +1,4 @@
-"""Which expert gives up its slot: the policies by name, and the three simple ones. No torch."""
+"""Which expert gives up its slot: what registry.py makes by name, and the three simple policies. No torch."""
 
 from __future__ import annotations
 
@@ -7,32 +7,42 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 from fate_moe.core import EvictionPolicy, ExpertId
-from fate_moe.errors import ConfigError
 from fate_moe.memory.arc import ARC
 from fate_moe.memory.decayed import Decayed
 from fate_moe.memory.shallow import ShallowARC
 
-__all__ = ["LFU", "LRU", "LeastStale", "make_policy"]
+__all__ = ["LFU", "LRU", "LeastStale"]
 
 
-def make_policy(name: str, num_slots: int, experts_per_layer: Sequence[int]) -> EvictionPolicy:
-    """The policy called ``name`` (config.POLICIES) for ``num_slots`` slots and so many experts in each MoE layer.
+# What the registry makes: (num_slots, experts_per_layer) -> policy.
 
-    Raises ConfigError for a name that does not exist.
-    """
-    if name == "lru":
-        return LRU()
-    if name == "lfu":
-        return LFU(half_life=8 * num_slots)
-    if name == "arc":
-        return ARC(num_slots)
-    if name == "shallow-arc":
-        return ShallowARC(num_slots, experts_per_layer)
-    if name == "least-stale":
-        return LeastStale()
-    if name in ("decayed", "co-activation"):
-        return Decayed(experts_per_layer, co_activation=name == "co-activation")
-    raise ConfigError(f"policy {name!r} does not exist")
+
+def lru(num_slots: int, experts_per_layer: Sequence[int]) -> EvictionPolicy:
+    return LRU()
+
+
+def lfu(num_slots: int, experts_per_layer: Sequence[int]) -> EvictionPolicy:
+    return LFU(half_life=8 * num_slots)
+
+
+def arc(num_slots: int, experts_per_layer: Sequence[int]) -> EvictionPolicy:
+    return ARC(num_slots)
+
+
+def shallow_arc(num_slots: int, experts_per_layer: Sequence[int]) -> EvictionPolicy:
+    return ShallowARC(num_slots, experts_per_layer)
+
+
+def least_stale(num_slots: int, experts_per_layer: Sequence[int]) -> EvictionPolicy:
+    return LeastStale()
+
+
+def decayed(num_slots: int, experts_per_layer: Sequence[int]) -> EvictionPolicy:
+    return Decayed(experts_per_layer, co_activation=False)
+
+
+def co_activation(num_slots: int, experts_per_layer: Sequence[int]) -> EvictionPolicy:
+    return Decayed(experts_per_layer, co_activation=True)
 
 
 class LRU(EvictionPolicy):

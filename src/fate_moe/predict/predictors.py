@@ -1,4 +1,4 @@
-"""Predictors by name."""
+"""What registry.py makes by name, and what predictors are made from."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fate_moe.predict.probability import ExpectedUses, ProbabilityPredictor
 from fate_moe.predict.recursive import RecursiveRouters
 from fate_moe.predict.temporal import Temporal
 
-__all__ = ["Known", "make_predictor"]
+__all__ = ["Known"]
 
 
 @dataclass(frozen=True)
@@ -35,46 +35,59 @@ class Known:
     history: ExpectedUses | None = None
 
 
-def make_predictor(name: str, experts_per_layer: Sequence[int], top_k: int, known: Known, look_ahead: int = 1) -> Predictor:
-    """The predictor called ``name`` (config.PREDICTORS) for up to ``look_ahead`` layers.
+# What the registry makes: (experts_per_layer, top_k, known, look_ahead) -> predictor.
 
-    Raises ConfigError for a name that does not exist, and for one that needs what is not known.
-    """
-    sizes = list(experts_per_layer)
-    if name == "none":
-        return NoPrediction()
-    if name == "temporal":
-        return Temporal(sizes)
-    if name == "activation-path":
-        return ActivationPath(sizes)
-    if name == "cross-layer":
-        return CrossLayerRouter(known.routers)
-    if name == "cross-layer-probability":
-        return ProbabilityPredictor(RouterScorer(known.routers), sizes, top_k, look_ahead=look_ahead)
-    if name == "cross-layer-norm":
-        if known.linear is None or known.norms is None:
-            raise ConfigError(f"predictor {name!r} needs linear routers behind RMS norms; take cross-layer-probability")
-        return ProbabilityPredictor(LinearRouters(known.linear, known.norms), sizes, top_k, look_ahead=look_ahead)
-    if name == "recursive" or (name == "learned" and known.fitted is None):
-        return ProbabilityPredictor(RecursiveRouters(_best_routers(known), sizes), sizes, top_k, look_ahead=look_ahead)
-    if name == "learned" and known.fitted is not None:
-        return ProbabilityPredictor(known.fitted, sizes, top_k, look_ahead=look_ahead)
-    if name == "forecast":
-        if known.forecast is None:
-            raise ConfigError("predictor 'forecast' needs what is fitted by: fate fit MODEL --text FILE --forecast")
-        return ProbabilityPredictor(Forecast(known.forecast), sizes, top_k, look_ahead=look_ahead)
-    if name == "combined":
-        routers = _best_routers(known)
-        scorer = routers if known.fitted is None else Scorers(known.fitted, routers)
-        forecast = None if known.forecast is None else Forecast(known.forecast)
-        history, own = (
-            (known.history, None)
-            if known.history is not None
-            else (statistics := RoutingStatistics(sizes, co_activation=False), statistics)
-        )
-        gate = ProbabilityPredictor(scorer, sizes, top_k, look_ahead=look_ahead, history=history, forecast=forecast)
-        return gate if own is None else _Counting(gate, own, top_k)
-    raise ConfigError(f"predictor {name!r} does not exist")
+
+def none(sizes: Sequence[int], top_k: int, known: Known, look_ahead: int) -> Predictor:
+    return NoPrediction()
+
+
+def temporal(sizes: Sequence[int], top_k: int, known: Known, look_ahead: int) -> Predictor:
+    return Temporal(sizes)
+
+
+def activation_path(sizes: Sequence[int], top_k: int, known: Known, look_ahead: int) -> Predictor:
+    return ActivationPath(sizes)
+
+
+def cross_layer(sizes: Sequence[int], top_k: int, known: Known, look_ahead: int) -> Predictor:
+    return CrossLayerRouter(known.routers)
+
+
+def cross_layer_probability(sizes: Sequence[int], top_k: int, known: Known, look_ahead: int) -> Predictor:
+    return ProbabilityPredictor(RouterScorer(known.routers), sizes, top_k, look_ahead=look_ahead)
+
+
+def cross_layer_norm(sizes: Sequence[int], top_k: int, known: Known, look_ahead: int) -> Predictor:
+    if known.linear is None or known.norms is None:
+        raise ConfigError("predictor 'cross-layer-norm' needs linear routers behind RMS norms; choose cross-layer-probability")
+    return ProbabilityPredictor(LinearRouters(known.linear, known.norms), sizes, top_k, look_ahead=look_ahead)
+
+
+def recursive(sizes: Sequence[int], top_k: int, known: Known, look_ahead: int) -> Predictor:
+    return ProbabilityPredictor(RecursiveRouters(_best_routers(known), sizes), sizes, top_k, look_ahead=look_ahead)
+
+
+def learned(sizes: Sequence[int], top_k: int, known: Known, look_ahead: int) -> Predictor:
+    if known.fitted is None:
+        return recursive(sizes, top_k, known, look_ahead)
+    return ProbabilityPredictor(known.fitted, sizes, top_k, look_ahead=look_ahead)
+
+
+def forecast(sizes: Sequence[int], top_k: int, known: Known, look_ahead: int) -> Predictor:
+    if known.forecast is None:
+        raise ConfigError("predictor 'forecast' needs what is fitted by: fate fit MODEL --text FILE --forecast")
+    return ProbabilityPredictor(Forecast(known.forecast), sizes, top_k, look_ahead=look_ahead)
+
+
+def combined(sizes: Sequence[int], top_k: int, known: Known, look_ahead: int) -> Predictor:
+    routers = _best_routers(known)
+    scorer = routers if known.fitted is None else Scorers(known.fitted, routers)
+    whole_token = None if known.forecast is None else Forecast(known.forecast)
+    own = RoutingStatistics(sizes, co_activation=False) if known.history is None else None
+    history = known.history if own is None else own
+    gate = ProbabilityPredictor(scorer, sizes, top_k, look_ahead=look_ahead, history=history, forecast=whole_token)
+    return gate if own is None else _Counting(gate, own, top_k)
 
 
 def _best_routers(known: Known) -> Scorer:

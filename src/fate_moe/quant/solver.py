@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fate_moe import config
+from fate_moe.quant.choices import SOLVER_NAMES
 from fate_moe.quant.groups import grouped_columns, minmax_grid
 from fate_moe.quant.hqq import hqq
 
@@ -38,5 +38,5 @@ def minmax(weights: Tensor, bits: int, group_size: int, importance: Tensor | Non
     return codes.to(torch.uint8).flatten(1)[:, : weights.shape[1]], scale, zero
 
 
-SOLVERS: dict[str, Solver] = {"hqq": hqq, "minmax": minmax}  # the names in config.SOLVERS
-DEFAULT_SOLVER = config.SOLVERS[0]
+SOLVERS: dict[str, Solver] = {"hqq": hqq, "minmax": minmax}  # the names in choices.SOLVER_NAMES
+DEFAULT_SOLVER = SOLVER_NAMES[0]

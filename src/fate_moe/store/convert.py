@@ -19,12 +19,12 @@ from torch import Tensor
 
 from fate_moe.checkpoints.gguf import open_checkpoint
 from fate_moe.checkpoints.source import resolve_checkpoint
-from fate_moe.config import GROUP_SIZES
 from fate_moe.core import PRECISIONS
 from fate_moe.errors import CheckpointError, ConfigError, DiskSpaceError, StoreError
 from fate_moe.io.files import Journal, atomic_file, locked_folder, require_space, sync_folder
 from fate_moe.io.progress import Advance, progress_bar
 from fate_moe.quant.blob import encode
+from fate_moe.quant.choices import GROUP_SIZES
 from fate_moe.quant.dtypes import dtype_name
 from fate_moe.quant.solver import DEFAULT_SOLVER, SOLVERS, Solver
 from fate_moe.store.dense import default_dense_precision

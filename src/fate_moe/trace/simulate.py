@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from fate_moe.config import PRESETS
 from fate_moe.core import Counters, EvictionPolicy, Predictor
 from fate_moe.errors import ConfigError
-from fate_moe.memory.policies import make_policy
 from fate_moe.predict.activation_path import ActivationPath
 from fate_moe.predict.null import NoPrediction
 from fate_moe.predict.prefetcher import Prefetcher
 from fate_moe.predict.temporal import Temporal
+from fate_moe.registry import PRESETS, make_policy
 from fate_moe.trace.belady import Belady
 from fate_moe.trace.oracle import Oracle
 from fate_moe.trace.schema import RoutingTrace
@@ -84,16 +83,16 @@ def size_of_all(expert_bytes: Any) -> Any:
 
 
 def policy_for(name: str, trace: RoutingTrace, num_slots: int) -> EvictionPolicy:
-    """A policy by its name in config.POLICIES, "best" for the default, or "belady" for the offline bound."""
+    """A policy by its name in registry.POLICIES, "best" for the default, or "belady" for the offline bound."""
     if name == "belady":
         return Belady(trace)
-    return make_policy(PRESETS["best"][0] if name == "best" else name, num_slots, trace.num_experts.tolist())
+    return make_policy(PRESETS["best"].policy if name == "best" else name, num_slots, trace.num_experts.tolist())
 
 
 def predictor_for(
     name: str, trace: RoutingTrace, gates: Gates | None = None, policy: EvictionPolicy | None = None, look_ahead: int = 1
 ) -> Predictor:
-    """A predictor by its name in config.PREDICTORS, or "oracle" for the bound.
+    """A predictor by its name in registry.PREDICTORS, or "oracle" for the bound.
 
     Most predictors need a trace with router inputs and routers. ``gates`` are fitted ones (store.learned.load_gates); ``policy``
     may have statistics that the predictor uses too. Raises ConfigError if the trace lacks what the predictor needs.
@@ -113,7 +112,8 @@ def predictor_for(
 
     from fate_moe.core import Routing
     from fate_moe.predict.gates import FittedGates
-    from fate_moe.predict.predictors import Known, make_predictor
+    from fate_moe.predict.predictors import Known
+    from fate_moe.registry import make_predictor
 
     top_k = trace.experts.shape[2]
 

@@ -1,0 +1,139 @@
+"""Which argument of ``fate run`` is the model and which the prompt, and what a prompt may be made of. No model is loaded."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from fate_moe import demo
+from fate_moe.cli import build_parser, text
+from fate_moe.errors import ConfigError
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def meant(*arguments: str) -> tuple[str | None, str]:
+    parsed: argparse.Namespace = build_parser().parse_args(["run", *arguments])
+    return text._model_and_prompt(parsed)
+
+
+@pytest.fixture(autouse=True)
+def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", Terminal())
+
+
+@contextmanager
+def piped(data: bytes) -> Iterator[None]:
+    """``data`` | fate ..."""
+    reading, writing = os.pipe()
+    os.write(writing, data)
+    os.close(writing)
+    with open(reading, encoding="utf-8") as stdin, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdin", stdin)
+        yield
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], (None, demo.PROMPT)),
+        (["Once upon a time"], (None, "Once upon a time")),
+        (["Hello"], (None, "Hello")),
+        (["a choice of this/that, always"], (None, "a choice of this/that, always")),
+        (["x" * 5000], (None, "x" * 5000)),
+        (["-p", "Hello"], (None, "Hello")),
+        (["--prompt", "org/name"], (None, "org/name")),
+        (["org/name", "-p", "Hello"], ("org/name", "Hello")),
+        (["org/name", "Hello"], ("org/name", "Hello")),
+        (["anything", "Hello"], ("anything", "Hello")),
+        (["model.gguf", "Hello"], ("model.gguf", "Hello")),
+    ],
+)
+def test_what_is_the_model(arguments: list[str], expected: tuple[str | None, str]) -> None:
+    assert meant(*arguments) == expected
+
+
+def test_a_word_that_may_be_a_misspelt_model_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    meant("qwen")
+    assert len(said := capsys.readouterr().err.splitlines()) == 1
+    assert "'qwen' is no path" in said[0]
+    assert "prompt for the embedded model" in said[0]
+    meant("Once upon a time")
+    meant("-p", "qwen")
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "model", ["org/name", "/nowhere/at/all", "./here", "~/there", "model.gguf", str(demo.MODEL), "org/name/more"]
+)
+def test_a_model_without_a_prompt_on_a_terminal(model: str) -> None:
+    with pytest.raises(ConfigError, match="no prompt"):
+        meant(model)
+
+
+def test_standard_input() -> None:
+    for arguments, model in (([], None), (["-"], None), (["org/name"], "org/name"), (["org/name", "-"], "org/name")):
+        with piped(b"The king said\r\n"):
+            assert meant(*arguments) == (model, "The king said\n")
+    with piped(b""):
+        assert meant() == (None, demo.PROMPT)  # started by a program, not by a person with a prompt
+        with pytest.raises(ConfigError, match="no prompt"):
+            meant("org/name")
+        with pytest.raises(ConfigError, match="is empty"):
+            meant("-")
+    with piped(b"Andr\xe9 was"), pytest.raises(ConfigError, match="standard input is not UTF-8"):
+        meant("-")
+
+
+def test_files_are_utf8_with_any_line_ends(tmp_path: Path) -> None:
+    path = tmp_path / "prompt.txt"
+    path.write_bytes(b"\xef\xbb\xbfOnce\r\nupon")
+    assert meant("-f", str(path)) == (None, "Once\nupon")
+    for wrong, says in ((b"Andr\xe9 was", "not UTF-8"), ("Once".encode("utf-16"), "not UTF-8"), (b"", "is empty")):
+        path.write_bytes(wrong)
+        with pytest.raises(ConfigError, match=says):
+            meant("-f", str(path))
+    with pytest.raises(ConfigError, match="cannot be read"):
+        meant("-f", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([""], "is empty"),
+        (["-p", ""], "is empty"),
+        (["org/name", "This", "-f", "/dev/null"], "two prompts"),
+        (["org/name", "This", "-p", "That"], "two prompts"),
+        (["org/name", b"Andr\xe9 was".decode("utf-8", "surrogateescape")], "not UTF-8"),
+        ([b"Andr\xe9 was".decode("utf-8", "surrogateescape")], "not UTF-8"),
+    ],
+)
+def test_what_is_no_prompt(arguments: list[str], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        meant(*arguments)
+
+
+def test_two_options_are_too_many(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        meant("-p", "This", "-f", "/dev/null")
+    assert "not allowed with" in capsys.readouterr().err
+
+
+def test_the_name_of_a_store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FATE_HOME", str(tmp_path))
+    store = tmp_path / "stores" / "olmoe-int4-0123abcd"
+    store.mkdir(parents=True)
+    (store / "fate.json").write_text("{}")
+    assert meant(store.name, "Hello") == (str(store), "Hello")
+    with pytest.raises(ConfigError, match="no prompt"):
+        meant(store.name)

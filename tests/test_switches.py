@@ -1,0 +1,139 @@
+"""Every switch: read, refused in one line where its value has no meaning, documented."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fate_moe
+from fate_moe import switches
+from fate_moe.cli import main
+from fate_moe.errors import ConfigError
+from fate_moe.kernels.native import native
+
+needs_extension = pytest.mark.skipif(native is None, reason="the extension is not built")
+
+
+def python(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("FATE_")}
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**environment, **variables}, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_all_are_here_and_documented() -> None:
+    root = Path(fate_moe.__file__).parent
+    named = {name for path in root.rglob("*.py") for name in re.findall(r"\bFATE_[A-Z]+\b", path.read_text())}
+    assert named == set(switches.NAMES)
+    assert all(f"\n{name} " in (switches.__doc__ or "") for name in switches.NAMES)
+    for path in root.rglob("*.py"):
+        assert "environ" not in path.read_text() or path.name == "switches.py", f"{path} reads the environment"
+
+
+@pytest.mark.parametrize("name", ["FATE_CHECK", "FATE_FUSE", "FATE_NATIVE", "FATE_KERNELS", "FATE_LOG"])
+def test_a_wrong_value_is_one_line(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv(name, "perhaps")
+    with pytest.raises(ConfigError, match=f"{name}=perhaps is not one of"):
+        switches.check()
+    assert main(["list"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith(f"fate: {name}=perhaps is not one of")
+
+
+def test_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    for read, name, default in (
+        (switches.fuse, "FATE_FUSE", True),
+        (switches.use_native, "FATE_NATIVE", True),
+        (switches.check_each_pass, "FATE_CHECK", False),
+    ):
+        monkeypatch.delenv(name, raising=False)
+        assert read() is default
+        for value, meaning in (("", default), ("0", False), ("1", True)):
+            monkeypatch.setenv(name, value)
+            assert read() is meaning
+        monkeypatch.delenv(name)
+
+
+def test_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FATE_HOME", str(tmp_path / "new"))
+    assert switches.cache_home() == tmp_path / "new"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("FATE_HOME", "~/x")
+    assert switches.cache_home() == tmp_path / "x"
+    monkeypatch.delenv("FATE_HOME")
+    assert switches.cache_home() == tmp_path / ".cache" / "fate"
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FATE_HOME", str(tmp_path / "file"))
+    with pytest.raises(ConfigError, match="is not a folder"):
+        switches.cache_home()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variable", "level"),
+    [
+        ([], None, logging.WARNING),
+        ([], "info", logging.INFO),
+        ([], "debug", logging.DEBUG),
+        (["-v"], None, logging.INFO),
+        (["-vv"], "warning", logging.DEBUG),
+        (["--verbose"], "debug", logging.INFO),
+    ],
+)
+def test_logging(arguments: list[str], variable: str | None, level: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = logging.getLogger("fate_moe")
+    monkeypatch.setattr(log, "level", log.level)
+    if variable is not None:
+        monkeypatch.setenv("FATE_LOG", variable)
+    assert main(["list", *arguments]) == 0
+    assert log.level == level
+    if arguments:
+        assert main([*arguments, "list"]) == 0
+        assert log.level == level
+
+
+def test_a_misspelt_switch_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setenv("FATE_KERNEL", "avx2")
+    monkeypatch.setenv("FATE_OF_THE_SHIP", "unknown")
+    assert main(["list"]) == 0
+    assert [record.message for record in caplog.records] == ["FATE_KERNEL is not read; did you mean FATE_KERNELS?"]
+
+
+SHOW = "from fate_moe.kernels.native import native, why_not; print(native and native.instruction_set(), why_not())"
+
+
+@needs_extension
+def test_kernels_are_chosen() -> None:
+    available = native.instruction_sets()
+    for name, of in switches.KERNELS.items():
+        done = python(SHOW, FATE_KERNELS=name)
+        if of in available:
+            assert done.stdout.split() == [of, "None"], done.stderr
+        else:
+            assert f"ConfigError: FATE_KERNELS: this processor and this build do not have {of}; they have portable" in done.stderr
+    assert python(SHOW).stdout.split() == [available[0], "None"]
+
+
+@needs_extension
+def test_kernels_that_are_not_there_are_one_line_of_the_command() -> None:
+    missing = next(name for name, of in switches.KERNELS.items() if of not in native.instruction_sets())
+    done = python("import sys; from fate_moe.cli import main; sys.exit(main(['doctor']))", FATE_KERNELS=missing)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith(f"fate: FATE_KERNELS: this processor and this build do not have {missing}")
+
+
+def test_without_the_extension() -> None:
+    done = python(SHOW, FATE_NATIVE="0")
+    assert done.stdout.startswith("None FATE_NATIVE=0 turns the C++ kernels off"), done.stderr
+    code = "import fate_moe.memory.statistics as statistics; print(statistics.native)"
+    assert python(code, FATE_NATIVE="0").stdout.strip() == "None"
+    assert "unset one of them" in python(SHOW, FATE_NATIVE="0", FATE_KERNELS="portable").stderr
+    text = "import sys; from fate_moe.cli import main; sys.exit(main(['doctor']))"
+    assert "turned off" in python(text, FATE_NATIVE="0").stdout
