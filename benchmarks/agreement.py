@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.throttled import ThrottledSource, blobs_of
 from fate_moe.config import OffloadConfig
 from fate_moe.core import ExpertId
-from fate_moe.engine import load
+from fate_moe.engine import prepare
 from fate_moe.registry import PRESETS
 from fate_moe.store.learned import STATISTICS
 from fate_moe.store.open import Store

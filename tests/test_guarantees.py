@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fate_moe.engine.load import store_for
+from fate_moe.engine.prepare import store_for
 from fate_moe.registry import POLICIES, PREDICTORS
 from fate_moe.store.learned import save_gates
 

@@ -19,6 +19,7 @@ from fate_moe.engine.prepare import prepare, store_for
 from fate_moe.errors import BudgetError, ConfigError
 from fate_moe.memory.classes import fewest, total_bytes
 from fate_moe.store.convert import convert
+from fate_moe.store.learned import save_gates
 from fate_moe.units import format_bytes, parse_amount, parse_size
 
 

@@ -18,7 +18,6 @@ from fate_moe.errors import BudgetError, CorruptExpertError, UnsupportedModelErr
 from fate_moe.gpu.dense import ByteLinear
 from fate_moe.gpu.link import Link, save_link
 from fate_moe.kernels.native import native
-from fate_moe.registry import PRESETS
 from fate_moe.store.convert import convert
 from fate_moe.store.learned import GATES, save_gates
 from fate_moe.store.open import open_store
@@ -26,15 +25,6 @@ from tests.support.engines import load_model, simulated_gpu
 
 CPU = torch.device("cpu")
 PROMPT = torch.tensor([[3, 17, 90, 5]])
-
-
-def on_gpu(store: Path, slots: int | None = None, places: int | None = None, **options: Any) -> Any:
-    """The model of ``store`` with so many slots in "VRAM" and in RAM (None: all experts)."""
-    config = OffloadConfig(device="cuda", context_length=24, **options)
-    prepared = prepare(store)
-    plan = make_device_plan(prepared.footprint(), config, Gpu("simulated", CPU, 1 << 30, 1 << 30), PRESETS[config.preset].device)
-    plan = replace(plan, num_slots=slots or plan.num_slots, num_host_slots=places or plan.num_host_slots)
-    return realize_on_device(prepared, plan, config, CPU)
 
 
 def tokens(model: Any, num: int = 3, **options: Any) -> list[int]:

@@ -148,7 +148,7 @@ def _run(arguments: argparse.Namespace) -> None:
     plan = prepared.plan(config)
     print(plan.line(), file=sys.stderr, flush=True)
     _say_if_too_long(prepared.model, inputs.shape[1] + arguments.max_new_tokens)
-    model = realize(prepared, plan, config)
+    model = build(prepared, plan, config)
     with closing(model.fate):
         if arguments.json:
             answer = generate(model, tokenizer, inputs, **generate_options(arguments))
@@ -190,7 +190,8 @@ def _encode(tokenizer: Any, prompt: str, chat: bool) -> Any:
 
 def _chat(arguments: argparse.Namespace) -> None:
     quiet_transformers()
-    from fate_moe.engine.load import load_tokenizer, prepare, realize, store_for
+    from fate_moe.engine.load import build
+    from fate_moe.engine.prepare import load_tokenizer, prepare, store_for
 
     require_gpu(arguments)
     prepared = prepare(store_for(arguments.model, arguments.precision, arguments.dense_precision))
@@ -198,7 +199,7 @@ def _chat(arguments: argparse.Namespace) -> None:
     config = offload_config(arguments, OffloadConfig.context_length)
     plan = prepared.plan(config)
     print(plan.line(), file=sys.stderr)
-    model = realize(prepared, plan, config)
+    model = build(prepared, plan, config)
     with closing(model.fate):
         if not tokenizer.chat_template:
             print("this model has no chat template: it continues the text of both of you", file=sys.stderr)

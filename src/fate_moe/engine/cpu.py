@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
+from fate_moe import switches
 from fate_moe.adapter.families import linear_routers, norms_of
 from fate_moe.config import OffloadConfig
 from fate_moe.core import EvictionPolicy, ExpertId, ExpertSource
@@ -29,7 +30,8 @@ from fate_moe.memory.residency import Residency
 from fate_moe.memory.slots import SlotArena
 from fate_moe.memory.view_selector import ViewSelector
 from fate_moe.predict.gates import FittedGates
-from fate_moe.predict.predictors import Known, make_predictor
+from fate_moe.predict.predictors import Known
+from fate_moe.registry import make_predictor
 from fate_moe.runtime import ExpertRuntime
 from fate_moe.store.dense import dense_layouts, read_by_row
 from fate_moe.store.learned import load_gates, load_view_losses
@@ -146,6 +148,7 @@ class CpuParts:
             num_experts=[stack.num_experts for stack in stacks],
             view_selector=ViewSelector(precision, self._layouts, self._residency),
             look_ahead=config.look_ahead,
+            check=switches.check_each_pass(),
         )
         accelerated: Counter[str] = accelerate(model, config.exact_activations, patches)
         attach(model, stacks, self.runtime, patches)

@@ -29,15 +29,15 @@ from fate_moe.gpu.host import DiskBelow, HostTier, WholeHost, read_all
 from fate_moe.gpu.host_compute import HostCompute
 from fate_moe.gpu.layout import DeviceLayout, device_layout
 from fate_moe.gpu.memory import PinnedArena, VramPool
-from fate_moe.gpu.options import DeviceOptions
 from fate_moe.gpu.prefetch_trial import run_prefetch_trial
 from fate_moe.gpu.tables import ResidencyTables, layer_quotas
 from fate_moe.io.progress import progress_bar
 from fate_moe.journal import Observer
 from fate_moe.layers.cuda_step import why_not_fused
+from fate_moe.machine import peak_memory
 from fate_moe.memory.precision import make_precision_policy
 from fate_moe.memory.residency import Residency
-from fate_moe.registry import PRESETS, make_policy
+from fate_moe.registry import PRESETS
 from fate_moe.store.dense import dense_layouts
 from fate_moe.store.learned import load_gates, load_view_losses
 from fate_moe.store.open import load_dense
@@ -110,13 +110,13 @@ class CudaParts:
         self._layouts = _layouts(prepared)
         self._reasons = why_not_fused(prepared.model)
         self._plan = plan = _without_host_compute(plan, config, self._reasons)
-        if config.preset == "eap" and self._reasons:
+        if PRESETS[config.preset].device.activation_path and self._reasons:
+            why = "; ".join(self._reasons)
             raise UnsupportedModelError(
-                f"--preset eap needs a fused step on a GPU, and {'; '.join(self._reasons)}; choose --preset best, fate or "
-                "load-on-demand"
+                f"--preset {config.preset} needs a fused step on a GPU, and {why}; choose --preset best, fate or load-on-demand"
             )
         self._num_experts, self._top_k = self._stacks[0].num_experts, max(stack.top_k for stack in self._stacks)
-        self._options = replace(device_options(config.preset), host_compute=plan.host_compute)
+        self._options = replace(PRESETS[config.preset].device, host_compute=plan.host_compute)
         self.num_slots = plan.num_host_slots  # that the eviction policy orders
         self._host: HostTier | None = None
         self._experts: DeviceExperts | None = None
@@ -136,66 +136,20 @@ class CudaParts:
         if device.type == "cuda":
             torch.cuda.empty_cache()  # what the blobs took on their way
 
-
-def _realize(prepared: Prepared, plan: DevicePlan, config: OffloadConfig, device: torch.device | None) -> Any:
-    from fate_moe.engine.load import load_generation_config, recall, remember
-
-    device = device or find_gpu().device
-    store, model, stacks = prepared.store, prepared.model, prepared.stacks
-    layouts, reasons = _layouts(prepared), why_not_fused(model)
-    if plan.host_compute and reasons:
-        why = f"the CPU computes misses of fused steps alone, and {'; '.join(reasons)}"
-        if config.host_compute != "auto":
-            raise UnsupportedModelError(f"{why}; leave --host-compute away")
-        _log.warning("%s: it computes none", why)
-        plan = replace(plan, host_compute=0.0)
-    if PRESETS[config.preset].device.activation_path and reasons:
-        raise UnsupportedModelError(
-            f"--preset {config.preset} needs a fused step on a GPU, and {'; '.join(reasons)}; "
-            "choose --preset best, fate or load-on-demand"
-        )
-    if device.type == "cuda":  # the promise is kept by torch: it fails rather than take more
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, (plan.vram_budget_bytes - CONTEXT_BYTES) / total), device)
-    fill_device(model, load_dense(store), store.path, dense_layouts(model, store.manifest.dense_precision), device)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # what the blobs took on their way
-    load_generation_config(model, store.path)
-    options = replace(PRESETS[config.preset].device, host_compute=plan.host_compute)
-    num_experts, top_k = stacks[0].num_experts, max(stack.top_k for stack in stacks)
-    source, arena = DiskSource(store), PinnedArena(plan.num_host_slots, plan.slot_bytes, device)
-    policy = make_policy(config.policy_name, plan.num_host_slots, [num_experts] * len(stacks))
-    recall(policy, store.path)
-    host: HostTier
-    if plan.reads_disk:
-        options = replace(options, limit=0)  # what would be copied ahead may have to be read first
-        residency = Residency(source, arena.slots, policy, io_threads=config.io_threads)
-        host = DiskBelow(residency, arena, num_experts, device)
-    else:
+    def make_residency(self, policy: EvictionPolicy, source: ExpertSource | None) -> None:
+        """Pinned slots in RAM: all experts, or as many as fit with the disk behind."""
+        plan, config, store = self._plan, self._config, self._prepared.store
+        source = source or DiskSource(store)
+        self._arena = arena = PinnedArena(plan.num_host_slots, plan.slot_bytes, self._device)
+        if plan.reads_disk:
+            self._options = replace(self._options, limit=0)  # what would be copied ahead may have to be read first
+            residency = Residency(source, arena.slots, policy, io_threads=config.io_threads)
+            self._host = DiskBelow(residency, arena, self._num_experts, self._device)
+            return
         with progress_bar("loading experts", store.manifest.expert_bytes, None) as advance:
             read_all(source, arena, len(self._stacks), self._num_experts, config.io_threads, advance)
         source.close()
-        host = WholeHost(arena)
-    precision = make_precision_policy(config.precision_policy, load_view_losses(store.path))
-    share = _host_compute(prepared, arena, top_k, device, config) if plan.host_compute else None
-    hidden = model.config.get_text_config().hidden_size
-    learned = load_gates(store.path, [num_experts] * len(stacks), hidden) if options.limit and not reasons else None
-    fitted = [] if learned is None else [None, *learned.ahead[0][1:]]  # nothing comes early to the first layer
-    gates = router_weights(model, stacks)
-    experts = _experts(plan, layouts, host, gates, num_experts, top_k, options, share, precision, fitted, device)
-    attach_device(model, stacks, experts)
-    model.register_forward_hook(lambda module, args, output: host.check())
-    decode, per_token = None, plan.kv_cache_bytes // plan.context_length
-    if reasons:
-        _log.info("decode runs transformers' layers: %s", "; ".join(reasons))
-        limit_context(model, plan.context_length, per_token)
-    else:
-        decode = CapturedDecode(model, experts, plan.context_length, per_token, config.cuda_graph, options.activation_path)
-    _settle(model, experts, decode, device)
-    experts.tables.counters.zero_()
-    model.generate = _with_inputs_on(device, model.generate, plan)
-    model.fate = DeviceFate(plan, config, experts, decode, lambda: remember(policy, store.path) if plan.reads_disk else None)
-    return model
+        self._host = WholeHost(arena)
 
     def make_prediction(self) -> None:
         """Routers that can be applied one layer early, and the gates of ``fate fit`` for a fused step."""
@@ -222,7 +176,7 @@ def _realize(prepared: Prepared, plan: DevicePlan, config: OffloadConfig, device
             _log.info("decode runs transformers' layers: %s", "; ".join(self._reasons))
             limit_context(model, plan.context_length, per_token, patches)
         else:
-            paths = config.preset == "eap"
+            paths = self._options.activation_path
             self._decode = CapturedDecode(model, experts, plan.context_length, per_token, config.cuda_graph, patches, paths=paths)
         self._try_prefetch(experts)
         experts.tables.counters.zero_()

@@ -8,42 +8,20 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from transformers import AutoTokenizer, GenerationConfig
-
-from fate_moe import demo
-from fate_moe.adapter.families import linear_routers, norms_of
-from fate_moe.adapter.meta_model import ExpertStack, build_meta_model, expert_stacks
-from fate_moe.checkpoints.gguf import config_folder, open_checkpoint
-from fate_moe.checkpoints.source import resolve_checkpoint
 from fate_moe.config import OffloadConfig
-from fate_moe.core import EvictionPolicy, ExpertId, ExpertSource, Predictor, Router
-from fate_moe.engine.attach import attach, limit_context, routers_of
-from fate_moe.engine.budget import Footprint, Plan, footprint, make_plan
-from fate_moe.engine.device_budget import DevicePlan, make_device_plan
-from fate_moe.engine.report import Report
-from fate_moe.engine.weights import fill, leave_on_disk
-from fate_moe.errors import CheckpointError, ConfigError, StoreError
+from fate_moe.core import EvictionPolicy, ExpertSource
+from fate_moe.engine.budget import Plan
+from fate_moe.engine.cpu import CpuParts
+from fate_moe.engine.device_budget import DevicePlan
+from fate_moe.engine.engine import Engine
+from fate_moe.engine.patches import Patches
+from fate_moe.engine.prepare import Prepared, load_generation_config, load_tokenizer, prepare, store_for
+from fate_moe.errors import ConfigError
 from fate_moe.gpu.device import find_gpu
-from fate_moe.kernels.cpu import SlotExperts
-from fate_moe.layers.cpu_step import join_layers
-from fate_moe.layers.modules import accelerate
 from fate_moe.memory.decayed import Decayed
-from fate_moe.memory.precision import make_precision_policy
-from fate_moe.memory.residency import Residency
-from fate_moe.memory.slots import SlotArena
-from fate_moe.memory.view_selector import ViewSelector
-from fate_moe.predict.gates import FittedGates
-from fate_moe.predict.predictors import Known
-from fate_moe.registry import PRESETS, make_policy, make_predictor
-from fate_moe.runtime import ExpertRuntime
-from fate_moe.store.convert import convert
-from fate_moe.store.dense import default_dense_precision, dense_layouts, read_by_row
-from fate_moe.store.format import blob_layout
-from fate_moe.store.learned import gates_bytes, load_gates, load_statistics, load_view_losses, save_statistics
-from fate_moe.store.open import Store, load_dense, open_store
-from fate_moe.store.plan import identity_of
-from fate_moe.store.reader import DiskSource
-from fate_moe.switches import cache_home
+from fate_moe.registry import make_policy
+from fate_moe.store.home import store_used
+from fate_moe.store.learned import load_statistics, save_statistics
 
 if TYPE_CHECKING:
     import torch
@@ -88,10 +66,14 @@ class Parts(Protocol):
     def abandon(self) -> None: ...
 
 
-def _plan(needs: Footprint, config: OffloadConfig) -> Plan | DevicePlan:
-    if config.on_gpu:
-        return make_device_plan(needs, config, find_gpu(), PRESETS[config.preset].device)
-    return make_plan(needs, config)
+def build(
+    prepared: Prepared,
+    plan: Plan | DevicePlan,
+    config: OffloadConfig,
+    source: ExpertSource | None = None,
+    device: torch.device | None = None,
+) -> PreTrainedModel:
+    """Make ``prepared``'s model run under ``plan``; the meta model becomes the model.
 
     ``source`` brings the experts' bytes; None: the store's files. ``device`` of a DevicePlan: None is this machine's GPU, a CPU
     simulates one under Triton's interpreter. Raises UnsupportedModelError for experts that the device cannot run, BudgetError if a
@@ -119,6 +101,7 @@ def _plan(needs: Footprint, config: OffloadConfig) -> Plan | DevicePlan:
             parts.patch()
             engine = parts.engine(lambda: _keep_learned(policy, path))
             patches.replace(model, "fate", engine)
+            store_used(path)
     except BaseException:
         parts.abandon()
         patches.undo()

@@ -14,18 +14,19 @@ from fate_moe import demo
 from fate_moe.adapter.meta_model import ExpertStack, build_meta_model, expert_stacks
 from fate_moe.checkpoints.gguf import config_folder, open_checkpoint
 from fate_moe.checkpoints.source import resolve_checkpoint
-from fate_moe.config import OffloadConfig, cache_home
+from fate_moe.config import OffloadConfig
 from fate_moe.engine.budget import Footprint, Plan, footprint, make_plan
 from fate_moe.engine.device_budget import DevicePlan, make_device_plan
 from fate_moe.errors import CheckpointError, StoreError
 from fate_moe.gpu.device import find_gpu
-from fate_moe.gpu.options import device_options
+from fate_moe.registry import PRESETS
 from fate_moe.store.convert import convert
 from fate_moe.store.dense import default_dense_precision
 from fate_moe.store.format import blob_layout
 from fate_moe.store.learned import gates_bytes
 from fate_moe.store.open import Store, open_store
 from fate_moe.store.plan import identity_of
+from fate_moe.switches import cache_home
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -77,7 +78,7 @@ def plan(model: str | Path | None = None, **options: Any) -> Plan | DevicePlan:
 
 def _plan(needs: Footprint, config: OffloadConfig) -> Plan | DevicePlan:
     if config.on_gpu:
-        return make_device_plan(needs, config, find_gpu(), device_options(config.preset))
+        return make_device_plan(needs, config, find_gpu(), PRESETS[config.preset].device)
     return make_plan(needs, config)
 
 

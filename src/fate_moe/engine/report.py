@@ -5,11 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from fate_moe.config import OffloadConfig
 from fate_moe.core import Counters
-from fate_moe.engine.budget import Plan
-from fate_moe.engine.device_budget import DevicePlan
-from fate_moe.machine import peak_memory
 from fate_moe.units import format_bytes
 
 __all__ = ["Report"]
