@@ -3,6 +3,7 @@
 FateError
 ├── ConfigError            an option that does not exist or cannot be read
 ├── BudgetError            the memory budget is too small; names the smallest that works
+├── ClosedModelError       a model is used after its engine was closed
 ├── DiskSpaceError         a conversion would not fit on the disk
 ├── CheckpointError        the source checkpoint is missing, torn or malformed
 │   └── UnsupportedModelError   it is whole, but of a kind this engine does not run
@@ -15,6 +16,7 @@ from __future__ import annotations
 __all__ = [
     "BudgetError",
     "CheckpointError",
+    "ClosedModelError",
     "ConfigError",
     "CorruptExpertError",
     "DiskSpaceError",
@@ -38,6 +40,13 @@ class BudgetError(FateError):
     def __init__(self, message: str, smallest_bytes: int) -> None:
         super().__init__(message)
         self.smallest_bytes = smallest_bytes
+
+
+class ClosedModelError(FateError):
+    """The model was closed; load it again."""
+
+    def __init__(self, message: str = "this model has been closed; load it again") -> None:
+        super().__init__(message)
 
 
 class DiskSpaceError(FateError):

@@ -28,6 +28,7 @@ from fate_moe.gpu.layout import DeviceLayout, device_layout
 from fate_moe.gpu.memory import PinnedArena, VramPool
 from fate_moe.gpu.options import DeviceOptions, device_options
 from fate_moe.gpu.prefetch_trial import run_prefetch_trial
+from fate_moe.gpu.state import DeviceState
 from fate_moe.gpu.tables import ResidencyTables, layer_quotas
 from fate_moe.io.progress import progress_bar
 from fate_moe.layers.cuda_step import why_not_fused
@@ -63,17 +64,17 @@ class DeviceFate:
 
     def report(self) -> Report:
         """Everything since loading: lookups in VRAM, bytes to it and from disk, memory. Waits for the device."""
-        experts = self.experts
-        disk = experts.host.counters() if self.plan.reads_disk else None
-        ahead = "" if experts.options.limit else ", nothing copied ahead"
+        state = self.experts.state
+        disk = state.host.counters() if self.plan.reads_disk else None
+        ahead = "" if state.options.limit else ", nothing copied ahead"
         return Report.on_device(
-            experts.counters(), disk, experts.tables.hosted(), self.plan, self.config, ahead, vram_peak(experts.pool.bytes.device)
+            state.counters(), disk, state.tables.hosted(), self.plan, self.config, ahead, vram_peak(state.device)
         )
 
     def close(self) -> None:
         """Give host memory back, close the store's files, keep what was learned. The model cannot run afterwards."""
-        self.experts.counters()  # the device has ended its work: nothing reads host memory any more
-        self.experts.close()
+        self.experts.state.counters()  # the device has ended its work: nothing reads host memory any more
+        self.experts.state.close()
         self._keep()
 
 
@@ -135,12 +136,12 @@ def _realize(prepared: Prepared, plan: DevicePlan, config: OffloadConfig, device
         source.close()
         host = WholeHost(arena)
     precision = make_precision_policy(config.precision_policy, load_view_losses(store.path))
-    share = _host_compute(prepared, arena, top_k, device, config) if plan.host_compute else None
+    host_compute = _host_compute(prepared, arena, top_k, device, config) if plan.host_compute else None
     hidden = model.config.get_text_config().hidden_size
     learned = load_gates(store.path, [num_experts] * len(stacks), hidden) if options.limit and not reasons else None
     fitted = [] if learned is None else [None, *learned.ahead[0][1:]]  # nothing comes early to the first layer
-    gates = router_weights(model, stacks)
-    experts = _experts(plan, layouts, host, gates, num_experts, top_k, options, share, precision, fitted, device)
+    routers = router_weights(model, stacks)
+    experts = _experts(plan, layouts, host, routers, num_experts, top_k, options, host_compute, precision, fitted, device)
     attach_device(model, stacks, experts)
     model.register_forward_hook(lambda module, args, output: host.check())
     decode, per_token = None, plan.kv_cache_bytes // plan.context_length
@@ -150,7 +151,7 @@ def _realize(prepared: Prepared, plan: DevicePlan, config: OffloadConfig, device
     else:
         decode = CapturedDecode(model, experts, plan.context_length, per_token, config.cuda_graph, config.preset == "eap")
     _settle(model, experts, decode, device)
-    experts.tables.counters.zero_()
+    experts.state.tables.counters.zero_()
     model.generate = _with_inputs_on(device, model.generate, plan)
     model.fate = DeviceFate(plan, config, experts, decode, lambda: remember(policy, store.path) if plan.reads_disk else None)
     return model
@@ -164,7 +165,7 @@ def _settle(model: Any, experts: DeviceExperts, decode: CapturedDecode | None, d
             run_prefetch_trial(experts, decode.record, decode.one_token)
         else:
             run_prefetch_trial(experts, lambda: None, lambda: model(token))
-    _log.info("copied ahead: at most %d experts a layer", experts.options.limit)
+    _log.info("copied ahead: at most %d experts a layer", experts.state.options.limit)
 
 
 def _host_compute(prepared: Prepared, arena: PinnedArena, top_k: int, device: torch.device, config: OffloadConfig) -> HostCompute:
@@ -179,11 +180,11 @@ def _experts(
     plan: DevicePlan,
     layouts: Sequence[DeviceLayout],
     host: HostTier,
-    gates: Sequence[torch.Tensor | None],
+    routers: Sequence[torch.Tensor | None],
     num_experts: int,
     top_k: int,
     options: DeviceOptions,
-    share: HostCompute | None,
+    host_compute: HostCompute | None,
     precision: PrecisionPolicy | None,
     fitted: Sequence[torch.Tensor | None],
     device: torch.device,
@@ -192,12 +193,13 @@ def _experts(
     quotas = layer_quotas(plan.num_slots, len(layouts), num_experts, min(num_experts, top_k + options.limit), options.num_whole)
     tables = ResidencyTables(quotas, num_experts, device)
     pool = VramPool(tables.num_slots, plan.num_staging, plan.slot_bytes, device)
-    experts = DeviceExperts(
-        layouts, host, pool, tables, gates, top_k=top_k, options=options, share=share, precision=precision, fitted=fitted
-    )
-    experts.fill()
+    state = DeviceState(
+        layouts, host, pool, tables, routers, top_k=top_k, options=options, host_compute=host_compute, precision=precision,
+        fitted=fitted,
+    )  # fmt: skip
+    state.fill()
     host.check()
-    return experts
+    return DeviceExperts(state)
 
 
 def _layouts(prepared: Prepared) -> list[DeviceLayout]:

@@ -17,7 +17,7 @@ class DeviceOptions:
     where the step has it: fused ones) or "recency".
     limit: prefetches per layer, at most; 0 for none (``gpu/regime.py`` says where they only stand in the way).
     num_predicted: that many of the likeliest experts are expected (0: the router's top-k), if their softmax probability is at
-    least ``least``.
+    least ``min_probability``.
     num_whole: layers kept whole, from the first on. overlap: compute the resident experts while the missing ones are fetched.
     host_compute: that share of a layer's missing experts (rounded up) is computed on the host instead of copied, in captured steps:
     the host's bandwidth over the sum of both. They round otherwise than on the device, so tokens may differ from fully resident.
@@ -27,7 +27,7 @@ class DeviceOptions:
     half_life: float = 32.0
     limit: int = 1
     num_predicted: int = 0
-    least: float = 0.02
+    min_probability: float = 0.02
     num_whole: int = 0
     overlap: bool = True
     fetch_programs: int = 16
