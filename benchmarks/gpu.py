@@ -44,7 +44,7 @@ METHODS: dict[str, DeviceOptions] = {
     "fate": DeviceOptions(eviction="recency", limit=1, num_whole=4, overlap=False),
     "no prefetch": DeviceOptions(limit=0),
     "best": DeviceOptions(),
-    "always ahead": DeviceOptions(),  # as best, but whether copying ahead pays is not asked (gpu/regime.py)
+    "always ahead": DeviceOptions(),  # as best, but whether copying ahead pays is not asked (gpu/prefetch_trial.py)
     "counted": DeviceOptions(eviction="frequency"),  # as best before the router's probabilities were weighed
     "fitted": DeviceOptions(),  # next layer's choice by gates fitted to this model
     "prefetch 2": DeviceOptions(limit=2),
@@ -77,23 +77,23 @@ def decode(
     step.begin(first, PROMPT)
     for _ in range(warm):
         step.replay()
-    before, hosted = experts.counters(), experts.tables.hosted()
+    before, hosted = experts.state.counters(), experts.state.tables.hosted()
     start, end = event(), event()
     start.record()
     for _ in range(measured):
         step.replay()
     end.record()
     end.synchronize()
-    experts.tables.check_integrity()
-    counted = experts.counters().since(before)
+    experts.state.tables.check_integrity()
+    counted = experts.state.counters().since(before)
     took = start.elapsed_time(end) / measured
     row = {
         "tokens_per_second": 1e3 / took,
         "ms": took,
-        "copied_ahead": experts.options.limit,
+        "copied_ahead": experts.state.options.limit,
         "ready": counted.ready_on_time,
         "misses_per_token": counted.misses / measured,
-        "hosted_per_token": (experts.tables.hosted() - hosted) / measured,
+        "hosted_per_token": (experts.state.tables.hosted() - hosted) / measured,
         "prefetched_per_token": counted.prefetched / measured,
         "prefetch_used": counted.prefetch_used / max(1, counted.prefetched),
         "link_ms_at_50GBs": counted.bytes_read / measured / 50e6,
@@ -276,13 +276,13 @@ def prefill(random: RandomModel, share: float, tokens: int, method: str, expecte
         times.append(time.perf_counter() - start)
     took = min(times[1:])
     same = torch.equal(logits, expected.setdefault(tokens, logits))
-    missing = (1 - experts.tables.num_slots / random.arena.num_blobs) * random.arena.bytes.numel()
+    missing = (1 - experts.state.tables.num_slots / random.arena.num_blobs) * random.arena.bytes.numel()
     row = {"tokens_per_second": tokens / took, "ms": took * 1e3, "copy_ms_at_50GBs": missing / 50e6}
     return row | (prompt_parts(read) if share == 1.0 else {}) | {"same_as_others": float(same)}
 
 
 def _empty() -> None:
-    """Give back what cells before this one held; experts refer to themselves."""
+    """Give back what cells before this one held."""
     gc.collect()
     torch.cuda.empty_cache()
 

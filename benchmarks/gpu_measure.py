@@ -89,13 +89,13 @@ def copies(results: dict[str, Any]) -> None:
 
 def copy_microseconds(random: RandomModel, experts: DeviceExperts) -> dict[str, float]:
     """What one expert takes to come to its slot, by the number of the copying kernel's programs."""
-    staging, found = experts.pool.num_slots, {}
+    staging, found = experts.state.pool.num_slots, {}
     wanted = torch.tensor([[0, staging], [1, 0]], dtype=torch.int32, device="cuda")
-    whole = experts.options
+    whole = experts.state.options
     for programs in (8, 16, 27, 32, 54):
-        experts.options = replace(whole, fetch_programs=programs)
+        experts.state.options = replace(whole, fetch_programs=programs)
         found[str(programs)] = milliseconds(captured(lambda: experts.fetch(wanted), 8)) / 8 * 1e3
-    experts.options = whole
+    experts.state.options = whole
     return found
 
 
@@ -125,7 +125,7 @@ def kernels(random: RandomModel, experts: DeviceExperts, bandwidth: float, resul
     assert max(error["kernel"], error["grouped"]) < 2 * error["twin_bf16"], error
     # Rotate over experts so that the L2 cache does not serve the weights.
     picks = [torch.randperm(num_experts)[:top_k].int().cuda() for _ in range(16)]
-    layout = experts.layouts[0]
+    layout = experts.state.layouts[0]
     weight_bytes = top_k * sum(
         part.shape[0] * part.shape[1] * (part.shape[2] if len(part.shape) > 2 else 2) for part in random.layout.parts
     )
@@ -137,12 +137,12 @@ def kernels(random: RandomModel, experts: DeviceExperts, bandwidth: float, resul
 
         def sixteen(call: Callable[[], None] = call) -> None:
             for pick in picks:
-                experts.slots[:top_k].copy_(pick)
+                experts.state.slots[:top_k].copy_(pick)
                 call()
 
         def empty() -> None:
             for pick in picks:
-                experts.slots[:top_k].copy_(pick)
+                experts.state.slots[:top_k].copy_(pick)
 
         took = (milliseconds(captured(sixteen)) - milliseconds(captured(empty))) / 16
         floor = weight_bytes * matrices[name] / sum(matrices.values()) / bandwidth / 1e6 * 1
@@ -200,26 +200,26 @@ def _length(spans: list[tuple[float, float]]) -> float:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _question_kernel(questions, asked, late, x, count, num_blobs, cols: tl.constexpr, MOST: tl.constexpr, E: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+def _question_kernel(questions, asked, pending, x, count, num_blobs, cols: tl.constexpr, MOST: tl.constexpr, E: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
     """Ask for ``count`` blobs, others each time."""
     i = tl.arange(0, E)
     blob = (tl.load(asked) * 97 + i * 13) % num_blobs
     place = ask_experts(questions, asked, (i < count).to(tl.int32), blob, x, cols, MOST, 1024)
-    tl.store(late + i, tl.where(i < count, 2 + place, 0))
+    tl.store(pending + i, tl.where(i < count, 2 + place, 0))
 
 
 def host_answers(random: RandomModel, share: HostCompute, results: dict[str, Any]) -> None:
     """Microseconds from a question for n experts to the answer in VRAM, the host reading other experts each time."""
     x = torch.randn(share.cols, device="cuda").bfloat16()
     rows = triton.next_power_of_2(share.most)
-    late = torch.zeros(rows, dtype=torch.int32, device="cuda")
+    pending = torch.zeros(rows, dtype=torch.int32, device="cuda")
     results["host_us"] = {}
     for count in range(1, share.most + 1):
 
         def ask(count: int = count) -> None:
             _question_kernel[(1,)](
-                share.questions, share.asked, late, x, count, random.arena.num_blobs, cols=share.cols, MOST=share.most, E=rows
+                share.questions, share.asked, pending, x, count, random.arena.num_blobs, cols=share.cols, MOST=share.most, E=rows
             )
-            share.collect(late)
+            share.collect(pending)
 
         results["host_us"][str(count)] = milliseconds(captured(ask, 32)) / 32 * 1e3

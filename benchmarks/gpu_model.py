@@ -29,6 +29,7 @@ from fate_moe.gpu.host_compute import HostCompute
 from fate_moe.gpu.layout import DeviceLayout, device_layout
 from fate_moe.gpu.memory import PinnedArena, VramPool
 from fate_moe.gpu.options import DeviceOptions
+from fate_moe.gpu.state import DeviceState
 from fate_moe.gpu.tables import ResidencyTables, layer_quotas
 from fate_moe.store.format import blob_layout
 
@@ -116,13 +117,15 @@ class RandomModel:
         )
         tables = ResidencyTables(quotas, num_experts, device)
         pool = VramPool(tables.num_slots, 2 * min(32, num_experts), self.layout.length, device)
-        gates = router_weights(self.model, self.stacks)
-        share = self.host_compute() if options.host_compute else None
-        experts = DeviceExperts(
-            self.device_layouts, self.arena, pool, tables, gates, top_k=top_k, options=options, share=share, fitted=fitted
-        )
-        experts.fill()
-        attach_device(self.model, self.stacks, experts, Patches(self.model))
+        routers = router_weights(self.model, self.stacks)
+        host_compute = self.host_compute() if options.host_compute else None
+        state = DeviceState(
+            self.device_layouts, self.arena, pool, tables, routers, top_k=top_k, options=options, host_compute=host_compute,
+            fitted=fitted,
+        )  # fmt: skip
+        state.fill()
+        experts = DeviceExperts(state)
+        attach_device(self.model, self.stacks, experts)
         return experts
 
     def host_compute(self) -> HostCompute:

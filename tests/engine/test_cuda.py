@@ -13,8 +13,10 @@ from transformers.generation.streamers import BaseStreamer
 pytest.importorskip("triton")
 
 from fate_moe.core import ExpertId
-from fate_moe.engine.prepare import prepare, store_for
-from fate_moe.errors import BudgetError, CorruptExpertError, UnsupportedModelError
+from fate_moe.engine.cuda import realize_on_device
+from fate_moe.engine.device_budget import make_device_plan
+from fate_moe.engine.load import prepare, store_for
+from fate_moe.errors import BudgetError, ClosedModelError, CorruptExpertError, UnsupportedModelError
 from fate_moe.gpu.dense import ByteLinear
 from fate_moe.gpu.link import Link, save_link
 from fate_moe.kernels.native import native
@@ -44,7 +46,7 @@ def test_tokens_are_the_cpus(
     assert (report["experts"]["misses"] > 0) == bool(slots)
     assert str(model.fate.report()).startswith("experts:")
     model.fate.close()
-    with pytest.raises(RuntimeError, match="closed"):
+    with pytest.raises(ClosedModelError, match="closed"):
         tokens(model)
 
 
@@ -61,7 +63,7 @@ def test_activation_paths(checkpoint: Callable[[str], Path], loaded: Callable[..
     assert not step.collection[2:].any()
     chosen = first[1].argmax()
     torch.testing.assert_close(step.predicted[1].exp()[chosen], first[1].max() / first[1].sum(), rtol=1e-3, atol=1e-3)
-    assert model.fate.experts.counters().prefetched > 0
+    assert model.fate.experts.state.counters().prefetched > 0
     model.fate.close()
     with pytest.raises(UnsupportedModelError, match="choose --preset best"):
         simulated_gpu(store_for(checkpoint("olmoe"), "lossless"), preset="eap")
@@ -209,8 +211,8 @@ def test_gates_fitted_to_the_model_are_used(checkpoint: Callable[[str], Path], l
     gates = [torch.randn(config.num_experts, config.hidden_size + 1) for _ in range(config.num_hidden_layers)]
     save_gates(store, gates)
     try:
-        model = simulated_gpu(store, slots=8)
-        first, second = model.fate.experts.fitted
+        model = on_gpu(store, slots=8)
+        first, second = model.fate.experts.state.fitted
         assert first is None
         assert torch.equal(second.float(), gates[1].bfloat16().float())
         assert tokens(model) == tokens(loaded("qwen2_moe"))

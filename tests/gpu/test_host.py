@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from fate_moe.core import ExpertId
-from fate_moe.errors import StoreError
+from fate_moe.core import ExpertId, Need
+from fate_moe.errors import ClosedModelError, StoreError
 from fate_moe.gpu.host import DiskBelow, read_all
 from fate_moe.gpu.memory import PinnedArena
 from fate_moe.gpu.options import DeviceOptions
@@ -42,20 +44,20 @@ class FromArena:
 
 def below(model: Model, num_places: int) -> tuple[DiskBelow, FromArena]:
     source, arena = FromArena(model), PinnedArena(num_places, model.layout.length, CPU)
-    policy = make_policy("lru", num_places, [model.num_experts] * len(model.gates))
+    policy = make_policy("lru", num_places, [model.num_experts] * len(model.routers))
     return DiskBelow(Residency(source, arena.slots, policy), arena, model.num_experts, CPU), source
 
 
 def outputs(model: Model, host: DiskBelow | PinnedArena, tokens: int) -> list[torch.Tensor]:
     """Of four passes of ``tokens`` tokens through every layer, with few slots in VRAM."""
-    experts = model.experts(3 * len(model.gates), DeviceOptions(limit=0), host=host)
+    experts = model.experts(3 * len(model.routers), DeviceOptions(limit=0), host=host)
     random = torch.Generator().manual_seed(5)
     made = []
     for _ in range(4):
-        for layer in range(len(model.gates)):
+        for layer in range(len(model.routers)):
             hidden = torch.randn(tokens, model.hidden, generator=random)
             made.append(experts.compute(layer, hidden, *route(model, layer, hidden)))
-    experts.tables.check_integrity()
+    experts.state.tables.check_integrity()
     return made
 
 
@@ -70,7 +72,7 @@ def test_same_bits_with_the_disk_below(tokens: int) -> None:
     assert host.counters().bytes_read == source.reads * model.layout.length
     host.close()
     host.residency.check_integrity()
-    with pytest.raises(RuntimeError, match="closed"):
+    with pytest.raises(ClosedModelError, match="closed"):
         host.check()
 
 
@@ -101,8 +103,7 @@ def test_prefill_takes_short_views_of_the_tail_alone() -> None:
     """Least popular experts come with 3 bits, from the disk too; what decode needs afterwards is whole."""
     model = random_model("int4", layers=1, experts=4)
     host, _ = below(model, 3)
-    experts = model.experts(3, DeviceOptions(limit=0), host=host)
-    experts.precision = PrefillPopularity(share=0.25, bits=3)
+    experts = model.experts(3, DeviceOptions(limit=0), host=host, precision=PrefillPopularity(share=0.25, bits=3))
     hidden = torch.randn(20, model.hidden, generator=torch.Generator().manual_seed(2))
     index = torch.tensor([[3, 0]] * 4 + [[0, 1]] * 16)  # expert 3, which has no slot, has a tenth of the choices
     weights = torch.full((20, 2), 0.5)
@@ -117,3 +118,26 @@ def test_prefill_takes_short_views_of_the_tail_alone() -> None:
     one = experts.compute(0, hidden[:1], index[:1], weights[:1])
     torch.testing.assert_close(one.double(), whole[:1], rtol=5e-2, atol=5e-2)  # int8 activations
     host.close()
+
+
+@pytest.mark.parametrize(
+    ("views", "bits", "planes"),
+    [((2, 3, 4), 2, 1), ((4, 6, 8), 6, 2), ((4, 8), 4, 1), ((2, 3, 4), 4, None), ((8,), 8, None), ((), 3, None)],
+)
+def test_views_are_the_layouts(views: tuple[int, ...], bits: int, planes: int | None) -> None:
+    """Prefill asks the precision policy for one of the views that the layout has, and copies that many planes."""
+    asked: list[Sequence[int]] = []
+
+    class Fixed:
+        def bits(self, needs: Sequence[Need], views: Sequence[int], affordable: float) -> list[int]:
+            asked.append(views)
+            assert [need.held for need in needs] == [views[-1], 0]
+            return [bits] * len(needs)
+
+    model = random_model("int4", layers=1, experts=4)
+    experts = model.experts(3, precision=Fixed())
+    assert experts.state.layouts[0].views == (2, 3, 4)
+    experts.state.layouts = [replace(experts.state.layouts[0], views=views)]
+    short = experts._prefill._short_views(0, [3], {0: 20, 3: 4})
+    assert short == ({} if planes is None else {3: planes})
+    assert asked == ([views] if len(views) > 1 else [])

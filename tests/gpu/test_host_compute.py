@@ -14,6 +14,7 @@ from fate_moe.errors import UnsupportedModelError
 from fate_moe.gpu.experts import DeviceExperts
 from fate_moe.gpu.host_compute import HostCompute
 from fate_moe.gpu.options import DeviceOptions
+from fate_moe.gpu.state import DeviceState
 from fate_moe.kernels.native import native
 from tests.support.device import CPU, Model, SwiGLU, random_model, reference
 
@@ -26,7 +27,7 @@ def model() -> Model:
 
 
 @pytest.fixture
-def share(model: Model) -> Iterator[HostCompute]:
+def computing(model: Model) -> Iterator[HostCompute]:
     made = HostCompute(model.layout, model.shapes, SwiGLU(), model.arena, model.top_k, CPU, threads=2, exact=True)
     yield made
     made.close()
@@ -34,10 +35,10 @@ def share(model: Model) -> Iterator[HostCompute]:
 
 def step(experts: DeviceExperts, model: Model, layer: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One token through ``route`` and ``run``: output, routing weights and chosen experts."""
-    logits = model.gates[layer] @ x[0]
+    logits = model.routers[layer] @ x[0]
     weights, out = torch.zeros(1, model.top_k), torch.zeros_like(x)
-    experts.staged[0] = staged(x[0])
-    experts.route(layer, logits, model.gates[-1] @ x[0], x[0], weights, normalize=True)
+    experts.state.staged[0] = staged(x[0])
+    experts.route(layer, logits, model.routers[-1] @ x[0], x[0], weights, normalize=True)
     experts.run(layer, weights, out)
     return out, weights, torch.topk(logits, model.top_k).indices[None]
 
@@ -48,46 +49,46 @@ def staged(x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("host_compute", [1.0, 0.5])
-def test_same_sums_as_the_twin_and_only_the_links_misses_move_in(model: Model, share: HostCompute, host_compute: float) -> None:
-    experts = model.experts(10, DeviceOptions(limit=1, host_compute=host_compute), share=share)
+def test_same_sums_as_the_twin_and_only_the_links_misses_move_in(model: Model, computing: HostCompute, host_compute: float) -> None:
+    experts = model.experts(10, DeviceOptions(limit=1, host_compute=host_compute), host_compute=computing)
     random = torch.Generator().manual_seed(3)
     hosted = 0
     for _ in range(4):
         for layer in (0, 1):
             x = torch.randn(1, 128, generator=random)
-            before = {expert for held, expert, _ in experts.tables.residents() if held == layer}
+            before = {expert for held, expert, _ in experts.state.tables.residents() if held == layer}
             out, weights, index = step(experts, model, layer, x)
-            after = {expert for held, expert, _ in experts.tables.residents() if held == layer}
+            after = {expert for held, expert, _ in experts.state.tables.residents() if held == layer}
             missing = set(index[0].tolist()) - before
             assert len(missing - after) == len(missing) - int(len(missing) * (1 - host_compute))
             hosted += len(missing - after)
             exact = reference(model, layer, x, index, weights, torch.float64)
             twin = reference(model, layer, x, index, weights, torch.float32)
             assert (out.double() - exact).abs().max() <= 2 * (twin.double() - exact).abs().max() + 1e-6 * exact.abs().max()
-    assert hosted == experts.tables.hosted() > 0
-    counted = experts.counters()
+    assert hosted == experts.state.tables.hosted() > 0
+    counted = experts.state.counters()
     assert counted.bytes_read == (counted.misses - hosted + counted.prefetched) * model.layout.length
-    experts.tables.check_integrity()
+    experts.state.tables.check_integrity()
 
 
 def test_activations_are_rounded_as_on_the_cpu_tier(model: Model) -> None:
-    share = HostCompute(model.layout, model.shapes, SwiGLU(), model.arena, model.top_k, CPU, threads=1)
-    experts = model.experts(10, DeviceOptions(host_compute=1.0), share=share)
+    computing = HostCompute(model.layout, model.shapes, SwiGLU(), model.arena, model.top_k, CPU, threads=1)
+    experts = model.experts(10, DeviceOptions(host_compute=1.0), host_compute=computing)
     x = torch.randn(1, 128, generator=torch.Generator().manual_seed(5))
     out, weights, index = step(experts, model, 0, x)
     exact = reference(model, 0, x, index, weights, torch.float64)
     error = (out.double() - exact).norm() / exact.norm()
     assert 1e-5 < error < 0.02  # int8 by group of 64: about 0.4 % per product
-    share.close()
+    computing.close()
 
 
-def test_a_host_without_every_expert_is_refused(model: Model, share: HostCompute) -> None:
-    experts = model.experts(10)
+def test_a_host_without_every_expert_is_refused(model: Model, computing: HostCompute) -> None:
+    state = model.experts(10).state
     other = SimpleNamespace(bytes=model.arena.bytes)
     with pytest.raises(ValueError, match="every expert"):
-        DeviceExperts(
-            experts.layouts, other, experts.pool, experts.tables, experts.gates, top_k=4,  # type: ignore[arg-type]
-            options=DeviceOptions(host_compute=0.5), share=share,
+        DeviceState(
+            state.layouts, other, state.pool, state.tables, state.routers, top_k=4,  # type: ignore[arg-type]
+            options=DeviceOptions(host_compute=0.5), host_compute=computing,
         )  # fmt: skip
 
 

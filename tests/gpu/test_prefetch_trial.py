@@ -1,4 +1,4 @@
-"""Copying ahead is given up where experts take many layers' time to come (law 3)."""
+"""Never slower than not trying: nothing is copied ahead where one copy takes the time of many layers."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def test_the_measured_geometries(copy: float, layer: float, limit: int) -> None:
 def test_both_times_are_measured() -> None:
     model = random_model(layers=2, experts=8)
     experts = model.experts(6)
-    experts.options = replace(experts.options, limit=0)
+    experts.state.options = replace(experts.state.options, limit=0)
     assert measured_limit(experts, 2, lambda: time.sleep(1.0)) == 2
     assert measured_limit(experts, 2, lambda: None) == 0
-    staged = experts.pool.slot(experts.pool.num_slots)[: model.layout.length]
+    staged = experts.state.pool.slot(experts.state.pool.num_slots)[: model.layout.length]
     assert staged.equal(model.arena.blob(0)), "the copy that was measured is not one of an expert"
-    experts.tables.check_integrity()
+    experts.state.tables.check_integrity()
     assert DeviceOptions().limit == 1

@@ -40,7 +40,7 @@ def test_error_within_twice_the_twins(precision: str, dtype: torch.dtype, hidden
 def test_short_views(planes: int, tokens: int) -> None:
     model = random_model(width=32)
     experts = model.experts(4)
-    experts.layouts = [replace(layout, planes=planes) for layout in experts.layouts]
+    experts.state.layouts = [replace(layout, planes=planes) for layout in experts.state.layouts]
     x = torch.randn(tokens, 128, generator=torch.Generator().manual_seed(planes))
     index, weights = route(model, 0, x)
     exact = reference(model, 0, x, index, weights, torch.float64, planes)

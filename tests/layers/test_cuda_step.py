@@ -18,6 +18,7 @@ from fate_moe.gpu.experts import DeviceExperts
 from fate_moe.gpu.layout import device_layout
 from fate_moe.gpu.memory import PinnedArena, VramPool
 from fate_moe.gpu.options import DeviceOptions
+from fate_moe.gpu.state import DeviceState
 from fate_moe.gpu.tables import ResidencyTables, layer_quotas
 from fate_moe.layers.cuda_step import FusedStep, why_not_fused
 from fate_moe.quant.blob import encode
@@ -43,9 +44,10 @@ def on_device(model: Any, num_slots: int, fitted: Any = (), **options: Any) -> D
     tables = ResidencyTables(layer_quotas(num_slots, len(stacks), experts, top_k + chosen.limit, chosen.num_whole), experts, CPU)
     pool = VramPool(tables.num_slots, 4, layout.length, CPU)
     layouts = [device_layout(layout, shapes, model.get_submodule(stack.name)) for stack in stacks]
-    device = DeviceExperts(layouts, arena, pool, tables, router_weights(model, stacks), top_k=top_k, options=chosen, fitted=fitted)
-    device.fill()
-    attach_device(model, stacks, device, Patches(model))
+    state = DeviceState(layouts, arena, pool, tables, router_weights(model, stacks), top_k=top_k, options=chosen, fitted=fitted)
+    state.fill()
+    device = DeviceExperts(state)
+    attach_device(model, stacks, device)
     return device
 
 
@@ -64,7 +66,7 @@ def fused_logits(model: Any, num_slots: int, steps: int, **options: Any) -> tupl
     for _ in range(steps):
         fused.step()
         rows.append(fused.logits.clone())
-    device.tables.check_integrity()
+    device.state.tables.check_integrity()
     return torch.stack(rows), [first, *fused.tokens[PROMPT.shape[1] + 1 :][:steps].tolist()], device
 
 
@@ -83,7 +85,7 @@ def test_fused_steps_are_the_models_own(family: str) -> None:
 
 def test_same_numbers_for_every_budget_and_option() -> None:
     exact, tokens, device = fused_logits(tiny_model("qwen3_moe"), num_slots=16, steps=2)
-    assert device.counters().misses == 0
+    assert device.state.counters().misses == 0
     for slots, options in (
         (4, {"limit": 0}),
         (6, {"eviction": "recency"}),
@@ -93,7 +95,7 @@ def test_same_numbers_for_every_budget_and_option() -> None:
         logits, same, device = fused_logits(tiny_model("qwen3_moe"), num_slots=slots, steps=2, **options)
         assert torch.equal(logits, exact)
         assert same == tokens
-        assert device.counters().misses > 0
+        assert device.state.counters().misses > 0
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe"])
@@ -107,7 +109,7 @@ def test_a_fitted_gate_says_who_comes_early_and_changes_no_number(family: str) -
         logits, same, device = fused_logits(tiny_model(family), num_slots=8, steps=2, fitted=[None, gate], num_predicted=1)
         assert torch.equal(logits, exact)
         assert same == tokens
-        prefetched += device.counters().prefetched
+        prefetched += device.state.counters().prefetched
     assert prefetched > 0
 
 

@@ -10,12 +10,14 @@ import torch
 
 pytest.importorskip("triton")
 
-from fate_moe.core import BlobLayout
+from fate_moe.core import BlobLayout, PrecisionPolicy
 from fate_moe.gpu.experts import DeviceExperts
+from fate_moe.gpu.host import HostTier
 from fate_moe.gpu.host_compute import HostCompute
 from fate_moe.gpu.layout import device_layout
 from fate_moe.gpu.memory import PinnedArena, VramPool
 from fate_moe.gpu.options import DeviceOptions
+from fate_moe.gpu.state import DeviceState
 from fate_moe.gpu.tables import ResidencyTables, layer_quotas
 from fate_moe.quant.blob import encode, views
 from fate_moe.store.format import blob_layout
@@ -45,7 +47,7 @@ class Model:
     layout: BlobLayout
     shapes: dict[str, tuple[int, ...]]
     arena: PinnedArena
-    gates: list[torch.Tensor]
+    routers: list[torch.Tensor]
     num_experts: int
     top_k: int
     dtype: torch.dtype
@@ -60,11 +62,12 @@ class Model:
         num_slots: int,
         options: DeviceOptions | None = None,
         num_staging: int = 4,
-        share: HostCompute | None = None,
-        host: Any = None,
+        host_compute: HostCompute | None = None,
+        host: HostTier | PinnedArena | None = None,
+        precision: PrecisionPolicy | None = None,
     ) -> DeviceExperts:
         options = options or DeviceOptions()
-        layers = len(self.gates)
+        layers = len(self.routers)
         tables = ResidencyTables(
             layer_quotas(num_slots, layers, self.num_experts, min(self.num_experts, self.top_k + options.limit), options.num_whole),
             self.num_experts,
@@ -72,11 +75,12 @@ class Model:
         )
         pool = VramPool(tables.num_slots, num_staging, self.layout.length, CPU)
         device = device_layout(self.layout, self.shapes, SwiGLU())
-        experts = DeviceExperts(
-            [device] * layers, host or self.arena, pool, tables, list(self.gates), top_k=self.top_k, options=options, share=share
-        )
-        experts.fill()
-        return experts
+        state = DeviceState(
+            [device] * layers, host or self.arena, pool, tables, self.routers, top_k=self.top_k, options=options,
+            host_compute=host_compute, precision=precision,
+        )  # fmt: skip
+        state.fill()
+        return DeviceExperts(state)
 
     def parts(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
         return views(self.layout, self.arena.blob(layer * self.num_experts + expert))
@@ -101,12 +105,12 @@ def random_model(
     for number in range(layers * experts):
         tensors = {key: torch.randn(shape, generator=random) * shape[1] ** -0.5 for key, shape in shapes.items()}
         arena.blob(number).copy_(torch.frombuffer(encode(layout, {k: v.to(dtype) for k, v in tensors.items()}), dtype=torch.uint8))
-    gates = [torch.randn(experts, hidden, generator=random) for _ in range(layers)]
-    return Model(layout, shapes, arena, gates, experts, top_k, dtype)
+    routers = [torch.randn(experts, hidden, generator=random) for _ in range(layers)]
+    return Model(layout, shapes, arena, routers, experts, top_k, dtype)
 
 
 def route(model: Model, layer: int, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    weights, index = (hidden.float() @ model.gates[layer].T).softmax(-1).topk(model.top_k)
+    weights, index = (hidden.float() @ model.routers[layer].T).softmax(-1).topk(model.top_k)
     return index, weights.to(hidden.dtype)
 
 

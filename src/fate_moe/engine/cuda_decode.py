@@ -114,7 +114,7 @@ class CapturedDecode:
 
     def _pass(self, input_ids: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """``model.forward``."""
-        self._experts.host.check()  # closed, or broken
+        self._experts.state.host.check()  # closed, or broken
         inputs = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
         ours = kwargs.get("past_key_values") is self.cache and inputs is not None
         if inputs is not None:

@@ -62,7 +62,7 @@ class ByteLinear(nn.Module):
 
     @classmethod
     def rounded(cls, weight: torch.Tensor, bias: Any = None) -> ByteLinear:
-        """From numbers [out, in], codes spread between each group's least and greatest."""
+        """From numbers [out, in], codes spread between each group's smallest and largest."""
         rows, cols = weight.shape
         grouped = pad(weight.float(), (0, -cols % GROUP)).view(rows, -1, GROUP)
         low, high = grouped.amin(2), grouped.amax(2)

@@ -6,103 +6,60 @@ it is. On a CPU device the same launches run one after another under Triton's in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import triton
 
-from fate_moe.core import Counters, PrecisionPolicy
-from fate_moe.gpu.host import HostTier, WholeHost
 from fate_moe.gpu.host_compute import HostCompute
 from fate_moe.gpu.layout import DeviceLayout
-from fate_moe.gpu.memory import PinnedArena, VramPool
-from fate_moe.gpu.options import DeviceOptions
 from fate_moe.gpu.prefill import Prefill
+from fate_moe.gpu.state import MAX_DECODE_TOKENS, DeviceState, padded
 from fate_moe.gpu.streams import Lane
-from fate_moe.gpu.tables import ResidencyTables
 from fate_moe.kernels.triton_experts import down_kernel, gate_up_kernel
 from fate_moe.kernels.triton_fetch import fetch_kernel
 from fate_moe.kernels.triton_residency import logits_kernel, prefetch_kernel, residency_kernel, route_kernel
 
-__all__ = ["MAX_DECODE_TOKENS", "DeviceExperts"]
+__all__ = ["DeviceExperts"]
 
 Beside = Callable[[], None] | None
-
-# More tokens than this go through the grouped kernels: a decode program reads its expert's weights for one token alone.
-MAX_DECODE_TOKENS = 16
 
 # 16 KiB a program and step: with 8 warps four 16-byte loads are in flight per thread.
 _FETCH_WORDS = 4096
 
 
 class DeviceExperts:
-    """Runs MoE blocks whose experts live in a pool of slots over host memory, there as expert ``layer * num_experts + expert``.
+    """Runs MoE blocks from the experts of ``state``: decode here, more than MAX_DECODE_TOKENS tokens through ``Prefill``.
 
-    Law 1: a row of output depends on its token and its experts' bytes alone, and choices are summed in routing order, so neither
-    the number of slots nor the options change a bit.
+    Same numbers: a row of output depends on its token and its experts' bytes alone, and choices are summed in routing order, so
+    neither the number of slots nor the options change a bit.
     """
 
-    def __init__(
-        self,
-        layouts: Sequence[DeviceLayout],
-        host: HostTier | PinnedArena,
-        pool: VramPool,
-        tables: ResidencyTables,
-        gates: Sequence[torch.Tensor | None],
-        *,
-        top_k: int,
-        options: DeviceOptions | None = None,
-        share: HostCompute | None = None,
-        precision: PrecisionPolicy | None = None,
-        fitted: Sequence[torch.Tensor | None] = (),
-    ) -> None:
-        """``host`` is where misses come from; an arena alone holds all experts. ``gates[l]`` is the weight [num_experts, hidden] of
-        layer l's router, None where it has none that can be applied early.
-        ``share`` computes what ``options.host_compute`` leaves to the host;
-        ``precision`` says how many bits of each missing expert prefill copies (None: all).
-        ``fitted[l]`` [num_experts, hidden + 1] predicts layer l from the gate input before in a fused step, better than its router
-        (store/learned.py: Gates.ahead[0]); None or absent: the router does."""
-        self.precision = precision
-        self.layouts, self.pool, self.tables, self.gates = list(layouts), pool, tables, list(gates)
-        self.host: HostTier = WholeHost(host) if isinstance(host, PinnedArena) else host
-        self.top_k, self.options = top_k, options or DeviceOptions()
-        device = pool.bytes.device
-        first = self.layouts[0]
-        rows = MAX_DECODE_TOKENS * top_k
-        self.staged = torch.zeros(MAX_DECODE_TOKENS, _padded(first.cols), dtype=torch.float32, device=device)
-        self._inner = torch.zeros(rows, max(_padded(layout.width) for layout in layouts), dtype=torch.float32, device=device)
-        self.slots = torch.full((rows,), -1, dtype=torch.int32, device=device)
-        self.pending = torch.zeros(rows, dtype=torch.int32, device=device)
+    def __init__(self, state: DeviceState) -> None:
+        self.state = state
+        device, tables = state.device, state.tables
+        widest = max(padded(layout.width) for layout in state.layouts)
+        self._inner = torch.zeros(MAX_DECODE_TOKENS * state.top_k, widest, dtype=torch.float32, device=device)
         self._logits = torch.zeros(MAX_DECODE_TOKENS, tables.num_experts, dtype=torch.float32, device=device)
         lists = torch.zeros(3, tables.num_experts + 1, 2, dtype=torch.int32, device=device)
         self._demand = lists[0]  # pairs (blob, slot); the last row's first entry is their number
         self._ahead = lists[1], lists[2]  # for even and odd layers: one is still read while the next is written
-        self._main, self._demands, self._prefetches, self._answers = (Lane(device, side) for side in (False, True, True, True))
-        self._share = share if self.options.host_compute > 0 else None
-        if self._share is not None and not isinstance(self.host, WholeHost):
-            raise ValueError("the host computes misses only where it holds every expert at its own place")
-        self._asked = False  # the residency step may have asked the host for rows that nobody collects yet
+        self._main, self._demands, self._prefetches, self._host_results = (Lane(device, side) for side in (False, True, True, True))
+        self._requested = False  # the residency step may have requested rows from the host that nobody collects yet
         self._listed = False  # the residency step listed prefetches that are not enqueued yet
         self._arriving: Any = None  # the mark of prefetches that the main lane has not waited for
-        self.fitted = list(fitted) or [None] * len(self.gates)
-        self._exact = all(gate is None or gate.dtype == torch.float32 for gate in gates)
-        self._prefill = Prefill(self)
-
-    def fill(self) -> None:
-        """Copy every resident's bytes to its slot."""
-        residents = [(layer * self.tables.num_experts + expert, slot) for layer, expert, slot in self.tables.residents()]
-        self.host.copy(residents, self.pool, self._main)
-        self._main.synchronize()
+        self._exact = all(router is None or router.dtype == torch.float32 for router in state.routers)
+        self._prefill = Prefill(state)
 
     def compute(self, layer: int, hidden: torch.Tensor, index: torch.Tensor, routing_weights: torch.Tensor) -> torch.Tensor:
         """The weighted sum of the chosen experts' outputs [T, hidden]; ``index`` and ``routing_weights`` are [T, top_k]."""
-        tokens, top_k = index.shape
+        state, (tokens, top_k) = self.state, index.shape
         if tokens > MAX_DECODE_TOKENS:
             return self._prefill.compute(layer, hidden, index, routing_weights)
         hidden = hidden.contiguous()
-        quota = self.tables.quotas[layer]
-        if tokens * top_k <= min(self.host.most, quota - (quota < self.tables.num_experts) * self.options.limit):
+        room = state.tables.quotas[layer] - (0 if state.is_whole(layer) else state.options.limit)
+        if tokens * top_k <= min(state.host.most, room):
             return self._compute(layer, hidden, index.contiguous(), routing_weights.contiguous(), look_ahead=True)
         # A row does not depend on its neighbours, so that the same numbers come out one by one.
         rows = [(hidden[t : t + 1], index[t : t + 1], routing_weights[t : t + 1]) for t in range(tokens)]
@@ -126,26 +83,25 @@ class DeviceExperts:
 
         ``beside`` enqueues work of the main lane that needs no expert: it runs while missing experts are fetched.
         """
-        whole = self.tables.quotas[layer] == self.tables.num_experts
-        tokens = out.shape[0]
+        state, tokens, whole = self.state, out.shape[0], self.state.is_whole(layer)
         prefetched, self._arriving = self._arriving, None
-        share, self._asked = self._share if self._asked else None, False
-        if share is not None:
-            self._answers.follow(self._main)
-            with self._answers:
-                share.collect(self.pending)
+        host_compute, self._requested = state.host_compute if self._requested else None, False
+        if host_compute is not None:
+            self._host_results.follow(self._main)
+            with self._host_results:
+                host_compute.collect(state.pending)
         if not whole:
             self._demands.follow(self._main)
             with self._demands:
-                self.host.locate(self._demand)
+                state.host.locate(self._demand)
                 self.fetch(self._demand)
         if self._listed:
             if not whole:
-                self._prefetches.follow(self._demands)  # law 3: what is needed now goes first
+                self._prefetches.follow(self._demands)  # never slower than not trying: what is needed now goes first
             with self._prefetches:
                 self.fetch(self._ahead[(layer + 1) % 2])
             self._arriving, self._listed = self._prefetches.mark(), False
-        if whole or not self.options.overlap:
+        if whole or not state.options.overlap:
             if beside is not None:
                 beside()
             if not whole:
@@ -160,19 +116,9 @@ class DeviceExperts:
                 beside()
             self._gate_up(layer, tokens, phase=0)
             self._main.follow(self._demands)
-        if share is not None:
-            self._main.follow(self._answers)
-        self._down(layer, routing_weights, out, add, share)
-
-    def close(self) -> None:
-        """Stop the host's threads and give its memory back; the device must have ended its work."""
-        if self._share is not None:
-            self._share.close()
-        self.host.close()
-
-    def counters(self) -> Counters:
-        """What the decode steps did so far; waits for the device."""
-        return self.tables.counted(self.layouts[0].blob_bytes)
+        if host_compute is not None:
+            self._main.follow(self._host_results)
+        self._down(layer, routing_weights, out, add, host_compute)
 
     def route(
         self,
@@ -185,45 +131,54 @@ class DeviceExperts:
     ) -> None:
         """One token's routing, residency step and prefetch list from router logits: see ``route_kernel``. Then ``run``.
 
-        ``hidden`` [hidden] is the gate input, which the host is given if it computes misses.
+        ``hidden`` [hidden] is the router input, which the host is given if it computes misses.
         """
-        tables, options, share = self.tables, self.options, self._share
+        state, tables, options, mail = self.state, self.state.tables, self.state.options, self.state.host_compute
         ahead, listed = self._looks_ahead_to(layer + 1), self._ahead[(layer + 1) % 2]
-        plain = not ahead or self.fitted[layer + 1] is None  # what a fitted gate says is no softmax's input: its order alone counts
-        self._asked = share is not None and tables.quotas[layer] < tables.num_experts
-        questions, asked, most = (share.questions, share.asked, share.most) if share is not None else (listed, listed, 0)
+        by_router = not ahead or state.fitted[layer + 1] is None  # a fitted gate's logits have an order, and are no probabilities
+        self._requested = mail is not None and not state.is_whole(layer)
+        questions, asked, most = (mail.questions, mail.asked, mail.most) if mail is not None else (listed, listed, 0)
         route_kernel[(1 + ahead,)](
-            logits, next_logits, routing_weights, self.slots, self.pending, self._demand, self._demand[-1], listed, listed[-1],
-            tables.slot_of, tables.score, tables.unused, tables.counters, tables.clock, layer, len(self.layouts) - 1,
-            options.half_life, options.num_predicted or self.top_k, options.min_probability if plain else 0.0, options.limit,
+            logits, next_logits, routing_weights, state.slots, state.pending, self._demand, self._demand[-1], listed, listed[-1],
+            tables.slot_of, tables.score, tables.unused, tables.counters, tables.clock, layer, len(state.layouts) - 1,
+            options.half_life, options.num_predicted or state.top_k, options.min_probability if by_router else 0.0, options.limit,
             1 - options.host_compute, questions, asked, hidden,
-            num_experts=tables.num_experts, top_k=self.top_k, cols=self.layouts[layer].cols,
+            num_experts=tables.num_experts, top_k=state.top_k, cols=state.layouts[layer].cols,
             NORMALIZE=normalize, FREQUENCY=options.eviction != "recency", WEIGHED=options.eviction == "probability",
-            HOST=self._asked, MOST=most,
-            E=triton.next_power_of_2(tables.num_experts), R=triton.next_power_of_2(self.top_k), num_warps=4,
+            HOST=self._requested, MOST=most,
+            E=triton.next_power_of_2(tables.num_experts), R=triton.next_power_of_2(state.top_k), num_warps=4,
         )  # fmt: skip
         if ahead:
             self._prefetches.follow(self._main)
             self._listed = True
 
+    def fetch(self, wanted: torch.Tensor) -> None:
+        """Enqueue the copies of the (place, slot) pairs in ``wanted``: see ``fetch_kernel``."""
+        state = self.state
+        fetch_kernel[(state.options.fetch_programs,)](
+            state.host.bytes, state.pool.bytes, wanted, wanted[-1], state.layouts[0].blob_bytes, state.pool.slot_bytes,
+            BLOCK=_FETCH_WORDS, num_warps=8,
+        )  # fmt: skip
+
     def _looks_ahead_to(self, layer: int) -> bool:
-        known = layer < len(self.layouts) and self.gates[layer] is not None
-        return known and self.options.limit > 0 and self.tables.quotas[layer] < self.tables.num_experts
+        state = self.state
+        known = layer < len(state.layouts) and state.routers[layer] is not None
+        return known and state.options.limit > 0 and not state.is_whole(layer)
 
     def _route(self, layer: int, hidden: torch.Tensor, index: torch.Tensor) -> None:
-        tables, options = self.tables, self.options
+        state, tables, options = self.state, self.state.tables, self.state.options
         tokens, cols = hidden.shape
         residency_kernel[(1 + tokens,)](
-            index, hidden, self.staged, self.slots, self.pending, self._demand, self._demand[-1],
-            tables.slot_of, tables.score, tables.unused, tables.counters, tables.clock, layer, len(self.layouts) - 1,
-            options.half_life, num_experts=tables.num_experts, num_rows=index.numel(), cols=cols, PLANES=self.layouts[layer].planes,
-            FREQUENCY=options.eviction != "recency", E=triton.next_power_of_2(tables.num_experts),
-            R=triton.next_power_of_2(index.numel()), BLOCK=1024, num_warps=4,
+            index, hidden, state.staged, state.slots, state.pending, self._demand, self._demand[-1],
+            tables.slot_of, tables.score, tables.unused, tables.counters, tables.clock, layer, len(state.layouts) - 1,
+            options.half_life, num_experts=tables.num_experts, num_rows=index.numel(), cols=cols,
+            PLANES=state.layouts[layer].planes, FREQUENCY=options.eviction != "recency",
+            E=triton.next_power_of_2(tables.num_experts), R=triton.next_power_of_2(index.numel()), BLOCK=1024, num_warps=4,
         )  # fmt: skip
 
     def _look_ahead(self, layer: int, hidden: torch.Tensor) -> None:
         """List what the layer after ``layer`` will probably choose, on a lane of its own."""
-        tables, options = self.tables, self.options
+        state, tables, options = self.state, self.state.tables, self.state.options
         if not self._looks_ahead_to(layer + 1):
             return
         listed = self._ahead[(layer + 1) % 2]
@@ -231,41 +186,36 @@ class DeviceExperts:
         with self._prefetches:
             tokens, cols = hidden.shape
             logits_kernel[(tokens, triton.cdiv(tables.num_experts, 4))](
-                hidden, self.gates[layer + 1], self._logits, cols=cols, num_experts=tables.num_experts, BE=4, BLOCK=512, num_warps=4
-            )
+                hidden, state.routers[layer + 1], self._logits, cols=cols, num_experts=tables.num_experts,
+                BE=4, BLOCK=512, num_warps=4,
+            )  # fmt: skip
             prefetch_kernel[(1,)](
                 self._logits, listed, listed[-1], tables.slot_of, tables.score, tables.unused, tables.counters, tables.clock,
-                layer + 1, tokens, options.num_predicted or self.top_k, options.min_probability, options.limit,
+                layer + 1, tokens, options.num_predicted or state.top_k, options.min_probability, options.limit,
                 num_experts=tables.num_experts, FREQUENCY=options.eviction != "recency",
                 E=triton.next_power_of_2(tables.num_experts), num_warps=8,
             )  # fmt: skip
         self._listed = True
 
-    def fetch(self, wanted: torch.Tensor) -> None:
-        """Enqueue the copies of the (place, slot) pairs in ``wanted``: see ``fetch_kernel``."""
-        blob_bytes = self.layouts[0].blob_bytes
-        fetch_kernel[(self.options.fetch_programs,)](
-            self.host.bytes, self.pool.bytes, wanted, wanted[-1], blob_bytes, self.pool.slot_bytes, BLOCK=_FETCH_WORDS, num_warps=8
-        )
-
     def _gate_up(self, layer: int, tokens: int, phase: int) -> None:
-        layout = self.layouts[layer]
+        state, layout = self.state, self.state.layouts[layer]
         block, groups, warps = gate_up_tile(layout)
-        gate_up_kernel[(tokens * self.top_k, triton.cdiv(_padded(layout.width), block))](
-            self.pool.bytes, self.slots, self.pending, self.staged, self._inner, self.pool.slot_bytes, *layout.gate_up,
-            top_k=self.top_k, cols=layout.cols, width=layout.width, DTYPE=layout.dtype, PLANES=layout.planes,
+        gate_up_kernel[(tokens * state.top_k, triton.cdiv(padded(layout.width), block))](
+            state.pool.bytes, state.slots, state.pending, state.staged, self._inner, state.pool.slot_bytes, *layout.gate_up,
+            top_k=state.top_k, cols=layout.cols, width=layout.width, DTYPE=layout.dtype, PLANES=layout.planes,
             EXACT=self._exact, ACT=layout.activation, PHASE=phase, BN=block, GB=groups, num_warps=warps,
         )  # fmt: skip
 
     def _down(
-        self, layer: int, routing_weights: torch.Tensor, out: torch.Tensor, add: bool, share: HostCompute | None = None
+        self, layer: int, routing_weights: torch.Tensor, out: torch.Tensor, add: bool, host_compute: HostCompute | None = None
     ) -> None:
-        layout = self.layouts[layer]
-        choices, block, groups, warps = down_tile(layout, self.top_k)
+        state, layout = self.state, self.state.layouts[layer]
+        choices, block, groups, warps = down_tile(layout, state.top_k)
         down_kernel[(out.shape[0], triton.cdiv(layout.cols, block))](
-            self.pool.bytes, self.slots, self.pending, self._inner, self._inner if share is None else share.outside,
-            routing_weights, out, out, self.pool.slot_bytes, *layout.down, top_k=self.top_k, cols=layout.cols, width=layout.width,
-            DTYPE=layout.dtype, PLANES=layout.planes, EXACT=self._exact, RESIDUAL=add, HOST=share is not None,
+            state.pool.bytes, state.slots, state.pending, self._inner,
+            self._inner if host_compute is None else host_compute.outside, routing_weights, out, out, state.pool.slot_bytes,
+            *layout.down, top_k=state.top_k, cols=layout.cols, width=layout.width,
+            DTYPE=layout.dtype, PLANES=layout.planes, EXACT=self._exact, RESIDUAL=add, HOST=host_compute is not None,
             KP=choices, BN=block, GB=groups, num_warps=warps,
         )  # fmt: skip
 
@@ -273,8 +223,8 @@ class DeviceExperts:
 def gate_up_tile(layout: DeviceLayout) -> tuple[int, int, int]:
     """(gate rows and up rows of a program, groups at once, warps)."""
     if layout.planes in (0, 8):
-        return 4, min(32, triton.next_power_of_2(_padded(layout.cols) // 64)), 4
-    return 16, min(32, triton.next_power_of_2(_padded(layout.cols) // 64)), 8
+        return 4, min(32, triton.next_power_of_2(padded(layout.cols) // 64)), 4
+    return 16, min(32, triton.next_power_of_2(padded(layout.cols) // 64)), 8
 
 
 def down_tile(layout: DeviceLayout, top_k: int) -> tuple[int, int, int, int]:
@@ -284,9 +234,5 @@ def down_tile(layout: DeviceLayout, top_k: int) -> tuple[int, int, int, int]:
     once take 111 for 4 INT8 experts of Qwen1.5-MoE.
     """
     choices = triton.next_power_of_2(top_k)
-    groups = min(4, triton.next_power_of_2(_padded(layout.width) // 64))
+    groups = min(4, triton.next_power_of_2(padded(layout.width) // 64))
     return choices, max(1, 32 // choices), groups, 4
-
-
-def _padded(cols: int) -> int:
-    return -(-cols // 64) * 64

@@ -14,6 +14,7 @@ import triton
 from numpy.typing import NDArray
 
 from fate_moe.core import Counters, ExpertId, ExpertSource
+from fate_moe.errors import ClosedModelError
 from fate_moe.gpu.memory import PinnedArena, VramPool
 from fate_moe.gpu.streams import Lane
 from fate_moe.io.progress import Advance
@@ -23,14 +24,13 @@ from fate_moe.memory.residency import Residency
 
 __all__ = ["DiskBelow", "HostTier", "View", "WholeHost", "read_all"]
 
-_CLOSED = "this model has been closed; load it again"
-# How long the serving thread sleeps between looks at the mailbox while questions come, and how long after the last one it believes
-# that more will come. Then it looks a thousand times a second.
+# While questions come, the serving thread looks at the mailbox every _LOOK_SECONDS; _BUSY_SECONDS after the last one it starts to
+# look every _IDLE_SECONDS only.
 _LOOK_SECONDS, _IDLE_SECONDS, _BUSY_SECONDS = 20e-6, 1e-3, 0.2
 
 
 class View(NamedTuple):
-    """The start of a blob: so many of its sections, so many bytes."""
+    """The start of a blob: its first ``sections`` sections, which are its first ``num_bytes`` bytes."""
 
     sections: int
     num_bytes: int
@@ -43,16 +43,18 @@ class HostTier(Protocol):
     most: int  # experts that one ``locate`` may name
 
     def locate(self, wanted: torch.Tensor) -> None:
-        """Enqueue that the experts in ``wanted`` int32 [.., 2] (pairs; its last row's first entry is their number) become places in
-        ``bytes``, in blobs. They stay there until the next ``locate`` is carried out."""
+        """Enqueue the replacement of the experts in ``wanted`` int32 [.., 2] by their places in ``bytes``, counted in blobs.
+
+        ``wanted`` holds pairs (expert, slot); its last row's first entry is their number. The experts stay at those places until
+        the next ``locate`` is carried out."""
 
     def copy(self, placed: Sequence[tuple[int, int]], pool: VramPool, lane: Lane, views: Mapping[int, View] | None = None) -> None:
-        """Copy experts to slots, (expert, slot) pairs, on ``lane``; may wait for the disk. Of those in ``views`` no more than that
-        need be there."""
+        """Copy experts to slots, (expert, slot) pairs, on ``lane``; may wait for the disk. Of an expert in ``views`` that view is
+        enough."""
 
     def check(self) -> None:
-        """Raise what went wrong behind the device's back: then its numbers since the last check are void, and all later ones. Waits
-        for the device where that can be."""
+        """Raise the error of a read that the device asked for, if there was one: all numbers since the last check are then void,
+        and so are all later ones. Waits for the device where such a read is possible. Raises ClosedModelError after ``close``."""
 
     def counters(self) -> Counters:
         """Traffic from disk."""
@@ -79,7 +81,7 @@ class WholeHost:
 
     def check(self) -> None:
         if self._closed:
-            raise RuntimeError(_CLOSED)
+            raise ClosedModelError()
 
     def counters(self) -> Counters:
         return Counters()
@@ -90,11 +92,11 @@ class WholeHost:
 
 
 class DiskBelow:
-    """Fewer places than experts: the CPU tier's Residency brings them from disk and decides who goes.
+    """Fewer places than experts: the CPU tier's Residency reads them from disk and chooses victims.
 
-    Inside a graph nobody can read a disk, so the device asks (``ask_kernel``) and a thread of the host answers; meanwhile the lane
-    of the demand copies waits, and nothing else does. An answer's experts are locked until the next question, which comes after
-    their copies.
+    A CUDA graph cannot read a disk, so the device writes a question to a mailbox (``ask_kernel``) and a thread of the host answers
+    it; only the lane of the demand copies waits meanwhile. The experts of an answer stay locked until the next question, which
+    comes after their copies.
     """
 
     def __init__(self, residency: Residency, arena: PinnedArena, num_experts: int, device: torch.device) -> None:
@@ -145,7 +147,7 @@ class DiskBelow:
         return self.residency.counters
 
     def close(self) -> None:
-        self._error = self._error or RuntimeError(_CLOSED)
+        self._error = self._error or ClosedModelError()
         self._closed.set()
         self._thread.join()
         self.residency.close()
@@ -172,7 +174,7 @@ class DiskBelow:
             lease.release()
 
     def _answer(self, number: int, count: int, questions: NDArray[np.int64], answers: NDArray[np.int64]) -> Lease | None:
-        """Say where the experts of question ``number`` are as soon as they are there; the lease that keeps them there."""
+        """Answer question ``number``, each expert's place as soon as it has arrived; returns the lease that keeps them there."""
         for i in range(1, count + 1):
             while int(questions[i]) >> 32 != number:  # not visible yet
                 time.sleep(0)
@@ -188,12 +190,12 @@ class DiskBelow:
         except Exception as error:
             self._error = error
             for i in left.values():
-                answers[i] = tag  # some place, so that the device does not wait for ever; check() tells
+                answers[i] = tag  # any place, so that the device does not wait for ever; check() raises the error
         return lease
 
 
 def read_all(source: ExpertSource, arena: PinnedArena, num_layers: int, num_experts: int, threads: int, advance: Advance) -> None:
-    """Bring every expert from ``source`` to its place in ``arena``. Raises the source's error (StoreError, CorruptExpertError)."""
+    """Read every expert from ``source`` to its place in ``arena``. Raises the source's error (StoreError, CorruptExpertError)."""
 
     def read(number: int) -> int:
         return source.read(ExpertId(*divmod(number, num_experts)), arena.slots.view(number))

@@ -1,8 +1,11 @@
 """Misses computed on the host: the C++ kernels at the other end of a mailbox that the captured step writes to and waits on.
 
-The host reads its memory two to three times as fast as the link, so that a missing expert may be sooner computed there than
-copied. Its products round the activations to int8 by group (``exact``: not), the device's do not: who asks for this gives up
-bit-identity between budgets (law 1), so it is an option.
+The host reads its memory two to three times as fast as the link carries it, so it may compute a missing expert in less time than a
+copy takes. The host rounds activations to int8 by group (not with ``exact``) and the device does not, so the guarantee "same
+numbers" is given up between budgets: this is an option.
+
+Mail: the device writes a question (which blobs, and the activation) and counts it in ``asked``; the threads write the answer (each
+expert's output). csrc/host_compute.h says where each word lies.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ _BLOCK = 512  # words of a collecting program: 4 KiB
 class HostCompute:
     """Threads that compute experts of ``arena``, all of ``layout``, for up to ``top_k`` choices of one token at a time.
 
-    ``threads`` (None: all processors but two, which the driver and Python need) spin while questions come.
+    ``threads`` (None: all processors but two, which are left to the driver and Python) spin while questions come.
     """
 
     def __init__(
@@ -48,7 +51,7 @@ class HostCompute:
         kernel = layer_kernel(layout, shapes, experts)
         if isinstance(kernel, str) or kernel.whole is None:
             why = kernel if isinstance(kernel, str) else "the family combines gate and up in its own way"
-            raise UnsupportedModelError(f"the host cannot compute these experts: {why}; leave --host-compute away")
+            raise UnsupportedModelError(f"the host cannot compute these experts: {why}; omit --host-compute")
         self.cols = shapes["down_proj"][0]
         self.most = top_k
         question, answer = 1 + top_k + self.cols, top_k * self.cols
@@ -70,7 +73,7 @@ class HostCompute:
         )
 
     def collect(self, pending_rows: torch.Tensor) -> None:
-        """Enqueue that the answers to the last question come to ``outside``, by the rows that ``pending_rows`` says."""
+        """Enqueue the copy of the answer to the last question to the rows of ``outside`` that ``pending_rows`` names."""
         grid = (self.most, -(-self.cols // _BLOCK))
         collect_kernel[grid](pending_rows, self.asked, self.answers, self.outside, cols=self.cols, BLOCK=_BLOCK, num_warps=4)
 

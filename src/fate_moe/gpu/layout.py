@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ class DeviceLayout:
     """One layer's experts as the kernels see them: [2 * width, cols] and [cols, width], and byte offsets of their parts in a blob.
 
     ``planes`` is 0 for unquantized weights and 8 for codes of one byte. ``gate_up`` and ``down`` are (scale or weights, zero, h or
-    codes, m, l). ``view_bytes[p - 1]`` is how much of a blob the view of p planes needs.
+    codes, m, l). A view is the first p planes: ``views[p - 1]`` are its bits, ``view_bytes[p - 1]`` is how much of a blob it needs.
     """
 
     cols: int
@@ -32,6 +33,7 @@ class DeviceLayout:
     activation: str
     gate_up: tuple[int, int, int, int, int]
     down: tuple[int, int, int, int, int]
+    views: tuple[int, ...]
     view_bytes: tuple[int, ...]
     blob_bytes: int
 
@@ -65,7 +67,7 @@ def device_layout(layout: BlobLayout, shapes: dict[str, tuple[int, ...]], expert
         parts = {name: (offsets[name], 0, 0, 0, 0) for name in shapes}
         dtype = _DTYPES[layout.parts[0].dtype]
         return DeviceLayout(
-            cols, width, 0, dtype, activation, parts["gate_up_proj"], parts["down_proj"], (layout.length,), layout.length
+            cols, width, 0, dtype, activation, parts["gate_up_proj"], parts["down_proj"], (), (layout.length,), layout.length
         )
     parts = {
         name: tuple(offsets.get(f"{name}.{part}", 0) for part in ("scale", "zero", "plane0", "plane1", "plane2"))  # type: ignore[misc]
@@ -73,11 +75,14 @@ def device_layout(layout: BlobLayout, shapes: dict[str, tuple[int, ...]], expert
     }
     planes = 8 if layout.precision == "int8" else 3
     ends = tuple(section.offset + section.length for section in layout.sections[1:])
-    return DeviceLayout(cols, width, planes, tl.float16, activation, parts["gate_up_proj"], parts["down_proj"], ends, layout.length)
+    views = tuple(accumulate(layout.plane_widths))
+    return DeviceLayout(
+        cols, width, planes, tl.float16, activation, parts["gate_up_proj"], parts["down_proj"], views, ends, layout.length
+    )
 
 
 def _activation(function: Any) -> str:
-    """ "silu", "gelu" (the exact one), or "" for one that the kernels do not know; told by what it computes."""
+    """ "silu", "gelu" (the exact one), or "" for one that the kernels do not know; recognised by what it computes."""
     if function is None:
         return ""
     probe = torch.tensor([-2.0, -0.5, 0.25, 3.0])

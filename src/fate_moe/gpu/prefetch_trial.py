@@ -1,4 +1,4 @@
-"""Whether copying experts ahead pays (law 3): how long one takes to come, against how long a layer takes.
+"""Whether copying experts ahead pays (never slower than not trying): the time of one copy against the time of one layer.
 
 A wrong prefetch that is still under way delays the next layer's misses by what is left of it. With copies of c seconds, layers of
 L, a prefetch used with probability p and a next layer that misses something with probability q, prefetching wins p * L and loses
@@ -19,22 +19,22 @@ from fate_moe.gpu.experts import DeviceExperts
 
 __all__ = ["measured_limit", "prefetch_limit", "run_prefetch_trial"]
 
-MOST_LAYERS = 2.0
+MAX_LAYERS = 2.0
 _TIMES = 4
 
 
 def prefetch_limit(limit: int, copy_seconds: float, layer_seconds: float) -> int:
-    """``limit`` where an expert comes within MOST_LAYERS layers, else 0."""
-    return limit if copy_seconds <= MOST_LAYERS * layer_seconds else 0
+    """``limit`` where an expert comes within MAX_LAYERS layers, else 0."""
+    return limit if copy_seconds <= MAX_LAYERS * layer_seconds else 0
 
 
 def measured_limit(experts: DeviceExperts, limit: int, one_token: Callable[[], object]) -> int:
-    """What remains of ``limit`` with these experts on this machine.
+    """What remains of ``limit`` (prefetches a layer) with these experts on this machine.
 
     ``one_token`` passes always the same token through the model, so that from the second time on no expert is missing; nothing may
-    be copied ahead meanwhile (``experts.options.limit`` is 0).
+    be copied ahead meanwhile (``experts.state.options.limit`` is 0).
     """
-    device = experts.pool.bytes.device
+    state, device = experts.state, experts.state.device
 
     def seconds(work: Callable[[], object]) -> float:
         taken = []
@@ -46,20 +46,24 @@ def measured_limit(experts: DeviceExperts, limit: int, one_token: Callable[[], o
             taken.append(time.perf_counter() - began)
         return min(taken[1:])
 
-    staging = experts.pool.num_slots
+    staging = state.pool.num_slots
     wanted = torch.tensor([[0, staging], [1, 0]], dtype=torch.int32, device=device)
     copy = seconds(lambda: experts.fetch(wanted))
-    return prefetch_limit(limit, copy, seconds(one_token) / len(experts.layouts))
+    return prefetch_limit(limit, copy, seconds(one_token) / len(state.layouts))
 
 
 def run_prefetch_trial(experts: DeviceExperts, record: Callable[[], object], one_token: Callable[[], object]) -> None:
-    """Leave of the experts' limit what pays here, and ``record`` the decode step with it; ``one_token`` as ``measured_limit``'s."""
-    limit = experts.options.limit
-    if limit and experts.pool.bytes.device.type == "cuda":
-        experts.options = replace(experts.options, limit=0)
+    """Time one copy and one step, turn prefetching off if it cannot pay, and ``record`` the decode step with what remains.
+
+    ``one_token`` as ``measured_limit``'s. On a CPU, which only simulates a device, nothing is timed and prefetching stays on.
+    """
+    state = experts.state
+    limit = state.options.limit
+    if limit and state.device.type == "cuda":
+        state.options = replace(state.options, limit=0)
         record()
         limit = measured_limit(experts, limit, one_token)
-        experts.options = replace(experts.options, limit=limit)
+        state.options = replace(state.options, limit=limit)
     record()
 
 

@@ -1,14 +1,14 @@
 """Many tokens at once: resident experts first, the others streamed through staging slots, most popular first.
 
 Two halves of the staging slots take turns: one is copied to by the DMA engine while the grouped kernels read the other. Nearly
-every expert of a layer is used, so the first half of the next layer's missing ones is copied before its router has spoken.
+every expert of a layer is used, so the first half of the next layer's missing ones is copied before its router has run.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,19 +16,14 @@ import triton.language as tl
 
 from fate_moe.core import Need
 from fate_moe.gpu.host import View
+from fate_moe.gpu.state import DeviceState
 from fate_moe.gpu.streams import Lane
 from fate_moe.kernels.triton_grouped import grouped_kernel, tiles_kernel
 
-if TYPE_CHECKING:
-    from fate_moe.gpu.experts import DeviceExperts
-
 __all__ = ["Prefill", "dot_dtype"]
 
-# With fewer choices than this per expert of a layer, too many experts are not chosen at all to copy any before the router has
-# spoken.
+# With fewer choices than this per expert of a layer, too many experts are not chosen at all to copy any before the router has run.
 _AHEAD_CHOICES = 4
-# Bits of the views of progressive INT4, one plane more each.
-_VIEWS = (2, 3, 4)
 
 
 class _Pass(NamedTuple):
@@ -44,43 +39,43 @@ class _Pass(NamedTuple):
 
 
 class Prefill:
-    """Prefill through ``experts``' pool; its residency does not move. The host waits for the device once in a layer that is not
-    whole."""
+    """Prefill through the pool of ``state``, whose residency does not move. The host waits for the device once in a layer that is
+    not whole."""
 
-    def __init__(self, experts: DeviceExperts) -> None:
-        self._experts = experts
-        device = experts.pool.bytes.device
+    def __init__(self, state: DeviceState) -> None:
+        self._state = state
+        device = state.device
         self._main, self._copies = Lane(device, False), Lane(device, True)
-        self._half = experts.pool.num_staging // 2
+        self._half = state.pool.num_staging // 2
         self._turn = self._reading = 0  # the half that is copied to next, and the one that is read next
         self._free: list[Any] = [None, None]  # by half: the mark after which nothing reads it
         self._arrived: list[Any] = []  # marks of copies not yet released, oldest first
-        self._early: list[tuple[int, int]] = []  # (expert, slot) copied before the router of ``_early_layer`` has spoken
+        self._early: list[tuple[int, int]] = []  # (expert, slot) copied before the router of ``_early_layer`` has run
         self._early_layer = -1
-        names = experts.tables.num_experts + 1
+        names = state.tables.num_experts + 1
         self._names = torch.arange(names, device=device)
         self._mail = torch.empty(3 * names, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._told = self._mail
-        self._told_mark: Any = None
+        self._sent = self._mail
+        self._sent_mark: Any = None
 
     def compute(self, layer: int, hidden: torch.Tensor, index: torch.Tensor, routing_weights: torch.Tensor) -> torch.Tensor:
         """As ``DeviceExperts.compute``."""
-        experts, num_experts = self._experts, self._experts.tables.num_experts
+        state, num_experts = self._state, self._state.tables.num_experts
         tokens, top_k = index.shape
         hidden = hidden.contiguous()
         flat = index.reshape(-1)
         flat = flat.where((flat >= 0) & (flat < num_experts), num_experts)
         by_expert, order = torch.sort(flat, stable=True)
         starts = torch.searchsorted(by_expert, self._names)  # of each expert's rows in ``order``, and the last one's end
-        layout = experts.layouts[layer]
+        layout = state.layouts[layer]
         inner = hidden.new_empty(tokens * top_k, layout.width)
         outputs = hidden.new_zeros(tokens * top_k, layout.cols)  # rows without an expert stay 0
         rows = _Pass(layer, starts, order, hidden, inner, outputs)
-        if all(quota == num_experts for quota in experts.tables.quotas[layer : layer + 2]):  # nothing comes, nothing comes early
+        if all(quota == num_experts for quota in state.tables.quotas[layer : layer + 2]):  # nothing comes, nothing comes early
             self._run_residents(rows)
         else:
-            self._tell(layer, starts)
-            if experts.options.overlap:  # enqueued before the host knows what is missing
+            self._send(layer, starts)
+            if state.options.overlap:  # enqueued before the host knows what is missing
                 self._run_residents(rows)
             self._run_missing(rows)
         weighted = outputs.view(tokens, top_k, -1) * routing_weights.reshape(tokens, top_k, 1)
@@ -88,11 +83,11 @@ class Prefill:
 
     def _run_missing(self, rows: _Pass) -> None:
         """Stream and compute what has no slot (without overlap residents too), and begin with the next layer's."""
-        layer, experts, num_experts = rows.layer, self._experts, self._experts.tables.num_experts
-        first, slots, next_slots = self._hear()
+        layer, state, num_experts = rows.layer, self._state, self._state.tables.num_experts
+        first, slots, next_slots = self._receive()
         counts = [end - start for start, end in itertools.pairwise(first)]
         chosen = sorted((expert for expert in range(num_experts) if counts[expert]), key=lambda expert: -counts[expert])
-        layout = experts.layouts[layer]
+        layout = state.layouts[layer]
         early = self._early if self._early_layer == layer else []
         arriving = {expert for expert, _ in early}
         missing = [expert for expert in chosen if slots[expert] < 0 and expert not in arriving]
@@ -106,7 +101,7 @@ class Prefill:
 
         waves = [missing[start : start + self._half] for start in range(0, len(missing), self._half)]
         copied = self._copy(layer, waves[0], short) if waves else []  # under way while the residents compute
-        if not experts.options.overlap:
+        if not state.options.overlap:
             self._main.wait(self._arrived[-1] if copied else None)
             self._run_residents(rows)
         if early:
@@ -118,49 +113,49 @@ class Prefill:
             run(copied)
             self._release()
             copied = self._copy(layer, wave, short) if wave else []
-        # On demand alone: nothing before the router has spoken. (No copies ahead in decode, for large experts, is another matter.)
-        looks = experts.options.limit > 0 or experts.options.overlap
+        # Load on demand copies nothing before the router has run. With large experts decode's limit may be 0: prefill still does.
+        looks = state.options.limit > 0 or state.options.overlap
         many = looks and rows.order.numel() >= _AHEAD_CHOICES * num_experts
         ahead = [expert for expert, slot in enumerate(next_slots) if slot < 0][: self._half] if many else []
         self._early, self._early_layer = self._copy(layer + 1, ahead, {}), layer + 1
 
-    def _tell(self, layer: int, starts: torch.Tensor) -> None:
-        """Begin to tell the host ``starts`` and this layer's and the next one's slots, for ``_hear``."""
-        both = torch.cat([starts, self._experts.tables.slot_of[layer : layer + 2].reshape(-1)])
-        self._told = self._mail[: both.numel()].copy_(both, non_blocking=True)
-        self._told_mark = self._main.mark()
+    def _send(self, layer: int, starts: torch.Tensor) -> None:
+        """Begin to send ``starts`` and this layer's and the next one's slots to the host, for ``_receive``."""
+        both = torch.cat([starts, self._state.tables.slot_of[layer : layer + 2].reshape(-1)])
+        self._sent = self._mail[: both.numel()].copy_(both, non_blocking=True)
+        self._sent_mark = self._main.mark()
 
-    def _hear(self) -> tuple[list[int], list[int], list[int]]:
-        """What ``_tell`` told, once it is here: what has been enqueued since is not waited for."""
-        if self._told_mark is not None:
-            self._told_mark.synchronize()
-        told, names = self._told.tolist(), self._names.numel()
-        return told[:names], told[names : 2 * names - 1], told[2 * names - 1 :]
+    def _receive(self) -> tuple[list[int], list[int], list[int]]:
+        """What ``_send`` sent, once it is here: what has been enqueued since is not waited for."""
+        if self._sent_mark is not None:
+            self._sent_mark.synchronize()
+        values, names = self._sent.tolist(), self._names.numel()
+        return values[:names], values[names : 2 * names - 1], values[2 * names - 1 :]
 
     def _short_views(self, layer: int, missing: Sequence[int], counts: dict[int, int]) -> dict[int, int]:
         """Of which experts in ``missing`` the precision policy wants only the first planes, and how many. ``counts`` are the tokens
         of all chosen experts; those that are not missing are held whole."""
-        policy, planes = self._experts.precision, self._experts.layouts[layer].planes
-        if policy is None or planes != len(_VIEWS) or not missing:
+        policy, views = self._state.precision, self._state.layouts[layer].views
+        if policy is None or len(views) < 2 or not missing:
             return {}
         absent = set(missing)
-        needs = [Need(count, float(count), 0 if expert in absent else _VIEWS[-1]) for expert, count in counts.items()]
-        bits = dict(zip(counts, policy.bits(needs, _VIEWS, 0.0), strict=True))
-        return {expert: _VIEWS.index(bits[expert]) + 1 for expert in missing if bits[expert] < _VIEWS[-1]}
+        needs = [Need(count, float(count), 0 if expert in absent else views[-1]) for expert, count in counts.items()]
+        bits = dict(zip(counts, policy.bits(needs, views, 0.0), strict=True))
+        return {expert: views.index(bits[expert]) + 1 for expert in missing if bits[expert] < views[-1]}
 
     def _copy(self, layer: int, wanted: Sequence[int], short: dict[int, int]) -> list[tuple[int, int]]:
         """Start copying ``wanted`` (at most half of the staging slots; of those in ``short`` so many planes) and say where each
         will be: (expert, slot)."""
-        experts = self._experts
+        state = self._state
         if not wanted:
             return []
-        start = experts.pool.num_slots + self._turn * self._half
+        start = state.pool.num_slots + self._turn * self._half
         self._copies.wait(self._free[self._turn])
         self._turn ^= 1
         placed = [(expert, start + i) for i, expert in enumerate(wanted)]
-        first, view_bytes = layer * experts.tables.num_experts, experts.layouts[layer].view_bytes
+        first, view_bytes = layer * state.tables.num_experts, state.layouts[layer].view_bytes
         views = {first + expert: View(planes + 1, view_bytes[planes - 1]) for expert, planes in short.items()}
-        experts.host.copy([(first + expert, slot) for expert, slot in placed], experts.pool, self._copies, views)
+        state.host.copy([(first + expert, slot) for expert, slot in placed], state.pool, self._copies, views)
         self._arrived.append(self._copies.mark())
         return placed
 
@@ -186,29 +181,29 @@ class Prefill:
 
     def _run_residents(self, rows: _Pass) -> None:
         """Compute the experts that have a slot; which these are, the device looks up itself."""
-        tables, block = self._experts.tables, self._block(rows.order)
+        tables, block = self._state.tables, self._block(rows.order)
         most = rows.order.numel() // block + tables.quotas[rows.layer]
         table = torch.zeros(most, 3, dtype=torch.int32, device=rows.hidden.device)
         tiles_kernel[(1,)](
             rows.starts, tables.slot_of[rows.layer], table, num_experts=tables.num_experts, BM=block,
             E=triton.next_power_of_2(tables.num_experts), num_warps=4,
         )  # fmt: skip
-        self._multiply(rows, self._experts.layouts[rows.layer].planes, table)
+        self._multiply(rows, self._state.layouts[rows.layer].planes, table)
 
     def _block(self, order: torch.Tensor) -> int:
-        """Rows of a tile: by the number of choices alone, whatever is resident (law 1)."""
-        return 16 if order.numel() <= 16 * self._experts.tables.num_experts else 64
+        """Rows of a tile. Same numbers: it depends on the number of choices alone, not on what is resident."""
+        return 16 if order.numel() <= 16 * self._state.tables.num_experts else 64
 
     def _multiply(self, rows: _Pass, planes: int, table: torch.Tensor) -> None:
         """``grouped_kernel`` twice over the tiles in ``table``."""
-        experts, layout, block = self._experts, self._experts.layouts[rows.layer], self._block(rows.order)
+        state, layout, block = self._state, self._state.layouts[rows.layer], self._block(rows.order)
         for source, out, offsets, cols, width, activation in (
             (rows.hidden, rows.inner, layout.gate_up, layout.cols, layout.width, layout.activation),
             (rows.inner, rows.outputs, layout.down, layout.width, layout.cols, ""),
         ):
             grouped_kernel[(table.shape[0], triton.cdiv(width, 64))](
-                experts.pool.bytes, table, rows.order, source, out, experts.pool.slot_bytes, *offsets,
-                top_k=experts.top_k, cols=cols, rows=width, DTYPE=layout.dtype,
+                state.pool.bytes, table, rows.order, source, out, state.pool.slot_bytes, *offsets,
+                top_k=state.top_k, cols=cols, rows=width, DTYPE=layout.dtype,
                 DOT=dot_dtype(rows.hidden.dtype, rows.hidden.device), PLANES=planes,
                 ACT=activation, BM=block, BN=64, GB=4, num_warps=4,
             )  # fmt: skip

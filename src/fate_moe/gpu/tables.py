@@ -11,22 +11,22 @@ from fate_moe.core import Counters
 __all__ = ["ResidencyTables", "layer_quotas"]
 
 
-def layer_quotas(num_slots: int, num_layers: int, num_experts: int, least: int, num_whole: int) -> list[int]:
-    """Slots of each layer; they sum to ``num_slots``, or to all experts. None has fewer than ``least`` (one pass's experts).
+def layer_quotas(num_slots: int, num_layers: int, num_experts: int, min_slots: int, num_whole: int) -> list[int]:
+    """Slots of each layer; they sum to ``num_slots``, or to all experts. None has fewer than ``min_slots`` (one pass's experts).
 
     The first ``num_whole`` layers get all their experts as long as they take at most half of the slots (layer 0 has no predecessor
     to predict it, and shallow layers predict worst: Fate, arXiv 2502.12224, section 4.2); the others share the rest evenly.
-    Raises ValueError when there are fewer than ``least`` slots a layer.
+    Raises ValueError when there are fewer than ``min_slots`` slots a layer.
     """
-    if num_slots < least * num_layers:
-        raise ValueError(f"{num_slots} slots for {num_layers} layers that need {least} each")
+    if num_slots < min_slots * num_layers:
+        raise ValueError(f"{num_slots} slots for {num_layers} layers that need {min_slots} each")
     whole = 0
     while whole < num_whole and (whole + 1) * num_experts <= num_slots // 2:
         whole += 1
-    while whole and num_slots - whole * num_experts < least * (num_layers - whole):
+    while whole and num_slots - whole * num_experts < min_slots * (num_layers - whole):
         whole -= 1
-    share, odd = divmod(num_slots - whole * num_experts, max(1, num_layers - whole))
-    return [num_experts] * whole + [min(num_experts, share + (i < odd)) for i in range(num_layers - whole)]
+    even, odd = divmod(num_slots - whole * num_experts, max(1, num_layers - whole))
+    return [num_experts] * whole + [min(num_experts, even + (i < odd)) for i in range(num_layers - whole)]
 
 
 class ResidencyTables:
@@ -64,10 +64,11 @@ class ResidencyTables:
         return int(self.counters[:, 4].sum())
 
     def check_integrity(self) -> None:
-        """Raise AssertionError unless every layer's slots are its own, all taken, each by one expert; waits for the device."""
+        """Raise RuntimeError unless every layer's slots are its own, all taken, each by one expert; waits for the device."""
         table = self.slot_of.cpu()
         first = 0
         for layer, quota in enumerate(self.quotas):
             taken = sorted(table[layer][table[layer] >= 0].tolist())
-            assert taken == list(range(first, first + quota)), f"layer {layer} holds slots {taken}, its own are {first}+{quota}"
+            if taken != list(range(first, first + quota)):
+                raise RuntimeError(f"layer {layer} has slots {taken} instead of {first} to {first + quota - 1}, each once")
             first += quota

@@ -198,9 +198,9 @@ def attend_kernel(
         score = tl.where((mine & (s <= at))[None, :], score, float("-inf"))
         higher = tl.maximum(top, tl.max(score, axis=1))
         p = tl.exp(score - higher[:, None])
-        old_share = tl.exp(top - higher)
-        total = total * old_share + tl.sum(p, axis=1)
-        acc = tl.dot(p.to(DOT), v.to(DOT), acc * old_share[:, None], input_precision="ieee")
+        old_scale = tl.exp(top - higher)
+        total = total * old_scale + tl.sum(p, axis=1)
+        acc = tl.dot(p.to(DOT), v.to(DOT), acc * old_scale[:, None], input_precision="ieee")
         top = higher
     row = (head * group + i) * splits + split
     tl.store(most + row, top, mask=i < group)
@@ -215,7 +215,7 @@ def combine_kernel(most, sums, parts, out, splits, D: tl.constexpr, SP: tl.const
     s = tl.arange(0, SP)
     d = tl.arange(0, D)
     top = tl.load(most + head * splits + s, mask=s < splits, other=float("-inf"))
-    share = tl.exp(top - tl.max(top, axis=0))
-    total = tl.sum(share * tl.load(sums + head * splits + s, mask=s < splits, other=0.0), axis=0)
+    scale = tl.exp(top - tl.max(top, axis=0))
+    total = tl.sum(scale * tl.load(sums + head * splits + s, mask=s < splits, other=0.0), axis=0)
     part = tl.load(parts + (head * splits + s)[:, None] * D + d[None, :], mask=(s < splits)[:, None], other=0.0)
-    tl.store(out + head * D + d, (tl.sum(part * share[:, None], axis=0) / total).to(out.dtype.element_ty))
+    tl.store(out + head * D + d, (tl.sum(part * scale[:, None], axis=0) / total).to(out.dtype.element_ty))

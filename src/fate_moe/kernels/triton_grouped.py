@@ -126,7 +126,7 @@ def tiles_kernel(first, slot_of, tiles, num_experts: tl.constexpr, BM: tl.conste
     """One program: ``tiles`` of the experts that have a slot, for ``grouped_kernel``; the table is zero before.
 
     ``first`` int64 [num_experts + 1]: each expert's first place in the order, and where the last one's rows end. ``slot_of`` int32
-    [num_experts], negative for none. An expert's tiles are those that a host would cut, so the numbers are the same (law 1).
+    [num_experts], negative for none. An expert's tiles are those that a host would cut, which keeps the guarantee of same numbers.
     """
     e = tl.arange(0, E)
     start = tl.load(first + e, mask=e < num_experts, other=0).to(tl.int32)

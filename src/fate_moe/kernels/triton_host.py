@@ -1,6 +1,6 @@
 """Asking the host, from inside a graph, where experts are in its memory: it may have to read them from disk first.
 
-A mailbox in pinned memory, of which device and host see every word at once. Each word carries the number of the question in its
+The mailbox lies in pinned memory, where device and host see each word whole. Each word carries the number of the question in its
 upper half, so that nothing depends on the order in which words become visible: a word counts when its number is right.
 """
 
@@ -31,7 +31,7 @@ def ask_kernel(wanted, count, asked, questions, answers, R: tl.constexpr):
         place = tl.zeros((R,), tl.int64)
         missing = num
         while missing > 0:
-            said = tl.load(answers + i, mask=mask, other=0, volatile=True)
-            missing = tl.sum((mask & ((said >> 32) != number.to(tl.int64))).to(tl.int32), axis=0)
-            place = said & 0xFFFFFFFF
+            answer = tl.load(answers + i, mask=mask, other=0, volatile=True)
+            missing = tl.sum((mask & ((answer >> 32) != number.to(tl.int64))).to(tl.int32), axis=0)
+            place = answer & 0xFFFFFFFF
         tl.store(wanted + 2 * i, place.to(tl.int32), mask=mask)

@@ -2,7 +2,7 @@
 
 Question and answer lie in pinned memory that both sides see. Each word carries the number of its question in its upper half, so
 that nothing depends on the order in which words become visible: a word counts when its number is right. The other side is
-``csrc/share.h``.
+``csrc/host_compute.h``.
 """
 
 from __future__ import annotations

@@ -3,15 +3,15 @@
 Each MoE layer owns a fixed number of slots (its quota), always full. So the layer that runs and the layer that is prefetched for
 touch different rows of every table, and need no lock. Tables, [layers, experts] each: ``slot_of`` int32 (-1: not resident),
 ``score`` fp32 (the resident expert of lowest score gives up its slot; ties go to the lowest index), ``unused`` int32 (1:
-prefetched and not asked for since; 2: and its layer has not run since, so the copy may not have ended). ``counters`` int64
+prefetched and not routed to since; 2: and its layer has not run since, so the copy may not have ended). ``counters`` int64
 [layers, 5]: hits, misses, prefetched, prefetches used, and how many of the misses the host computed.
 
-Scores: by recency, the time of the last use, and a prefetched expert counts as never used until it is asked for; by decayed
+Scores: by recency, the time of the last use, and a prefetched expert counts as never used until it is routed to; by decayed
 frequency, the base-2 logarithm of the sum over uses of 2^(time / half-life), which orders experts as letting all their counts
 decay would (forward decay, Cormode et al., ICDE 2009); it outlives residency. By decayed probability, the same sum over all tokens,
 times the root of what the router gave the expert: one that was nearly chosen again and again stays, one chosen once by chance goes.
 
-Twin: ``kernels/reference.py: ResidencyTable``, over the policies that run on the CPU.
+Twin: ``tests/support/gpu_twin.py``, over the policies that run on the CPU.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _highest(score, candidates, expert, E: tl.constexpr):
 
 
 @triton.jit
-def _settle(
+def _assign_slots(
     choice,
     probability,
     slots,
@@ -98,7 +98,7 @@ def _settle(
     else:
         used = tl.zeros((E,), tl.float32) + now.to(tl.float32)
     value = tl.where(routed | WEIGHED, used, value)
-    under_way = waiting == 2  # the copy of a prefetch may still run: whoever needs it waits, and nobody may have its slot
+    under_way = waiting == 2  # the copy of a prefetch may still run: its rows wait for it, and its slot cannot be given away
     missing = routed & (slot < 0)
     num_missing = tl.sum(missing.to(tl.int32), axis=0)
     num_routed = tl.sum(routed.to(tl.int32), axis=0)
@@ -175,7 +175,7 @@ def residency_kernel(
     else:
         r = tl.arange(0, R)
         choice = tl.load(index + r, mask=r < num_rows, other=-1).to(tl.int32)
-        _settle(
+        _assign_slots(
             choice, choice, slots, pending_rows, wanted, count, slot_of, score, unused, counters, clock, layer, last, half_life,
             1.0, count, count, hidden, num_experts, num_rows, cols, FREQUENCY, False, False, 0, E, R,
         )  # fmt: skip
@@ -183,7 +183,7 @@ def residency_kernel(
 
 @triton.jit
 def logits_kernel(hidden, weight, logits, cols: tl.constexpr, num_experts: tl.constexpr, BE: tl.constexpr, BLOCK: tl.constexpr):
-    """logits[t] = weight hidden[t], fp32: a router [num_experts, cols] on another layer's gate input. Grid (tokens, experts /
+    """logits[t] = weight hidden[t], fp32: a router [num_experts, cols] on another layer's router input. Grid (tokens, experts /
     BE)."""
     token = tl.program_id(0)
     expert = tl.program_id(1) * BE + tl.arange(0, BE)
@@ -210,7 +210,7 @@ def _look_ahead(
     layer,
     num_tokens,
     num_predicted,
-    least,
+    min_probability,
     limit,
     num_experts: tl.constexpr,
     FREQUENCY: tl.constexpr,
@@ -229,7 +229,7 @@ def _look_ahead(
     slot = tl.load(slot_of + at, mask=known, other=-1)
     above = (chance[None, :] > chance[:, None]) | ((chance[None, :] == chance[:, None]) & (expert[None, :] < expert[:, None]))
     rank = tl.sum(above.to(tl.int32), axis=1)  # of each expert among all, 0 the likeliest
-    expected = known & (rank < num_predicted) & (chance >= least)
+    expected = known & (rank < num_predicted) & (chance >= min_probability)
     value = tl.load(score + at, mask=known, other=0.0)
     waiting = tl.minimum(tl.load(unused + at, mask=known, other=0), 1)  # older copies end first: one lane
     now = tl.load(clock).to(tl.float32)
@@ -270,7 +270,7 @@ def prefetch_kernel(
     layer,
     num_tokens,
     num_predicted,
-    least,
+    min_probability,
     limit,
     num_experts: tl.constexpr,
     FREQUENCY: tl.constexpr,
@@ -278,13 +278,13 @@ def prefetch_kernel(
 ):
     """Choose what to fetch ahead for ``layer`` from ``logits`` fp32 [num_tokens, num_experts]. One program.
 
-    An expert's probability is that at least one token chooses it, softmax taken as the chance. The ``num_predicted`` likeliest of
-    at least ``least`` are expected: those that are resident are not evicted here, and the ``limit`` likeliest of the others get
-    slots and are listed in ``wanted`` and ``count`` as ``residency_kernel`` does.
+    An expert's probability is that at least one token chooses it, with softmax as the chance of each token. The ``num_predicted``
+    likeliest of at least ``min_probability`` are expected: those that are resident are not evicted here, and the ``limit``
+    likeliest of the others get slots and are listed in ``wanted`` and ``count`` as ``residency_kernel`` does.
     """
     _look_ahead(
-        logits, wanted, count, slot_of, score, unused, counters, clock, layer, num_tokens, num_predicted, least, limit,
-        num_experts, FREQUENCY, E,
+        logits, wanted, count, slot_of, score, unused, counters, clock, layer, num_tokens, num_predicted, min_probability,
+        limit, num_experts, FREQUENCY, E,
     )  # fmt: skip
 
 
@@ -308,7 +308,7 @@ def route_kernel(
     last,
     half_life,
     num_predicted,
-    least,
+    min_probability,
     limit,
     link_fraction,
     questions,
@@ -327,21 +327,21 @@ def route_kernel(
 ):
     """For one token, a softmax router, its residency step and the next layer's prefetch in one launch. Grid (1) or (2).
 
-    ``logits`` fp32 [num_experts] are this layer's, ``next_logits`` the next one's on the same gate input. Program 0 takes the
+    ``logits`` fp32 [num_experts] are this layer's, ``next_logits`` the next one's on the same router input. Program 0 takes the
     ``top_k`` likeliest (ties to the lowest index), their probabilities (summing to 1 with NORMALIZE) as ``routing_weights``
     [top_k], and does what ``residency_kernel`` does; program 1 what ``prefetch_kernel`` does for ``layer + 1``, into ``ahead`` and
-    ``ahead_count``. With HOST the host is asked for misses on the gate input ``x`` [cols]: see ``_settle``.
+    ``ahead_count``. With HOST the host is asked for misses on the router input ``x`` [cols]: see ``_assign_slots``.
     """
     if tl.program_id(0) == 1:
         _look_ahead(
-            next_logits, ahead, ahead_count, slot_of, score, unused, counters, clock, layer + 1, 1, num_predicted, least,
-            limit, num_experts, FREQUENCY, E,
+            next_logits, ahead, ahead_count, slot_of, score, unused, counters, clock, layer + 1, 1, num_predicted,
+            min_probability, limit, num_experts, FREQUENCY, E,
         )  # fmt: skip
     else:
         expert = tl.arange(0, E)
         r = tl.arange(0, R)
-        said = tl.load(logits + expert, mask=expert < num_experts, other=float("-inf"))
-        p = tl.exp(said - tl.max(said, axis=0))
+        logit = tl.load(logits + expert, mask=expert < num_experts, other=float("-inf"))
+        p = tl.exp(logit - tl.max(logit, axis=0))
         p = p / tl.sum(p, axis=0)
         left = p
         choice = tl.zeros((R,), tl.int32) - 1
@@ -355,7 +355,7 @@ def route_kernel(
         if NORMALIZE:
             weight = weight / tl.sum(weight, axis=0)
         tl.store(routing_weights + r, weight.to(routing_weights.dtype.element_ty), mask=r < top_k)
-        _settle(
+        _assign_slots(
             choice, p, slots, pending_rows, wanted, count, slot_of, score, unused, counters, clock, layer, last, half_life,
             link_fraction, questions, asked, x, num_experts, top_k, cols, FREQUENCY, WEIGHED, HOST, MOST, E, R,
         )  # fmt: skip

@@ -25,8 +25,8 @@ class PathStep(FusedStep):
     def __init__(self, model: Any, experts: DeviceExperts, cache: Any, collection: torch.Tensor | None = None) -> None:
         """``collection`` fp32 [sequences, layers, experts], each of length 1; None: an empty one, for ``keep``."""
         super().__init__(model, experts, cache)
-        self._tables, self._half_life = experts.tables, experts.options.half_life
-        score = experts.tables.score
+        self._tables, self._half_life = experts.state.tables, experts.state.options.half_life
+        score = experts.state.tables.score
         self.collection = score.new_zeros(COLLECTION, *score.shape) if collection is None else collection
         self.predicted = torch.zeros_like(score)
         self._kept = 0

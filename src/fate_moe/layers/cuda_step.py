@@ -80,7 +80,7 @@ class FusedStep:
         self._dot = dot_dtype(dtype, device)
         shared = self._layers[0].shared_gate_up is not None
         self._rows = model.model.layers[0].mlp.gate.weight.shape[0] + shared
-        self._routers = _routers(model.model.layers, experts.fitted, shared)
+        self._routers = _routers(model.model.layers, experts.state.fitted, shared)
         self._inv_freq = model.model.rotary_emb.inv_freq.float()
         hidden = config.hidden_size
 
@@ -92,7 +92,7 @@ class FusedStep:
         self._most, self._sums = empty(self._heads, _SPLITS), empty(self._heads, _SPLITS)
         self._parts = empty(self._heads, _SPLITS, self._dim)
         self._router_logits = empty(2 * self._rows)
-        self._weights = empty(1, experts.top_k, kind=dtype)
+        self._weights = empty(1, experts.state.top_k, kind=dtype)
         down = self._layers[0].shared_down
         self._shared = empty(1 if down is None else _shape(down)[1], kind=dtype)
         self._head = joined([model.lm_head])
@@ -202,10 +202,10 @@ class FusedStep:
         block, wide, warps = matvec_tile(rows, cols)
         matvec_kernel[(triton.cdiv(rows, block),)](
             x, none if norm is None else norm, weight, scale, zero, none if bias is None else bias,
-            none if residual is None else residual, none if gate is None else gate, self._normed, self._experts.staged, out,
+            none if residual is None else residual, none if gate is None else gate, self._normed, self._experts.state.staged, out,
             self._eps, cols=cols, rows=rows, CODES=codes, NORM=norm is not None, BIAS=bias is not None,
             RESIDUAL=residual is not None, GATE=gate is not None, SILU=silu, STAGE=stage,
-            STAGE_PLANES=self._experts.layouts[0].planes, BN=block, BK=wide, num_warps=warps,
+            STAGE_PLANES=self._experts.state.layouts[0].planes, BN=block, BK=wide, num_warps=warps,
         )  # fmt: skip
 
 

@@ -64,13 +64,13 @@ int64_t claim(std::atomic<uint64_t>& next, uint64_t turn) {
   }
 }
 
-// Rows of all asked experts in units of kRows. Two thirds are shared out evenly, in runs that a core's prefetcher likes; the rest is
-// taken unit by unit by whoever is free: shared out whole, threads waited 31 of 181 us for the slowest (14 on a 16-core VM).
+// Rows of all experts of a question in units of kRows. Two thirds are divided evenly, in runs that a core's prefetcher follows; free
+// threads take the rest unit by unit. With all rows divided evenly, threads waited 31 of 181 us for the slowest (14 on a 16-core VM).
 class Split {
  public:
   Split(int64_t count, int64_t rows) : rows_(rows), units_((rows + kRows - 1) / kRows), all_(count * units_), even_(all_ * 2 / 3) {}
 
-  // Calls each(expert, begin, end) for the runs that are thread `number`'s whatever happens.
+  // Calls each(expert, begin, end) for the runs that thread `number` alone computes.
   template <class Each>
   void own(int64_t number, int64_t num_threads, Each each) const {
     const int64_t end = even_ * (number + 1) / num_threads;
@@ -104,7 +104,7 @@ struct HostCompute::Own {
 };
 
 HostCompute::HostCompute(const Ops& ops, const ExpertPlace& place, uint64_t arena, int64_t blob_bytes, const Mail& mail, bool exact,
-             int num_threads)
+                         int num_threads)
     : ops_(ops), place_(place), arena_(arena), blob_bytes_(blob_bytes), mail_(mail),
       integers_(!exact && place.up.kind != Kind::kBf16), num_threads_(num_threads), inner_(mail.most * place.down.cols) {
   for (int64_t i = 0; i < num_threads; ++i) threads_.emplace_back([this, i] { serve(i); });

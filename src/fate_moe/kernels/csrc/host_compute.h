@@ -1,4 +1,5 @@
-// Experts computed here for a GPU that asks through memory that both see, and waits for the answers (kernels/triton_share.py).
+// Experts computed on the host for a GPU. The GPU writes a question to memory that both see and waits for the answer there; its side
+// is kernels/triton_host_compute.py.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -18,11 +19,11 @@ struct Mail {
   int64_t most;
 };
 
-// Threads of their own that look at the mail without rest while questions come (a wake-up takes longer than an expert), and once a
-// millisecond after 20 ms without one. They share the rows of all asked experts, first of gate and up, then of down.
+// Owns threads that poll the mail without pause while questions come (a wake-up takes longer than an expert), and once a millisecond
+// after 20 ms without one. They divide the rows of a question's experts, first of gate and up, then of down.
 class HostCompute {
  public:
-  // Blob b lies at arena + b * blob_bytes. ActivationSpec and up rows lie one after the other.
+  // Blob b lies at arena + b * blob_bytes. All gate rows lie before all up rows.
   HostCompute(const Ops& ops, const ExpertPlace& place, uint64_t arena, int64_t blob_bytes, const Mail& mail, bool exact, int num_threads);
   ~HostCompute();  // no question may be open
 

@@ -1,4 +1,4 @@
-// What operations on several threads share: scratch memory, a product's inputs, and how a matrix is cut into tasks.
+// What operations on several threads have in common: scratch memory, a product's inputs, and how a matrix is cut into tasks.
 #pragma once
 #include <algorithm>
 #include <cstdlib>

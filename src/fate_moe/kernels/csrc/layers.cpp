@@ -167,7 +167,7 @@ void run_mlp(const Ops& ops, const Mlp& mlp, const void* x, Dtype dtype, int64_t
 
 namespace {
 
-// One token's attention in phases, for whoever has its input ready and takes its output.
+// One token's attention in phases; the caller prepares its input and takes its output.
 class Attending {
  public:
   // Sizes everything; `token` is the calling thread's.
@@ -197,7 +197,7 @@ class Attending {
     ops_.to_float(sin, dtype, a_.dim, angles_ + a_.dim);
   }
 
-  // Phases 1 to 5; `done(begin, end)` is told of rows of the result.
+  // Phases 1 to 5; calls `done(begin, end)` for rows of the result that are written.
   template <class Done>
   void run(Phases& phases, Done done) {
     const int64_t dim = a_.dim, group = a_.heads / a_.kv_heads;
@@ -218,8 +218,8 @@ class Attending {
       const int64_t first = h / group * room_ * dim;
       const uint8_t* const key = static_cast<const uint8_t*>(at(keys_, Dtype::kBf16, first));
       const Matrix past = {Kind::kBf16, count_, dim, kGroup, groups_of(dim), {key, nullptr, nullptr}, nullptr, nullptr, nullptr, Dtype::kF32};
-      const Token asked = {nullptr, nullptr, nullptr, head, scores};
-      ops_.product(past, &asked, 1, 0, count_);
+      const Token query = {nullptr, nullptr, nullptr, head, scores};
+      ops_.product(past, &query, 1, 0, count_);
       softmax(scores, count_, a_.scaling);
       // Several rows of values at a time as numbers, the sum so far before them with weight 1.
       float weights[kValueRows + 1] = {1.0f};
@@ -294,7 +294,7 @@ float run_layer(const Ops& ops, const Layer& layer, const void* x, const void* c
   static thread_local Scratch scratch;
   const Dtype bf16 = Dtype::kBf16;
   const int64_t hidden = layer.attention.q.place.cols;
-  const Matrix router = layer.router.matrix(), gate = layer.shared_gate.matrix();
+  const Matrix router = layer.router.matrix(), shared_gate = layer.shared_gate.matrix();
   Inputs &of_token = token, &of_routed = routed;
   Attending attending(ops, layer.attention, token, keys, values, length, room, exact);
   routed.resize(1, hidden, router.group);
@@ -321,7 +321,7 @@ float run_layer(const Ops& ops, const Layer& layer, const void* x, const void* c
     });
     phases.each(7, int64_t(tasks.size()), [&](int64_t i) {
       const bool shared = tasks[i].expert == 1;
-      multiply(ops, tasks[i], shared ? gate : router, of_routed, 1, false, shared ? logits + router.rows : logits, 0);
+      multiply(ops, tasks[i], shared ? shared_gate : router, of_routed, 1, false, shared ? logits + router.rows : logits, 0);
     });
   };
   run_phases(num_threads, work);

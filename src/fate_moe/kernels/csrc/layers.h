@@ -1,4 +1,4 @@
-// Whole modules of a standard decoder layer for few tokens, each in one call: RMSNorm, a gated MLP, attention with its KV cache.
+// Whole modules of a plain decoder layer for few tokens, each in one call: RMSNorm, a gated MLP, attention with its KV cache.
 #pragma once
 #include <cstdint>
 
@@ -56,7 +56,7 @@ struct Layer {
 
 // As run_attention, for x bf16 [hidden]: the residual stream after attention to `residual`, the experts' input to `normed` (both
 // bf16 [hidden]), the chosen experts to `chosen`, likeliest first, and their weights to `weights`, fp32 [top_k]. Returns the shared
-// expert's factor (1 without a gate).
+// expert's factor (1 without a shared gate).
 float run_layer(const Ops&, const Layer&, const void* x, const void* cos, const void* sin, void* keys, void* values, int64_t length,
                 int64_t room, void* residual, void* normed, int64_t* chosen, float* weights, bool exact, int num_threads);
 

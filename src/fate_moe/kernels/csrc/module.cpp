@@ -141,9 +141,9 @@ void layer_end(uintptr_t residual, uintptr_t rows, uintptr_t weights, int64_t nu
                 reinterpret_cast<void*>(out));
 }
 
-// The arrays in statistics.h's order, those of the evidence left away where there is none.
+// The arrays in statistics.h's order, without those of the evidence where there is none.
 RoutingStatistics make_statistics(int64_t num_layers, int64_t width, int64_t num_sources, int64_t top_k, int64_t num_decays,
-                 std::vector<uintptr_t> arrays, float rate, float slope_rate, float rare, float discount, float steady) {
+                                  std::vector<uintptr_t> arrays, float rate, float slope_rate, float rare, float discount, float steady) {
   arrays.resize(14);
   const auto floats = [&](size_t i) { return reinterpret_cast<float*>(arrays[i]); };
   const auto numbers = [&](size_t i) { return reinterpret_cast<int64_t*>(arrays[i]); };

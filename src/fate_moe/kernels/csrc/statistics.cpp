@@ -7,9 +7,9 @@
 namespace fate {
 namespace {
 
-// What was said of this token, by the rows that spoke, was off by so much.
+// Correct the rows that predicted this token by the error of their prediction.
 void learn(const RoutingStatistics& of, int64_t layer, const std::vector<int64_t>& experts, std::vector<float>& error) {
-  const int64_t width = of.width, spoke = of.num_sources * of.top_k, *rows = of.rows + layer * spoke;
+  const int64_t width = of.width, num_rows = of.num_sources * of.top_k, *rows = of.rows + layer * num_rows;
   const float *chance = of.chance + layer * width, *log = of.log + layer * width;
   for (int64_t e = 0; e < width; ++e) error[e] = -chance[e];
   for (int64_t e : experts) error[e] += 1;
@@ -17,14 +17,14 @@ void learn(const RoutingStatistics& of, int64_t layer, const std::vector<int64_t
   for (int64_t e = 0; e < width; ++e) along += error[e] * log[e];
   *of.slope += of.slope_rate * along;
   for (int64_t e = 0; e < width; ++e) error[e] *= of.rate;
-  for (int64_t r = 0; r < spoke; ++r) {
+  for (int64_t r = 0; r < num_rows; ++r) {
     if (r && rows[r] == rows[r - 1]) continue;  // "nothing known", once and not for each expert
     float* row = of.table + rows[r] * width;
     for (int64_t e = 0; e < width; ++e) row[e] += error[e];
   }
 }
 
-// Who speaks now, and how likely they make each expert.
+// Choose the rows that predict the next token, and compute each expert's chance from them.
 void predict(const RoutingStatistics& of, int64_t layer, const std::vector<int64_t>& experts, const float* frequency, std::vector<float>& logits) {
   const int64_t width = of.width, top_k = of.top_k;
   float *chance = of.chance + layer * width, *log = of.log + layer * width;
@@ -36,8 +36,8 @@ void predict(const RoutingStatistics& of, int64_t layer, const std::vector<int64
     const int64_t* chose = of.latest + std::max<int64_t>(layer - s, 0) * top_k;
     for (int64_t i = 0; i < top_k; ++i, ++row) {
       *row = first + chose[i];
-      const float* says = of.table + *row * width;
-      for (int64_t e = 0; e < width; ++e) logits[e] += says[e];
+      const float* weights = of.table + *row * width;
+      for (int64_t e = 0; e < width; ++e) logits[e] += weights[e];
     }
   }
   for (int64_t e = 0; e < width; ++e) log[e] = std::log(frequency[e] + of.rare);
@@ -67,10 +67,10 @@ void statistics_turn(const RoutingStatistics& of, int64_t layer, const std::vect
     predict(of, layer, experts, frequency.data(), scratch);
   }
   const float* chance = of.table ? of.chance + layer * width : frequency.data();
-  float *worth = of.worth + layer * width, *used_soon = of.used_soon + layer * width;
+  float *expected_uses = of.expected_uses + layer * width, *used_soon = of.used_soon + layer * width;
   for (int64_t e = 0; e < width; ++e) {
     const float later = of.discount * (of.steady * frequency[e] + (1 - of.steady) * chance[e] + of.rare);
-    worth[e] = chance[e];
+    expected_uses[e] = chance[e];
     used_soon[e] = chance[e] + (1 - chance[e]) * (later / (1 - of.discount + later));
   }
   if (begins) std::copy(of.turn, of.turn + of.num_layers, of.distance);

@@ -5,12 +5,12 @@
 
 namespace fate {
 
-// usage.py's arrays, all of them C-contiguous, and its constants. Without evidence `table` is null, and what follows it unused.
+// The arrays of memory/statistics.py, all of them C-contiguous, and its constants. Without evidence `table` is null, and what follows it unused.
 struct RoutingStatistics {
   int64_t num_layers, width, num_sources, top_k, num_decays;
   const float *decays, *gain;  // [num_decays]
   float* recent;               // [L, E, num_decays]
-  float *worth, *used_soon, *value;  // [L, E]
+  float *expected_uses, *used_soon, *value;  // [L, E]
   const float* turn;           // [L]
   float* distance;             // [L]
   float *table, *slope;        // [L S (E + 1), E], [1]

@@ -1,5 +1,5 @@
-// A team of threads that is torch's own: where torch brought GNU OpenMP into the process, its threads are asked for, so that there
-// are never twice as many as cores. Elsewhere a small pool.
+// A team of threads: torch's own where torch brought GNU OpenMP into the process, so that there are never twice as many threads as
+// cores; elsewhere a small pool.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -20,7 +20,7 @@ void run_team(int num_threads, Body body, void* data);
 // "OpenMP of the process" or "own threads".
 const char* team_name();
 
-// Tells the processor that this thread waits for another's word.
+// Tells the processor that this thread spins on a word that another thread will write.
 inline void pause() {
 #if defined(__x86_64__)
   _mm_pause();
@@ -31,7 +31,7 @@ inline void pause() {
 
 // Work in phases, the next begins when all of one's tasks are done. Each thread takes tasks of a run of its own, one after the other: rows
 // that follow one another in memory, which the processor reads ahead. Taken in turn by two threads they come at 22 instead of 27 GB/s
-// (2 vCPU of a Xeon, INT4, tasks of 96 KiB). Whoever is through with his run takes from the others'.
+// (2 vCPU of a Xeon, INT4, tasks of 96 KiB). A thread that has finished its run takes tasks from the others' runs.
 class Phases {
  public:
   static constexpr int kMost = 8, kMostRuns = 16;
@@ -54,7 +54,7 @@ class Phases {
       if (spins < 2000) {
         pause();
       } else {
-        std::this_thread::yield();  // who holds the last task may have lost its core to a reading thread
+        std::this_thread::yield();  // the thread with the last task may have lost its core to a reading thread
       }
     }
   }
