@@ -125,7 +125,7 @@ class RandomModel:
         )  # fmt: skip
         state.fill()
         experts = DeviceExperts(state)
-        attach_device(self.model, self.stacks, experts)
+        attach_device(self.model, self.stacks, experts, Patches(self.model))
         return experts
 
     def host_compute(self) -> HostCompute:

@@ -13,9 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 pytest.importorskip("triton")
 
 from fate_moe.core import ExpertId
-from fate_moe.engine.cuda import realize_on_device
-from fate_moe.engine.device_budget import make_device_plan
-from fate_moe.engine.load import prepare, store_for
+from fate_moe.engine.prepare import prepare, store_for
 from fate_moe.errors import BudgetError, ClosedModelError, CorruptExpertError, UnsupportedModelError
 from fate_moe.gpu.dense import ByteLinear
 from fate_moe.gpu.link import Link, save_link
@@ -211,7 +209,7 @@ def test_gates_fitted_to_the_model_are_used(checkpoint: Callable[[str], Path], l
     gates = [torch.randn(config.num_experts, config.hidden_size + 1) for _ in range(config.num_hidden_layers)]
     save_gates(store, gates)
     try:
-        model = on_gpu(store, slots=8)
+        model = simulated_gpu(store, slots=8)
         first, second = model.fate.experts.state.fitted
         assert first is None
         assert torch.equal(second.float(), gates[1].bfloat16().float())

@@ -47,7 +47,7 @@ def on_device(model: Any, num_slots: int, fitted: Any = (), **options: Any) -> D
     state = DeviceState(layouts, arena, pool, tables, router_weights(model, stacks), top_k=top_k, options=chosen, fitted=fitted)
     state.fill()
     device = DeviceExperts(state)
-    attach_device(model, stacks, device)
+    attach_device(model, stacks, device, Patches(model))
     return device
 
 

@@ -68,19 +68,34 @@ class CudaEngine(Engine):
         self._last_report: Report | None = None  # of a closed engine
 
     def report(self) -> Report:
-        """Everything since loading: lookups in VRAM, bytes to it and from disk, memory. Waits for the device."""
-        state = self.experts.state
-        disk = state.host.counters() if self.plan.reads_disk else None
+        """As ``Engine.report``; waits for the device."""
+        if self._last_report is not None:
+            return self._last_report
+        state, plan, config = self.experts.state, self.plan, self.config
         ahead = "" if state.options.limit else ", nothing copied ahead"
-        return Report.on_device(
-            state.counters(), disk, state.tables.hosted(), self.plan, self.config, ahead, vram_peak(state.device)
+        return Report(
+            experts=state.counters(),
+            budget_bytes=plan.budget_bytes,
+            peak_bytes=peak_memory(),
+            policy=config.policy_name if plan.reads_disk else "all in RAM",
+            predictor=f"preset {config.preset}{ahead}",
+            precision=plan.precision,
+            expert_cache_bytes=plan.expert_cache_bytes,
+            precision_policy=config.precision_policy,
+            vram_budget_bytes=plan.vram_budget_bytes,
+            vram_peak_bytes=vram_peak(state.device),
+            disk=replace(state.host.counters()) if plan.reads_disk else None,
+            host_compute=plan.host_compute,
+            num_hosted=state.tables.hosted(),
         )
 
-    def close(self) -> None:
-        """Give host memory back, close the store's files, keep what was learned. The model cannot run afterwards."""
-        self.experts.state.counters()  # the device has ended its work: nothing reads host memory any more
+    def observe(self, observer: Observer) -> AbstractContextManager[None]:
+        raise ConfigError("passes on a GPU cannot be observed; omit vram and device to observe them on the CPU")
+
+    def stop(self) -> None:
+        self._last_report = self.report()  # the device has ended its work: nothing reads host memory any more
         self.experts.state.close()
-        self._keep()
+        self._keep_learned()
 
 
 class CudaParts:
@@ -135,27 +150,7 @@ class CudaParts:
         with progress_bar("loading experts", store.manifest.expert_bytes, None) as advance:
             read_all(source, arena, len(self._stacks), self._num_experts, config.io_threads, advance)
         source.close()
-        host = WholeHost(arena)
-    precision = make_precision_policy(config.precision_policy, load_view_losses(store.path))
-    host_compute = _host_compute(prepared, arena, top_k, device, config) if plan.host_compute else None
-    hidden = model.config.get_text_config().hidden_size
-    learned = load_gates(store.path, [num_experts] * len(stacks), hidden) if options.limit and not reasons else None
-    fitted = [] if learned is None else [None, *learned.ahead[0][1:]]  # nothing comes early to the first layer
-    routers = router_weights(model, stacks)
-    experts = _experts(plan, layouts, host, routers, num_experts, top_k, options, host_compute, precision, fitted, device)
-    attach_device(model, stacks, experts)
-    model.register_forward_hook(lambda module, args, output: host.check())
-    decode, per_token = None, plan.kv_cache_bytes // plan.context_length
-    if reasons:
-        _log.info("decode runs transformers' layers: %s", "; ".join(reasons))
-        limit_context(model, plan.context_length, per_token)
-    else:
-        decode = CapturedDecode(model, experts, plan.context_length, per_token, config.cuda_graph, config.preset == "eap")
-    _settle(model, experts, decode, device)
-    experts.state.tables.counters.zero_()
-    model.generate = _with_inputs_on(device, model.generate, plan)
-    model.fate = DeviceFate(plan, config, experts, decode, lambda: remember(policy, store.path) if plan.reads_disk else None)
-    return model
+        self._host = WholeHost(arena)
 
     def make_prediction(self) -> None:
         """Routers that can be applied one layer early, and the gates of ``fate fit`` for a fused step."""
@@ -182,42 +177,75 @@ class CudaParts:
             _log.info("decode runs transformers' layers: %s", "; ".join(self._reasons))
             limit_context(model, plan.context_length, per_token, patches)
         else:
-            run_prefetch_trial(experts, lambda: None, lambda: model(token))
-    _log.info("copied ahead: at most %d experts a layer", experts.state.options.limit)
+            paths = self._options.activation_path
+            self._decode = CapturedDecode(model, experts, plan.context_length, per_token, config.cuda_graph, patches, paths=paths)
+        self._try_prefetch(experts)
+        experts.state.tables.counters.zero_()
+        patches.replace(model, "generate", _with_inputs_on(device, model.generate, plan))
+
+    def engine(self, keep_learned: Callable[[], None]) -> CudaEngine:
+        """What becomes ``model.fate``. Statistics are kept only where the host tier used them."""
+        assert self._experts is not None
+        keep = keep_learned if self._plan.reads_disk else lambda: None
+        return CudaEngine(self._model, self._plan, self._config, self._patches, self._experts, self._decode, keep)
+
+    def abandon(self) -> None:
+        """A step failed: stop what earlier ones started."""
+        if self._experts is not None:
+            self._experts.state.close()
+        elif self._host is not None:
+            self._host.close()
+
+    def _make_experts(self, host: HostTier) -> DeviceExperts:
+        plan, options, num_layers = self._plan, self._options, len(self._layouts)
+        fewest = min(self._num_experts, self._top_k + options.limit)
+        quotas = layer_quotas(plan.num_slots, num_layers, self._num_experts, fewest, options.num_whole)
+        tables = ResidencyTables(quotas, self._num_experts, self._device)
+        pool = VramPool(tables.num_slots, plan.num_staging, plan.slot_bytes, self._device)
+        losses = load_view_losses(self._prepared.store.path)
+        state = DeviceState(
+            self._layouts,
+            host,
+            pool,
+            tables,
+            self._routers,
+            top_k=self._top_k,
+            options=options,
+            host_compute=self._host_compute() if plan.host_compute else None,
+            precision=make_precision_policy(self._config.precision_policy, losses),
+            fitted=self._fitted,
+        )
+        state.fill()
+        host.check()
+        return DeviceExperts(state)
+
+    def _host_compute(self) -> HostCompute:
+        """Threads that compute misses. Raises UnsupportedModelError where they cannot compute these experts."""
+        stack, manifest = self._stacks[0], self._prepared.store.manifest
+        module, shapes = self._model.get_submodule(stack.name), stack.output_rows_first()
+        exact = self._config.exact_activations
+        return HostCompute(manifest.layouts[0], shapes, module, self._arena, self._top_k, self._device, exact=exact)
+
+    def _try_prefetch(self, experts: DeviceExperts) -> None:
+        """Time copies and steps, turn copying ahead off where it cannot pay, and record the decode step."""
+        token, decode, model = torch.zeros(1, 1, dtype=torch.int64, device=self._device), self._decode, self._model
+        with torch.no_grad():
+            if decode is not None:
+                run_prefetch_trial(experts, decode.record, decode.one_token)
+            else:
+                run_prefetch_trial(experts, lambda: None, lambda: model(token))
+        _log.info("copied ahead: at most %d experts a layer", experts.state.options.limit)
 
 
-def _host_compute(prepared: Prepared, arena: PinnedArena, top_k: int, device: torch.device, config: OffloadConfig) -> HostCompute:
-    """Threads that compute misses. Raises UnsupportedModelError where they cannot compute these experts."""
-    stack = prepared.stacks[0]
-    layout, module = prepared.store.manifest.layouts[0], prepared.model.get_submodule(stack.name)
-    shapes = stack.output_rows_first()
-    return HostCompute(layout, shapes, module, arena, top_k, device, exact=config.exact_activations)
-
-
-def _experts(
-    plan: DevicePlan,
-    layouts: Sequence[DeviceLayout],
-    host: HostTier,
-    routers: Sequence[torch.Tensor | None],
-    num_experts: int,
-    top_k: int,
-    options: DeviceOptions,
-    host_compute: HostCompute | None,
-    precision: PrecisionPolicy | None,
-    fitted: Sequence[torch.Tensor | None],
-    device: torch.device,
-) -> DeviceExperts:
-    """Slots in VRAM, filled."""
-    quotas = layer_quotas(plan.num_slots, len(layouts), num_experts, min(num_experts, top_k + options.limit), options.num_whole)
-    tables = ResidencyTables(quotas, num_experts, device)
-    pool = VramPool(tables.num_slots, plan.num_staging, plan.slot_bytes, device)
-    state = DeviceState(
-        layouts, host, pool, tables, routers, top_k=top_k, options=options, host_compute=host_compute, precision=precision,
-        fitted=fitted,
-    )  # fmt: skip
-    state.fill()
-    host.check()
-    return DeviceExperts(state)
+def _without_host_compute(plan: DevicePlan, config: OffloadConfig, reasons: Sequence[str]) -> DevicePlan:
+    """``plan``, without host compute where layers are not plain. Raises UnsupportedModelError if it was asked for by number."""
+    if not plan.host_compute or not reasons:
+        return plan
+    why = f"the CPU computes misses of fused steps only, and {'; '.join(reasons)}"
+    if config.host_compute != "auto":
+        raise UnsupportedModelError(f"{why}; omit --host-compute")
+    _log.warning("%s: it computes none", why)
+    return replace(plan, host_compute=0.0)
 
 
 def _layouts(prepared: Prepared) -> list[DeviceLayout]:
