@@ -38,11 +38,11 @@ from fate_moe.predict.gates import FittedGates
 from fate_moe.predict.predictors import Known, make_predictor
 from fate_moe.runtime import ExpertRuntime
 from fate_moe.store.convert import convert
-from fate_moe.store.dense import default_dense_precision, dense_layouts, read_by_row
+from fate_moe.store.dense import default_dense_precision, dense_layouts, row_read_parameter
 from fate_moe.store.format import blob_layout
 from fate_moe.store.learned import gates_bytes, load_gates, load_statistics, load_view_losses, save_statistics
 from fate_moe.store.open import Store, load_dense, open_store
-from fate_moe.store.plan import identity_of
+from fate_moe.store.plan import store_identity
 from fate_moe.store.reader import DiskSource
 
 __all__ = ["Fate", "Prepared", "load", "load_tokenizer", "plan", "prepare", "realize", "store_for"]
@@ -146,7 +146,7 @@ def store_for(model: str | Path | None, precision: str, dense_precision: str | N
         else str(model).replace("/", "--")
     )
     dense = dense_precision or default_dense_precision(precision)
-    identity = identity_of(open_checkpoint(checkpoint), precision, dense=dense)
+    identity = store_identity(open_checkpoint(checkpoint), precision, dense=dense)
     destination = cache_home() / "stores" / f"{name}-{precision}-{identity[:8]}"
     if not is_store(destination):
         _log.warning("converting %s to %s (once; experts as %s)", name, destination, precision)
@@ -182,9 +182,9 @@ def realize(prepared: Prepared, plan: Plan | DevicePlan, config: OffloadConfig, 
         return realize_on_device(prepared, plan, config)
     store, model, stacks = prepared.store, prepared.model, prepared.stacks
     layouts_of_dense = dense_layouts(model, store.manifest.dense_precision)
-    if embedding := read_by_row(model):
+    if embedding := row_read_parameter(model):
         leave_on_disk(model, embedding, store, layouts_of_dense.get(embedding))
-    fill(model, load_dense(store, but=embedding), store.path, layouts_of_dense, config.exact_activations)
+    fill(model, load_dense(store, exclude=embedding), store.path, layouts_of_dense, config.exact_activations)
     load_generation_config(model, store.path)
     num_experts = [stack.num_experts for stack in stacks]
     arena = SlotArena(*((of.num_slots, of.slot_bytes) for of in plan.slots))
