@@ -1,8 +1,8 @@
-"""Where this engine stands: the same weights, limit and machine for every engine, in one run.
+"""Compares engines: the same weights, memory limit and machine for each, in one run.
 
-python -m benchmarks run CHECKPOINT --home DIR --results FILE.json    measures; continues where it stopped
+python -m benchmarks run CHECKPOINT --home DIR --results FILE.json    measure; continues an interrupted run
 python -m benchmarks report FILE.json ... --page docs/benchmarks.md   tables and pictures
-python -m benchmarks peers                                            who is known
+python -m benchmarks peers                                            list the engines
 """
 
 from __future__ import annotations
@@ -37,35 +37,35 @@ PEERS: dict[str, Callable[[], Peer]] = {
 LIMITS = ("none", "78%", "65%", "52%", "39%")
 HEADER = """# Benchmarks
 
-Made by `python -m benchmarks report` from the result files beside the pictures. Every cell is a process of its own, started from
-cold caches in a control group of the limit named (page cache included). *killed*: by the limit. *cut*: stopped at the time allowed;
-the samples that had ended are counted, or what came where none had. The first prompt of a cell warms up and is not counted unless
-nothing else came. Of several variants of an engine the fastest is shown; all are listed at the end. Greedy; prompts are real text,
-cut to length; every engine is told the context that the workload needs. The checkpoints and the cells:
+Made by `python -m benchmarks report` from the result files beside the pictures. Every cell is its own process, started with cold
+caches in a control group with the given limit (page cache included). *killed*: by the limit. *cut*: stopped at the time limit; the
+complete samples are counted, or the incomplete ones if there are no others. The first prompt of a cell warms up and is counted only
+if there is no other. Of several variants of an engine the fastest is shown; all are listed at the end. Decoding is greedy; prompts
+are real text, cut to length; every engine gets the context length that the workload needs. The checkpoints and the cells:
 
     python -m benchmarks.random_checkpoint Qwen1.5-MoE-A2.7B/config.json DIR/qwen-geometry --tokenizer src/fate_moe/demo/model
     python -m benchmarks.upcycle DIR/smollm2-wide --hidden 2304 --expert-width 768 --shared-width 1536
     python -m benchmarks run DIR/NAME --home DIR --results docs/benchmarks/NAME.json --workloads decode --limits none 6GiB 5GiB ...
 
-- `load-on-demand`, `eap`, `fate`, `best`: this engine's presets, experts and dense weights INT4, budget = limit less 256 MiB
-  for the page cache of Python's and torch's libraries.
+- `load-on-demand`, `eap`, `fate`, `best`: presets of this engine, experts and dense weights INT4. The budget is the limit minus
+  256 MiB for the page cache of Python's and torch's libraries.
 - `llama.cpp`: llama-cpp-python, compiled for the processor it runs on (AVX-512 with VNNI and BF16; its AMX kernels crash and are
-  left out); `llama.cpp (wheel)`: xllamacpp's prebuilt one, AVX2. Q4_0 from the same checkpoint, mmap, repacked (its default) or
-  not. Its qwen2moe graph does not normalize routing weights, so smollm2-wide, which asks for that, is written for one that does
-  (bailingmoe: the same function, see gguf_export).
-- All of this engine's cells have the same kernels (AMX, GFNI), those of one table often from different hours of one day, all from
-  before the policy was counted by the extension but decode of `best` and `load-on-demand` at 5, 4 and 3 GiB of qwen-geometry, which
-  had more time and rest on several prompts. The engine was cut at 28 to 70 s, llama.cpp at 45 to 110. Ours reads an expert at
-  its first use, also without a limit, where the first prompts of a cell are therefore slower (llama.cpp loads for 44 s before).
-- `transformers + accelerate`: bf16, what does not fit offloaded to disk; its one cell was run beside other work, for a quarter of
-  an hour. A peer without a row has not been run on that model.
-- Left out: kt-kernel 0.7.2 installs but is kernels only; its engine, sglang-kt, needs CUDA.
+  disabled). `llama.cpp (wheel)`: xllamacpp's prebuilt AVX2 wheel. Both use Q4_0 of the same checkpoint and mmap, repacked (the
+  default) or not. llama.cpp's qwen2moe graph does not normalize routing weights, so smollm2-wide, which needs that, is written
+  for the bailingmoe graph, which does and computes the same function (see gguf_export).
+- All cells of this engine use the same kernels (AMX, GFNI). Cells of one table are often from different hours of one day. They are
+  from before the extension counted the policy, except decode of `best` and `load-on-demand` at 5, 4 and 3 GiB of qwen-geometry,
+  which had more time and cover several prompts. This engine was cut at 28 to 70 s, llama.cpp at 45 to 110 s. This engine reads an
+  expert at its first use, also without a limit, so the first prompts of a cell are slower (llama.cpp loads for 44 s first).
+- `transformers + accelerate`: bf16, with the weights that do not fit offloaded to disk. Its one cell ran beside other work for a
+  quarter of an hour. A peer without a row was not run on that model.
+- Omitted: kt-kernel 0.7.2 installs but contains only kernels; its engine, sglang-kt, needs CUDA.
 
 """
 
 
 def default_workloads(limit: str) -> list[str]:
-    """Decoding and one prompt length at every limit, the other workloads without one and at a middle one: hours less."""
+    """Decoding and one prompt length at every limit, the other workloads without one and at a middle one, to save hours."""
     return list(WORKLOADS) if limit in ("none", "52%") else ["decode", "prefill-512"]
 
 
@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
     if results_file.exists():
         results = Results.load(results_file)
         if results.model != facts:
-            sys.exit(f"{results_file} is about {results.model.name}, not {facts.name}; name another file")
+            sys.exit(f"{results_file} has results of {results.model.name}, not of {facts.name}; give another file")
     else:
         largest = max(arguments.checkpoint.glob("*.safetensors"), key=lambda path: path.stat().st_size)
         results = Results(facts, machine_facts(largest, arguments.threads))
@@ -94,9 +94,9 @@ def run(arguments: argparse.Namespace) -> None:
         try:
             ready.append((peer, peer.install(arguments.home), peer.prepare(arguments.checkpoint, arguments.home)))
         except (RuntimeError, OSError) as error:
-            console.print(f"{name}: left out, {error}")
-    for limit, share in zip(limits, arguments.limits, strict=False):
-        for workload in (WORKLOADS[name] for name in arguments.workloads or default_workloads(share)):
+            console.print(f"{name}: skipped, {error}")
+    for limit, limit_text in zip(limits, arguments.limits, strict=False):
+        for workload in (WORKLOADS[name] for name in arguments.workloads or default_workloads(limit_text)):
             prompts = samples(workload, tokenizer, vocab_size)
             for peer, python, model in ready:
                 for variant in peer.variants(model, limit):
@@ -138,23 +138,23 @@ def main(argv: list[str] | None = None) -> None:
     verbs = parser.add_subparsers(dest="verb", required=True)
     verb = verbs.add_parser("run", help="measure")
     verb.add_argument("checkpoint", type=Path, help="a Hugging Face checkpoint folder")
-    verb.add_argument("--home", type=Path, required=True, help="folder for environments, stores and GGUF files; needs the room")
-    verb.add_argument("--results", type=Path, required=True, help="result file, continued if it is there")
-    verb.add_argument("--tokenizer", type=Path, help="take the tokenizer from here")
+    verb.add_argument("--home", type=Path, required=True, help="folder for environments, stores and GGUF files, which are large")
+    verb.add_argument("--results", type=Path, required=True, help="result file; continued if it exists")
+    verb.add_argument("--tokenizer", type=Path, help="folder of the tokenizer; default: the checkpoint")
     verb.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS))
-    verb.add_argument("--limits", nargs="+", default=list(LIMITS), help="sizes, or shares of the INT4 size, or none")
+    verb.add_argument("--limits", nargs="+", default=list(LIMITS), help="sizes, fractions of the INT4 size, or none")
     verb.add_argument(
         "--workloads", nargs="+", choices=list(WORKLOADS), help="default: decode and prefill-512 at every limit, all at some"
     )
     verb.add_argument("--threads", type=int, default=2)
-    verb.add_argument("--seconds", type=float, default=240, help="a cell is cut after this long")
-    verb.add_argument("--again", action="store_true", help="measure cells anew that the result file has")
+    verb.add_argument("--seconds", type=float, default=240, help="time limit of a cell")
+    verb.add_argument("--again", action="store_true", help="measure cells again that the result file has")
     verb.set_defaults(do=run)
     verb = verbs.add_parser("report", help="tables and pictures from result files")
     verb.add_argument("files", type=Path, nargs="+")
     verb.add_argument("--page", type=Path, default=Path("docs/benchmarks.md"))
     verb.set_defaults(do=report)
-    verb = verbs.add_parser("peers", help="who is known")
+    verb = verbs.add_parser("peers", help="list the engines")
     verb.set_defaults(do=lambda _: print("\n".join(PEERS)))
     arguments = parser.parse_args(argv)
     try:

@@ -1,4 +1,4 @@
-"""The page's tables, from result files only."""
+"""The tables of the page, made from result files only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fate_moe.config import format_bytes
 
 __all__ = ["cell_text", "limit_name", "markdown"]
 
-# Whose speed is compared with whose: this engine's ways to run, and the engine that users would take instead.
+# The speeds that are compared: presets of this engine, and what a user would run instead.
 OURS = ("fate", "best")
 OTHERS = ("load-on-demand", "eap", "llama.cpp", "llama.cpp (wheel)")
 
@@ -37,7 +37,7 @@ def cell_text(cell: Cell | None) -> str:
 
 
 def markdown(results: Results) -> str:
-    """The page's part about one model."""
+    """The section of the page about one model."""
     parts = [facts(results)]
     for workload in results.workloads():
         parts.append(speeds(results, workload))
@@ -113,17 +113,17 @@ def time_spent(results: Results) -> str:
                 format_bytes(spent.read_bytes),
                 *(f"{1e3 * s:.1f}" for s in (spent.seconds, hidden.compute_seconds, hidden.read_seconds, spent.stall_seconds)),
                 f"{hidden.efficiency:.0%}",
-                f"{hidden.most:.2f}x",
+                f"{hidden.max_speedup:.2f}x",
             ]
         )
     if not rows:
         return ""
     return (
         "### What the time is made of\n\n"
-        "Of one new token, or of one prompt in prefill; milliseconds. *Compute*: the same engine without a limit, less its\n"
-        "waiting there. *Disk floor*: the bytes read at this disk's bandwidth. *Overlap*: the larger of these two, of the time\n"
-        "measured; 100 % is all that hiding one behind the other can bring. *At most*: how many times faster than reading and\n"
-        "computing in turn the same bytes can be.\n\n"
+        "Milliseconds for one new token, or for one prompt in prefill. *Compute*: the time of the same engine without a limit,\n"
+        "less its waiting. *Disk floor*: the bytes read, at this disk's bandwidth. *Overlap*: the larger of these two, divided by\n"
+        "the measured time; at 100 % one is hidden completely behind the other. *At most*: how many times faster complete overlap\n"
+        "is than reading and computing in turn.\n\n"
         + table(["engine", "workload", "limit", "from disk", "time", "compute", "disk floor", "waited", "overlap", "at most"], rows)
     )
 
@@ -137,6 +137,6 @@ def every_cell(results: Results) -> str:
         name = limit_name(cell.limit_bytes)
         rows.append([cell.peer, cell.variant, cell.workload, name, cell.outcome + message, number(rate) if rate else "", peak])
     versions = {cell.peer: cell.versions for cell in results.cells if cell.versions}
-    said = "; ".join(f"{peer}: " + ", ".join(f"{k} {v}" for k, v in used.items()) for peer, used in versions.items())
+    listed = "; ".join(f"{peer}: " + ", ".join(f"{k} {v}" for k, v in used.items()) for peer, used in versions.items())
     head = ["engine", "variant", "workload", "limit", "outcome", "rate", "peak memory"]
-    return f"### Every cell\n\n{table(head, rows)}\nVersions: {said}\n"
+    return f"### Every cell\n\n{table(head, rows)}\nVersions: {listed}\n"
