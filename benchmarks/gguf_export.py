@@ -47,7 +47,7 @@ def export(folder: Path, file: Path) -> Path:
     """Write ``file``, complete or not at all. Raises UnsupportedModelError for a family that is not in ARCHITECTURES."""
     config = AutoConfig.from_pretrained(folder)
     if config.model_type not in ARCHITECTURES:
-        raise UnsupportedModelError(f"{config.model_type} cannot be exported as GGUF; supported are {', '.join(ARCHITECTURES)}")
+        raise UnsupportedModelError(f"{config.model_type} cannot be written as GGUF; supported are {', '.join(ARCHITECTURES)}")
     arch, checkpoint = ARCHITECTURES[config.model_type], Checkpoint(folder)
     normalized = config.model_type == "qwen2_moe" and config.norm_topk_prob
     if normalized:

@@ -144,7 +144,7 @@ def build(dense: Any, geometry: Geometry, tokens: Tensor, folder: Path, seed: in
     inputs, starts, loss = router_inputs(copy.deepcopy(deep).to(torch.float32), tokens)
     half = inputs.shape[1] // (2 * WINDOW) * WINDOW
     if not half:
-        raise ConfigError(f"the text has {len(tokens)} tokens; give one with at least {2 * WINDOW + 1}")
+        raise ConfigError(f"{len(tokens)} tokens of text are too few; give at least {2 * WINDOW + 1}")
     routers = torch.stack([make_routers(x[:half][~starts[:half]], geometry.experts, generator) for x in inputs]).to(dense.dtype)
     (folder / "config.json").write_text(json.dumps(moe_config(dense, geometry), indent=1))
     dense.generation_config.save_pretrained(folder)

@@ -51,7 +51,7 @@ class Geometry:
             if given < minimum
         ]
         if self.top_k > self.experts:
-            wrong.append(f"top-k is {self.top_k}, more than the {self.experts} experts")
+            wrong.append(f"top-k of {self.top_k} of {self.experts} experts; give at most {self.experts}")
         if self.expert_width + self.shared_width < dense.intermediate_size:
             wrong.append(f"expert and shared widths together are below the dense model's {dense.intermediate_size} neurons")
         if self.heads % self.kv_heads:

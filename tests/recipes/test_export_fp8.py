@@ -172,10 +172,10 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     (infinite / "config.json").write_bytes((model / "config.json").read_bytes())
     before = sorted(tmp_path.rglob("*"))
     cases = [
-        (tmp_path / "nowhere", tmp_path / "out", "no folder"),
+        (tmp_path / "nowhere", tmp_path / "out", "not a folder"),
         (tmp_path / "empty", tmp_path / "out", "neither model.safetensors nor"),
-        (exported, tmp_path / "out", "quantized already"),
-        (stacked, tmp_path / "out", "3-dimensional"),
+        (exported, tmp_path / "out", "already quantized"),
+        (stacked, tmp_path / "out", "has 3 dimensions"),
         (infinite, tmp_path / "out", "experts.5.up_proj.weight has infinite or NaN weights"),
         (model, tmp_path / "full", "exists"),
         (model, tmp_path / "full" / "mine", "exists"),

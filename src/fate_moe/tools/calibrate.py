@@ -62,9 +62,8 @@ class Calibration:
         others = torch.arange(0, len(inputs.hidden), max(1, len(inputs.hidden) // NUM_OTHER_TOKENS))
         typical = float(inputs.routing_weights.float().square().mean().sqrt())
         ratio = OTHER_TOKENS_WEIGHT * max(1, len(token)) / len(others)
-        factor = torch.cat([inputs.routing_weights[token, choice].float(), torch.full((len(others),), typical * ratio**0.5)])[
-            :, None
-        ]
+        others_factor = torch.full((len(others),), typical * ratio**0.5)
+        factor = torch.cat([inputs.routing_weights[token, choice].float(), others_factor])[:, None]
         x = inputs.hidden[torch.cat([token, others])]
         with torch.inference_mode():
             by_matrix = dict(zip(_matrices(experts), (x, _inner(experts, tensors, x)), strict=True))
