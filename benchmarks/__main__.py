@@ -1,7 +1,7 @@
 """Compares engines: the same weights, memory limit and machine for each, in one run.
 
 python -m benchmarks run CHECKPOINT --home DIR --results FILE.json    measure; continues an interrupted run
-python -m benchmarks report FILE.json ... --page docs/results/benchmarks.md   tables and pictures
+python -m benchmarks report FILE.json ... --page docs/benchmarks.md   tables and pictures
 python -m benchmarks peers                                            list the engines
 """
 
@@ -38,11 +38,10 @@ LIMITS = ("none", "78%", "65%", "52%", "39%")
 HEADER = """# Benchmarks
 
 Made by `python -m benchmarks report` from the result files beside the pictures. Every cell is its own process, started with cold
-caches in a control group with the given limit (page cache included). *killed*: by the limit. *slow*: stopped at the time limit; the
+caches in a control group with the given limit (page cache included). *killed*: by the limit. *cut*: stopped at the time limit; the
 complete samples are counted, or the incomplete ones if there are no others. The first prompt of a cell warms up and is counted only
-if there is no other. Speeds are medians; of several variants of an engine the fastest is shown. How each cell ended, its lowest and
-its highest speed are listed under *Every cell*. Decoding is greedy; prompts are real text, cut to length; every engine gets the
-context length that the workload needs. The checkpoints and the cells:
+if there is no other. Of several variants of an engine the fastest is shown; all are listed at the end. Decoding is greedy; prompts
+are real text, cut to length; every engine gets the context length that the workload needs. The checkpoints and the cells:
 
     python -m benchmarks.random_checkpoint Qwen1.5-MoE-A2.7B/config.json DIR/qwen-geometry --tokenizer src/fate_moe/demo/model
     python -m benchmarks.upcycle DIR/smollm2-wide --hidden 2304 --expert-width 768 --shared-width 1536

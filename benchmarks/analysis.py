@@ -1,4 +1,4 @@
-"""What a cell's time is made of: computing, reading, waiting; and how far from the machine's floors it is."""
+"""Splits a cell's time into computing, reading and waiting, and compares it with the floors of the machine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Cost", "Overlap", "cost", "memory_floor", "overlap", "ratio"]
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one new token, or of one prompt where the workload is prefill. What the engine does not count is None."""
+    """The cost of one new token, or of one prompt if the workload is prefill. None: not counted by the engine."""
 
     seconds: float
     read_bytes: float | None
@@ -22,7 +22,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Overlap:
-    """``seconds`` of a unit next to what computing it takes when everything is resident and what reading its bytes takes."""
+    """The time of a token or prompt, the time to compute it with everything resident, and the time to read its bytes."""
 
     seconds: float
     compute_seconds: float
@@ -30,22 +30,22 @@ class Overlap:
 
     @property
     def efficiency(self) -> float:
-        """1.0: reading and computing hide each other wholly."""
+        """1.0: the shorter of reading and computing is hidden completely behind the longer."""
         return max(self.compute_seconds, self.read_seconds) / self.seconds
 
     @property
-    def most(self) -> float:
-        """How many times faster than reading on demand, one after the other, the same bytes can be at best: twice."""
+    def max_speedup(self) -> float:
+        """How many times faster complete overlap would be than reading and computing in turn; at most 2."""
         return (self.compute_seconds + self.read_seconds) / max(self.compute_seconds, self.read_seconds)
 
 
 def memory_floor(results: Results) -> float:
-    """Seconds per decoded token that no engine on this machine can go below with INT4: active bytes / memory bandwidth."""
+    """The lower bound of seconds per decoded token with INT4 on this machine: active bytes / memory bandwidth."""
     return results.model.active_bytes / float(results.machine["memory_bytes_per_second"])
 
 
 def cost(cell: Cell) -> Cost | None:
-    """Medians over the measured samples; None if nothing came."""
+    """Medians over the measured samples; None without one."""
     prefill = cell.workload.startswith("prefill")
     earlier = dict(zip(map(id, cell.samples[1:]), cell.samples, strict=False))
     units = [
@@ -61,7 +61,7 @@ def cost(cell: Cell) -> Cost | None:
 
 
 def overlap(results: Results, cell: Cell) -> Overlap | None:
-    """None where the engine counts no bytes or has no cell without a limit to tell its computing time."""
+    """The overlap of a cell; None if the engine counts no bytes or has no cell without a limit, which gives the compute time."""
     unlimited = next((c for c in results.cells if c.key == (*cell.key[:3], None)), None)
     here, free = cost(cell), cost(unlimited) if unlimited else None
     if here is None or free is None or here.read_bytes is None:
@@ -71,7 +71,7 @@ def overlap(results: Results, cell: Cell) -> Overlap | None:
 
 
 def ratio(results: Results, peer: str, than: str, workload: str, limit_bytes: int | None) -> float | None:
-    """How many times faster ``peer`` is than ``than``, each with its best variant; None if one of them has no figure."""
+    """How many times faster ``peer`` is than ``than``, each with its best variant; None if one of them has no result."""
     rates = [
         cell.rate() if cell and cell.outcome in ("ok", "slow") else None
         for cell in (results.best(name, workload, limit_bytes) for name in (peer, than))

@@ -1,4 +1,4 @@
-"""What the machine is and can do, measured in the same run as everything else: the two floors come from here."""
+"""Facts and bandwidths of the machine, measured in the same run as everything else; the floors are computed from them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 
 __all__ = ["disk_bandwidth", "machine_facts", "memory_bandwidth"]
 
-_READ_BYTES = 4 << 20  # about an expert
+_READ_BYTES = 4 << 20  # the size of a typical expert
 
 
 def memory_bandwidth(threads: int, array_bytes: int = 1 << 30) -> float:
@@ -59,16 +59,16 @@ def disk_bandwidth(file: Path, threads: int = 2, total_bytes: int = 1 << 30) -> 
 
 
 def machine_facts(file: Path, threads: int) -> dict[str, Any]:
-    """Processor, memory, bandwidths; ``file``, a large one, tells the disk's."""
+    """Processor, memory and bandwidths; the disk is measured by reading ``file``, which should be large."""
     cpu = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
     cpu = {name.strip(): value.strip() for name, value in cpu.items()}
     flags = set(cpu.get("flags", cpu.get("Features", "")).split())
-    wanted = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "asimddp", "i8mm")
+    known = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "asimddp", "i8mm")
     return {
         "processor": cpu.get("model name", platform.processor()),
         "cores": os.cpu_count(),
         "threads": threads,
-        "instructions": [flag for flag in wanted if flag in flags],
+        "instructions": [flag for flag in known if flag in flags],
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "memory_bytes_per_second": memory_bandwidth(threads),
         "disk_bytes_per_second": disk_bandwidth(file),

@@ -1,13 +1,13 @@
-"""The same weights for llama.cpp: a Hugging Face checkpoint as a GGUF file, matrices Q4_0, routers and norms F32.
+"""Writes a Hugging Face checkpoint as a GGUF file for llama.cpp: matrices Q4_0, routers and norms F32.
 
     python -m benchmarks.gguf_export CHECKPOINT FILE.gguf
 
-Tensor names are the `gguf` package's own map, quantization is its own too; memory stays at one layer's stack of experts. The
-vocabulary is a list of stand-ins: every workload speaks in token ids.
+Tensor names and quantization are the `gguf` package's; peak memory is one layer's stack of experts. The vocabulary is a list of
+placeholders, because every workload uses token ids.
 
-llama.cpp's qwen2moe graph does not normalize the routing weights, whatever `norm_topk_prob` says. A checkpoint that wants it (the
-upcycled one does) is written as bailingmoe, whose graph does, and which is otherwise the same function as long as biases are zero
-and the shared expert's gate is always one half (folded into its down projection).
+llama.cpp's qwen2moe graph does not normalize the routing weights, whatever `norm_topk_prob` is. A checkpoint that needs this (the
+upcycled one does) is written as bailingmoe, whose graph normalizes them. It computes the same function if biases are zero and the
+shared expert's gate is always one half (which is folded into its down projection).
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ ARCHITECTURES = {
 }
 
 
-# What bailingmoe has no place for; zero, or it could not be written so.
+# Tensors that bailingmoe does not have; they must be zero.
 FOLDED = ("q_proj.bias", "k_proj.bias", "v_proj.bias", "shared_expert_gate.weight")
 
 
 def export(folder: Path, file: Path) -> Path:
-    """Write ``file``, whole or not at all. Raises UnsupportedModelError for a family that is not in ARCHITECTURES."""
+    """Write ``file``, complete or not at all. Raises UnsupportedModelError for a family that is not in ARCHITECTURES."""
     config = AutoConfig.from_pretrained(folder)
     if config.model_type not in ARCHITECTURES:
-        raise UnsupportedModelError(f"{config.model_type} cannot be written as GGUF here; only {', '.join(ARCHITECTURES)}")
+        raise UnsupportedModelError(f"{config.model_type} cannot be written as GGUF; supported are {', '.join(ARCHITECTURES)}")
     arch, checkpoint = ARCHITECTURES[config.model_type], Checkpoint(folder)
     normalized = config.model_type == "qwen2_moe" and config.norm_topk_prob
     if normalized:
@@ -68,7 +68,7 @@ def export(folder: Path, file: Path) -> Path:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # numpy lets go of the GIL: two threads are twice as fast
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # numpy releases the GIL
         for gguf_name, names in track(pieces.items(), description="GGUF", disable=not sys.stderr.isatty()):
             kind = form(checkpoint, gguf_name, names)[1]
             weights = (folded(gguf_name, checkpoint.read(name).float()).numpy() for name in names)
@@ -80,9 +80,9 @@ def export(folder: Path, file: Path) -> Path:
 
 
 def stacks(checkpoint: Checkpoint, arch: gguf.MODEL_ARCH, num_layers: int) -> dict[str, list[str]]:
-    """GGUF name -> the checkpoint's names of it: one, or each expert's in order, since llama.cpp wants them as one stack."""
+    """GGUF name -> the checkpoint's names of it: one, or those of all experts in order, since llama.cpp needs them as one stack."""
     known = gguf.get_tensor_name_map(arch, num_layers)
-    found: dict[str, dict[int, str]] = defaultdict(dict)
+    by_expert: dict[str, dict[int, str]] = defaultdict(dict)
     for name in checkpoint.names:
         if arch is gguf.MODEL_ARCH.BAILINGMOE and name.endswith(FOLDED):
             continue
@@ -90,13 +90,13 @@ def stacks(checkpoint: Checkpoint, arch: gguf.MODEL_ARCH, num_layers: int) -> di
         gguf_name = known.get_name(name.replace(expert[0], ".experts.") if expert else name, try_suffixes=(".weight", ".bias"))
         if gguf_name is None:
             raise UnsupportedModelError(f"{checkpoint.folder}: no GGUF name is known for {name}")
-        found[gguf_name][int(expert[1]) if expert else 0] = name
-    found.setdefault("output.weight", found["token_embd.weight"])  # tied: llama.cpp's graphs of these families want it twice
-    return {gguf_name: [names[expert] for expert in sorted(names)] for gguf_name, names in found.items()}
+        by_expert[gguf_name][int(expert[1]) if expert else 0] = name
+    by_expert.setdefault("output.weight", by_expert["token_embd.weight"])  # tied: llama.cpp's graphs of these families need both
+    return {gguf_name: [names[expert] for expert in sorted(names)] for gguf_name, names in by_expert.items()}
 
 
 def form(checkpoint: Checkpoint, gguf_name: str, names: list[str]) -> tuple[tuple[int, ...], gguf.GGMLQuantizationType]:
-    """The stacked tensor's shape and type: matrices are Q4_0, but for routers and rows that are no whole blocks of 32."""
+    """The stacked tensor's shape and type: matrices are Q4_0, except routers and rows that are not a multiple of 32."""
     shape = checkpoint.shape(names[0])
     if len(shape) == 1 or shape[0] == 1:  # norms, biases, the shared expert's gate
         return shape[-1:], gguf.GGMLQuantizationType.F32
@@ -115,7 +115,7 @@ def check_foldable(checkpoint: Checkpoint, config: Any) -> None:
 
 
 def fold(gguf_name: str, weight: torch.Tensor, config: Any) -> torch.Tensor:
-    """bailingmoe's rotary embedding pairs neighbours, not halves; its shared expert has no gate."""
+    """Adapt ``weight`` to bailingmoe: its rotary embedding pairs neighbouring rows, not halves; its shared expert has no gate."""
     if gguf_name.endswith(("attn_q.weight", "attn_k.weight")):
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return weight.view(-1, 2, size // 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)

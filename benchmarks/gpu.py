@@ -1,10 +1,10 @@
-"""The GPU tier on the machine at hand: checks, then measures, and prints one table; needs torch, triton and transformers alone.
+"""Checks and measures the GPU tier on this machine and prints one table; needs only torch, triton and transformers.
 
     PYTHONPATH=src python -m benchmarks.gpu [--models Qwen3-30B-A3B ...] [--shares 0.45 1.0 ...] [--json FILE] [--seconds N]
 
-Prints the floors first (bytes over measured bandwidth), then what was reached. Random weights; ``gpu_model.py`` says how routing is
-made realistic. Times are medians of CUDA events or of whole runs; decode starts after a warm-up in which residency settles. Methods
-with "host" compute misses on the host and need the C++ extension.
+Prints the floors first (bytes over measured bandwidth), then the results. Weights are random; ``gpu_model.py`` describes how
+routing is made realistic. Times are medians of CUDA events or of whole runs; decode starts after a warm-up in which residency
+becomes steady. Methods with "host" compute misses on the host and need the C++ extension.
 """
 
 from __future__ import annotations
@@ -37,16 +37,18 @@ from fate_moe.layers.cuda_step import FusedStep
 
 PROMPT, LENGTH = 64, 1024
 
-# Each is what its name says in this engine's terms: the same slots, kernels and graph for all of them.
+# Each method as options of this engine; slots, kernels and graph are the same for all.
 METHODS: dict[str, DeviceOptions] = {
     "load on demand": DeviceOptions(eviction="recency", limit=0, overlap=False),
     "eap": DeviceOptions(eviction="frequency"),
     "fate": DeviceOptions(eviction="recency", limit=1, num_whole=4, overlap=False),
     "no prefetch": DeviceOptions(limit=0),
     "best": DeviceOptions(),
-    "always ahead": DeviceOptions(),  # as best, but whether copying ahead pays is not asked (gpu/prefetch_trial.py)
-    "counted": DeviceOptions(eviction="frequency"),  # as best before the router's probabilities were weighed
-    "fitted": DeviceOptions(),  # next layer's choice by gates fitted to this model
+    "always ahead": DeviceOptions(),  # as best, without the prefetch trial (gpu/prefetch_trial.py)
+    "counted": DeviceOptions(
+        eviction="frequency"
+    ),  # as best, with experts counted instead of weighted by the router's probabilities
+    "fitted": DeviceOptions(),  # predictions of the next layer by gates fitted to this model
     "prefetch 2": DeviceOptions(limit=2),
     "host": DeviceOptions(host_compute=0.5),
     "host, prefetch 2": DeviceOptions(limit=2, host_compute=0.7),
@@ -57,7 +59,7 @@ _PROFILED = ("load on demand", "best", "host")  # a profile takes as long as a c
 def decode(
     random: RandomModel, cache: Any, share: float, method: str, learned: dict[str, Any], warm: int, measured: int
 ) -> tuple[dict[str, Any], Any]:
-    """One cell: tokens a second with ``share`` of the experts resident; and the tokens and last logits it came to.
+    """One cell: its results with the fraction ``share`` of the experts resident, and (the tokens it wrote, its last logits).
 
     ``learned`` are activation paths for "eap" and gates for "fitted"."""
     experts = random.experts(share, METHODS[method], learned["fitted"] if method == "fitted" else ())
@@ -98,8 +100,8 @@ def decode(
         "prefetch_used": counted.prefetch_used / max(1, counted.prefetched),
         "link_ms_at_50GBs": counted.bytes_read / measured / 50e6,
     }
-    told = step.tokens[PROMPT + 1 : PROMPT + warm + measured].tolist(), step.logits.clone()
-    return row | (overlap(step) if method in _PROFILED else {}), told
+    output = step.tokens[PROMPT + 1 : PROMPT + warm + measured].tolist(), step.logits.clone()
+    return row | (overlap(step) if method in _PROFILED else {}), output
 
 
 def main() -> None:
@@ -107,18 +109,20 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=GEOMETRIES, default=["Qwen3-30B-A3B", "Qwen1.5-MoE-A2.7B"])
     parser.add_argument("--shares", nargs="+", type=float, default=[1.0, 0.75, 0.45, 0.25, 0.15])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--warm", type=int, default=200, help="tokens in which residency settles")
+    parser.add_argument("--warm", type=int, default=200, help="tokens before the timed ones, for a steady residency")
     parser.add_argument("--measured", type=int, default=256, help="tokens that are timed")
     parser.add_argument("--layers", type=int, help="fewer layers than the geometry has")
     parser.add_argument("--prefill", nargs="*", type=int, default=[512, 2048])
     parser.add_argument("--prefill-methods", nargs="+", choices=METHODS, default=["best"])
-    parser.add_argument("--peer", type=float, nargs="*", default=[0.25], help="shares of experts in VRAM to run accelerate with")
+    parser.add_argument("--peer", type=float, nargs="*", default=[0.25], help="fractions of experts in VRAM to run accelerate with")
     parser.add_argument("--peer-layers", type=int, help="fewer layers for accelerate, whose experts are bf16 in host memory")
     parser.add_argument("--experts", nargs="+", choices=["int4", "int8"], default=["int4"], help="precision of the routed experts")
     parser.add_argument("--dense", nargs="+", choices=["bf16", "int8"], default=["bf16"], help="precision of all other matrices")
-    parser.add_argument("--cells-only", action="store_true", help="leave out copies, kernels and what else is no cell")
-    parser.add_argument("--topic-power", type=float, default=TOPIC_POWER, help="how alike a topic's tokens are (gpu_model.py)")
-    parser.add_argument("--seconds", type=float, default=1e9, help="start no new cell after this long")
+    parser.add_argument("--cells-only", action="store_true", help="omit copies, kernels and all else that is not a cell")
+    parser.add_argument(
+        "--topic-power", type=float, default=TOPIC_POWER, help="how similar the tokens of a topic are (gpu_model.py)"
+    )
+    parser.add_argument("--seconds", type=float, default=1e9, help="start no new cell after this time")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     began = time.perf_counter()
@@ -162,15 +166,15 @@ def main() -> None:
 
 
 def _pieces(random: RandomModel, cache: Any, copied: dict[str, float], result: dict[str, Any]) -> None:
-    """What is no cell: kernels beside their floors, how alike gate inputs are, the step beside transformers' own, launches."""
+    """Everything besides cells: kernels against their floors, the step against transformers' own, launches."""
     config = random.model.config
-    whole = random.experts(1.0, DeviceOptions(num_whole=0))
-    kernels(random, whole, copied["device_copy"], result)
+    resident = random.experts(1.0, DeviceOptions(num_whole=0))
+    kernels(random, resident, copied["device_copy"], result)
     with torch.no_grad():
         own = transformers.StaticCache(config=config, max_cache_len=LENGTH)
         random.model(random.script[None, :PROMPT], past_key_values=own)
         expected = random.model(random.script[None, PROMPT : PROMPT + 1], past_key_values=own).logits[0, -1].float()
-    fused = FusedStep(random.model, whole, cache)
+    fused = FusedStep(random.model, resident, cache)
     fused.begin(int(random.script[PROMPT]), PROMPT)
     fused.step()
     result["fused_error"] = float((fused.logits - expected).norm() / expected.norm())
@@ -197,13 +201,13 @@ def _measure(
     cache = transformers.StaticCache(config=random.model.config, max_cache_len=LENGTH)
     whole = random.experts(1.0, DeviceOptions(num_whole=0))
     with torch.no_grad():
-        random.model(random.script[None, :PROMPT], past_key_values=cache)  # what decoding starts from
+        random.model(random.script[None, :PROMPT], past_key_values=cache)  # the state before decoding
     learned: dict[str, Any] = {"eap": activation_paths(random) if "eap" in arguments.methods else None}
     fitted = fit_gates(random) if "fitted" in arguments.methods else None
     result["predicted"] = predicted(random, fitted)
     if fitted is not None:
         learned["fitted"] = better_gates(random, fitted)
-        result["fitted_layers"] = sum(gate is not None for gate in learned["fitted"])
+        result["fitted_layers"] = sum(weight is not None for weight in learned["fitted"])
     result["copy_us"] = copy_microseconds(random, whole)
     choices = as_array(recorded(random, random.script[: PROMPT + arguments.warm + arguments.measured])[1])
     del whole
@@ -255,7 +259,7 @@ def _measure(
 def prefill(random: RandomModel, share: float, tokens: int, method: str, expected: dict[int, torch.Tensor]) -> dict[str, Any]:
     """Time until a prompt of ``tokens`` has been read, through transformers' own layers.
 
-    ``expected`` keeps the first logits of each length, which all others are compared with (law 1).
+    ``expected`` holds the first logits of each length; all others must have the same numbers.
     """
     _empty()
     experts = random.experts(share, METHODS[method])
@@ -282,7 +286,7 @@ def prefill(random: RandomModel, share: float, tokens: int, method: str, expecte
 
 
 def _empty() -> None:
-    """Give back what cells before this one held."""
+    """Free the memory of earlier cells; experts are part of reference cycles."""
     gc.collect()
     torch.cuda.empty_cache()
 

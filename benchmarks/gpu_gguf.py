@@ -1,9 +1,9 @@
 """A GGUF file of a published geometry with random weights, for llama.cpp on the GPU machine: matrices Q4_0, routers and norms F32.
 
     python -m benchmarks.gpu_gguf Qwen3-30B-A3B FILE.gguf
-    llama-bench -m FILE.gguf -ngl 99 -ncmoe 0,26,36,41 -p 512 -n 64     # experts of so many layers on the CPU
+    llama-bench -m FILE.gguf -ngl 99 -ncmoe 0,26,36,41 -p 512 -n 64     # the number of layers with experts on the CPU
 
-Only for timing: every matrix is the same stretch of random blocks, which llama.cpp cannot know.
+Only for timing: all matrices have the same random blocks.
 """
 
 from __future__ import annotations
@@ -68,10 +68,10 @@ def write(name: str, file: Path) -> Path:
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     random = np.random.default_rng(0)
-    most = max(int(np.prod(shape)) for shape, _ in parts.values()) // 32
-    blocks = np.empty((most, 18), np.uint8)  # an fp16 scale and 32 codes
+    max_blocks = max(int(np.prod(shape)) for shape, _ in parts.values()) // 32
+    blocks = np.empty((max_blocks, 18), np.uint8)  # an fp16 scale and 32 codes
     blocks[:, :2] = np.frombuffer(np.float16(0.003).tobytes(), np.uint8)
-    blocks[:, 2:] = random.integers(0, 256, (most, 16), dtype=np.uint8)
+    blocks[:, 2:] = random.integers(0, 256, (max_blocks, 16), dtype=np.uint8)
     for shape, kind in parts.values():
         count = int(np.prod(shape))
         if kind == _KINDS.Q4_0:

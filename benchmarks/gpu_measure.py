@@ -1,4 +1,4 @@
-"""What the pieces take on the device at hand: copies, kernels, launches, the host's share; used by ``benchmarks/gpu.py``."""
+"""Measures copies, kernels, launches and host compute on this device; used by ``benchmarks/gpu.py``."""
 
 from __future__ import annotations
 
@@ -88,19 +88,19 @@ def copies(results: dict[str, Any]) -> None:
 
 
 def copy_microseconds(random: RandomModel, experts: DeviceExperts) -> dict[str, float]:
-    """What one expert takes to come to its slot, by the number of the copying kernel's programs."""
-    staging, found = experts.state.pool.num_slots, {}
+    """Microseconds to copy one expert to its slot, by the number of programs of the copy kernel."""
+    staging, times = experts.pool.num_slots, {}
     wanted = torch.tensor([[0, staging], [1, 0]], dtype=torch.int32, device="cuda")
-    whole = experts.state.options
+    options = experts.options
     for programs in (8, 16, 27, 32, 54):
-        experts.state.options = replace(whole, fetch_programs=programs)
-        found[str(programs)] = milliseconds(captured(lambda: experts.fetch(wanted), 8)) / 8 * 1e3
-    experts.state.options = whole
-    return found
+        experts.options = replace(options, fetch_programs=programs)
+        times[str(programs)] = milliseconds(captured(lambda: experts.fetch(wanted), 8)) / 8 * 1e3
+    experts.options = options
+    return times
 
 
 def kernels(random: RandomModel, experts: DeviceExperts, bandwidth: float, results: dict[str, Any]) -> None:
-    """The decode kernels against fp64 on real geometry, and their times beside the time their bytes need."""
+    """The decode kernels against fp64 on real geometry, and their times against the time to read their bytes."""
     from fate_moe.kernels.reference import expert_weights
     from fate_moe.quant.blob import views
 
@@ -158,8 +158,8 @@ def launches(fused: FusedStep) -> int:
 
 
 def overlap(fused: FusedStep, steps: int = 2) -> dict[str, float]:
-    """Of ``steps`` replayed steps: the share of time in which experts are copied, and how much of that another kernel runs
-    beside; by the profiler's clock, which a step under it keeps slower than alone."""
+    """Of ``steps`` replayed steps: the fraction of time in which experts are copied, and the fraction of that with another kernel
+    running; by the profiler, under which a step is slower than without."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(steps):
             fused.replay()
@@ -177,21 +177,21 @@ def overlap(fused: FusedStep, steps: int = 2) -> dict[str, float]:
 
 
 def prompt_parts(read: Callable[[], Any]) -> dict[str, float]:
-    """Of one prompt's pass: launches, and the device's milliseconds in experts, dense products, attention and all else."""
+    """For the pass of one prompt: launches, and the device's milliseconds in experts, dense products, attention and the rest."""
     with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         read()
         torch.cuda.synchronize()
-    found = {"launches": 0.0, "experts_ms": 0.0, "dense_ms": 0.0, "attention_ms": 0.0, "other_ms": 0.0}
+    totals = {"launches": 0.0, "experts_ms": 0.0, "dense_ms": 0.0, "attention_ms": 0.0, "other_ms": 0.0}
     for event in profile.events() or []:
         if event.device_type.name == "CUDA":
             kinds = [kind for name, kind in _PROMPT_KERNELS.items() if name in event.name.lower()]
-            found["launches"] += 1
-            found[f"{kinds[0] if kinds else 'other'}_ms"] += (event.time_range.end - event.time_range.start) / 1e3
-    return found
+            totals["launches"] += 1
+            totals[f"{kinds[0] if kinds else 'other'}_ms"] += (event.time_range.end - event.time_range.start) / 1e3
+    return totals
 
 
 def _length(spans: list[tuple[float, float]]) -> float:
-    """Of the union of ``spans``."""
+    """The length of the union of ``spans``."""
     total, reached = 0.0, float("-inf")
     for start, end in sorted(spans):
         total += max(0.0, end - max(start, reached))
@@ -200,26 +200,26 @@ def _length(spans: list[tuple[float, float]]) -> float:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _question_kernel(questions, asked, pending, x, count, num_blobs, cols: tl.constexpr, MOST: tl.constexpr, E: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
-    """Ask for ``count`` blobs, others each time."""
+def _question_kernel(questions, asked, late, x, count, num_blobs, cols: tl.constexpr, MOST: tl.constexpr, E: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+    """Ask for ``count`` blobs, different ones each time."""
     i = tl.arange(0, E)
     blob = (tl.load(asked) * 97 + i * 13) % num_blobs
     place = ask_experts(questions, asked, (i < count).to(tl.int32), blob, x, cols, MOST, 1024)
     tl.store(pending + i, tl.where(i < count, 2 + place, 0))
 
 
-def host_answers(random: RandomModel, share: HostCompute, results: dict[str, Any]) -> None:
-    """Microseconds from a question for n experts to the answer in VRAM, the host reading other experts each time."""
-    x = torch.randn(share.cols, device="cuda").bfloat16()
-    rows = triton.next_power_of_2(share.most)
-    pending = torch.zeros(rows, dtype=torch.int32, device="cuda")
+def host_answers(random: RandomModel, host: HostCompute, results: dict[str, Any]) -> None:
+    """Microseconds from a request for n experts to their results in VRAM; the host reads different experts each time."""
+    x = torch.randn(host.cols, device="cuda").bfloat16()
+    rows = triton.next_power_of_2(host.most)
+    late = torch.zeros(rows, dtype=torch.int32, device="cuda")
     results["host_us"] = {}
-    for count in range(1, share.most + 1):
+    for count in range(1, host.most + 1):
 
         def ask(count: int = count) -> None:
             _question_kernel[(1,)](
-                share.questions, share.asked, pending, x, count, random.arena.num_blobs, cols=share.cols, MOST=share.most, E=rows
+                host.questions, host.asked, late, x, count, random.arena.num_blobs, cols=host.cols, MOST=host.most, E=rows
             )
-            share.collect(pending)
+            host.collect(late)
 
         results["host_us"][str(count)] = milliseconds(captured(ask, 32)) / 32 * 1e3

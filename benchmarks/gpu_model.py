@@ -1,10 +1,9 @@
 """Models of a published geometry with random weights, made on the device: nothing is downloaded and no checkpoint is written.
 
-Routing is made like that of trained models, not left to chance. Every layer adds about a third of the first hidden state's size, so
-that neighbouring gate inputs are as similar as published (cosine > 0.83). Embeddings share a vector within a topic of 200 tokens
-that carries a tenth of their power, and attention makes neighbours more alike: least-recently-used slots then hit 72 and 90 % at
-25 and 45 % resident in Qwen3-30B-A3B's geometry, between recorded gpt-oss-20b routing (60 and 86 %) and what SeqMoE reports of
-Qwen3-30B (60 to 88 % from 15 to 45 %). What came of it is measured in every run.
+Routing is made similar to that of trained models. Every layer adds about a third of the first hidden state's size, so that
+neighbouring router inputs are as similar as published (cosine > 0.83). Embeddings share a vector within a topic of 200 tokens,
+which carries a tenth of their power, and attention makes neighbouring tokens more similar. Both values were chosen so that the hit
+rate of least-recently-used slots lies between recorded and published ones of trained models; every run measures the result.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ TOPIC_TOKENS, TOPIC_POWER = 200, 0.1
 
 @dataclass
 class RandomModel:
-    """A transformers model on the device, its experts' blobs in a pinned arena, and a sequence of tokens to go through."""
+    """A transformers model on the device, its experts' blobs in a pinned arena, and a sequence of tokens to process."""
 
     name: str
     model: Any
@@ -67,7 +66,7 @@ class RandomModel:
     device_layouts: list[DeviceLayout]
     arena: PinnedArena
     script: torch.Tensor
-    share: HostCompute | None = None  # once a method has asked for one
+    host: HostCompute | None = None  # created for the first method that needs it
 
     @classmethod
     def make(
@@ -79,7 +78,7 @@ class RandomModel:
         precision: str = "int4",
         dense: str = "bf16",
     ) -> RandomModel:
-        """``precision`` of the experts: int4 or int8; ``dense`` of all other matrices but the embedding: bf16 or int8."""
+        """``precision`` of the experts: int4 or int8; ``dense`` of all other matrices except the embedding: bf16 or int8."""
         config = dict(GEOMETRIES[name])
         config["num_hidden_layers"] = num_layers or config["num_hidden_layers"]
         with tempfile.TemporaryDirectory() as folder:
@@ -109,7 +108,7 @@ class RandomModel:
         return cls(name, model, stacks, layout, layouts, arena, _script(model, length))
 
     def experts(self, resident: float, options: DeviceOptions, fitted: Sequence[torch.Tensor | None] = ()) -> DeviceExperts:
-        """``resident`` is the share of all experts; ``fitted`` as DeviceExperts'."""
+        """``resident`` is a fraction of all experts; ``fitted`` is as in DeviceExperts."""
         num_experts, top_k = self.stacks[0].num_experts, self.model.config.num_experts_per_tok
         device = torch.device("cuda")
         quotas = layer_quotas(
@@ -118,27 +117,25 @@ class RandomModel:
         tables = ResidencyTables(quotas, num_experts, device)
         pool = VramPool(tables.num_slots, 2 * min(32, num_experts), self.layout.length, device)
         routers = router_weights(self.model, self.stacks)
-        host_compute = self.host_compute() if options.host_compute else None
-        state = DeviceState(
-            self.device_layouts, self.arena, pool, tables, routers, top_k=top_k, options=options, host_compute=host_compute,
-            fitted=fitted,
-        )  # fmt: skip
-        state.fill()
-        experts = DeviceExperts(state)
-        attach_device(self.model, self.stacks, experts, Patches(self.model))
+        host = self.host_compute() if options.host_compute else None
+        experts = DeviceExperts(
+            self.device_layouts, self.arena, pool, tables, routers, top_k=top_k, options=options, share=host, fitted=fitted
+        )
+        experts.fill()
+        attach_device(self.model, self.stacks, experts)
         return experts
 
     def host_compute(self) -> HostCompute:
-        """The host's threads, made once."""
-        if self.share is None:
+        """The host's compute threads, created once."""
+        if self.host is None:
             module, top_k = self.model.get_submodule(self.stacks[0].name), self.model.config.num_experts_per_tok
             shapes = self.stacks[0].output_rows_first()
-            self.share = HostCompute(self.layout, shapes, module, self.arena, top_k, torch.device("cuda"))
-        return self.share
+            self.host = HostCompute(self.layout, shapes, module, self.arena, top_k, torch.device("cuda"))
+        return self.host
 
     def close(self) -> None:
-        if self.share is not None:
-            self.share.close()
+        if self.host is not None:
+            self.host.close()
         self.arena.close()
 
 
@@ -163,22 +160,22 @@ def _round_dense(model: Any) -> None:
 
 
 def _random_blob(layout: BlobLayout, device: torch.device) -> torch.Tensor:
-    """Uniform codes (standard deviation: 0.29 of their number) under scales that make a matrix preserve size."""
+    """Uniform codes (their standard deviation is 0.29 of their range) with scales for which a matrix preserves the norm."""
     blob = torch.randint(0, 256, (layout.length,), dtype=torch.uint8, device=device)
-    most = 2 ** sum(layout.plane_widths) - 1
+    max_code = 2 ** sum(layout.plane_widths) - 1
     cols = {part.name.split(".")[0]: part.shape[1] * layout.group_size for part in layout.parts}
     for part in layout.parts:
         name, _, kind = part.name.partition(".")
         if kind in ("scale", "zero"):
             count = part.shape[0] * part.shape[1]
-            scale = cols[name] ** -0.5 / (0.29 * (most + 1)) * (2.0 if name == "down_proj" else 1.0)
+            scale = cols[name] ** -0.5 / (0.29 * (max_code + 1)) * (2.0 if name == "down_proj" else 1.0)
             values = blob[part.offset : part.offset + 2 * count].view(torch.float16)
-            values.fill_(scale if kind == "scale" else most / 2 * scale)
+            values.fill_(scale if kind == "scale" else max_code / 2 * scale)
     return blob
 
 
 def _script(model: Any, length: int) -> torch.Tensor:
-    """Token ids int64 [length]: stretches of TOPIC_TOKENS tokens, each within one topic."""
+    """Token ids int64 [length]: runs of TOPIC_TOKENS tokens, each within one topic."""
     vocabulary = model.config.vocab_size // TOPIC_TOKENS * TOPIC_TOKENS
     random = torch.Generator().manual_seed(1)
     topics = torch.randint(0, vocabulary // TOPIC_TOKENS, (length // TOPIC_TOKENS + 1,), generator=random)

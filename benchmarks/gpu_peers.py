@@ -1,4 +1,4 @@
-"""Whom the GPU tier is measured beside: a collection of activation paths, and transformers with accelerate's offload."""
+"""What the GPU tier is compared with: a collection of activation paths, and transformers with accelerate's offload."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ __all__ = ["accelerated", "activation_paths"]
 
 
 def activation_paths(random: RandomModel, tokens: int = 64) -> torch.Tensor:
-    """A collection of activation matrices [sequences, layers, experts], each of length 1: of other tokens of the script's topics,
-    so that each measured topic has been seen once before."""
+    """A collection of activation matrices [sequences, layers, experts] of norm 1, from other tokens of the script's topics, so that
+    the collection contains every measured topic once."""
     top_k = random.model.config.num_experts_per_tok
     counts: list[torch.Tensor] = []
 
     def count(module: Any, args: tuple[torch.Tensor, ...]) -> None:
-        gate = module.gate.weight.float()
-        chosen = (args[0].reshape(-1, gate.shape[1]).float() @ gate.T).topk(top_k).indices
-        counts.append(torch.bincount(chosen.reshape(-1), minlength=gate.shape[0]).float())
+        router = module.gate.weight.float()
+        chosen = (args[0].reshape(-1, router.shape[1]).float() @ router.T).topk(top_k).indices
+        counts.append(torch.bincount(chosen.reshape(-1), minlength=router.shape[0]).float())
 
     hooks = [random.model.get_submodule(stack.block).register_forward_pre_hook(count) for stack in random.stacks]
-    made = []
+    matrices = []
     for topic in (random.script[::TOPIC_TOKENS] // TOPIC_TOKENS).tolist():
         ids = topic * TOPIC_TOKENS + torch.randint(0, TOPIC_TOKENS, (1, tokens), device="cuda")
         with torch.no_grad():
             random.model(ids, logits_to_keep=1)
-        made.append(torch.stack(counts))
+        matrices.append(torch.stack(counts))
         counts.clear()
     for hook in hooks:
         hook.remove()
-    return torch.stack([matrix / matrix.norm() for matrix in made])
+    return torch.stack([matrix / matrix.norm() for matrix in matrices])
 
 
 def accelerated(name: str, share: float, num_layers: int | None, seconds: float = 20, prompt: int = 64) -> dict[str, Any]:
-    """Decode by transformers and accelerate with the layers of ``share`` of the experts in VRAM, the others in host memory, bf16.
+    """Decode by transformers and accelerate, bf16, the experts of a fraction ``share`` of layers in VRAM, others on the host.
 
-    Every expert matrix has the same random numbers: time depends on where they are, not on what.
+    All expert matrices have the same random numbers, because the time does not depend on their values.
     """
     import accelerate
 
@@ -67,7 +67,7 @@ def accelerated(name: str, share: float, num_layers: int | None, seconds: float 
     resident = round(share * len(stacks))
     where: dict[str, int | str] = {"model.embed_tokens": 0, "model.norm": 0, "model.rotary_emb": 0, "lm_head": 0}
     where |= {f"model.layers.{i}": 0 for i in range(len(stacks))}
-    for stack in stacks[resident:]:  # as good as accelerate can have it: only experts move
+    for stack in stacks[resident:]:  # the best case of accelerate: only experts are offloaded
         block = f"model.layers.{stack.layer}"
         del where[block]
         for child, module in model.get_submodule(block).named_children():

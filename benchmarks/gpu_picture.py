@@ -1,8 +1,9 @@
-"""Decode speed against the share of experts in VRAM, from what ``benchmarks.gpu --json`` wrote: a panel a model.
+"""Draws decode speed against the fraction of experts in VRAM, from the JSON of ``benchmarks.gpu``: one panel per model.
 
     python -m benchmarks.gpu_picture gpu.json --out docs/results/gpu.png
 
-Drawn in: the goals, and the bound of the link (least misses at that size, everything foreseen, copies beside all other work).
+Also drawn: the goals, and the bound of the link (minimal misses at that size, perfect prediction, copies in parallel with all other
+work).
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ LINES = {
 
 
 def curves(cells: dict[str, dict[str, Any]]) -> dict[str, dict[float, float]]:
-    """By method: share of experts in VRAM -> share of the fully resident speed."""
-    found: dict[str, dict[float, float]] = {}
+    """By method: fraction of experts in VRAM -> fraction of the fully resident speed."""
+    lines: dict[str, dict[float, float]] = {}
     for name, row in cells.items():
         share, method = name.split(" ", 1)
         if method in LINES and "of_resident" in row:
-            found.setdefault(method, {})[float(share)] = row["of_resident"]
-    return {method: {1.0: 1.0} | dict(sorted(line.items(), reverse=True)) for method, line in found.items()}
+            lines.setdefault(method, {})[float(share)] = row["of_resident"]
+    return {method: {1.0: 1.0} | dict(sorted(line.items(), reverse=True)) for method, line in lines.items()}
 
 
 def draw(models: dict[str, dict[str, Any]], out: Path) -> None:

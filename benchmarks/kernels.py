@@ -1,8 +1,8 @@
-"""The CPU kernels against the machine: products of one and a few tokens, fused experts, a layer's prefill.
+"""Measures the CPU kernels against the memory bandwidth: products of one and a few tokens, fused experts, a layer's prefill.
 
     python -m benchmarks.kernels [--quick] [--threads N]
 
-Weights are cold: every product reads another matrix of a pool far larger than any cache. The roofline is measured and printed
+Weights are cold: every product reads another matrix of a pool much larger than any cache. The roofline is measured and printed
 first; all numbers are medians; the last line is one JSON object.
 """
 
@@ -32,7 +32,7 @@ SHAPES = {"Qwen1.5-MoE": (2048, 1408, 4, 60), "Qwen3-30B-A3B": (2048, 768, 8, 12
 EXPERTS = SimpleNamespace(
     has_gate=True, act_fn=silu, _apply_gate=lambda x: silu(x[..., : x.shape[-1] // 2]) * x[..., x.shape[-1] // 2 :]
 )
-GROUP_SIZE = 64  # where nothing else is said
+GROUP_SIZE = 64  # the default
 
 
 def timed(work: Callable[[], Any], seconds: float) -> float:
@@ -48,12 +48,12 @@ def timed(work: Callable[[], Any], seconds: float) -> float:
 
 
 def view_bytes(weights: int, planes: int, group_size: int = GROUP_SIZE) -> int:
-    """What of so many INT4 ``weights`` a product with ``planes`` planes reads, scales and zeros included."""
+    """Bytes that a product with ``planes`` planes reads of ``weights`` INT4 weights, scales and zeros included."""
     return weights * (1 + planes) // 8 + weights // group_size * 4
 
 
 class Pool:
-    """INT4 experts of one shape in the slots that the runtime uses, ``num_bytes`` of them in all; random codes."""
+    """INT4 experts of one shape with random codes, ``num_bytes`` in all, in the slots that the runtime uses."""
 
     def __init__(self, hidden: int, inner: int, num_bytes: int, group_size: int = GROUP_SIZE) -> None:
         self.shapes: dict[str, tuple[int, ...]] = {"gate_up_proj": (2 * inner, hidden), "down_proj": (hidden, inner)}
@@ -73,7 +73,7 @@ class Pool:
 
 
 def product(pool: Pool, name: str, tokens: int, planes: int, threads: int, seconds: float) -> float:
-    """Seconds of one product with a cold matrix ``name``."""
+    """Seconds of one product with the matrix ``name``, cold."""
     rows, cols = pool.shapes[name]
     place = pool.slots._kernels_of(0, EXPERTS)[0].places[name]  # type: ignore[union-attr]
     x, out = torch.randn(tokens, cols, dtype=torch.bfloat16), torch.empty(tokens, rows)
@@ -87,7 +87,7 @@ def product(pool: Pool, name: str, tokens: int, planes: int, threads: int, secon
 
 
 def read(pool: Pool, threads: int, seconds: float) -> float:
-    """Bytes per second of a loop that does nothing but read the pool."""
+    """Bytes per second of a loop that only reads the pool."""
     num_bytes = pool.count * pool.layout.length
     return num_bytes / timed(lambda: native.read_memory(pool.address, num_bytes, threads), seconds)
 
@@ -121,7 +121,7 @@ def fused(pool: Pool, experts: int, seconds: float) -> float:
 
 
 def prefill(pool: Pool, top_k: int, num_experts: int, tokens: int, seconds: float) -> dict[str, float]:
-    """One layer's experts on ``tokens`` tokens, beside torch's bf16 GEMM on the same shapes."""
+    """One layer's experts on ``tokens`` tokens, and torch's bf16 GEMM on the same shapes."""
     num_experts = min(num_experts, pool.count)
     hidden = torch.randn(tokens, pool.shapes["down_proj"][0], dtype=torch.bfloat16)
     index = torch.stack([torch.randperm(num_experts)[:top_k] for _ in range(tokens)]).flatten().tolist()
@@ -170,7 +170,7 @@ def main() -> None:
         memory = max(read(pool, threads, seconds), memory_bandwidth(threads, pool_bytes // 2))
         floor = view_bytes(weights, 3) / memory * 1e6
         print(f"\n{name}: gate_up [{2 * inner}, {hidden}], down [{hidden}, {inner}]")
-        print(f"memory read {memory / 1e9:.1f} GB/s: gate_up at INT4 takes {floor:.0f} us at least")
+        print(f"memory read {memory / 1e9:.1f} GB/s: gate_up at INT4 takes at least {floor:.0f} us")
         shape: dict[str, float] = {"memory_gbps": memory / 1e9}
         for planes, view in ((3, "int4"), (2, "view3"), (1, "view2")):
             taken = product(pool, "gate_up_proj", 1, planes, threads, seconds)
@@ -187,7 +187,7 @@ def main() -> None:
             shape[f"fused_{experts}_gbps"] = experts * 1.5 * view_bytes(weights, 3) / taken / 1e9
         if name == "Qwen1.5-MoE":
             shape |= prefill(pool, top_k, num_experts, 512, 2 * seconds)
-        memory = max(memory, read(pool, threads, seconds))  # other tenants of the host come and go: the better of before and after
+        memory = max(memory, read(pool, threads, seconds))  # the better of before and after, since other load on the host varies
         shape["memory_gbps"] = memory / 1e9
         del pool
         if name == "Qwen1.5-MoE":

@@ -1,4 +1,4 @@
-"""A small machine out of a big one: a control group (v1 or v2) around a whole process, page cache included, from cold caches."""
+"""Limits the memory of a process, page cache included, with a control group (v1 or v2), and drops the caches before a run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Group:
         return ["/bin/sh", "-c", f'echo $$ > {shlex.quote(str(self.path / "cgroup.procs"))}; exec "$0" "$@"', *command]
 
     def peak_bytes(self) -> int | None:
-        """The most that was charged, page cache included; None where the kernel does not say."""
+        """The peak memory of the group, page cache included; None if the kernel does not report it."""
         return _number(self.path / "memory.max_usage_in_bytes") or _number(self.path / "memory.peak")
 
     def kills(self) -> int:
@@ -49,7 +49,7 @@ def _root() -> Path | None:
 
 
 def can_limit() -> str | None:
-    """None if memory can be limited here, else why not, in a sentence."""
+    """None if memory can be limited here, else the reason."""
     if _root() is None:
         return (
             "memory limits need root and a writable /sys/fs/cgroup with the memory controller; only the unlimited part is measured"
@@ -59,7 +59,7 @@ def can_limit() -> str | None:
 
 @contextmanager
 def memory_group(limit_bytes: int | None) -> Iterator[Group]:
-    """A group of its own, gone afterwards; no swap in it where the kernel accounts for swap. Raises OSError without root."""
+    """A new group, removed afterwards; without swap if the kernel accounts for swap. Raises OSError without root."""
     root = _root()
     if root is None:
         raise PermissionError(can_limit())
@@ -78,7 +78,7 @@ def memory_group(limit_bytes: int | None) -> Iterator[Group]:
 
 
 def _remove(group: Path) -> None:
-    """Empty groups alone can be removed, and a process that was just killed takes a moment to leave."""
+    """Remove the group; retries, because only an empty group can be removed and a killed process takes a moment to end."""
     for _ in range(100):
         try:
             group.rmdir()
@@ -88,7 +88,7 @@ def _remove(group: Path) -> None:
 
 
 def drop_caches() -> None:
-    """Forget what the page cache holds, where that is allowed: the next run starts cold."""
+    """Drop the page cache, if permitted, so that the next run starts cold."""
     subprocess.run(["sync"], check=True)
     if os.access(file := "/proc/sys/vm/drop_caches", os.W_OK):
         Path(file).write_text("3")

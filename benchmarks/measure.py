@@ -1,4 +1,4 @@
-"""One cell of the table: one peer, one variant, one limit, one workload, in a process and a control group of its own."""
+"""Measures one cell of the table: a peer, variant, limit and workload, in its own process and control group."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["Cell", "Sample", "run_cell"]
 
 @dataclass
 class Sample:
-    """A prompt, turn or batch of prompts: ``count`` tokens (a prompt) came in ``seconds`` after the first one."""
+    """A prompt, turn or batch of prompts: ``count`` tokens per prompt came in ``seconds`` after the first token."""
 
     prompt_tokens: int = 0
     first_seconds: float = math.nan
@@ -33,7 +33,7 @@ class Sample:
 
 @dataclass
 class Cell:
-    """What came of it. ``outcome``: "ok", "killed" (by the limit), "slow" (cut at the time given; what came counts), "failed"."""
+    """The result. ``outcome``: "ok", "killed" (by the limit), "slow" (stopped at the time limit; its tokens count), "failed"."""
 
     peer: str
     variant: str
@@ -53,17 +53,16 @@ class Cell:
         return self.peer, self.variant, self.workload, self.limit_bytes
 
     def measured(self) -> list[Sample]:
-        """The samples that came to their end, but for the first, which warms up; else those that came a quarter of the way; else
-        the first."""
+        """The complete samples except the first, which warms up; else those at least a quarter complete; else the first."""
         begun = [sample for sample in self.samples if not math.isnan(sample.first_seconds)]
         longest = max((sample.count for sample in begun), default=0)
-        for share in (1, 4):
-            if far := [sample for sample in begun[1:] if share * sample.count >= longest]:
-                return far
+        for divisor in (1, 4):
+            if advanced := [sample for sample in begun[1:] if divisor * sample.count >= longest]:
+                return advanced
         return begun[:1]
 
     def decode_rates(self) -> list[float]:
-        """New tokens a second, all prompts of the batch together, one figure a sample."""
+        """New tokens per second of all prompts of the batch together, for each sample."""
         return [self.batch * s.count / s.seconds for s in self.measured() if s.count and s.seconds > 0]
 
     def first_seconds(self) -> list[float]:
@@ -73,7 +72,7 @@ class Cell:
         return [self.batch * s.prompt_tokens / s.first_seconds for s in self.measured()]
 
     def rate(self) -> float | None:
-        """The median tokens per second that the workload is about, None if nothing came."""
+        """The median tokens per second of the workload, prompt or new tokens; None without a sample."""
         rates = self.prefill_rates() if self.workload.startswith("prefill") else self.decode_rates()
         return median(rates) if rates else None
 
@@ -86,7 +85,7 @@ class Cell:
 
 
 def run_cell(python: Path, worker: Path, job: dict[str, Any], cell: Cell, workload: Workload, max_seconds: float) -> Cell:
-    """Run ``worker`` on ``job`` from cold caches and fill ``cell`` from what it says; never raises for what a peer does."""
+    """Run ``worker`` on ``job`` from cold caches and fill ``cell`` from its events; never raises for an error of a peer."""
     cell.batch, cell.settings = workload.batch, job["settings"]
     drop_caches()
     group_or_not = nullcontext(None) if can_limit() else memory_group(cell.limit_bytes)
@@ -115,7 +114,7 @@ def run_cell(python: Path, worker: Path, job: dict[str, Any], cell: Cell, worklo
             process.kill()
             process.wait()
         errors.seek(0)
-        said = [line for line in errors.read().splitlines() if line.strip()]
+        error_lines = [line for line in errors.read().splitlines() if line.strip()]
         if group:
             cell.peak_bytes = group.peak_bytes()
         if cut.is_set():
@@ -126,7 +125,7 @@ def run_cell(python: Path, worker: Path, job: dict[str, Any], cell: Cell, worklo
             cell.outcome = "ok"
         else:
             cell.outcome = "failed"
-            cell.message = cell.message or (said[-1][:300] if said else f"exit {code}")
+            cell.message = cell.message or (error_lines[-1][:300] if error_lines else f"exit {code}")
     return cell
 
 
@@ -136,35 +135,36 @@ def _listen(process: subprocess.Popen[str], job: dict[str, Any], cell: Cell) -> 
     try:
         with process.stdin as stdin:
             json.dump(job, stdin)
-    except BrokenPipeError:  # it was killed before it read: the exit code tells
+    except BrokenPipeError:  # it was killed before it read; the exit code is checked
         pass
     with process.stdout as stdout:
         for line in stdout:
             try:
-                said = json.loads(line)
+                message = json.loads(line)
             except json.JSONDecodeError:
                 continue  # a library that prints on standard output
-            if isinstance(said, dict):
-                _take(said, cell)
+            if isinstance(message, dict):
+                _take(message, cell)
 
 
-def _take(said: dict[str, Any], cell: Cell) -> None:
-    event = said.get("event")
+def _take(message: dict[str, Any], cell: Cell) -> None:
+    """Add one event of a worker (see peers/__init__.py) to ``cell``."""
+    event = message.get("event")
     if event in ("first", "tokens", "counters"):
-        while len(cell.samples) <= said["sample"]:
+        while len(cell.samples) <= message["sample"]:
             cell.samples.append(Sample())
-        sample = cell.samples[said["sample"]]
+        sample = cell.samples[message["sample"]]
     if event == "loaded":
-        cell.load_seconds = said["seconds"]
+        cell.load_seconds = message["seconds"]
     elif event == "first":
-        sample.prompt_tokens, sample.first_seconds = said["prompt_tokens"], said["seconds"]
-        sample.counters_at_first = said.get("counters", {})
+        sample.prompt_tokens, sample.first_seconds = message["prompt_tokens"], message["seconds"]
+        sample.counters_at_first = message.get("counters", {})
     elif event == "tokens":
-        sample.count, sample.seconds = said["count"], said["seconds"]
-        sample.counters = said.get("counters", sample.counters)
+        sample.count, sample.seconds = message["count"], message["seconds"]
+        sample.counters = message.get("counters", sample.counters)
     elif event == "counters":
-        sample.counters = said["counters"]
+        sample.counters = message["counters"]
     elif event == "done":
-        cell.versions = said.get("versions", {})
+        cell.versions = message.get("versions", {})
     elif event == "failed":
-        cell.message = said["message"]
+        cell.message = message["message"]

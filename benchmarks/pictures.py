@@ -1,4 +1,4 @@
-"""The page's pictures, from result files only."""
+"""The pictures of the page, made from result files only."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def plot(results: Results, folder: Path) -> list[Path]:
     places = list(range(len(limits)))
     disk = results.machine["disk_bytes_per_second"]
     colours = {peer: f"C{number}" for number, peer in enumerate(results.peers())}
-    made = []
+    files = []
 
     def line(axes: plt.Axes, peer: str, value: Callable[[Cell], float | None], style: str, label: str = "") -> None:
         cells = [results.best(peer, "decode", limit) for limit in limits]
@@ -62,8 +62,8 @@ def plot(results: Results, folder: Path) -> list[Path]:
         axes.set(xlabel="memory limit", ylabel=ylabel, title=results.model.name)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-        made.append(folder / f"{results.model.name}-{name}.png")
-        figure.savefig(made[-1], dpi=110)
+        files.append(folder / f"{results.model.name}-{name}.png")
+        figure.savefig(files[-1], dpi=110)
         plt.close(figure)
 
     floors: list[tuple[Callable[[Cell], float | None], str, str]] = [
@@ -76,4 +76,4 @@ def plot(results: Results, folder: Path) -> list[Path]:
         (lambda c: num / 1e6 if (num := read(c)) else None, "o-", ""),
         (waited, "x:", ", waited"),
     ])  # fmt: skip
-    return made
+    return files

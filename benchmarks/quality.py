@@ -1,11 +1,11 @@
-"""Quality against bytes: what solvers, calibration, shorter views and precision policies cost a model and save it.
+"""Quality against bytes read, for solvers, calibration, shorter views and precision policies.
 
     python -m benchmarks.quality STORES TEXT... --calibrate TEXT --out docs/results/quality.json [--page docs/results/quality.md]
                                  [--picture docs/results/quality.png] [--model NAME=CHECKPOINT]
 
-Measures the embedded model and every checkpoint that --model names (of which fewer stores are made). What the JSON has already is
-not measured again, so that a run that was cut goes on; delete the file to begin anew. Tables and picture are made from the JSON
-alone (benchmarks/quality_page.py).
+Measures the embedded model, and with fewer stores every checkpoint that --model names. Results that the JSON already has are not
+measured again, so an interrupted run continues; delete the file to start anew. Tables and picture are made from the JSON alone
+(benchmarks/quality_page.py).
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from fate_moe.quant.solver import SOLVERS
 from fate_moe.store.convert import convert
 from fate_moe.store.learned import save_view_losses
 from fate_moe.store.open import open_store
-from fate_moe.store.plan import make_plan
-from fate_moe.tools.calibrate import calibrate, measure_views
+from fate_moe.store.plan import plan_conversion
+from fate_moe.tools.calibrate import calibrate, measure_view_losses
 from fate_moe.tools.evaluate import perplexity
 
 WIDTHS = (2, 1, 1)
-CALIBRATION_TOKENS = 18724  # codes are chosen on 16,384 of them; what views lose is measured on the last eighth
-# By name: precision, solver, group size, whether the text calibrates it. Models other than the embedded one get the first five.
+CALIBRATION_TOKENS = 18724  # codes are chosen on 16,384 of them; the losses of views are measured on the last eighth
+# By name: precision, solver, group size, whether it is calibrated. Models other than the embedded one get the first five.
 STORES: dict[str, tuple[str, str, int, bool]] = {
     "lossless": ("lossless", "hqq", 64, False),
     "hqq-64": ("int4", "hqq", 64, False),
@@ -54,7 +54,7 @@ STORES: dict[str, tuple[str, str, int, bool]] = {
     "hqq-128": ("int4", "hqq", 128, False),
 }
 NUM_FOR_OTHERS = 5
-# Name, store, precision policy (by name as it chooses by what views lose, or one that does not), or the bits of a view for all.
+# Name, store, and either a precision policy (by name: it chooses by view losses; an object: it does not) or the bits of all views.
 Line = tuple[str, str, str | PrecisionPolicy | int]
 LINES: dict[str, list[Line]] = {
     "windows": [
@@ -100,10 +100,10 @@ LINES: dict[str, list[Line]] = {
 
 
 def prepare(source: Path, folder: Path, names: Sequence[str], text: Path, facts: dict[str, Any], write: Callable[[], None]) -> None:
-    """The stores ``names`` of ``source`` under ``folder``; what each conversion took is added to ``facts``.
+    """Make the stores ``names`` of ``source`` under ``folder`` and add the cost of each conversion to ``facts``.
 
-    Each runs in a process of its own, whose peak memory is then the conversion's (and torch's, transformers' and Python's).
-    Megabytes per second are of the weights as the lossless store has them.
+    Each conversion runs in its own process, so that the peak memory is its own (with that of torch, transformers and Python).
+    Megabytes per second refer to the weights in the lossless store.
     """
     for name in names:
         if is_store(folder / name):
@@ -117,34 +117,34 @@ def prepare(source: Path, folder: Path, names: Sequence[str], text: Path, facts:
 
 
 def timed_conversion(source: Path, folder: Path, name: str, text: Path) -> dict[str, Any]:
-    """Make the store ``name`` under ``folder`` (calibrated ones need the lossless one there): seconds, and this process' peak.
+    """Make the store ``name`` under ``folder`` and return the seconds and this process's peak memory.
 
-    The seconds of looking at the text, which a calibrated store takes before its conversion and after it, are apart.
+    A calibrated store needs the lossless one in ``folder``; its seconds of running the text are reported separately.
     """
     precision, solver, size, calibrated = STORES[name]
-    found, took, tokens = None, {}, torch.empty(0)
+    calibration, took, tokens = None, {}, torch.empty(0)
     if calibrated:
         began = time.perf_counter()
         tokens = torch.tensor(
             load_tokenizer(folder / "lossless")(text.read_text(), verbose=False)["input_ids"][:CALIBRATION_TOKENS]
         )
-        found = calibrate(folder / "lossless", tokens[: -(len(tokens) // 8)])
+        calibration = calibrate(folder / "lossless", tokens[: -(len(tokens) // 8)])
         took["calibrate_seconds"] = time.perf_counter() - began
     began = time.perf_counter()
-    convert(source, folder / name, precision, solver=solver, group_size=size, calibration=found, progress=False)
+    convert(source, folder / name, precision, solver=solver, group_size=size, calibration=calibration, progress=False)
     took["seconds"] = time.perf_counter() - began
     if calibrated:
         began = time.perf_counter()
-        save_view_losses(folder / name, measure_views(folder / name, tokens[-(len(tokens) // 8) :]))
+        save_view_losses(folder / name, measure_view_losses(folder / name, tokens[-(len(tokens) // 8) :]))
         took["views_seconds"] = time.perf_counter() - began
     return {**took, "peak_mib": peak_memory() / 2**20}
 
 
 def weight_errors() -> list[dict[str, Any]]:
-    """Relative error of the weights and of x W^T for Gaussian x, by model, solver, group size and view (8: INT8's one plane)."""
+    """Relative error of the weights and of x W^T for Gaussian x, by model, solver, group size and bits (8: INT8)."""
     generator = torch.Generator().manual_seed(0)
-    plan = make_plan(Checkpoint(demo.MODEL), "lossless")
-    trained = [plan.make_experts(shard.stack, 0, {})["gate_up_proj"].float() for shard in plan.shards]
+    plan = plan_conversion(Checkpoint(demo.MODEL), "lossless")
+    trained = [plan.make_expert(shard.stack, 0, {})["gate_up_proj"].float() for shard in plan.shards]
     models = {
         "embedded, gate and up": torch.cat(trained),
         "random, normal": torch.randn(512, 256, generator=generator) / 16,
@@ -160,22 +160,24 @@ def weight_errors() -> list[dict[str, Any]]:
                     codes, scale, zero = SOLVERS[solver](weights, sum(widths), size)
                     planes = pack(codes, size, widths)
                     for bits, used in views.items():
-                        made = dequantize(
+                        restored = dequantize(
                             planes, scale, zero, cols=weights.shape[1], group_size=size, widths=widths, num_planes=used
                         )
-                        row[f"weights_{bits}"] = float((made - weights).norm() / weights.norm())
-                        row[f"outputs_{bits}"] = float((x @ (made - weights).T).norm() / (x @ weights.T).norm())
+                        row[f"weights_{bits}"] = float((restored - weights).norm() / weights.norm())
+                        row[f"outputs_{bits}"] = float((x @ (restored - weights).T).norm() / (x @ weights.T).norm())
                 rows.append(row)
     return rows
 
 
-def measure(store: Path, policy: str | PrecisionPolicy | int, texts: Sequence[Path], most: int, *, decode: bool) -> dict[str, Any]:
-    """Perplexity (of the texts' mean loss) of ``store`` on ``most`` tokens of each text, bytes read and tokens per second."""
+def measure(
+    store: Path, policy: str | PrecisionPolicy | int, texts: Sequence[Path], max_tokens: int, *, decode: bool
+) -> dict[str, Any]:
+    """Perplexity (of the texts' mean loss) of ``store`` on ``max_tokens`` tokens of each text, bytes read and tokens per second."""
     named = policy if isinstance(policy, str) else "routing-weighted"
     model, tokenizer = load(store, expert_cache="25%", preset="load-on-demand", context_length=1024, precision_policy=named)
     if not isinstance(policy, str):
         model.fate.runtime.view_selector.policy = FixedView(policy) if isinstance(policy, int) else policy
-    parts = [torch.tensor(tokenizer(text.read_text()[:40_000], verbose=False)["input_ids"][:most]) for text in texts]
+    parts = [torch.tensor(tokenizer(text.read_text()[:40_000], verbose=False)["input_ids"][:max_tokens]) for text in texts]
     results = [perplexity(model, tokens, decode=decode) for tokens in parts]
     report = model.fate.report()
     model.fate.close()
@@ -210,20 +212,20 @@ def main() -> None:
     facts.setdefault("errors", weight_errors())
     others = dict(model.split("=", 1) for model in arguments.model)
     for name, source in {"embedded": demo.MODEL, **others}.items():
-        of_model = facts.setdefault("models", {}).setdefault(name, {})
+        model_facts = facts.setdefault("models", {}).setdefault(name, {})
         stores = list(STORES) if name == "embedded" else list(STORES)[:NUM_FOR_OTHERS]
-        prepare(Path(source), arguments.stores / name, stores, arguments.calibrate, of_model, write)
+        prepare(Path(source), arguments.stores / name, stores, arguments.calibrate, model_facts, write)
         for kind, lines in LINES.items():
-            most = arguments.decode_tokens if kind == "decode" else arguments.window_tokens
-            rows = of_model.setdefault(kind, [])
+            max_tokens = arguments.decode_tokens if kind == "decode" else arguments.window_tokens
+            rows = model_facts.setdefault(kind, [])
             known = {row["name"] for row in rows}
             for line, store, policy in lines:
                 if line in known or store not in stores:
                     continue
-                found = measure(arguments.stores / name / store, policy, arguments.texts, most, decode=kind == "decode")
-                rows.append({"name": line, **found})
+                result = measure(arguments.stores / name / store, policy, arguments.texts, max_tokens, decode=kind == "decode")
+                rows.append({"name": line, **result})
                 write()
-                print(f"{name}, {kind}, {line}: {found['perplexity']:.3f}, {found['tokens_per_second']:.1f} tokens/s", flush=True)
+                print(f"{name}, {kind}, {line}: {result['perplexity']:.3f}, {result['tokens_per_second']:.1f} tokens/s", flush=True)
             rows.sort(key=lambda row: [line for line, _, _ in lines].index(row["name"]))
     write()
     for path, make in ((arguments.page, fill_page), (arguments.picture, draw)):

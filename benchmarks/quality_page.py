@@ -14,23 +14,23 @@ TITLES = {"windows": "windows of 512 tokens", "decode": "token by token"}
 
 
 def tables(facts: dict[str, Any]) -> dict[str, str]:
-    """Markdown by the name of its place in the page: "embedded windows", "embedded decode", .., "errors", "conversion"."""
-    made = {"errors": _errors(facts["errors"]), "conversion": _conversion(facts["models"])}
-    for name, of_model in facts["models"].items():
+    """Markdown tables by their names in the page: "embedded windows", "embedded decode", .., "errors", "conversion"."""
+    by_name = {"errors": _errors(facts["errors"]), "conversion": _conversion(facts["models"])}
+    for name, model in facts["models"].items():
         for kind in TITLES:
-            made[f"{name} {kind}"] = _lines(of_model[kind])
-    return made
+            by_name[f"{name} {kind}"] = _lines(model[kind])
+    return by_name
 
 
 def fill_page(facts: dict[str, Any], page: Path) -> None:
-    """Replace what stands between <!-- NAME --> and <!-- end --> by the table of that name. Raises KeyError for an unknown one."""
-    made = tables(facts)
+    """Replace the text between <!-- NAME --> and <!-- end --> by the table of that name. Raises KeyError for an unknown name."""
+    by_name = tables(facts)
     pattern = re.compile(r"(<!-- (?!end)([^>]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-    page.write_text(pattern.sub(lambda found: f"{found[1]}{made[found[2]]}{found[3]}", page.read_text()))
+    page.write_text(pattern.sub(lambda match: f"{match[1]}{by_name[match[2]]}{match[3]}", page.read_text()))
 
 
 def draw(facts: dict[str, Any], path: Path) -> None:
-    """What is lost against what is read per token: a row of panels for each model, prefill and decode."""
+    """Loss of perplexity against bytes read per token: a row of panels for each model, prefill and decode."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -38,16 +38,16 @@ def draw(facts: dict[str, Any], path: Path) -> None:
     from matplotlib.ticker import FuncFormatter
 
     models = facts["models"]
-    names = list(dict.fromkeys(line["name"] for of in models.values() for kind in TITLES for line in of[kind]))
+    names = list(dict.fromkeys(line["name"] for model in models.values() for kind in TITLES for line in model[kind]))
     colors = pyplot.get_cmap("tab20").colors  # type: ignore[attr-defined]
     figure, panels = pyplot.subplots(len(models), 2, figsize=(13, 4.5 * len(models)), squeeze=False)
-    for row, (name, of_model) in zip(panels, models.items(), strict=True):
+    for row, (name, model) in zip(panels, models.items(), strict=True):
         for axes, (kind, title) in zip(row, TITLES.items(), strict=True):
-            if not of_model[kind]:  # not measured
+            if not model[kind]:  # not measured
                 axes.set_axis_off()
                 continue
-            lossless = next(line["perplexity"] for line in of_model[kind] if line["name"] == "lossless")
-            for line in of_model[kind]:
+            lossless = next(line["perplexity"] for line in model[kind] if line["name"] == "lossless")
+            for line in model[kind]:
                 lost = max(0.03, 100 * (line["perplexity"] / lossless - 1))
                 number = names.index(line["name"])
                 point = {"marker": "ov^sDP"[number % 6], "color": colors[number % 20], "markeredgecolor": "black"}
@@ -72,17 +72,17 @@ def _table(head: list[str], rows: Iterator[list[str]]) -> str:
 
 
 def _lines(lines: list[dict[str, Any]]) -> str:
-    """Policies and views against all bits of the same store: of a calibrated one where their names begin so."""
-    of = {line["name"]: line for line in lines}
+    """Policies and views, compared with all bits of the same store (a calibrated one if the name begins with "calibrated")."""
+    by_name = {line["name"]: line for line in lines}
 
     def rows() -> Iterator[list[str]]:
         for line in lines:
             small = line["name"].startswith("calibrated, groups of 32")
             calibrated = "INT4, calibrated, groups of 32" if small else "INT4, calibrated"
             whole = calibrated if line["name"].startswith("calibrated") else "INT4"
-            against = [f"{line['perplexity'] / of[base]['perplexity'] - 1:+.1%}" for base in ("lossless", whole)]
+            against = [f"{line['perplexity'] / by_name[base]['perplexity'] - 1:+.1%}" for base in ("lossless", whole)]
             size = line["bytes_per_token"]
-            fewer = f"{size / of[whole]['bytes_per_token'] - 1:+.0%}"
+            fewer = f"{size / by_name[whole]['bytes_per_token'] - 1:+.0%}"
             speed = line["tokens_per_second"]
             yield [line["name"], f"{line['perplexity']:.2f}", *against, f"{size / 1024:,.0f} KiB", fewer, f"{speed:,.4g}"]
 
@@ -103,7 +103,7 @@ def _errors(errors: list[dict[str, Any]]) -> str:
 def _conversion(models: dict[str, Any]) -> str:
     rows = (
         [name, store, f"{took['seconds']:.1f} s", f"{took['source_mb_per_second']:.1f} MB/s", f"{took['peak_mib']:.0f} MiB"]
-        for name, of_model in models.items()
-        for store, took in of_model.get("conversions", {}).items()
+        for name, model in models.items()
+        for store, took in model.get("conversions", {}).items()
     )
     return _table(["model", "store", "time", "of lossless weights", "peak memory"], rows)

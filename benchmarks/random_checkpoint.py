@@ -2,9 +2,9 @@
 
     python -m benchmarks.random_checkpoint CONFIG_JSON FOLDER [--layers N] [--set key=value ...] [--tokenizer FOLDER]
 
-Keys are those the family publishes (one tensor per expert where it does so): transformers' own conversion, reversed. One shard a
-layer, so memory stays at a layer. Weights are normal with the config's initializer range; routers ten times that, so that routing
-is as peaked as in trained models.
+Keys are those of published checkpoints of the family (transformers' conversion, reversed). One shard for each layer, so peak memory
+is one layer. Weights are normal with the config's initializer range, routers with ten times that, so that routing is as peaked as
+in trained models.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Load on demand against prefetch, side by side: how many experts are there when the router has spoken, and what it costs.
+"""Load on demand against prefetch, side by side: how many experts are resident after routing, and the cost.
 
     python -m benchmarks.ready_on_time [MODEL] [--expert-cache 25% ...] [--new-tokens 200] [--runs 5] [--plot PNG] [--json]
 
-Every run is a process of its own (`fate run --json`), the predictors take turns, medians over the runs are shown. The text is the
-same in all of them (greedy, the same prompt), so the lookups are too.
+Every run is its own process (`fate run --json`); the predictors take turns and medians over the runs are shown. All runs write the
+same text (greedy, the same prompt), so they look up the same experts.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ COLUMNS = ("ready on time", "in flight", "from disk per token", "prefetched used
 
 
 def measure(model: list[str], new_tokens: int, cache: str, policy: str, predictor: str) -> dict[str, float]:
-    """One run: shares of lookups, bytes and seconds per token (prompt included), decode speed."""
+    """One run: fractions of lookups, bytes and seconds per token (prompt included), decode speed."""
     command = [sys.executable, "-m", "fate_moe", "run", *model, "--json", "--no-do-sample", "--expert-cache", cache]
     command += ["--max-new-tokens", str(new_tokens), "--policy", policy, "--predictor", predictor]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout

@@ -124,7 +124,7 @@ def time_spent(results: Results) -> str:
                 format_bytes(spent.read_bytes),
                 *(f"{1e3 * s:.1f}" for s in (spent.seconds, hidden.compute_seconds, hidden.read_seconds, spent.stall_seconds)),
                 f"{hidden.efficiency:.0%}",
-                f"{hidden.most:.2f}x",
+                f"{hidden.max_speedup:.2f}x",
             ]
         )
     if not rows:
@@ -152,5 +152,5 @@ def every_cell(results: Results) -> str:
         rows.append([cell.peer, cell.variant, cell.workload, name, cell.outcome + message, *speed, peak])
     versions = {cell.peer: cell.versions for cell in results.cells if cell.versions}
     listed = "; ".join(f"{peer}: " + ", ".join(f"{k} {v}" for k, v in used.items()) for peer, used in versions.items())
-    head = ["engine", "variant", "workload", "limit", "outcome", "median", "lowest", "highest", "peak memory"]
+    head = ["engine", "variant", "workload", "limit", "outcome", "rate", "peak memory"]
     return f"### Every cell\n\n{table(head, rows)}\nVersions: {listed}\n"

@@ -1,4 +1,4 @@
-"""The result file: one JSON document a model, written whole after every cell, so that a run can be stopped and continued."""
+"""The result file: one JSON document for each model, rewritten after every cell, so that a run can be stopped and continued."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ INT4_BITS = 4.5  # Q4_0's 32 codes and one fp16 scale; ours is 4 + 32 / 64 = 4.5
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """Amounts in bytes of INT4 (4.5 bits a weight) unless named otherwise."""
+    """Sizes are bytes of INT4 (4.5 bits a weight) unless named otherwise."""
 
     name: str
     family: str
@@ -30,11 +30,11 @@ class ModelFacts:
     model_bytes: int
     expert_bytes: int
     active_bytes: int
-    """What one token's decode step must read: everything but embeddings (one row) and the experts that it did not choose."""
+    """What a decode step of one token must read: everything except the embedding and the experts that were not chosen."""
 
 
 def model_facts(checkpoint: Path) -> ModelFacts:
-    """From config.json alone."""
+    """The facts of a model, from config.json alone."""
     model = build_meta_model(checkpoint)
     stacks = expert_stacks(model)
     config = AutoConfig.from_pretrained(checkpoint).get_text_config()
@@ -65,7 +65,7 @@ def model_facts(checkpoint: Path) -> ModelFacts:
 
 @dataclass
 class Results:
-    """Everything a table or picture is made from."""
+    """The data of all tables and pictures."""
 
     model: ModelFacts
     machine: dict[str, Any]
@@ -78,7 +78,7 @@ class Results:
         self.cells = [other for other in self.cells if other.key != cell.key] + [cell]
 
     def best(self, peer: str, workload: str, limit_bytes: int | None) -> Cell | None:
-        """The peer's fastest variant; one that was killed or failed only if none came through."""
+        """The peer's fastest variant; one that was killed or failed only if no other exists."""
         cells = [cell for cell in self.cells if (cell.peer, cell.workload, cell.limit_bytes) == (peer, workload, limit_bytes)]
         return max(cells, key=lambda cell: (cell.outcome in ("ok", "slow"), cell.rate() or 0.0), default=None)
 
@@ -89,7 +89,7 @@ class Results:
         return list(dict.fromkeys(cell.workload for cell in self.cells))
 
     def limits(self) -> list[int | None]:
-        """The unlimited first, then falling."""
+        """No limit first, then descending."""
         return sorted({cell.limit_bytes for cell in self.cells}, key=lambda limit: -(limit or 1 << 62))
 
     def save(self, path: Path) -> None:

@@ -1,11 +1,11 @@
-"""Law 3 by real runs: the default beside `none` behind links of known speeds.
+"""Checks "never slower than not trying" in real runs: the default against `none` over links of known speeds.
 
     python -m benchmarks.throttled [MODEL] [--gbps 0.3 1.2 3.5 12] [--expert-cache 25%] [--new-tokens 200] [--runs 3]
 
-The experts' bytes are held in memory and handed out one read at a time at the link's speed, so that nothing but the link differs.
-Each run loads the model anew and decodes 32 tokens before those that count. Presets take turns, each first as often as the others
-(`none` is the default policy without prediction). Shown are medians over the runs, and how fast each was beside the first preset in
-the same round: median, least and most. The last line is one JSON.
+The experts' bytes are held in memory and returned one read at a time at the link's speed, so that only the link differs. Each run
+loads the model anew and decodes 32 tokens before those that are measured. Presets take turns, each first equally often (`none` is
+the default policy without prediction). Shown are medians over the runs, and the speed relative to the first preset of the same
+round: median, minimum and maximum. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ from fate_moe.units import format_bytes
 
 def blobs_of(store: Store) -> dict[ExpertId, bytes]:
     """Every expert's bytes."""
-    disk, room = DiskSource(store), SlotArena((1, store.manifest.slot_bytes))
+    disk, arena = DiskSource(store), SlotArena((1, store.manifest.slot_bytes))
     experts = [ExpertId(layer, n) for layer, entry in enumerate(store.manifest.layers) for n in range(len(entry.experts))]
     try:
-        return {expert: bytes(room.view(0)[: disk.read(expert, room.view(0))]) for expert in experts}
+        return {expert: bytes(arena.view(0)[: disk.read(expert, arena.view(0))]) for expert in experts}
     finally:
         disk.close()
 
 
 class ThrottledSource:
-    """An ExpertSource from memory: one read after another, each as long as ``bytes_per_second`` says."""
+    """An ExpertSource from memory: one read after another, each at ``bytes_per_second``."""
 
     def __init__(self, blobs: dict[ExpertId, bytes], bytes_per_second: float) -> None:
         self._blobs = blobs
@@ -64,7 +64,7 @@ class ThrottledSource:
         return len(blob)
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Nothing to close."""
 
 
 def measure(path: Path, blobs: dict[ExpertId, bytes], preset: str, gbps: float, cache: str, new_tokens: int) -> dict[str, float]:
@@ -108,14 +108,14 @@ def main() -> None:
             rounds.append({p: measure(path, blobs, p, gbps, arguments.expert_cache, arguments.new_tokens) for p in order})
         first = arguments.preset[0]
         for preset in arguments.preset:
-            row = {name: median(found[preset][name] for found in rounds) for name in rounds[0][preset]}
-            speeds = [found[preset]["tokens_per_second"] / found[first]["tokens_per_second"] for found in rounds]
-            beside = {"beside_first": median(speeds), "least": min(speeds), "most": max(speeds)}
-            rows.append({"gbps": gbps, "preset": preset, **row, **beside})
+            row = {name: median(results[preset][name] for results in rounds) for name in rounds[0][preset]}
+            speeds = [results[preset]["tokens_per_second"] / results[first]["tokens_per_second"] for results in rounds]
+            relative = {"relative_speed": median(speeds), "min": min(speeds), "max": max(speeds)}
+            rows.append({"gbps": gbps, "preset": preset, **row, **relative})
             print(
                 f"| {gbps:g} GB/s | `{preset}` | {row['tokens_per_second']:.1f} | {row['ready_on_time']:.1%} | "
                 f"{format_bytes(row['bytes_per_token'])} | {row['stall_ms_per_token']:.2f} ms | "
-                f"{beside['beside_first']:.3f} ({beside['least']:.3f}-{beside['most']:.3f}) |",
+                f"{relative['relative_speed']:.3f} ({relative['min']:.3f}-{relative['max']:.3f}) |",
                 flush=True,
             )
     print(json.dumps({"expert_cache": arguments.expert_cache, "rows": rows}))

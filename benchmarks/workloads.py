@@ -1,4 +1,4 @@
-"""What is asked of every engine: real prompts, cut to exact lengths, as token ids."""
+"""The workloads of every engine: real prompts, cut to exact lengths, as token ids."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PROMPTS = Path(__file__).with_name("prompts.json")
 
 @dataclass(frozen=True)
 class Workload:
-    """``kind`` as in a worker's job; the first of ``num_samples`` warms up and is reported apart. Lengths in tokens."""
+    """``kind`` as in a worker's job; the first of ``num_samples`` warms up. Lengths are in tokens."""
 
     name: str
     kind: str
@@ -38,13 +38,13 @@ WORKLOADS = {
 
 
 def context_tokens(workload: Workload, prompts: list[list[list[int]]]) -> int:
-    """Tokens of KV cache that each prompt of a batch needs: every engine is told, for it is memory that weights do not get."""
+    """Tokens of KV cache that each prompt of a batch needs. Given to every engine, since the cache takes memory."""
     turns = len(prompts) if workload.kind == "chat" else 1
     return turns * (workload.prompt_tokens + workload.new_tokens) + 8
 
 
 def samples(workload: Workload, tokenizer: Any, vocab_size: int) -> list[list[list[int]]]:
-    """[sample][prompt of the batch][token id]; every prompt ``prompt_tokens`` long, repeated text where the source is shorter.
+    """[sample][prompt of the batch][token id]; every prompt is ``prompt_tokens`` long; shorter texts are repeated.
 
     Ids stay below ``vocab_size``: a model of random weights may be measured with another model's tokenizer.
     """
@@ -53,7 +53,7 @@ def samples(workload: Workload, tokenizer: Any, vocab_size: int) -> list[list[li
     count = workload.num_samples * workload.batch
     if workload.kind == "prefill":
         ids = tokenizer(texts["prefill"])["input_ids"]
-        starts = [index * size for index in range(count)]  # other text each time, so that no engine finds it in its cache
+        starts = [index * size for index in range(count)]  # different text each time, so that no engine has it cached
     else:
         ids, starts = [], []
         for index in range(count):

@@ -1,10 +1,10 @@
-"""Rewrite a bf16 checkpoint in DeepSeek-V3's block-scaled FP8, half the size.
+"""Convert a bf16 checkpoint to DeepSeek-V3's block-scaled FP8, half the size.
 
     python recipes/export_fp8.py --model MODEL --out FOLDER
 
 Each matrix W becomes ``W`` in e4m3 and ``W_scale_inv`` in fp32, one for each block of 128 x 128 (blocks at the edges may be
-smaller): the block's largest magnitude is 448, e4m3's. What decides much and weighs little stays as it is: routers, norms,
-embeddings, lm_head, biases. Shapes below: R rows, C columns.
+smaller), such that the block's largest magnitude becomes 448, the maximum of e4m3. Small or sensitive tensors stay bf16: routers,
+norms, embeddings, lm_head, biases. Shapes below: R rows, C columns.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from fate_moe.errors import CheckpointError, FateError
 __all__ = ["export", "main", "quantize"]
 
 BLOCK = 128
-SHARD_BYTES = 15 << 20  # small enough for a repository that people read
-_LARGEST = torch.finfo(torch.float8_e4m3fn).max  # 448
-_KEPT = re.compile(r"(^|\.)(embed_\w+|wte|wpe|lm_head|gate|router|shared_expert_gate|\w*norm\w*)\.weight$")
+SHARD_BYTES = 15 << 20  # small enough for a code repository
+_E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max  # 448
+_UNQUANTIZED = re.compile(r"(^|\.)(embed_\w+|wte|wpe|lm_head|gate|router|shared_expert_gate|\w*norm\w*)\.weight$")
 _COPIED = (*COMPANIONS, "README*", "LICENSE*")
 
 
@@ -39,25 +39,25 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     rows, cols = weight.shape
     padded = torch.nn.functional.pad(weight.float(), (0, -cols % BLOCK, 0, -rows % BLOCK))
     blocks = padded.view(-1, BLOCK, padded.shape[1] // BLOCK, BLOCK)  # [R / 128, 128, C / 128, 128]
-    scale = blocks.abs().amax(dim=(1, 3)) / _LARGEST
+    scale = blocks.abs().amax(dim=(1, 3)) / _E4M3_MAX
     scale = torch.where(scale > 0, scale, 1.0)
-    codes = (blocks / scale[:, None, :, None]).clamp(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
+    codes = (blocks / scale[:, None, :, None]).clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn)
     return codes.flatten(2).flatten(0, 1)[:rows, :cols].contiguous(), scale
 
 
 def export(model: Path, out: Path) -> Path:
-    """Write ``out``, whole or not at all.
+    """Write ``out``, complete or not at all.
 
-    Raises CheckpointError, in one line, when ``model`` cannot be read or is quantized already, or when ``out`` exists.
+    Raises CheckpointError when ``model`` cannot be read or is already quantized, or when ``out`` exists.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} exists; delete it or choose another folder")
     if not model.is_dir():
-        raise CheckpointError(f"{model} is no folder; give the folder of a Hugging Face checkpoint")
+        raise CheckpointError(f"{model} is not a folder; give the folder of a Hugging Face checkpoint")
     checkpoint = Checkpoint(model)
     config = json.loads((model / "config.json").read_bytes())
     if config.get("quantization_config"):
-        raise CheckpointError(f"{model} is quantized already; give the bf16 checkpoint it was made from")
+        raise CheckpointError(f"{model} is already quantized; give the bf16 checkpoint it was made from")
     config["quantization_config"] = {
         "quant_method": "fp8",
         "fmt": "e4m3",
@@ -80,38 +80,40 @@ def export(model: Path, out: Path) -> Path:
 
 
 def _write_weights(checkpoint: Checkpoint, folder: Path) -> None:
-    shards = _cut(checkpoint)
+    shards = _shard_names(checkpoint)
     weight_map: dict[str, str] = {}
     total_size = 0
     for number, names in enumerate(shards, start=1):
         shard = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {key: tensor for name in names for key, tensor in _made(checkpoint, name)}
+        tensors = {key: tensor for name in names for key, tensor in _export_tensor(checkpoint, name)}
         save_file(tensors, folder / shard, metadata={"format": "pt"})
-        (folder / shard).chmod(0o644)  # the safetensors package makes private files, mkdtemp a private folder
+        (folder / shard).chmod(0o644)  # the safetensors package creates private files, mkdtemp a private folder
         weight_map |= dict.fromkeys(tensors, shard)
         total_size += sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
 
 
-def _made(checkpoint: Checkpoint, name: str) -> Iterator[tuple[str, Tensor]]:
-    """What becomes of one tensor, by name."""
+def _export_tensor(checkpoint: Checkpoint, name: str) -> Iterator[tuple[str, Tensor]]:
+    """The exported tensors, with their names, of the tensor ``name``."""
     tensor = checkpoint.read(name)
-    if not _quantized(checkpoint, name):
+    if not _is_quantized(checkpoint, name):
         yield name, tensor
         return
     if not tensor.isfinite().all():
-        raise CheckpointError(f"{checkpoint.folder}: {name} is not finite everywhere, which e4m3 cannot hold")
+        raise CheckpointError(
+            f"{checkpoint.folder}: {name} has infinite or NaN weights, which e4m3 cannot represent; use the bf16 checkpoint"
+        )
     yield from zip((name, f"{name}_scale_inv"), quantize(tensor), strict=True)
 
 
-def _cut(checkpoint: Checkpoint) -> list[list[str]]:
-    """The names in each shard. A shard is at most SHARD_BYTES long; a larger tensor has one of its own."""
+def _shard_names(checkpoint: Checkpoint) -> list[list[str]]:
+    """The tensor names of each shard. A shard has at most SHARD_BYTES; a larger tensor gets its own."""
     shards: list[list[str]] = []
     room = 0
     for name in checkpoint.names:
         shape = checkpoint.shape(name)
-        if _quantized(checkpoint, name):
+        if _is_quantized(checkpoint, name):
             rows, cols = shape
             num_bytes = rows * cols + 4 * -(-rows // BLOCK) * -(-cols // BLOCK)
         else:
@@ -125,12 +127,14 @@ def _cut(checkpoint: Checkpoint) -> list[list[str]]:
     return shards
 
 
-def _quantized(checkpoint: Checkpoint, name: str) -> bool:
+def _is_quantized(checkpoint: Checkpoint, name: str) -> bool:
     """Whether ``name`` is a matrix to be quantized. Raises CheckpointError for stacks of matrices."""
     shape = checkpoint.shape(name)
     if len(shape) > 2 and checkpoint.dtype(name).is_floating_point:
-        raise CheckpointError(f"{checkpoint.folder}: {name} is {len(shape)}-dimensional; the format has one tensor for each matrix")
-    return len(shape) == 2 and name.endswith(".weight") and not _KEPT.search(name)
+        raise CheckpointError(
+            f"{checkpoint.folder}: {name} has {len(shape)} dimensions; give a checkpoint with one tensor for each matrix"
+        )
+    return len(shape) == 2 and name.endswith(".weight") and not _UNQUANTIZED.search(name)
 
 
 def main(argv: list[str] | None = None) -> int:

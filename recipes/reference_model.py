@@ -1,6 +1,6 @@
-"""Qwen2-MoE in plain PyTorch, shaped for training: equal weights of all layers are one stacked parameter.
+"""Qwen2-MoE in plain PyTorch for training: the weights of all layers are one stacked parameter.
 
-Stacks make the optimizer a handful of large batched operations, and one compiled `block` serves every layer. Dimensions:
+Stacked parameters need few, large optimizer operations, and one compiled `block` serves every layer. Dimensions:
 T tokens, D hidden, L layers, E experts, F expert width, S shared width, A = heads * head size, V vocabulary.
 """
 
@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-SHARD_BYTES = 15 * 2**20  # small enough for every code host
+SHARD_BYTES = 15 * 2**20  # small enough for a code repository
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Shape:
         return self.hidden // self.heads
 
     def config(self) -> dict[str, Any]:
-        """As transformers' `Qwen2MoeConfig` wants it."""
+        """The config.json of transformers' `Qwen2MoeConfig`."""
         return {
             "architectures": ["Qwen2MoeForCausalLM"],
             "model_type": "qwen2_moe",
@@ -65,7 +65,7 @@ class Shape:
         }
 
 
-# Where a stacked parameter's layer l (and expert e, and half h) goes in a published checkpoint.
+# The published name of each layer's (and expert e's) part of a stacked parameter.
 PUBLISHED = {
     "attention_norm": "input_layernorm.weight",
     "q": "self_attn.q_proj.weight",
@@ -85,7 +85,7 @@ PUBLISHED = {
     "shared_down": "mlp.shared_expert.down_proj.weight",
     "shared_switch": "mlp.shared_expert_gate.weight",
 }
-TABLES = {"embed", "router", "shared_switch"}  # matrices whose rows mean single tokens or experts: not Muon's
+TABLES = {"embed", "router", "shared_switch"}  # matrices with one row per token or expert, which Muon does not suit
 
 
 class ReferenceMoe(nn.Module):
@@ -94,7 +94,7 @@ class ReferenceMoe(nn.Module):
         self.shape = shape
         L, D, E, W, S = shape.layers, shape.hidden, shape.experts, shape.expert_width, shape.shared_width  # noqa: N806
         A, KV = shape.heads * shape.head_size, shape.kv_heads * shape.head_size  # noqa: N806
-        deep = (2 * L) ** -0.5  # what is added to the residual starts small
+        deep = (2 * L) ** -0.5  # the additions to the residual stream start small
 
         def matrix(*size: int, scale: float = 1.0) -> nn.Parameter:
             return nn.Parameter(torch.randn(size) * scale * size[-1] ** -0.5)
@@ -113,14 +113,14 @@ class ReferenceMoe(nn.Module):
         self.shared_switch = nn.Parameter(torch.randn(L, 1, D) * 0.02)
 
     def kind(self, name: str) -> str:
-        """`table`, `matrix` or `vector`: which optimizer, and whether it decays."""
+        """`table`, `matrix` or `vector`, which decides the optimizer and the weight decay."""
         if name in TABLES:
             return "table"
         return "vector" if name.endswith(("norm", "bias")) else "matrix"
 
     def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, T] ids -> cross-entropy, balancing loss summed over layers (1 each when even), tokens per [L, E]."""
-        compiled = inputs.is_cuda and torch.is_grad_enabled()  # evaluation is too short to compile for
+        compiled = inputs.is_cuda and torch.is_grad_enabled()  # evaluation is too short to be worth compiling
         layer, head = (_compiled_block, _compiled_head) if compiled else (block, head_loss)
         precision = torch.bfloat16 if inputs.is_cuda else self.embed.dtype
         stacks = {name: getattr(self, name).to(precision).unbind(0) for name in PUBLISHED}
@@ -154,14 +154,17 @@ def attention(shape: Shape, x: Tensor, w: dict[str, Tensor], rope: tuple[Tensor,
         return y.view(*y.shape[:-1], count, shape.head_size).transpose(1, 2)
 
     q, k, v = heads("q", shape.heads), heads("k", shape.kv_heads), heads("v", shape.kv_heads)
-    y = F.scaled_dot_product_attention(turn(q, rope), turn(k, rope), v, is_causal=True, enable_gqa=True)
+    y = F.scaled_dot_product_attention(rotate(q, rope), rotate(k, rope), v, is_causal=True, enable_gqa=True)
     return y.transpose(1, 2).flatten(-2) @ w["o"].mT
 
 
 def experts(shape: Shape, h: Tensor, w: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Sorted dispatch: the tokens' k copies in expert order, two grouped products, back in token order. h [T, D]."""
+    """h [T, D] -> output [T, D], balancing loss, tokens per expert [E].
+
+    Copies of each token are sorted by expert, go through two grouped products, and return to token order.
+    """
     probabilities = torch.softmax(h @ w["router"].mT, dim=-1, dtype=torch.float32)
-    chosen = largest(probabilities.detach(), shape.top_k)
+    chosen = top_indices(probabilities.detach(), shape.top_k)
     weights = probabilities.gather(1, chosen)
     order = chosen.flatten().argsort()  # [T k] positions, by expert
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=h.device))
@@ -177,17 +180,17 @@ def experts(shape: Shape, h: Tensor, w: dict[str, Tensor]) -> tuple[Tensor, Tens
     return (y * weights[..., None].to(y.dtype)).sum(1), balance, load
 
 
-def largest(values: Tensor, count: int) -> Tensor:
-    """The indices `topk` gives, as `count` maxima that compile into the kernels around them: topk took 8 % of a step."""
-    columns, found = torch.arange(values.shape[1], device=values.device), []
+def top_indices(values: Tensor, count: int) -> Tensor:
+    """The indices that `topk` returns, computed as `count` maxima, which compile into the surrounding kernels and are faster."""
+    columns, indices = torch.arange(values.shape[1], device=values.device), []
     for _ in range(count):
-        found.append(values.argmax(dim=1, keepdim=True))
-        values = torch.where(columns == found[-1], -1.0, values)
-    return torch.cat(found, dim=1)
+        indices.append(values.argmax(dim=1, keepdim=True))
+        values = torch.where(columns == indices[-1], -1.0, values)
+    return torch.cat(indices, dim=1)
 
 
 class Permute(torch.autograd.Function):
-    """rows[order]; backward is a gather by `inverse`, where autograd's scatter would add atomically."""
+    """rows[order]; backward is a gather by `inverse`, where autograd would use a scatter with atomic additions."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
@@ -230,8 +233,8 @@ def rotary(length: int, size: int, device: torch.device, dtype: torch.dtype) -> 
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
-def turn(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary positions; [..., T, head size], the two halves of a head are one complex number each."""
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Apply rotary positions to x [..., T, head size]; entry i of each half forms one complex number."""
     low, high = x.chunk(2, dim=-1)
     return x * rope[0] + torch.cat((-high, low), dim=-1) * rope[1]
 
@@ -248,7 +251,7 @@ _compiled_head = torch.compile(head_loss, dynamic=False)
 
 
 def published(model: ReferenceMoe) -> dict[str, Tensor]:
-    """Every tensor under its Hugging Face key, bf16, one per expert."""
+    """Every tensor by its Hugging Face name, bf16, one per expert."""
     weights = {name: p.detach().to("cpu", torch.bfloat16) for name, p in model.named_parameters()}
     tensors = {"model.embed_tokens.weight": weights["embed"]}
     for index in range(model.shape.layers):
@@ -262,7 +265,7 @@ def published(model: ReferenceMoe) -> dict[str, Tensor]:
 
 
 def save_checkpoint(model: ReferenceMoe, folder: Path) -> None:
-    """config.json, shards of at most SHARD_BYTES, and their index, as transformers writes and reads them."""
+    """config.json, shards of at most SHARD_BYTES, and their index, in the format of transformers."""
     shards: list[dict[str, Tensor]] = [{}]
     room = SHARD_BYTES
     for key, tensor in published(model).items():

@@ -1,4 +1,4 @@
-"""The reference model's text as token ids: documents from files, tokenized on every core, once."""
+"""The reference model's text as token ids: documents read from files, tokenized once on all cores."""
 
 import lzma
 import os
@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-END = "<|endoftext|>"  # id 0: it begins every document, as it does in generation
+END = "<|endoftext|>"  # id 0; it begins every document, as in generation
 
 
 def documents(text: str) -> list[str]:
@@ -27,26 +27,26 @@ _tokenizers: dict[str, Tokenizer] = {}
 
 
 def _loaded(tokenizer_file: str) -> Tokenizer:
-    """One tokenizer a process: loading takes longer than a short document."""
+    """One tokenizer per process, because loading it takes longer than encoding a short document."""
     if tokenizer_file not in _tokenizers:
         _tokenizers[tokenizer_file] = Tokenizer.from_file(tokenizer_file)
     return _tokenizers[tokenizer_file]
 
 
 def training_tokens(folder: Path, tokenizer_file: Path, cached: Path) -> Tensor:
-    """All `train-*.xz` as one int32 vector, kept in `cached`. Repeated documents count once."""
+    """All `train-*.xz` as one int32 vector, cached in the file `cached`. Repeated documents are used once."""
     if not cached.exists():
         files = sorted(folder.glob("train-*.xz"))
         if not files:
             raise FileNotFoundError(f"no train-*.xz in {folder}")
         with ProcessPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
-            # The books are one text cut into files: a document, even a character, may run over a file's end.
+            # The books are one text split into files: a document, even a character, may cross a file boundary.
             texts: dict[str, bytes] = {}
             for file, text in zip(files, pool.map(_unpack, files), strict=True):
                 domain = file.name.split(".")[0]
                 texts[domain] = texts.get(domain, b"") + text
             unique = list(dict.fromkeys(d for text in texts.values() for d in documents(text.decode("utf-8"))))
-            unique.sort(key=len, reverse=True)  # the longest first, so that no core ends late; the order is shuffled later
+            unique.sort(key=len, reverse=True)  # longest first, for an even load of the cores; the order is shuffled later
             pieces = list(pool.map(partial(encode, tokenizer_file), unique, chunksize=4))
         np.save(cached, np.concatenate(pieces))
     return torch.from_numpy(np.load(cached).astype(np.int32))

@@ -3,10 +3,9 @@
     python recipes/train_reference.py --text TEXT --tokenizer MODEL --out OUT
 
 TEXT holds `train-*.xz` and `heldout-*.txt`, documents separated by `<|endoftext|>`; MODEL is a folder with the
-tokenizer files, which are copied. The defaults made the shipped model: 12 x 60 experts, 640 s on one H100, 1.33 M
-tokens/s. `--tiny` proves the same code on a CPU in seconds. A stopped run continues from OUT/state.pt when the command
-is given again, so OUT must outlast the process: a line printed before the first step says whether it continues or
-starts anew.
+tokenizer files, which are copied. The defaults made the shipped model (12 x 60 experts) on one H100. `--tiny` runs the
+same code on a CPU in seconds. A stopped run continues from OUT/state.pt when the command is repeated, so OUT must be on
+persistent storage. A line printed before the first step says whether the run continues or starts anew.
 """
 
 import argparse
@@ -30,8 +29,8 @@ from torch import Tensor, nn
 class Recipe:
     """How long, how fast, in what order. Values for one H100 or H200 unless `--tiny`."""
 
-    seconds: float = 640.0  # wall time of all calls together; the schedule follows it (docs/log.md: 940 overfit)
-    steps: int = 0  # > 0: a fixed number of steps instead, and the schedule follows those
+    seconds: float = 640.0  # wall time of all calls together, which sets the schedule; found by trying, longer overfits
+    steps: int = 0  # > 0: a fixed number of steps instead, which sets the schedule
     batch: int = 96
     sequence: int = 1024
     learning_rate: float = 4e-3
@@ -52,7 +51,7 @@ TINY_RECIPE = Recipe(steps=60, batch=4, sequence=64, warmup_steps=10)
 def orthogonalize(update: Tensor) -> Tensor:
     """The nearest semi-orthogonal matrix of each [rows, cols] in [N, rows, cols], by five Newton-Schulz steps (Muon).
 
-    Coefficients from Keller Jordan's Muon: singular values land in 0.7..1.2, which is as good as 1 for training.
+    Coefficients from Keller Jordan's Muon: singular values end in 0.7..1.2, which is close enough to 1 for training.
     """
     tall = update.shape[-2] > update.shape[-1]
     x = update.mT if tall else update
@@ -67,7 +66,7 @@ def orthogonalize(update: Tensor) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalized, for parameters that are stacks [..., rows, cols] of matrices.
 
-    Scaled by 0.2 sqrt(max(rows, cols)), an update has the size AdamW's has, so both share a learning rate.
+    Updates are scaled by 0.2 sqrt(max(rows, cols)), the size of AdamW's updates, so that both use the same learning rate.
     """
 
     def __init__(self, params: list[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95):
@@ -111,10 +110,10 @@ def rate_at(recipe: Recipe, step: int, progress: float) -> float:
 
 
 def batches(tokens: Tensor, recipe: Recipe, first_step: int) -> Iterator[Tensor]:
-    """[batch, sequence + 1] token ids for ever, from `first_step` on; the same for the same seed.
+    """Endless batches [batch, sequence + 1] of token ids, from `first_step` on; the same for the same seed.
 
-    Every epoch cuts the text at another offset and visits every piece once: no token is seen twice before all
-    are seen, and no two epochs see the same windows.
+    Every epoch cuts the text at another offset and visits every window once: no token occurs twice before all have
+    occurred, and no two epochs have the same windows.
     """
     span = torch.arange(recipe.sequence + 1, device=tokens.device)
     per_epoch = (len(tokens) - recipe.sequence - 1) // recipe.sequence // recipe.batch
@@ -151,7 +150,7 @@ def evaluate(model: ReferenceMoe, heldout: dict[str, Tensor], window: int) -> tu
 
 
 def report(model: ReferenceMoe, recipe: Recipe, heldout: dict[str, Tensor], run: dict[str, float]) -> dict[str, Any]:
-    """Everything `training.json` says; the loads are relative to the mean load of an expert."""
+    """The content of `training.json`; loads are relative to the mean load of an expert."""
     losses, loads = evaluate(model, heldout, window=min(512, recipe.sequence))
     load = torch.stack(list(loads.values())).sum(0).double()
     relative = load / load.mean(dim=1, keepdim=True)
@@ -169,7 +168,7 @@ def report(model: ReferenceMoe, recipe: Recipe, heldout: dict[str, Tensor], run:
 
 
 def train(model: ReferenceMoe, tokens: Tensor, recipe: Recipe, state_file: Path, stop_after: float = math.inf) -> dict[str, float]:
-    """Train until the budget is spent, or for `stop_after` seconds; continue from `state_file` if it is there."""
+    """Train until the budget is spent, or for `stop_after` seconds; continue from `state_file` if it exists."""
     step, spent = 0, 0.0
     optims = optimizers(model, recipe)
     if state_file.exists():
@@ -233,7 +232,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def chosen(default: Shape | Recipe, args: argparse.Namespace) -> dict[str, Any]:
     """The fields of `default`, replaced by what the command line says."""
-    return {name: v if (said := getattr(args, name)) is None else said for name, v in asdict(default).items()}
+    return {name: v if (given := getattr(args, name)) is None else given for name, v in asdict(default).items()}
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

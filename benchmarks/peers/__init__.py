@@ -1,23 +1,27 @@
-"""What a user could pick instead, each behind the same four verbs.
+"""Other engines, behind one interface.
 
-A peer runs in its own virtual environment and process: a *worker* script that imports nothing of this project, is given one job
-as JSON on standard input and writes one JSON object a line on standard output, at once (flush), so that a killed process leaves
-what it measured:
+A peer runs in its own virtual environment and process. Its *worker* script imports nothing of this project. It gets one job as
+JSON on standard input and writes one JSON object per line on standard output, flushed at once, so that the measurements of a
+killed process are not lost:
 
-    {"event": "loaded", "seconds": s}                                    weights are there, or mapped
+    {"event": "loaded", "seconds": s}                                    weights are loaded or mapped
     {"event": "first", "sample": i, "prompt_tokens": n, "seconds": s}    from the call to the first new token(s)
     {"event": "tokens", "sample": i, "count": k, "seconds": s}           k tokens after the first, s seconds after it; cumulative
-    {"event": "counters", "sample": i, "counters": {...}}                at the sample's end: what the engine counts, from the start
+    {"event": "counters", "sample": i, "counters": {...}}                at the end of a sample; counted from the start
     {"event": "done", "versions": {...}}
     {"event": "failed", "message": "..."}                                then a non-zero exit
 
-An engine that counts nothing leaves "counters" out; one that does gives them with "first" and "tokens" too.
+An engine without counters omits "counters"; one that has them sends them with "first" and "tokens" too.
 
-The job: ``model`` path; ``workload`` "decode" (each sample is a prompt of its own, the KV cache emptied), "prefill" (the same,
-with no new tokens after the first) or "chat" (each sample is a turn, appended to what the cache holds); ``samples`` a list of
-samples, each a list of ``batch`` prompts, each a list of token ids, all of one length; ``new_tokens`` a prompt, greedy, an end
-token does not end it; ``context_tokens`` of KV cache that a prompt of the batch needs; ``threads``; ``limit_bytes`` or null;
-``settings`` of the peer; ``scratch``, a folder of its own for what it has to write.
+The job:
+
+- ``model``: a path.
+- ``workload``: "decode" (each sample is a separate prompt with an empty KV cache), "prefill" (the same with one new token) or
+  "chat" (each sample is a turn, appended to the KV cache).
+- ``samples``: a list of samples, each a list of ``batch`` prompts, each a list of token ids, all of one length.
+- ``new_tokens``: per prompt, greedy; an end token does not stop it.
+- ``context_tokens``: the KV cache that a prompt of the batch needs.
+- ``threads``; ``limit_bytes`` or null; ``settings`` of the peer; ``scratch``, a folder that it may write to.
 """
 
 from __future__ import annotations
@@ -31,27 +35,27 @@ __all__ = ["Peer", "Variant"]
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to run a peer: what a row of the results is called and the settings that go with it."""
+    """One configuration of a peer: its name in the results, and its settings."""
 
     name: str
     settings: dict[str, Any] = field(default_factory=dict)
 
 
 class Peer(Protocol):
-    """install -> prepare -> run the worker. All three may be repeated: what is there already is used."""
+    """Call install, prepare, then run the worker. All three may be repeated; existing files are used."""
 
     name: str
     worker: Path
     """The script, run as ``python worker`` by the interpreter that ``install`` returned."""
 
     def install(self, home: Path) -> Path:
-        """Make the virtual environment under ``home``; returns its interpreter. Raises RuntimeError if it cannot be had here."""
+        """Make the virtual environment under ``home``; returns its interpreter. Raises RuntimeError if that fails."""
         ...
 
     def prepare(self, checkpoint: Path, home: Path) -> Path:
-        """Bring a Hugging Face checkpoint into the peer's own form under ``home``, INT4; returns what ``job["model"]`` is."""
+        """Convert a Hugging Face checkpoint into the peer's format, INT4, under ``home``; returns the path for ``job["model"]``."""
         ...
 
     def variants(self, model: Path, limit_bytes: int | None) -> list[Variant]:
-        """The settings its documentation offers for this limit. All are run; the fastest counts, the others are recorded."""
+        """The settings that the peer's documentation offers for this limit. All are run and recorded; the fastest is shown."""
         ...

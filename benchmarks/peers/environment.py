@@ -1,4 +1,4 @@
-"""A virtual environment for each peer, made once."""
+"""Creates a virtual environment for each peer, once."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ __all__ = ["virtual_environment"]
 def virtual_environment(
     folder: Path, packages: Sequence[str], constraints: Path | None = None, build: dict[str, str] | None = None
 ) -> Path:
-    """The interpreter of ``folder``, which has ``packages``; ``build`` are environment variables for those that compile.
+    """The interpreter of a virtual environment in ``folder`` with ``packages``; ``build`` are environment variables for compiling.
 
-    Raises RuntimeError, in pip's words, if they cannot be had here.
+    Raises RuntimeError with pip's message if they cannot be installed.
     """
     python = folder / "bin" / "python"
     done = folder / ".installed"
-    wanted = "\n".join([*packages, *(f"{name}={value}" for name, value in (build or {}).items())])
-    if not done.exists() or done.read_text() != wanted:
+    requested = "\n".join([*packages, *(f"{name}={value}" for name, value in (build or {}).items())])
+    if not done.exists() or done.read_text() != requested:
         shutil.rmtree(folder, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
         pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
@@ -30,7 +30,7 @@ def virtual_environment(
         environment = os.environ | (build or {})
         result = subprocess.run([*pip, *pinned, *packages], stderr=subprocess.PIPE, text=True, check=False, env=environment)
         if result.returncode:
-            said = [line for line in result.stderr.splitlines() if line.strip()]
-            raise RuntimeError(f"pip could not install {' '.join(packages)}: {said[-1] if said else result.returncode}")
-        done.write_text(wanted)
+            lines = [line for line in result.stderr.splitlines() if line.strip()]
+            raise RuntimeError(f"pip could not install {' '.join(packages)}: {lines[-1] if lines else result.returncode}")
+        done.write_text(requested)
     return python

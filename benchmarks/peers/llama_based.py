@@ -1,4 +1,4 @@
-"""llama.cpp, twice: built for this processor (llama-cpp-python) and as a prebuilt wheel for AVX2 (xllamacpp)."""
+"""llama.cpp, built for this processor (llama-cpp-python) and as a prebuilt AVX2 wheel (xllamacpp)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from benchmarks.peers.environment import virtual_environment
 
 __all__ = ["LlamaCpp"]
 
-# llama-cpp-python compiles for the processor it is on. 0.3.36's AMX kernels crash (a segmentation fault in ggml_backend_amx_mul_mat
-# at the first prompt, Sapphire Rapids), so they are left out; AVX-512 with VNNI and BF16 stays. Neither are its image tools needed.
+# llama-cpp-python compiles for the processor it runs on. The AMX kernels of 0.3.36 crash (a segmentation fault in
+# ggml_backend_amx_mul_mat at the first prompt, Sapphire Rapids), so they are disabled; AVX-512 with VNNI and BF16 stays. The image
+# tools are not needed.
 _NO_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
 BUILD = {"CMAKE_ARGS": f"-DLLAVA_BUILD=OFF -DCMAKE_C_FLAGS='{_NO_AMX}' -DCMAKE_CXX_FLAGS='{_NO_AMX}'"}
 
 
 class LlamaCpp:
-    """Q4_0 through mmap, as llama.cpp does by itself; repacking into the processor's own layout, its default, on and off."""
+    """Q4_0 through mmap, llama.cpp's default; repacking into the processor's layout, also its default, on and off."""
 
     worker = Path(__file__).with_name("llama_worker.py")
 

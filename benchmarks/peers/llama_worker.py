@@ -15,7 +15,7 @@ def say(event: str, **fields: Any) -> None:
 
 
 class Clock:
-    """Says when each new token of a sample came; ``prompt_tokens`` tokens were read before the first."""
+    """Reports the time of each new token of a sample; ``prompt_tokens`` tokens were read before the first."""
 
     def __init__(self, sample: int, prompt_tokens: int) -> None:
         self.sample, self.prompt_tokens, self.count, self.began = sample, prompt_tokens, 0, time.perf_counter()
@@ -31,7 +31,7 @@ class Clock:
 
 
 class LlamaCppPython:
-    """llama.cpp's own C functions; a batch is one sequence a prompt."""
+    """llama.cpp's C functions; a batch has one sequence per prompt."""
 
     def __init__(self, job: dict[str, Any]) -> None:
         import llama_cpp as lib
@@ -60,10 +60,10 @@ class LlamaCppPython:
         return {"llama-cpp-python": self.lib.__version__, "system": self.lib.llama_print_system_info().decode().strip()}
 
     def _decode(self, rows: list[tuple[int, int, int, bool]]) -> None:
-        """``rows``: (token, position, sequence, whether its logits are wanted)."""
+        """``rows``: (token, position, sequence, whether to compute its logits)."""
         self.batch.n_tokens = len(rows)
-        for i, (token, position, sequence, wanted) in enumerate(rows):
-            self.batch.token[i], self.batch.pos[i], self.batch.logits[i] = token, position, wanted
+        for i, (token, position, sequence, needs_logits) in enumerate(rows):
+            self.batch.token[i], self.batch.pos[i], self.batch.logits[i] = token, position, needs_logits
             self.batch.n_seq_id[i], self.batch.seq_id[i][0] = 1, sequence
         if status := self.lib.llama_decode(self.context, self.batch):
             raise RuntimeError(f"llama_decode returned {status}")
@@ -72,8 +72,8 @@ class LlamaCppPython:
         logits = self.np.ctypeslib.as_array(self.lib.llama_get_logits_ith(self.context, row), (self.vocab_size,))
         return int(logits.argmax())
 
-    def run(self, prompts: list[list[int]], new_tokens: int, keep: bool, clock: Clock) -> None:
-        if not keep:
+    def run(self, prompts: list[list[int]], new_tokens: int, keep_history: bool, clock: Clock) -> None:
+        if not keep_history:
             self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
             self.past = 0
         length = len(prompts[0])
@@ -97,7 +97,7 @@ class LlamaCppPython:
 
 
 class Xllamacpp:
-    """llama-server inside the process, tokens streamed; a batch is one slot a prompt."""
+    """llama-server in this process, with streamed tokens; a batch has one slot per prompt."""
 
     def __init__(self, job: dict[str, Any]) -> None:
         import xllamacpp as lib
@@ -119,9 +119,9 @@ class Xllamacpp:
     def version(self) -> dict[str, str]:
         return {"xllamacpp": self.lib.__version__, "system": self.lib.get_system_info().strip()}
 
-    def run(self, prompts: list[list[int]], new_tokens: int, keep: bool, clock: Clock) -> None:
-        """A tick when every prompt of the batch has its next token."""
-        came = [0] * len(prompts)
+    def run(self, prompts: list[list[int]], new_tokens: int, keep_history: bool, clock: Clock) -> None:
+        """Ticks the clock when every prompt of the batch has its next token."""
+        counts = [0] * len(prompts)
         tokens: list[int] = []
 
         def chunk(answer: Any) -> bool:
@@ -130,17 +130,17 @@ class Xllamacpp:
             for choice in answer["choices"] if answer else []:
                 new = [int(token) for token in re.findall(r"<(\d+)>", choice["text"])]  # the vocabulary of gguf_export
                 tokens.extend(new)
-                came[choice["index"]] += len(new)
-            while clock.count < min(came):
+                counts[choice["index"]] += len(new)
+            while clock.count < min(counts):
                 clock.tick()
             return False
 
-        prompt: Any = prompts if len(prompts) > 1 else self.history + prompts[0] if keep else prompts[0]
+        prompt: Any = prompts if len(prompts) > 1 else self.history + prompts[0] if keep_history else prompts[0]
         request = {"n_predict": new_tokens, "ignore_eos": True, "temperature": 0, "stream": True}
-        self.server.handle_completions(request | {"prompt": prompt, "cache_prompt": keep}, chunk)
+        self.server.handle_completions(request | {"prompt": prompt, "cache_prompt": keep_history}, chunk)
         if clock.count != new_tokens:
             raise RuntimeError(f"{clock.count} tokens came instead of {new_tokens}")
-        self.history = [*prompt, *tokens] if keep else []
+        self.history = [*prompt, *tokens] if keep_history else []
 
 
 def main() -> None:
@@ -148,15 +148,15 @@ def main() -> None:
     start = time.perf_counter()
     engine: Any = {"llama-cpp-python": LlamaCppPython, "xllamacpp": Xllamacpp}[job["settings"]["engine"]](job)
     say("loaded", seconds=time.perf_counter() - start)
-    keep = job["workload"] == "chat"
+    keep_history = job["workload"] == "chat"
     for index, prompts in enumerate(job["samples"]):
-        engine.run(prompts, job["new_tokens"], keep, Clock(index, len(prompts[0])))
+        engine.run(prompts, job["new_tokens"], keep_history, Clock(index, len(prompts[0])))
     say("done", versions=engine.version())
 
 
 if __name__ == "__main__":
     OUT = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # llama.cpp talks on standard output
+    os.dup2(2, 1)  # llama.cpp prints on standard output
     try:
         main()
     except Exception as error:

@@ -1,4 +1,4 @@
-"""This engine in its ways to run, and transformers with accelerate's disk offload: one worker, two virtual environments."""
+"""This engine with its presets, and transformers with accelerate's disk offload: one worker, two virtual environments."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ __all__ = ["Accelerate", "Fate"]
 
 _WORKER = Path(__file__).with_name("transformers_worker.py")
 _PROJECT = Path(__file__).parents[2]
-# A control group counts the page cache of the libraries too. With 128 MiB beside the budget a batch of 4 thrashed on it: 1.4
-# instead of 54 tokens a second at 700 MiB.
+# A control group also counts the page cache of the libraries. Found by measuring: half of this made a batch of 4 thrash on it.
 _HEADROOM_BYTES = 256 << 20
 
 
 class Fate:
-    """This checkout with one of its presets, run by the interpreter that runs the benchmark; experts INT4 as the peers' are."""
+    """This checkout with one of its presets, in the interpreter of the benchmark; experts are INT4 as the peers' are."""
 
     worker = _WORKER
 
@@ -32,7 +31,7 @@ class Fate:
     def prepare(self, checkpoint: Path, home: Path) -> Path:
         store = home / "stores" / f"{checkpoint.name}-int4"
         convert = [sys.executable, "-m", "fate_moe", "convert", str(checkpoint), str(store), "--precision", "int4"]
-        # Dense weights INT4 too, as the peers'. The quickest solver: how codes are chosen changes neither bytes nor speed.
+        # Dense weights are INT4 too, as the peers'. The fastest solver, since the choice of codes changes neither bytes nor speed.
         convert += ["--dense-precision", "int4", "--solver", "minmax"]
         if not (store / "fate.json").exists():
             subprocess.run(convert, check=True)
@@ -44,7 +43,7 @@ class Fate:
 
 
 class Accelerate:
-    """transformers and accelerate, weights that do not fit in an offload folder; bf16, for it has no quantized offload on a CPU."""
+    """transformers with accelerate's disk offload; bf16, because it has no quantized offload on a CPU."""
 
     name = "transformers + accelerate"
     worker = _WORKER
@@ -57,7 +56,7 @@ class Accelerate:
         return checkpoint
 
     def variants(self, model: Path, limit_bytes: int | None) -> list[Variant]:
-        # Without a limit: what is free; with one: what is left beside Python and torch (about 0.7 GiB).
+        # With a limit: what Python and torch leave of it (they take about 0.7 GiB). Without one: the free memory.
         free = limit_bytes - (768 << 20) if limit_bytes else int(0.85 * _available_bytes())
         return [Variant("", {"engine": "accelerate", "memory_bytes": free})]
 

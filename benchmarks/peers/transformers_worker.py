@@ -14,7 +14,7 @@ def say(event: str, **fields: Any) -> None:
 
 
 def load(job: dict[str, Any]) -> tuple[Any, dict[str, str], Callable[[], dict[str, Any]]]:
-    """(model, versions, counters): counters() says bytes and stalls so far, where the engine counts them."""
+    """(model, versions, counters): counters() returns bytes and stalls so far, {} if the engine does not count them."""
     import torch
     import transformers
 
@@ -44,11 +44,11 @@ def main() -> None:
     start = time.perf_counter()
     model, versions, counters = load(job)
     model.eval()
-    model.generation_config.eos_token_id = None  # min_new_tokens would search the whole vocabulary for it, every token
+    model.generation_config.eos_token_id = None  # min_new_tokens would be slower: it masks the token in every step
     say("loaded", seconds=time.perf_counter() - start)
 
     class Clock(StoppingCriteria):  # type: ignore[misc]
-        """Called once a new token: says when it came; never stops."""
+        """Called after each new token: reports its time; never stops."""
 
         def __init__(self, sample: int, prompt_tokens: int) -> None:
             self.sample, self.prompt_tokens, self.count, self.began = sample, prompt_tokens, 0, time.perf_counter()
@@ -59,24 +59,24 @@ def main() -> None:
                 say("first", sample=self.sample, prompt_tokens=self.prompt_tokens, seconds=now - self.began, counters=counters())
                 self.first = now
             else:
-                said = counters()  # with every token: a cell that is cut keeps what it has
-                say("tokens", sample=self.sample, count=self.count, seconds=now - self.first, counters=said)
+                now_counted = counters()  # with every token, so that an interrupted cell has them
+                say("tokens", sample=self.sample, count=self.count, seconds=now - self.first, counters=now_counted)
             self.count += 1
             return torch.zeros(input_ids.shape[0], dtype=torch.bool)
 
-    history, kept = None, None
+    history, cache = None, None
     for index, prompts in enumerate(job["samples"]):
         ids = torch.tensor(prompts)
         if job["workload"] == "chat":
             history = ids if history is None else torch.cat([history, ids], dim=1)
-            kept = kept if kept is not None else DynamicCache(config=model.config)
+            cache = cache if cache is not None else DynamicCache(config=model.config)
             ids = history
         out = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=job["new_tokens"],
             do_sample=False,
-            past_key_values=kept,
+            past_key_values=cache,
             stopping_criteria=[Clock(index, len(prompts[0]))],
         )
         history = out if job["workload"] == "chat" else None

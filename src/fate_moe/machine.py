@@ -1,4 +1,4 @@
-"""What this process has and may take, in bytes. Control groups (version 1 and 2) count like the machine's own memory."""
+"""Memory of this process and memory available to it, in bytes; respects control groups (version 1 and 2)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def resident_memory() -> int:
 
 
 def peak_memory() -> int:
-    """The most bytes that were ever resident in this process (VmHWM)."""
+    """The largest resident memory of this process so far (VmHWM)."""
     return _status("VmHWM")
 
 
@@ -25,13 +25,13 @@ def _status(field: str) -> int:
                 return int(line.split()[1]) << 10
     except OSError:
         pass
-    import resource  # macOS: no /proc; the peak, in bytes, stands for both
+    import resource  # macOS has no /proc; the peak, in bytes, is used for both
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def available_memory() -> int:
-    """Bytes this process may still take: the machine's available memory or what its control group leaves, whichever is less."""
+    """Bytes that this process may still use: the smaller of the machine's available memory and its control groups' remainders."""
     try:
         fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         machine = int(fields["MemAvailable"].split()[0]) << 10
@@ -49,7 +49,7 @@ def available_memory() -> int:
 
 
 def _control_group_files() -> list[tuple[Path, Path]]:
-    """(limit, usage) of this process's memory control group and all above it, version 1 or 2."""
+    """The (limit, usage) files of this process's memory control group and of all its parents, version 1 or 2."""
     pairs: list[tuple[Path, Path]] = []
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()

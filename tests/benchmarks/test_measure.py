@@ -106,7 +106,7 @@ def test_overlap_by_hand(workload: str) -> None:
     assert hidden is not None
     assert (hidden.seconds, hidden.compute_seconds, hidden.read_seconds) == pytest.approx((5.0, 2.0, 4.0))
     assert hidden.efficiency == pytest.approx(0.8)
-    assert hidden.most == pytest.approx(1.5)
+    assert hidden.max_speedup == pytest.approx(1.5)
     assert ratio(results, "fate", "eap", workload, 100) == pytest.approx(2.0)
     assert ratio(results, "fate", "eap", workload, None) is None
     assert memory_floor(results) == 2.0

@@ -1,4 +1,4 @@
-"""GGUF files, written here as llama.cpp's converter names and lays things out, and read back.
+"""GGUF files, written here with the names and layouts of llama.cpp's converter, and read back.
 
 Files by the same writer were also given to llama.cpp (llama-cpp-python 0.3.36), all matrices fp32, dots1 and olmoe with as many key
 heads as query heads, since it takes nothing else there: its logits and transformers' differ by 0.012 at most, of up to 4.
@@ -33,13 +33,13 @@ TOKENS = torch.tensor([[3, 17, 55, 90, 4, 8, 101]])
 
 
 @pytest.mark.parametrize(("architecture", "family"), PAIRS)
-def test_every_architecture_means_what_was_written(tmp_path: Path, architecture: str, family: str) -> None:
-    """Configuration and tensors together: a model made of them, in fp32, gives the logits of the one that was written."""
+def test_every_architecture_is_read_back(tmp_path: Path, architecture: str, family: str) -> None:
+    """Configuration and tensors together: a model made from them, in fp32, gives the logits of the written one."""
     model = tiny_model(family)
     with torch.no_grad():
         for tensor in model.state_dict().values():
             tensor.copy_(tensor.bfloat16())
-    if family == "qwen3_moe":  # what llama.cpp always does
+    if family == "qwen3_moe":  # llama.cpp always does this
         for layer in model.model.layers:
             layer.mlp.gate.norm_topk_prob = True
     write_gguf(tmp_path / "tiny.gguf", model, architecture)
@@ -90,7 +90,7 @@ WIDE = {"hidden_size": 256, "intermediate_size": 256, "moe_intermediate_size": 2
 
 
 def wide_model() -> Any:
-    """Its rows are whole blocks of every kind."""
+    """A model whose rows are multiples of every kind's block."""
     return tiny_common_model("qwen2_moe", **WIDE)
 
 
@@ -114,7 +114,7 @@ SCALES: dict[Any, tuple[int, ...]] = {
 
 
 def random_blocks(data: np.ndarray, kind: Any) -> np.ndarray:
-    """Any bytes are weights, if only the scales are finite: rows of blocks for as many weights as ``data`` has."""
+    """Random blocks with finite scales, which are valid weights, for as many weights as ``data`` has."""
     weights, size = gguf.GGML_QUANT_SIZES[kind]
     random = np.random.default_rng(data.size)
     blocks = random.integers(0, 256, (*data.shape[:-1], data.shape[-1] // weights, size), dtype=np.uint8)
@@ -172,13 +172,13 @@ def test_kinds_that_only_llama_cpp_writes(tmp_path: Path, kind: Any) -> None:
 
 def test_split_files(tmp_path: Path) -> None:
     model = wide_model()
-    write_gguf(tmp_path / "whole.gguf", model, "qwen2moe")
+    write_gguf(tmp_path / "single.gguf", model, "qwen2moe")
     write_gguf(tmp_path / "parts.gguf", model, "qwen2moe", split_max_tensors=12)
     parts = sorted(tmp_path.glob("parts-*.gguf"))
     assert len(parts) > 2
-    whole, split = GgufCheckpoint(tmp_path / "whole.gguf"), GgufCheckpoint(parts[1])
-    assert set(whole.names) == set(split.names)
-    assert all(torch.equal(whole.read(name), split.read(name)) for name in whole.names)
+    single, split = GgufCheckpoint(tmp_path / "single.gguf"), GgufCheckpoint(parts[1])
+    assert set(single.names) == set(split.names)
+    assert all(torch.equal(single.read(name), split.read(name)) for name in single.names)
     parts[-1].unlink()
     with pytest.raises(CheckpointError, match=f"{parts[-1].name} is missing"):
         GgufCheckpoint(parts[0])
@@ -188,16 +188,16 @@ def test_plan_and_inspect_read_the_file(tmp_path: Path, capsys: pytest.CaptureFi
     model = wide_model()
     write_gguf(tmp_path / "tiny.gguf", model, "qwen2moe", Kind.Q8_0)
     assert main(["inspect", str(tmp_path / "tiny.gguf"), "--json"]) == 0
-    said = json.loads(capsys.readouterr().out)
-    assert (said["family"], said["layers"], said["experts"], said["top_k"]) == ("qwen2_moe", 2, 8, 2)
-    assert said["precisions"]["lossless"]["expert_bytes"] == 3 * 256 * 256 * 2
-    assert said["dense_bytes"] == 2 * sum(x.numel() for name, x in model.state_dict().items() if ".experts." not in name)
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["family"], facts["layers"], facts["experts"], facts["top_k"]) == ("qwen2_moe", 2, 8, 2)
+    assert facts["precisions"]["lossless"]["expert_bytes"] == 3 * 256 * 256 * 2
+    assert facts["dense_bytes"] == 2 * sum(x.numel() for name, x in model.state_dict().items() if ".experts." not in name)
     assert main(["plan", str(tmp_path / "tiny.gguf"), "--json", "--precision", "lossless"]) == 0
     made = json.loads(capsys.readouterr().out)
     assert (made["family"], made["num_experts"], made["slot_bytes"]) == ("qwen2_moe", 16, 3 * 256 * 256 * 2)
 
 
-def test_a_tokenizer_beside_the_file_is_taken(tmp_path: Path) -> None:
+def test_a_tokenizer_beside_the_file_is_used(tmp_path: Path) -> None:
     write_gguf(tmp_path / "tiny.gguf", wide_model(), "qwen2moe", vocabulary=False)
     (tmp_path / "tokenizer_config.json").write_text("{}")
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
@@ -217,17 +217,17 @@ def other_file(path: Path, architecture: str, change: Callable[[Any], None] = la
     return path
 
 
-def test_an_architecture_that_is_not_read(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match="'grok' is none of the architectures"):
+def test_an_unsupported_architecture(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="'grok' is not supported"):
         convert(other_file(tmp_path / "other.gguf", "grok"), tmp_path / "store")
 
 
 def test_an_architecture_without_experts(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match="'llama' without experts"):
+    with pytest.raises(UnsupportedModelError, match="'llama' model has no experts"):
         convert(other_file(tmp_path / "dense.gguf", "llama"), tmp_path / "store")
 
 
-def test_metadata_that_say_too_little(tmp_path: Path) -> None:
+def test_incomplete_metadata(tmp_path: Path) -> None:
     file = other_file(tmp_path / "bare.gguf", "qwen3moe", lambda writer: writer.add_expert_count(8))
     with pytest.raises(CheckpointError, match="metadata does not describe a model"):
         convert(file, tmp_path / "store")
@@ -243,7 +243,7 @@ def test_rotary_positions_that_only_llama_cpp_has(tmp_path: Path) -> None:
         convert(other_file(tmp_path / "long.gguf", "qwen3moe", change), tmp_path / "store")
 
 
-def test_a_torn_file(tmp_path: Path) -> None:
-    (tmp_path / "torn.gguf").write_bytes(b"GGUF\x03\x00\x00\x00")
-    with pytest.raises(CheckpointError, match="no whole GGUF file"):
-        convert(tmp_path / "torn.gguf", tmp_path / "store")
+def test_a_truncated_file(tmp_path: Path) -> None:
+    (tmp_path / "truncated.gguf").write_bytes(b"GGUF\x03\x00\x00\x00")
+    with pytest.raises(CheckpointError, match="not a complete GGUF file"):
+        convert(tmp_path / "truncated.gguf", tmp_path / "store")

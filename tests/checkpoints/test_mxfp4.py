@@ -1,4 +1,4 @@
-"""MXFP4: against the definition of its numbers, transformers' own reader, and a whole gpt-oss checkpoint in it."""
+"""MXFP4 against its definition, transformers' reader, and a complete gpt-oss checkpoint."""
 
 from __future__ import annotations
 
@@ -78,11 +78,11 @@ def test_gpt_oss_in_mxfp4_runs_like_its_bf16(tmp_path: Path) -> None:
     ours = load_model(convert(folder, tmp_path / "of-mxfp4"), expert_cache="25%")
     tokens = torch.randint(1, 128, (2, 9), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        got, of_plain, wanted = ours(tokens).logits, same(tokens).logits, reference(tokens).logits
+        got, plain, expected = ours(tokens).logits, same(tokens).logits, reference(tokens).logits
     ours.fate.close()
     same.fate.close()
-    assert torch.equal(got, of_plain)
-    assert (got - wanted).abs().max() <= 0.05 * wanted.abs().max()  # bf16 rounds in another order there
+    assert torch.equal(got, plain)
+    assert (got - expected).abs().max() <= 0.05 * expected.abs().max()  # transformers rounds to bf16 in another order
 
 
 def test_blocks_without_their_scales(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""GPTQ, AWQ and compressed-tensors: packed by a plain-Python writer, read as their formats' definitions say, codes kept."""
+"""GPTQ, AWQ and compressed-tensors: packed by a plain-Python writer, dequantized by definition, codes preserved."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from fate_moe.checkpoints.source import Checkpoint
 from fate_moe.core import ExpertId
 from fate_moe.errors import CheckpointError, UnsupportedModelError
 from fate_moe.kernels.reference import expert_weights
-from fate_moe.quant.blob import Grid, on_grid, views
+from fate_moe.quant.blob import QuantizedMatrix, exact_codes, views
 from fate_moe.store.convert import convert
 from fate_moe.store.format import blob_layout
 from fate_moe.store.open import load_dense, open_store
 from fate_moe.store.reader import DiskSource
 from tests.support.reading import load_all
 
-AWQ_COLUMN = [0, 2, 4, 6, 1, 3, 5, 7]  # nibble i of a word holds this one of its eight columns
+AWQ_COLUMN = [0, 2, 4, 6, 1, 3, 5, 7]  # the column, of eight, in nibble i of a word
 
 
 def words(codes: torch.Tensor, bits: int, order: list[int] | None = None) -> torch.Tensor:
@@ -40,7 +40,7 @@ def words(codes: torch.Tensor, bits: int, order: list[int] | None = None) -> tor
 
 
 class Quantized:
-    """One matrix as codes in groups of 16, and what it means."""
+    """One matrix as codes in groups of 16, and its dequantized weights."""
 
     def __init__(self, shape: tuple[int, int], bits: int, symmetric: bool, seed: int, act_order: bool = False) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -106,7 +106,7 @@ CONFIGS["compressed-asymmetric"] = CONFIGS["compressed"]
 
 
 def packed_checkpoint(plain: Path, folder: Path, kind: str) -> dict[str, torch.Tensor]:
-    """Rewrite a checkpoint's projections as ``kind`` would; the meaning of every tensor by its plain name."""
+    """Rewrite a checkpoint's projections in the format ``kind``; returns the dequantized tensors by their plain names."""
     meaning, written = {}, {}
     for seed, (name, tensor) in enumerate(load_all(plain).items()):
         if not name.endswith("_proj.weight"):
@@ -131,7 +131,7 @@ def packed_checkpoint(plain: Path, folder: Path, kind: str) -> dict[str, torch.T
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_every_format_means_what_it_says(checkpoint: Callable[[str], Path], tmp_path: Path, kind: str) -> None:
+def test_every_format_dequantizes_to_its_definition(checkpoint: Callable[[str], Path], tmp_path: Path, kind: str) -> None:
     meaning = packed_checkpoint(checkpoint("qwen2_moe"), tmp_path / "packed", kind)
     source = Checkpoint(tmp_path / "packed")
     assert set(source.names) == set(meaning)
@@ -146,8 +146,8 @@ def test_every_format_means_what_it_says(checkpoint: Callable[[str], Path], tmp_
 
 
 @pytest.mark.parametrize("kind", ["gptq", "awq", "compressed"])
-def test_int4_keeps_the_codes(checkpoint: Callable[[str], Path], tmp_path: Path, kind: str) -> None:
-    """Weights of groups that fit the store's are what the checkpoint means, but for fp16's rounding of scale * zero."""
+def test_int4_preserves_the_codes(checkpoint: Callable[[str], Path], tmp_path: Path, kind: str) -> None:
+    """Weights whose groups match the store's equal the checkpoint's, except for rounding scale * zero to fp16."""
     meaning = packed_checkpoint(checkpoint("qwen2_moe"), tmp_path / "packed", kind)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fate_moe.store.convert.GROUP_SIZES", (16,))
@@ -160,11 +160,11 @@ def test_int4_keeps_the_codes(checkpoint: Callable[[str], Path], tmp_path: Path,
     source.read(ExpertId(0, 3), memoryview(memory.numpy()))
     got = expert_weights(layout, views(layout, memory), {"gate_up_proj": (64, 64), "down_proj": (64, 32)}, torch.float32)
     at = "model.layers.0.mlp.experts.3"
-    wanted = {
+    expected = {
         "gate_up_proj": torch.cat([meaning[f"{at}.gate_proj.weight"], meaning[f"{at}.up_proj.weight"]]),
         "down_proj": meaning[f"{at}.down_proj.weight"],
     }
-    for name, tensor in wanted.items():
+    for name, tensor in expected.items():
         if kind == "compressed":  # symmetric: scale * 8 is exact
             assert torch.equal(got[name], tensor)
         bound = 16 * 0.025 * 2**-11  # scale * zero is below 0.4, and fp16 rounds by at most 2**-11 of it
@@ -172,38 +172,40 @@ def test_int4_keeps_the_codes(checkpoint: Callable[[str], Path], tmp_path: Path,
     source.close()
 
 
-def test_what_a_layout_cannot_hold_is_solved_anew() -> None:
+def test_codes_that_a_layout_cannot_hold_are_solved_again() -> None:
     layout = blob_layout("int4", {"down_proj": (4, 128)}, "F32", group_size=64)
     codes = torch.randint(0, 16, (4, 128), dtype=torch.uint8)
     scale = torch.full((4, 128), 0.5)
     zero = torch.full((4, 128), 8.0)
-    kept = on_grid(layout, Grid(codes, scale, zero))
-    assert kept is not None
-    assert torch.equal(kept[0], codes)
-    assert kept[1].tolist() == [[0.5] * 2] * 4
-    assert kept[2].tolist() == [[4.0] * 2] * 4
+    exact = exact_codes(layout, QuantizedMatrix(codes, scale, zero))
+    assert exact is not None
+    assert torch.equal(exact[0], codes)
+    assert exact[1].tolist() == [[0.5] * 2] * 4
+    assert exact[2].tolist() == [[4.0] * 2] * 4
     several = scale.clone()
     several[:, 32:64] = 0.25
-    assert on_grid(layout, Grid(codes, several, zero)) is None, "two scales in a group"
-    assert on_grid(layout, Grid(codes + 16, scale, zero)) is None, "more bits"
-    assert on_grid(layout, Grid(codes, scale + 1e-5, zero)) is None, "a scale that fp16 has not"
-    assert on_grid(layout, Grid(codes, scale * 1e5, zero)) is None, "beyond fp16"
+    assert exact_codes(layout, QuantizedMatrix(codes, several, zero)) is None, "two scales in a group"
+    assert exact_codes(layout, QuantizedMatrix(codes + 16, scale, zero)) is None, "more bits"
+    assert exact_codes(layout, QuantizedMatrix(codes, scale + 1e-5, zero)) is None, "a scale that fp16 cannot represent"
+    assert exact_codes(layout, QuantizedMatrix(codes, scale * 1e5, zero)) is None, "beyond fp16"
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
-        ({"bits": 3}, "gptq of 3 bits"),
+        ({"bits": 3}, "gptq with 3 bits"),
         ({"quant_method": "awq", "version": "gemv"}, "gemv"),
         ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "nvfp4-pack-quantized"),
         ({"quant_method": "bitsandbytes"}, "bitsandbytes"),
     ],
 )
-def test_other_variants_are_refused(checkpoint: Callable[[str], Path], tmp_path: Path, change: dict[str, Any], says: str) -> None:
+def test_other_variants_are_refused(
+    checkpoint: Callable[[str], Path], tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
     shutil.copytree(checkpoint("qwen2_moe"), tmp_path / "odd")
     config = json.loads((tmp_path / "odd/config.json").read_text())
     (tmp_path / "odd/config.json").write_text(json.dumps(config | {"quantization_config": CONFIGS["gptq"] | change}))
-    with pytest.raises(UnsupportedModelError, match=says):
+    with pytest.raises(UnsupportedModelError, match=message):
         Checkpoint(tmp_path / "odd")
 
 

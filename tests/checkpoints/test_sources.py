@@ -1,4 +1,4 @@
-"""Where checkpoints come from: block-scaled FP8, and the hub's cache."""
+"""Sources of checkpoints: block-scaled FP8, and the hub's cache."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ E4M3_MAX = 448.0
 
 
 def dequantized(weights: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
-    """Element by element: what DeepSeek-V3's format means."""
+    """DeepSeek-V3's format, dequantized element by element."""
     rows, cols = weights.shape
     out = torch.empty(rows, cols)
     for r in range(rows):
@@ -38,7 +38,7 @@ def dequantized(weights: torch.Tensor, scale: torch.Tensor, block: tuple[int, in
     return out.bfloat16()
 
 
-def to_fp8(folder: Path, out: Path, block: tuple[int, int], whole_scale: bool = False) -> dict[str, torch.Tensor]:
+def to_fp8(folder: Path, out: Path, block: tuple[int, int], single_scale: bool = False) -> dict[str, torch.Tensor]:
     """Rewrite a checkpoint in block-scaled FP8, as DeepSeek publishes it; returns the plain dequantization by name."""
     plain: dict[str, torch.Tensor] = {}
     written: dict[str, torch.Tensor] = {}
@@ -47,11 +47,11 @@ def to_fp8(folder: Path, out: Path, block: tuple[int, int], whole_scale: bool = 
         if tensor.ndim != 2 or not name.endswith("_proj.weight"):
             plain[name] = written[name] = tensor
             continue
-        blocks = (1, 1) if whole_scale else (-(-tensor.shape[0] // block[0]), -(-tensor.shape[1] // block[1]))
-        scale = torch.rand(blocks, generator=generator) * 0.01 + 0.001  # the codes need not be sensible, only the format
+        blocks = (1, 1) if single_scale else (-(-tensor.shape[0] // block[0]), -(-tensor.shape[1] // block[1]))
+        scale = torch.rand(blocks, generator=generator) * 0.01 + 0.001  # only the format matters, not the codes
         code = (torch.randn(tensor.shape, generator=generator) * 100).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
         written[name], written[name + "_scale_inv"] = code, scale
-        plain[name] = dequantized(code, scale, tuple(tensor.shape) if whole_scale else block)
+        plain[name] = dequantized(code, scale, tuple(tensor.shape) if single_scale else block)
     out.mkdir()
     save_file(written, out / "model.safetensors")
     quantization = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": list(block), "activation_scheme": "dynamic"}
@@ -61,13 +61,13 @@ def to_fp8(folder: Path, out: Path, block: tuple[int, int], whole_scale: bool = 
 
 
 @pytest.mark.parametrize(
-    ("family", "block", "whole_scale"),
+    ("family", "block", "single_scale"),
     [("deepseek_v3", (16, 24), False), ("qwen2_moe", (128, 128), False), ("qwen3_moe", (16, 16), True)],
 )
-def test_fp8_is_dequantized_to_bf16(tmp_path: Path, family: str, block: tuple[int, int], whole_scale: bool) -> None:
+def test_fp8_is_dequantized_to_bf16(tmp_path: Path, family: str, block: tuple[int, int], single_scale: bool) -> None:
     """Blocks of 16x24 leave ragged edges in 32x64 matrices; 128x128 is larger than any of them."""
     folder = tiny_checkpoint(family, tmp_path / "bf16", torch.bfloat16)
-    plain = to_fp8(folder, tmp_path / "fp8", block, whole_scale)
+    plain = to_fp8(folder, tmp_path / "fp8", block, single_scale)
     store = open_store(convert(tmp_path / "fp8", tmp_path / "store"))
     assert store.manifest.dtype == "BF16"
     dense = load_dense(store)
@@ -107,19 +107,19 @@ def test_scales_that_do_not_fit(tmp_path: Path) -> None:
         Checkpoint(folder).read("a.weight")
 
 
-def test_fp8_without_scales_is_not_guessed(tmp_path: Path) -> None:
+def test_fp8_without_scales_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match=r"a\.weight \(F8_E4M3\) is quantized"):
         Checkpoint(fp8_folder(tmp_path, lambda tensors: tensors.pop("a.weight_scale_inv")))
 
 
 @pytest.mark.parametrize("block", [[0, 128], [128], "128", [128.0, 128], 128])
-def test_block_sizes_that_are_none(tmp_path: Path, block: object) -> None:
+def test_invalid_block_sizes(tmp_path: Path, block: object) -> None:
     with pytest.raises(CheckpointError, match="weight_block_size"):
         Checkpoint(fp8_folder(tmp_path, lambda tensors: None, block))
 
 
 def hub_cache(folder: Path, checkpoint: Path) -> Path:
-    """A model as the hub's client leaves it: refs name a snapshot, whose files are links to blobs."""
+    """A model in the hub client's cache: refs name a snapshot, whose files are links to blobs."""
     model = folder / "models--org--tiny"
     commit = "0123456789abcdef0123456789abcdef01234567"
     for name in ("refs", "blobs", f"snapshots/{commit}"):
@@ -133,7 +133,7 @@ def hub_cache(folder: Path, checkpoint: Path) -> Path:
 
 
 def test_hub_ids_come_from_the_cache(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    """In a process of its own, because the hub's client reads its environment once."""
+    """In a separate process, because the hub's client reads its environment once."""
     environment = {
         **os.environ,
         "HF_HUB_CACHE": str(hub_cache(tmp_path / "hub", checkpoint("qwen3_moe"))),
@@ -145,7 +145,7 @@ def test_hub_ids_come_from_the_cache(checkpoint: Callable[[str], Path], tmp_path
     assert done.stdout.splitlines()[-2:] == ["0", "1"], done.stderr
     complaints = [line for line in done.stderr.splitlines() if line.startswith("fate: ")]
     assert len(complaints) == 1
-    assert complaints[0].startswith("fate: org/absent is neither a folder nor a model that can be fetched")
+    assert complaints[0].startswith("fate: org/absent is not a folder and cannot be downloaded")
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "absent").exists()
     local = snapshot(convert(checkpoint("qwen3_moe"), tmp_path / "local"))

@@ -111,7 +111,7 @@ def test_generate_is_transformers(checkpoint: Callable[[str], Path], loaded: Cal
 @pytest.fixture
 def quantized(checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """INT4 stores of a tiny model by their dense precision; its matrices, too, are not too small for that."""
-    monkeypatch.setattr("fate_moe.store.dense.SMALLEST", 1 << 11)
+    monkeypatch.setattr("fate_moe.store.dense.MIN_QUANTIZED_ELEMENTS", 1 << 11)
     return lambda dense, family="qwen2_moe": convert(checkpoint(family), tmp_path / "store", "int4", dense_precision=dense)
 
 
@@ -194,8 +194,8 @@ def test_damage_is_never_a_wrong_answer(checkpoint: Callable[[str], Path], tmp_p
 
 def test_models_that_the_kernels_cannot_run_say_why(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="gate_up_proj_bias"):
-        simulated_gpu(store_for(checkpoint("gpt_oss"), "lossless"))
-    mixed = convert(checkpoint("mixtral"), tmp_path / "mixed", "int4", keep={0: "lossless"})
+        on_gpu(store_for(checkpoint("gpt_oss"), "lossless"))
+    mixed = convert(checkpoint("mixtral"), tmp_path / "mixed", "int4", precision_rules={0: "lossless"})
     with pytest.raises(UnsupportedModelError, match="different precisions"):
         simulated_gpu(mixed)
     finer = convert(checkpoint("mixtral"), tmp_path / "finer", "int4", group_size=32)

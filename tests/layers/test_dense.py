@@ -16,7 +16,7 @@ from fate_moe.layers.dense import QuantizedLinear, StoredEmbedding
 from fate_moe.quant.solver import minmax
 from fate_moe.store import dense
 from fate_moe.store.convert import convert
-from fate_moe.store.dense import dense_layouts, encode_dense, read_by_row
+from fate_moe.store.dense import dense_layouts, encode_dense, row_read_parameter
 from fate_moe.store.open import load_dense, open_store
 from tests.support.engines import load_model
 
@@ -24,7 +24,7 @@ from tests.support.engines import load_model
 @pytest.fixture
 def small_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiny models' matrices are worth quantizing too."""
-    monkeypatch.setattr(dense, "SMALLEST", 1)
+    monkeypatch.setattr(dense, "MIN_QUANTIZED_ELEMENTS", 1)
 
 
 def a_linear(precision: str, rows: int, cols: int, exact: bool) -> tuple[QuantizedLinear, nn.Linear]:
@@ -93,8 +93,8 @@ def test_the_embedding_is_read_by_row(
     path = convert(checkpoint("qwen2_moe"), tmp_path / "store", "int8", dense_precision=precision)
     prepared = prepare(path)
     name = "model.embed_tokens.weight"
-    assert read_by_row(prepared.model) == name
-    whole, rest = load_dense(open_store(path)), load_dense(open_store(path), but=name)
+    assert row_read_parameter(prepared.model) == name
+    whole, rest = load_dense(open_store(path)), load_dense(open_store(path), exclude=name)
     assert rest.keys() == whole.keys() - {name}
     assert all(torch.equal(tensor, whole[key]) for key, tensor in rest.items())
     needs = prepared.footprint()

@@ -46,7 +46,7 @@ def store_of(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
                     nn.init.uniform_(parameter, 0.5, 1.5, generator=generator)
             model.save_pretrained(folder / "checkpoint")
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(dense, "SMALLEST", 1)
+                patch.setattr(dense, "MIN_QUANTIZED_ELEMENTS", 1)
                 made[family] = convert(folder / "checkpoint", folder / "store", "int4", dense_precision=request.param)
         return made[family]
 
@@ -56,7 +56,7 @@ def store_of(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 @pytest.fixture(autouse=True)
 def small_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiny models' matrices are worth quantizing too."""
-    monkeypatch.setattr(dense, "SMALLEST", 1)
+    monkeypatch.setattr(dense, "MIN_QUANTIZED_ELEMENTS", 1)
 
 
 def steps(model: Any, count: int = 6, **options: Any) -> torch.Tensor:
@@ -228,7 +228,7 @@ def test_layers_of_several_precisions_run_whole(
 ) -> None:
     tiny_model("qwen2_moe", torch.bfloat16).save_pretrained(tmp_path / "checkpoint")
     keep: dict[int | ExpertId, str] = {ExpertId(layer, expert): kept for layer in (0, 1) for expert in (0, 3, 5)}
-    store = convert(tmp_path / "checkpoint", tmp_path / "store", "int4", keep=keep)
+    store = convert(tmp_path / "checkpoint", tmp_path / "store", "int4", precision_rules=keep)
     options = {"expert_cache": "40%", "preset": "load-on-demand", "exact_activations": True}
     got, want = Decoded(load_model(store, **options), policy), Decoded(plain(monkeypatch, store, **options), policy)
     assert (got.slow, want.slow) == (0, 2 * 24)

@@ -53,10 +53,10 @@ def test_names() -> None:
     with pytest.raises(ConfigError, match="'oracle'"):
         make_predictor("oracle", [4], 2, Known([None]))
     combined = make_predictor("combined", [4], 2, Known([None]))
-    assert combined.predict(0, torch.zeros(3, HIDDEN)) == [], "without fitted gates nothing is known of layer 0's many tokens"
+    assert combined.predict(0, torch.zeros(3, HIDDEN)) == [], "without fitted gates there is no prediction for layer 0 of a prompt"
 
 
-def test_activation_path_names_what_the_most_similar_sequence_used() -> None:
+def test_activation_path_predicts_the_experts_of_the_most_similar_sequence() -> None:
     predictor = ActivationPath([8, 8])
     one, many = torch.zeros(1, HIDDEN), torch.zeros(5, HIDDEN)
     for first, second in (([0, 1], [2, 3]), ([4, 5], [6, 7])):
@@ -70,7 +70,7 @@ def test_activation_path_names_what_the_most_similar_sequence_used() -> None:
     assert [expert for expert, _ in predictor.predict(1, one)] == [2, 3]
 
 
-def test_temporal_names_what_follows() -> None:
+def test_temporal_predicts_what_follows() -> None:
     predictor = Temporal([6])
     for _ in range(40):  # 0 and 1 take turns with 2 and 3
         predictor.observe(0, [0, 1])
@@ -78,12 +78,12 @@ def test_temporal_names_what_follows() -> None:
     assert {expert for expert, _ in predictor.predict(0, torch.zeros(1, HIDDEN))[:2]} == {0, 1}
 
 
-def test_calibrated_probabilities_are_frequencies() -> None:
-    """The router of the next layer on a noisy gate input: of what is given p, a share of p is chosen, and order is the router's."""
+def test_learned_probabilities_are_frequencies() -> None:
+    """The next layer's router on a noisy router input: a fraction p of those predicted with p is chosen, in the router's order."""
     generator = torch.Generator().manual_seed(5)
     route = linear_router(1)
     predictor = make_predictor("cross-layer-probability", [NUM_EXPERTS] * 2, TOP_K, Known([None, route]))
-    said, came = [], []
+    probabilities, hits = [], []
     for step in range(1500):
         truth = torch.randn(1, HIDDEN, generator=generator)
         seen = truth + 0.7 * torch.randn(1, HIDDEN, generator=generator)
@@ -92,15 +92,15 @@ def test_calibrated_probabilities_are_frequencies() -> None:
         assert [expert for expert, _ in predicted] == ranked[: len(predicted)]
         chosen = route(truth).experts[0].tolist()
         if step >= 500:
-            said += [probability for _, probability in predicted]
-            came += [expert in chosen for expert, _ in predicted]
+            probabilities += [probability for _, probability in predicted]
+            hits += [expert in chosen for expert, _ in predicted]
         predictor.observe(1, chosen)
-    said_array, came_array = np.array(said), np.array(came)
+    predicted_array, hit_array = np.array(probabilities), np.array(hits)
     for low, high in ((0.05, 0.2), (0.2, 0.5), (0.5, 1.01)):
-        among = (said_array >= low) & (said_array < high)
+        among = (predicted_array >= low) & (predicted_array < high)
         assert among.sum() > 100
-        error = 3 * (0.25 / among.sum()) ** 0.5  # three standard errors of a share
-        assert abs(said_array[among].mean() - came_array[among].mean()) < error + 0.02
+        error = 3 * (0.25 / among.sum()) ** 0.5  # three standard errors of a frequency
+        assert abs(predicted_array[among].mean() - hit_array[among].mean()) < error + 0.02
 
 
 def test_fitted_gates_are_affine() -> None:
@@ -109,7 +109,7 @@ def test_fitted_gates_are_affine() -> None:
     assert torch.allclose(FittedGates([weight]).scores(0, x), x @ weight[:, :-1].T + weight[:, -1], atol=1e-6)
 
 
-def test_a_router_may_answer_in_half_precision() -> None:
+def test_a_router_may_return_half_precision() -> None:
     def route(hidden: torch.Tensor) -> Routing:
         routing = linear_router(1)(hidden)
         return Routing(routing.experts, routing.scores.bfloat16())
@@ -120,51 +120,51 @@ def test_a_router_may_answer_in_half_precision() -> None:
             assert predictor.predict(1, torch.ones(num_tokens, HIDDEN))
 
 
-def test_routers_see_the_residual_stream_through_their_own_norm() -> None:
+def test_routers_get_the_residual_stream_through_their_own_norm() -> None:
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(NUM_EXPERTS, HIDDEN, generator=generator) for _ in range(3)]
     norms, stream = torch.rand(3, HIDDEN, generator=generator) + 0.1, torch.randn(1, HIDDEN, generator=generator)
     scorer = LinearRouters(weights, norms)
     for source, layer in ((0, 1), (0, 2), (1, 2)):
-        want = (stream * norms[layer]) @ weights[layer].T
-        assert torch.allclose(scorer.scores(layer, stream * norms[source], layer - source), want, atol=1e-4)
+        expected = (stream * norms[layer]) @ weights[layer].T
+        assert torch.allclose(scorer.scores(layer, stream * norms[source], layer - source), expected, atol=1e-4)
         matrix = scorer.matrix(layer, layer - source)
-        assert torch.allclose((stream * norms[source]) @ matrix[:, :-1].T + matrix[:, -1], want, atol=1e-4)
+        assert torch.allclose((stream * norms[source]) @ matrix[:, :-1].T + matrix[:, -1], expected, atol=1e-4)
     assert scorer.scores(0, stream) is None, "layer 0 has no predecessor"
 
 
-def test_a_forecast_is_of_the_embedding_and_of_what_the_token_before_was_to_each_layer() -> None:
+def test_a_forecast_uses_the_embedding_and_the_previous_tokens_router_inputs() -> None:
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(NUM_EXPERTS, 2 * HIDDEN + 1, generator=generator) for _ in range(3)]
-    forecast, tokens = Forecast(weights), torch.randn(3, 4, 1, HIDDEN, generator=generator)  # token, place (embedding first)
+    forecast, tokens = Forecast(weights), torch.randn(3, 4, 1, HIDDEN, generator=generator)  # token, router input (embedding first)
     for number, token in enumerate(tokens):
         for layer in range(3):
             got = forecast.scores(layer, token[layer], 1)
             if number == 0:
-                assert got is None, "there is no token before"
+                assert got is None, "there is no previous token"
                 continue
             source = 1 + forecast_source(layer, 3)
             x = torch.cat([token[0], tokens[number - 1][source], torch.ones(1, 1)], 1)
             assert torch.allclose(got, x @ weights[layer].T, atol=1e-4)
 
 
-def test_recursive_gates_learn_what_routers_get_wrong() -> None:
-    """The true choice is the routers' with the experts renamed: no use at first, then nearly all of it."""
+def test_recursive_routers_learn_to_correct_the_routers() -> None:
+    """The true choice is the routers' with permuted experts: recall is low at first and high after learning."""
     generator = torch.Generator().manual_seed(0)
     rename = torch.randperm(NUM_EXPERTS, generator=generator)
     scorer = RecursiveRouters(RouterScorer([None, linear_router(1)]), [NUM_EXPERTS] * 2)
-    found = []
+    recalls = []
     for _ in range(6000):
         x = torch.randn(1, HIDDEN, generator=generator)
         truth = linear_router(1)(x).scores[0][rename].topk(TOP_K).indices.tolist()
         scores = scorer.scores(1, x)
-        found.append(len(set(scores[0].topk(TOP_K).indices.tolist()) & set(truth)) / TOP_K)
+        recalls.append(len(set(scores[0].topk(TOP_K).indices.tolist()) & set(truth)) / TOP_K)
         scorer.observe(1, truth)
-    assert sum(found[:100]) / 100 < 0.4
-    assert sum(found[-500:]) / 500 > 0.7
+    assert sum(recalls[:100]) / 100 < 0.4
+    assert sum(recalls[-500:]) / 500 > 0.7
 
 
-def test_cross_layer_is_the_next_router_on_this_gate_input() -> None:
+def test_cross_layer_is_the_next_router_on_this_router_input() -> None:
     routers: list[Router | None] = [linear_router(0), linear_router(1), None]
     predictor = CrossLayerRouter(routers)
     router_input = torch.randn(1, HIDDEN, generator=torch.Generator().manual_seed(9))
@@ -176,10 +176,10 @@ def test_cross_layer_is_the_next_router_on_this_gate_input() -> None:
     expected = routing.scores[0].softmax(-1)
     assert all(abs(probability - float(expected[expert])) < 1e-6 for expert, probability in predicted)
     assert predictor.predict(0, router_input) == [], "layer 0 has no predecessor"
-    assert predictor.predict(2, router_input) == [], "a router that cannot be asked early predicts nothing"
+    assert predictor.predict(2, router_input) == [], "a router that cannot be called early predicts nothing"
 
 
-def test_prefill_covers_every_tokens_choice_most_votes_first() -> None:
+def test_a_prompt_gets_every_tokens_choice_most_votes_first() -> None:
     router_input = torch.randn(50, HIDDEN, generator=torch.Generator().manual_seed(4))
     routers: list[Router | None] = [None, linear_router(1)]
     predicted = [expert for expert, _ in CrossLayerRouter(routers).predict(1, router_input)]
@@ -190,7 +190,7 @@ def test_prefill_covers_every_tokens_choice_most_votes_first() -> None:
 
 @given(st.integers(1, 12), st.integers(1, 4), st.integers(1, 9), st.integers(0, 10**6))
 def test_rows_by_expert(num_tokens: int, top_k: int, num_experts: int, seed: int) -> None:
-    """Every valid choice belongs to its expert exactly once, most chosen first; masked choices (num_experts, -1) to nobody."""
+    """Every valid choice belongs to its expert exactly once, most chosen first; masked choices (num_experts, -1) to none."""
     index = torch.randint(-1, num_experts + 1, (num_tokens, top_k), generator=torch.Generator().manual_seed(seed))
     rows = rows_by_expert(index, num_experts)
     flat = index.flatten().tolist()

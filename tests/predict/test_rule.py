@@ -1,4 +1,4 @@
-"""The expected value of a read, by hand."""
+"""The number of reads to make, computed by hand."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from fate_moe.predict.rule import WASTE, num_reads
 
 
 @pytest.mark.parametrize(
-    ("probabilities", "window", "read", "worth"),
+    ("probabilities", "window", "read", "expected"),
     [
         ([1.0, 1.0, 1.0], 2.5, 1.0, 3),  # the third is half done in time
         ([1.0, 1.0, 1.0, 1.0], 2.5, 1.0, 3),  # the fourth would begin too late
         ([0.9], 0.0, 1.0, 0),  # no time at all
-        ([0.19], 1.0, 1.0, 0),  # whole read in time: p > (1 - p) / 4 means p > 0.2
+        ([0.19], 1.0, 1.0, 0),  # complete in time: p > (1 - p) / 4 means p > 0.2
         ([0.21], 1.0, 1.0, 1),
         ([0.55], 0.5, 1.0, 0),  # half in time: 0.5 p > (1 - p) (0.5 + 0.25) means p > 0.6
         ([0.65], 0.5, 1.0, 1),
         ([], 1.0, 1.0, 0),
     ],
 )
-def test_by_hand(probabilities: list[float], window: float, read: float, worth: int) -> None:
+def test_by_hand(probabilities: list[float], window: float, read: float, expected: int) -> None:
     assert WASTE == 0.25
-    assert num_reads(probabilities, window, read) == worth
+    assert num_reads(probabilities, window, read) == expected
 
 
 @given(st.lists(st.floats(0, 1), max_size=8), st.floats(0, 10), st.floats(0.01, 10))
@@ -35,7 +35,7 @@ def test_more_time_never_means_fewer_reads(probabilities: list[float], window: f
 
 
 @given(st.lists(st.tuples(st.floats(0, 50), st.floats(0.5, 60)), min_size=1, max_size=20))
-def test_isotonic_never_falls_and_keeps_the_total(bins: list[tuple[float, float]]) -> None:
+def test_isotonic_does_not_decrease_and_keeps_the_total(bins: list[tuple[float, float]]) -> None:
     import numpy as np
 
     counts = np.array([count for _, count in bins], np.float32)

@@ -1,4 +1,4 @@
-"""Error compensation: a twin that solves for each remaining channel anew, and what it is worth on correlated inputs."""
+"""Error compensation against a twin that solves for each remaining channel anew, and its effect on correlated inputs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fate_moe.quant.solver import SOLVERS, minmax
 
 
 def drawn(rows: int, cols: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights [rows, cols], and inputs [512, cols] whose channels go together and differ in power; others of the kind."""
+    """Weights [rows, cols], inputs [512, cols] with correlated channels of different power, and more such inputs."""
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(cols // 4, cols, generator=generator) * torch.rand(cols, generator=generator)
     inputs, others = (
@@ -31,34 +31,34 @@ def restored(codes: Tensor, scale: Tensor, zero: Tensor, group_size: int) -> Ten
 
 
 def twin(weights: Tensor, scale: Tensor, zero: Tensor, levels: int, group_size: int, moments: Tensor) -> Tensor:
-    """Round one channel, then let all that are left minimize (w' - w) H (w' - w)^T with the rounded held: fp64, from scratch."""
+    """Round one channel, then minimize (w' - w) H (w' - w)^T over all others with the rounded ones fixed: fp64, from scratch."""
     damped = moments.double() + module.DAMPING * moments.double().diagonal().mean() * torch.eye(len(moments))
     order = moments.diagonal().argsort(descending=True).tolist()
-    wanted, now = weights.double(), weights.double().clone()
+    target, now = weights.double(), weights.double().clone()
     codes = torch.empty(weights.shape, dtype=torch.uint8)
     for done, channel in enumerate(order, start=1):
         step, shift = (x[:, channel // group_size].double() for x in (scale, zero))
         codes[:, channel] = ((now[:, channel] + shift) / step).round().clamp(0, levels).to(torch.uint8)
         now[:, channel] = step * codes[:, channel] - shift
         fixed, free = order[:done], order[done:]
-        error = now[:, fixed] - wanted[:, fixed]
-        now[:, free] = wanted[:, free] - error @ damped[fixed][:, free] @ damped[free][:, free].inverse()
+        error = now[:, fixed] - target[:, fixed]
+        now[:, free] = target[:, free] - error @ damped[fixed][:, free] @ damped[free][:, free].inverse()
     return codes
 
 
 @pytest.mark.parametrize(("cols", "group_size"), [(64, 32), (150, 64)])
-def test_it_is_its_twin(cols: int, group_size: int) -> None:
+def test_matches_its_twin(cols: int, group_size: int) -> None:
     weights, inputs, _ = drawn(6, cols, 0)
     moments = inputs.T @ inputs
     _, scale, zero = hqq(weights, 4, group_size)
     got, expected = compensate(weights, scale, zero, (4,), group_size, moments), twin(weights, scale, zero, 15, group_size, moments)
-    # A decision at half a step may fall otherwise in fp32 and takes later ones of its row with it.
+    # Rounding at half a step may differ in fp32 and changes later channels of its row.
     assert (got == expected).all(1).sum() >= 5
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("widths", [(2, 1, 1), (8,)])
-def test_outputs_are_nearer_on_inputs_not_seen(solver: str, widths: tuple[int, ...]) -> None:
+def test_outputs_are_nearer_on_other_inputs(solver: str, widths: tuple[int, ...]) -> None:
     weights, inputs, others = drawn(64, 256, 1)
     codes, scale, zero = SOLVERS[solver](weights, sum(widths), 64)
     made = compensate(weights, scale, zero, widths, 64, inputs.T @ inputs)
@@ -71,7 +71,7 @@ def test_outputs_are_nearer_on_inputs_not_seen(solver: str, widths: tuple[int, .
 
 
 def loss(codes: Tensor, weights: Tensor, scale: Tensor, zero: Tensor, moments: Tensor, view_weight: float) -> tuple[float, float]:
-    """What a descent makes smaller, in fp64, and the 3-bit view's part of it before its weight."""
+    """The objective of the descent, in fp64, and the 3-bit view's unweighted part of it."""
     damped = moments.double() + module.DAMPING * moments.double().diagonal().mean() * torch.eye(len(moments))
     of_all, of_view = (
         float((error @ damped * error).sum())
@@ -80,36 +80,38 @@ def loss(codes: Tensor, weights: Tensor, scale: Tensor, zero: Tensor, moments: T
     return of_all + view_weight * of_view, of_view
 
 
-def test_descents_never_lose_and_hear_the_shorter_view(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_descents_never_increase_the_objective_and_improve_the_shorter_view(monkeypatch: pytest.MonkeyPatch) -> None:
     weights, inputs, _ = drawn(32, 256, 5)
     moments = inputs.T @ inputs
     _, scale, zero = hqq(weights, 4, 64)
     for view_weight in (0.0, 0.03, 1.0):
         monkeypatch.setattr(module, "VIEW_WEIGHT", view_weight)
-        found = []
+        losses = []
         for count in range(4):
             monkeypatch.setattr(module, "DESCENTS", count)
-            found.append(loss(compensate(weights, scale, zero, (2, 1, 1), 64, moments), weights, scale, zero, moments, view_weight))
-        together = [both for both, _ in found]
+            losses.append(
+                loss(compensate(weights, scale, zero, (2, 1, 1), 64, moments), weights, scale, zero, moments, view_weight)
+            )
+        together = [both for both, _ in losses]
         assert together[1] < 0.999 * together[0]
         assert all(after <= before * 1.000001 for before, after in pairwise(together))
-        assert view_weight == 0 or found[-1][1] < 0.97 * found[0][1]
+        assert view_weight == 0 or losses[-1][1] < 0.97 * losses[0][1]
 
 
-def test_a_descent_takes_the_best_of_all_codes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One channel at a time: no other code of it makes what the descents make smaller any smaller."""
+def test_a_descent_ends_in_a_local_minimum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No change of a single channel's code lowers the objective further."""
     weights, inputs, _ = drawn(3, 64, 6)
     moments = inputs.T @ inputs
     _, scale, zero = hqq(weights, 4, 64)
     monkeypatch.setattr(module, "DESCENTS", 30)  # until nothing changes
     made = compensate(weights, scale, zero, (2, 1, 1), 64, moments)
-    least = loss(made, weights, scale, zero, moments, module.VIEW_WEIGHT)[0]
+    minimum = loss(made, weights, scale, zero, moments, module.VIEW_WEIGHT)[0]
     for row in range(3):
         for channel in range(64):
             for code in range(16):
                 other = made.clone()
                 other[row, channel] = code
-                assert loss(other, weights, scale, zero, moments, module.VIEW_WEIGHT)[0] >= least * (1 - 1e-6)
+                assert loss(other, weights, scale, zero, moments, module.VIEW_WEIGHT)[0] >= minimum * (1 - 1e-6)
 
 
 def test_moments_of_nothing_and_of_unrelated_channels_leave_the_nearest_codes() -> None:

@@ -1,4 +1,4 @@
-"""Half-quadratic fits: a twin in plain Python, never worse than min/max, exact where that is, and what importance does."""
+"""Half-quadratic quantization: a twin in plain Python, never worse than min/max, exact where min/max is, and importance."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def squared_error(
 
 
 def twin(row: list[float], bits: int) -> float:
-    """The least squared error over the iterations of one group, in Python floats but for fp16 scales and zeros."""
+    """The minimum squared error over the iterations of one group, in Python floats except fp16 scales and zeros."""
     levels = 2**bits - 1
     _, scale, zero = (float(x.flatten()[0]) for x in minmax(torch.tensor([row]), bits, len(row)))
-    least, threshold = float("inf"), 1 / module.BETA
+    minimum, threshold = float("inf"), 1 / module.BETA
     for _ in range(module.ITERATIONS + 1):
         q = [min(max(round((w + zero) / scale), 0), levels) for w in row]
         residual = [(w + zero) / scale - code for w, code in zip(row, q, strict=True)]
-        least = min(least, sum((r * scale) ** 2 for r in residual))
+        minimum = min(minimum, sum((r * scale) ** 2 for r in residual))
         inlier = [min(max(r, -threshold), threshold) for r in residual]
         threshold /= module.GROWTH
         # Least squares of code + inlier = slope * code + intercept.
@@ -40,13 +40,13 @@ def twin(row: list[float], bits: int) -> float:
         slope = sum((code - mean_q) * (code + r - mean_t) for code, r in zip(q, inlier, strict=True)) / variance
         intercept = mean_t - slope * mean_q
         zero, scale = (float(torch.tensor(x).half()) for x in (zero - scale * intercept, scale * slope))
-    return least
+    return minimum
 
 
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("bits", [3, 4])
-def test_it_is_its_twin(seed: int, bits: int) -> None:
-    """The same minimum up to what fp32 does to a rounding decision: within 2 % of the error, and min/max is 7 % and more away."""
+def test_matches_its_twin(seed: int, bits: int) -> None:
+    """The same minimum, except for rounding decisions in fp32: within 2 % of the error, while min/max is at least 7 % away."""
     weights = torch.randn(1, 64, generator=torch.Generator().manual_seed(seed))
     got = float(squared_error(weights, hqq(weights, bits, 64), 64))
     assert got == pytest.approx(twin(weights[0].tolist(), bits), rel=0.02)
@@ -82,8 +82,8 @@ def test_never_worse_than_minmax_in_any_group(
     assert (got <= bound * (1 + 1e-4) + rounding).all()
 
 
-def test_it_is_better_than_minmax_and_by_how_much() -> None:
-    """0.0899 -> 0.0832 of the weights' norm, as in trained experts; the bound leaves room for the draw of 128 rows only."""
+def test_it_is_better_than_minmax_by_a_known_ratio() -> None:
+    """0.0899 -> 0.0832 of the weights' norm, as in trained experts; the bound allows only for the sample of 128 rows."""
     weights = torch.randn(128, 256, generator=torch.Generator().manual_seed(1))
     errors = [squared_error(weights, solver(weights, 4, 64), 64).sum().sqrt() / weights.norm() for solver in (minmax, hqq)]
     assert errors[1] < 0.94 * errors[0]
@@ -106,7 +106,7 @@ def test_edges(row: list[float]) -> None:
     assert (squared_error(weights, made, 64) <= squared_error(weights, minmax(weights, 4, 64), 64) * (1 + 1e-4)).all()
 
 
-def test_channels_that_matter_are_closer() -> None:
+def test_important_channels_have_smaller_errors() -> None:
     generator = torch.Generator().manual_seed(2)
     weights = torch.randn(64, 128, generator=generator)
     importance = torch.where(torch.arange(128) % 8 == 0, 100.0, 1.0)
@@ -122,11 +122,11 @@ def test_channels_without_importance_are_still_finite() -> None:
     assert zero.isfinite().all()
 
 
-def test_groups_and_rows_do_not_see_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_groups_and_rows_are_independent(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also across the chunks in which rows are solved."""
     weights = torch.randn(7, 130, generator=torch.Generator().manual_seed(4))
-    whole = hqq(weights, 4, 64)
+    unchunked = hqq(weights, 4, 64)
     monkeypatch.setattr(module, "_CHUNK", 400)  # two rows
-    for got, want in zip(hqq(weights, 4, 64), whole, strict=True):
+    for got, want in zip(hqq(weights, 4, 64), unchunked, strict=True):
         assert torch.equal(got, want)
-    assert torch.equal(hqq(weights[3:4, 64:128], 4, 64)[0], whole[0][3:4, 64:128])
+    assert torch.equal(hqq(weights[3:4, 64:128], 4, 64)[0], unchunked[0][3:4, 64:128])

@@ -1,4 +1,4 @@
-"""Planes: golden bytes, an independent twin, and what a shorter view means."""
+"""Planes: golden bytes, an independent twin, and shorter views."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_golden_bytes_of_a_group() -> None:
 
 
 def test_golden_bytes_of_an_uneven_group() -> None:
-    """Without any regularity, so that no two bytes or lanes can be exchanged unnoticed."""
+    """Irregular codes, so that no two bytes or lanes can be exchanged unnoticed."""
     codes = torch.tensor([[int(digit, 16) for digit in PI]], dtype=torch.uint8)
     h, m, low = pack(codes, 64, WIDTHS)
     assert bytes(h[0, 0].tolist()).hex() == "209100ebc9aa828ec2e166f044c2b784"
@@ -44,7 +44,7 @@ def test_golden_bytes_of_an_uneven_group() -> None:
 
 
 def test_each_bit_has_its_place() -> None:
-    """One code of one element at a time: exactly the bits that the layout names are set, and nothing else."""
+    """One code of one element at a time: exactly the bits of the layout are set."""
     for element in (0, 1, 7, 8, 15, 16, 17, 31, 32, 47, 48, 63):
         for code in range(1, 16):
             codes = torch.zeros(1, 64, dtype=torch.uint8)
@@ -58,13 +58,13 @@ def test_each_bit_has_its_place() -> None:
 
 @given(codes_and_widths())
 @settings(deadline=None)
-def test_pack_is_its_twin(made: tuple[list[list[int]], int, tuple[int, ...]]) -> None:
+def test_pack_matches_its_twin(made: tuple[list[list[int]], int, tuple[int, ...]]) -> None:
     matrix, group_size, widths = made
     planes = pack(torch.tensor(matrix, dtype=torch.uint8), group_size, widths)
     assert [plane.dtype for plane in planes] == [torch.uint8] * len(widths)
     for row, codes in enumerate(matrix):
-        wanted = pack_row(codes, group_size, widths)
-        assert [[bytes(group) for group in plane[row].tolist()] for plane in planes] == wanted
+        expected = pack_row(codes, group_size, widths)
+        assert [[bytes(group) for group in plane[row].tolist()] for plane in planes] == expected
 
 
 @given(codes_and_widths())
@@ -97,7 +97,7 @@ def test_layouts_that_fill_no_whole_bytes_are_refused(group_size: int, widths: t
 
 @pytest.mark.parametrize(("num_planes", "bits"), [(1, 2), (2, 3), (3, 4)])
 def test_a_shorter_view_is_the_middle_of_its_bin(num_planes: int, bits: int) -> None:
-    """Averaged over all codes of a bin a view is right, and no code is further away than half its bin."""
+    """A view equals the mean of all codes of a bin, and no code is further away than half the bin."""
     codes = torch.arange(16, dtype=torch.uint8).view(1, 16)
     one, nothing = torch.ones(1, 1).half(), torch.zeros(1, 1).half()
     seen = dequantize(pack(codes, 64, WIDTHS), one, nothing, cols=16, group_size=64, widths=WIDTHS, num_planes=num_planes)

@@ -1,4 +1,4 @@
-"""The min/max solver's promise, at ordinary weights and at the edges of fp16; and the seam where other solvers go."""
+"""The min/max solver's bound, with ordinary weights and at the limits of fp16, and the Solver interface."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_no_weight_is_off_by_more_than_half_a_step(
         [0.0] * 64,
         [0.1] * 64,
         [-0.1] * 64,
-        [1e-8] * 64,  # below the least subnormal
+        [1e-8] * 64,  # below the smallest subnormal
         [65504.0] * 64,
         [-65504.0, 65504.0] * 32,
         [0.0] * 63 + [3.0],
@@ -89,7 +89,7 @@ def test_constant_groups_are_exact_where_fp16_has_them() -> None:
 
 
 def test_a_steps_size_is_the_groups_range() -> None:
-    """The bound above would hold for wasteful steps too: a step is the range over 15, up to fp16's rounding."""
+    """The bound above would also hold for larger steps: a step is the range over 15, up to fp16's rounding."""
     weights = torch.randn(8, 128, generator=torch.Generator().manual_seed(1))
     codes, scale, _ = minmax(weights, BITS, 64)
     grouped = weights.view(8, 2, 64)
@@ -108,7 +108,7 @@ def test_beyond_fp16_is_clamped_and_finite() -> None:
 
 
 def test_ragged_columns_do_not_widen_the_last_group() -> None:
-    """Columns that do not exist repeat the last one: its group's range is that of the weights there are."""
+    """Missing columns repeat the last one, so the group's range is that of its weights."""
     weights = torch.cat([torch.randn(3, 64), torch.rand(3, 5) + 100], 1)
     _, scale, zero = minmax(weights, BITS, 64)
     assert scale.shape == (3, 2)
@@ -118,7 +118,7 @@ def test_ragged_columns_do_not_widen_the_last_group() -> None:
 
 
 def test_ragged_blob() -> None:
-    """In a blob, the bits of columns that do not exist are zero, and so are the gaps between parts."""
+    """In a blob, the bits of missing columns and the gaps between parts are zero."""
     shapes: dict[str, tuple[int, ...]] = {"down_proj": (3, 70), "down_proj_bias": (3,)}
     layout = blob_layout("int4", shapes, "F32")
     tensors = {"down_proj": torch.randn(3, 70), "down_proj_bias": torch.randn(3)}
@@ -142,7 +142,7 @@ def test_ragged_blob() -> None:
     assert not any(byte for byte, inside in zip(blob, used, strict=True) if not inside)
 
 
-def test_the_seam_takes_any_solver(checkpoint_of: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_solver_can_be_used(checkpoint_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[tuple[int, ...], int, int]] = []
 
     def all_zero(weights: Tensor, bits: int, group_size: int, importance: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,25 +152,25 @@ def test_the_seam_takes_any_solver(checkpoint_of: Path, tmp_path: Path, monkeypa
         return torch.zeros_like(weights, dtype=torch.uint8), groups, groups
 
     monkeypatch.setitem(solver.SOLVERS, "zero", all_zero)
-    first = convert(checkpoint_of, tmp_path / "zero", "int4", solver="zero")
-    second = convert(checkpoint_of, tmp_path / "minmax", "int4", solver="minmax")
+    first = convert(checkpoint_folder, tmp_path / "zero", "int4", solver="zero")
+    second = convert(checkpoint_folder, tmp_path / "minmax", "int4", solver="minmax")
     assert set(asked) == {((64, 64), 4, 64), ((64, 32), 4, 64)}
     names = ["experts-00001-of-00002.safetensors"]
     assert [(first / name).read_bytes() for name in names] != [(second / name).read_bytes() for name in names]
 
 
 @pytest.fixture
-def checkpoint_of(checkpoint: object) -> Path:
+def checkpoint_folder(checkpoint: object) -> Path:
     return checkpoint("qwen2_moe")  # type: ignore[operator,no-any-return]
 
 
-def test_unknown_solvers_and_precisions_are_errors(checkpoint_of: Path, tmp_path: Path) -> None:
+def test_unknown_solvers_and_precisions_are_errors(checkpoint_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"solver.*'hqqq'.*minmax"):
-        convert(checkpoint_of, tmp_path / "store", "int4", solver="hqqq")
+        convert(checkpoint_folder, tmp_path / "store", "int4", solver="hqqq")
     with pytest.raises(ConfigError, match=r"group_size 48 is not one of 32, 64, 128"):
-        convert(checkpoint_of, tmp_path / "store", "int4", group_size=48)
+        convert(checkpoint_folder, tmp_path / "store", "int4", group_size=48)
     with pytest.raises(ConfigError, match=r"precision.*'int3'.*int4"):
-        convert(checkpoint_of, tmp_path / "store", "int3")
+        convert(checkpoint_folder, tmp_path / "store", "int3")
     with pytest.raises(ConfigError):
         OffloadConfig.from_options({"precision": "int3"})
     with pytest.raises(ValueError, match="int3"):

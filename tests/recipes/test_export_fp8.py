@@ -1,4 +1,4 @@
-"""The FP8 export: the format's facts, its error bound, and that a conversion reads it as what it is."""
+"""The FP8 export: its format, its error bound, and the conversion of its result."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LAYER = "model.layers.1."
 QUANTIZED = {f"{LAYER}self_attn.{name}_proj.weight" for name in "qkvo"} | {
     f"{LAYER}mlp.{expert}.{name}_proj.weight" for expert in ("experts.5", "shared_expert") for name in ("gate", "up", "down")
 }
-KEPT = {
+UNQUANTIZED = {
     "model.embed_tokens.weight",
     "model.norm.weight",
     "lm_head.weight",
@@ -66,13 +66,13 @@ def plain(code: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def test_the_formats_facts(model: Path, exported: Path) -> None:
+def test_the_format(model: Path, exported: Path) -> None:
     before, after = load_all(model), load_all(exported)
     scaled = {name for name in after if name + "_scale_inv" in after}
     assert after.keys() - before.keys() == {name + "_scale_inv" for name in scaled}
     assert scaled >= QUANTIZED
-    assert scaled.isdisjoint(KEPT)
-    assert before.keys() >= KEPT
+    assert scaled.isdisjoint(UNQUANTIZED)
+    assert before.keys() >= UNQUANTIZED
     for name, tensor in before.items():
         if name not in scaled:
             assert same_bits(after[name], tensor)
@@ -111,8 +111,8 @@ def test_files_and_index(model: Path, exported: Path, tmp_path: Path, monkeypatc
     assert many.keys() == few.keys()
     assert all(same_bits(many[name], few[name]) for name in many)
     others = {path.name for path in out.iterdir()} - set(shards)
-    wanted = {"config.json", "generation_config.json", "tokenizer.json", "README.md", "model.safetensors.index.json"}
-    assert others == wanted, "training.json is about the making"
+    expected = {"config.json", "generation_config.json", "tokenizer.json", "README.md", "model.safetensors.index.json"}
+    assert others == expected, "training.json is not copied"
     for name in ("tokenizer.json", "README.md", "generation_config.json"):
         assert (out / name).read_bytes() == (model / name).read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == ["fp8"]
@@ -121,7 +121,7 @@ def test_files_and_index(model: Path, exported: Path, tmp_path: Path, monkeypatc
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(-30, 30), st.integers(0, 10**6))
 @settings(deadline=None, max_examples=40)
 def test_round_trip_is_within_e4m3s_half_step(rows: int, cols: int, exponent: int, seed: int) -> None:
-    """Half a unit in the last of three bits of mantissa, or half the least subnormal (2**-9) of a block's scale."""
+    """Half a unit in the last of three bits of mantissa, or half the smallest subnormal (2**-9) of a block's scale."""
     weight = (torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed)) * 2.0**exponent).bfloat16()
     weight[: rows // 3] = 0
     code, scale = export_fp8.quantize(weight)
@@ -131,7 +131,7 @@ def test_round_trip_is_within_e4m3s_half_step(rows: int, cols: int, exponent: in
     for r in range(0, rows, 128):
         for c in range(0, cols, 128):
             block = code[r : r + 128, c : c + 128].float()
-            assert block.abs().max() in (0, 448), "each block uses e4m3's whole range"
+            assert block.abs().max() in (0, 448), "each block uses e4m3's full range"
 
 
 @pytest.mark.parametrize("precision", ["lossless", "int4"])
@@ -172,20 +172,20 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     (infinite / "config.json").write_bytes((model / "config.json").read_bytes())
     before = sorted(tmp_path.rglob("*"))
     cases = [
-        (tmp_path / "nowhere", tmp_path / "out", "no folder"),
+        (tmp_path / "nowhere", tmp_path / "out", "not a folder"),
         (tmp_path / "empty", tmp_path / "out", "neither model.safetensors nor"),
-        (exported, tmp_path / "out", "quantized already"),
-        (stacked, tmp_path / "out", "3-dimensional"),
-        (infinite, tmp_path / "out", "experts.5.up_proj.weight is not finite"),
+        (exported, tmp_path / "out", "already quantized"),
+        (stacked, tmp_path / "out", "has 3 dimensions"),
+        (infinite, tmp_path / "out", "experts.5.up_proj.weight has infinite or NaN weights"),
         (model, tmp_path / "full", "exists"),
         (model, tmp_path / "full" / "mine", "exists"),
     ]
-    for source, out, says in cases:
+    for source, out, message in cases:
         capsys.readouterr()  # save_pretrained's progress bars
         assert export_fp8.main(["--model", str(source), "--out", str(out)]) == 1
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("export_fp8: ")
-        assert says in line
+        assert message in line
         assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -108,7 +108,7 @@ def test_a_stopped_run_continues_exactly(
     for name, value in whole.items():
         torch.testing.assert_close(pieces[name], value, rtol=0, atol=1e-6)
     printed = capsys.readouterr().out
-    assert printed.count("starts anew") == 1  # what was lost must not look like what continues
+    assert printed.count("starts anew") == 1  # a lost state must not look like a continued run
     assert "continues from step" in printed
 
 

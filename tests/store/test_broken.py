@@ -30,7 +30,7 @@ Break = Callable[[Path], object]
 
 @pytest.fixture(scope="module")
 def good(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole int4 store that `fate run` could run: the tokenizer knows two words."""
+    """A complete int4 store that `fate run` could run; its tokenizer has two words."""
     store = convert(checkpoint("mixtral"), tmp_path_factory.mktemp("good") / "store", "int4")
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"x": 1, "y": 2}, unk_token="y"))
     words.save(str(store / "tokenizer.json"))
@@ -52,8 +52,8 @@ def flip(name: str, offset: int) -> Break:
     return flipped
 
 
-def cut(name: str, keep: float) -> Break:
-    return lambda store: os.truncate(store / name, int((store / name).stat().st_size * keep))
+def cut(name: str, fraction: float) -> Break:
+    return lambda store: os.truncate(store / name, int((store / name).stat().st_size * fraction))
 
 
 def grow(name: str) -> Break:
@@ -119,10 +119,10 @@ def alter_config(**changes: Any) -> Break:
     return lambda store: (store / "config.json").write_text(json.dumps(json.loads((store / "config.json").read_text()) | changes))
 
 
-# What is done to the store, and what the line must say; the line must also name the store's folder.
+# How the store is damaged, and what the error line must contain; it must also name the store's folder.
 BROKEN: dict[str, tuple[Break, str]] = {
     "fate.json empty": (write("fate.json", b""), "fate.json is damaged"),
-    "fate.json torn": (cut("fate.json", 0.7), "fate.json is damaged"),
+    "fate.json truncated": (cut("fate.json", 0.7), "fate.json is damaged"),
     "fate.json not text": (write("fate.json", b"\xff\xfe\0\0"), "fate.json is damaged"),
     "fate.json a list": (write("fate.json", b"[]"), "fate.json is damaged"),
     "fate.json nested deeply": (write("fate.json", b"[" * 100_000), "fate.json is damaged"),
@@ -130,7 +130,7 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "fate.json a folder": (lambda s: ((s / "fate.json").unlink(), (s / "fate.json").mkdir()), "fate.json cannot be read"),
     "version of the future": (edit("format_version", to=2), "update fate-moe"),
     "version of the past": (edit("format_version", to=0), "convert the checkpoint again"),
-    "version no number": (edit("format_version", to="1"), "fate.json is damaged"),
+    "version a string": (edit("format_version", to="1"), "fate.json is damaged"),
     "version true": (edit("format_version", to=True), "fate.json is damaged"),
     "unknown entry": (edit("encrypted", to=True), "unknown entries ['encrypted']"),
     "precision unknown": (edit("precision", to="int3"), "precision 'int3'"),
@@ -140,10 +140,10 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "no layouts": (edit("layouts", to=[]), "fate.json is damaged"),
     "layers twice": (edit("layers", change=lambda layers: [layers[0], layers[0]]), "two layers of one name"),
     "shard length wrong": (edit("shard_bytes", FIRST, change=lambda n: n + 4096), f"{FIRST} has"),
-    "shard length negative": (edit("shard_bytes", FIRST, to=-4096), "no number of bytes"),
+    "shard length negative": (edit("shard_bytes", FIRST, to=-4096), "is not a count"),
     "shard length huge": (edit("shard_bytes", FIRST, to=HUGE), f"{FIRST} has"),
-    "shard length beyond 64 bits": (edit("shard_bytes", FIRST, to=1 << 70), "no number of bytes"),
-    "shard length a fraction": (edit("shard_bytes", FIRST, change=float), "no number of bytes"),
+    "shard length beyond 64 bits": (edit("shard_bytes", FIRST, to=1 << 70), "is not a count"),
+    "shard length a fraction": (edit("shard_bytes", FIRST, change=float), "is not a count"),
     "shard unnamed": (edit("shard_bytes", change=lambda d: {FIRST: d[FIRST]}), "fate.json is damaged"),
     "dense length wrong": (edit("dense_bytes", change=lambda n: n - 1), "dense.safetensors has"),
     "blob length wrong": (edit("layouts", 0, "length", change=lambda n: n - 4096), "fate.json is damaged"),
@@ -153,7 +153,7 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "section beyond the blob": (edit("layouts", 0, "sections", 3, 2, change=lambda n: n + (1 << 20)), "sections of"),
     "section with a hole": (edit("layouts", 0, "sections", 1, 1, change=lambda n: n + 64), "section plane0 at"),
     "part outside": (edit("layouts", 0, "parts", 0, 2, to=[1 << 20, 1 << 20]), "fate.json is damaged"),
-    "part with a negative size": (edit("layouts", 0, "parts", 0, 2, to=[-1, 2]), "no number of"),
+    "part with a negative size": (edit("layouts", 0, "parts", 0, 2, to=[-1, 2]), "is not a count"),
     "part of no dtype": (edit("layouts", 0, "parts", 0, 1, to="F13"), "dtype 'F13'"),
     "parts overlap": (edit("layouts", 0, "parts", 1, 3, to=0), "fate.json is damaged"),
     "groups of nothing": (edit("layouts", 0, "group_size", to=0), "groups of 0"),
@@ -166,13 +166,13 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "expert beyond the shard": (edit("layers", 0, "experts", 7, 0, to=HUGE), "ends outside"),
     "experts exchanged": (edit("layers", 0, "experts", change=lambda e: [e[1], e[0], *e[2:]]), "expert 0 is not where"),
     "expert without checksums": (edit("layers", 0, "experts", 3, change=lambda e: e[:2]), "1 checksums instead of 4"),
-    "checksum no checksum": (edit("layers", 0, "experts", 3, 1, to="zz"), "no checksum"),
-    "traversal": (rename_shard("../escape.safetensors"), "no file name of a shard"),
-    "absolute path": (rename_shard("/etc/passwd"), "no file name of a shard"),
-    "traversal without an end": (rename_shard(".."), "no file name of a shard"),
-    "hidden file": (rename_shard(".hidden.safetensors"), "no file name of a shard"),
-    "file name with a zero byte": (rename_shard("a\\u0000b.safetensors"), "no file name of a shard"),
-    "file name with a line break": (rename_shard("a.safetensors\\n"), "no file name of a shard"),
+    "checksum malformed": (edit("layers", 0, "experts", 3, 1, to="zz"), "is not a checksum"),
+    "traversal": (rename_shard("../escape.safetensors"), "is not the file name of a shard"),
+    "absolute path": (rename_shard("/etc/passwd"), "is not the file name of a shard"),
+    "traversal without an end": (rename_shard(".."), "is not the file name of a shard"),
+    "hidden file": (rename_shard(".hidden.safetensors"), "is not the file name of a shard"),
+    "file name with a zero byte": (rename_shard("a\\u0000b.safetensors"), "is not the file name of a shard"),
+    "file name with a line break": (rename_shard("a.safetensors\\n"), "is not the file name of a shard"),
     "file name without end": (rename_shard("a" * 300 + ".safetensors"), "cannot be read"),
     "shard missing": (lambda s: (s / SECOND).unlink(), f"{SECOND} cannot be read"),
     "shard a folder": (lambda s: ((s / SECOND).unlink(), (s / SECOND).mkdir()), SECOND),
@@ -184,7 +184,7 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "shard a pickle": (replace(FIRST, lambda n: b"\x80\x04cos\nsystem\n".ljust(n, b".")), f"{FIRST} is damaged"),
     "shard with a header without end": (
         replace(FIRST, lambda n: (n * 2).to_bytes(8, "little").ljust(n, b" ")),
-        f"{FIRST} is damaged (torn",
+        f"{FIRST} is damaged (truncated",
     ),
     "shard's header flipped": (flip(FIRST, 9), f"{FIRST} is damaged"),
     "shard's header moves experts": (other_header, "expert 0 is not where"),
@@ -194,13 +194,13 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "dense not safetensors": (replace("dense.safetensors", bytes), "dense.safetensors is damaged"),
     "config.json missing": (lambda s: (s / "config.json").unlink(), "config.json is missing"),
 }
-# What opening cannot see, but running does before it computes anything.
+# Damage that opening a store cannot detect; running must, before it computes anything.
 BROKEN_TO_RUN: dict[str, tuple[Break, str]] = {
     "expert missing": (edit("layers", 0, "experts", change=lambda e: e[:-1]), "fate.json lists other expert layers"),
     "parts exchanged": (swap_parts, "in another way than this model needs"),
     "other groups": (edit("layouts", 0, "group_size", to=32), "in another way than this model needs"),
     "other planes": (edit("layouts", 0, "plane_widths", to=[1, 1, 2]), "in another way than this model needs"),
-    "config.json torn": (cut("config.json", 0.5), "config.json is not valid JSON"),
+    "config.json truncated": (cut("config.json", 0.5), "config.json is not valid JSON"),
     "config.json empty": (write("config.json", b""), "config.json is not valid JSON"),
     "config.json of a list": (write("config.json", b"[1]"), "config.json"),
     "config.json of another family": (alter_config(model_type="olmoe"), "config.json"),
@@ -208,41 +208,44 @@ BROKEN_TO_RUN: dict[str, tuple[Break, str]] = {
     "config.json with wider experts": (alter_config(intermediate_size=64), "in another way"),
     "config.json of nonsense": (alter_config(hidden_size="wide"), "config.json"),
     "config.json with fewer words": (alter_config(vocab_size=64), "is (128, 64) in dense.safetensors, config.json means (64, 64)"),
-    "generation_config.json torn": (write("generation_config.json", b'{"eos_token_id": '), "generation_config.json cannot be read"),
-    "tokenizer torn": (cut("tokenizer.json", 0.5), "its tokenizer cannot be loaded"),
+    "generation_config.json truncated": (
+        write("generation_config.json", b'{"eos_token_id": '),
+        "generation_config.json cannot be read",
+    ),
+    "tokenizer truncated": (cut("tokenizer.json", 0.5), "its tokenizer cannot be loaded"),
 }
 
 
-def one_line(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+def one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 1
-    said = capsys.readouterr()
-    assert said.out == ""
-    (line,) = [line for line in said.err.splitlines() if ": budget " not in line]  # the plan, where it came to that
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = [line for line in captured.err.splitlines() if ": budget " not in line]  # the plan, if it was printed
     assert line.startswith("fate: ")
-    assert says in line
+    assert message in line
     assert str(arguments[1]) in line
 
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_store_is_refused_in_one_line(store: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    break_it, says = BROKEN[name]
+    break_it, message = BROKEN[name]
     break_it(store)
-    one_line(["run", str(store), "x"], says, capsys)
-    one_line(["plan", str(store)], says if name != "config.json missing" else "config.json cannot be read", capsys)
-    one_line(["inspect", str(store)], says, capsys)
+    one_line(["run", str(store), "x"], message, capsys)
+    one_line(["plan", str(store)], message if name != "config.json missing" else "config.json cannot be read", capsys)
+    one_line(["inspect", str(store)], message, capsys)
     with pytest.raises(StoreError):
         open_store(store)
 
 
 @pytest.mark.parametrize("name", BROKEN_TO_RUN)
 def test_a_store_that_does_not_fit_its_model_is_refused(store: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    break_it, says = BROKEN_TO_RUN[name]
+    break_it, message = BROKEN_TO_RUN[name]
     break_it(store)
-    one_line(["run", str(store), "x"], says, capsys)
+    one_line(["run", str(store), "x"], message, capsys)
 
 
 def test_the_good_store_is_good(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Else all of the above would prove nothing."""
+    """Without this, the tests above would prove nothing."""
     prepare(store)
     assert main(["inspect", str(store), "--verify"]) == 0
     assert main(["plan", str(store)]) == 0
@@ -261,7 +264,8 @@ def test_flipped_bytes_anywhere_are_found_by_verify(good: Path, store: Path, cap
     for layer, expert, section in places:
         shard, entry = manifest.layers[layer].shard, manifest.layers[layer].experts[expert]
         flip(shard, entry.offset + section.offset + section.length // 3)(store)
-        one_line(["inspect", str(store), "--verify"], f"{shard}: layer {layer} expert {expert}: its {section.name} differ", capsys)
+        message = f"{shard}: layer {layer} expert {expert}: section {section.name} differs"
+        one_line(["inspect", str(store), "--verify"], message, capsys)
         shutil.copy(good / shard, store / shard)
     start = int.from_bytes((good / "dense.safetensors").read_bytes()[:8], "little") + 8
     for offset in range(start, manifest.dense_bytes, manifest.dense_bytes // 7):
@@ -276,7 +280,7 @@ def test_flipped_bytes_anywhere_are_found_by_verify(good: Path, store: Path, cap
 @given(offset=st.integers(0, 10**9), bit=st.integers(0, 7))
 @settings(deadline=None, max_examples=150)
 def test_a_flipped_bit_in_fate_json_changes_nothing_that_is_computed(good: Path, scratch: Path, offset: int, bit: int) -> None:
-    """It is refused, by opening, by preparing or by a checksum; or it concerns a remark."""
+    """It is refused by opening, preparing or a checksum, or it is in an entry that nothing depends on."""
     text = bytearray((good / "fate.json").read_bytes())
     text[offset % len(text)] ^= 1 << bit
     (scratch / "fate.json").write_bytes(text)
@@ -290,7 +294,7 @@ def test_a_flipped_bit_in_fate_json_changes_nothing_that_is_computed(good: Path,
 
 
 def refusal(action: Callable[[], object]) -> str | None:
-    """The line in which StoreError says no; None if it does not."""
+    """The message of the StoreError that ``action`` raises; None if it raises none."""
     try:
         action()
     except StoreError as error:
@@ -313,7 +317,7 @@ JSON = st.recursive(
 @given(data=st.data())
 @settings(deadline=None, max_examples=300)
 def test_any_other_value_anywhere_in_fate_json(good: Path, data: st.DataObject) -> None:
-    """Whatever stands where, the answer is a manifest or one line of StoreError, never another exception."""
+    """Any value in any place gives a manifest or a StoreError of one line, never another exception."""
     tree: Any = json.loads((good / "fate.json").read_bytes())
     owner, key = tree, data.draw(st.sampled_from(sorted(tree)))
     while isinstance(owner[key], list | dict) and owner[key] and data.draw(st.integers(0, 3)):

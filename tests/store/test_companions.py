@@ -1,4 +1,4 @@
-"""What comes with published weights: code that is not run, chat templates in their own file, generation settings."""
+"""Files beside published weights: code that is not run, chat templates in their own file, generation settings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TRAP = "raise SystemExit('the code of a checkpoint was run')"
 
 
 def with_code(folder: Path, **config: object) -> Path:
-    """A checkpoint that brings its own code, which stops whoever imports it."""
+    """A checkpoint with its own code, which ends the process that imports it."""
     (folder / "modeling_theirs.py").write_text(TRAP)
     (folder / "configuration_theirs.py").write_text(TRAP)
     auto_map = {"AutoConfig": "configuration_theirs.TheirConfig", "AutoModelForCausalLM": "modeling_theirs.TheirModel"}
@@ -30,7 +30,7 @@ def with_code(folder: Path, **config: object) -> Path:
     return folder
 
 
-def test_remote_code_is_refused_in_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_remote_code_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = with_code(tiny_checkpoint("mixtral", tmp_path / "theirs"), model_type="theirs")
     with pytest.raises(
         UnsupportedModelError, match=r"no model type 'theirs'; it would need the checkpoint's own code, which is never run"
@@ -39,14 +39,14 @@ def test_remote_code_is_refused_in_a_sentence(tmp_path: Path, capsys: pytest.Cap
     capsys.readouterr()
     for verb, *prompt in (("plan",), ("inspect",), ("run", "Hello")):
         assert main([verb, str(folder), *prompt]) == 1
-        said = capsys.readouterr().err.strip().splitlines()
-        assert len(said) == 1
-        assert said[0].startswith("fate: ")
-        assert "it would need the checkpoint's own code, which is never run" in said[0]
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1
+        assert lines[0].startswith("fate: ")
+        assert "it would need the checkpoint's own code, which is never run" in lines[0]
     assert not (tmp_path / "store").exists()
 
 
-def test_remote_code_beside_a_known_family_is_left_alone(tmp_path: Path) -> None:
+def test_remote_code_of_a_known_family_is_ignored(tmp_path: Path) -> None:
     folder = with_code(tiny_checkpoint("deepseek_v2", tmp_path / "theirs"))
     store = convert(folder, tmp_path / "store")
     assert not list(store.glob("*.py"))

@@ -1,4 +1,4 @@
-"""Conversion: a store holds the checkpoint's own bytes, whoever wrote the checkpoint and however it was cut into files."""
+"""Conversion: a store holds the checkpoint's own bytes, whatever wrote the checkpoint and however it is split into files."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def test_lossless_is_the_checkpoints_own_bytes(family: str, dtype: torch.dtype, 
     source = DiskSource(store)
     for layer in range(store.manifest.num_layers):
         for expert in range(8):
-            wanted = published_expert(published, family, layer + DENSE_LAYERS.get(family, 0), expert)
+            expected = published_expert(published, family, layer + DENSE_LAYERS.get(family, 0), expert)
             parts = read_parts(source, ExpertId(layer, expert))
-            assert parts.keys() == wanted.keys()
-            for name, tensor in wanted.items():
+            assert parts.keys() == expected.keys()
+            for name, tensor in expected.items():
                 assert same_bits(parts[name], tensor), f"{name} of layer {layer} expert {expert}"
     source.close()
     dense = load_dense(store)
@@ -54,7 +54,7 @@ def test_lossless_is_the_checkpoints_own_bytes(family: str, dtype: torch.dtype, 
     assert dense.keys() == renamed.keys()
     for name, tensor in renamed.items():
         assert torch.equal(dense[name], tensor), name
-        # transformers keeps a few in fp32 (DeepSeek-V3's e_score_correction_bias); nothing is ever narrowed
+        # transformers keeps a few in fp32 (DeepSeek-V3's e_score_correction_bias); no tensor gets a narrower dtype
         assert dense[name].dtype == torch.promote_types(tensor.dtype, dense[name].dtype)
 
 
@@ -140,19 +140,19 @@ def test_tied_embeddings_are_stored_once(tmp_path: Path) -> None:
     assert "model.embed_tokens.weight" in dense
 
 
-def test_a_whole_store_is_left_alone_and_another_refused(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_complete_store_is_left_unchanged_and_another_is_refused(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     store = convert(checkpoint("olmoe"), tmp_path / "store")
     before = {path: path.stat().st_mtime_ns for path in store.iterdir()}
     assert convert(checkpoint("olmoe"), store) == store
     assert {path: path.stat().st_mtime_ns for path in store.iterdir()} == before
-    with pytest.raises(StoreError, match="not a whole store of this checkpoint"):
+    with pytest.raises(StoreError, match="not a complete store of this checkpoint"):
         convert(checkpoint("mixtral"), store)
-    with pytest.raises(StoreError, match="not a whole store of this checkpoint"):
+    with pytest.raises(StoreError, match="not a complete store of this checkpoint"):
         convert(checkpoint("olmoe"), store, "int4")
-    with pytest.raises(CheckpointError, match="expert store already"):
+    with pytest.raises(CheckpointError, match="already an expert store"):
         convert(store, tmp_path / "again")
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(StoreError, match="not a whole store"):
+    with pytest.raises(StoreError, match="not a complete store"):
         convert(checkpoint("olmoe"), tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -162,7 +162,7 @@ def test_an_empty_folder_may_be_the_destination(checkpoint: Callable[[str], Path
     open_store(convert(checkpoint("olmoe"), tmp_path / "store"))
 
 
-def test_no_room_on_the_disk_leaves_nothing(
+def test_too_little_disk_space_leaves_nothing(
     checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Full:
@@ -209,20 +209,20 @@ def test_checkpoints_that_lack_something(
     assert not (tmp_path / "store").exists()
 
 
-def test_not_finite_is_lossless_only(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+def test_infinite_weights_are_lossless_only(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint"
     folder.mkdir()
     (folder / "config.json").write_bytes((checkpoint("qwen2_moe") / "config.json").read_bytes())
     tensors = load_all(checkpoint("qwen2_moe"))
     tensors["model.layers.1.mlp.experts.3.up_proj.weight"][0, 0] = torch.inf
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"expert 3 is not finite.*lossless"):
+    with pytest.raises(CheckpointError, match=r"expert 3 has infinite or NaN weights.*lossless"):
         convert(folder, tmp_path / "int4", "int4")
     assert not (tmp_path / "int4").exists()
     verify(open_store(convert(folder, tmp_path / "lossless")))
 
 
-def test_pickled_and_foreign_checkpoints_are_refused(tmp_path: Path) -> None:
+def test_pickled_and_unsupported_checkpoints_are_refused(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint"
     folder.mkdir()
     with pytest.raises(CheckpointError, match=r"neither model\.safetensors"):
@@ -232,7 +232,7 @@ def test_pickled_and_foreign_checkpoints_are_refused(tmp_path: Path) -> None:
         convert(folder, tmp_path / "store")
     save_file({"x": torch.zeros(1)}, folder / "model.safetensors")
     for config, error in (
-        ("{torn", CheckpointError),
+        ("{cut", CheckpointError),
         ('{"model_type": "mixtral", "quantization_config": {"quant_method": "gptq"}}', UnsupportedModelError),
         ('{"model_type": "llama"}', UnsupportedModelError),
         ('{"model_type": "never-heard-of", "auto_map": {}}', UnsupportedModelError),

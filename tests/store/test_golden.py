@@ -1,4 +1,4 @@
-"""A format is its bytes: whoever changes them must change FORMAT_VERSION, or the stores that people have become unreadable.
+"""A format is its bytes: a change of these bytes needs another FORMAT_VERSION, or existing stores become unreadable.
 
 Where one of these fails and the change is meant, raise FORMAT_VERSION and put the new values here.
 """
@@ -79,18 +79,18 @@ GOLDEN = {
 
 
 @pytest.mark.parametrize("precision", GOLDEN)
-def test_a_whole_store(tmp_path: Path, precision: str) -> None:
+def test_a_complete_store(tmp_path: Path, precision: str) -> None:
     store = convert(write_checkpoint(tmp_path / "checkpoint"), tmp_path / "store", precision, solver="minmax")
     assert sorted(path.name for path in store.iterdir()) == ["config.json", "dense.safetensors", SHARD, "fate.json"]
     facts = json.loads((store / "fate.json").read_bytes())
-    facts["identity"] = ""  # has the checkpoint's time in it
+    facts["identity"] = ""  # depends on the checkpoint's time
     manifest = json.dumps(facts, separators=(",", ":")).encode()
-    found = {name: digest((store / name).read_bytes()) for name in ("dense.safetensors", SHARD)} | {"fate.json": digest(manifest)}
-    assert found == GOLDEN[precision]
+    digests = {name: digest((store / name).read_bytes()) for name in ("dense.safetensors", SHARD)} | {"fate.json": digest(manifest)}
+    assert digests == GOLDEN[precision]
 
 
 def test_int4_fate_json_in_full(tmp_path: Path) -> None:
-    """The manifest as text: a reader in another language could be written from this."""
+    """The manifest as text, complete enough to write a reader in another language."""
     store = convert(write_checkpoint(tmp_path / "checkpoint"), tmp_path / "store", "int4", solver="minmax")
     text = (store / "fate.json").read_text()
     assert Manifest.from_json(text).to_json() == text

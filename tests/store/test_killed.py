@@ -1,4 +1,4 @@
-"""Conversions that die, stop, wait or are asked for twice: what ends up under the store's name is always whole."""
+"""Conversions that are killed, fail, wait or run twice: the store appears under its name complete or not at all."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from tests.support.reading import snapshot
 
 @pytest.fixture(scope="module")
 def children(checkpoint: Callable[[str], Path]) -> Iterator[Children]:
-    made = Children(checkpoint("mixtral"))
-    yield made
-    made.close()
+    started = Children(checkpoint("mixtral"))
+    yield started
+    started.close()
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +44,11 @@ def test_ten_kills_at_random_moments(large: Path, children: Children, tmp_path: 
     store, partial = tmp_path / "store", tmp_path / "store.partial"
     dice = random.Random(7)
     kills, progress = 0, set()
-    while kills < 10 or (len(progress) < 3 and kills < 60):  # more on a machine so busy that all came early
+    while kills < 10 or (len(progress) < 3 and kills < 60):  # more on a busy machine, where all may come early
         pid = children.start(large, store, precision=precision)
         time.sleep(dice.uniform(0, seconds * 0.8))
         os.kill(pid, signal.SIGKILL)
-        if children.wait()["status"] == 0:  # it was faster: begin anew
+        if children.wait()["status"] == 0:  # it finished before the kill: start anew
             shutil.rmtree(store)
             continue
         kills += 1
@@ -59,31 +59,31 @@ def test_ten_kills_at_random_moments(large: Path, children: Children, tmp_path: 
             if not (partial / "fate.json").exists():
                 with pytest.raises(StoreError, match="not an expert store"):
                     open_store(partial)
-    assert len(progress) > 2, "the kills all came at the same moment"
+    assert len(progress) > 2, "all kills came at the same moment"
     assert children.convert(large, store, precision=precision)["status"] == 0
     assert snapshot(store) == snapshot(undisturbed)
     assert not partial.exists()
 
 
 def test_a_kill_at_every_change_of_the_disk(checkpoint: Callable[[str], Path], children: Children, tmp_path: Path) -> None:
-    """Before each fsync, rename, unlink and mkdir: what is left is no store, or the whole one."""
+    """A kill before each fsync, rename, unlink and mkdir leaves either no store or the complete one."""
     source = checkpoint("mixtral")
-    wanted = snapshot(convert(source, tmp_path / "undisturbed"))
+    expected = snapshot(convert(source, tmp_path / "undisturbed"))
     moment = 0
     while True:
         store = tmp_path / f"store-{moment}"
         if children.convert(source, store, die_at=moment)["status"] == 0:
             break
         if store.exists():
-            assert snapshot(store) == wanted
+            assert snapshot(store) == expected
         assert children.convert(source, store)["status"] == 0
-        assert snapshot(store) == wanted, f"killed at moment {moment}"
+        assert snapshot(store) == expected, f"killed at moment {moment}"
         assert not list(tmp_path.glob("*.partial"))
         moment += 1
     assert moment > 30  # 2 shards, dense, journal (3 times), config, generation_config, fate.json: fsync, rename, fsync each
 
 
-def test_a_killed_conversion_does_not_do_its_work_twice(
+def test_a_killed_conversion_does_not_repeat_finished_files(
     large: Path, children: Children, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, partial = tmp_path / "store", tmp_path / "store.partial"
@@ -94,11 +94,11 @@ def test_a_killed_conversion_does_not_do_its_work_twice(
     written: list[str] = []
     write_shard = convert_module._write_shard
 
-    def watched(path: Path, *arguments: object) -> object:
+    def recording(path: Path, *arguments: object) -> object:
         written.append(path.name)
         return write_shard(path, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(convert_module, "_write_shard", watched)
+    monkeypatch.setattr(convert_module, "_write_shard", recording)
     convert(large, store)
     assert written == [
         f"experts-{i:05}-of-00005.safetensors" for i in range(1, 6) if f"experts-{i:05}-of-00005.safetensors" not in finished
@@ -113,14 +113,14 @@ def test_a_partial_store_is_not_opened(large: Path, children: Children, tmp_path
             open_store(path)
 
 
-def test_a_file_that_shrank_meanwhile_is_written_again(large: Path, children: Children, tmp_path: Path) -> None:
-    wanted = snapshot(convert(large, tmp_path / "undisturbed"))
+def test_a_finished_file_that_was_truncated_is_written_again(large: Path, children: Children, tmp_path: Path) -> None:
+    expected = snapshot(convert(large, tmp_path / "undisturbed"))
     children.convert(large, tmp_path / "store", die_at=20)
     os.truncate(tmp_path / "store.partial" / "experts-00001-of-00005.safetensors", 5000)
-    assert snapshot(convert(large, tmp_path / "store")) == wanted
+    assert snapshot(convert(large, tmp_path / "store")) == expected
 
 
-def test_another_precision_or_checkpoint_begins_anew(
+def test_another_precision_or_checkpoint_starts_anew(
     large: Path, checkpoint: Callable[[str], Path], children: Children, tmp_path: Path
 ) -> None:
     children.convert(large, tmp_path / "store", die_at=20)
@@ -129,15 +129,15 @@ def test_another_precision_or_checkpoint_begins_anew(
     assert snapshot(convert(checkpoint("olmoe"), tmp_path / "other")) == snapshot(convert(checkpoint("olmoe"), tmp_path / "m"))
 
 
-@pytest.mark.parametrize("journal", [b"", b"[]", b"{torn", b'{"identity": "x"}', b'{"identity": "x", "files": 3}'])
-def test_a_damaged_journal_is_no_journal(checkpoint: Callable[[str], Path], tmp_path: Path, journal: bytes) -> None:
+@pytest.mark.parametrize("journal", [b"", b"[]", b"{cut", b'{"identity": "x"}', b'{"identity": "x", "files": 3}'])
+def test_a_damaged_journal_is_ignored(checkpoint: Callable[[str], Path], tmp_path: Path, journal: bytes) -> None:
     (tmp_path / "store.partial").mkdir()
     (tmp_path / "store.partial" / "journal.json").write_bytes(journal)
-    wanted = snapshot(convert(checkpoint("mixtral"), tmp_path / "undisturbed"))
-    assert snapshot(convert(checkpoint("mixtral"), tmp_path / "store")) == wanted
+    expected = snapshot(convert(checkpoint("mixtral"), tmp_path / "undisturbed"))
+    assert snapshot(convert(checkpoint("mixtral"), tmp_path / "store")) == expected
 
 
-def test_two_at_once_make_one_store(large: Path, children: Children, tmp_path: Path) -> None:
+def test_two_conversions_at_once_make_one_store(large: Path, children: Children, tmp_path: Path) -> None:
     other = Children(large)
     for each in (children, other):
         each.start(large, tmp_path / "store")
@@ -147,7 +147,7 @@ def test_two_at_once_make_one_store(large: Path, children: Children, tmp_path: P
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_a_disk_that_fills_up_can_be_continued(
+def test_a_conversion_continues_after_a_full_disk(
     checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = checkpoint("mixtral")
@@ -164,4 +164,4 @@ def test_a_disk_that_fills_up_can_be_continued(
         convert(source, tmp_path / "store")
     assert not list((tmp_path / "store.partial").glob("*.tmp"))
     assert snapshot(convert(source, tmp_path / "store")) == snapshot(convert(source, tmp_path / "undisturbed"))
-    assert len(calls) == 12 + 8 + 16, "the first layer was made once, the second twice"
+    assert len(calls) == 12 + 8 + 16, "the first layer was converted once, the second twice"

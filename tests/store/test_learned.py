@@ -1,4 +1,4 @@
-"""What is kept beside a store: read back, and left alone when it is damaged."""
+"""Learned state in a store: read back, and ignored when it is damaged."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ def test_gates_of_several_layers_ahead_and_a_forecast_are_read_back(tmp_path: Pa
     assert all(torch.equal(got, want) for got, want in zip(gates.forecast, forecast, strict=True))
 
 
-@pytest.mark.parametrize("damage", ["torn", "other", "nan", "layers"])
+@pytest.mark.parametrize("damage", ["truncated", "other", "nan", "layers"])
 def test_damaged_gates_are_not_used(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
     weights = [weight.clone() for weight in WEIGHTS]
     if damage == "nan":
         weights[1][0, 0] = float("nan")
     save_gates(tmp_path, weights[: 2 if damage == "layers" else 3])
-    if damage == "torn":
+    if damage == "truncated":
         (tmp_path / GATES).write_bytes((tmp_path / GATES).read_bytes()[:-40])
     with caplog.at_level(logging.WARNING):
         assert load_gates(tmp_path, [4] * 3, 12 if damage == "other" else 8) is None
@@ -81,12 +81,12 @@ def test_damaged_statistics_are_not_used(tmp_path: Path) -> None:
     assert load_statistics(tmp_path) is None, "nothing is unpickled"
 
 
-def test_a_store_that_cannot_be_written_stays_as_it_is(tmp_path: Path) -> None:
+def test_a_store_that_cannot_be_written_is_unchanged(tmp_path: Path) -> None:
     save_statistics(tmp_path / "nowhere", {"recent": np.zeros(1)})
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_what_views_lose_is_read_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_view_losses_are_read_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert load_view_losses(tmp_path) is None
     save_view_losses(tmp_path, {3: 0.0625, 2: -0.5})
     assert load_view_losses(tmp_path) == {2: -0.5, 3: 0.0625}

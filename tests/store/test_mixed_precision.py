@@ -1,4 +1,4 @@
-"""Mixed stores: rules, choices under a size, and stores whose layers differ."""
+"""Mixed stores: precision rules, choices under a size limit, and stores whose layers differ."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fate_moe.io.direct import anonymous_buffer
 from fate_moe.memory.classes import total_bytes
 from fate_moe.store.convert import convert
 from fate_moe.store.format import Manifest
-from fate_moe.store.mixed_precision import choose_precisions, parse_precision_rules, precisions_of
+from fate_moe.store.mixed_precision import choose_precisions, layer_precisions, parse_precision_rules
 from fate_moe.store.open import open_store, verify
 from fate_moe.store.reader import DiskSource
 from tests.support.engines import load_model
@@ -28,52 +28,52 @@ from tests.support.engines import load_model
 def test_rules() -> None:
     assert parse_precision_rules("layers.0-1:lossless, layers.3:int4", [8] * 4) == {0: "lossless", 1: "lossless", 3: "int4"}
     assert parse_precision_rules("layers.0-3:lossless,layers.2:int4", [8] * 4)[2] == "int4", "a later rule wins"
-    kept = parse_precision_rules("layers.0-1.experts.6-7:int8,layers.1:int4,layers.1.experts.0:lossless", [8] * 4)
-    assert kept == {ExpertId(0, 6): "int8", ExpertId(0, 7): "int8", 1: "int4", ExpertId(1, 0): "lossless"}
+    rules = parse_precision_rules("layers.0-1.experts.6-7:int8,layers.1:int4,layers.1.experts.0:lossless", [8] * 4)
+    assert rules == {ExpertId(0, 6): "int8", ExpertId(0, 7): "int8", 1: "int4", ExpertId(1, 0): "lossless"}
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
-        ("layers.0:int5", "'layers.0:int5' is no rule"),
-        ("layer.0:int4", "no rule"),
-        ("", "no rule"),
-        ("layers.2-4:int4", "layers 2 to 4, the model has layers 0 to 3"),
+        ("layers.0:int5", "'layers.0:int5' is not a rule"),
+        ("layer.0:int4", "not a rule"),
+        ("", "not a rule"),
+        ("layers.2-4:int4", "layers 2 to 4; the model has layers 0 to 3"),
         ("layers.3-2:int4", "layers 3 to 2"),
-        ("layers.0.experts:int4", "no rule"),
-        ("layers.0.experts.8:int4", "experts 8 to 8, MoE layer 0 has experts 0 to 7"),
-        ("layers.1-2.experts.3-6:int4", "experts 3 to 6, MoE layer 2 has experts 0 to 5"),
+        ("layers.0.experts:int4", "not a rule"),
+        ("layers.0.experts.8:int4", "experts 8 to 8; MoE layer 0 has experts 0 to 7"),
+        ("layers.1-2.experts.3-6:int4", "experts 3 to 6; MoE layer 2 has experts 0 to 5"),
         ("layers.0.experts.3-2:int4", "experts 3 to 2"),
     ],
 )
-def test_no_rules(text: str, says: str) -> None:
-    with pytest.raises(ConfigError, match=says):
+def test_no_rules(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         parse_precision_rules(text, [8, 8, 6, 8])
 
 
 @given(st.lists(st.tuples(st.floats(0.1, 10), st.floats(0.0, 0.09)), min_size=1, max_size=5), st.integers(0, 100))
-def test_choices_fit_and_no_swap_of_one_layer_is_better(harms: list[tuple[float, float]], spare: int) -> None:
-    sizes = [{"int4": 10, "lossless": 40}] * len(harms)
-    harm = [{"int4": high, "lossless": low} for high, low in harms]
-    limit = 10 * len(harms) + spare
-    chosen = choose_precisions(sizes, harm, limit)
-    assert sum(of_layer[name] for of_layer, name in zip(sizes, chosen, strict=True)) <= limit
-    total = sum(of_layer[name] for of_layer, name in zip(harm, chosen, strict=True))
+def test_choices_fit_and_no_swap_of_one_layer_is_better(bounds: list[tuple[float, float]], spare: int) -> None:
+    sizes = [{"int4": 10, "lossless": 40}] * len(bounds)
+    errors = [{"int4": high, "lossless": low} for high, low in bounds]
+    limit = 10 * len(bounds) + spare
+    chosen = choose_precisions(sizes, errors, limit)
+    assert sum(layer[name] for layer, name in zip(sizes, chosen, strict=True)) <= limit
+    total = sum(layer[name] for layer, name in zip(errors, chosen, strict=True))
     best = min(
-        sum(of_layer[name] for of_layer, name in zip(harm, names, strict=True))
-        for names in itertools.product(("int4", "lossless"), repeat=len(harms))
-        if sum(of_layer[name] for of_layer, name in zip(sizes, names, strict=True)) <= limit
+        sum(layer[name] for layer, name in zip(errors, names, strict=True))
+        for names in itertools.product(("int4", "lossless"), repeat=len(bounds))
+        if sum(layer[name] for layer, name in zip(sizes, names, strict=True)) <= limit
     )
-    assert total == pytest.approx(best), "of layers of one size, those that gain most"
+    assert total == pytest.approx(best), "with layers of one size, those with the largest gain"
 
 
-def test_a_size_below_the_smallest() -> None:
-    with pytest.raises(ConfigError, match="takes 20 bytes, 5 more than 15"):
+def test_a_limit_below_the_smallest_size() -> None:
+    with pytest.raises(ConfigError, match="at least 20 bytes, 5 more than the limit of 15"):
         choose_precisions([{"int4": 10, "lossless": 40}] * 2, [{"int4": 1.0, "lossless": 0.0}] * 2, 15)
 
 
-def test_a_mixed_store_runs_and_its_kept_layer_is_exact(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    path = convert(checkpoint("qwen2_moe"), tmp_path / "mixed", "int4", keep={1: "lossless"})
+def test_a_mixed_store_runs_and_its_lossless_layer_is_exact(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    path = convert(checkpoint("qwen2_moe"), tmp_path / "mixed", "int4", precision_rules={1: "lossless"})
     store = open_store(path)
     verify(store)
     assert store.manifest.layers_by_precision() == {"int4": ["0"], "lossless": ["1"]}
@@ -92,16 +92,16 @@ def test_a_mixed_store_runs_and_its_kept_layer_is_exact(checkpoint: Callable[[st
     assert (mixed - lossless).norm() < (int4 - lossless).norm()
 
 
-def test_keeping_is_part_of_the_identity(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+def test_precision_rules_are_part_of_the_identity(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     stores = [
-        open_store(convert(checkpoint("qwen2_moe"), tmp_path / str(number), "int4", keep=keep)).manifest.identity
-        for number, keep in enumerate(({}, {0: "lossless"}, {1: "lossless"}))
+        open_store(convert(checkpoint("qwen2_moe"), tmp_path / str(number), "int4", precision_rules=rules)).manifest.identity
+        for number, rules in enumerate(({}, {0: "lossless"}, {1: "lossless"}))
     ]
     assert len(set(stores)) == 3
     with pytest.raises(ConfigError, match="int5"):
-        convert(checkpoint("qwen2_moe"), tmp_path / "never", "int4", keep={0: "int5"})
-    with pytest.raises(ConfigError, match="layer 1 has experts 0 to 7, not the 8"):
-        convert(checkpoint("qwen2_moe"), tmp_path / "never", "int4", keep={ExpertId(1, 8): "int8"})
+        convert(checkpoint("qwen2_moe"), tmp_path / "never", "int4", precision_rules={0: "int5"})
+    with pytest.raises(ConfigError, match="names expert 8; MoE layer 1 has experts 0 to 7"):
+        convert(checkpoint("qwen2_moe"), tmp_path / "never", "int4", precision_rules={ExpertId(1, 8): "int8"})
 
 
 RULES = st.lists(
@@ -114,23 +114,23 @@ RULES = st.lists(
 @given(RULES)
 def test_each_expert_has_what_the_last_rule_about_it_says(rules: list[tuple[int, int | None, str]]) -> None:
     text = ",".join(f"layers.{layer}{'' if expert is None else f'.experts.{expert}'}:{name}" for layer, expert, name in rules)
-    kept = parse_precision_rules(text, [8] * 4)
+    parsed = parse_precision_rules(text, [8] * 4)
     for layer in range(4):
-        wanted = ["int4"] * 8
+        expected = ["int4"] * 8
         for number, expert, name in rules:
             if number == layer:
-                wanted = [name if expert in (None, index) else old for index, old in enumerate(wanted)]
-        assert precisions_of(layer, 8, "int4", kept) == wanted
+                expected = [name if expert in (None, index) else old for index, old in enumerate(expected)]
+        assert layer_precisions(layer, 8, "int4", parsed) == expected
 
 
 @pytest.fixture
 def mixed(checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
-    """INT4 but for two experts of layer 0, one as INT8 and one lossless, and a third of layer 1."""
-    keep = {ExpertId(0, 2): "int8", ExpertId(0, 5): "lossless", ExpertId(1, 7): "int8"}
-    return convert(checkpoint("qwen2_moe"), tmp_path / "mixed", "int4", keep=keep)
+    """INT4 except two experts of layer 0, one INT8 and one lossless, and an INT8 expert of layer 1."""
+    rules = {ExpertId(0, 2): "int8", ExpertId(0, 5): "lossless", ExpertId(1, 7): "int8"}
+    return convert(checkpoint("qwen2_moe"), tmp_path / "mixed", "int4", precision_rules=rules)
 
 
-def test_single_experts_are_kept_and_only_they(checkpoint: Callable[[str], Path], tmp_path: Path, mixed: Path) -> None:
+def test_rules_apply_to_single_experts_and_only_to_them(checkpoint: Callable[[str], Path], tmp_path: Path, mixed: Path) -> None:
     store = open_store(mixed)
     verify(store)
     manifest = store.manifest
@@ -141,11 +141,11 @@ def test_single_experts_are_kept_and_only_they(checkpoint: Callable[[str], Path]
     pure = {name: open_store(convert(checkpoint("qwen2_moe"), tmp_path / name, name)) for name in ("int4", "int8", "lossless")}
     for expert in (ExpertId(0, 2), ExpertId(0, 4), ExpertId(0, 5), ExpertId(1, 7)):
         blobs = []
-        for of in (store, pure[manifest.layout_of(expert).precision]):
-            memory, source = anonymous_buffer(of.manifest.slot_bytes), DiskSource(of)
+        for each in (store, pure[manifest.layout_of(expert).precision]):
+            memory, source = anonymous_buffer(each.manifest.slot_bytes), DiskSource(each)
             source.read(expert, memoryview(memory))
             source.close()
-            blobs.append(bytes(memory[: of.manifest.layout_of(expert).length]))
+            blobs.append(bytes(memory[: each.manifest.layout_of(expert).length]))
         assert blobs[0] == blobs[1]
 
 
@@ -153,7 +153,7 @@ def test_single_experts_are_kept_and_only_they(checkpoint: Callable[[str], Path]
 def test_experts_of_several_precisions_in_one_layer_compute_as_in_their_own_stores(
     checkpoint: Callable[[str], Path], tmp_path: Path, mixed: Path, options: dict[str, bool]
 ) -> None:
-    """Layer 0's sum over mixed experts, put together from stores that are of one precision throughout."""
+    """Each expert of layer 0 against the same expert in a store that has one precision throughout."""
     store = open_store(mixed)
     hidden = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
     chosen = [[expert] for expert in range(8)]
@@ -172,19 +172,19 @@ def test_experts_of_several_precisions_in_one_layer_compute_as_in_their_own_stor
 
 
 @pytest.mark.parametrize("precision_policy", ["full", "routing-weighted"])
-def test_a_budget_never_changes_what_mixed_experts_say(mixed: Path, precision_policy: str) -> None:
-    """Law 1, down to the fewest slots of each length and the fewest that all share, and slots take what the plan says; and a
-    precision policy leaves those alone that have no shorter views."""
+def test_a_budget_never_changes_the_output_of_mixed_experts(mixed: Path, precision_policy: str) -> None:
+    """Same numbers, down to the minimum of slots by length and of shared slots, and slots take the memory of the plan. A precision
+    policy does not affect experts that have no shorter views."""
     tokens, logits = torch.arange(1, 40)[None], []
     needs = prepare(mixed).footprint()
-    fewest_of_each, fewest_shared = total_bytes(needs.slots), needs.min_slots * needs.slot_bytes
-    assert fewest_shared < fewest_of_each
-    for kept in ("100%", "50%", fewest_of_each, fewest_shared):
-        model = load_model(mixed, expert_cache=kept, precision_policy=precision_policy)
+    min_by_length, min_shared = total_bytes(needs.slots), needs.min_slots * needs.slot_bytes
+    assert min_shared < min_by_length
+    for expert_cache in ("100%", "50%", min_by_length, min_shared):
+        model = load_model(mixed, expert_cache=expert_cache, precision_policy=precision_policy)
         plan, residency = model.fate.plan, model.fate.runtime.residency
-        assert len(plan.slots) == (1 if kept == fewest_shared else 3)
+        assert len(plan.slots) == (1 if expert_cache == min_shared else 3)
         assert len(residency._arena.buffer) == plan.expert_cache_bytes
-        assert plan.expert_cache_bytes <= (kept if isinstance(kept, int) else needs.expert_bytes)
+        assert plan.expert_cache_bytes <= (expert_cache if isinstance(expert_cache, int) else needs.expert_bytes)
         with torch.no_grad():
             prompt = model(tokens, use_cache=True)
             steps = [model(torch.tensor([[token]]), past_key_values=prompt.past_key_values).logits for token in (3, 5, 7)]
@@ -198,9 +198,9 @@ def test_a_budget_never_changes_what_mixed_experts_say(mixed: Path, precision_po
         assert all(torch.equal(logits[0], others) for others in logits[1:])
 
 
-@pytest.mark.parametrize("said", [[0] * 7, [0] * 7 + [9], ["a"] * 8])
-def test_layouts_that_no_conversion_writes(mixed: Path, said: list[object]) -> None:
+@pytest.mark.parametrize("layout", [[0] * 7, [0] * 7 + [9], ["a"] * 8])
+def test_layouts_that_no_conversion_writes(mixed: Path, layout: list[object]) -> None:
     facts = json.loads((mixed / "fate.json").read_text())
-    facts["layers"][0]["layout"] = said
+    facts["layers"][0]["layout"] = layout
     with pytest.raises(StoreError, match="is damaged"):
         Manifest.from_json(json.dumps(facts))

@@ -1,4 +1,4 @@
-"""Reading blobs: whole, checked once, past the page cache where that is allowed."""
+"""Reading blobs: complete, checked once, past the page cache if the file system allows it."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def store(checkpoint: Callable[[str], Path], tmp_path: Path) -> Store:
 
 
 @pytest.fixture
-def forgetful(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a process that has not fallen back to buffered reads yet."""
-    monkeypatch.setattr(direct, "_fallback_said", threading.Event())
+def fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state of a process that has not fallen back to buffered reads yet."""
+    monkeypatch.setattr(direct, "_fallback_logged", threading.Event())
 
 
 def slot_of(store: Store) -> memoryview:
@@ -51,7 +51,7 @@ def flip(path: Path, offset: int) -> None:
 
 
 def refuse_direct(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """O_DIRECT is refused as tmpfs (before Linux 6.6), some FUSE and network file systems do; lists the flags of every open."""
+    """Refuse O_DIRECT like tmpfs (before Linux 6.6) and some FUSE and network file systems; returns the flags of every open."""
     real, seen = os.open, []
 
     def refusing(path: object, flags: int, *rest: object, **named: object) -> int:
@@ -64,7 +64,7 @@ def refuse_direct(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-def test_a_flipped_byte_in_any_section_is_caught(store: Store) -> None:
+def test_a_flipped_byte_in_any_section_is_detected(store: Store) -> None:
     layout = store.manifest.layouts_of(1)[0]
     entry = store.manifest.layers[1].experts[5]
     path = store.shard_of(ExpertId(1, 5))
@@ -74,7 +74,7 @@ def test_a_flipped_byte_in_any_section_is_caught(store: Store) -> None:
         for place in (section.offset, section.offset + section.length - 1):
             flip(path, entry.offset + place)
             source = DiskSource(store)
-            with pytest.raises(CorruptExpertError, match=rf"{path.name}: layer 1 expert 5: its {name} differ"):
+            with pytest.raises(CorruptExpertError, match=rf"{path.name}: layer 1 expert 5: section {name} differs"):
                 source.read(ExpertId(1, 5), slot_of(store))
             source.read(ExpertId(1, 4), slot_of(store))
             source.read(ExpertId(1, 6), slot_of(store))
@@ -85,8 +85,8 @@ def test_a_flipped_byte_in_any_section_is_caught(store: Store) -> None:
     verify(store)
 
 
-def test_a_corrupt_expert_is_never_taken_for_checked(store: Store) -> None:
-    """Refused again at the second read, and good again once its bytes are."""
+def test_a_corrupt_expert_is_never_marked_as_checked(store: Store) -> None:
+    """Refused again at the second read, and accepted once its bytes are restored."""
     path, entry = store.shard_of(ExpertId(0, 0)), store.manifest.layers[0].experts[0]
     flip(path, entry.offset)
     source = DiskSource(store)
@@ -111,7 +111,7 @@ def test_checksums_are_compared_at_the_first_read_only(store: Store, monkeypatch
     source.close()
 
 
-def test_a_blob_that_ends_early_says_so(store: Store) -> None:
+def test_a_truncated_blob_is_an_error(store: Store) -> None:
     path = store.shard_of(ExpertId(0, 7))
     source = DiskSource(store)
     for lost in (1, 4096, 5000):
@@ -124,7 +124,7 @@ def test_a_blob_that_ends_early_says_so(store: Store) -> None:
         DiskSource(store)
 
 
-def test_a_failing_disk_says_so(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_disk_is_an_error(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*arguments: object) -> int:
         raise OSError(errno.EIO, "Input/output error")
 
@@ -137,12 +137,12 @@ def test_a_failing_disk_says_so(store: Store, monkeypatch: pytest.MonkeyPatch) -
     source.close()
 
 
-def test_where_direct_reads_are_refused_one_line_says_so(
-    store: Store, forgetful: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_refused_direct_reads_are_logged_once(
+    store: Store, fresh_process: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    wanted = slot_of(store)
+    expected = slot_of(store)
     source = DiskSource(store)
-    source.read(ExpertId(1, 1), wanted)
+    source.read(ExpertId(1, 1), expected)
     source.close()
     assert not caplog.records
     flags = refuse_direct(monkeypatch)
@@ -154,15 +154,15 @@ def test_where_direct_reads_are_refused_one_line_says_so(
         load_dense(store)
         verify(store)
     assert any(flag & os.O_DIRECT for flag in flags), "nothing was refused"
-    assert bytes(got) == bytes(wanted)
-    assert [record.message.split(" for ")[0] for record in caplog.records] == ["O_DIRECT is refused"]
+    assert bytes(got) == bytes(expected)
+    assert [record.message.split(" for ")[0] for record in caplog.records] == ["O_DIRECT is not supported"]
     assert "page cache" in caplog.text
 
 
 def test_a_read_that_is_refused_falls_back_too(
-    store: Store, forgetful: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    store: Store, fresh_process: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Some file systems take the flag when opening and refuse when reading."""
+    """Some file systems accept the flag at open and refuse it at reads."""
     real = os.preadv
     refused: list[int] = []
 
@@ -193,7 +193,7 @@ def test_tmpfs(store: Store) -> None:
         shutil.rmtree(copy)
 
 
-def test_reads_leave_the_page_cache_alone(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reads_bypass_the_page_cache(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     flags: list[int] = []
     real = os.open
     monkeypatch.setattr(direct.os, "open", lambda path, flag, *rest: flags.append(flag) or real(path, flag, *rest))
@@ -216,26 +216,26 @@ def test_direct_file_reads_what_the_file_has(
     file = DirectFile(path, direct)
     memory = memoryview(anonymous_buffer(room * 4096))
     got = file.read(memory, offset * 4096)
-    wanted = data[offset * 4096 : (offset + room) * 4096]
-    assert got == len(wanted)
-    assert bytes(memory[:got]) == wanted
+    expected = data[offset * 4096 : (offset + room) * 4096]
+    assert got == len(expected)
+    assert bytes(memory[:got]) == expected
     file.close()
 
 
-def test_reads_in_pieces_are_put_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel may return less than asked for, and not only multiples of 4096."""
+def test_short_reads_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel may return fewer bytes than requested, and not only multiples of 4096."""
     data = os.urandom(5 * 4096 + 100)
     (tmp_path / "file").write_bytes(data)
-    real, asked = os.preadv, []
+    real, requests = os.preadv, []
 
-    def stingy(handle: int, buffers: list[memoryview], offset: int) -> int:
-        asked.append((len(buffers[0]), offset))
-        return min(real(handle, buffers, offset), 4096 + 700 if len(asked) % 2 else 4096)
+    def short(handle: int, buffers: list[memoryview], offset: int) -> int:
+        requests.append((len(buffers[0]), offset))
+        return min(real(handle, buffers, offset), 4096 + 700 if len(requests) % 2 else 4096)
 
-    monkeypatch.setattr(direct.os, "preadv", stingy)
+    monkeypatch.setattr(direct.os, "preadv", short)
     file = DirectFile(tmp_path / "file")
     memory = memoryview(anonymous_buffer(6 * 4096))
     assert file.read(memory, 0) == len(data)
     assert bytes(memory[: len(data)]) == data
-    assert all(offset % 4096 == 0 for _, offset in asked)
+    assert all(offset % 4096 == 0 for _, offset in requests)
     file.close()

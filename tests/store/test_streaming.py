@@ -1,4 +1,4 @@
-"""Conversion streams: its memory stays near the largest tensor, whatever the model's size."""
+"""Conversion streams: its peak memory is near the largest tensor, whatever the model's size."""
 
 from __future__ import annotations
 

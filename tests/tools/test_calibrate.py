@@ -1,4 +1,4 @@
-"""Calibration against statistics taken from transformers' own forward pass, and what it is worth."""
+"""Calibration against statistics of transformers' own forward pass, and its effect on quantized codes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from fate_moe.store.convert import convert
 from fate_moe.store.learned import load_view_losses
 from fate_moe.store.open import open_store
 from fate_moe.tools import calibrate as module
-from fate_moe.tools.calibrate import calibrate, measure_harm, measure_views
+from fate_moe.tools.calibrate import calibrate, measure_errors, measure_view_losses
+from tests.conftest import load_model
 from tests.support.checkpoints import tiny_model
 from tests.support.engines import load_model
 
@@ -24,9 +25,9 @@ TOKENS = torch.randint(1, 128, (60,), generator=torch.Generator().manual_seed(0)
 
 
 def test_moments_are_those_of_the_experts_inputs(checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """With no weight for the layer's other tokens: sums over the expert's own, by squared gate weight."""
-    monkeypatch.setattr(module, "WEIGHT_OF_OTHERS", 0.0)
-    found = calibrate(store_for(checkpoint("qwen2_moe"), "lossless"), TOKENS, window=60)
+    """Without the layer's other tokens: sums over the expert's own, by squared routing weight."""
+    monkeypatch.setattr(module, "OTHER_TOKENS_WEIGHT", 0.0)
+    calibration = calibrate(store_for(checkpoint("qwen2_moe"), "lossless"), TOKENS, window=60)
     model = tiny_model("qwen2_moe")
     seen: dict[int, tuple[torch.Tensor, ...]] = {}
     for layer in range(2):
@@ -34,37 +35,37 @@ def test_moments_are_those_of_the_experts_inputs(checkpoint: Callable[[str], Pat
         experts.register_forward_pre_hook(lambda module, args, layer=layer: seen.update({layer: args}))
     with torch.no_grad():
         model(TOKENS[None])
-    for layer, (hidden, index, gate) in seen.items():
+    for layer, (hidden, index, routing_weights) in seen.items():
         experts = model.model.layers[layer].mlp.experts
         for expert in range(8):
             token, choice = (index == expert).nonzero(as_tuple=True)
             weights = {name: getattr(experts, name)[expert].detach() for name in ("gate_up_proj", "down_proj")}
-            moments = found.moments(layer, expert, weights)
-            mass = gate[token, choice].square()[:, None]
+            moments = calibration.moments(layer, expert, weights)
+            mass = routing_weights[token, choice].square()[:, None]
             inner = experts._apply_gate(hidden[token] @ weights["gate_up_proj"].T)
             for name, x in (("gate_up_proj", hidden[token]), ("down_proj", inner)):
                 assert torch.allclose(moments[name], x.T @ (x * mass), rtol=1e-3, atol=1e-6)
 
 
-def test_experts_without_tokens_are_like_their_layer(checkpoint: Callable[[str], Path]) -> None:
-    found = calibrate(store_for(checkpoint("qwen2_moe"), "lossless"), TOKENS[:3], window=3)
-    unseen = next(expert for expert in range(8) if not (found.fed[0].chosen == expert).any())
+def test_experts_without_tokens_use_their_layers_moments(checkpoint: Callable[[str], Path]) -> None:
+    calibration = calibrate(store_for(checkpoint("qwen2_moe"), "lossless"), TOKENS[:3], window=3)
+    unseen = next(expert for expert in range(8) if not (calibration.inputs[0].chosen == expert).any())
     experts = tiny_model("qwen2_moe").model.layers[0].mlp.experts
     weights = {name: getattr(experts, name)[unseen].detach() for name in ("gate_up_proj", "down_proj")}
-    moments = found.moments(0, unseen, weights)
+    moments = calibration.moments(0, unseen, weights)
     assert {name: tuple(tensor.shape) for name, tensor in moments.items()} == {"gate_up_proj": (64, 64), "down_proj": (32, 32)}
-    hidden = found.fed[0].hidden
+    hidden = calibration.inputs[0].hidden
     expected = hidden.T @ hidden
     assert torch.allclose(moments["gate_up_proj"] / moments["gate_up_proj"].norm(), expected / expected.norm(), atol=1e-4)
 
 
-def test_harm_is_the_error_of_the_layers_output(checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the plain codes, where the text says nothing of the channels."""
+def test_errors_are_those_of_the_layers_output(checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the plain codes, without moments."""
     lossless = store_for(checkpoint("qwen2_moe"), "lossless")
-    found = calibrate(lossless, TOKENS, window=60)
-    monkeypatch.setattr(found, "moments", lambda layer, expert, tensors: None)
-    harm = measure_harm(lossless, found, ("int4", "lossless"))
-    assert [of_layer["lossless"] for of_layer in harm] == [0.0, 0.0]
+    calibration = calibrate(lossless, TOKENS, window=60)
+    monkeypatch.setattr(calibration, "moments", lambda layer, expert, tensors: None)
+    errors = measure_errors(lossless, calibration, ("int4", "lossless"))
+    assert [layer["lossless"] for layer in errors] == [0.0, 0.0]
     outputs = {}
     for precision in ("lossless", "int4"):
         model = load_model(store_for(checkpoint("qwen2_moe"), precision), exact_activations=True)
@@ -74,18 +75,18 @@ def test_harm_is_the_error_of_the_layers_output(checkpoint: Callable[[str], Path
         with torch.no_grad():
             model(TOKENS[None])
         model.fate.close()
-    error = (outputs["int4"] - outputs["lossless"]).square().sum() / outputs["stream"].square().sum()
-    assert harm[0]["int4"] == pytest.approx(float(error), rel=1e-3)
+    expected = (outputs["int4"] - outputs["lossless"]).square().sum() / outputs["stream"].square().sum()
+    assert errors[0]["int4"] == pytest.approx(float(expected), rel=1e-3)
 
 
-def test_calibrated_codes_are_nearer_on_the_texts_own_inputs(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    """And the text is part of the store's identity."""
+def test_calibrated_codes_have_a_smaller_error_on_the_texts_inputs(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """The text is also part of the store's identity."""
     lossless = store_for(checkpoint("qwen2_moe"), "lossless")
     tokens = TOKENS.repeat(4)
-    found = calibrate(lossless, tokens, window=60)
+    calibration = calibrate(lossless, tokens, window=60)
     paths = [
-        convert(checkpoint("qwen2_moe"), tmp_path / name, "int4", calibration=calibration)
-        for name, calibration in (("plain", None), ("calibrated", found))
+        convert(checkpoint("qwen2_moe"), tmp_path / name, "int4", calibration=moments)
+        for name, moments in (("plain", None), ("calibrated", calibration))
     ]
     assert open_store(paths[0]).manifest.identity != open_store(paths[1]).manifest.identity
     outputs = []
@@ -100,19 +101,19 @@ def test_calibrated_codes_are_nearer_on_the_texts_own_inputs(checkpoint: Callabl
     assert (calibrated - exact).norm() < 0.9 * (plain - exact).norm()
 
 
-def test_what_views_lose(checkpoint: Callable[[str], Path]) -> None:
-    """The difference of two perplexities, read so and read whole; a lossless store has no views."""
-    assert measure_views(store_for(checkpoint("qwen2_moe"), "lossless"), TOKENS) == {}
+def test_view_losses(checkpoint: Callable[[str], Path]) -> None:
+    """The difference of the losses with a shorter view and with all bits; a lossless store has no views."""
+    assert measure_view_losses(store_for(checkpoint("qwen2_moe"), "lossless"), TOKENS) == {}
     path = store_for(None, "int4")
     tokens = load_tokenizer(path)(BOOKS.read_text()[:1000], return_tensors="pt")["input_ids"][0]
-    losses = measure_views(path, tokens)
+    losses = measure_view_losses(path, tokens)
     assert list(losses) == [2, 3]
     assert 0.05 < losses[2] < 1.0
     assert -0.05 < losses[3] < losses[2] / 2
 
 
 def test_calibrate_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The store remembers what its views lose, and policies choose by that."""
+    """The store records the losses of its views, and policies choose by them."""
     options = ["--calibrate", str(BOOKS), "--calibrate-tokens", "256", "--solver", "minmax"]
     assert main(["convert", str(demo.MODEL), str(tmp_path / "store"), "--precision", "int4", *options]) == 0
     assert "2-bit view: +" in capsys.readouterr().out
@@ -123,10 +124,10 @@ def test_calibrate_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFix
     model.fate.close()
 
 
-@pytest.mark.parametrize(("most", "text"), [("-5", "much"), ("0", "much"), ("100", "too short")])
-def test_too_few_tokens_to_calibrate_with(most: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("num_tokens", "text"), [("-5", "much"), ("0", "much"), ("100", "too short")])
+def test_too_few_tokens_to_calibrate_with(num_tokens: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "short.txt").write_text(text)
-    options = ["--calibrate", str(tmp_path / "short.txt"), "--calibrate-tokens", most]
+    options = ["--calibrate", str(tmp_path / "short.txt"), "--calibrate-tokens", num_tokens]
     assert main(["convert", str(demo.MODEL), str(tmp_path / "store"), "--precision", "int4", *options]) == 1
     assert "at least 16" in capsys.readouterr().err
     assert not (tmp_path / "store").exists()
@@ -138,7 +139,7 @@ def test_auto_bits_needs_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_auto_bits_on_the_command_line(tmp_path: Path) -> None:
-    """The size is kept, and what is left of it is spent on some layers but not on all."""
+    """The experts fit the size, and the remainder upgrades some layers but not all."""
     limit = 30 << 20  # all of the embedded model's INT8 experts take about 38 MiB, INT4 20 MiB
     options = ["--auto-bits", "30MiB", "--calibrate", str(BOOKS), "--calibrate-tokens", "64", "--solver", "minmax"]
     assert main(["convert", str(demo.MODEL), str(tmp_path / "store"), "--precision", "int4", *options]) == 0

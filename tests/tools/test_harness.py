@@ -1,4 +1,4 @@
-"""The harness's adapter: its scores are the model's, and a tiny local task runs offline."""
+"""The adapter for the evaluation harness: scores are the model's, and a tiny local task runs offline."""
 
 from __future__ import annotations
 
@@ -64,5 +64,5 @@ metric_list:
 """
     )
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
-    found = lm_eval.simple_evaluate(model="fate", model_args={"precision": "int4"}, tasks=["tiny"], task_manager=manager)
-    assert found["results"]["tiny"]["acc,none"] == 1.0
+    result = lm_eval.simple_evaluate(model="fate", model_args={"precision": "int4"}, tasks=["tiny"], task_manager=manager)
+    assert result["results"]["tiny"]["acc,none"] == 1.0

@@ -1,4 +1,4 @@
-"""From config.json alone, against sizes computed by hand from the published architectures."""
+"""Descriptions from config.json alone, against sizes computed by hand from the published architectures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SPEEDS = Bandwidths(memory=28e9, disk=1.2e9)
 
 @dataclass(frozen=True)
 class Hand:
-    """Numbers of weights, not bytes; ``itemsize`` bytes each. ``biases`` are the part of an expert that int4 keeps as it is."""
+    """Numbers of weights, not bytes; ``itemsize`` bytes each. ``biases`` are an expert's weights that int4 does not quantize."""
 
     layers: int
     experts: int
@@ -86,20 +86,20 @@ def aligned(amount: int) -> int:
 
 @pytest.mark.parametrize("name", sorted(BY_HAND))
 def test_sizes_of_published_models(name: str) -> None:
-    hand, found = BY_HAND[name], describe(CONFIGS / name, SPEEDS)
-    assert (found.layers, found.experts, found.top_k) == (hand.layers, hand.experts, hand.top_k)
-    assert found.dense_bytes == found.precisions["lossless"].dense_bytes == hand.dense * hand.itemsize
-    assert found.kv_bytes_per_token == hand.kv * hand.itemsize
+    hand, description = BY_HAND[name], describe(CONFIGS / name, SPEEDS)
+    assert (description.layers, description.experts, description.top_k) == (hand.layers, hand.experts, hand.top_k)
+    assert description.dense_bytes == description.precisions["lossless"].dense_bytes == hand.dense * hand.itemsize
+    assert description.kv_bytes_per_token == hand.kv * hand.itemsize
     int4 = (hand.expert - hand.biases) * 36 // 64 + hand.biases * hand.itemsize  # 4 bits and two fp16 for each 64 weights
     for precision, expert in (("lossless", hand.expert * hand.itemsize), ("int4", int4)):
-        of = found.precisions[precision]
-        assert 0 <= of.expert_bytes - aligned(expert) <= 4096  # parts begin at multiples of 64
-        assert of.store_bytes == of.dense_bytes + hand.layers * hand.experts * of.expert_bytes
+        estimate = description.precisions[precision]
+        assert 0 <= estimate.expert_bytes - aligned(expert) <= 4096  # parts begin at multiples of 64
+        assert estimate.store_bytes == estimate.dense_bytes + hand.layers * hand.experts * estimate.expert_bytes
         made = plan(CONFIGS / name, ram="200GiB", precision=precision, context_length=1000)
-        assert (made.slot_bytes, made.num_experts) == (of.expert_bytes, hand.layers * hand.experts)
-        assert made.kv_cache_bytes == 1000 * found.kv_bytes_per_token
+        assert (made.slot_bytes, made.num_experts) == (estimate.expert_bytes, hand.layers * hand.experts)
+        assert made.kv_cache_bytes == 1000 * description.kv_bytes_per_token
         embedding = hand.embedding * (hand.itemsize if precision == "lossless" else 1.0625)  # int8: two fp16 for each 64 weights
-        assert 0 <= of.dense_bytes - made.dense_bytes - embedding <= 4096  # read by row: not resident
+        assert 0 <= estimate.dense_bytes - made.dense_bytes - embedding <= 4096  # read by row: not resident
         assert made.num_slots == made.num_experts
 
 
@@ -109,7 +109,7 @@ def test_speeds_are_bounded_by_disk_and_memory(monkeypatch: pytest.MonkeyPatch) 
     assert int4.tokens_per_second is not None
     low, high = int4.tokens_per_second
     per_token = 48 * 8 * int4.expert_bytes
-    dense = plan(CONFIGS / "Qwen3-30B-A3B", ram="200GiB", precision="int4").dense_bytes  # what a token reads of them
+    dense = plan(CONFIGS / "Qwen3-30B-A3B", ram="200GiB", precision="int4").dense_bytes  # the dense bytes that a token reads
     assert low == pytest.approx(1 / (per_token / 1.2e9 + (dense + per_token) / 28e9))
     assert low < high < 28e9 / (dense + per_token)
     monkeypatch.setattr("fate_moe.tools.inspect.available_memory", lambda: 2 << 30)
@@ -121,15 +121,15 @@ def test_bandwidths_are_measured(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(5 << 20, dtype=torch.uint8)}, tmp_path / "model.safetensors")
     speeds = measure_bandwidths(tmp_path)
     assert speeds.memory > 1e8
-    assert speeds.disk is None or speeds.disk > 1e6  # O_DIRECT may be refused here
+    assert speeds.disk is None or speeds.disk > 1e6  # O_DIRECT may not be supported here
 
 
 def test_inspect_of_a_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
     folder = str(CONFIGS / "OLMoE-1B-7B-0924")
     assert main(["inspect", folder, "--json"]) == 0
-    said = json.loads(capsys.readouterr().out)
-    assert said["family"] == "olmoe"
-    assert said["precisions"]["lossless"]["expert_bytes"] == 25165824
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["family"] == "olmoe"
+    assert facts["precisions"]["lossless"]["expert_bytes"] == 25165824
     assert main(["inspect", folder]) == 0
     assert "of which a token takes 8" in capsys.readouterr().out
     assert main(["inspect", folder, "--verify"]) == 1

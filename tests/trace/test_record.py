@@ -331,8 +331,8 @@ def test_simulate_prints_rows(tmp_path: Path, traced: tuple[Any, RoutingTrace], 
         assert main(["simulate", str(path), *wrong]) == 1
 
 
-def test_a_mixed_stores_trace_needs_one_size_for_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    store = convert(demo.MODEL, tmp_path / "mixed", "int4", keep={ExpertId(3, 7): "lossless"}, solver="minmax")
+def test_a_mixed_stores_trace_wants_one_size_for_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = convert(demo.MODEL, tmp_path / "mixed", "int4", precision_rules={ExpertId(3, 7): "lossless"}, solver="minmax")
     config = OffloadConfig(expert_cache="50%", context_length=64)
     trace = record_routing(store, ["Once upon a time"], config, new_tokens=4, max_tokens=4)
     assert trace.meta["expert_bytes"] == [28672, 98304]

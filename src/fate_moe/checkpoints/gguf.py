@@ -1,6 +1,6 @@
-"""GGUF files as a source: llama.cpp's checkpoints, in one file or split, dequantized tensor by tensor.
+"""GGUF files, the checkpoints of llama.cpp, as a source: one file or several, dequantized tensor by tensor.
 
-Experts become bf16 whatever they were; what is F32 in the file (norms, routers, biases) arrives as it is.
+Experts become bf16 whatever their type; tensors that are F32 in the file (norms, routers, biases) stay fp32.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fate_moe.adapter.meta_model import build_meta_model
-from fate_moe.checkpoints.gguf_config import config_of, family_of
+from fate_moe.checkpoints.gguf_config import build_config, find_model_type
 from fate_moe.checkpoints.gguf_names import find_sources
 from fate_moe.checkpoints.source import COMPANIONS, Checkpoint
 from fate_moe.errors import CheckpointError, ConfigError, UnsupportedModelError
@@ -34,17 +34,17 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 @contextmanager
 def config_folder(path: Path) -> Iterator[Path]:
-    """The folder that has the config.json of the checkpoint at ``path``: itself, or, within the context, a GGUF file's."""
+    """The folder with the config.json of the checkpoint at ``path``. For a GGUF file it is temporary and lasts for the context."""
     checkpoint = GgufCheckpoint(path) if path.is_file() else None
     yield checkpoint.folder if checkpoint else path
 
 
 class GgufCheckpoint(Checkpoint):
-    """A GGUF file under the names of transformers' parameters. ``folder`` is a temporary one with its config.json and tokenizer."""
+    """A GGUF file with transformers' parameter names. ``folder`` is temporary and holds config.json and the tokenizer."""
 
     def __init__(self, path: Path) -> None:
-        """Reads all that is no weight. Raises CheckpointError for torn files and missing ones of a split checkpoint,
-        UnsupportedModelError for architectures that are not read."""
+        """Reads everything except the weights. Raises CheckpointError for damaged files and missing files of a split checkpoint,
+        UnsupportedModelError for an architecture that is not supported, ConfigError if the gguf package is not installed."""
         try:
             import gguf
         except ImportError as error:
@@ -52,13 +52,13 @@ class GgufCheckpoint(Checkpoint):
         self.files = _all_files(path)
         try:
             readers = [gguf.GGUFReader(file) for file in self.files]
-            fields = readers[0].fields.items()  # but for the vocabulary, which takes seconds
+            fields = readers[0].fields.items()  # without the vocabulary, which takes seconds to read
             metadata = {
                 name: field.contents() for name, field in fields if not name.startswith("tokenizer.") or name.endswith("_id")
             }
             architecture = str(metadata["general.architecture"])
-        except Exception as error:  # whatever a torn file makes the reader raise
-            raise CheckpointError(f"{path} is no whole GGUF file ({error}); fetch it again") from error
+        except Exception as error:  # the reader raises many types for damaged files
+            raise CheckpointError(f"{path} is not a complete GGUF file ({error}); download it again") from error
         self._tensors = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
         self._dequantize: Any = gguf.dequantize
         self.folder = Path(tempfile.mkdtemp())
@@ -66,11 +66,11 @@ class GgufCheckpoint(Checkpoint):
         shapes = {name: tuple(int(size) for size in reversed(tensor.shape)) for name, tensor in self._tensors.items()}
         metadata = {name.removeprefix(f"{architecture}."): value for name, value in metadata.items()}
         try:
-            config = config_of(family_of(architecture, metadata, shapes), metadata, shapes)
+            config = build_config(find_model_type(architecture, metadata, shapes), metadata, shapes)
         except UnsupportedModelError as error:
             raise UnsupportedModelError(f"{path}: {error}") from error
         except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError) as error:
-            raise CheckpointError(f"{path}: its metadata does not describe a model ({error!r}); fetch it again") from error
+            raise CheckpointError(f"{path}: its metadata does not describe a model ({error!r}); download it again") from error
         (self.folder / "config.json").write_text(json.dumps(config))
         model = build_meta_model(self.folder)
         self._shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
@@ -78,8 +78,8 @@ class GgufCheckpoint(Checkpoint):
         self.names = list(self._sources)
 
     def dtype(self, name: str) -> torch.dtype:
-        plain = all(self._tensors[part].tensor_type.name == "F32" for part in self._sources[name].parts)
-        return torch.float32 if plain and ".experts." not in name else torch.bfloat16
+        is_fp32 = all(self._tensors[part].tensor_type.name == "F32" for part in self._sources[name].parts)
+        return torch.float32 if is_fp32 and ".experts." not in name else torch.bfloat16
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._shapes[name]
@@ -90,17 +90,17 @@ class GgufCheckpoint(Checkpoint):
             tensor = source.join([self._read_part(part, index) for part in source.parts])
             return tensor.reshape(shape if index is None else (1, *shape[1:])).to(self.dtype(name))
         except (RuntimeError, ValueError, NotImplementedError) as error:
-            of = ", ".join(f"{part} ({self._tensors[part].tensor_type.name})" for part in source.parts)
-            raise CheckpointError(f"{self.files[0]}: {of} cannot become {name} {shape} ({error}); fetch it again") from error
+            types = ", ".join(f"{part} ({self._tensors[part].tensor_type.name})" for part in source.parts)
+            raise CheckpointError(f"{self.files[0]}: {types} cannot become {name} {shape} ({error}); download it again") from error
 
     def companions(self) -> list[Path]:
-        """The config and the tokenizer: transformers' own reading of the file's, or else files that lie beside it."""
+        """The config and the tokenizer. The tokenizer is the file's own if transformers reads it, else files in the same folder."""
         from transformers import AutoTokenizer
 
         path = self.files[0]
         try:
             AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(self.folder)
-        except Exception:  # no tokenizer in it, or one that transformers does not read: then run says so
+        except Exception:  # none in the file, or not readable by transformers: `fate run` reports it
             for pattern in COMPANIONS[1:]:
                 for file in path.parent.glob(pattern):
                     shutil.copy(file, self.folder)
@@ -113,11 +113,11 @@ class GgufCheckpoint(Checkpoint):
 
 
 def _all_files(path: Path) -> list[Path]:
-    """``path``, or all parts of a checkpoint that llama.cpp split, of which it is one."""
+    """[``path``], or all files of the split checkpoint that it belongs to."""
     split = re.fullmatch(r"(.*)-\d{5}-of-(\d{5})\.gguf", path.name)
     if not split:
         return [path]
     files = [path.with_name(f"{split[1]}-{number:05}-of-{split[2]}.gguf") for number in range(1, int(split[2]) + 1)]
     if missing := [file.name for file in files if not file.is_file()]:
-        raise CheckpointError(f"{path} is one of {len(files)} files and {missing[0]} is missing; fetch it too")
+        raise CheckpointError(f"{path} is one of {len(files)} files, and {missing[0]} is missing; download it into the same folder")
     return files

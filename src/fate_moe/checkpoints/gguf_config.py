@@ -1,4 +1,4 @@
-"""config.json of a GGUF file: what llama.cpp's metadata and the tensors' shapes say, under the names of transformers' families."""
+"""Builds a transformers config.json for a GGUF file from llama.cpp's metadata and the shapes of the tensors."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 from fate_moe.errors import UnsupportedModelError
 
-__all__ = ["ARCHITECTURES", "config_of", "family_of"]
+__all__ = ["ARCHITECTURES", "build_config", "find_model_type"]
 
-# llama.cpp's architectures with experts that can be read, and the model types of transformers that they may be.
+# llama.cpp's supported architectures with experts, and the transformers model types that each may be.
 ARCHITECTURES: dict[str, tuple[str, ...]] = {
     "deepseek2": ("deepseek_v2", "deepseek_v3"),
     "dots1": ("dots1",),
@@ -24,7 +24,7 @@ ARCHITECTURES: dict[str, tuple[str, ...]] = {
     "qwen2moe": ("qwen2_moe",),
     "qwen3moe": ("qwen3_moe",),
 }
-# What families call a setting; the first that the family has is meant.
+# llama.cpp's key, and the names of the setting in transformers' configs; the first name that a config has is set.
 _SETTINGS: dict[str, tuple[str, ...]] = {
     "context_length": ("max_position_embeddings",),
     "embedding_length": ("hidden_size",),
@@ -49,34 +49,36 @@ _SETTINGS: dict[str, tuple[str, ...]] = {
     "leading_dense_block_count": ("first_k_dense_replace", "moe_layer_start_index"),
     "interleave_moe_layer_step": ("moe_layer_interval",),
 }
-# What llama.cpp takes for granted where the file is silent, and transformers' defaults do not.
-_SILENT = {"n_group": 1, "topk_group": 1, "norm_topk_prob": False, "routed_scaling_factor": 1.0, "q_lora_rank": None}
+# Defaults of llama.cpp that differ from transformers'.
+_DEFAULTS = {"n_group": 1, "topk_group": 1, "norm_topk_prob": False, "routed_scaling_factor": 1.0, "q_lora_rank": None}
 _TOKENS = {"bos": "bos", "eos": "eos", "pad": "padding"}
 _ALWAYS: dict[str, dict[str, Any]] = {"qwen3_moe": {"norm_topk_prob": True}}
 
 
-def family_of(architecture: str, metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """transformers' model type. Raises UnsupportedModelError for an architecture that is not in ARCHITECTURES or has no experts."""
+def find_model_type(architecture: str, metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """transformers' model type. Raises UnsupportedModelError for an architecture not in ARCHITECTURES, or without experts."""
     if architecture not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
-        raise UnsupportedModelError(f"GGUF's {architecture!r} is none of the architectures that are read ({known})")
+        raise UnsupportedModelError(f"the GGUF architecture {architecture!r} is not supported; supported are {known}")
     if not metadata.get("expert_count"):
-        raise UnsupportedModelError(f"a {architecture!r} without experts; nothing to offload")
+        raise UnsupportedModelError(
+            f"this {architecture!r} model has no experts, so there is nothing to offload; use a Mixture-of-Experts model"
+        )
     families = ARCHITECTURES[architecture]
     if architecture == "deepseek2":
         return families[_has(shapes, "exp_probs_b")]
     return families[-1 if _has(shapes, "ffn_gate_shexp") else 0]
 
 
-def config_of(family: str, metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """config.json's content. ``metadata`` is without the architecture's prefix, ``shapes`` are row-major, by tensor.
+def build_config(family: str, metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The content of config.json. ``metadata`` is without the architecture's prefix, ``shapes`` are row-major, by tensor.
 
-    Raises UnsupportedModelError for a rotary scaling that only llama.cpp has.
+    Raises UnsupportedModelError for a rotary scaling other than linear and yarn.
     """
     import transformers
 
-    known = transformers.CONFIG_MAPPING[family]().to_dict()
-    config: dict[str, Any] = {**{name: value for name, value in _SILENT.items() if name in known}, **_ALWAYS.get(family, {})}
+    known = transformers.CONFIG_MAPPING[family]().to_dict()  # the family's settings with their defaults
+    config: dict[str, Any] = {**{name: value for name, value in _DEFAULTS.items() if name in known}, **_ALWAYS.get(family, {})}
 
     def put(names: tuple[str, ...], value: Any) -> None:
         name = next((name for name in names if name in known), None)
@@ -88,22 +90,22 @@ def config_of(family: str, metadata: Mapping[str, Any], shapes: Mapping[str, tup
     num_layers = int(metadata["block_count"]) - int(metadata.get("nextn_predict_layers") or 0)
     if "kv_lora_rank" in known:
         rotary = int(metadata["rope.dimension_count"])
-        whole, value = (
+        key_dim, value_dim = (
             metadata.get(f"attention.{name}_length_mla", metadata[f"attention.{name}_length"]) for name in ("key", "value")
         )
-        config |= {"qk_rope_head_dim": rotary, "qk_nope_head_dim": whole - rotary, "v_head_dim": value}
+        config |= {"qk_rope_head_dim": rotary, "qk_nope_head_dim": key_dim - rotary, "v_head_dim": value_dim}
         config["num_key_value_heads"] = config["num_attention_heads"]
         config["topk_method"] = "group_limited_greedy" if config["n_group"] > 1 else "greedy"
     elif rows := _first(shapes, "attn_k.weight"):
         put(("head_dim",), rows[0] // config["num_key_value_heads"])
-    # What the tensors say better than the metadata, which older files lack.
-    of_expert = (_first(shapes, "ffn_down_exps.weight") or (0, 0, 0))[2]
-    put(("moe_intermediate_size", "intermediate_size"), of_expert)
+    # The rest comes from the shapes, because older files lack these keys.
+    expert_width = (_first(shapes, "ffn_down_exps.weight") or (0, 0, 0))[2]
+    put(("moe_intermediate_size", "intermediate_size"), expert_width)
     if "moe_intermediate_size" in known and (dense := _first(shapes, "ffn_gate.weight")):
         config["intermediate_size"] = dense[0]
     if shared := _first(shapes, "ffn_gate_shexp.weight"):
         put(("shared_expert_intermediate_size", "shared_intermediate_size"), shared[0])
-        put(("n_shared_experts", "moe_num_shared_experts"), shared[0] // of_expert)
+        put(("n_shared_experts", "moe_num_shared_experts"), shared[0] // expert_width)
     put(("attention_bias", "use_bias"), _has(shapes, "attn_q.bias"))
     put(("use_qk_norm",), _has(shapes, "attn_q_norm"))
     if "mlp_only_layers" in known:
@@ -119,20 +121,20 @@ def config_of(family: str, metadata: Mapping[str, Any], shapes: Mapping[str, tup
 def _rotary(family: str, config: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, Any]:
     kind = metadata.get("rope.scaling.type") or "none"
     rotary: dict[str, Any] = {"rope_type": "default", "rope_theta": float(metadata.get("rope.freq_base") or 10000.0)}
-    dimensions, whole = metadata.get("rope.dimension_count"), config.get("head_dim")
-    if dimensions and whole and dimensions < whole:
-        rotary["partial_rotary_factor"] = dimensions / whole
+    rotary_dim, head_dim = metadata.get("rope.dimension_count"), config.get("head_dim")
+    if rotary_dim and head_dim and rotary_dim < head_dim:
+        rotary["partial_rotary_factor"] = rotary_dim / head_dim
     if kind in ("linear", "yarn"):
         rotary |= {"rope_type": kind, "factor": float(metadata["rope.scaling.factor"])}
     elif kind != "none":
-        raise UnsupportedModelError(f"rotary positions of type {kind!r} are not read from GGUF; use the checkpoint in safetensors")
+        raise UnsupportedModelError(f"rotary scaling {kind!r} is not supported for GGUF; use the checkpoint in safetensors")
     if kind == "yarn":
         rotary["original_max_position_embeddings"] = int(metadata["rope.scaling.original_context_length"])
         for key, name in (("attn_factor", "attention_factor"), ("yarn_beta_fast", "beta_fast"), ("yarn_beta_slow", "beta_slow")):
             if (value := metadata.get(f"rope.scaling.{key}")) is not None:
                 rotary[name] = float(value)
         if (log_multiplier := metadata.get("rope.scaling.yarn_log_multiplier")) and "kv_lora_rank" in config:
-            # A tenth of DeepSeek's mscale_all_dim; of mscale, which the published models have alike, GGUF keeps nothing.
+            # A tenth of DeepSeek's mscale_all_dim. GGUF does not store mscale; published models give both the same value.
             rotary["mscale"] = rotary["mscale_all_dim"] = float(log_multiplier) * 10
         if family == "gpt_oss":
             rotary["truncate"] = False

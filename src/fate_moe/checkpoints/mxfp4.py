@@ -1,7 +1,7 @@
-"""MXFP4 as gpt-oss is published in it: blocks of 32 four-bit floats that share one power of two.
+"""MXFP4, the format of gpt-oss: blocks of 32 four-bit floats that share one power of two.
 
-``X_blocks`` U8 [E, out, in / 32, 16] has two codes in a byte, the low half first; ``X_scales`` U8 [E, out, in / 32] is the exponent
-with a bias of 127 (OCP Microscaling formats 1.0). Together they mean ``X`` [E, in, out], as transformers' module holds it.
+``X_blocks`` U8 [E, out, in / 32, 16] has two codes in a byte, the low half first. ``X_scales`` U8 [E, out, in / 32] are exponents
+with a bias of 127 (OCP Microscaling formats 1.0). They dequantize to ``X`` [E, in, out], the shape in transformers' module.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ _VALUES = torch.tensor([*_MAGNITUDES, *(-value for value in _MAGNITUDES)])
 
 
 def mxfp4_shape(blocks: tuple[int, ...]) -> tuple[int, int, int]:
-    """[E, in, out] of the parameter whose blocks are of shape ``blocks``. Raises ValueError where these are no such blocks."""
+    """The shape [E, in, out] of the parameter with blocks of shape ``blocks``. Raises ValueError for any other shape."""
     if len(blocks) != 4 or blocks[3] != 16:
-        raise ValueError(f"blocks of shape {blocks} where [experts, out, in / 32, 16] is meant")
+        raise ValueError(f"blocks of shape {blocks}; expected [experts, out, in / 32, 16]")
     return blocks[0], blocks[2] * 32, blocks[1]
 
 
 def dequantize_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
-    """bf16 [E, in, out]; exact, for bf16 has the exponents of the scales and more mantissa than the codes.
+    """The parameter, bf16 [E, in, out]. Exact: bf16 has the exponent range of the scales and more mantissa than the codes.
 
-    Raises ValueError where ``scales`` are not of the blocks.
+    Raises ValueError if the shapes of ``blocks`` and ``scales`` do not match.
     """
     if blocks.shape[:-1] != scales.shape:
         raise ValueError(f"scales of shape {tuple(scales.shape)} for blocks of {tuple(blocks.shape)}")

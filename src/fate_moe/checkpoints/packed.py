@@ -1,13 +1,15 @@
-"""INT4 (and INT8) checkpoints of GPTQ, AWQ and compressed-tensors: words of packed codes become plain matrices, or stay codes.
+"""INT4 and INT8 weights of GPTQ, AWQ and compressed-tensors: unpacks their words of codes.
 
-All three mean ``w = scale * (q - zero)`` in groups along the input dimension, and differ in how they pack:
+All three define ``w = scale * (q - zero)`` in groups along the input dimension. They differ in how they pack the codes:
 
 - GPTQ: ``qweight`` I32 [in / n, out], n = 32 / bits codes in a word, low bits first, along the *input*; ``qzeros`` I32
-  [groups, out / n], one less than the zero (except in checkpoint_format gptq_v2); ``scales`` [groups, out]; ``g_idx`` [in], the
-  group of each input channel (in order unless quantized with desc_act).
-- AWQ (gemm): ``qweight`` I32 [in, out / 8], along the *output*, in the order 0 2 4 6 1 3 5 7; ``qzeros`` too; ``scales`` as above.
+  [groups, out / n], the zero minus one (the zero itself in checkpoint_format gptq_v2); ``scales`` [groups, out]; ``g_idx`` [in],
+  the group of each input channel (in order unless quantized with desc_act).
+- AWQ (gemm): ``qweight`` I32 [in, out / 8], along the *output*, in the order 0 2 4 6 1 3 5 7; ``qzeros`` likewise; ``scales`` as
+  in GPTQ.
 - compressed-tensors (pack-quantized): ``weight_packed`` I32 [out, in / n]; ``weight_scale`` [out, groups]; ``weight_zero_point``
-  I32 [out / n, groups] or none (symmetric: the middle); ``weight_shape``; ``weight_g_idx`` where quantized in another order.
+  I32 [out / n, groups] or absent (symmetric: the zero is the middle code); ``weight_shape``; ``weight_g_idx`` if
+  quantized in another order.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ __all__ = ["PACKED_METHODS", "Packed", "PackedWeight", "find_packed"]
 PACKED_METHODS = ("gptq", "awq", "compressed-tensors")
 
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-# The leaf by which a packed weight is known, and all that belongs to it.
+# By method: the tensor that marks a packed weight, and all tensors that belong to it (last parts of their names).
 _LEAVES = {
     "gptq": ("qweight", ("qweight", "qzeros", "scales", "g_idx")),
     "awq": ("qweight", ("qweight", "qzeros", "scales")),
@@ -34,7 +36,7 @@ _LEAVES = {
 
 @dataclass(frozen=True)
 class Packed:
-    """What a weight is made of: ``codes`` uint8 [out, in], ``scale`` and ``zero`` fp32 [out, in], w = scale * (codes - zero)."""
+    """A quantized weight: ``codes`` uint8 [out, in], ``scale`` and ``zero`` fp32 [out, in], w = scale * (codes - zero)."""
 
     codes: Tensor
     scale: Tensor
@@ -42,13 +44,13 @@ class Packed:
 
     @property
     def weight(self) -> Tensor:
-        """fp32 [out, in]."""
+        """The dequantized weight, fp32 [out, in]."""
         return self.scale * (self.codes - self.zero)
 
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """One matrix of such a checkpoint. ``parts`` are the checkpoint's names by leaf."""
+    """One packed matrix of a checkpoint. ``parts`` are the checkpoint's tensor names, by the last part of the name."""
 
     method: str
     bits: int
@@ -57,7 +59,7 @@ class PackedWeight:
 
     @property
     def scale_name(self) -> str:
-        """The checkpoint's name of the scales."""
+        """The name of the scales in the checkpoint."""
         return self.parts["weight_scale" if self.method == "compressed-tensors" else "scales"]
 
     def shape(self, shape_of: Callable[[str], tuple[int, ...]]) -> tuple[int, int]:
@@ -70,7 +72,7 @@ class PackedWeight:
         return (second, first * per_word) if self.method == "gptq" else (second * per_word, first)
 
     def unpack(self, read: Callable[[str], Tensor]) -> Packed:
-        """Raises ValueError where the parts do not fit together."""
+        """Unpack the matrix; ``read`` returns a tensor of the checkpoint. Raises ValueError if the parts do not match."""
         part = {leaf: read(name) for leaf, name in self.parts.items()}
         if self.method == "compressed-tensors":
             codes = _unpack(part["weight_packed"], self.bits)
@@ -87,59 +89,59 @@ class PackedWeight:
             codes = codes if self.method == "gptq" else codes.T
             scale = part["scales"].float().T
             zero = (_unpack(part["qzeros"], self.bits, order).float() + self.zero_offset).T
-        group_of = part.get("g_idx", part.get("weight_g_idx"))
+        group_index = part.get("g_idx", part.get("weight_g_idx"))
         cols, groups = codes.shape[1], scale.shape[1]
-        if group_of is None:
+        if group_index is None:
             if cols % groups:
                 raise ValueError(f"{groups} groups for {cols} input channels")
-            group_of = torch.arange(cols) // (cols // groups)
-        if scale.shape != zero.shape or len(scale) != len(codes) or len(group_of) != cols or int(group_of.max()) >= groups:
+            group_index = torch.arange(cols) // (cols // groups)
+        if scale.shape != zero.shape or len(scale) != len(codes) or len(group_index) != cols or int(group_index.max()) >= groups:
             raise ValueError(f"codes {tuple(codes.shape)}, scales {tuple(scale.shape)} and zeros {tuple(zero.shape)}")
-        group_of = group_of.long()
-        return Packed(codes.contiguous(), scale[:, group_of], zero[:, group_of])
+        group_index = group_index.long()
+        return Packed(codes.contiguous(), scale[:, group_index], zero[:, group_index])
 
 
 def find_packed(names: Iterable[str], quantization: dict[str, Any]) -> dict[str, PackedWeight]:
-    """The packed weights among a checkpoint's ``names``, by the name that the plain weight would have ("...gate_proj.weight").
+    """The packed weights among a checkpoint's tensor ``names``, by the name of the plain weight ("...gate_proj.weight").
 
-    ``quantization`` is config.json's ``quantization_config``. Raises ValueError for a variant that is not read.
+    ``quantization`` is config.json's ``quantization_config``. Raises ValueError for a variant that is not supported.
     """
     method = quantization.get("quant_method")
     if method not in PACKED_METHODS:
         return {}
-    bits = _bits_of(method, quantization)
+    bits = _code_bits(method, quantization)
     zero_offset = int(method == "gptq" and quantization.get("checkpoint_format", "gptq") != "gptq_v2")
     leaf, leaves = _LEAVES[method]
     known = set(names)
-    found = {}
+    weights = {}
     for name in known:
         stem, _, last = name.rpartition(".")
         if last == leaf:
             parts = {part: f"{stem}.{part}" for part in leaves if f"{stem}.{part}" in known}
-            found[f"{stem}.weight"] = PackedWeight(method, bits, zero_offset, parts)
-    return found
+            weights[f"{stem}.weight"] = PackedWeight(method, bits, zero_offset, parts)
+    return weights
 
 
-def _bits_of(method: str, quantization: dict[str, Any]) -> int:
+def _code_bits(method: str, quantization: dict[str, Any]) -> int:
     if method == "compressed-tensors":
         groups = quantization.get("config_groups") or {}
         schemes = [(group.get("weights") or {}) for group in groups.values()]
         if quantization.get("format") != "pack-quantized" or len({scheme.get("num_bits") for scheme in schemes}) != 1:
             raise ValueError(
-                f"compressed-tensors format {quantization.get('format')!r} (only pack-quantized with one width is read)"
+                f"compressed-tensors format {quantization.get('format')!r} (only pack-quantized with a single width is supported)"
             )
         bits = schemes[0]["num_bits"]
     else:
         bits = quantization.get("bits")
         if method == "awq" and quantization.get("version", "gemm").lower() != "gemm":
-            raise ValueError(f"AWQ version {quantization['version']!r} (only gemm is read)")
+            raise ValueError(f"AWQ version {quantization['version']!r} (only gemm is supported)")
     if bits not in ((4,) if method == "awq" else (4, 8)):
-        raise ValueError(f"{method} of {bits} bits")
+        raise ValueError(f"{method} with {bits} bits")
     return int(bits)
 
 
 def _unpack(words: Tensor, bits: int, order: tuple[int, ...] | None = None) -> Tensor:
-    """uint8 [R, C * 32 / bits] of ``words`` I32 [R, C]; ``order[i]``: which of a word's columns bits ``bits * i`` hold."""
+    """Codes uint8 [R, C * 32 / bits] of ``words`` I32 [R, C]. The code at bit ``bits * i`` is column ``order[i]`` of its word."""
     shifts = torch.arange(0, 32, bits, dtype=torch.int32)
     codes = (words.unsqueeze(-1) >> shifts & (1 << bits) - 1).to(torch.uint8)  # [R, C, per word]
     if order is not None:

@@ -1,4 +1,4 @@
-"""Checkpoints as others wrote them: Hugging Face folders of safetensors files, plain, in block-scaled FP8, MXFP4 or packed INT4."""
+"""Reads Hugging Face checkpoints: folders of safetensors files, plain, in block-scaled FP8, MXFP4 or packed INT4."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fate_moe.quant.dtypes import TORCH_DTYPES
 
 __all__ = ["COMPANIONS", "Checkpoint", "resolve_checkpoint"]
 
-# What goes with the weights, copied as it is, so that a store can be run without its checkpoint.
+# Files that are copied into the store unchanged, so that it runs without its checkpoint.
 COMPANIONS = (
     "config.json",
     "generation_config.json",
@@ -30,22 +30,24 @@ COMPANIONS = (
     "merges.txt",
     "chat_template*",
 )
-# What a snapshot needs to be run: not the same weights again in other formats, which some repositories keep in subfolders.
-_WANTED = ("*.safetensors", "*.safetensors.index.json", *COMPANIONS)
-_UNWANTED = ("*/*", "consolidated*")
+# Files to download. Some repositories hold the same weights again in other formats, in subfolders.
+_DOWNLOADED = ("*.safetensors", "*.safetensors.index.json", *COMPANIONS)
+_SKIPPED = ("*/*", "consolidated*")
 
-# Names that only quantizers write whose formats are not read (bitsandbytes, MXFP4 without scales), or variants of those that are.
-_FOREIGN = re.compile(r"\.(qweight|qzeros|g_idx|SCB|absmax|quant_map|weight_packed|weight_scale|weight_zero_point)$|_proj_blocks$")
+# Tensor names of quantized formats that are not supported (bitsandbytes, MXFP4 without scales, variants of supported formats).
+_UNSUPPORTED = re.compile(
+    r"\.(qweight|qzeros|g_idx|SCB|absmax|quant_map|weight_packed|weight_scale|weight_zero_point)$|_proj_blocks$"
+)
 _SCALE = "_scale_inv"
 _PLAIN = ("BF16", "F16", "F32", "F64")
-_WHOLE_NUMBERS = ("BOOL", "U8", "I8", "I16", "I32", "I64")
+_INTEGERS = ("BOOL", "U8", "I8", "I16", "I32", "I64")
 _USE = "use the checkpoint in bf16, FP8 with weight_scale_inv, MXFP4, or INT4 by GPTQ, AWQ or compressed-tensors"
 
 
 def resolve_checkpoint(name: str | Path) -> Path:
-    """The folder (or GGUF file) of a checkpoint: ``name``, or the snapshot of the hub id ``org/name``, downloaded on first use.
+    """The folder (or GGUF file) of a checkpoint: ``name``, or a snapshot of the hub id ``org/name``, downloaded on first use.
 
-    Raises CheckpointError when it is neither a folder nor a model that can be reached.
+    Raises CheckpointError when ``name`` is neither a folder nor a hub id that can be downloaded.
     """
     folder = Path(name)
     if folder.is_dir() or (folder.is_file() and folder.suffix == ".gguf"):
@@ -55,25 +57,27 @@ def resolve_checkpoint(name: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(name), allow_patterns=list(_WANTED), ignore_patterns=list(_UNWANTED)))
-    except Exception as error:  # offline, no such model, gated, disk full: the hub's own words say which
+        return Path(snapshot_download(str(name), allow_patterns=list(_DOWNLOADED), ignore_patterns=list(_SKIPPED)))
+    except Exception as error:  # offline, no such model, gated, disk full: the hub's message says which
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{name} is neither a folder nor a model that can be fetched from the hub ({reason})") from error
+        raise CheckpointError(
+            f"{name} is not a folder and cannot be downloaded from the hub ({reason}); check the name and the connection"
+        ) from error
 
 
 class Checkpoint:
-    """The tensors of a checkpoint folder by name, each read when asked for and only as far as asked for.
+    """The tensors of a checkpoint folder, by name. ``read`` reads a tensor, or one entry of it, from disk.
 
-    Block-scaled FP8 weights (``X`` of F8_E4M3 beside ``X_scale_inv``, as in DeepSeek-V3) and MXFP4 ones (``X_blocks`` and
-    ``X_scales``, as in gpt-oss) appear as plain bf16 tensors ``X``, packed ones (see ``store.packed``) in their scales' dtype;
-    their scales do not appear. ``read_packed`` gives the codes.
+    Block-scaled FP8 weights (``X`` of F8_E4M3 with ``X_scale_inv``, as in DeepSeek-V3) and MXFP4 weights (``X_blocks`` and
+    ``X_scales``, as in gpt-oss) appear as plain bf16 tensors ``X``; packed weights (see ``checkpoints.packed``) in their scales'
+    dtype. Scales do not appear. ``read_packed`` returns the codes.
     """
 
-    packed_names: frozenset[str] = frozenset()  # of those that ``read_packed`` knows
+    packed_names: frozenset[str] = frozenset()  # the tensors that ``read_packed`` can read
 
     def __init__(self, folder: Path) -> None:
-        """Reads every file's header. Raises CheckpointError for missing, torn or pickled files, UnsupportedModelError for foreign
-        quantization."""
+        """Reads the header of every file. Raises CheckpointError for missing, damaged or pickled files, UnsupportedModelError for a
+        quantized format that is not supported."""
         self.folder = folder
         self.files = _weight_files(folder)
         self._entries: dict[str, tuple[Path, TensorEntry]] = {}
@@ -93,13 +97,13 @@ class Checkpoint:
             raise UnsupportedModelError(f"{folder / 'config.json'}: {error} is not supported; {_USE}") from error
         self._parts = {name + suffix for name in self._mxfp4 for suffix in (BLOCKS, SCALES)}
         self._parts |= {part for weight in self._packed.values() for part in weight.parts.values()}
-        self._refuse_foreign()
+        self._refuse_unsupported()
         names = (*self._entries, *self._mxfp4, *self._packed)
         self.names = [name for name in names if name not in self._parts and not name.endswith(_SCALE)]
         self.packed_names = frozenset(self._packed)
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype that ``read`` gives."""
+        """The dtype of the tensor that ``read`` returns."""
         if name in self._mxfp4:
             return torch.bfloat16
         if name in self._packed:
@@ -108,7 +112,7 @@ class Checkpoint:
         return torch.bfloat16 if dtype == torch.float8_e4m3fn else dtype
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape that ``read`` gives without a range."""
+        """The shape of the whole tensor that ``read`` returns."""
         if name in self._mxfp4:
             return mxfp4_shape(self._entries[name + BLOCKS][1].shape)
         if name in self._packed:
@@ -116,9 +120,9 @@ class Checkpoint:
         return self._entries[name][1].shape
 
     def read(self, name: str, index: int | None = None) -> Tensor:
-        """The tensor ``name``, or [1, ...] of it: entry ``index`` of its first dimension.
+        """The tensor ``name``, or entry ``index`` of its first dimension as [1, ...].
 
-        Raises CheckpointError when the bytes are gone or the FP8 scales do not fit.
+        Raises CheckpointError when the bytes cannot be read or the scales do not fit the weights.
         """
         if name in self._mxfp4:
             try:
@@ -132,8 +136,8 @@ class Checkpoint:
         if tensor.dtype != torch.float8_e4m3fn:
             return tensor
         scale_name = name + _SCALE
-        of_index = index is not None and len(self.shape(scale_name)) == tensor.ndim == 3
-        scale = self._read_raw(scale_name, index if of_index else None).float()
+        is_stacked = index is not None and len(self.shape(scale_name)) == tensor.ndim == 3
+        scale = self._read_raw(scale_name, index if is_stacked else None).float()
         try:
             return dequantize_blocks(tensor, scale, self._block)
         except ValueError as error:
@@ -144,7 +148,7 @@ class Checkpoint:
         return sorted({path for pattern in COMPANIONS for path in self.folder.glob(pattern) if path.is_file()})
 
     def read_packed(self, name: str) -> Packed:
-        """Codes, scales and zeros of one of ``packed_names``. Raises CheckpointError when they do not fit together."""
+        """Codes, scales and zeros of ``name``, one of ``packed_names``. Raises CheckpointError when they do not match."""
         try:
             return self._packed[name].unpack(lambda part: self._read_raw(part, None))
         except (ValueError, RuntimeError) as error:
@@ -161,7 +165,7 @@ class Checkpoint:
             with open(path, "rb") as file:
                 file.seek(offset)
                 got = file.readinto(data)
-                drop_from_page_cache(file, offset, length)  # it is not read again
+                drop_from_page_cache(file, offset, length)  # no tensor is read twice
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read ({error.strerror}); fetch the checkpoint again") from error
         if got < length:
@@ -171,24 +175,24 @@ class Checkpoint:
         return torch.frombuffer(data, dtype=TORCH_DTYPES[entry.dtype]).view(shape)
 
     def _has_mxfp4(self, name: str) -> bool:
-        """Whether ``name`` are blocks whose scales are there too, both in bytes."""
+        """Whether ``name`` is a tensor of MXFP4 blocks that has scales, both U8."""
         parts = (name, name.removesuffix(BLOCKS) + SCALES)
         return name.endswith(BLOCKS) and all(part in self._entries and self._entries[part][1].dtype == "U8" for part in parts)
 
-    def _refuse_foreign(self) -> None:
+    def _refuse_unsupported(self) -> None:
         for name, (path, entry) in self._entries.items():
             if name in self._parts:
                 continue
             scaled = entry.dtype == "F8_E4M3" and name + _SCALE in self._entries
-            plain = entry.dtype in _PLAIN or (entry.dtype in _WHOLE_NUMBERS and not name.endswith("weight"))
-            if _FOREIGN.search(name) or not (scaled or plain or name.endswith(_SCALE)):
+            plain = entry.dtype in _PLAIN or (entry.dtype in _INTEGERS and not name.endswith("weight"))
+            if _UNSUPPORTED.search(name) or not (scaled or plain or name.endswith(_SCALE)):
                 raise UnsupportedModelError(f"{path}: {name} ({entry.dtype}) is quantized in a way that is not supported; {_USE}")
 
 
 def dequantize_blocks(weights: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
-    """bf16 of ``weights`` F8_E4M3 [..., R, C], each ``block`` (edge blocks may be smaller) times its own fp32 ``scale``.
+    """``weights`` F8_E4M3 [..., R, C] in bf16: each block of shape ``block`` (smaller at the edges) times its fp32 ``scale``.
 
-    ``scale`` is [..., ceil(R / block rows), ceil(C / block cols)], or a single number. Raises ValueError where it is neither.
+    ``scale`` is [..., ceil(R / block rows), ceil(C / block cols)] or a single number. Raises ValueError for any other shape.
     """
     if scale.numel() == 1:
         return (weights.float() * scale.view(())).bfloat16()
@@ -197,7 +201,7 @@ def dequantize_blocks(weights: Tensor, scale: Tensor, block: tuple[int, int]) ->
     if tuple(scale.shape) != expected:
         raise ValueError(f"scales of shape {tuple(scale.shape)} where blocks of {block} need {expected}")
     out = torch.empty(weights.shape, dtype=torch.bfloat16)
-    # One row of blocks at a time: the whole matrix in fp32 would be four times the source.
+    # One row of blocks at a time: the whole matrix in fp32 would take four times the memory of the source.
     for i, row in enumerate(range(0, rows, block[0])):
         by_column = scale[..., i : i + 1, :].repeat_interleave(block[1], dim=-1)[..., :cols]
         out[..., row : row + block[0], :] = weights[..., row : row + block[0], :].float() * by_column
@@ -211,8 +215,12 @@ def _weight_files(folder: Path) -> list[Path]:
     if index.is_file():
         return _indexed_files(index)
     if pickled := sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern)):
-        raise CheckpointError(f"{folder} has only pickled weights ({pickled[0]}), which are not read; get it as safetensors")
-    raise CheckpointError(f"{folder} has neither model.safetensors nor model.safetensors.index.json; give a whole checkpoint")
+        raise CheckpointError(
+            f"{folder} has only pickled weights ({pickled[0]}), which are not read; use the model's safetensors files"
+        )
+    raise CheckpointError(
+        f"{folder} has neither model.safetensors nor model.safetensors.index.json; give the folder of a complete checkpoint"
+    )
 
 
 def _indexed_files(index: Path) -> list[Path]:
@@ -223,14 +231,14 @@ def _indexed_files(index: Path) -> list[Path]:
         raise CheckpointError(f"{index} is damaged ({error!r}); fetch the checkpoint again") from error
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
-            raise CheckpointError(f"{index} names {name!r}, which is no file of this folder; fetch the checkpoint again")
+            raise CheckpointError(f"{index} names {name!r}, which is not a file of this folder; fetch the checkpoint again")
         if not (index.parent / name).is_file():
             raise CheckpointError(f"{index.parent / name} is missing, and {index.name} names it; fetch the checkpoint again")
     return [index.parent / name for name in names]
 
 
 def _quantization(folder: Path) -> dict[str, Any]:
-    """config.json's ``quantization_config``, {} where there is none. Raises UnsupportedModelError for a method that is not read."""
+    """config.json's ``quantization_config``, {} if absent. Raises UnsupportedModelError for a method that is not supported."""
     path = folder / "config.json"
     try:
         config: Any = json.loads(path.read_bytes())
@@ -247,7 +255,7 @@ def _fp8_block(folder: Path, quantization: dict[str, Any]) -> tuple[int, int]:
     block = quantization.get("weight_block_size") or (128, 128)
     if not _is_block(block):
         raise CheckpointError(
-            f"{folder / 'config.json'}: weight_block_size {block!r} is no pair of sizes; fetch the checkpoint again"
+            f"{folder / 'config.json'}: weight_block_size {block!r} is not a pair of sizes; fetch the checkpoint again"
         )
     return int(block[0]), int(block[1])
 

@@ -109,7 +109,7 @@ def _convert(arguments: argparse.Namespace) -> None:
         solver=arguments.solver,
         group_size=arguments.group_size,
         dense_precision=arguments.dense_precision,
-        keep=keep,
+        precision_rules=keep,
         calibration=calibration,
     )
     manifest = open_store(path).manifest
@@ -124,10 +124,10 @@ def _measure_views(path: Path, tokens: Any) -> None:
     """How much shorter views lose on a text that the codes were not chosen on; kept beside the store."""
     from fate_moe.io.progress import count_bar
     from fate_moe.store.learned import save_view_losses
-    from fate_moe.tools.calibrate import measure_views
+    from fate_moe.tools.calibrate import measure_view_losses
 
     with count_bar("shorter views", 3 * len(tokens)) as advance:
-        losses = measure_views(path, tokens, advance=advance)
+        losses = measure_view_losses(path, tokens, advance=advance)
     if losses:
         save_view_losses(path, losses)
         print(", ".join(f"{bits}-bit view: {loss:+.3f} nats" for bits, loss in losses.items()), "with every expert read so")
@@ -160,7 +160,7 @@ def _calibration(arguments: argparse.Namespace) -> tuple[Any, PrecisionRules, An
     from fate_moe.io.progress import count_bar
     from fate_moe.store.format import blob_layout
     from fate_moe.store.open import open_store
-    from fate_moe.tools.calibrate import calibrate, measure_harm
+    from fate_moe.tools.calibrate import calibrate, measure_errors
 
     lossless = store_for(arguments.source, "lossless")
     tokens = read_tokens(arguments.calibrate, load_tokenizer(lossless), arguments.calibrate_tokens * 8 // 7)
@@ -173,7 +173,7 @@ def _calibration(arguments: argparse.Namespace) -> tuple[Any, PrecisionRules, An
         return found, by_rule, spare
     fewer = tuple(name for name in PRECISIONS if name != "lossless")
     with count_bar("layers weighed", len(stacks)) as advance:
-        measured = measure_harm(lossless, found, fewer, arguments.group_size, advance)
+        measured = measure_errors(lossless, found, fewer, arguments.group_size, advance)
     dtype = open_store(lossless).manifest.dtype
     sizes = [
         {
@@ -182,8 +182,8 @@ def _calibration(arguments: argparse.Namespace) -> tuple[Any, PrecisionRules, An
         }
         for stack in stacks
     ]
-    harm = [{**of_layer, "lossless": 0.0} for of_layer in measured]
-    chosen = choose_precisions(sizes, harm, parse_size(arguments.auto_bits))
+    errors = [{**layer, "lossless": 0.0} for layer in measured]
+    chosen = choose_precisions(sizes, errors, parse_size(arguments.auto_bits))
     return found, {**dict(enumerate(chosen)), **by_rule}, spare
 
 

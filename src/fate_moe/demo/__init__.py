@@ -1,4 +1,4 @@
-"""The embedded model: a small, really trained Mixture-of-Experts checkpoint in block-scaled FP8 (see model/README.md)."""
+"""The embedded model: a small, trained Mixture-of-Experts checkpoint in block-scaled FP8 (see model/README.md)."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from fate_moe.kernels.native import native
 from fate_moe.machine import available_memory, resident_memory
 from fate_moe.memory.classes import SlotClass, divide, fewest, slot_classes, total_bytes
 from fate_moe.quant.dtypes import dtype_name
-from fate_moe.store.dense import byte_length, default_dense_precision, dense_layouts, read_by_row
+from fate_moe.store.dense import byte_length, default_dense_precision, dense_layouts, row_read_parameter
 from fate_moe.store.format import Manifest, blob_layout
 from fate_moe.units import format_bytes, parse_amount
 
@@ -180,7 +180,7 @@ def footprint(
         name: byte_length(quantized[name]) if name in quantized and name not in embedding else size
         for name, size in numbers.items()
     }
-    by_row = read_by_row(model)
+    by_row = row_read_parameter(model)
     row_bytes = 0
     if by_row:
         weight = model.get_parameter(by_row)

@@ -1,4 +1,4 @@
-"""Reading past the page cache: a file's bytes land in the caller's memory and nowhere else."""
+"""Reads past the page cache: a file's bytes go to the caller's memory and nowhere else."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from fate_moe.core import SLOT_ALIGNMENT
 __all__ = ["DirectFile", "anonymous_buffer", "drop_from_page_cache"]
 
 _log = logging.getLogger(__name__)
-_fallback_said = threading.Event()
+_fallback_logged = threading.Event()
 _O_DIRECT = getattr(os, "O_DIRECT", 0)  # Linux only; elsewhere reads are buffered
 
 
 class DirectFile:
-    """A file opened with O_DIRECT where the file system allows it, else buffered (one log line per process says so).
+    """A file opened with O_DIRECT if the file system supports it, else buffered (logged once per process).
 
     Any number of threads may ``read`` at once. Offsets, lengths and memory of direct reads must be multiples of 4096.
     """
@@ -38,11 +38,11 @@ class DirectFile:
                 raise
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             self._direct = False
-            self._say_fallback()
+            self._log_fallback()
         self._open = [self._fd]
 
     def read(self, memory: memoryview, offset: int) -> int:
-        """Fill ``memory`` (bytes, page-aligned) from ``offset`` on; fewer bytes are returned only where the file ends.
+        """Fill ``memory`` (bytes, page-aligned) from ``offset`` on; returns the number of bytes, smaller only at the file's end.
 
         Raises OSError when the device fails.
         """
@@ -60,14 +60,14 @@ class DirectFile:
             if got == 0:
                 break
             if direct and done % SLOT_ALIGNMENT and done < len(memory):
-                # Only a multiple may be asked for next: go back to one, unless the file ends here.
+                # The next read must start at a multiple of 4096: go back to one, unless the file ends here.
                 if offset + done >= os.fstat(self._fd).st_size:
                     break
                 done -= done % SLOT_ALIGNMENT
         return done
 
     def close(self) -> None:
-        """Give the file handle back; further reads fail."""
+        """Close the file; further reads fail."""
         while self._open:
             os.close(self._open.pop())
 
@@ -77,29 +77,29 @@ class DirectFile:
                 self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
                 self._open.append(self._fd)  # other threads may still be reading through the first one
                 self._direct = False
-                self._say_fallback()
+                self._log_fallback()
 
-    def _say_fallback(self) -> None:
-        if not _fallback_said.is_set():
-            _fallback_said.set()
-            _log.warning("O_DIRECT is refused for %s (is it on tmpfs?); stores are read through the page cache instead", self.path)
+    def _log_fallback(self) -> None:
+        if not _fallback_logged.is_set():
+            _fallback_logged.set()
+            _log.warning("O_DIRECT is not supported for %s (is it on tmpfs?); stores are read through the page cache", self.path)
 
 
 def drop_from_page_cache(file: BinaryIO, offset: int = 0, length: int = 0) -> None:
-    """Say that ``file``'s bytes (``length`` 0: up to the end) are not needed again, so that they push nothing else out."""
+    """Drop ``file``'s bytes (``length`` 0: up to the end) from the page cache, so that they do not evict other files."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(file.fileno(), offset, length, os.POSIX_FADV_DONTNEED)
 
 
 def anonymous_buffer(num_bytes: int) -> mmap.mmap:
-    """Zeroed private memory, page-aligned, of ``num_bytes`` rounded up to 4096; pages count only once written.
+    """Zeroed private memory, page-aligned, of ``num_bytes`` rounded up to 4096; a page becomes resident when it is written.
 
-    In huge pages where the system has them: what is read once a token would otherwise push everything else's addresses out of the
-    processor's tables.
+    Uses huge pages if the system has them, because weights that are read once a token would otherwise evict all other entries of
+    the processor's TLB.
     """
     length = max(1, -(-num_bytes // SLOT_ALIGNMENT)) * SLOT_ALIGNMENT
     buffer = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel built without them says EINVAL
+        with contextlib.suppress(OSError):  # EINVAL from a kernel built without huge pages
             buffer.madvise(mmap.MADV_HUGEPAGE)
     return buffer

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, a folder that one process at a time works in, and a memory of what is done."""
+"""Atomic files, a lock on a folder, and a journal of finished files."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _log = logging.getLogger(__name__)
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that appears under ``path`` whole and on the disk, or not at all.
+    """A file to write that appears at ``path`` complete and on the disk, or not at all.
 
-    What was written does not stay in the page cache. Raises DiskSpaceError when the disk is full.
+    Its bytes do not stay in the page cache. Raises DiskSpaceError when the disk is full.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -40,13 +40,13 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskSpaceError(
-                f"the disk is full: {path} could not be written; free space and give the same command again, it continues"
+                f"the disk is full, {path} could not be written; free some space and run the same command again, it continues"
             ) from error
         raise
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames within ``folder`` survive a power cut."""
+    """Sync ``folder``, so that renames within it survive a power failure."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -55,20 +55,21 @@ def sync_folder(folder: Path) -> None:
 
 
 def require_space(folder: Path, num_bytes: int) -> None:
-    """Raises DiskSpaceError when the disk of ``folder`` has less than ``num_bytes`` free, saying both amounts."""
+    """Raises DiskSpaceError, with both amounts, when the disk of ``folder`` has less than ``num_bytes`` free."""
     facts = os.statvfs(folder)
     free = facts.f_bavail * facts.f_frsize
     if free < num_bytes:
         raise DiskSpaceError(
-            f"{folder} needs {format_bytes(num_bytes)} and {format_bytes(free)} are free; make room or choose another disk"
+            f"{folder} needs {format_bytes(num_bytes)} and {format_bytes(free)} are free; free some space or choose another disk"
         )
 
 
 @contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Make ``folder`` if need be and hold its lock; waits (and says so) while another process has it.
+    """Create ``folder`` if it does not exist and hold its lock; waits, with a log line, while another process holds it.
 
-    The lock is the folder's own and dies with the process. The holder may rename or remove the folder: who waited makes a new one.
+    The lock is on the folder itself and ends with the process. The holder may rename or remove the folder; a process that waited
+    then creates a new one.
     """
     while True:
         folder.mkdir(parents=True, exist_ok=True)
@@ -91,32 +92,34 @@ def locked_folder(folder: Path) -> Iterator[None]:
 
 
 class Journal:
-    """Remembers, file by file, what is finished in ``folder``; a change of ``identity`` forgets (and deletes) everything."""
+    """A list of the finished files in ``folder``. Opening it with another ``identity`` deletes all files and starts anew."""
 
     def __init__(self, folder: Path, identity: str) -> None:
         self.path = folder / "journal.json"
         self._data: dict[str, Any] = {"identity": identity, "files": {}}
         try:
-            found = json.loads(self.path.read_bytes())
-            whole = all(type(entry["bytes"]) is int and "result" in entry for entry in found["files"].values())
-            same = found["identity"] == identity
+            data = json.loads(self.path.read_bytes())
+            valid = all(type(entry["bytes"]) is int and "result" in entry for entry in data["files"].values())
+            same = data["identity"] == identity
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return  # without a journal of ours the folder may be anybody's
-        if same and whole:
-            self._data = found
+            return  # no journal of ours: the files may belong to someone else, so none is deleted
+        if same and valid:
+            self._data = data
         elif not same:
-            for path in sorted(folder.iterdir(), key=lambda path: path == self.path):  # journal last: a killed one goes on here
+            for path in sorted(
+                folder.iterdir(), key=lambda path: path == self.path
+            ):  # the journal last, so that a killed process repeats this
                 path.unlink()
 
     def finished(self, name: str) -> Any:
-        """What ``record`` was told about the file ``name``, or None if it has to be written."""
+        """The result recorded for the file ``name``, or None if the file must be written."""
         entry = self._data["files"].get(name)
         path = self.path.with_name(name)
-        whole = entry is not None and path.exists() and path.stat().st_size == entry["bytes"]
-        return entry["result"] if whole else None
+        complete = entry is not None and path.exists() and path.stat().st_size == entry["bytes"]
+        return entry["result"] if complete else None
 
     def record(self, name: str, result: Any) -> None:
-        """The file ``name`` is whole; ``result`` (JSON) is what its writing found out."""
+        """Record that the file ``name`` is finished, with a ``result`` (JSON) for ``finished`` to return."""
         num_bytes = self.path.with_name(name).stat().st_size
         self._data["files"][name] = {"bytes": num_bytes, "result": result}
         self._write()

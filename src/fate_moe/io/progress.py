@@ -1,4 +1,4 @@
-"""One progress bar, on stderr, quiet where nobody watches."""
+"""Progress bars on stderr, shown only on a terminal."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ __all__ = ["Advance", "count_bar", "progress_bar"]
 
 
 class Advance(Protocol):
-    """Says that ``num_bytes`` more are done, with a remark on where."""
+    """Advances the bar by ``num_bytes``; ``remark`` is shown beside it."""
 
     def __call__(self, num_bytes: int, remark: str = "") -> None: ...
 
 
 @contextmanager
 def progress_bar(what: str, total_bytes: int, show: bool | None) -> Iterator[Advance]:
-    """A bar for as long as the block runs; ``show`` None means: when stderr is a terminal."""
+    """A bar for the duration of the block; ``show`` None: if stderr is a terminal."""
     if not (sys.stderr.isatty() if show is None else show):
         yield _ignore
         return
@@ -37,7 +37,7 @@ def progress_bar(what: str, total_bytes: int, show: bool | None) -> Iterator[Adv
 
 @contextmanager
 def count_bar(what: str, total: int, show: bool | None = None) -> Iterator[Callable[[int], None]]:
-    """As ``progress_bar``, for a number of things instead of bytes."""
+    """As ``progress_bar``, for a number of items instead of bytes."""
     if not (sys.stderr.isatty() if show is None else show):
         yield _ignore
         return

@@ -1,8 +1,8 @@
-"""safetensors files by hand: headers checked as hostile, tensors read and written one at a time.
+"""Reads and writes safetensors files one tensor at a time; headers are untrusted and checked.
 
-The safetensors package maps whole files, and mapped pages count as this process's memory; but a conversion must stay small, and the
-tensors of a store's files must start on a 4096-byte boundary. So the format's few rules are here: 8 bytes of length, a JSON header
-(spaces may pad it), then the tensors' bytes without holes.
+The safetensors package maps whole files, and mapped pages count as this process's memory. A conversion must stay small, and the
+tensors of a store's files must start on a 4096-byte boundary, so the format is implemented here: 8 bytes of header length, a JSON
+header (padded with spaces), then the tensors' bytes without gaps.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fate_moe.quant.dtypes import TORCH_DTYPES
 __all__ = ["TensorEntry", "data_start", "parse_header", "place_tensors", "read_header"]
 
 # The limit of the safetensors package itself.
-_LONGEST_HEADER = 100_000_000
+_MAX_HEADER_BYTES = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class TensorEntry:
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
-    """Every tensor of a file by name, in the order of their bytes.
+    """Every tensor of a file by name, in file order.
 
-    Raises OSError when the file cannot be read and ValueError, saying what is wrong, when it is not a whole safetensors file.
+    Raises OSError when the file cannot be read, and ValueError with the reason when it is not a complete safetensors file.
     """
     with open(path, "rb", buffering=0) as file:
         num_bytes = os.fstat(file.fileno()).st_size
@@ -48,14 +48,14 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 
 
 def data_start(first: bytes, num_bytes: int) -> int:
-    """Where the tensors start, from a file's first 8 bytes. Raises ValueError when a file of ``num_bytes`` cannot be whole."""
+    """The offset of the tensors, from a file's first 8 bytes. Raises ValueError if a file of ``num_bytes`` cannot be complete."""
     if len(first) < 8:
         raise ValueError("too short to be a safetensors file")
     header_length = int.from_bytes(first, "little")
-    if not 2 <= header_length <= _LONGEST_HEADER:
+    if not 2 <= header_length <= _MAX_HEADER_BYTES:
         raise ValueError("not a safetensors file")
     if 8 + header_length > num_bytes:
-        raise ValueError(f"torn: {num_bytes} bytes, and its header alone ends at {8 + header_length}")
+        raise ValueError(f"truncated: the file has {num_bytes} bytes and its header ends at {8 + header_length}")
     return 8 + header_length
 
 
@@ -74,7 +74,7 @@ def parse_header(text: bytes, num_bytes: int) -> dict[str, TensorEntry]:
             raise ValueError(f"not a safetensors file (tensor {entry.name} at {entry.offset} instead of {end})")
         end += entry.length
     if end != num_bytes:
-        raise ValueError(f"torn: {num_bytes} bytes, and its header lists tensors up to {end}")
+        raise ValueError(f"truncated or extended: the file has {num_bytes} bytes and its header lists tensors up to {end}")
     return {entry.name: entry for entry in entries}
 
 
@@ -88,7 +88,7 @@ def _entry(name: str, fields: dict[str, Any], start: int) -> TensorEntry:
 
 
 def place_tensors(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, list[TensorEntry]]:
-    """The header of a file of ``tensors`` (name, dtype, shape), in this order, and where each one's bytes go.
+    """The header of a file of ``tensors`` (name, dtype, shape), in this order, and the place of each in the file.
 
     The header is padded with spaces so that the tensors start on a multiple of 4096.
     """

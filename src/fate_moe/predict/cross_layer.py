@@ -1,4 +1,4 @@
-"""Fate's cross-layer gate (arXiv 2502.12224, section 3): the next layer's router, asked one layer early."""
+"""Fate's cross-layer prediction (arXiv 2502.12224, section 3): the next layer's router, applied one layer early."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from fate_moe.core import Routing
 
 __all__ = ["CrossLayerRouter"]
 
-# Experts above this percentile of the predicted confidence are read too, beyond the predicted top-k (the paper's confidence rule,
-# which lifts its recall from 77-84 % to 97 %). Of 60 experts these are the 15 likeliest.
+# Besides the predicted top-k, experts above this quantile of the predicted confidence are predicted too (the paper's confidence
+# rule). Of 60 experts these are the 15 likeliest.
 CONFIDENCE_QUANTILE = 0.75
 
 
 class CrossLayerRouter:
-    """Applies the router of layer l to the gate input of layer l - 1, or of one further back: neighbouring gate inputs are alike.
+    """Applies the router of layer l to the router input of layer l - 1, or further back: neighbouring router inputs are similar.
 
-    ``routers[l]`` routes hidden states [num_tokens, hidden]; None where a layer's router cannot be asked early, which then gets no
-    prediction. Layer 0 has no predecessor: nothing is predicted for it, the shallow-favouring cache keeps it resident instead.
+    ``routers[l]`` routes hidden states [num_tokens, hidden]; None for a layer whose router cannot be called early, which then gets
+    no prediction. Layer 0 has no predecessor and no prediction; the shallow-favouring policy keeps its experts resident instead.
     """
 
     gives_probabilities = False
@@ -43,7 +43,7 @@ class CrossLayerRouter:
         chosen = 1 - (1 - chosen_by_token).clamp_min(0).prod(0)  # [num_experts]
         num_experts = chosen.numel()
         votes = torch.bincount(routing.experts.reshape(-1), minlength=num_experts)[:num_experts]
-        order = torch.argsort(votes + chosen, descending=True).tolist()  # votes are whole, probabilities break ties
+        order = torch.argsort(votes + chosen, descending=True).tolist()  # votes are integers, probabilities break ties
         num_voted = int((votes > 0).sum())
         num_confident = num_experts - int(CONFIDENCE_QUANTILE * num_experts)
         probability = chosen.tolist()

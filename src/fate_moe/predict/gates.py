@@ -1,4 +1,4 @@
-"""Matrices that score a layer's experts from an earlier gate input: the layer's own router, or a gate fitted to know better."""
+"""Scores a layer's experts from an earlier router input: by the layer's own router, or by a gate fitted for this."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ class Scorer(Protocol):
     """Scores a layer's experts."""
 
     def scores(self, layer: int, router_input: torch.Tensor, ahead: int = 1) -> torch.Tensor | None:
-        """[num_tokens, num_experts] fp32, higher is likelier, or None, from ``router_input`` as in core.Predictor.predict."""
+        """Scores fp32 [num_tokens, num_experts], higher is likelier, or None. Arguments: see core.Predictor.predict."""
 
     def observe(self, layer: int, routed: Sequence[int]) -> None:
-        """What ``layer``'s router chose."""
+        """``layer``'s router chose the experts ``routed``."""
         return
 
 
 class FittedGates(Scorer):
-    """One affine map for each layer and look-ahead, [E, D + 1], from the gate input so many layers before.
+    """Affine maps [E, D + 1] by layer and look-ahead, from the router input that many layers before.
 
-    ``FittedGates(one, two, ...)``: by look-ahead, lists by layer; None where nothing was fitted. The embedding counts as the gate
-    input of layer -1. Kept in bf16 where the extension multiplies them (60 x 2048: 17 us instead of 50), else in fp32.
+    ``FittedGates(one, two, ...)``: for each look-ahead a list by layer; None where nothing was fitted. The embedding is the router
+    input of layer -1. Stored in bf16 if the extension multiplies bf16 at this width, which is faster, else in fp32.
     """
 
     def __init__(self, *by_ahead: Sequence[torch.Tensor | None]) -> None:
@@ -40,7 +40,7 @@ class FittedGates(Scorer):
 
 
 class RouterScorer(Scorer):
-    """The layer's own router on an earlier layer's gate input (Fate); nothing for what comes from the embedding."""
+    """The layer's own router, applied to an earlier layer's router input (Fate); no scores from the embedding."""
 
     def __init__(self, routers: Sequence[Callable[[torch.Tensor], Routing] | None]) -> None:
         self._routers = routers
@@ -51,7 +51,7 @@ class RouterScorer(Scorer):
 
 
 class Scorers(Scorer):
-    """The first of several that has something to say."""
+    """The scores of the first of several scorers that has any."""
 
     def __init__(self, *scorers: Scorer) -> None:
         self._scorers = scorers
@@ -65,17 +65,17 @@ class Scorers(Scorer):
 
 
 class LinearRouters(Scorer):
-    """The same for routers that are one matrix each, [E, D], without their softmax and top-k; the matrices are not copied.
+    """As RouterScorer, for routers that are one matrix [E, D] each, without softmax and top-k; the matrices are not copied.
 
-    With ``norms`` [L, D], the gains of the norms before the routers, a router sees the residual stream as its own norm would have
-    let it: a point or two better.
+    With ``norms`` [L, D], the gains of the norms before the routers, the router input is rescaled from the earlier layer's norm to
+    the router's own, which improves the prediction slightly.
     """
 
     def __init__(self, routers: Sequence[torch.Tensor], norms: torch.Tensor | None = None) -> None:
         self._routers = list(routers)
         self._products = [_product(weight) for weight in routers]
         self._norms = None if norms is None else norms.float()
-        self._ratios: dict[tuple[int, int, torch.dtype], torch.Tensor] = {}  # by layers seen from and asked about: [D]
+        self._ratios: dict[tuple[int, int, torch.dtype], torch.Tensor] = {}  # [D] by (source layer, predicted layer, dtype)
 
     def scores(self, layer: int, router_input: torch.Tensor, ahead: int = 1) -> torch.Tensor | None:
         if layer < ahead:
@@ -84,7 +84,7 @@ class LinearRouters(Scorer):
         return self._products[layer](x)
 
     def matrix(self, layer: int, ahead: int) -> torch.Tensor:
-        """What ``scores`` multiplies by, as FittedGates wants it, [E, D + 1]. ``layer`` is at least ``ahead``."""
+        """The matrix of ``scores`` in the form of FittedGates, [E, D + 1]. ``layer`` must be at least ``ahead``."""
         weight = self._routers[layer].float()
         return torch.nn.functional.pad(
             weight if self._norms is None else weight * self._ratio(layer - ahead, layer, weight.dtype), (0, 1)
@@ -95,14 +95,14 @@ class LinearRouters(Scorer):
         ratio = self._ratios.get((source, layer, dtype))
         if ratio is None:
             here, there = self._norms[source], self._norms[layer]
-            whole = here.abs() > 1e-3 * here.abs().max()
-            ratio = torch.where(whole, there / torch.where(whole, here, 1.0), 1.0).to(dtype)
+            nonzero = here.abs() > 1e-3 * here.abs().max()
+            ratio = torch.where(nonzero, there / torch.where(nonzero, here, 1.0), 1.0).to(dtype)
             self._ratios[source, layer, dtype] = ratio
         return ratio
 
 
 def affine(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """x [n, D] -> [n, E] fp32 by ``weight`` [E, D + 1], the bias last; kept in bf16 where the extension multiplies it."""
+    """x [n, D] -> [n, E] fp32 by ``weight`` [E, D + 1], the bias last; in bf16 if the extension multiplies bf16 at this width."""
     matrix, bias = weight[:, :-1], weight[:, -1].float().contiguous()
     return _product(matrix.to(torch.bfloat16 if multiplies_bf16(matrix.shape[1]) else torch.float32).contiguous(), bias)
 

@@ -1,4 +1,4 @@
-"""Scores made probabilities, learned online from what came true. No torch but the gate inputs it hands on."""
+"""Turns scores into probabilities, learned online from the experts that were chosen. No torch except router inputs it passes on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fate_moe.predict.blend import Blend
-from fate_moe.predict.reliability import Calibration
+from fate_moe.predict.reliability import ScoreProbabilities
 
 if TYPE_CHECKING:
     import torch
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ExpectedUses", "ProbabilityPredictor"]
 
-LEAST = 0.05  # less likely experts are not named
-# Weights beside the gate's score, until it is known better.
+MIN_PROBABILITY = 0.05  # less likely experts are not predicted
+# Initial weights of the other sources, relative to the scorer's.
 HISTORY = 0.25  # of log(expected uses)
 FORECAST = 0.2  # of a whole-token forecast
 
@@ -27,21 +27,20 @@ Floats = NDArray[np.float32]
 
 
 class ExpectedUses(Protocol):
-    """Something that knows each expert's expected uses per token (statistics.RoutingStatistics)."""
+    """An object with each expert's expected uses per token (see statistics.RoutingStatistics)."""
 
     @property
     def expected_uses(self) -> Floats:
-        """[L, E]."""
+        """fp32 [L, E]."""
         ...
 
 
 class ProbabilityPredictor:
-    """A scorer's ranking with probabilities that are learned online, by layer and look-ahead.
+    """A scorer's ranking, with probabilities learned online by layer and look-ahead.
 
-    What is calibrated is a score's distance from the border between the k-th and the next one, in standard deviations of the
-    token's scores: the same whether a router speaks in logits or probabilities. ``history`` and ``forecast`` (a scorer too) are
-    added to it where they are given, each with the weight that it proves to be worth (predict.blend); they stand in where the
-    scorer is silent.
+    A probability is learned for a score's distance from the border between the k-th and the next score, in standard deviations of
+    the token's scores, so logits and probabilities are treated alike. ``history`` and ``forecast`` (a scorer too), if given, are
+    added to this distance with weights learned online (see predict.blend); they are used alone where the scorer has no scores.
     """
 
     gives_probabilities = True
@@ -63,20 +62,20 @@ class ProbabilityPredictor:
         self._num_layers = len(self._sizes)
         self._top_k = [min(top_k, size - 1) or 1 for size in self._sizes]
         self._look_ahead = look_ahead
-        self._calibration = Calibration(self._num_layers * look_ahead, max(self._sizes))
-        self._predicted: dict[int, NDArray[np.int8]] = {}  # the experts' bins, by (look-ahead - 1) * layers + layer
+        self._probabilities = ScoreProbabilities(self._num_layers * look_ahead, max(self._sizes))
+        self._predicted: dict[int, NDArray[np.int8]] = {}  # bins of the experts' scores, by (look-ahead - 1) * layers + layer
         start = [1.0, *([HISTORY] if history is not None else []), *([FORECAST] if forecast is not None else [])]
         self._blend = Blend(self._num_layers * look_ahead, start)
-        self._said: dict[int, list[Floats]] = {}  # what the sources said, [E] each, where all of them did and it is studied
+        self._source_scores: dict[int, list[Floats]] = {}  # [E] by source, where every source had scores
 
     def observe(self, layer: int, routed: Sequence[int]) -> None:
         one_token = len(routed) <= self._top_k[layer]
         for which in range(layer, self._num_layers * self._look_ahead, self._num_layers):
-            bins, said = self._predicted.pop(which, None), self._said.pop(which, None)
+            bins, sources = self._predicted.pop(which, None), self._source_scores.pop(which, None)
             if bins is not None and one_token:
-                self._calibration.learn(which, bins, list(routed))
-                if said is not None and self._blend.studies(which):
-                    self._blend.learn(which, said, routed)
+                self._probabilities.learn(which, bins, list(routed))
+                if sources is not None and self._blend.is_due(which):
+                    self._blend.learn(which, sources, routed)
         if one_token:
             self._scorer.observe(layer, routed)
 
@@ -87,38 +86,38 @@ class ProbabilityPredictor:
         scores = None if scored is None else scored.numpy(force=True).astype(np.float32, copy=False)
         far = None if self._forecast is None else self._forecast.scores(layer, router_input, ahead)
         if len(router_input) > 1:
-            return [] if scores is None else self._of_many(layer, scores)
-        said: dict[int, Floats] = {}  # [E] each, by place in the blend
+            return [] if scores is None else self._predict_many(layer, scores)
+        sources: dict[int, Floats] = {}  # [E] by source's index in the blend
         if scores is not None:
-            said[0] = self._distance(layer, scores[0])
+            sources[0] = self._distance(layer, scores[0])
         if self._history is not None:
-            worth = np.maximum(self._history.expected_uses[layer, : self._sizes[layer]], 0.0)
-            said[1] = np.log(worth + np.float32(0.01)) + np.float32(2)
+            uses = np.maximum(self._history.expected_uses[layer, : self._sizes[layer]], 0.0)
+            sources[1] = np.log(uses + np.float32(0.01)) + np.float32(2)
         if far is not None:
-            said[len(self._blend.weights[0]) - 1] = self._distance(layer, far.numpy(force=True)[0])
-        if not said:
+            sources[len(self._blend.weights[0]) - 1] = self._distance(layer, far.numpy(force=True)[0])
+        if not sources:
             return []
         which = (ahead - 1) * self._num_layers + layer
-        distance = self._blended(which, said)
-        bins = self._predicted[which] = Calibration.bins(distance)
-        chances = self._calibration.rates[which][bins]
-        likely = (chances > LEAST).nonzero()[0]
-        likely = likely[(-distance[likely]).argsort(kind="stable")]  # chances never fall as distance grows
-        return list(zip(likely.tolist(), np.minimum(chances[likely], 1).tolist(), strict=True))
+        distance = self._blended(which, sources)
+        bins = self._predicted[which] = ScoreProbabilities.bins(distance)
+        probabilities = self._probabilities.rates[which][bins]
+        likely = (probabilities > MIN_PROBABILITY).nonzero()[0]
+        likely = likely[(-distance[likely]).argsort(kind="stable")]  # probabilities do not decrease with distance
+        return list(zip(likely.tolist(), np.minimum(probabilities[likely], 1).tolist(), strict=True))
 
-    def _blended(self, which: int, said: dict[int, Floats]) -> Floats:
-        """[num_experts]: what the sources say together; kept to be studied where all of them spoke."""
-        (_, distance), *others = said.items()
+    def _blended(self, which: int, sources: dict[int, Floats]) -> Floats:
+        """[num_experts]: the weighted sum of the sources, which are saved for learning if none is missing."""
+        (_, distance), *others = sources.items()
         weights = self._blend.weights[which]
         for source, other in others:
             if (weight := weights[source]) > 0:
                 distance = distance + weight * other
-        if others and len(said) == len(weights):
-            self._said[which] = list(said.values())
+        if others and len(sources) == len(weights):
+            self._source_scores[which] = list(sources.values())
         return distance
 
     def _distance(self, layer: int, scores: Floats) -> Floats:
-        """[num_experts]: from the border, in standard deviations."""
+        """[num_experts]: distances from the border, in standard deviations."""
         k = self._top_k[layer]
         ordered = np.sort(scores)
         border = 0.5 * (ordered[-k] + ordered[-k - 1])
@@ -126,14 +125,14 @@ class ProbabilityPredictor:
         spread = np.sqrt(max(float(scores.dot(scores)) / len(scores) - mean * mean, 0.0)) + 1e-6
         return np.asarray((scores - border) * np.float32(1 / spread), np.float32)
 
-    def _of_many(self, layer: int, scores: Floats) -> list[tuple[int, float]]:
-        """That at least one of the tokens chooses the expert; the more tokens expect it, the likelier."""
+    def _predict_many(self, layer: int, scores: Floats) -> list[tuple[int, float]]:
+        """The probabilities that at least one of many tokens chooses each expert, from ``scores`` [num_tokens, num_experts]."""
         k = self._top_k[layer]
         ordered = np.partition(scores, (-k - 1, -k), axis=1)
         border = 0.5 * (ordered[:, -k - 1] + ordered[:, -k])
         distance = np.asarray((scores - border[:, None]) / (scores.std(1, keepdims=True) + 1e-6), np.float32)
-        votes = self._calibration.rates[layer][Calibration.bins(distance)].sum(0)
-        chances = (1 - np.exp(-votes)) * (1 - 1e-3) + 1e-3 * votes / (votes.max() + 1e-6)
-        likely = (chances > LEAST).nonzero()[0]
-        likely = likely[(-chances[likely]).argsort(kind="stable")]
-        return list(zip(likely.tolist(), np.clip(chances[likely], 0, 1).tolist(), strict=True))
+        votes = self._probabilities.rates[layer][ScoreProbabilities.bins(distance)].sum(0)
+        probabilities = (1 - np.exp(-votes)) * (1 - 1e-3) + 1e-3 * votes / (votes.max() + 1e-6)  # the second term breaks ties
+        likely = (probabilities > MIN_PROBABILITY).nonzero()[0]
+        likely = likely[(-probabilities[likely]).argsort(kind="stable")]
+        return list(zip(likely.tolist(), np.clip(probabilities[likely], 0, 1).tolist(), strict=True))

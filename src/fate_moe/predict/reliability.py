@@ -1,22 +1,22 @@
-"""From scores to probabilities, learned as it goes. No torch."""
+"""Learns online the probability that an expert with a given score is chosen. No torch."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Calibration", "isotonic"]
+__all__ = ["ScoreProbabilities", "isotonic"]
 
 Floats = NDArray[np.float32]
 
 NUM_BINS = 32
 LOW, HIGH = -4.0, 4.0
-LEARN_EVERY = 32  # observations between two fits: one takes 100 us
-PRIOR_STRENGTH = 2.0
+LEARN_EVERY = 32  # observations between two fits, because a fit takes time
+PRIOR_STRENGTH = 2.0  # observations per bin
 
 
 def isotonic(hits: Floats, counts: Floats) -> Floats:
-    """The non-decreasing rates that are nearest to ``hits / counts`` in weighted least squares (pool adjacent violators).
+    """The non-decreasing rates nearest to ``hits / counts`` in weighted least squares (pool adjacent violators).
 
     ``counts`` must be positive.
     """
@@ -30,10 +30,11 @@ def isotonic(hits: Floats, counts: Floats) -> Floats:
     return np.repeat(np.array([hit / count for hit, count, _ in pools], np.float32), [bins for _, _, bins in pools])
 
 
-class Calibration:
-    """The share of experts that were used among those with such a score; monotone, so that order is kept. One for each of ``size``.
+class ScoreProbabilities:
+    """``size`` tables of the probability that an expert is chosen, by bins of its score; non-decreasing in the score.
 
-    Scores are in any unit in which 0 is the border between chosen and not and +-1 is a typical distance from it.
+    Scores may be in any unit in which 0 is the border between chosen and not, and +-1 is a typical distance from it. ``rates``
+    [size, NUM_BINS] are the probabilities.
     """
 
     def __init__(self, size: int, num_experts: int) -> None:
@@ -43,7 +44,7 @@ class Calibration:
         self._hits: Floats = np.tile(np.float32(PRIOR_STRENGTH) * prior, (size, 1))
         self._counts: Floats = np.full((size, NUM_BINS), PRIOR_STRENGTH, np.float32)
         self._seen: NDArray[np.int8] = np.empty((size, LEARN_EVERY, num_experts), np.int8)  # bins
-        self._used: list[list[NDArray[np.int8]]] = [[] for _ in range(size)]  # bins of those chosen
+        self._used: list[list[NDArray[np.int8]]] = [[] for _ in range(size)]  # bins of the chosen experts
 
     @staticmethod
     def bins(scores: Floats) -> NDArray[np.int8]:
@@ -52,7 +53,7 @@ class Calibration:
         return np.asarray(np.minimum(np.maximum(scaled, 0), NUM_BINS - 1), np.int8)
 
     def learn(self, which: int, bins: NDArray[np.int8], used: list[int]) -> None:
-        """All experts had scores in ``bins``, and those in ``used`` were chosen; ``rates`` say so every LEARN_EVERY times."""
+        """Observe that the experts' scores were in ``bins`` and ``used`` were chosen; updates ``rates`` every LEARN_EVERY calls."""
         seen, hits = self._seen[which], self._used[which]
         seen[len(hits), : len(bins)] = bins
         hits.append(bins[used])

@@ -1,4 +1,4 @@
-"""How many predicted experts to read ahead: by what a read is worth, never by a fixed number. No torch."""
+"""Decides how many predicted experts to read ahead, by expected gain and cost of each read. No torch."""
 
 from __future__ import annotations
 
@@ -6,19 +6,23 @@ from collections.abc import Sequence
 
 __all__ = ["WASTE", "num_reads"]
 
-# What a read that nobody uses costs beside the delay it causes, in reads: bytes, a thread's time, perhaps a good expert's slot.
+# The cost of an unused read besides the delay it causes, in reads: bytes, a thread's time, perhaps the slot of a useful expert.
 WASTE = 0.25
 
 
 def num_reads(probabilities: Sequence[float], layer_seconds: float, read_seconds: float, *, ahead: int = 1, queued: int = 0) -> int:
-    """How many of the missing experts with these ``probabilities``, likeliest first, to read one after another from now on.
+    """How many of the missing experts with these ``probabilities``, likeliest first, to read now, one after another.
 
-    The layer that may want them asks in ``ahead * layer_seconds``; a read takes ``read_seconds`` of the link, which has ``queued``
-    reads to make before. Read i then begins at (queued + i) * read, and if its expert is used saves the stall of what is done of it
-    when it is asked for. Of a layer further ahead that is compared with waiting: one layer on, the same reads can be made with
-    better knowledge, so that only what would not be done in time then is gained now. If the expert is not
-    used, what is left of its read when the next layer asks delays that one's demand reads. A read is made while what is gained
-    > (1 - p) * (delay + WASTE * read); one that could not begin in time never is.
+    The predicted layer needs its experts in ``ahead * layer_seconds``. A read takes ``read = read_seconds`` of the link, which has
+    ``queued`` reads to do first. Read i, with probability p, is made while
+
+        gain(i) > (1 - p) * (delay + WASTE * read)
+
+    - Read i begins at (queued + i) * read. If its expert is used, it saves the part that is done when the layer needs the expert.
+    - For ``ahead`` > 1 the alternative is to wait one layer and predict better. The gain then counts only what that could not save:
+      for this read, and for the later ones, each of which moves up one place if this one is made now.
+    - If the expert is not used, the part of the read that is still running when the next layer begins delays that layer's reads.
+    - A read that could not begin in time is never made.
     """
     later = (ahead - 1) * layer_seconds
 
@@ -29,7 +33,7 @@ def num_reads(probabilities: Sequence[float], layer_seconds: float, read_seconds
         begins = (queued + index) * read_seconds
         saved = min(read_seconds, ahead * layer_seconds - begins)
         gained = probability * (saved - done_later(0))
-        for place, other in enumerate(probabilities[index + 1 :], start=1):  # they move up by one when their turn comes
+        for place, other in enumerate(probabilities[index + 1 :], start=1):  # after waiting, each of these is one place earlier
             if (before := done_later(place - 1)) == 0:
                 break
             gained += other * (before - done_later(place))

@@ -1,4 +1,4 @@
-"""From the previous tokens' experts of the same layer. No torch."""
+"""Predicts from the experts that previous tokens used in the same layer. No torch."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Temporal"]
 
-LEAST = 0.02  # less likely experts are not named
+MIN_PROBABILITY = 0.02  # less likely experts are not predicted
 
 
 class Temporal:
-    """Names what was used lately and what usually follows the last token's experts (see statistics.RoutingStatistics).
+    """Predicts recently used experts and those that usually follow the last token's (see statistics.RoutingStatistics).
 
-    Of many tokens at once it says nothing: nearly every expert is used then.
+    No prediction for a pass of many tokens, which uses nearly every expert.
     """
 
     gives_probabilities = True
@@ -35,7 +35,7 @@ class Temporal:
     def predict(self, layer: int, router_input: torch.Tensor, ahead: int = 1) -> list[tuple[int, float]]:
         if router_input.shape[0] > 1:
             return []
-        worth = np.minimum(self.statistics.expected_uses[layer][: self._sizes[layer]], 1)
-        likely = np.flatnonzero(worth > LEAST)
-        likely = likely[np.argsort(-worth[likely], kind="stable")]
-        return list(zip(likely.tolist(), worth[likely].tolist(), strict=True))
+        probabilities = np.minimum(self.statistics.expected_uses[layer][: self._sizes[layer]], 1)
+        likely = np.flatnonzero(probabilities > MIN_PROBABILITY)
+        likely = likely[np.argsort(-probabilities[likely], kind="stable")]
+        return list(zip(likely.tolist(), probabilities[likely].tolist(), strict=True))

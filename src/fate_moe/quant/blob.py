@@ -1,4 +1,4 @@
-"""One expert's tensors to the bytes of its blob, and a blob's bytes as tensors."""
+"""Encodes an expert's tensors as the bytes of its blob, and views a blob's bytes as tensors."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from fate_moe.quant.groups import grouped_columns
 from fate_moe.quant.planes import pack
 from fate_moe.quant.solver import Solver, minmax
 
-__all__ = ["Grid", "encode", "on_grid", "views"]
+__all__ = ["QuantizedMatrix", "encode", "exact_codes", "views"]
 
 
-class Grid(NamedTuple):
-    """A matrix that is codes already: uint8 [out, in], with scale and zero [out, in], w = scale * (codes - zero)."""
+class QuantizedMatrix(NamedTuple):
+    """A matrix that the checkpoint already quantized: codes uint8, scale and zero, all [out, in], w = scale * (codes - zero)."""
 
     codes: Tensor
     scale: Tensor
     zero: Tensor
 
 
-def on_grid(layout: BlobLayout, grid: Grid) -> tuple[Tensor, Tensor, Tensor] | None:
-    """What a solver would return for ``grid``, losing nothing but fp16's rounding of ``scale * zero``; None if the layout cannot.
+def exact_codes(layout: BlobLayout, matrix: QuantizedMatrix) -> tuple[Tensor, Tensor, Tensor] | None:
+    """``matrix`` in the form that a solver returns, exact except for rounding ``scale * zero`` to fp16; None if that is impossible.
 
-    It cannot if a group of the layout has several scales, or the codes have more bits, or a scale is none of fp16.
+    It is impossible if a group of the layout has several scales, the codes have more bits, or fp16 cannot represent a scale.
     """
     size, bits = layout.group_size, sum(layout.plane_widths)
-    if grid.codes.numel() and int(grid.codes.max()) >> bits:
+    if matrix.codes.numel() and int(matrix.codes.max()) >> bits:
         return None
-    scale, zero = (grouped_columns(tensor.float(), size) for tensor in (grid.scale, grid.zero))
+    scale, zero = (grouped_columns(tensor.float(), size) for tensor in (matrix.scale, matrix.zero))
     if not all(torch.equal(tensor, tensor[..., :1].expand_as(tensor)) for tensor in (scale, zero)):
         return None
     step, shift = scale[..., 0].half(), (scale[..., 0] * zero[..., 0]).half()
     if not torch.equal(step.float(), scale[..., 0]) or not bool(shift.isfinite().all()):
         return None
-    return grid.codes, step, shift
+    return matrix.codes, step, shift
 
 
 def encode(
@@ -49,13 +49,13 @@ def encode(
     tensors: Mapping[str, Tensor],
     solver: Solver = minmax,
     moments: Mapping[str, Tensor] | None = None,
-    grids: Mapping[str, Grid] | None = None,
+    quantized: Mapping[str, QuantizedMatrix] | None = None,
 ) -> bytearray:
     """The blob (``layout.length`` bytes, gaps zero) of an expert's ``tensors``: matrices [out, in] and biases [out] by name.
 
-    ``moments`` fp32 [in, in] by matrix are the second moments of its inputs: the solver's grid and the codes on it are then chosen
-    for those (see ``compensate``); without them all inputs matter alike. Matrices in ``grids`` keep their codes where the layout
-    can hold them (see ``on_grid``). Every part of the layout must be among the tensors or made from one (KeyError otherwise).
+    ``moments`` fp32 [in, in] by matrix are the second moments of its inputs; scales, zeros and codes are then chosen for those
+    inputs (see ``compensate``). Without them all inputs have the same importance. Matrices in ``quantized`` keep their codes if the
+    layout can hold them (see ``exact_codes``). Every tensor must be a part of the layout or be made into parts (else KeyError).
     """
     blob = bytearray(layout.length)
     parts = views(layout, torch.frombuffer(blob, dtype=torch.uint8))
@@ -63,8 +63,8 @@ def encode(
         if name in parts:
             parts[name].copy_(tensor)
             continue
-        kept = on_grid(layout, grids[name]) if grids and name in grids else None
-        codes, scale, zero = kept or _solve(layout, tensor.float(), solver, moments.get(name) if moments else None)
+        exact = exact_codes(layout, quantized[name]) if quantized and name in quantized else None
+        codes, scale, zero = exact or _solve(layout, tensor.float(), solver, moments.get(name) if moments else None)
         parts[f"{name}.scale"].copy_(scale)
         parts[f"{name}.zero"].copy_(zero)
         for i, plane in enumerate(pack(codes, layout.group_size, layout.plane_widths)):

@@ -1,4 +1,4 @@
-"""safetensors' names for dtypes, and torch's."""
+"""Maps safetensors' dtype names to torch's dtypes and back."""
 
 from __future__ import annotations
 
@@ -25,5 +25,5 @@ _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """safetensors' name of ``dtype``: "BF16" for torch.bfloat16. Raises KeyError for one that it has no name for."""
+    """safetensors' name of ``dtype``: "BF16" for torch.bfloat16. Raises KeyError if there is none."""
     return _NAMES[dtype]

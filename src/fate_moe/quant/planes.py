@@ -1,11 +1,11 @@
-"""Codes to bit planes and back: the byte layout that every kernel reads.
+"""Packs codes into bit planes and unpacks them: the byte layout that every kernel reads.
 
 A code of ``sum(widths)`` bits is cut into planes from its high bits down: with widths 2+1+1, q = 4*h + 2*m + l. Each plane holds,
 for one group of ``group_size`` codes, ``n = group_size * width / 8`` bytes:
 
-- width 2, 4 or 8: element ``n*j + b`` sits in the bits from ``width*j`` on of byte ``b``, so that one shift and one mask of a whole
-  register bring ``n`` neighbouring elements (group 64, width 2: element 16j+b in bits 2j..2j+1 of byte b);
-- width 1: element ``e`` sits in bit ``e % 8`` of byte ``e // 8``, so that the plane is a ready mask register.
+- width 2, 4 or 8: element ``n*j + b`` is in byte ``b``, in the bits from ``width*j`` on, so that one shift and one mask of a whole
+  register give ``n`` neighbouring elements (group 64, width 2: element 16j+b is in bits 2j..2j+1 of byte b);
+- width 1: element ``e`` is bit ``e % 8`` of byte ``e // 8``, so that the plane can be loaded as a mask register.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def pack(codes: Tensor, group_size: int, widths: Sequence[int]) -> list[Tensor]:
 def unpack(planes: Sequence[Tensor], widths: Sequence[int], group_size: int, num_planes: int | None = None) -> Tensor:
     """Codes uint8 [R, G * group_size] from the first ``num_planes`` planes (all of them by default).
 
-    Bits of planes left out are zero: a truncated code is the lower edge of its bin, and a reader adds half the bin's width.
+    Bits of omitted planes are zero: a truncated code is the lower edge of its bin, and the caller adds half the bin's width.
     Raises ValueError as ``pack`` does.
     """
     _check(group_size, widths)
@@ -59,7 +59,7 @@ def unpack(planes: Sequence[Tensor], widths: Sequence[int], group_size: int, num
 
 
 def _to_lanes(bits: Tensor, width: int) -> Tensor:
-    """[R, G, group_size] -> [R, G, 8 / width, n]: lane j holds what goes into bits width*j of each byte."""
+    """[R, G, group_size] -> [R, G, 8 / width, n]: lane j holds the codes for bits width*j of each byte."""
     rows, groups, _ = bits.shape
     return bits.view(rows, groups, -1, 8).mT if width == 1 else bits.view(rows, groups, 8 // width, -1)
 

@@ -1,4 +1,4 @@
-"""From weights to codes: the seam where better quantizers go."""
+"""Solvers compute codes, scales and zeros from weights; a new quantizer implements ``Solver``."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ __all__ = ["DEFAULT_SOLVER", "SOLVERS", "Solver", "minmax"]
 class Solver(Protocol):
     """Weights fp32 [R, C] to codes uint8 [R, C], scale and zero fp16 [R, G], with w = scale * q - zero, G = ceil(C / group_size).
 
-    ``importance`` [C], not negative, says how much each input channel's squared error matters; None: all alike. Weights are finite;
-    scale and zero must be too.
+    ``importance`` [C], not negative, weights the squared error of each input channel; None: all equal. Weights are finite; scale
+    and zero must be finite too.
     """
 
     def __call__(
@@ -27,7 +27,7 @@ class Solver(Protocol):
 
 
 def minmax(weights: Tensor, bits: int, group_size: int, importance: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes spread evenly from each group's least to its greatest weight, whatever the importance; see Solver.
+    """Codes spread evenly from each group's minimum to its maximum; ``importance`` is ignored. See Solver.
 
     Scale and zero are rounded to fp16 *outwards*, so that no weight is off by more than half a scale.
     """

@@ -1,7 +1,8 @@
-"""A Hugging Face checkpoint becomes an expert store, one tensor and one expert at a time.
+"""Converts a Hugging Face checkpoint into an expert store, one tensor and one expert at a time.
 
-All work happens in DST.partial, where each file is whole or absent and a journal remembers the finished ones; the folder gets its
-name when everything in it is on the disk. So a killed conversion continues, and what it makes does not tell that it was killed.
+All work happens in DST.partial, where each file is complete or absent and a journal lists the finished ones. The folder is renamed
+to DST once everything in it is on the disk. A killed conversion therefore continues, and its store has the same bytes as one that
+was never interrupted.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from fate_moe.store.dense import default_dense_precision
 from fate_moe.store.format import FORMAT_VERSION, ExpertEntry, LayerEntry, Manifest
 from fate_moe.store.mixed_precision import PrecisionRules
 from fate_moe.store.open import open_store
-from fate_moe.store.plan import Plan, ShardPlan, bytes_of, identity_of, make_plan
+from fate_moe.store.plan import ConversionPlan, ShardPlan, plan_conversion, store_identity, tensor_bytes
 
 __all__ = ["Moments", "convert"]
 
@@ -39,12 +40,12 @@ _log = logging.getLogger(__name__)
 
 
 class Moments(Protocol):
-    """What a text says of the experts' inputs; ``digest`` tells texts apart."""
+    """Second moments of the experts' inputs, measured on a text; ``digest`` identifies the text."""
 
     digest: str
 
     def moments(self, layer: int, expert: int, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Second moments fp32 [in, in], by matrix, of what an expert with parameters ``tensors`` is fed."""
+        """Second moments fp32 [in, in] of the inputs of an expert with parameters ``tensors``, by matrix name."""
 
 
 def convert(
@@ -55,24 +56,26 @@ def convert(
     solver: str = DEFAULT_SOLVER,
     group_size: int = 64,
     dense_precision: str | None = None,
-    keep: PrecisionRules | None = None,
+    precision_rules: PrecisionRules | None = None,
     calibration: Moments | None = None,
     progress: bool | None = None,
 ) -> Path:
-    """Make the store ``destination`` of the checkpoint ``source`` (a folder, a GGUF file or a hub id) and return its path.
+    """Convert the checkpoint ``source`` (a folder, a GGUF file or a hub id) into the store ``destination`` and return its path.
 
     Peak memory stays near the largest single tensor (for families whose conversion mixes experts, near one layer's stack).
-    A killed conversion continues when called again; a second one at the same time waits for the first. A whole store of the same
-    source at ``destination`` is left as it is. ``solver`` and ``group_size`` concern quantized precisions; ``keep`` gives
-    layers or single experts other ones, ``calibration`` says what inputs their codes are chosen for. ``dense_precision`` is that of
-    all other matrices (None: int8 beside quantized experts). ``progress`` draws a bar on stderr (None: when it is a terminal).
-    Raises CheckpointError or UnsupportedModelError for the source, StoreError when ``destination`` is something else,
-    DiskSpaceError when it does not fit, ConfigError for an unknown precision, solver or group size.
+    A killed conversion continues when called again; a second conversion to the same place waits for the first. A complete store of
+    the same source at ``destination`` is left unchanged. ``solver`` and ``group_size`` apply to quantized precisions.
+    ``precision_rules`` set other precisions for layers or single experts. ``calibration`` gives the inputs for which codes are
+    chosen. ``dense_precision`` is that of all other matrices (None: int8 if ``precision`` is quantized). ``progress`` draws a bar
+    on stderr (None: if stderr is a terminal).
+
+    Raises CheckpointError or UnsupportedModelError for the source, StoreError when ``destination`` holds something else,
+    DiskSpaceError when the store does not fit, ConfigError for an unknown precision, solver or group size.
     """
     dense = dense_precision or default_dense_precision(precision)
-    kept = [("precision", value, PRECISIONS) for value in (keep or {}).values()]
+    rules = [("precision", value, PRECISIONS) for value in (precision_rules or {}).values()]
     for name, value, choices in (
-        *kept,
+        *rules,
         ("precision", precision, PRECISIONS),
         ("dense_precision", dense, PRECISIONS),
         ("solver", solver, tuple(SOLVERS)),
@@ -82,19 +85,19 @@ def convert(
             raise ConfigError(f"{name} {value!r} is not one of {', '.join(map(str, choices))}")
     folder, destination = resolve_checkpoint(source), Path(destination)
     if (folder / "fate.json").exists():
-        raise CheckpointError(f"{folder} is an expert store already; give the checkpoint it was made from")
+        raise CheckpointError(f"{folder} is already an expert store; give the checkpoint it was made from")
     checkpoint = open_checkpoint(folder)
-    text = calibration.digest if calibration else ""
-    identity = identity_of(checkpoint, precision, solver, group_size, dense, keep, text)
+    calibration_digest = calibration.digest if calibration else ""
+    identity = store_identity(checkpoint, precision, solver, group_size, dense, precision_rules, calibration_digest)
     if _is_done(destination, identity):
         return destination
-    plan = make_plan(checkpoint, precision, group_size, dense, keep)
+    plan = plan_conversion(checkpoint, precision, group_size, dense, precision_rules)
     work = destination.with_name(destination.name + ".partial")
     with locked_folder(work):
-        if _is_done(destination, identity):  # by the conversion that this one waited for
+        if _is_done(destination, identity):  # the conversion that held the lock wrote it
             work.rmdir()
             return destination
-        if not _is_whole(work, identity):
+        if not _is_complete(work, identity):
             title = str(source) if not Path(source).is_dir() else folder.resolve().name
             try:
                 _fill(work, plan, title, dense, SOLVERS[solver], calibration, identity, progress)
@@ -111,15 +114,15 @@ def convert(
 
 
 def _is_done(destination: Path, identity: str) -> bool:
-    """Whether ``destination`` is this very store. Raises StoreError when it is anything else but an empty folder or nothing."""
+    """Whether ``destination`` is already this store. Raises StoreError if it is neither this store nor an empty folder."""
     if not os.path.lexists(destination) or (destination.is_dir() and not any(destination.iterdir())):
         return False
-    if not _is_whole(destination, identity):
-        raise StoreError(f"{destination} exists and is not a whole store of this checkpoint; delete it or choose another folder")
+    if not _is_complete(destination, identity):
+        raise StoreError(f"{destination} exists and is not a complete store of this checkpoint; delete it or choose another folder")
     return True
 
 
-def _is_whole(folder: Path, identity: str) -> bool:
+def _is_complete(folder: Path, identity: str) -> bool:
     try:
         return open_store(folder).manifest.identity == identity
     except StoreError:
@@ -128,7 +131,7 @@ def _is_whole(folder: Path, identity: str) -> bool:
 
 def _fill(
     work: Path,
-    plan: Plan,
+    plan: ConversionPlan,
     title: str,
     dense: str,
     solver: Solver,
@@ -139,10 +142,10 @@ def _fill(
     journal = Journal(work, identity)
     copied = plan.checkpoint.companions()
     sizes = {"dense.safetensors": plan.dense_bytes} | {shard.name: shard.num_bytes for shard in plan.shards}
-    missing = sum(num_bytes for name, num_bytes in sizes.items() if journal.finished(name) is None)
-    # Besides the tensors: copies, fate.json and the journal, of which the last two grow by less than 128 bytes for each expert.
+    remaining = sum(num_bytes for name, num_bytes in sizes.items() if journal.finished(name) is None)
+    # Besides the tensors: copied files, fate.json and the journal. The last two grow by less than 128 bytes per expert.
     num_experts = sum(len(shard.blobs) for shard in plan.shards)
-    require_space(work, missing + sum(path.stat().st_size for path in copied) + 3 * 128 * num_experts + (1 << 20))
+    require_space(work, remaining + sum(path.stat().st_size for path in copied) + 3 * 128 * num_experts + (1 << 20))
     with progress_bar("converting", sum(sizes.values()), progress) as advance:
         if (dense_checksum := journal.finished("dense.safetensors")) is None:
             dense_checksum = _write_dense(work / "dense.safetensors", plan, solver, advance)
@@ -152,12 +155,12 @@ def _fill(
         checksums = []
         for shard in plan.shards:
             remark = f"layer {shard.stack.layer + 1}/{len(plan.shards)}"
-            if (of_shard := journal.finished(shard.name)) is None:
-                of_shard = _write_shard(work / shard.name, plan, shard, solver, calibration, partial(advance, remark=remark))
-                journal.record(shard.name, of_shard)
+            if (shard_checksums := journal.finished(shard.name)) is None:
+                shard_checksums = _write_shard(work / shard.name, plan, shard, solver, calibration, partial(advance, remark=remark))
+                journal.record(shard.name, shard_checksums)
             else:
                 advance(shard.num_bytes, remark)
-            checksums.append(of_shard)
+            checksums.append(shard_checksums)
     for path in copied:
         with atomic_file(work / path.name) as file:
             file.write(path.read_bytes())
@@ -166,14 +169,14 @@ def _fill(
         file.write(manifest.to_json().encode())
 
 
-def _write_dense(path: Path, plan: Plan, solver: Solver, advance: Advance) -> str:
-    """The checksum of all its bytes."""
+def _write_dense(path: Path, plan: ConversionPlan, solver: Solver, advance: Advance) -> str:
+    """Write dense.safetensors and return the checksum of all its bytes."""
     digest = xxhash.xxh3_64(plan.dense_header)
     with atomic_file(path) as file:
         file.write(plan.dense_header)
         advance(len(plan.dense_header), "dense weights")
         for tensor in plan.dense:
-            data = bytes_of(plan.make_dense(tensor, solver))
+            data = tensor_bytes(plan.make_dense(tensor, solver))
             digest.update(data)
             file.write(data)
             advance(len(data), "dense weights")
@@ -182,42 +185,47 @@ def _write_dense(path: Path, plan: Plan, solver: Solver, advance: Advance) -> st
 
 def _write_shard(
     path: Path,
-    plan: Plan,
+    plan: ConversionPlan,
     shard: ShardPlan,
     solver: Solver,
     calibration: Moments | None,
     advance: Callable[[int], None],
 ) -> list[list[str]]:
-    """The checksums of each expert's sections."""
+    """Write one layer's shard and return, for each expert, the checksums of its sections."""
     checksums: list[list[str]] = []
-    whole: dict[str, Tensor] = {}
+    stacked: dict[str, Tensor] = {}
     with atomic_file(path) as file:
         file.write(shard.header)
         advance(len(shard.header))
         for expert in range(shard.stack.num_experts):
-            tensors = plan.make_experts(shard.stack, expert, whole)
+            tensors = plan.make_expert(shard.stack, expert, stacked)
             layout = shard.layouts[expert]
             if layout.precision != "lossless" and not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
-                raise CheckpointError(f"{shard.stack.name} expert {expert} is not finite everywhere; use --precision lossless")
-            fed = calibration.moments(shard.stack.layer, expert, tensors) if calibration and layout.plane_widths else None
-            grids = plan.make_grids(shard.stack, expert) if layout.plane_widths else None
-            blob = memoryview(encode(layout, tensors, solver, fed, grids))
+                raise CheckpointError(
+                    f"{shard.stack.name} expert {expert} has infinite or NaN weights and cannot be quantized; "
+                    "use --precision lossless"
+                )
+            moments = calibration.moments(shard.stack.layer, expert, tensors) if calibration and layout.plane_widths else None
+            quantized = plan.make_quantized(shard.stack, expert) if layout.plane_widths else None
+            blob = memoryview(encode(layout, tensors, solver, moments, quantized))
             checksums.append([xxhash.xxh3_64_hexdigest(blob[s.offset : s.offset + s.length]) for s in layout.sections])
             file.write(blob)
             advance(len(blob))
     return checksums
 
 
-def _manifest(plan: Plan, title: str, dense: str, identity: str, dense_checksum: str, checksums: list[list[list[str]]]) -> Manifest:
+def _manifest(
+    plan: ConversionPlan, title: str, dense: str, identity: str, dense_checksum: str, checksums: list[list[list[str]]]
+) -> Manifest:
     layouts = tuple(dict.fromkeys(layout for shard in plan.shards for layout in shard.layouts))
     layers = tuple(
         LayerEntry(
             shard.stack.name,
             shard.name,
             tuple(layouts.index(layout) for layout in shard.layouts),
-            tuple(ExpertEntry(blob.offset, tuple(sums)) for blob, sums in zip(shard.blobs, of_shard, strict=True)),
+            tuple(ExpertEntry(blob.offset, tuple(sums)) for blob, sums in zip(shard.blobs, shard_checksums, strict=True)),
         )
-        for shard, of_shard in zip(plan.shards, checksums, strict=True)
+        for shard, shard_checksums in zip(plan.shards, checksums, strict=True)
     )
     return Manifest(
         format_version=FORMAT_VERSION,

@@ -1,4 +1,4 @@
-"""The bytes of an expert store: where everything lies in a blob, and what ``fate.json`` says (docs: core.BlobLayout)."""
+"""The bytes of an expert store: the layout of a blob (see core.BlobLayout), and the manifest ``fate.json``."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ __all__ = ["FORMAT_VERSION", "ExpertEntry", "LayerEntry", "Manifest", "blob_layo
 
 FORMAT_VERSION = 1
 
-# Parts and sections start on multiples of this: a cache line, and the widest vector load.
+# Parts and sections start on multiples of a cache line, which is also the widest vector load.
 PART_ALIGNMENT = 64
 
-# By precision: int4 is progressive, int8 one plane of whole bytes.
+# Bits of each plane, by precision: int4 can be read as shorter views, int8 is one plane of whole bytes.
 PLANE_WIDTHS = {"int8": (8,), "int4": (2, 1, 1)}
 
 _Tensor = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
@@ -29,7 +29,7 @@ _Tensor = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
 
 @dataclass(frozen=True)
 class ExpertEntry:
-    """One blob: ``offset`` in its shard file (a multiple of 4096), and one xxh3_64 in hex for each section."""
+    """One blob: its ``offset`` in the shard file (a multiple of 4096), and an xxh3_64 checksum in hex for each section."""
 
     offset: int
     checksums: tuple[str, ...]
@@ -37,9 +37,9 @@ class ExpertEntry:
 
 @dataclass(frozen=True)
 class LayerEntry:
-    """One MoE layer: the experts module's path, its shard's file name, and which of the manifest's layouts each expert's blob has.
+    """One MoE layer: the path of its experts module, its shard's file name, and the index of each expert's layout in the manifest.
 
-    ``fate.json`` says one number where all have the same.
+    ``fate.json`` holds a single index if all experts have the same layout.
     """
 
     name: str
@@ -50,12 +50,12 @@ class LayerEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What ``fate.json`` says.
+    """The content of ``fate.json``.
 
-    ``precision`` is the most experts' (a mixed store's layouts have others too), ``dtype`` is the experts' own (BF16, F16, F32).
-    ``dense_bytes`` and ``shard_bytes`` are lengths of whole files, and ``dense_checksum`` is over all of dense.safetensors, whose
-    matrices are quantized as ``dense_precision`` says (store/dense.py). ``identity`` tells stores of other sources, precisions or
-    solvers apart.
+    ``precision`` is that of most experts (in a mixed store some layouts have another); ``dtype`` is the experts' dtype in the
+    checkpoint (BF16, F16, F32). ``dense_bytes`` and ``shard_bytes`` are file lengths. ``dense_checksum`` covers all of
+    dense.safetensors, whose matrices have ``dense_precision`` (see store/dense.py). ``identity`` differs between stores of other
+    sources or conversion options.
     """
 
     format_version: int
@@ -78,7 +78,7 @@ class Manifest:
 
     @property
     def experts_per_layer(self) -> int:
-        """Experts of one layer; of the largest where layers differ."""
+        """Experts of one layer; of the largest layer if they differ."""
         return max(len(layer.experts) for layer in self.layers)
 
     @property
@@ -88,25 +88,25 @@ class Manifest:
 
     @property
     def slot_bytes(self) -> int:
-        """Room that any expert fits into."""
+        """Bytes of a slot that any expert fits into."""
         return max(self.layouts[index].length for layer in self.layers for index in set(layer.layouts))
 
     @property
     def expert_bytes(self) -> int:
-        """All blobs together."""
+        """Bytes of all blobs."""
         return sum(layout.length for layer in range(self.num_layers) for layout in self.layouts_of(layer))
 
     def layers_by_precision(self) -> dict[str, list[str]]:
-        """The MoE layers of each precision, by number; where a layer has several, with the experts: "3.experts.7"."""
-        found: dict[str, list[str]] = {}
+        """The numbers of the MoE layers of each precision; "3.experts.7" for an expert of a layer with several precisions."""
+        by_precision: dict[str, list[str]] = {}
         for layer in range(self.num_layers):
             layouts = self.layouts_of(layer)
             if len(set(layouts)) == 1:
-                found.setdefault(layouts[0].precision, []).append(str(layer))
+                by_precision.setdefault(layouts[0].precision, []).append(str(layer))
                 continue
             for expert, layout in enumerate(layouts):
-                found.setdefault(layout.precision, []).append(f"{layer}.experts.{expert}")
-        return found
+                by_precision.setdefault(layout.precision, []).append(f"{layer}.experts.{expert}")
+        return by_precision
 
     def layouts_of(self, layer: int) -> tuple[BlobLayout, ...]:
         """The layouts of MoE layer ``layer``'s blobs, by expert."""
@@ -117,7 +117,7 @@ class Manifest:
         return self.layouts[self.layers[expert.layer].layouts[expert.expert]]
 
     def to_json(self) -> str:
-        """The text of ``fate.json``: same manifest, same bytes."""
+        """The text of ``fate.json``; equal manifests give equal bytes."""
         layouts = [
             {
                 "precision": layout.precision,
@@ -145,21 +145,24 @@ class Manifest:
 
     @classmethod
     def from_json(cls, written: str | bytes, where: str = "fate.json") -> Manifest:
-        """Parse and check everything that can be checked without the other files; ``where`` is named in errors.
+        """Parse ``written`` and check everything that can be checked without the other files; errors name the file ``where``.
 
-        Raises StoreError for another format version (what to do about it depends on which is newer) and for anything that no
-        conversion could have written.
+        Raises StoreError for another format version, and for anything that no conversion could have written.
         """
         try:
             data = json.loads(written)
             version = data["format_version"]
             if type(version) is not int:
-                raise ValueError("format_version is no number")
+                raise ValueError("format_version is not a number")
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise StoreError(f"{where} is damaged ({error!r}); delete the store and convert the checkpoint again") from error
         if version != FORMAT_VERSION:
-            todo = "update fate-moe to read it" if version > FORMAT_VERSION else "delete the store and convert the checkpoint again"
-            raise StoreError(f"{where}: the store has format version {version}, this fate-moe reads {FORMAT_VERSION}; {todo}")
+            advice = (
+                "update fate-moe to read it" if version > FORMAT_VERSION else "delete the store and convert the checkpoint again"
+            )
+            raise StoreError(
+                f"{where}: the store has format version {version}, and this fate-moe reads version {FORMAT_VERSION}; {advice}"
+            )
         try:
             return _manifest(data)
         except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
@@ -175,8 +178,8 @@ def blob_layout(
 ) -> BlobLayout:
     """The layout of an expert with parameters of ``shapes`` ([out, in], and [out] for names ending in ``_bias``) in ``dtype``.
 
-    ``dtype`` is a safetensors name; ``group_size`` and ``plane_widths`` (None: PLANE_WIDTHS) concern quantized precisions.
-    Raises ValueError for other precisions.
+    ``dtype`` is a safetensors name; ``group_size`` and ``plane_widths`` (None: PLANE_WIDTHS) apply to quantized precisions.
+    Raises ValueError for an unknown precision.
     """
     if precision == "lossless":
         return _place(precision, {"weights": [(name, dtype, shape) for name, shape in shapes.items()]}, 0, ())
@@ -214,7 +217,7 @@ def _num_bytes(dtype: str, shape: Sequence[int]) -> int:
     return math.prod(shape) * TORCH_DTYPES[dtype].itemsize
 
 
-# ---- reading fate.json: every number that a reader acts on is checked -------------------------------------------------------
+# ---- reading fate.json: files are hostile, so every number that a reader uses is checked --------------------------------------
 
 
 def _manifest(data: dict[str, Any]) -> Manifest:
@@ -272,18 +275,18 @@ def _layout(entry: dict[str, Any]) -> BlobLayout:
 
 
 def _layer(entry: dict[str, Any], layouts: tuple[BlobLayout, ...], shard_bytes: dict[str, int]) -> LayerEntry:
-    name, shard, said = text(entry["name"]), text(entry["shard"]), entry["layout"]
+    name, shard, layout_index = text(entry["name"]), text(entry["shard"]), entry["layout"]
     experts = tuple(ExpertEntry(count(offset), tuple(map(checksum, sums))) for offset, *sums in items(entry["experts"]))
     require(bool(experts), f"{name} has no experts")
-    numbers = tuple(map(count, items(said))) if isinstance(said, list) else (count(said),) * len(experts)
-    require(len(numbers) == len(experts), f"{name} has {len(numbers)} layouts for {len(experts)} experts")
-    for number, (expert, layout) in enumerate(zip(experts, (layouts[index] for index in numbers), strict=True)):
+    indices = tuple(map(count, items(layout_index))) if isinstance(layout_index, list) else (count(layout_index),) * len(experts)
+    require(len(indices) == len(experts), f"{name} has {len(indices)} layouts for {len(experts)} experts")
+    for number, (expert, layout) in enumerate(zip(experts, (layouts[index] for index in indices), strict=True)):
         where = f"{name} expert {number}"
         require(expert.offset > 0 and expert.offset % SLOT_ALIGNMENT == 0, f"{where} at {expert.offset}")
         require(expert.offset + layout.length <= shard_bytes[shard], f"{where} ends outside {shard}")
-        found, wanted = len(expert.checksums), len(layout.sections)
-        require(found == wanted, f"{where} has {found} checksums instead of {wanted}")
-    return LayerEntry(name, shard, numbers, experts)
+        actual, expected = len(expert.checksums), len(layout.sections)
+        require(actual == expected, f"{where} has {actual} checksums instead of {expected}")
+    return LayerEntry(name, shard, indices, experts)
 
 
 def _no_overlaps(layers: tuple[LayerEntry, ...], layouts: tuple[BlobLayout, ...]) -> None:

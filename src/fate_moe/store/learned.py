@@ -1,7 +1,7 @@
-"""What was learned about a model, kept beside its store: fitted gates, routing statistics, what shorter views lose.
+"""Learned state of a model, saved in its store: fitted gates, routing statistics and the losses of shorter views.
 
-None is needed, each only makes a choice better: a file that is damaged or of another model is said so once and
-left alone. Written atomically; a store that cannot be written to stays as it is.
+All of it is optional and only improves choices. A file that is damaged or belongs to another model is reported once in the log and
+ignored. Files are written atomically; a store on a read-only disk is left unchanged.
 """
 
 from __future__ import annotations
@@ -46,9 +46,10 @@ MAX_STATISTICS_BYTES = 64 << 20
 
 
 class Gates(NamedTuple):
-    """``ahead[a - 1][layer]``: [num_experts, hidden + 1], from the gate input ``a`` layers before, None where there is none.
+    """Fitted gates: affine maps, bias last, from router inputs to a layer's router logits.
 
-    ``forecast[layer]``: [num_experts, 2 * hidden + 1], from the embedding and the previous token's gate input; empty if not fitted.
+    ``ahead[a - 1][layer]`` [num_experts, hidden + 1] maps the router input ``a`` layers before; None where none was fitted.
+    ``forecast[layer]`` [num_experts, 2 * hidden + 1] maps the embedding and the previous token's router input; empty if not fitted.
     """
 
     ahead: list[list[torch.Tensor | None]]
@@ -56,7 +57,7 @@ class Gates(NamedTuple):
 
 
 def save_gates(store: Path, *ahead: Sequence[torch.Tensor | None], forecast: Sequence[torch.Tensor] = ()) -> Path:
-    """Write fitted gates (see Gates) in bf16; returns the file. Raises OSError if the store cannot be written to."""
+    """Write fitted gates (see Gates) in bf16 and return the file. Raises OSError if the store cannot be written to."""
     path = store / GATES
     part = path.with_suffix(".part")
     named = {_name(a, layer): w for a, weights in enumerate(ahead, 1) for layer, w in enumerate(weights) if w is not None}
@@ -71,13 +72,13 @@ def _name(ahead: int, layer: int) -> str:
 
 
 def gates_bytes(store: Path, hidden: int) -> int:
-    """Memory that the gates take once they multiply (bf16 where the extension does it, else fp32), 0 where there are none."""
+    """Memory of the loaded gates (bf16 if the extension multiplies bf16 at this width, else fp32); 0 without a gates file."""
     path = store / GATES
     return path.stat().st_size * (1 if multiplies_bf16(hidden) else 2) if path.is_file() else 0
 
 
 def load_gates(store: Path, experts_per_layer: Sequence[int], hidden: int) -> Gates | None:
-    """What ``save_gates`` wrote, in bf16; None where there are none that fit."""
+    """The gates that ``save_gates`` wrote, in bf16; None if there are none or they do not fit this model."""
     path = store / GATES
     if not path.is_file():
         return None
@@ -90,7 +91,7 @@ def load_gates(store: Path, experts_per_layer: Sequence[int], hidden: int) -> Ga
             ahead.append([tensors.get(name) for name in named])
         forecast = [tensors[f"forecast.{layer}"] for layer in layers] if "forecast.0" in tensors else []
     except (OSError, KeyError, SafetensorError) as error:
-        _log.warning("%s cannot be used (%s); fit the gates again with: fate fit", path, error)
+        _log.warning("%s cannot be read and is ignored (%s); fit the gates again with: fate fit", path, error)
         return None
     fits = [
         weight is None or (tuple(weight.shape) == (experts, width * hidden + 1) and bool(weight.isfinite().all()))
@@ -99,13 +100,13 @@ def load_gates(store: Path, experts_per_layer: Sequence[int], hidden: int) -> Ga
         for experts, weight in zip(experts_per_layer, weights, strict=bool(weights))
     ]
     if not all(fits):
-        _log.warning("%s is of another model or damaged; fit the gates again with: fate fit", path)
+        _log.warning("%s does not fit this model and is ignored; fit the gates again with: fate fit", path)
         return None
     return Gates(ahead, forecast)
 
 
 def save_statistics(store: Path, state: dict[str, NDArray[Any]]) -> None:
-    """PrecisionRules a policy's state for the next start, if the store can be written to."""
+    """Save a policy's state for the next start; does nothing but log if the store cannot be written to."""
     path = store / STATISTICS
     part = path.with_suffix(f".{os.getpid()}.part")
     try:
@@ -113,12 +114,12 @@ def save_statistics(store: Path, state: dict[str, NDArray[Any]]) -> None:
             np.savez(file, **state)  # type: ignore[arg-type]
         os.replace(part, path)
     except OSError as error:
-        _log.info("%s is not kept: %s", path, error)
+        _log.info("%s cannot be written: %s", path, error)
         part.unlink(missing_ok=True)
 
 
 def load_statistics(store: Path) -> dict[str, NDArray[Any]] | None:
-    """What ``save_statistics`` kept; None where there is none that can be read."""
+    """The state that ``save_statistics`` wrote; None if there is none or it cannot be read."""
     path = store / STATISTICS
     try:
         if path.stat().st_size > MAX_STATISTICS_BYTES:
@@ -128,12 +129,12 @@ def load_statistics(store: Path) -> dict[str, NDArray[Any]] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, zipfile.BadZipFile, EOFError, AttributeError) as error:
-        _log.warning("%s cannot be read (%s) and is not used", path, error)
+        _log.warning("%s cannot be read and is ignored (%s)", path, error)
         return None
 
 
 def save_view_losses(store: Path, losses: Mapping[int, float]) -> None:
-    """Nats per token that reading every expert as a view of so many bits loses. Raises OSError where it cannot be written."""
+    """Save the loss in nats per token of reading every expert as a view of so many bits. Raises OSError if that fails."""
     path = store / VIEW_LOSSES
     part = path.with_suffix(f".{os.getpid()}.part")
     part.write_text(json.dumps({"nats_lost_by_bits": {str(bits): loss for bits, loss in sorted(losses.items())}}) + "\n")
@@ -141,15 +142,15 @@ def save_view_losses(store: Path, losses: Mapping[int, float]) -> None:
 
 
 def load_view_losses(store: Path) -> dict[int, float] | None:
-    """What ``save_view_losses`` wrote; None where there is none that can be used."""
+    """The losses that ``save_view_losses`` wrote; None if there are none or they cannot be read."""
     path = store / VIEW_LOSSES
     try:
-        found = {int(bits): float(loss) for bits, loss in json.loads(path.read_text())["nats_lost_by_bits"].items()}
-        if not all(map(math.isfinite, found.values())):
+        losses = {int(bits): float(loss) for bits, loss in json.loads(path.read_text())["nats_lost_by_bits"].items()}
+        if not all(map(math.isfinite, losses.values())):
             raise ValueError("not finite")
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        _log.warning("%s cannot be read (%s) and is not used; convert again with --calibrate", path, error)
+        _log.warning("%s cannot be read and is ignored (%s); convert again with --calibrate", path, error)
         return None
-    return found
+    return losses

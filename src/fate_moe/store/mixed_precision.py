@@ -1,4 +1,4 @@
-"""What a mixed store keeps in another precision: what people write, and what fits under a size."""
+"""Precision rules of a mixed store: parsing what the user writes, and choosing precisions that fit a size."""
 
 from __future__ import annotations
 
@@ -8,75 +8,78 @@ from collections.abc import Mapping, Sequence
 from fate_moe.core import PRECISIONS, ExpertId
 from fate_moe.errors import ConfigError
 
-__all__ = ["PrecisionRules", "choose_precisions", "parse_precision_rules", "precisions_of"]
+__all__ = ["PrecisionRules", "choose_precisions", "layer_precisions", "parse_precision_rules"]
 
-# Precision by MoE layer, or by expert where that is said.
+# Precision by MoE layer or by single expert; an expert's rule takes precedence over its layer's.
 PrecisionRules = Mapping[int | ExpertId, str]
 
 _RULE = re.compile(r"\s*layers\.(\d+)(?:-(\d+))?(?:\.experts\.(\d+)(?:-(\d+))?)?:([\w-]+)\s*")
 
 
 def parse_precision_rules(text: str, num_experts: Sequence[int]) -> dict[int | ExpertId, str]:
-    """What "layers.0-1:lossless,layers.3.experts.7:int8" keeps; ranges of either, a later rule wins.
+    """Parse rules such as "layers.0-1:lossless,layers.3.experts.7:int8"; both numbers may be ranges, and a later rule wins.
 
-    ``num_experts`` by MoE layer. Raises ConfigError for anything else, and for layers and experts that the model has not.
+    ``num_experts`` is by MoE layer. Raises ConfigError for any other text, and for layers or experts that the model does not have.
     """
-    kept: dict[int | ExpertId, str] = {}
+    rules: dict[int | ExpertId, str] = {}
     for rule in text.split(","):
         match = _RULE.fullmatch(rule)
         if not match or match[5] not in PRECISIONS:
             raise ConfigError(
-                f"{rule!r} is no rule of --precision-rules; write for example layers.0-1:lossless or layers.3.experts.7:int8 "
-                f"({', '.join(PRECISIONS)})"
+                f"--precision-rules: {rule!r} is not a rule; write for example layers.0-1:lossless or layers.3.experts.7:int8 "
+                f"(precisions: {', '.join(PRECISIONS)})"
             )
         first, last = int(match[1]), int(match[2] or match[1])
         if not first <= last < len(num_experts):
-            raise ConfigError(f"{rule!r} names MoE layers {first} to {last}, the model has layers 0 to {len(num_experts) - 1}")
+            raise ConfigError(f"{rule!r} names MoE layers {first} to {last}; the model has layers 0 to {len(num_experts) - 1}")
         for layer in range(first, last + 1):
             if match[3] is None:
-                kept = {key: name for key, name in kept.items() if not (isinstance(key, ExpertId) and key.layer == layer)}
-                kept[layer] = match[5]
+                rules = {key: name for key, name in rules.items() if not (isinstance(key, ExpertId) and key.layer == layer)}
+                rules[layer] = match[5]
                 continue
             begin, end = int(match[3]), int(match[4] or match[3])
             if not begin <= end < num_experts[layer]:
                 raise ConfigError(
-                    f"{rule!r} names experts {begin} to {end}, MoE layer {layer} has experts 0 to {num_experts[layer] - 1}"
+                    f"{rule!r} names experts {begin} to {end}; MoE layer {layer} has experts 0 to {num_experts[layer] - 1}"
                 )
-            kept.update({ExpertId(layer, expert): match[5] for expert in range(begin, end + 1)})
-    return kept
+            rules.update({ExpertId(layer, expert): match[5] for expert in range(begin, end + 1)})
+    return rules
 
 
-def precisions_of(layer: int, num_experts: int, precision: str, keep: PrecisionRules) -> list[str]:
-    """The precision of each expert of MoE layer ``layer``: ``precision`` but for what is kept.
+def layer_precisions(layer: int, num_experts: int, precision: str, rules: PrecisionRules) -> list[str]:
+    """The precision of each expert of MoE layer ``layer``: ``precision``, unless ``rules`` name another.
 
-    Raises ConfigError for a kept expert that the layer has not.
+    Raises ConfigError for a rule on an expert that the layer does not have.
     """
-    for key in keep:
+    for key in rules:
         if isinstance(key, ExpertId) and key.layer == layer and not 0 <= key.expert < num_experts:
-            raise ConfigError(f"MoE layer {layer} has experts 0 to {num_experts - 1}, not the {key.expert} that is to be kept")
-    of_layer = keep.get(layer, precision)
-    return [keep.get(ExpertId(layer, expert), of_layer) for expert in range(num_experts)]
+            raise ConfigError(f"a precision rule names expert {key.expert}; MoE layer {layer} has experts 0 to {num_experts - 1}")
+    default = rules.get(layer, precision)
+    return [rules.get(ExpertId(layer, expert), default) for expert in range(num_experts)]
 
 
-def choose_precisions(sizes: Sequence[Mapping[str, int]], harm: Sequence[Mapping[str, float]], limit: int) -> list[str]:
-    """A precision for each layer so that all layers together take at most ``limit`` bytes and do the least harm.
+def choose_precisions(sizes: Sequence[Mapping[str, int]], errors: Sequence[Mapping[str, float]], limit: int) -> list[str]:
+    """A precision for each layer, such that all layers together take at most ``limit`` bytes, with a small total error.
 
-    ``sizes`` are bytes and ``harm`` errors by layer and precision; errors of layers add up. Starts from the smallest of each layer
-    and buys, one layer at a time, what undoes most harm per byte and still fits. Raises ConfigError if the smallest do not fit.
+    ``sizes`` (bytes) and ``errors`` are by layer and precision; the errors of layers add up. Greedy: starts from each layer's
+    smallest precision and repeatedly makes the upgrade that fits and removes the most error per byte. Raises ConfigError if the
+    smallest precisions do not fit.
     """
-    chosen = [min(of_layer, key=lambda name: of_layer[name]) for of_layer in sizes]
-    left = limit - sum(of_layer[name] for of_layer, name in zip(sizes, chosen, strict=True))
+    chosen = [min(layer_sizes, key=lambda name: layer_sizes[name]) for layer_sizes in sizes]
+    left = limit - sum(layer_sizes[name] for layer_sizes, name in zip(sizes, chosen, strict=True))
     if left < 0:
-        raise ConfigError(f"the smallest precision of all layers takes {limit - left} bytes, {-left} more than {limit}; allow more")
+        raise ConfigError(
+            f"the experts need at least {limit - left} bytes, {-left} more than the limit of {limit}; raise the limit"
+        )
     while True:
-        offers = [
-            ((harm[layer][chosen[layer]] - harm[layer][name]) / (size - sizes[layer][chosen[layer]]), layer, name)
-            for layer, of_layer in enumerate(sizes)
-            for name, size in of_layer.items()
-            if 0 < size - of_layer[chosen[layer]] <= left and harm[layer][name] < harm[layer][chosen[layer]]
+        upgrades = [
+            ((errors[layer][chosen[layer]] - errors[layer][name]) / (size - sizes[layer][chosen[layer]]), layer, name)
+            for layer, layer_sizes in enumerate(sizes)
+            for name, size in layer_sizes.items()
+            if 0 < size - layer_sizes[chosen[layer]] <= left and errors[layer][name] < errors[layer][chosen[layer]]
         ]
-        if not offers:
+        if not upgrades:
             return chosen
-        _, layer, name = max(offers)
+        _, layer, name = max(upgrades)
         left -= sizes[layer][name] - sizes[layer][chosen[layer]]
         chosen[layer] = name

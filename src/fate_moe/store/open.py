@@ -1,4 +1,4 @@
-"""Opening a store: everything about it is checked here except the experts' bytes, which are checked when they are first read."""
+"""Opens a store. Everything is checked here except the experts' bytes, which are checked when they are first read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fate_moe.store.format import Manifest
 
 __all__ = ["Store", "check_blob", "check_section", "load_dense", "open_store", "verify"]
 
-# Big enough for full disk bandwidth (4 MiB reads: 1.0-1.2 GB/s), small enough to stay in the cache for the checksum.
+# Large enough for the full bandwidth of a disk, small enough to stay in the processor's cache for the checksum.
 _CHUNK_BYTES = 4 << 20
 
 _AGAIN = "delete the store and convert the checkpoint again"
@@ -29,7 +29,7 @@ _AGAIN = "delete the store and convert the checkpoint again"
 
 @dataclass(frozen=True)
 class Store:
-    """An expert store whose manifest parses and whose files have the right names, lengths and headers."""
+    """An expert store with a valid manifest, whose files have the names, lengths and headers that the manifest lists."""
 
     path: Path
     manifest: Manifest
@@ -40,9 +40,9 @@ class Store:
 
 
 def open_store(path: str | Path) -> Store:
-    """Open the store in folder ``path``; reads fate.json and every file's header, nothing more.
+    """Open the store in folder ``path``; reads fate.json and the header of every file, nothing more.
 
-    Raises StoreError, naming the file, for anything missing, torn, of another version or not a store.
+    Raises StoreError, naming the file, if a file is missing, truncated or of another version, or if the folder is not a store.
     """
     path = Path(path)
     try:
@@ -50,7 +50,7 @@ def open_store(path: str | Path) -> Store:
     except FileNotFoundError as error:
         raise StoreError(f"{path} is not an expert store (no fate.json); make one with: fate convert CHECKPOINT {path}") from error
     except OSError as error:
-        raise StoreError(f"{path / 'fate.json'} cannot be read ({error.strerror})") from error
+        raise StoreError(f"{path / 'fate.json'} cannot be read ({error.strerror}); check its permissions and the disk") from error
     store = Store(path, Manifest.from_json(text, str(path / "fate.json")))
     if not (path / "config.json").is_file():
         raise StoreError(f"{path / 'config.json'} is missing; copy it from the checkpoint")
@@ -66,9 +66,9 @@ def open_store(path: str | Path) -> Store:
 
 def _header(path: Path, num_bytes: int) -> dict[str, TensorEntry]:
     try:
-        found = path.stat().st_size
-        if found != num_bytes:
-            raise StoreError(f"{path} has {found} bytes where fate.json says {num_bytes}; it is torn, {_AGAIN}")
+        actual = path.stat().st_size
+        if actual != num_bytes:
+            raise StoreError(f"{path} has {actual} bytes, fate.json says {num_bytes}; the file is incomplete, {_AGAIN}")
         return read_header(path)
     except OSError as error:
         raise StoreError(f"{path} cannot be read ({error.strerror}); {_AGAIN}") from error
@@ -76,23 +76,22 @@ def _header(path: Path, num_bytes: int) -> dict[str, TensorEntry]:
         raise StoreError(f"{path} is damaged ({error}); {_AGAIN}") from error
 
 
-def load_dense(store: Store, but: str | None = None) -> dict[str, torch.Tensor]:
-    """Everything but the routed experts, by the model's own parameter names.
+def load_dense(store: Store, exclude: str | None = None) -> dict[str, torch.Tensor]:
+    """All tensors except the routed experts and the tensor ``exclude``, by the model's parameter names.
 
-    The file is read once, past the page cache, into one private buffer of which all tensors are views: resident memory grows by the
-    file's length and no more, and by less if the tensor ``but`` is left out. Raises StoreError when the bytes differ from their
-    checksum.
+    The file is read once, past the page cache, into one private buffer; all tensors are views of it. Resident memory grows by the
+    file's length, less the pages of ``exclude``. Raises StoreError when the bytes differ from their checksum.
     """
     path, num_bytes = store.path / "dense.safetensors", store.manifest.dense_bytes
     buffer = anonymous_buffer(num_bytes)
     memory = memoryview(buffer)
-    left = _header(path, num_bytes).get(but) if but else None
+    excluded = _header(path, num_bytes).get(exclude) if exclude else None
 
     def give_back(start: int, end: int) -> None:
-        """The pages that hold nothing but the tensor left out."""
-        if left is not None:
-            begin = max(start, -(-left.offset // SLOT_ALIGNMENT) * SLOT_ALIGNMENT)
-            end = min(end, (left.offset + left.length) // SLOT_ALIGNMENT * SLOT_ALIGNMENT)
+        """Return pages from ``start`` to ``end`` that hold only the excluded tensor."""
+        if excluded is not None:
+            begin = max(start, -(-excluded.offset // SLOT_ALIGNMENT) * SLOT_ALIGNMENT)
+            end = min(end, (excluded.offset + excluded.length) // SLOT_ALIGNMENT * SLOT_ALIGNMENT)
             if begin < end:
                 buffer.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
@@ -100,9 +99,9 @@ def load_dense(store: Store, but: str | None = None) -> dict[str, torch.Tensor]:
     try:
         start = data_start(bytes(memory[:8]), num_bytes)
         entries = parse_header(bytes(memory[8:start]), num_bytes)
-        if left and entries.get(left.name) != left:
+        if excluded and entries.get(excluded.name) != excluded:
             raise ValueError("its header changed while it was read")
-        return {name: _view(buffer, entry) for name, entry in entries.items() if name != but}
+        return {name: _view(buffer, entry) for name, entry in entries.items() if name != exclude}
     except (ValueError, KeyError) as error:
         raise StoreError(f"{path} is damaged ({error}); {_AGAIN}") from error
 
@@ -117,8 +116,8 @@ def _view(buffer: object, entry: TensorEntry) -> torch.Tensor:
 def verify(store: Store, progress: bool | None = None) -> None:
     """Read every byte of the store and compare it with its checksum.
 
-    ``progress`` draws a bar (None: when stderr is a terminal). Raises CorruptExpertError naming file, layer and expert, and
-    StoreError for dense.safetensors and for what cannot be read.
+    ``progress`` draws a bar (None: if stderr is a terminal). Raises CorruptExpertError naming file, layer and expert, StoreError
+    for dense.safetensors or a file that cannot be read.
     """
     manifest = store.manifest
     memory = memoryview(anonymous_buffer(max(manifest.slot_bytes, _CHUNK_BYTES)))
@@ -135,7 +134,7 @@ def verify(store: Store, progress: bool | None = None) -> None:
 
 
 def open_file(path: Path, direct: bool = True) -> DirectFile:
-    """A store's file for reading. Raises StoreError when it cannot be opened."""
+    """Open a file of a store for reading. Raises StoreError when it cannot be opened."""
     try:
         return DirectFile(path, direct)
     except OSError as error:
@@ -143,7 +142,7 @@ def open_file(path: Path, direct: bool = True) -> DirectFile:
 
 
 def read_blob(store: Store, file: DirectFile, expert: ExpertId, blob: memoryview, start: int = 0) -> None:
-    """Fill ``blob`` with ``expert``'s bytes from ``start`` on. Raises StoreError when they cannot be read whole."""
+    """Fill ``blob`` with ``expert``'s bytes from ``start`` on. Raises StoreError when they cannot be read completely."""
     offset = store.manifest.layers[expert.layer].experts[expert.expert].offset + start
     where = f"{file.path}: layer {expert.layer} expert {expert.expert}"
     try:
@@ -151,7 +150,7 @@ def read_blob(store: Store, file: DirectFile, expert: ExpertId, blob: memoryview
     except OSError as error:
         raise StoreError(f"{where} cannot be read ({error.strerror}); check the disk, then {_AGAIN}") from error
     if got < len(blob):
-        raise StoreError(f"{where} ends after {got} of {len(blob)} bytes; the file is torn, {_AGAIN}")
+        raise StoreError(f"{where} ends after {got} of {len(blob)} bytes; the file is incomplete, {_AGAIN}")
 
 
 def check_blob(store: Store, expert: ExpertId, blob: memoryview) -> None:
@@ -161,12 +160,12 @@ def check_blob(store: Store, expert: ExpertId, blob: memoryview) -> None:
 
 
 def check_section(store: Store, expert: ExpertId, blob: memoryview, number: int) -> None:
-    """As ``check_blob``, section ``number`` alone; the rest of ``blob`` may be anything."""
+    """Compare section ``number`` alone; the rest of ``blob`` may hold anything. Raises CorruptExpertError if it differs."""
     section = store.manifest.layout_of(expert).sections[number]
     checksum = store.manifest.layers[expert.layer].experts[expert.expert].checksums[number]
     if xxhash.xxh3_64_hexdigest(blob[section.offset : section.offset + section.length]) != checksum:
         where = f"{store.shard_of(expert)}: layer {expert.layer} expert {expert.expert}"
-        raise CorruptExpertError(f"{where}: its {section.name} differ from their checksum; {_AGAIN}")
+        raise CorruptExpertError(f"{where}: section {section.name} differs from its checksum; {_AGAIN}")
 
 
 def _checked_read(
@@ -177,22 +176,22 @@ def _checked_read(
     reuse: bool = False,
     done: Callable[[int, int], None] = lambda start, end: None,
 ) -> None:
-    """Read the whole file in chunks, into ``memory`` (or over and over into its start) and compare with ``checksum``.
+    """Read the whole file in chunks into ``memory`` (with ``reuse``, each into its start) and compare it with ``checksum``.
 
-    ``done`` is told of each chunk that has been digested.
+    ``done(start, end)`` is called after each chunk. Raises StoreError when the file cannot be read or its bytes differ.
     """
     digest = xxhash.xxh3_64()
     with closing(open_file(path)) as file:
         for start in range(0, num_bytes, _CHUNK_BYTES):
             room = memory[:_CHUNK_BYTES] if reuse else memory[start : start + _CHUNK_BYTES]
-            wanted = min(_CHUNK_BYTES, num_bytes - start)
+            length = min(_CHUNK_BYTES, num_bytes - start)
             try:
                 got = file.read(room, start)
             except OSError as error:
                 raise StoreError(f"{path} cannot be read ({error.strerror}); check the disk") from error
-            if got < wanted:
-                raise StoreError(f"{path} ends after {start + got} of {num_bytes} bytes; it is torn, {_AGAIN}")
-            digest.update(room[:wanted])
-            done(start, start + wanted)
+            if got < length:
+                raise StoreError(f"{path} ends after {start + got} of {num_bytes} bytes; the file is incomplete, {_AGAIN}")
+            digest.update(room[:length])
+            done(start, start + length)
     if digest.hexdigest() != checksum:
         raise StoreError(f"{path}: its bytes differ from their checksum; {_AGAIN}")

@@ -1,4 +1,4 @@
-"""What a conversion will write, decided and checked before the first byte is written."""
+"""The plan of a conversion: every file, tensor and offset, decided and checked before the first byte is written."""
 
 from __future__ import annotations
 
@@ -20,39 +20,39 @@ from fate_moe.checkpoints.source import Checkpoint
 from fate_moe.core import BlobLayout
 from fate_moe.errors import CheckpointError, UnsupportedModelError
 from fate_moe.io.tensorfile import TensorEntry, place_tensors
-from fate_moe.quant.blob import Grid
+from fate_moe.quant.blob import QuantizedMatrix
 from fate_moe.quant.dtypes import dtype_name
 from fate_moe.quant.solver import DEFAULT_SOLVER, Solver
 from fate_moe.store.dense import dense_layouts, encode_dense
 from fate_moe.store.format import FORMAT_VERSION, blob_layout
-from fate_moe.store.mixed_precision import PrecisionRules, precisions_of
+from fate_moe.store.mixed_precision import PrecisionRules, layer_precisions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["DenseTensor", "Plan", "ShardPlan", "bytes_of", "identity_of", "make_plan"]
+__all__ = ["ConversionPlan", "DenseTensor", "ShardPlan", "plan_conversion", "store_identity", "tensor_bytes"]
 
 
 @dataclass(frozen=True)
 class DenseTensor:
-    """A parameter or buffer of the model that is no routed expert, and how it is made; ``made_as`` differs from name if tied."""
+    """A parameter or buffer outside the routed experts, and how it is made; ``made_as`` differs from ``name`` if it is tied."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     recipe: Recipe
     made_as: str
-    layout: BlobLayout | None = None  # quantized: the file has a blob, uint8 [length]
+    layout: BlobLayout | None = None  # of a quantized tensor, which the file holds as a blob uint8 [length]
 
     @property
     def stored(self) -> tuple[torch.dtype, tuple[int, ...]]:
-        """dtype and shape in the file."""
+        """Its dtype and shape in the file."""
         return (torch.uint8, (self.layout.length,)) if self.layout is not None else (self.dtype, self.shape)
 
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """One MoE layer's file: its header, and how each expert's blob is laid out and where it goes."""
+    """One MoE layer's file: its header, and the layout and place of each expert's blob."""
 
     name: str
     stack: ExpertStack
@@ -66,8 +66,8 @@ class ShardPlan:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Everything that a conversion needs to know. ``dense`` is in the order of ``dense_entries``."""
+class ConversionPlan:
+    """Everything that a conversion writes. ``dense`` is in the order of the tensors in ``dense_header``."""
 
     checkpoint: Checkpoint
     model: PreTrainedModel
@@ -82,40 +82,41 @@ class Plan:
         return len(self.dense_header) + sum(_num_bytes(*tensor.stored) for tensor in self.dense)
 
     def make_dense(self, tensor: DenseTensor, solver: Solver) -> Tensor:
-        """The tensor as it is stored. Raises CheckpointError when the checkpoint's is of another shape."""
+        """The tensor as it is stored. Raises CheckpointError when the checkpoint has it in another shape."""
         made = tensor.recipe.make(tensor.made_as, self.model, lambda name: self._read_as(name, tensor.dtype))
         made = _checked(made, tensor.shape, tensor.name)
         return made.to(tensor.dtype) if tensor.layout is None else encode_dense(tensor.name, tensor.layout, made, solver)
 
-    def make_grids(self, stack: ExpertStack, expert: int) -> dict[str, Grid]:
-        """Codes, scales and zeros of those matrices of an expert that the checkpoint has packed; nothing where it has none.
+    def make_quantized(self, stack: ExpertStack, expert: int) -> dict[str, QuantizedMatrix]:
+        """Codes, scales and zeros of an expert's matrices that the checkpoint has already quantized; {} if there are none.
 
-        transformers' mapping joins and turns matrices without looking into them, so it is asked three times.
+        transformers' mapping only joins and transposes matrices, whatever they hold, so it is run once each on codes, scales and
+        zeros.
         """
         targets = [name for name in stack.parameters if self._is_packed(self.recipes[f"{stack.name}.{name}"])]
         packed = functools.cache(self.checkpoint.read_packed)  # each matrix is unpacked once
         parts = [
-            self.make_experts(stack, expert, {}, lambda name, _, field=field: getattr(packed(name), field), targets)  # type: ignore[misc]
-            for field in Grid._fields
+            self.make_expert(stack, expert, {}, lambda name, _, field=field: getattr(packed(name), field), targets)  # type: ignore[misc]
+            for field in QuantizedMatrix._fields
         ]
-        return {name: Grid(*(part[name] for part in parts)) for name in targets}
+        return {name: QuantizedMatrix(*(part[name] for part in parts)) for name in targets}
 
     def _is_packed(self, recipe: Recipe) -> bool:
         names = [name for sources in recipe.sources.values() for name in sources]
         return recipe.merges and self.checkpoint.packed_names.issuperset(names)
 
-    def make_experts(
+    def make_expert(
         self,
         stack: ExpertStack,
         expert: int,
-        whole: dict[str, Tensor],
+        stacked: dict[str, Tensor],
         read: Callable[[str, int | None], Tensor] | None = None,
         names: Iterable[str] | None = None,
     ) -> dict[str, Tensor]:
         """Expert ``expert`` of ``stack``: matrices [out, in] and biases [out] by name, in the experts' own dtype (or wider).
 
-        ``whole`` keeps, from one expert of a stack to the next, parameters that can only be made for all its experts at once.
-        ``read`` stands in for the checkpoint's, ``names`` for all of the expert's parameters.
+        ``stacked`` holds parameters that can only be made for all experts of a stack at once; pass the same dict for each of them.
+        ``read`` replaces the checkpoint's (None: the checkpoint's own); ``names`` are the parameters to make (None: all).
         """
         read = read or self.checkpoint.read
         tensors = {}
@@ -125,10 +126,10 @@ class Plan:
             if recipe.splits(stack.num_experts, self.checkpoint.shape):
                 tensor = recipe.make_expert(target, self.model, read, expert)
             else:
-                if name not in whole:
+                if name not in stacked:
                     made = recipe.make(target, self.model, lambda name: read(name, None))
-                    whole[name] = _checked(made, (stack.num_experts, *shape), target)
-                tensor = whole[name][expert]
+                    stacked[name] = _checked(made, (stack.num_experts, *shape), target)
+                tensor = stacked[name][expert]
             tensor = _checked(tensor, shape, target)
             tensors[name] = tensor.T if stack.is_transposed and tensor.ndim == 2 else tensor
         return tensors
@@ -138,36 +139,40 @@ class Plan:
         return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
-def identity_of(
+def store_identity(
     checkpoint: Checkpoint,
     precision: str,
     solver: str = DEFAULT_SOLVER,
     group_size: int = 64,
     dense: str = "lossless",
-    keep: PrecisionRules | None = None,
+    precision_rules: PrecisionRules | None = None,
     calibration: str = "",
 ) -> str:
-    """Changes when the store would: the weight files' names, sizes and times, config.json, what is asked for, format version."""
+    """A digest that changes whenever the store would change.
+
+    It covers the weight files' names, sizes and times, config.json, the conversion's options and the format version.
+    """
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in checkpoint.files]
     config = hashlib.sha256((checkpoint.folder / "config.json").read_bytes()).hexdigest()
     facts: list[object] = [FORMAT_VERSION, precision, [solver, group_size] if precision != "lossless" else "", config, files]
     if dense != "lossless":
         facts.append(dense)
-    if keep or calibration:
-        facts += [sorted((keep or {}).items(), key=lambda kept: (type(kept[0]) is not int, kept)), calibration]
+    if precision_rules or calibration:
+        facts += [sorted((precision_rules or {}).items(), key=lambda rule: (type(rule[0]) is not int, rule)), calibration]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
-def make_plan(
+def plan_conversion(
     checkpoint: Checkpoint,
     precision: str,
     group_size: int = 64,
     dense_precision: str = "lossless",
-    keep: PrecisionRules | None = None,
-) -> Plan:
-    """``keep``: other precisions of layers or single experts.
+    precision_rules: PrecisionRules | None = None,
+) -> ConversionPlan:
+    """Plan the conversion of ``checkpoint``; ``precision_rules`` set other precisions for layers or single experts.
 
-    Raises CheckpointError naming the first parameter that the checkpoint lacks, UnsupportedModelError for odd experts.
+    Raises CheckpointError naming the first parameter that the checkpoint lacks, UnsupportedModelError for experts that are not
+    made of matrices and biases.
     """
     model = build_meta_model(checkpoint.folder)
     stacks = expert_stacks(model)
@@ -179,10 +184,16 @@ def make_plan(
     dtype = _experts_dtype(checkpoint, recipes, routed)
     header, _ = place_tensors((tensor.name, dtype_name(tensor.stored[0]), tensor.stored[1]) for tensor in dense)
     shards = tuple(
-        _shard(stack, len(stacks), precisions_of(stack.layer, stack.num_experts, precision, keep or {}), dtype, group_size)
+        _shard(
+            stack,
+            len(stacks),
+            layer_precisions(stack.layer, stack.num_experts, precision, precision_rules or {}),
+            dtype,
+            group_size,
+        )
         for stack in stacks
     )
-    plan = Plan(checkpoint, model, recipes, dtype, tuple(dense), header, shards)
+    plan = ConversionPlan(checkpoint, model, recipes, dtype, tuple(dense), header, shards)
     _check_tied(plan)
     return plan
 
@@ -202,11 +213,11 @@ def _dense_tensors(
     checkpoint: Checkpoint,
     layouts: dict[str, BlobLayout],
 ) -> list[DenseTensor]:
-    """In the order of writing: lengths that large powers of two divide first, so that all starts are aligned without holes."""
+    """In the order of writing: by alignment, largest first, so that every tensor starts aligned without gaps."""
     dtypes = parameter_dtypes(model)
     tied: dict[str, str] = model.all_tied_weights_keys
     ignored = getattr(model, "_keys_to_ignore_on_load_missing", None) or []
-    found: list[DenseTensor] = []
+    tensors: list[DenseTensor] = []
     for name, value in model.state_dict().items():
         if name in routed or name in tied:
             continue
@@ -214,10 +225,10 @@ def _dense_tensors(
         made_as = next((alias for alias in aliases if alias in recipes), None)
         if made_as is not None:
             dtype = dtypes[name] if value.is_floating_point() else value.dtype
-            found.append(DenseTensor(name, dtype, tuple(value.shape), recipes[made_as], made_as, layouts.get(name)))
+            tensors.append(DenseTensor(name, dtype, tuple(value.shape), recipes[made_as], made_as, layouts.get(name)))
         elif value.is_floating_point() and not any(re.search(pattern, name) for pattern in ignored):
             raise CheckpointError(f"{checkpoint.folder} lacks {name}, which the model needs; fetch the whole checkpoint again")
-    return sorted(found, key=lambda t: (-min(64, _alignment(t)), -_num_bytes(*t.stored), t.name))
+    return sorted(tensors, key=lambda t: (-min(64, _alignment(t)), -_num_bytes(*t.stored), t.name))
 
 
 def _alignment(tensor: DenseTensor) -> int:
@@ -234,7 +245,9 @@ def _check_stack(stack: ExpertStack, recipes: dict[str, Recipe], checkpoint: Che
     for name, shape in stack.parameters.items():
         target = f"{stack.name}.{name}"
         if len(shape) != (1 if name.endswith("_bias") else 2):
-            raise UnsupportedModelError(f"{target} is {len(shape)}-dimensional for each expert; such experts are not supported")
+            raise UnsupportedModelError(
+                f"{target} has {len(shape)} dimensions for each expert, which is not supported; matrices and biases are expected"
+            )
         if target not in recipes:
             raise CheckpointError(f"{checkpoint.folder} lacks {target}, which the model needs; fetch the whole checkpoint again")
         recipe = recipes[target]
@@ -253,17 +266,19 @@ def _experts_dtype(checkpoint: Checkpoint, recipes: dict[str, Recipe], routed: s
     for name in sources:
         dtype = torch.promote_types(dtype, checkpoint.dtype(name))
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise UnsupportedModelError(f"{checkpoint.folder} has experts of {dtype}; use one in bf16, fp16, fp32 or block-scaled FP8")
+        raise UnsupportedModelError(
+            f"{checkpoint.folder} has experts of {dtype}, which is not supported; use one in bf16, fp16, fp32 or block-scaled FP8"
+        )
     return dtype
 
 
-def _check_tied(plan: Plan) -> None:
+def _check_tied(plan: ConversionPlan) -> None:
     """Raises UnsupportedModelError where the config ties two parameters that the checkpoint has with different values."""
     tied: dict[str, str] = plan.model.all_tied_weights_keys
     for name, source in tied.items():
         if name in plan.recipes and source in plan.recipes:
             made = (plan.recipes[key].make(key, plan.model, plan.checkpoint.read) for key in (name, source))
-            digests = [xxhash.xxh3_64_hexdigest(bytes_of(tensor)) for tensor in made]
+            digests = [xxhash.xxh3_64_hexdigest(tensor_bytes(tensor)) for tensor in made]
             if digests[0] != digests[1]:
                 raise UnsupportedModelError(
                     f"{plan.checkpoint.folder}: config.json ties {name} to {source}, but their values differ; "
@@ -271,12 +286,14 @@ def _check_tied(plan: Plan) -> None:
                 )
 
 
-def bytes_of(tensor: Tensor) -> memoryview:
-    """The tensor's bytes, row-major; without a copy where they lie so."""
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The tensor's bytes, row-major; a copy only if the tensor is not contiguous."""
     return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def _checked(tensor: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
     if tuple(tensor.shape) != shape:
-        raise CheckpointError(f"{name} is {tuple(tensor.shape)} where config.json means {shape}; fetch the whole checkpoint again")
+        raise CheckpointError(
+            f"{name} has shape {tuple(tensor.shape)}; config.json expects {shape}; fetch the whole checkpoint again"
+        )
     return tensor

@@ -1,4 +1,4 @@
-"""Experts from disk to slots."""
+"""Reads experts from disk into slots."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ __all__ = ["DiskSource"]
 
 
 class DiskSource:
-    """An ExpertSource that reads blobs from a store's shards, with O_DIRECT unless ``direct`` is false or it is refused.
+    """An ExpertSource that reads blobs from a store's shards, with O_DIRECT unless ``direct`` is false or the file system refuses.
 
-    Each section's checksum is compared at its first read in this object's life. Any number of threads may read at once.
+    Each section is compared with its checksum the first time that this object reads it. Any number of threads may read at once.
     """
 
     def __init__(self, store: Store, direct: bool = True) -> None:
         """Opens every shard. Raises StoreError naming one that cannot be opened."""
         self.store = store
         self._files = {shard: open_file(store.path / shard, direct) for shard in store.manifest.shard_bytes}
-        self._verified: set[tuple[ExpertId, int]] = set()  # and section
+        self._verified: set[tuple[ExpertId, int]] = set()  # (expert, section)
 
     def read(self, expert: ExpertId, slot: memoryview, first: int = 0, last: int | None = None) -> int:
-        """Bring the sections ``first`` up to but without ``last`` (None: to the blob's end) to their places in ``slot``.
+        """Read sections ``first:last`` (None: to the blob's end) to their places in ``slot`` and return the number of bytes read.
 
-        ``slot`` is page-aligned and has at least the blob's length. Returns the bytes read, whole blocks of 4096. Raises StoreError
-        if they cannot be read whole, CorruptExpertError if a section differs from its checksum; both name file, layer and expert.
+        ``slot`` is page-aligned and has at least the blob's length; whole blocks of 4096 bytes are read. Raises StoreError if a
+        section cannot be read completely, CorruptExpertError if it differs from its checksum; both name file, layer and expert.
         """
         manifest = self.store.manifest
         layout = manifest.layout_of(expert)
@@ -41,6 +41,6 @@ class DiskSource:
         return stop - start
 
     def close(self) -> None:
-        """Close the shards; no read may follow."""
+        """Close the shards; do not read afterwards."""
         for file in self._files.values():
             file.close()

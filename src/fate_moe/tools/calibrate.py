@@ -1,4 +1,4 @@
-"""What a text tells about a model's experts: what they are fed, and what fewer bits would cost each layer."""
+"""Calibration of quantization on a text: the inputs of the experts, and the error that fewer bits cause in each layer."""
 
 from __future__ import annotations
 
@@ -28,54 +28,58 @@ from fate_moe.store.format import blob_layout
 from fate_moe.store.reader import DiskSource
 from fate_moe.tools.evaluate import perplexity, windows
 
-__all__ = ["Calibration", "calibrate", "measure_harm", "measure_views"]
+__all__ = ["Calibration", "calibrate", "measure_errors", "measure_view_losses"]
 
-# Tokens of the layer, whoever has them, that every expert's moments hear as well, and what all of them weigh of all its own.
-# Upcycled model, error of the experts' outputs on another text: 0.0915 at 0.02, 0.0910 at 0.1, 0.0918 at 0.5, 0.0948 at 2.
-OTHERS, WEIGHT_OF_OTHERS = 512, 0.1
+# Every expert's moments also include some of the layer's other tokens: how many, and their total weight relative to the expert's
+# own tokens. The weight was chosen by the error of the experts' outputs on another text (upcycled model).
+NUM_OTHER_TOKENS, OTHER_TOKENS_WEIGHT = 512, 0.1
 
 
-class Fed(NamedTuple):
-    """What one layer's experts were given: inputs [num_tokens, hidden], chosen experts [num_tokens, top_k] and their weights."""
+class LayerInputs(NamedTuple):
+    """Inputs of a layer's experts: hidden states [num_tokens, hidden], chosen experts and routing weights [num_tokens, top_k]."""
 
     hidden: Tensor
     chosen: Tensor
-    gate: Tensor
+    routing_weights: Tensor
 
 
 class Calibration:
-    """Every MoE layer's inputs on a text (tokens x hidden numbers a layer in memory); ``digest`` tells texts apart."""
+    """The inputs of every MoE layer on a text, in memory: num_tokens x hidden numbers a layer. ``digest`` identifies the text."""
 
     def __init__(self, digest: str) -> None:
         self.digest = digest
-        self.fed: list[Fed] = []
-        self.residual: list[float] = []  # by layer: the residual stream's square, summed over the text
+        self.inputs: list[LayerInputs] = []  # by layer
+        self.residual_power: list[float] = []  # by layer: the squared residual stream, summed over the text
         self._experts: list[Any] = []
 
     def moments(self, layer: int, expert: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Second moments fp32 [in, in], by matrix, of what expert ``expert`` with parameters ``tensors`` is fed.
+        """Second moments fp32 [in, in] of the inputs of expert ``expert`` with parameters ``tensors``, by matrix.
 
-        Tokens count by their squared gate weight; some of the layer's other tokens count a little, so that directions that this
-        text never sent to the expert are not taken for empty.
+        Tokens are weighted by their squared routing weight. Some of the layer's other tokens are added with a small weight, so that
+        directions that do not occur in the expert's tokens are not treated as absent.
         """
-        fed, experts = self.fed[layer], self._experts[layer]
-        token, choice = (fed.chosen == expert).nonzero(as_tuple=True)
-        others = torch.arange(0, len(fed.hidden), max(1, len(fed.hidden) // OTHERS))
-        usual = float(fed.gate.float().square().mean().sqrt())
-        share = WEIGHT_OF_OTHERS * max(1, len(token)) / len(others)
-        factor = torch.cat([fed.gate[token, choice].float(), torch.full((len(others),), usual * share**0.5)])[:, None]
-        x = fed.hidden[torch.cat([token, others])]
+        inputs, experts = self.inputs[layer], self._experts[layer]
+        token, choice = (inputs.chosen == expert).nonzero(as_tuple=True)
+        others = torch.arange(0, len(inputs.hidden), max(1, len(inputs.hidden) // NUM_OTHER_TOKENS))
+        typical = float(inputs.routing_weights.float().square().mean().sqrt())
+        ratio = OTHER_TOKENS_WEIGHT * max(1, len(token)) / len(others)
+        others_factor = torch.full((len(others),), typical * ratio**0.5)
+        factor = torch.cat([inputs.routing_weights[token, choice].float(), others_factor])[:, None]
+        x = inputs.hidden[torch.cat([token, others])]
         with torch.inference_mode():
-            inputs = dict(zip(_matrices(experts), (x, _inner(experts, tensors, x)), strict=True))
-            scaled = {name: value.float() * factor for name, value in inputs.items()}
+            by_matrix = dict(zip(_matrices(experts), (x, _inner(experts, tensors, x)), strict=True))
+            scaled = {name: value.float() * factor for name, value in by_matrix.items()}
             return {name: value.T @ value for name, value in scaled.items()}
 
 
 def calibrate(
     path: Path, tokens: Tensor, *, window: int = 512, advance: Callable[[int], None] = lambda num_tokens: None
 ) -> Calibration:
-    """Run the lossless store at ``path`` on ``tokens`` [num_tokens] int64 and keep what its experts are fed."""
-    found = Calibration(hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16])
+    """Run the lossless store at ``path`` on ``tokens`` [num_tokens] int64 and record the inputs of its experts.
+
+    ``advance`` is called with the number of further tokens done.
+    """
+    calibration = Calibration(hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16])
     prepared = prepare(path)
     config = OffloadConfig(context_length=window, preset="load-on-demand")
     model = build(prepared, prepared.plan(config), config)
@@ -84,62 +88,63 @@ def calibrate(
         for span in windows(len(tokens), window, window - 1):
             model(tokens[None, span.start : span.end], use_cache=False, logits_to_keep=1)
             advance(span.end - span.scored)
-    found.fed = [Fed(*map(torch.cat, zip(*of_layer, strict=True))) for of_layer in observer.fed]
-    found.residual = observer.residual
+    calibration.inputs = [LayerInputs(*map(torch.cat, zip(*passes, strict=True))) for passes in observer.inputs]
+    calibration.residual_power = observer.residual_power
     names = [stack.name for stack in prepared.stacks]
     del model, observer, prepared
     gc.collect()  # a model refers to itself
-    bare = build_meta_model(path)  # experts that hold on to nothing else
-    found._experts = [bare.get_submodule(name) for name in names]
-    return found
+    bare = build_meta_model(path)  # its experts modules reference neither the runtime nor the weights
+    calibration._experts = [bare.get_submodule(name) for name in names]
+    return calibration
 
 
-def measure_harm(
+def measure_errors(
     path: Path,
-    found: Calibration,
+    calibration: Calibration,
     precisions: Sequence[str],
     group_size: int = 64,
     advance: Callable[[int], None] = lambda num_layers: None,
 ) -> list[dict[str, float]]:
-    """By layer and precision: the squared error of the layer's experts' summed outputs over the residual stream's square.
+    """By layer and precision: the squared error of the experts' summed outputs, relative to the squared residual stream.
 
-    ``path`` is the lossless store that ``found`` was measured on. Reads every expert once, and quantizes it for each precision.
+    ``path`` is the lossless store that ``calibration`` was recorded on. Every expert is read once and quantized in each precision.
+    ``advance`` is called with the number of further layers done.
     """
     prepared = prepare(path)
-    manifest, harm = prepared.store.manifest, []
+    manifest, relative_errors = prepared.store.manifest, []
     memory = mmap.mmap(-1, manifest.slot_bytes)
     with closing(DiskSource(prepared.store)) as source, torch.inference_mode():
         for stack in prepared.stacks:
-            fed, experts, shapes = found.fed[stack.layer], found._experts[stack.layer], stack.output_rows_first()
-            made = {name: blob_layout(name, shapes, manifest.dtype, group_size) for name in precisions}
-            errors = {name: torch.zeros(fed.hidden.shape, dtype=torch.float32) for name in precisions}
+            inputs, experts, shapes = calibration.inputs[stack.layer], calibration._experts[stack.layer], stack.output_rows_first()
+            layouts = {name: blob_layout(name, shapes, manifest.dtype, group_size) for name in precisions}
+            errors = {name: torch.zeros(inputs.hidden.shape, dtype=torch.float32) for name in precisions}
             for expert in range(stack.num_experts):
-                token, choice = (fed.chosen == expert).nonzero(as_tuple=True)
+                token, choice = (inputs.chosen == expert).nonzero(as_tuple=True)
                 if not len(token):
                     continue
-                layout, x = manifest.layout_of(ExpertId(stack.layer, expert)), fed.hidden[token]
+                layout, x = manifest.layout_of(ExpertId(stack.layer, expert)), inputs.hidden[token]
                 source.read(ExpertId(stack.layer, expert), memoryview(memory))
                 parts = views(layout, torch.frombuffer(memory, dtype=torch.uint8)[: layout.length])
                 weights = expert_weights(layout, parts, shapes, x.dtype)
                 exact = expert_mlp(experts, weights, x).float()
-                moments = found.moments(stack.layer, expert, weights)
+                moments = calibration.moments(stack.layer, expert, weights)
                 for name, error in errors.items():
-                    blob = torch.frombuffer(encode(made[name], weights, SOLVERS[DEFAULT_SOLVER], moments), dtype=torch.uint8)
-                    fewer = expert_weights(made[name], views(made[name], blob), shapes, x.dtype)
-                    gate = fed.gate[token, choice].float()[:, None]
-                    error.index_add_(0, token, (expert_mlp(experts, fewer, x).float() - exact) * gate)
-            residual = found.residual[stack.layer] or 1.0
-            harm.append({name: float(error.square().sum()) / residual for name, error in errors.items()})
+                    blob = torch.frombuffer(encode(layouts[name], weights, SOLVERS[DEFAULT_SOLVER], moments), dtype=torch.uint8)
+                    quantized = expert_weights(layouts[name], views(layouts[name], blob), shapes, x.dtype)
+                    routing_weights = inputs.routing_weights[token, choice].float()[:, None]
+                    error.index_add_(0, token, (expert_mlp(experts, quantized, x).float() - exact) * routing_weights)
+            power = calibration.residual_power[stack.layer] or 1.0
+            relative_errors.append({name: float(error.square().sum()) / power for name, error in errors.items()})
             advance(1)
-    return harm
+    return relative_errors
 
 
-def measure_views(
+def measure_view_losses(
     path: Path, tokens: Tensor, *, window: int = 512, advance: Callable[[int], None] = lambda num_tokens: None
 ) -> dict[int, float]:
-    """Nats per token of ``tokens`` [num_tokens] int64 that the store at ``path`` loses with every expert read as each shorter view.
+    """The loss, in nats per token of ``tokens`` [num_tokens] int64, of reading every expert as a shorter view, by bits of the view.
 
-    Empty where no expert has shorter views. Policies choose by this what they may read.
+    {} if no expert of the store at ``path`` has shorter views. Precision policies choose views by these losses.
     """
     prepared = prepare(path)
     layouts = {
@@ -161,29 +166,29 @@ def measure_views(
 
 
 class _Observer:
-    """Stands where the runtime stands: passes each call on and keeps what it was given."""
+    """Takes the place of the runtime: records the inputs of each call and passes the call on."""
 
     def __init__(self, prepared: Prepared, model: Any) -> None:
-        """Every layer's experts call the observer from now on, and every decoder layer's input is measured."""
-        self.fed: list[list[Fed]] = [[] for _ in prepared.stacks]
-        self.residual = [0.0] * len(prepared.stacks)
+        """From now on every layer's experts call the observer, and every decoder layer's input is measured."""
+        self.inputs: list[list[LayerInputs]] = [[] for _ in prepared.stacks]
+        self.residual_power = [0.0] * len(prepared.stacks)
         self._runtime = model.fate.runtime
         patches = model.fate.patches
         for stack in prepared.stacks:
             patches.replace(model.get_submodule(stack.name), "fate_runtime", self)
             decoder_layer = model.get_submodule(stack.block.rpartition(".")[0])
-            patches.hook(decoder_layer, "before", self._measuring(stack.layer), with_kwargs=True)
+            decoder_layer.register_forward_pre_hook(self._power_hook(stack.layer), with_kwargs=True)
 
     def compute(self, layer: int, experts: Any, hidden: Tensor, index: Tensor, routing_weights: Tensor) -> Tensor:
-        """The runtime's own answer."""
-        self.fed[layer].append(Fed(hidden.clone(), index.clone(), routing_weights.reshape(index.shape).clone()))
-        answer: Tensor = self._runtime.compute(layer, experts, hidden, index, routing_weights)
-        return answer
+        """The runtime's result."""
+        self.inputs[layer].append(LayerInputs(hidden.clone(), index.clone(), routing_weights.reshape(index.shape).clone()))
+        output: Tensor = self._runtime.compute(layer, experts, hidden, index, routing_weights)
+        return output
 
-    def _measuring(self, layer: int) -> Any:
+    def _power_hook(self, layer: int) -> Any:
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             stream = args[0] if args else kwargs["hidden_states"]
-            self.residual[layer] += float(stream.float().square().sum())
+            self.residual_power[layer] += float(stream.float().square().sum())
 
         return hook
 
@@ -193,8 +198,8 @@ def _matrices(experts: Any) -> tuple[str, str]:
 
 
 def _inner(experts: Any, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    """What the expert's last matrix is given for the inputs ``x``."""
-    into = _matrices(experts)[0]
-    bias = tensors.get(f"{into}_bias")
-    inner = linear(x, tensors[into].to(x.dtype), None if bias is None else bias.to(x.dtype))
+    """The input of the expert's down_proj for the inputs ``x``."""
+    first = _matrices(experts)[0]
+    bias = tensors.get(f"{first}_bias")
+    inner = linear(x, tensors[first].to(x.dtype), None if bias is None else bias.to(x.dtype))
     return experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)  # type: ignore[no-any-return]

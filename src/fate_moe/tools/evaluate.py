@@ -1,4 +1,4 @@
-"""How well a model predicts a text, and how far two models' predictions are apart."""
+"""Measures how well a model predicts a text, and how much two models' predictions differ."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from fate_moe.errors import ConfigError
 
 __all__ = ["Comparison", "Perplexity", "Window", "compare", "logits_bytes", "perplexity", "windows"]
 
-# A window's logits: the model's own, a copy in fp32, and what the log-softmax of that needs (measured: embedded model, 512 tokens).
+# Bytes per logit: the model's own, an fp32 copy, and the temporaries of its log-softmax (measured with the embedded model).
 _LOGIT_BYTES = 14
 
 
 class Window(NamedTuple):
-    """Tokens ``start`` to ``end`` are read; those from ``scored`` on are predicted (each from the ones before it in the window)."""
+    """Tokens ``start`` to ``end`` are read; those from ``scored`` on are predicted, each from the ones before it in the window."""
 
     start: int
     scored: int
@@ -48,7 +48,7 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class Comparison:
-    """B against A over ``tokens`` predictions: mean KL(A || B) in nats, share of equal likeliest tokens, both perplexities."""
+    """B against A over ``tokens`` predictions: mean KL(A || B) in nats, top-1 agreement (a fraction), both perplexities."""
 
     kl_divergence: float
     top1_agreement: float
@@ -61,24 +61,24 @@ class Comparison:
 
 
 def windows(num_tokens: int, window: int, stride: int) -> list[Window]:
-    """Windows of ``window`` tokens, one every ``stride``; every token but the first of all is predicted exactly once.
+    """Windows of ``window`` tokens, one every ``stride``; every token except the first is predicted exactly once.
 
-    Raises ConfigError where the text or the window is too short, or the stride is longer than the window allows.
+    Raises ConfigError if the text or the window is too short, or if ``stride`` is not below ``window``.
     """
     if not 1 <= stride < window:
         raise ConfigError(
-            f"a stride of {stride} with windows of {window} tokens leaves tokens out; give one from 1 to {window - 1}"
+            f"a stride of {stride} with windows of {window} tokens skips tokens; give a stride from 1 to {window - 1}"
         )
     if num_tokens < 2:
-        raise ConfigError("the text has fewer than two tokens; there is nothing to predict")
-    found, predicted = [], 1
+        raise ConfigError("the text has fewer than two tokens, so there is nothing to predict; give a longer text")
+    spans, predicted = [], 1
     for start in range(0, num_tokens, stride):
         end = min(start + window, num_tokens)
-        found.append(Window(start, predicted, end))
+        spans.append(Window(start, predicted, end))
         predicted = end
         if end == num_tokens:
             break
-    return found
+    return spans
 
 
 def perplexity(
@@ -92,8 +92,8 @@ def perplexity(
 ) -> Perplexity:
     """Perplexity of ``model`` on ``tokens`` [num_tokens] int64, in windows, one every ``stride`` (None: ``window`` - 1).
 
-    ``decode`` feeds the predicted tokens one at a time through the KV cache, as generation does, instead of a window at once:
-    slower, and what precision policies and caches do in decode shows. ``advance`` is told how many more tokens are done.
+    ``decode`` feeds the predicted tokens one at a time through the KV cache, as generation does, instead of a window at once. This
+    is slower and measures what precision policies do in decode. ``advance`` is called with the number of further tokens done.
     """
     stride = window - 1 if stride is None else stride
     spans = windows(len(tokens), window, stride)
@@ -116,10 +116,10 @@ def compare(
     decode: bool = False,
     advance: Callable[[int], None] = lambda num_tokens: None,
 ) -> Comparison:
-    """The predictions of two models on ``tokens`` [num_tokens] int64, in windows that overlap by one token.
+    """Compare the predictions of two models on ``tokens`` [num_tokens] int64, in windows that overlap by one token.
 
-    ``open_a`` and ``open_b`` load the models (with a ``fate`` to close): one after the other, so that each may have all memory;
-    A's logits wait in a temporary file. Raises ConfigError where the vocabularies differ.
+    ``open_a`` and ``open_b`` load the models, whose ``fate`` is closed afterwards. They are loaded one after the other, so that
+    each can use all memory; A's logits are written to a temporary file. Raises ConfigError if the vocabularies differ.
     """
     spans = windows(len(tokens), window, window - 1)
     with tempfile.TemporaryFile() as file:
@@ -135,7 +135,9 @@ def compare(
             for span, logits in _predictions(model.model, tokens, spans, decode):
                 targets = tokens[span.scored : span.end]
                 if logits.shape[-1] != vocabulary:
-                    raise ConfigError(f"the models' vocabularies differ ({vocabulary} and {logits.shape[-1]}): not comparable")
+                    raise ConfigError(
+                        f"the models cannot be compared: their vocabularies have {vocabulary} and {logits.shape[-1]} tokens"
+                    )
                 data = bytearray(len(targets) * vocabulary * dtype.itemsize)
                 file.readinto(data)
                 log_a = torch.frombuffer(data, dtype=dtype).view(-1, vocabulary).float().log_softmax(-1)
@@ -150,12 +152,12 @@ def compare(
 
 
 def logits_bytes(vocabulary: int, window: int) -> int:
-    """Memory that scoring takes besides the model's own: the logits of a whole window."""
+    """Bytes that scoring needs in addition to the model: the logits of a window and their temporaries."""
     return vocabulary * window * _LOGIT_BYTES
 
 
 class _Loaded:
-    """A model for as long as it is needed."""
+    """A loaded model; ``close`` closes its engine and drops the model."""
 
     def __init__(self, load: Callable[[], Any]) -> None:
         self.model = load()

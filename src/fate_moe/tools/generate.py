@@ -1,4 +1,4 @@
-"""Text from a model, timed: prefill apart from decode."""
+"""Generates text and measures prefill and decode separately."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Generation", "generate"]
 
 @dataclass
 class Generation:
-    """One answer. ``tokens`` are the new token ids; times are seconds of wall clock."""
+    """One generated text. ``tokens`` are the new token ids; times are in seconds of wall clock."""
 
     text: str
     tokens: list[int]
@@ -26,7 +26,7 @@ class Generation:
 
     @property
     def decode_tokens_per_second(self) -> float:
-        """New tokens after the first, by the time they took; 0.0 where there was only one."""
+        """New tokens after the first, divided by their time; 0.0 if there was only one."""
         return (len(self.tokens) - 1) / self.decode_seconds if len(self.tokens) > 1 and self.decode_seconds else 0.0
 
     def as_dict(self) -> dict[str, Any]:
@@ -43,7 +43,7 @@ class Generation:
 def generate(
     model: Any, tokenizer: Any, inputs: torch.Tensor, on_text: Callable[[str], None] | None = None, **options: Any
 ) -> Generation:
-    """Continue ``inputs`` [1, prompt_tokens] with ``model.generate(**options)``; ``on_text`` is given each piece of text."""
+    """Continue ``inputs`` [1, prompt_tokens] with ``model.generate(**options)``; ``on_text`` is called with each piece of text."""
     clock = _Clock(_Printer(tokenizer, on_text) if on_text else None)
     if model.generation_config.pad_token_id is None and "pad_token_id" not in options:
         options["pad_token_id"] = tokenizer.eos_token_id
@@ -61,7 +61,7 @@ def generate(
 
 @dataclass
 class _Clock(BaseStreamer):  # type: ignore[misc]
-    """Notes when each token came, and passes it on."""
+    """Records when each token came, and passes it on."""
 
     inner: BaseStreamer | None
     began: float = field(default_factory=time.perf_counter)
@@ -81,7 +81,7 @@ class _Clock(BaseStreamer):  # type: ignore[misc]
 
 
 class _Printer(TextStreamer):  # type: ignore[misc]
-    """transformers' streamer, giving its text to a function."""
+    """transformers' streamer, with a function that receives the text."""
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)

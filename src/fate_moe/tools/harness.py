@@ -1,6 +1,6 @@
-"""EleutherAI's evaluation harness on models whose experts live elsewhere: ``fate eval harness``, or ``register()`` and its API.
+"""Runs EleutherAI's evaluation harness on offloaded models: ``fate eval harness``, or ``register()`` and the harness's API.
 
-The harness finds models in a registry that no entry point reaches, so its own command knows "fate" only after ``register()``.
+The harness has no entry points for models, so it finds "fate" in its registry only after ``register()``.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from fate_moe.errors import ConfigError
 __all__ = ["register", "run_harness", "score"]
 
 
-def score(model: Any, context: Sequence[int], continuation: Sequence[int], longest: int) -> tuple[float, bool]:
-    """Log probability of ``continuation`` after ``context`` (token ids, of which the last ``longest`` + 1 are taken), and whether
-    each of its tokens is the likeliest."""
-    tokens = torch.tensor([*context, *continuation])[-(longest + 1) :]
+def score(model: Any, context: Sequence[int], continuation: Sequence[int], max_length: int) -> tuple[float, bool]:
+    """The log probability of ``continuation`` after ``context``, and whether each of its tokens is the likeliest.
+
+    Both are token ids; the last ``max_length`` + 1 of them are used.
+    """
+    tokens = torch.tensor([*context, *continuation])[-(max_length + 1) :]
     count = min(len(continuation), len(tokens) - 1)
     with torch.inference_mode():
         logits = model(tokens[None, :-1], use_cache=False, logits_to_keep=count).logits[0, -count:].float()
@@ -30,9 +32,9 @@ def score(model: Any, context: Sequence[int], continuation: Sequence[int], longe
 
 
 def register() -> type:
-    """Make lm_eval know the model "fate" (arguments: ``model`` and the fields of OffloadConfig); returns its class.
+    """Register the model "fate" with lm_eval (arguments: ``model`` and the fields of OffloadConfig) and return its class.
 
-    Raises ConfigError where lm_eval is not installed.
+    Raises ConfigError if lm_eval is not installed.
     """
     try:
         from lm_eval.api.model import TemplateLM
@@ -46,12 +48,14 @@ def register() -> type:
 
     @register_model("fate")
     class FateLM(TemplateLM):  # type: ignore[misc]
-        """One model, one request at a time."""
+        """An offloaded model; runs one request at a time."""
 
         def __init__(self, model: str | None = None, batch_size: Any = 1, device: Any = None, **options: Any) -> None:
             super().__init__()
             self.model, self.tokenizer = load(model, **options)
-            self.longest = min(self.model.fate.config.context_length, self.model.config.get_text_config().max_position_embeddings)
+            self._max_length = min(
+                self.model.fate.config.context_length, self.model.config.get_text_config().max_position_embeddings
+            )
 
         @property
         def eot_token_id(self) -> int:
@@ -61,16 +65,16 @@ def register() -> type:
             return list(self.tokenizer(string, add_special_tokens=bool(add_special_tokens), verbose=False)["input_ids"])
 
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **kwargs: Any) -> list[tuple[float, bool]]:
-            return [score(self.model, context or [self.eot_token_id], end, self.longest) for _, context, end in requests]
+            return [score(self.model, context or [self.eot_token_id], end, self._max_length) for _, context, end in requests]
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
             from lm_eval.utils import get_rolling_token_windows
 
             totals: list[float] = []
             for request in requests:
-                spans = get_rolling_token_windows(self.tok_encode(request.args[0]), self.eot_token_id, self.longest, 1)
+                spans = get_rolling_token_windows(self.tok_encode(request.args[0]), self.eot_token_id, self._max_length, 1)
                 parts = [make_disjoint_window(span) for span in spans]
-                totals.append(sum(score(self.model, context, end, self.longest)[0] for context, end in parts))
+                totals.append(sum(score(self.model, context, end, self._max_length)[0] for context, end in parts))
             return totals
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
@@ -79,12 +83,12 @@ def register() -> type:
         def _generate(self, context: str, options: dict[str, Any]) -> str:
             stops = options.get("until") or []
             stops = [stops] if isinstance(stops, str) else list(stops)
-            most = min(int(options.get("max_gen_toks", 256)), self.longest - 1)
-            inputs = torch.tensor([self.tok_encode(context)[-(self.longest - most) :]])
+            max_new_tokens = min(int(options.get("max_gen_toks", 256)), self._max_length - 1)
+            inputs = torch.tensor([self.tok_encode(context)[-(self._max_length - max_new_tokens) :]])
             output: Tensor = self.model.generate(
                 inputs,
                 attention_mask=torch.ones_like(inputs),
-                max_new_tokens=most,
+                max_new_tokens=max_new_tokens,
                 do_sample=bool(options.get("do_sample", False)),
                 tokenizer=self.tokenizer,
                 pad_token_id=self.eot_token_id,
@@ -93,20 +97,20 @@ def register() -> type:
             text: str = self.tokenizer.decode(output[0, inputs.shape[1] :], skip_special_tokens=True)
             return min((text.split(stop)[0] for stop in stops if stop), key=len, default=text)
 
-    made: type = FateLM
-    return made
+    model_class: type = FateLM
+    return model_class
 
 
 def run_harness(arguments: Sequence[str]) -> None:
-    """The harness's own command line with ``arguments``, the model being "fate" unless they say otherwise."""
+    """Run the harness's command line with ``arguments``; the model is "fate" unless they name another."""
     import sys
 
     register()
     from lm_eval.__main__ import cli_evaluate
 
     model = [] if any(argument.split("=")[0] in ("--model", "-m") for argument in arguments) else ["--model", "fate"]
-    kept, sys.argv = sys.argv, ["lm_eval", "run", *model, *arguments]
+    saved_argv, sys.argv = sys.argv, ["lm_eval", "run", *model, *arguments]
     try:
         cli_evaluate()
     finally:
-        sys.argv = kept
+        sys.argv = saved_argv

@@ -1,4 +1,4 @@
-"""A checkpoint before its conversion: what it is, how big its store would be, and how fast this machine could run it."""
+"""Describes a checkpoint before its conversion: the model, the size of its store, and bounds of its speed on this machine."""
 
 from __future__ import annotations
 
@@ -20,24 +20,27 @@ from fate_moe.machine import available_memory
 from fate_moe.quant.dtypes import dtype_name
 from fate_moe.store.format import blob_layout
 
-__all__ = ["AtPrecision", "Bandwidths", "Description", "describe", "measure_bandwidths"]
+__all__ = ["Bandwidths", "Description", "StoreEstimate", "describe", "measure_bandwidths"]
 
 _PROBE_BYTES = 64 << 20
-_READ_BYTES = 4 << 20  # as large as an expert
+_READ_BYTES = 4 << 20  # the size of a typical expert
 
 
 @dataclass(frozen=True)
 class Bandwidths:
-    """Bytes per second: of memory, and of the disk (None where there is no file to read)."""
+    """Bytes per second of memory and of the disk (None if there is no file to measure it with)."""
 
     memory: float
     disk: float | None
 
 
 @dataclass(frozen=True)
-class AtPrecision:
-    """The store at one precision. ``tokens_per_second`` are bounds, not measurements: all experts read from disk, then all resident
-    (what memory allows of it); None where the disk was not measured or the dense weights do not fit."""
+class StoreEstimate:
+    """The store at one precision.
+
+    ``tokens_per_second`` are bounds, not measurements: with all experts read from disk, and with as many resident as memory allows.
+    None if the disk was not measured or the dense weights do not fit.
+    """
 
     expert_bytes: int
     dense_bytes: int
@@ -47,7 +50,7 @@ class AtPrecision:
 
 @dataclass(frozen=True)
 class Description:
-    """A checkpoint as ``fate inspect`` describes it. ``layers`` counts MoE blocks, ``experts`` those of one block."""
+    """What ``fate inspect`` shows of a checkpoint. ``layers`` counts MoE blocks; ``experts`` are those of one block."""
 
     family: str
     layers: int
@@ -55,18 +58,18 @@ class Description:
     top_k: int
     dense_bytes: int
     kv_bytes_per_token: int
-    precisions: dict[str, AtPrecision]
+    precisions: dict[str, StoreEstimate]
     bandwidths: Bandwidths
 
     def as_dict(self) -> dict[str, Any]:
         precisions = {
             name: {
-                "expert_bytes": of.expert_bytes,
-                "dense_bytes": of.dense_bytes,
-                "disk_bytes": of.store_bytes,
-                "tokens_per_second": list(of.tokens_per_second) if of.tokens_per_second else None,
+                "expert_bytes": estimate.expert_bytes,
+                "dense_bytes": estimate.dense_bytes,
+                "disk_bytes": estimate.store_bytes,
+                "tokens_per_second": list(estimate.tokens_per_second) if estimate.tokens_per_second else None,
             }
-            for name, of in self.precisions.items()
+            for name, estimate in self.precisions.items()
         }
         return {
             "family": self.family,
@@ -82,9 +85,9 @@ class Description:
 
 
 def describe(checkpoint: Path, bandwidths: Bandwidths | None = None) -> Description:
-    """What config.json in the folder ``checkpoint`` means (no weights are needed), or a GGUF file's own description.
+    """Describe the folder ``checkpoint`` from its config.json (weights are not needed), or a GGUF file from its metadata.
 
-    Raises CheckpointError and UnsupportedModelError.
+    ``bandwidths`` None: measured. Raises CheckpointError and UnsupportedModelError.
     """
     with config_folder(checkpoint) as folder:
         model = build_meta_model(folder)
@@ -98,10 +101,10 @@ def describe(checkpoint: Path, bandwidths: Bandwidths | None = None) -> Descript
         }
         experts = sum(stack.num_experts * lengths[stack.layer] for stack in stacks)
         per_token = sum(min(stack.top_k, stack.num_experts) * lengths[stack.layer] for stack in stacks)
-        of = footprint(model, stacks, precision)
-        dense = of.dense_bytes + of.row_bytes  # quantized beside quantized experts
-        precisions[precision] = AtPrecision(
-            max(lengths.values()), dense, dense + experts, _tokens_per_second(of.dense_bytes, per_token, experts, speeds)
+        needed = footprint(model, stacks, precision)
+        dense = needed.dense_bytes + needed.row_bytes  # quantized if the experts are
+        precisions[precision] = StoreEstimate(
+            max(lengths.values()), dense, dense + experts, _tokens_per_second(needed.dense_bytes, per_token, experts, speeds)
         )
     return Description(
         family=needs.family,
@@ -116,17 +119,20 @@ def describe(checkpoint: Path, bandwidths: Bandwidths | None = None) -> Descript
 
 
 def _tokens_per_second(dense: int, per_token: int, experts: int, speeds: Bandwidths) -> tuple[float, float] | None:
-    """(every expert from disk, as many resident as memory holds and chosen evenly), both reading each dense byte once a token."""
-    room = available_memory() * AUTO_FRACTION - dense
-    if speeds.disk is None or room < per_token:
+    """Bounds with (every expert read from disk, as many resident as memory holds and experts chosen uniformly).
+
+    Both read every dense byte once a token.
+    """
+    expert_room = available_memory() * AUTO_FRACTION - dense
+    if speeds.disk is None or expert_room < per_token:
         return None
-    missing = max(0.0, 1 - room / experts) * per_token
+    missing = max(0.0, 1 - expert_room / experts) * per_token
     computing = (dense + per_token) / speeds.memory
     return 1 / (computing + per_token / speeds.disk), 1 / (computing + missing / speeds.disk)
 
 
 def measure_bandwidths(checkpoint: Path) -> Bandwidths:
-    """Read memory with torch's threads, and the checkpoint's largest file past the page cache; together well under a second."""
+    """Measure memory reads with torch's threads, and direct reads of the checkpoint's largest file; takes under a second."""
     data = torch.ones(_PROBE_BYTES // 4)
     data.sum()
     best = min(_seconds(data.sum) for _ in range(3))
@@ -137,7 +143,7 @@ def measure_bandwidths(checkpoint: Path) -> Bandwidths:
 
 
 def _read_speed(path: Path) -> float | None:
-    """Bytes per second of reads of 4 MiB from the middle of ``path`` on; None where O_DIRECT is refused."""
+    """Bytes per second of reads of 4 MiB from the middle of ``path`` on; None if O_DIRECT is not supported."""
     buffer: mmap.mmap = anonymous_buffer(_READ_BYTES)
     count = min(path.stat().st_size // _READ_BYTES, _PROBE_BYTES // _READ_BYTES)
     first = (path.stat().st_size // _READ_BYTES - count) // 2
