@@ -44,11 +44,9 @@ METHODS: dict[str, DeviceOptions] = {
     "fate": DeviceOptions(eviction="recency", limit=1, num_whole=4, overlap=False),
     "no prefetch": DeviceOptions(limit=0),
     "best": DeviceOptions(),
-    "always ahead": DeviceOptions(),  # as best, without the prefetch trial (gpu/prefetch_trial.py)
-    "counted": DeviceOptions(
-        eviction="frequency"
-    ),  # as best, with experts counted instead of weighted by the router's probabilities
-    "fitted": DeviceOptions(),  # predictions of the next layer by gates fitted to this model
+    "always ahead": DeviceOptions(),  # as best, but whether copying ahead pays is not asked (gpu/prefetch_trial.py)
+    "counted": DeviceOptions(eviction="frequency"),  # as best before the router's probabilities were weighed
+    "fitted": DeviceOptions(),  # next layer's choice by gates fitted to this model
     "prefetch 2": DeviceOptions(limit=2),
     "host": DeviceOptions(host_compute=0.5),
     "host, prefetch 2": DeviceOptions(limit=2, host_compute=0.7),
@@ -286,7 +284,7 @@ def prefill(random: RandomModel, share: float, tokens: int, method: str, expecte
 
 
 def _empty() -> None:
-    """Free the memory of earlier cells; experts are part of reference cycles."""
+    """Give back what cells before this one held."""
     gc.collect()
     torch.cuda.empty_cache()
 

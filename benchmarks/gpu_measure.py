@@ -88,15 +88,15 @@ def copies(results: dict[str, Any]) -> None:
 
 
 def copy_microseconds(random: RandomModel, experts: DeviceExperts) -> dict[str, float]:
-    """Microseconds to copy one expert to its slot, by the number of programs of the copy kernel."""
-    staging, times = experts.pool.num_slots, {}
+    """What one expert takes to come to its slot, by the number of the copying kernel's programs."""
+    staging, found = experts.state.pool.num_slots, {}
     wanted = torch.tensor([[0, staging], [1, 0]], dtype=torch.int32, device="cuda")
-    options = experts.options
+    whole = experts.state.options
     for programs in (8, 16, 27, 32, 54):
-        experts.options = replace(options, fetch_programs=programs)
-        times[str(programs)] = milliseconds(captured(lambda: experts.fetch(wanted), 8)) / 8 * 1e3
-    experts.options = options
-    return times
+        experts.state.options = replace(whole, fetch_programs=programs)
+        found[str(programs)] = milliseconds(captured(lambda: experts.fetch(wanted), 8)) / 8 * 1e3
+    experts.state.options = whole
+    return found
 
 
 def kernels(random: RandomModel, experts: DeviceExperts, bandwidth: float, results: dict[str, Any]) -> None:
@@ -200,8 +200,8 @@ def _length(spans: list[tuple[float, float]]) -> float:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _question_kernel(questions, asked, late, x, count, num_blobs, cols: tl.constexpr, MOST: tl.constexpr, E: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
-    """Ask for ``count`` blobs, different ones each time."""
+def _question_kernel(questions, asked, pending, x, count, num_blobs, cols: tl.constexpr, MOST: tl.constexpr, E: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+    """Ask for ``count`` blobs, others each time."""
     i = tl.arange(0, E)
     blob = (tl.load(asked) * 97 + i * 13) % num_blobs
     place = ask_experts(questions, asked, (i < count).to(tl.int32), blob, x, cols, MOST, 1024)
@@ -209,17 +209,17 @@ def _question_kernel(questions, asked, late, x, count, num_blobs, cols: tl.const
 
 
 def host_answers(random: RandomModel, host: HostCompute, results: dict[str, Any]) -> None:
-    """Microseconds from a request for n experts to their results in VRAM; the host reads different experts each time."""
+    """Microseconds from a question for n experts to the answer in VRAM, the host reading other experts each time."""
     x = torch.randn(host.cols, device="cuda").bfloat16()
     rows = triton.next_power_of_2(host.most)
-    late = torch.zeros(rows, dtype=torch.int32, device="cuda")
+    pending = torch.zeros(rows, dtype=torch.int32, device="cuda")
     results["host_us"] = {}
     for count in range(1, host.most + 1):
 
         def ask(count: int = count) -> None:
             _question_kernel[(1,)](
-                host.questions, host.asked, late, x, count, random.arena.num_blobs, cols=host.cols, MOST=host.most, E=rows
+                host.questions, host.asked, pending, x, count, random.arena.num_blobs, cols=host.cols, MOST=host.most, E=rows
             )
-            host.collect(late)
+            host.collect(pending)
 
         results["host_us"][str(count)] = milliseconds(captured(ask, 32)) / 32 * 1e3

@@ -117,12 +117,14 @@ class RandomModel:
         tables = ResidencyTables(quotas, num_experts, device)
         pool = VramPool(tables.num_slots, 2 * min(32, num_experts), self.layout.length, device)
         routers = router_weights(self.model, self.stacks)
-        host = self.host_compute() if options.host_compute else None
-        experts = DeviceExperts(
-            self.device_layouts, self.arena, pool, tables, routers, top_k=top_k, options=options, share=host, fitted=fitted
-        )
-        experts.fill()
-        attach_device(self.model, self.stacks, experts)
+        host_compute = self.host_compute() if options.host_compute else None
+        state = DeviceState(
+            self.device_layouts, self.arena, pool, tables, routers, top_k=top_k, options=options, host_compute=host_compute,
+            fitted=fitted,
+        )  # fmt: skip
+        state.fill()
+        experts = DeviceExperts(state)
+        attach_device(self.model, self.stacks, experts, Patches(self.model))
         return experts
 
     def host_compute(self) -> HostCompute:

@@ -19,7 +19,7 @@ from fate_moe.kernels.native import native
 from fate_moe.store.convert import convert
 from fate_moe.trace.record import Recorder
 from fate_moe.trace.schema import RoutingTrace
-from tests.conftest import load_model
+from tests.support.engines import load_model
 from tests.support.checkpoints import tiny_model
 
 needs_extension = pytest.mark.skipif(native is None, reason="the extension is not built")
@@ -266,7 +266,7 @@ def test_a_pass_that_is_under_way_is_not_recorded(opened: Callable[..., Any]) ->
 def test_broken_tables_are_found_after_the_pass(opened: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, whole: bool) -> None:
     """What FATE_CHECK=1 asks for: once a pass, on both ways."""
     if not whole:
-        monkeypatch.setattr(load, "join_layers", lambda *args: 0)
+        monkeypatch.setattr("fate_moe.engine.cpu.join_layers", lambda *args: 0)
     model = opened()
     runtime, checked = model.fate.runtime, list[int]()
     decode(model, 2)

@@ -16,7 +16,6 @@ from fate_moe.store.learned import load_view_losses
 from fate_moe.store.open import open_store
 from fate_moe.tools import calibrate as module
 from fate_moe.tools.calibrate import calibrate, measure_errors, measure_view_losses
-from tests.conftest import load_model
 from tests.support.checkpoints import tiny_model
 from tests.support.engines import load_model
 

@@ -33,7 +33,7 @@ from fate_moe.predict.gates import FittedGates
 from fate_moe.predict.predictors import Known
 from fate_moe.registry import make_predictor
 from fate_moe.runtime import ExpertRuntime
-from fate_moe.store.dense import dense_layouts, read_by_row
+from fate_moe.store.dense import dense_layouts, row_read_parameter
 from fate_moe.store.learned import load_gates, load_view_losses
 from fate_moe.store.open import load_dense
 from fate_moe.store.reader import DiskSource
@@ -101,9 +101,9 @@ class CpuParts:
         """Dense weights into the meta model; an embedding that is read by row stays on disk."""
         model, store, config = self._model, self._prepared.store, self._config
         layouts = dense_layouts(model, store.manifest.dense_precision)
-        if embedding := read_by_row(model):
+        if embedding := row_read_parameter(model):
             leave_on_disk(model, embedding, store, layouts.get(embedding), self._patches)
-        dense = load_dense(store, but=embedding)
+        dense = load_dense(store, exclude=embedding)
         fill(model, dense, store.path, layouts, config.exact_activations, self._patches)
 
     def make_residency(self, policy: EvictionPolicy, source: ExpertSource | None) -> None:

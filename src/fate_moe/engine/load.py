@@ -19,21 +19,9 @@ from fate_moe.engine.prepare import Prepared, load_generation_config, load_token
 from fate_moe.errors import ConfigError
 from fate_moe.gpu.device import find_gpu
 from fate_moe.memory.decayed import Decayed
-from fate_moe.memory.policies import make_policy
-from fate_moe.memory.precision import make_precision_policy
-from fate_moe.memory.residency import Residency
-from fate_moe.memory.slots import SlotArena
-from fate_moe.memory.view_selector import ViewSelector
-from fate_moe.predict.gates import FittedGates
-from fate_moe.predict.predictors import Known, make_predictor
-from fate_moe.runtime import ExpertRuntime
-from fate_moe.store.convert import convert
-from fate_moe.store.dense import default_dense_precision, dense_layouts, row_read_parameter
-from fate_moe.store.format import blob_layout
-from fate_moe.store.learned import gates_bytes, load_gates, load_statistics, load_view_losses, save_statistics
-from fate_moe.store.open import Store, load_dense, open_store
-from fate_moe.store.plan import store_identity
-from fate_moe.store.reader import DiskSource
+from fate_moe.registry import make_policy
+from fate_moe.store.home import store_used
+from fate_moe.store.learned import load_statistics, save_statistics
 
 if TYPE_CHECKING:
     import torch
@@ -91,23 +79,34 @@ def build(
     simulates one under Triton's interpreter. Raises UnsupportedModelError for experts that the device cannot run, BudgetError if a
     GPU has less memory than the plan says. Whatever is raised, nothing stays started and the model is as it was.
     """
-    if model is not None and is_store(model):
-        return Path(model)
-    checkpoint = resolve_checkpoint(model if model is not None else demo.MODEL)
-    name = (
-        "embedded"
-        if model is None
-        else Path(str(model)).resolve().name
-        if Path(str(model)).exists()
-        else str(model).replace("/", "--")
-    )
-    dense = dense_precision or default_dense_precision(precision)
-    identity = store_identity(open_checkpoint(checkpoint), precision, dense=dense)
-    destination = cache_home() / "stores" / f"{name}-{precision}-{identity[:8]}"
-    if not is_store(destination):
-        _log.warning("converting %s to %s (once; experts as %s)", name, destination, precision)
-        convert(checkpoint, destination, precision, dense_precision=dense)
-    return destination
+    # Plan: each device has its own parts; the order of steps is the same.
+    model, path = prepared.model, prepared.store.path
+    patches = Patches(model)
+    parts = _parts(prepared, plan, config, patches, device)
+    try:
+        with parts.guard():
+            # Weights: everything that stays resident.
+            parts.place_weights()
+            load_generation_config(model, path)
+
+            # Residency: who has a slot, ordered by a policy that goes on from what earlier runs learned.
+            policy = make_policy(config.policy_name, parts.num_slots, [stack.num_experts for stack in prepared.stacks])
+            _recall(policy, path)
+            parts.make_residency(policy, source)
+
+            # Prediction: what is read ahead.
+            parts.make_prediction()
+
+            # Patches: the model's experts, layers and limits become ours.
+            parts.patch()
+            engine = parts.engine(lambda: _keep_learned(policy, path))
+            patches.replace(model, "fate", engine)
+            store_used(path)
+    except BaseException:
+        parts.abandon()
+        patches.undo()
+        raise
+    return model  # type: ignore[no-any-return]
 
 
 def _parts(
@@ -120,73 +119,7 @@ def _parts(
     return CudaParts(prepared, plan, config, patches, device)
 
 
-def realize(prepared: Prepared, plan: Plan | DevicePlan, config: OffloadConfig, source: ExpertSource | None = None) -> Any:
-    """Load the dense weights into the meta_model and attach the runtime under ``plan``; the meta_model becomes the model.
-
-    ``source`` brings the experts' bytes on the CPU; None: the store's files.
-    """
-    if isinstance(plan, DevicePlan):
-        from fate_moe.engine.cuda import realize_on_device
-
-        return realize_on_device(prepared, plan, config)
-    store, model, stacks = prepared.store, prepared.model, prepared.stacks
-    layouts_of_dense = dense_layouts(model, store.manifest.dense_precision)
-    if embedding := row_read_parameter(model):
-        leave_on_disk(model, embedding, store, layouts_of_dense.get(embedding))
-    fill(model, load_dense(store, exclude=embedding), store.path, layouts_of_dense, config.exact_activations)
-    load_generation_config(model, store.path)
-    num_experts = [stack.num_experts for stack in stacks]
-    arena = SlotArena(*((of.num_slots, of.slot_bytes) for of in plan.slots))
-    policy = make_policy(config.policy_name, plan.num_slots, num_experts)
-    recall(policy, store.path)
-    shapes = [stack.output_rows_first() for stack in stacks]
-    layouts = [store.manifest.layouts_of(stack.layer) for stack in stacks]
-    blob_bytes = {ExpertId(layer, expert): of.length for layer, row in enumerate(layouts) for expert, of in enumerate(row)}
-    residency = Residency(source or DiskSource(store), arena, policy, blob_bytes=blob_bytes, io_threads=config.io_threads)
-    slots = SlotExperts(arena.buffer, arena.offsets, layouts, shapes, exact=config.exact_activations)
-    accelerated = accelerate(model, config.exact_activations)
-    routers = routers_of(model, stacks)
-    predictor = _predictor(config, prepared, routers, policy)
-    view_selector = ViewSelector(make_precision_policy(config.precision_policy, load_view_losses(store.path)), layouts, residency)
-    runtime = ExpertRuntime(
-        residency, predictor, routers, slots, num_experts=num_experts, view_selector=view_selector, look_ahead=config.look_ahead
-    )
-    attach(model, stacks, runtime)
-    joined = join_layers(model, stacks, runtime, config.exact_activations)
-    _log.info(
-        "run by the extension, a token at a time: %d of %d layers whole, %s", joined, len(stacks), dict(accelerated) or "no module"
-    )
-    limit_context(model, plan.context_length, plan.kv_cache_bytes // plan.context_length)
-    model.fate = Fate(plan, config, runtime, lambda: remember(policy, store.path))
-    return model
-
-
-def load_generation_config(model: Any, store: Path) -> None:
-    """The store's generation_config.json, if it has one. Raises StoreError where it cannot be read."""
-    if (path := store / "generation_config.json").exists():
-        try:
-            model.generation_config = GenerationConfig.from_pretrained(store)
-        except Exception as error:  # whatever a torn or hostile file makes transformers raise
-            raise StoreError(f"{path} cannot be read ({_first_line(error)}); copy it from the checkpoint again") from error
-
-
-def _predictor(config: OffloadConfig, prepared: Prepared, routers: list[Router | None], policy: EvictionPolicy) -> Predictor:
-    """The predictor that ``config`` names, with all that there is to predict from."""
-    model, stacks = prepared.model, prepared.stacks
-    num_experts = [stack.num_experts for stack in stacks]
-    gates = load_gates(prepared.store.path, num_experts, model.config.get_text_config().hidden_size)
-    known = Known(
-        routers,
-        linear=linear_routers(model, stacks),
-        norms=norms_of(model, stacks),
-        fitted=None if gates is None else FittedGates(*gates.ahead),
-        forecast=gates.forecast if gates is not None and gates.forecast else None,
-        history=getattr(policy, "statistics", None),
-    )
-    return make_predictor(config.predictor_name, num_experts, max(stack.top_k for stack in stacks), known, config.look_ahead)
-
-
-def recall(policy: EvictionPolicy, store: Path) -> None:
+def _recall(policy: EvictionPolicy, store: Path) -> None:
     """Warm start: go on from what earlier runs learned of the routing."""
     if isinstance(policy, Decayed) and (state := load_statistics(store)) is not None:
         try:

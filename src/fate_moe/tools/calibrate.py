@@ -177,7 +177,7 @@ class _Observer:
         for stack in prepared.stacks:
             patches.replace(model.get_submodule(stack.name), "fate_runtime", self)
             decoder_layer = model.get_submodule(stack.block.rpartition(".")[0])
-            decoder_layer.register_forward_pre_hook(self._power_hook(stack.layer), with_kwargs=True)
+            patches.hook(decoder_layer, "before", self._power_hook(stack.layer), with_kwargs=True)
 
     def compute(self, layer: int, experts: Any, hidden: Tensor, index: Tensor, routing_weights: Tensor) -> Tensor:
         """The runtime's result."""
