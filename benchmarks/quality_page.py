@@ -39,7 +39,7 @@ def draw(facts: dict[str, Any], path: Path) -> None:
 
     models = facts["models"]
     names = list(dict.fromkeys(line["name"] for of in models.values() for kind in TITLES for line in of[kind]))
-    colors = pyplot.get_cmap("tab20").colors  # type: ignore[attr-defined]
+    colors = pyplot.get_cmap("tab20").colors
     figure, panels = pyplot.subplots(len(models), 2, figsize=(13, 4.5 * len(models)), squeeze=False)
     for row, (name, of_model) in zip(panels, models.items(), strict=True):
         for axes, (kind, title) in zip(row, TITLES.items(), strict=True):

@@ -43,7 +43,7 @@ def test_it_is_block_scaled_fp8_and_small() -> None:
     assert (quantization["quant_method"], quantization["weight_block_size"]) == ("fp8", [128, 128])
     shards = sorted(demo.MODEL.glob("*.safetensors"))
     assert sum(shard.stat().st_size for shard in shards) < 48e6
-    dtypes = {}
+    dtypes: dict[str, str] = {}
     for shard in shards:
         with safe_open(shard, "pt") as file:
             dtypes |= {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,7 @@ pytest.importorskip("matplotlib")
 
 from benchmarks.gpu_picture import curves, draw
 
-CELLS = {
+CELLS: dict[str, dict[str, Any]] = {
     "1.00 no prefetch": {"tokens_per_second": 200.0, "of_resident": 1.0},
     "0.25 best": {"tokens_per_second": 100.0, "of_resident": 0.5},
     "0.45 best": {"tokens_per_second": 140.0, "of_resident": 0.7},

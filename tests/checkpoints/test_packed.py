@@ -157,7 +157,7 @@ def test_int4_keeps_the_codes(checkpoint: Callable[[str], Path], tmp_path: Path,
     memory = torch.empty(layout.length + 4096, dtype=torch.uint8)
     start = -memory.data_ptr() % 4096
     memory = memory[start : start + layout.length]
-    source.read(ExpertId(0, 3), memoryview(memory.numpy()))
+    source.read(ExpertId(0, 3), memory.numpy().data)
     got = expert_weights(layout, views(layout, memory), {"gate_up_proj": (64, 64), "down_proj": (64, 32)}, torch.float32)
     at = "model.layers.0.mlp.experts.3"
     wanted = {

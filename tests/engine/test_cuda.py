@@ -44,7 +44,7 @@ def on_gpu(store: Path, slots: int | None = None, places: int | None = None, **o
 
 def tokens(model: Any, num: int = 3, **options: Any) -> list[int]:
     options = {"do_sample": False, **options}
-    return model.generate(PROMPT, max_new_tokens=num, eos_token_id=None, pad_token_id=0, **options)[0, 4:].tolist()
+    return list(model.generate(PROMPT, max_new_tokens=num, eos_token_id=None, pad_token_id=0, **options)[0, 4:].tolist())
 
 
 @pytest.mark.parametrize(("slots", "places"), [(None, None), (7, None), (7, 4)])

@@ -86,7 +86,7 @@ def test_a_host_without_every_expert_is_refused(model: Model, share: HostCompute
     other = SimpleNamespace(bytes=model.arena.bytes)
     with pytest.raises(ValueError, match="every expert"):
         DeviceExperts(
-            experts.layouts, other, experts.pool, experts.tables, experts.gates, top_k=4,  # type: ignore[arg-type]
+            experts.layouts, other, experts.pool, experts.tables, experts.gates, top_k=4,
             options=DeviceOptions(host_compute=0.5), share=share,
         )  # fmt: skip
 

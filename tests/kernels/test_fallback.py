@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from fate_moe.engine.load import store_for
-from fate_moe.kernels import cpu, gates, native
+from fate_moe.kernels import activations, cpu, native
 from tests.conftest import load_model
 
 
 def test_without_the_extension(
     checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for module in (cpu, gates, native):
+    for module in (cpu, activations, native):
         monkeypatch.setattr(module, "native", None)
     monkeypatch.setattr(native, "_missing", "No module named '_native'")
     monkeypatch.setattr(cpu, "_warned", set())

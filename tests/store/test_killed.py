@@ -10,10 +10,12 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fate_moe.errors import DiskSpaceError, StoreError
+from fate_moe.quant.blob import encode
 from fate_moe.store import convert as convert_module
 from fate_moe.store.convert import convert
 from fate_moe.store.open import open_store, verify
@@ -33,7 +35,7 @@ def children(checkpoint: Callable[[str], Path]) -> Iterator[Children]:
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """56 MB in 5 layers: long enough to be killed in the middle."""
     folder = tmp_path_factory.mktemp("large") / "checkpoint"
-    sizes = {"hidden_size": 256, "intermediate_size": 224, "num_local_experts": 16, "num_hidden_layers": 5}
+    sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 224, "num_local_experts": 16, "num_hidden_layers": 5}
     return tiny_checkpoint("mixtral", folder, **sizes)
 
 
@@ -43,7 +45,8 @@ def test_ten_kills_at_random_moments(large: Path, children: Children, tmp_path: 
     seconds = children.convert(large, undisturbed, precision=precision)["seconds"]
     store, partial = tmp_path / "store", tmp_path / "store.partial"
     dice = random.Random(7)
-    kills, progress = 0, set()
+    kills = 0
+    progress: set[object] = set()
     while kills < 10 or (len(progress) < 3 and kills < 60):  # more on a machine so busy that all came early
         pid = children.start(large, store, precision=precision)
         time.sleep(dice.uniform(0, seconds * 0.8))
@@ -151,7 +154,7 @@ def test_a_disk_that_fills_up_can_be_continued(
     checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = checkpoint("mixtral")
-    encode, calls = convert_module.encode, []
+    calls: list[tuple[object, ...]] = []
 
     def full(*arguments: object) -> bytearray:
         calls.append(arguments)

@@ -64,7 +64,8 @@ def test_latency_delays_use_and_not_the_next_read() -> None:
 
 def test_skipped_tokens_warm_up_and_do_not_count() -> None:
     row = simulate(trace_of([[[0]], [[0]], [[1]]]), "lru", "none", 0.25, SLOW, skip=1)
-    assert (row.num_tokens, row.miss_rate, row.stall_seconds) == (2, 0.5, pytest.approx(1.0))
+    assert (row.num_tokens, row.miss_rate) == (2, 0.5)
+    assert row.stall_seconds == pytest.approx(1.0)
 
 
 def residency(num_slots: int = 4) -> VirtualResidency:
