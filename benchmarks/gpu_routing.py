@@ -47,8 +47,7 @@ def other_tokens(random: RandomModel, length: int, seed: int) -> torch.Tensor:
 
 @torch.no_grad()
 def fit_gates(random: RandomModel, tokens: int = 24 * PASS) -> list[torch.Tensor | None]:
-    """By layer, [experts, hidden + 1] as ``fate fit`` fits them, on ``tokens`` that are not the script's; None for layer 0, which is
-    not predicted here."""
+    """By layer, [experts, hidden + 1] as ``fate fit`` fits them, on ``tokens`` that are not the script's; layer 0 has None here."""
     gates = routers(random)
     with gates[0].device:  # where its sums will lie
         fitter = GateFitter([len(gate) for gate in gates], gates[0].shape[1], routers=gates)

@@ -1,7 +1,7 @@
 """Write text with a model whose experts come from disk, then print what that took.
 
-    python examples/run.py                              the embedded model
-    python examples/run.py PATH-OR-ID "Once upon a time"
+python examples/run.py                              the embedded model
+python examples/run.py PATH-OR-ID "Once upon a time"
 """
 
 from __future__ import annotations

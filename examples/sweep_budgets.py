@@ -40,7 +40,9 @@ def run(model_name: str | None, expert_cache: str, prompt: str, new_tokens: int)
         seconds = time.perf_counter() - began
         experts = engine.report().experts
     num_tokens = output.shape[1] - inputs["input_ids"].shape[1]
-    return Row(expert_cache, cache_bytes, num_tokens / seconds, experts.ready_on_time, experts.bytes_read, tokenizer.decode(output[0]))
+    return Row(
+        expert_cache, cache_bytes, num_tokens / seconds, experts.ready_on_time, experts.bytes_read, tokenizer.decode(output[0])
+    )
 
 
 def main(model_name: str | None = None, prompt: str = "The history of the city", new_tokens: int = 40) -> list[Row]:

@@ -27,7 +27,9 @@ def main(model_name: str | None = None, new_tokens: int = 60) -> list[Row]:
     for share in (0.125, 0.25, 0.5):
         for policy in ("lru", "shallow-arc", "best", "belady"):
             row = simulate(trace, policy, "none", share, link)
-            print(f"{share:>6.1%} of the experts, {policy:>12}: {row.ready_on_time:.1%} ready, {row.tokens_per_second:.1f} tokens/s")
+            print(
+                f"{share:>6.1%} of the experts, {policy:>12}: {row.ready_on_time:.1%} ready, {row.tokens_per_second:.1f} tokens/s"
+            )
             rows.append(row)
     return rows
 

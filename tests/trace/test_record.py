@@ -28,6 +28,7 @@ from fate_moe.trace.record import Recorder
 from fate_moe.trace.recorded import recorded_run
 from fate_moe.trace.schema import RoutingTrace, read_trace, write_trace
 from fate_moe.trace.simulate import Link, simulate
+from tests.support.pictures import labels, lines, num_colors, saved_figures
 
 
 def decode(model: Any, num_tokens: int, seed: int, between: Callable[[], None] = lambda: None) -> None:
@@ -264,17 +265,40 @@ def test_pictures_come_from_files(traced: tuple[Any, RoutingTrace], tmp_path: Pa
         for share in (0.25, 0.5)
     ]
     (tmp_path / "rows.json").write_text(json.dumps({"rows": rows}))
-    for kind in ("heat", "timeline"):
-        draw(path, tmp_path / f"{kind}.png", kind)
-    for kind in ("capacity", "recall"):
-        draw(tmp_path / "rows.json", tmp_path / f"{kind}.png", kind)
-    assert all((tmp_path / f"{kind}.png").stat().st_size > 5000 for kind in ("heat", "timeline", "capacity", "recall"))
+    with saved_figures() as figures:
+        for kind in ("heat", "timeline"):
+            draw(path, tmp_path / f"{kind}.png", kind)
+        for kind in ("capacity", "recall"):
+            draw(tmp_path / "rows.json", tmp_path / f"{kind}.png", kind)
+    assert {name: labels(figure)[0] for name, figure in figures.items()} == {
+        "heat.png": ("expert", "layer"),
+        "timeline.png": ("ms", ""),
+        "capacity.png": ("experts in memory, %", "ready on time, %"),
+        "recall.png": ("MB read per token", "ready on time, %"),
+    }
+    (heat,) = figures["heat.png"].axes[0].get_images()
+    counts = [np.bincount(trace.experts[:, layer].reshape(-1), minlength=trace.num_experts[layer]) for layer in range(2)]
+    np.testing.assert_allclose(heat.get_array(), 100 * np.stack(counts) / trace.num_tokens)
+    drawn = [event for event in events if event["ph"] == "X"]
+    assert len(figures["timeline.png"].axes[0].patches) == len(drawn)
+    shown = lines(figures["capacity.png"].axes[0])
+    assert {name: [x for x, _ in points] for name, points in shown.items()} == {"lru": [25.0, 50.0], "belady": [25.0, 50.0]}
+    assert [y for _, y in shown["lru"]] == [pytest.approx(100 * row["ready_on_time"]) for row in rows[:2]]
+    assert lines(figures["recall.png"].axes[0]).keys() == {"lru, none", "belady, none"}
+    assert all(num_colors(tmp_path / name) > 10 for name in figures)
     row = {"mean": 0.5, "layers": [0.7, 0.5]}
     by_width = {"2": row, "4": row}
     ahead = {"plain": {"2": {"mean": None, "layers": []}}, "fitted": by_width}
     (tmp_path / "fit.json").write_text(json.dumps({"by_ahead": [ahead], "forecast": by_width}))
-    draw(tmp_path / "fit.json", tmp_path / "widths.png")
-    assert (tmp_path / "widths.png").stat().st_size > 5000
+    with saved_figures() as figures:
+        draw(tmp_path / "fit.json", tmp_path / "widths.png")
+    half = [(2.0, 50.0), (4.0, 50.0)]
+    assert lines(figures["widths.png"].axes[0]) == {
+        "fitted, 1 ahead": half,
+        "layer 0, from the embedding": [(2.0, 70.0), (4.0, 70.0)],
+        "whole token": half,
+    }
+    assert num_colors(tmp_path / "widths.png") > 10
     (tmp_path / "nothing.json").write_text("[]")
     with pytest.raises(ConfigError, match="no rows"):
         draw(tmp_path / "nothing.json", tmp_path / "x.png")
