@@ -23,6 +23,8 @@ from fate_moe.store.open import load_dense, open_store
 from fate_moe.store.reader import DiskSource
 from tests.support.reading import load_all
 
+pytestmark = pytest.mark.slow
+
 AWQ_COLUMN = [0, 2, 4, 6, 1, 3, 5, 7]  # nibble i of a word holds this one of its eight columns
 
 

@@ -29,6 +29,8 @@ from fate_moe.store.learned import GATES, save_gates
 from fate_moe.store.open import open_store
 from tests.conftest import load_model
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 PROMPT = torch.tensor([[3, 17, 90, 5]])
 

@@ -16,6 +16,8 @@ import reference_model as rm
 import reference_text as rt
 import train_reference as tr
 
+pytestmark = pytest.mark.slow
+
 SENTENCE = "the cat sat on a mat and saw the dog run over the green hill to find the old red barn"
 WORDS = SENTENCE.split()
 
