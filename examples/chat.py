@@ -23,7 +23,7 @@ def encode(tokenizer: Any, messages: list[dict[str, str]]) -> Any:
     return tokenizer("\n".join(message["content"] for message in messages) + "\n", return_tensors="pt")
 
 
-def main(model_name: str | None = None, questions: Iterable[str] = sys.stdin, new_tokens: int = 100) -> list[dict[str, str]]:
+def main(model_name: str | None = None, *, questions: Iterable[str] = sys.stdin, new_tokens: int = 100) -> list[dict[str, str]]:
     """Answer ``questions`` one after the other; the whole conversation."""
     model, tokenizer = load(model_name, expert_cache="50%", context_length=2048)
     messages: list[dict[str, str]] = []

@@ -38,7 +38,9 @@ class FIFO(EvictionPolicy):
 register_policy("fifo", lambda num_slots, experts_per_layer: FIFO())
 
 
-def main(model_name: str | None = None, prompt: str = "It was a dark night", new_tokens: int = 40) -> dict[str, tuple[float, str]]:
+def main(
+    model_name: str | None = None, prompt: str = "It was a dark night", *, new_tokens: int = 40
+) -> dict[str, tuple[float, str]]:
     """Print how many experts were ready on time under both policies; that and the text, by policy."""
     found = {}
     for policy in ("lru", "fifo"):

@@ -13,7 +13,7 @@ from transformers import TextStreamer
 from fate_moe import load
 
 
-def main(model_name: str | None = None, prompt: str = "It was a dark night, and the old house", new_tokens: int = 60) -> str:
+def main(model_name: str | None = None, prompt: str = "It was a dark night, and the old house", *, new_tokens: int = 60) -> str:
     """Continue ``prompt`` with a quarter of the experts in memory; the whole text."""
     model, tokenizer = load(model_name, expert_cache="25%")
     with model.fate as engine:

@@ -45,7 +45,7 @@ def run(model_name: str | None, expert_cache: str, prompt: str, new_tokens: int)
     )
 
 
-def main(model_name: str | None = None, prompt: str = "The history of the city", new_tokens: int = 40) -> list[Row]:
+def main(model_name: str | None = None, prompt: str = "The history of the city", *, new_tokens: int = 40) -> list[Row]:
     """Print one line for each of SHARES; the rows."""
     print(f"{'experts in memory':>18} {'slots, MB':>10} {'tokens/s':>9} {'ready on time':>14} {'read, MB':>9}")
     rows = []

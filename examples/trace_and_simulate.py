@@ -17,7 +17,7 @@ from fate_moe.trace.simulate import Link, Row, simulate, size_of_all
 TEXTS = ("It was a dark night, and the old house", "The history of the city begins", "def main(arguments):")
 
 
-def main(model_name: str | None = None, new_tokens: int = 60) -> list[Row]:
+def main(model_name: str | None = None, *, new_tokens: int = 60) -> list[Row]:
     """Print the share of experts that were ready on time, by policy and share of experts in memory; the rows."""
     config = OffloadConfig(expert_cache="50%", context_length=512)
     trace = record_routing(model_name, TEXTS, config, new_tokens=new_tokens, max_tokens=len(TEXTS) * new_tokens)
