@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from fate_moe.core import ExpertId
 from fate_moe.errors import CorruptExpertError, StoreError
-from fate_moe.io import direct as direct_module
+from fate_moe.io import direct
 from fate_moe.io.direct import DirectFile, anonymous_buffer
 from fate_moe.store.convert import convert
 from fate_moe.store.open import Store, load_dense, open_store, verify
@@ -34,7 +34,7 @@ def store(checkpoint: Callable[[str], Path], tmp_path: Path) -> Store:
 @pytest.fixture
 def forgetful(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a process that has not fallen back to buffered reads yet."""
-    monkeypatch.setattr(direct_module, "_fallback_said", threading.Event())
+    monkeypatch.setattr(direct, "_fallback_said", threading.Event())
 
 
 def slot_of(store: Store) -> memoryview:

@@ -218,10 +218,10 @@ def test_a_fit_is_ridge_regression_and_a_meter_counts_what_came_true() -> None:
         x = torch.nn.functional.pad(torch.cat(rows), (0, 1), value=1.0).double()
         targets = torch.cat([torch.nn.functional.one_hot(chosen[layer][begin:, 0], sizes[layer]) for _, chosen in passes]).double()
         squares = x.mT @ x
-        found: torch.Tensor = torch.linalg.solve(
+        solved: torch.Tensor = torch.linalg.solve(
             squares + RIDGE * squares.diagonal().mean() * torch.eye(len(squares)), x.mT @ targets
         ).mT.float()
-        return found
+        return solved
 
     fitter = GateFitter(sizes, hidden, 2, forecast=True)
     show(fitter)
