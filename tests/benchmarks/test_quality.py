@@ -14,6 +14,7 @@ from tests.support.pictures import lines, num_colors, saved_figures
 DOCS = Path(__file__).parents[2] / "docs"
 
 
+@pytest.mark.slow
 def test_weight_errors_are_ordered() -> None:
     rows = weight_errors()
     assert len(rows) == 3 * 2 * 3

@@ -135,6 +135,7 @@ def test_round_trip_is_within_e4m3s_half_step(rows: int, cols: int, exponent: in
             assert block.abs().max() in (0, 448), "each block uses e4m3's whole range"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["lossless", "int4"])
 def test_a_conversion_reads_it(model: Path, exported: Path, tmp_path: Path, precision: str) -> None:
     """The store of the export is the store of its plain dequantization to bf16."""

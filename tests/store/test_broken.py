@@ -323,6 +323,7 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @settings(deadline=None, max_examples=300)
 def test_any_other_value_anywhere_in_fate_json(good: Path, data: st.DataObject) -> None:

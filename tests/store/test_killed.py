@@ -23,6 +23,8 @@ from tests.support.checkpoints import tiny_checkpoint
 from tests.support.children import Children
 from tests.support.reading import snapshot
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def children(checkpoint: Callable[[str], Path]) -> Iterator[Children]:

@@ -13,6 +13,8 @@ from fate_moe.io.tensorfile import place_tensors
 from tests.support.checkpoints import tiny_checkpoint
 from tests.support.children import Children
 
+pytestmark = pytest.mark.slow
+
 HIDDEN, WIDTH, EXPERTS, LAYERS, VOCABULARY = 512, 256, 96, 4, 8192
 LARGEST_TENSOR_BYTES = VOCABULARY * HIDDEN * 2
 EXPERT_BYTES = 3 * HIDDEN * WIDTH * 2

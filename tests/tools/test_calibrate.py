@@ -100,6 +100,7 @@ def test_calibrated_codes_are_nearer_on_the_texts_own_inputs(checkpoint: Callabl
     assert (calibrated - exact).norm() < 0.9 * (plain - exact).norm()
 
 
+@pytest.mark.slow
 def test_what_views_lose(checkpoint: Callable[[str], Path]) -> None:
     """The difference of two perplexities, read so and read whole; a lossless store has no views."""
     assert measure_views(store_for(checkpoint("qwen2_moe"), "lossless"), TOKENS) == {}
@@ -111,6 +112,7 @@ def test_what_views_lose(checkpoint: Callable[[str], Path]) -> None:
     assert -0.05 < losses[3] < losses[2] / 2
 
 
+@pytest.mark.slow
 def test_calibrate_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The store remembers what its views lose, and policies choose by that."""
     options = ["--calibrate", str(BOOKS), "--calibrate-tokens", "256", "--solver", "minmax"]
@@ -137,6 +139,7 @@ def test_auto_bits_needs_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "--calibrate" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_auto_bits_on_the_command_line(tmp_path: Path) -> None:
     """The size is kept, and what is left of it is spent on some layers but not on all."""
     limit = 30 << 20  # all of the embedded model's INT8 experts take about 38 MiB, INT4 20 MiB
