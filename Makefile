@@ -1,4 +1,5 @@
-# Two commands for a fresh machine: `make demo` writes text with the embedded model, `make test` runs the tests.
+# Two commands for a fresh machine: `make demo` writes text with the embedded model, `make test` runs the tests. While working:
+# `make check` (format, lint, types) and `make test-fast` (the tests that are not marked slow, under a minute).
 # Both make the virtual environment first. VENV=path puts it elsewhere, PYTHON=python3.12 takes another interpreter.
 VENV ?= .venv
 PYTHON ?= python3
@@ -12,13 +13,25 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 tests
 
-# The families with the lowest transformers that pyproject.toml admits; the next make brings the pinned one back.
+.PHONY: test-fast test-newest
+test-fast: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n 2 -m "not slow" tests
+
+# The families with the lowest and with the newest transformers that pyproject.toml admits; the next make brings the pinned one back.
+FAMILY_TESTS := tests/adapter/test_families.py tests/engine/test_parity.py
 LOWEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\).*/\1/p' pyproject.toml)
 test-lowest: $(VENV)/.installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'transformers==$(LOWEST).*'
 	rm -f $(VENV)/.installed $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 tests/adapter/test_families.py tests/engine/test_parity.py
+	$(BIN)/python -m pytest -n 2 $(FAMILY_TESTS)
 
+NEWEST := $(shell sed -n 's/.*"\(transformers>=[^"]*\)".*/\1/p' pyproject.toml)
+test-newest: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy only-if-needed '$(NEWEST)'
+	rm -f $(VENV)/.installed $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n 2 $(FAMILY_TESTS)
+
+# Formatting, lint, and types of sources, tests, examples, recipes and benchmarks.
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .

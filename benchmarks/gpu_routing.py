@@ -9,10 +9,10 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.gpu_model import TOPIC_TOKENS, RandomModel
+from fate_moe.trace.fit import GateFitter
 
 __all__ = ["as_array", "belady_misses", "better_gates", "fit_gates", "predicted", "recorded", "routers"]
 
-RIDGE = 3e-3  # as fate_moe/trace/fit.py
 PASS = 1024  # tokens
 
 
@@ -42,29 +42,20 @@ def other_tokens(random: RandomModel, length: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     topics = torch.randint(0, random.model.config.vocab_size // TOPIC_TOKENS, (length // TOPIC_TOKENS + 1,), generator=generator)
     within = torch.randint(0, TOPIC_TOKENS, (length,), generator=generator)
-    return (topics.repeat_interleave(TOPIC_TOKENS)[:length] * TOPIC_TOKENS + within).to("cuda")
+    return (topics.repeat_interleave(TOPIC_TOKENS)[:length] * TOPIC_TOKENS + within).to(random.script.device)
 
 
 @torch.no_grad()
 def fit_gates(random: RandomModel, tokens: int = 24 * PASS) -> list[torch.Tensor | None]:
-    """By layer, [experts, hidden + 1] fitted by ridge regression as ``fate fit`` does, on ``tokens`` that are not the script's."""
+    """By layer, [experts, hidden + 1] as ``fate fit`` fits them, on ``tokens`` that are not the script's; layer 0 has None here."""
     gates = routers(random)
-    hidden, experts = gates[0].shape[1], gates[0].shape[0]
-    squares = torch.zeros(len(gates), hidden + 1, hidden + 1, device="cuda")
-    products = torch.zeros(len(gates), hidden + 1, experts, device="cuda")
+    with gates[0].device:  # where its sums will lie
+        fitter = GateFitter([len(gate) for gate in gates], gates[0].shape[1], routers=gates)
     for number in range(tokens // PASS):
-        inputs, chosen = recorded(random, other_tokens(random, PASS, 1000 + number))
-        for layer in range(1, len(gates)):
-            x = torch.nn.functional.pad(inputs[layer - 1].float(), (0, 1), value=1.0)
-            target = torch.zeros(len(x), experts, device="cuda").scatter_(1, chosen[layer], 1.0)
-            squares[layer].addmm_(x.T, x)
-            products[layer].addmm_(x.T, target)
-    found: list[torch.Tensor | None] = [None]
-    for layer in range(1, len(gates)):
-        damped = squares[layer].double()
-        damped.diagonal().add_(RIDGE * float(damped.diagonal().mean()))
-        found.append(torch.linalg.solve(damped, products[layer].double()).T.float().contiguous())
-    return found
+        ids = other_tokens(random, PASS, 1000 + number)
+        inputs, chosen = recorded(random, ids)
+        fitter.whole_pass([random.model.get_input_embeddings()(ids), *inputs], chosen)
+    return [None, *fitter.gates()[0][1:]]
 
 
 def recall(scores: torch.Tensor, chosen: torch.Tensor, width: int) -> float:
@@ -101,7 +92,7 @@ def predicted(random: RandomModel, fitted: list[torch.Tensor | None] | None = No
     for layer in range(1, len(inputs)):
         before = inputs[layer - 1].float()
         note("cosine", torch.cosine_similarity(before, inputs[layer].float()).mean())
-        real = torch.zeros(len(before), gates[layer].shape[0], device="cuda").scatter_(1, chosen[layer], 1.0)
+        real = torch.zeros(len(before), gates[layer].shape[0], device=before.device).scatter_(1, chosen[layer], 1.0)
         note("previous_token", (real[1:] * real[:-1]).sum(1).mean() / top_k)
         guesses = {"recall": before @ gates[layer].T}
         gate = fitted[layer] if fitted else None

@@ -38,8 +38,8 @@ def draw(facts: dict[str, Any], path: Path) -> None:
     from matplotlib.ticker import FuncFormatter
 
     models = facts["models"]
-    names = list(dict.fromkeys(line["name"] for model in models.values() for kind in TITLES for line in model[kind]))
-    colors = pyplot.get_cmap("tab20").colors  # type: ignore[attr-defined]
+    names = list(dict.fromkeys(line["name"] for of in models.values() for kind in TITLES for line in of[kind]))
+    colors = pyplot.get_cmap("tab20").colors
     figure, panels = pyplot.subplots(len(models), 2, figsize=(13, 4.5 * len(models)), squeeze=False)
     for row, (name, model) in zip(panels, models.items(), strict=True):
         for axes, (kind, title) in zip(row, TITLES.items(), strict=True):

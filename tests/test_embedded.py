@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,15 @@ from fate_moe import demo, load
 
 # The bf16 original on tests/data/heldout-books.txt, in windows of 256 tokens, by transformers 5.23 (nats per token).
 ORIGINAL_LOSS = 3.3505
+README = (demo.MODEL / "README.md").read_text()
+PROJECT = Path(__file__).parents[1]
+
+
+def in_readme(pattern: str) -> list[float]:
+    """The numbers that the README gives where ``pattern`` matches, which it has to."""
+    found = re.search(pattern, README)
+    assert found is not None, f"the README does not say {pattern}"
+    return [float(number.replace(",", "")) for number in found.groups()]
 
 
 def held_out_loss(precision: str) -> float:
@@ -30,10 +41,17 @@ def held_out_loss(precision: str) -> float:
         model.fate.close()
 
 
+@pytest.mark.slow
 def test_fp8_costs_less_than_half_a_percent() -> None:
-    assert held_out_loss("lossless") == pytest.approx(ORIGINAL_LOSS, rel=0.005)
+    loss = held_out_loss("lossless")
+    assert loss == pytest.approx(ORIGINAL_LOSS, rel=0.005)
+    assert in_readme(r"heldout-books.txt`, windows of 256, both in fp32: bf16 ([\d.]+), FP8 ([\d.]+)") == [
+        ORIGINAL_LOSS,
+        pytest.approx(loss, abs=0.002),
+    ]
 
 
+@pytest.mark.slow
 def test_int4_is_usable() -> None:
     assert held_out_loss("int4") < ORIGINAL_LOSS * 1.02
 
@@ -43,7 +61,7 @@ def test_it_is_block_scaled_fp8_and_small() -> None:
     assert (quantization["quant_method"], quantization["weight_block_size"]) == ("fp8", [128, 128])
     shards = sorted(demo.MODEL.glob("*.safetensors"))
     assert sum(shard.stat().st_size for shard in shards) < 48e6
-    dtypes = {}
+    dtypes: dict[str, str] = {}
     for shard in shards:
         with safe_open(shard, "pt") as file:
             dtypes |= {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
@@ -53,5 +71,27 @@ def test_it_is_block_scaled_fp8_and_small() -> None:
     assert all(dtypes[name] == "BF16" for name in dtypes if "mlp.gate." in name or "norm" in name or "embed" in name)
 
 
-def test_its_readme_comes_along() -> None:
-    assert "Held-out loss" in (demo.MODEL / "README.md").read_text()
+def test_its_readme_describes_it() -> None:
+    """The numbers are those of the files beside it, and what it refers to is there."""
+    config = json.loads((demo.MODEL / "config.json").read_text())
+    assert in_readme(r"(\d+) layers, \*\*(\d+) routed experts, top-(\d+)") == [
+        config[name] for name in ("num_hidden_layers", "num_experts", "num_experts_per_tok")
+    ]
+    assert in_readme(r"hidden (\d+), expert width (\d+), shared (\d+), (\d+) heads of (\d+) over (\d+) KV heads") == [
+        *(config[name] for name in ("hidden_size", "moe_intermediate_size", "shared_expert_intermediate_size")),
+        config["num_attention_heads"],
+        config["hidden_size"] // config["num_attention_heads"],
+        config["num_key_value_heads"],
+    ]
+    assert in_readme(r"BPE of ([\d,]+) tokens") == [config["vocab_size"]]
+    shards, parameters = sorted(demo.MODEL.glob("*.safetensors")), 0
+    for shard in shards:
+        with safe_open(shard, "pt") as file:
+            sizes = {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        parameters += sum(size for name, size in sizes.items() if not name.endswith("_scale_inv"))
+    assert in_readme(r"([\d.]+) M parameters") == [round(parameters / 1e6, 1)]
+    assert in_readme(r"([\d.]+) MB in four shards") == [round(sum(shard.stat().st_size for shard in shards) / 1e6, 1)]
+    assert len(shards) == 4
+    named = re.findall(r"\b(?:recipes|docs|tests)/[\w./-]+\w", README)
+    assert len(named) >= 4
+    assert [name for name in named if not (PROJECT / name).exists()] == []

@@ -41,6 +41,7 @@ TABLED = {row.family: row for row in tried_families()} if FAMILIES_FILE.exists()
 SAME_VERSION = bool(TABLED) and tried_with() == transformers.__version__
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", moe_families())
 def test_family(family: str, tmp_path: Path) -> None:
     """With the version of the table every row is as it says; with any other, what the table calls ok or does not know is ok.

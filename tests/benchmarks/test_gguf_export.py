@@ -29,7 +29,7 @@ def test_weights(family: str, checkpoint: Callable[[str], Path], tmp_path: Path)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
 
     def held(name: str) -> np.ndarray:
-        return gguf.quants.dequantize(tensors[name].data, tensors[name].tensor_type)
+        return np.asarray(gguf.quants.dequantize(tensors[name].data, tensors[name].tensor_type))
 
     gates = [source.read(f"model.layers.1.mlp.experts.{expert}.gate_proj.weight").numpy() for expert in range(8)]
     stacked = held("blk.1.ffn_gate_exps.weight")
@@ -68,7 +68,7 @@ def test_normalized_routing_is_written_as_bailingmoe(tmp_path: Path) -> None:
     size = config.hidden_size // config.num_attention_heads
 
     def held(name: str) -> np.ndarray:
-        return gguf.quants.dequantize(tensors[name].data, tensors[name].tensor_type)
+        return np.asarray(gguf.quants.dequantize(tensors[name].data, tensors[name].tensor_type))
 
     # Rotary pairs: dimensions d and d + size/2 of a head become neighbours.
     query = weights["model.layers.0.self_attn.q_proj.weight"].numpy()[:size]

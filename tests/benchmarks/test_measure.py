@@ -12,9 +12,11 @@ import pytest
 from benchmarks.analysis import Cost, cost, memory_floor, overlap, ratio
 from benchmarks.limits import can_limit
 from benchmarks.measure import Cell, Sample, run_cell
-from benchmarks.report import cell_text, markdown
+from benchmarks.pictures import plot
+from benchmarks.report import cell_text, limit_name, markdown
 from benchmarks.results import ModelFacts, Results
 from benchmarks.workloads import WORKLOADS, Workload
+from tests.support.pictures import labels, lines, num_colors, saved_figures
 
 WORKER = Path(__file__).with_name("worker.py")
 MIB = 1 << 20
@@ -31,7 +33,10 @@ def test_a_peer_that_ends_well() -> None:
     assert (cell.outcome, cell.load_seconds, cell.versions, len(cell.samples)) == ("ok", 0.5, {"worker": "1"}, 3)
     assert cell.decode_rates() == [4 / 8.0, 4 / 12.0]  # the first sample warms up
     assert cell.first_seconds() == [2.0, 2.0]
-    assert cost(cell) == Cost(seconds=2.5, read_bytes=150.0, stall_seconds=pytest.approx(0.015))
+    spent = cost(cell)
+    assert spent is not None
+    assert spent == Cost(seconds=2.5, read_bytes=150.0, stall_seconds=spent.stall_seconds)
+    assert spent.stall_seconds == pytest.approx(0.015)
 
 
 def test_tokens_of_a_whole_batch_count() -> None:
@@ -113,6 +118,30 @@ def test_overlap_by_hand(workload: str) -> None:
     page = markdown(results)
     assert f"| fate | {workload} | 100 B | 40 B | 5000.0 | 2000.0 | 4000.0 | 2000.0 | 80% | 1.50x |" in page
     assert f"| {workload} | fate / eap |  | 2.00x |" in page
+
+
+def test_pictures_show_every_peer_and_limit(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    results = Results(FACTS, MACHINE)
+    for limit, seconds, read in ((None, 0.5, 0.0), (100, 2.0, 40.0)):
+        results.add(made("fate", "decode", limit, seconds, read, stall=0.25))
+    results.add(made("eap", "decode", 100, seconds=4.0, read=80.0, stall=0.5))
+    results.add(made("fate", "prefill-64", 100, seconds=3.0, read=0, stall=0))
+    with saved_figures() as figures:
+        files = plot(results, tmp_path / "pictures")
+    assert [file.name for file in files] == [f"model-{name}.png" for name in ("decode", "first-token", "traffic")] == list(figures)
+    assert all(num_colors(file) > 10 for file in files)
+    assert labels(figures["model-decode.png"]) == [("memory limit", "new tokens/s")]
+    axes = figures["model-decode.png"].axes[0]
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == [limit_name(limit) for limit in results.limits()]
+    shown, place = lines(axes), results.limits().index(100)
+    assert shown["fate"][place] == (place, 0.5)
+    assert shown["eap"] == [(place, 0.25)]
+    assert shown["fate: its missed bytes / disk bandwidth"] == [(place, 10.0 / 40.0)]
+    assert [y for _, y in shown["floor: active bytes / memory bandwidth"]] == [0.5, 0.5]
+    ((where, megabytes),) = lines(figures["model-traffic.png"].axes[0])["fate"]
+    assert where == place, "nothing is read without a limit"
+    assert megabytes == pytest.approx(40e-6)
 
 
 def test_best_is_the_fastest_that_came_through(tmp_path: Path) -> None:

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 
 from benchmarks.quality import weight_errors
-from benchmarks.quality_page import draw, fill_page
+from benchmarks.quality_page import TITLES, draw, fill_page
+from tests.support.pictures import lines, num_colors, saved_figures
 
 DOCS = Path(__file__).parents[2] / "docs" / "results"
 
 
+@pytest.mark.slow
 def test_weight_errors_are_ordered() -> None:
     rows = weight_errors()
     assert len(rows) == 3 * 2 * 3
@@ -25,8 +27,21 @@ def test_weight_errors_are_ordered() -> None:
 
 def test_the_picture_is_drawn_from_the_published_numbers(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    draw(json.loads((DOCS / "quality.json").read_text()), tmp_path / "quality.png")
-    assert (tmp_path / "quality.png").stat().st_size > 10_000
+    facts = json.loads((DOCS / "quality.json").read_text())
+    with saved_figures() as figures:
+        draw(facts, tmp_path / "quality.png")
+    panels = [axes for axes in figures["quality.png"].axes if axes.axison]
+    measured = [of_model[kind] for of_model in facts["models"].values() for kind in TITLES if of_model[kind]]
+    assert len(panels) == len(measured)
+    for axes, found in zip(panels, measured, strict=True):
+        shown = lines(axes)
+        assert shown.keys() == {line["name"] for line in found}
+        for line in found:
+            assert shown[line["name"]][0][0] == pytest.approx(line["bytes_per_token"] / 1024)
+        assert shown["lossless"][0][1] == 0.03
+        assert "read per token" in axes.get_xlabel()
+        assert "perplexity" in axes.get_ylabel()
+    assert num_colors(tmp_path / "quality.png") > 10
 
 
 def test_the_page_says_what_was_measured(tmp_path: Path) -> None:

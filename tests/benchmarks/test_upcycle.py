@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from benchmarks import upcycle, widen
 from benchmarks.widen import Geometry
 from fate_moe.errors import ConfigError
-from fate_moe.trace.routing import record
+from fate_moe.trace.routing import WINDOW, record
 
-TOKENS = torch.randint(0, 96, (2 * upcycle.WINDOW + 1,), generator=torch.Generator().manual_seed(0))
+TOKENS = torch.randint(0, 96, (2 * WINDOW + 1,), generator=torch.Generator().manual_seed(0))
 # The dense model's own size.
 NARROW = Geometry(hidden=48, layers=2, heads=6, kv_heads=2, head_size=8, experts=6, top_k=2, expert_width=64, shared_width=16)
 WIDER = {
@@ -65,7 +65,8 @@ def build(dense: LlamaForCausalLM, folder: Path, geometry: Geometry = NARROW) ->
 
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
-        return model(TOKENS[None, :64]).logits
+        found: torch.Tensor = model(TOKENS[None, :64]).logits
+        return found
 
 
 def assert_same(model: Any, dense: Any) -> None:
@@ -112,7 +113,8 @@ def test_experts_differ_and_do_not_mix(tmp_path: Path) -> None:
 
     def output(gate: int, up: int, down: int) -> torch.Tensor:
         hidden = torch.nn.functional.silu(experts[gate]["gate"] @ x) * (experts[up]["up"] @ x)
-        return experts[down]["down"] @ hidden
+        found: torch.Tensor = experts[down]["down"] @ hidden
+        return found
 
     one = output(0, 0, 0)
     torch.testing.assert_close(output(1, 1, 1), one)

@@ -8,7 +8,7 @@ job = json.load(sys.stdin)
 settings = job["settings"]
 
 
-def say(event, **fields):
+def say(event: str, **fields: object) -> None:
     print(json.dumps({"event": event, **fields}), flush=True)
 
 

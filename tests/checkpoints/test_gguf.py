@@ -86,7 +86,12 @@ def test_long_contexts_of_deepseek(tmp_path: Path) -> None:
     assert rotary["mscale"] == rotary["mscale_all_dim"] == pytest.approx(0.707)
 
 
-WIDE = {"hidden_size": 256, "intermediate_size": 256, "moe_intermediate_size": 256, "shared_expert_intermediate_size": 256}
+WIDE: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 256,
+    "shared_expert_intermediate_size": 256,
+}
 
 
 def wide_model() -> Any:
@@ -149,7 +154,7 @@ def q6_k(block: np.ndarray) -> list[float]:
         code = int(low[half * 64 + quarter % 2 * 32 + place]) >> (quarter // 2 * 4) & 15
         code |= (int(high[half * 32 + place]) >> (quarter * 2) & 3) << 4
         out.append(np.float32(d) * int(scales[half * 8 + quarter * 2 + place // 16]) * (code - 32))
-    return out
+    return [float(number) for number in out]
 
 
 @pytest.mark.parametrize("kind", SCALES, ids=lambda kind: kind.name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def test_same_as_transformers() -> None:
 
 def published(tmp_path: Path) -> tuple[Path, Path]:
     """gpt-oss as OpenAI publishes it, and the same numbers in bf16."""
-    sizes = {"hidden_size": 64, "intermediate_size": 64}
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 64}
     plain = tiny_checkpoint("gpt_oss", tmp_path / "bf16", torch.bfloat16, **sizes)
     tensors, packed = load_all(plain), {}
     for number, name in enumerate([name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]):

@@ -23,7 +23,9 @@ from fate_moe.store.open import load_dense, open_store
 from fate_moe.store.reader import DiskSource
 from tests.support.reading import load_all
 
-AWQ_COLUMN = [0, 2, 4, 6, 1, 3, 5, 7]  # the column, of eight, in nibble i of a word
+pytestmark = pytest.mark.slow
+
+AWQ_COLUMN = [0, 2, 4, 6, 1, 3, 5, 7]  # nibble i of a word holds this one of its eight columns
 
 
 def words(codes: torch.Tensor, bits: int, order: list[int] | None = None) -> torch.Tensor:
@@ -157,7 +159,7 @@ def test_int4_preserves_the_codes(checkpoint: Callable[[str], Path], tmp_path: P
     memory = torch.empty(layout.length + 4096, dtype=torch.uint8)
     start = -memory.data_ptr() % 4096
     memory = memory[start : start + layout.length]
-    source.read(ExpertId(0, 3), memoryview(memory.numpy()))
+    source.read(ExpertId(0, 3), memory.numpy().data)
     got = expert_weights(layout, views(layout, memory), {"gate_up_proj": (64, 64), "down_proj": (64, 32)}, torch.float32)
     at = "model.layers.0.mlp.experts.3"
     expected = {

@@ -98,6 +98,7 @@ def test_plan_and_inspect(store: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "qwen2_moe" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_convert_int4_and_run_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", str(demo.MODEL), str(tmp_path / "int4"), "--precision", "int4"]) == 0
     assert "experts" in capsys.readouterr().out

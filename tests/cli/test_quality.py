@@ -26,6 +26,7 @@ def test_perplexity_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["perplexity"] < found["perplexity"], "more context, better guesses"
 
 
+@pytest.mark.slow
 def test_compare_in_words(capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--text", BOOKS, "--max-tokens", "200", "--precision", "int4"]
     assert main(["eval", "compare", str(demo.MODEL), *options]) == 0
@@ -34,6 +35,7 @@ def test_compare_in_words(capsys: pytest.CaptureFixture[str]) -> None:
     assert "same likeliest token" in out
 
 
+@pytest.mark.slow
 def test_compare_json(capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--text", BOOKS, "--max-tokens", "200", "--precision", "int4", "--json"]
     assert main(["eval", "compare", str(demo.MODEL), *options]) == 0

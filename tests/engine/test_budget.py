@@ -57,9 +57,16 @@ def test_unknown_options_name_their_neighbour() -> None:
         OffloadConfig.from_options({"expert_cach": "25%"})
     with pytest.raises(ConfigError, match=r"did you mean 'shallow-arc'\?"):
         OffloadConfig(policy="shalow-arc")
-    for wrong in ({"context_length": 0}, {"io_threads": 1}, {"ram": "much"}, {"expert_cache": "0%"}, {"precision": "int5"}):
+    options: list[dict[str, Any]] = [
+        {"context_length": 0},
+        {"io_threads": 1},
+        {"ram": "much"},
+        {"expert_cache": "0%"},
+        {"precision": "int5"},
+    ]
+    for wrong in options:
         with pytest.raises(ConfigError):
-            OffloadConfig(**wrong)  # type: ignore[arg-type]
+            OffloadConfig(**wrong)
 
 
 def test_footprint_by_hand(checkpoint: Callable[[str], Path]) -> None:
@@ -122,8 +129,8 @@ def test_too_small_budgets_name_the_smallest_that_works(checkpoint: Callable[[st
 
 
 def test_a_mixed_store_has_slots_of_each_length(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    keep = {ExpertId(0, 5): "lossless", ExpertId(1, 2): "int8"}
-    needs = prepare(convert(checkpoint("qwen2_moe"), tmp_path / "mixed", "int4", precision_rules=keep)).footprint()
+    keep: dict[int | ExpertId, str] = {ExpertId(0, 5): "lossless", ExpertId(1, 2): "int8"}
+    needs = prepare(convert(checkpoint("qwen2_moe"), tmp_path / "mixed", "int4", keep=keep)).footprint()
     lengths = [of.slot_bytes for of in needs.slots]
     assert [of.num_experts for of in needs.slots] == [14, 1, 1]
     assert needs.expert_bytes == 14 * lengths[0] + lengths[1] + lengths[2]

@@ -15,6 +15,8 @@ from fate_moe import demo
 from fate_moe.engine.prepare import store_for
 from fate_moe.store.convert import convert
 
+pytestmark = pytest.mark.slow
+
 # A process that is started from a big one inherits its peak (ru_maxrss survives vfork and exec), so a small one stands between.
 WITNESS = """
 import resource, subprocess, sys

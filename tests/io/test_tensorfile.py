@@ -19,7 +19,7 @@ from fate_moe.io.tensorfile import parse_header, place_tensors, read_header
 from fate_moe.quant.dtypes import TORCH_DTYPES, dtype_name
 
 tensors = st.dictionaries(
-    st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=12).filter(lambda name: name != "__metadata__"),
+    st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12).filter(lambda name: name != "__metadata__"),
     st.tuples(st.sampled_from(["F32", "BF16", "U8", "F8_E4M3", "I64", "BOOL"]), st.lists(st.integers(0, 5), max_size=3).map(tuple)),
     max_size=6,
 )

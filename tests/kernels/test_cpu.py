@@ -68,7 +68,7 @@ def check_linear(kind: str, rows: int, cols: int, tokens: int, planes: int, exac
         twin, terms = x @ weights.T + bias, weights.abs()
     else:
         quantized = [parts[f"W.plane{i}"] for i in range(len(WIDTHS[kind]))], parts["W.scale"], parts["W.zero"]
-        shared = {"group_size": group, "widths": WIDTHS[kind], "num_planes": planes if kind == "int4" else None}
+        shared: dict[str, Any] = {"group_size": group, "widths": WIDTHS[kind], "num_planes": planes if kind == "int4" else None}
         weights = dequantize(*quantized, cols=cols, **shared)
         planes_of, scale_of, zero_of = quantized
         terms = dequantize(planes_of, scale_of, -zero_of.abs(), cols=cols, **shared)  # scale * q and zero nearly cancel
@@ -144,7 +144,7 @@ def test_written_out_numbers_are_the_twins(instructions: str, kind: str, planes:
     for cols in (1, 64, 250, 256, 600, 1056):
         layout, blob, parts = a_blob(kind, 5, cols, cols, group)
         stored = [parts[f"W.plane{i}"] for i in range(len(WIDTHS[kind]))]
-        shared = {"group_size": group, "widths": WIDTHS[kind], "num_planes": planes}
+        shared: dict[str, Any] = {"group_size": group, "widths": WIDTHS[kind], "num_planes": planes}
         want = dequantize(stored, parts["W.scale"], parts["W.zero"], cols=cols, **shared)
         for dtype in (torch.float32, torch.bfloat16):
             got = torch.empty(5, cols, dtype=dtype)
@@ -193,16 +193,23 @@ def test_unknown_gates_are_not_mistaken() -> None:
     assert find_activation(an_experts_module(True, torch.tanh)) is None
 
 
-def mlp_twin(module: Any, layout: BlobLayout, parts: Any, weights: Any, x: torch.Tensor, num_planes: int | None) -> torch.Tensor:
+def mlp_twin(
+    module: Any, layout: BlobLayout, parts: Any, weights: dict[str, torch.Tensor], x: torch.Tensor, num_planes: int | None
+) -> torch.Tensor:
     """The fused expert from the products' own twins."""
 
     def product(name: str, x: torch.Tensor) -> torch.Tensor:
-        bias = weights[f"{name}_bias"]
+        bias: torch.Tensor = weights[f"{name}_bias"]
         if not layout.plane_widths:
             return x @ weights[name].T + bias
         planes = [parts[f"{name}.plane{i}"] for i in range(len(layout.plane_widths))]
         scales = parts[f"{name}.scale"], parts[f"{name}.zero"]
-        how = {"group_size": layout.group_size, "widths": layout.plane_widths, "num_planes": num_planes, "exact": True}
+        how: dict[str, Any] = {
+            "group_size": layout.group_size,
+            "widths": layout.plane_widths,
+            "num_planes": num_planes,
+            "exact": True,
+        }
         return linear_quantized(x, planes, *scales, **how) + bias
 
     if module.has_gate:

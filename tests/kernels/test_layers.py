@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention, silu
 
-from fate_moe.kernels.native import BF16, DTYPES, native
-from tests.kernels.test_cpu import SETS, a_blob, matrix_place, views  # noqa: F401
+from fate_moe.kernels.native import BF16, DTYPES, matrix_place, native
+from tests.kernels.test_cpu import SETS, a_blob
 
 if native is None:
     pytest.skip("the extension is not built", allow_module_level=True)

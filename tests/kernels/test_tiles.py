@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -25,7 +27,12 @@ def check_linear(kind: str, rows: int, cols: int, tokens: int, planes: int, seed
     layout, blob, parts = a_blob(kind, rows, cols, seed, group)
     x = torch.randn(tokens, cols, generator=torch.Generator().manual_seed(seed)).bfloat16()
     stored = [parts[f"W.plane{i}"] for i in range(len(WIDTHS[kind]))]
-    shared = {"cols": cols, "group_size": group, "widths": WIDTHS[kind], "num_planes": planes if kind == "int4" else None}
+    shared: dict[str, Any] = {
+        "cols": cols,
+        "group_size": group,
+        "widths": WIDTHS[kind],
+        "num_planes": planes if kind == "int4" else None,
+    }
     weights = dequantize(stored, parts["W.scale"], parts["W.zero"], **shared).bfloat16()
     bias = parts["W_bias"].float()
     true = linear(x.double(), weights.double(), bias.double())

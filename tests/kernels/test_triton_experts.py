@@ -9,6 +9,8 @@ import torch
 
 from tests.support.device import random_model, reference, route
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("precision", "dtype", "hidden", "width", "top_k"),

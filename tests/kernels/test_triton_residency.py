@@ -15,6 +15,8 @@ from fate_moe.kernels.triton_residency import logits_kernel, prefetch_kernel, re
 from fate_moe.memory.policies import LRU
 from tests.support.gpu_twin import DecayedFrequency, Residency
 
+pytestmark = pytest.mark.slow
+
 EXPERTS, TOP_K, HALF_LIFE = 6, 2, 4.0
 CPU = torch.device("cpu")
 

@@ -13,6 +13,8 @@ from fate_moe.gpu.tables import ResidencyTables
 from fate_moe.kernels.triton_residency import route_kernel
 from tests.support.gpu_twin import DecayedFrequency, Residency
 
+pytestmark = pytest.mark.slow
+
 EXPERTS, TOP_K, HALF_LIFE, LIMIT = 6, 2, 4.0, 1
 CPU = torch.device("cpu")
 

@@ -16,7 +16,8 @@ from fate_moe.layers.dense import QuantizedLinear, StoredEmbedding
 from fate_moe.quant.solver import minmax
 from fate_moe.store import dense
 from fate_moe.store.convert import convert
-from fate_moe.store.dense import dense_layouts, encode_dense, row_read_parameter
+from fate_moe.store.dense import dense_layouts, encode_dense, read_by_row
+from fate_moe.store.format import blob_layout
 from fate_moe.store.open import load_dense, open_store
 from tests.support.engines import load_model
 
@@ -32,7 +33,7 @@ def a_linear(precision: str, rows: int, cols: int, exact: bool) -> tuple[Quantiz
     generator = torch.Generator().manual_seed(rows)
     plain = nn.Linear(cols, rows)
     plain.weight.data = torch.randn(rows, cols, generator=generator)
-    layout = dense.blob_layout(precision, {"weight": (rows, cols)}, "F32")
+    layout = blob_layout(precision, {"weight": (rows, cols)}, "F32")
     made = QuantizedLinear(encode_dense("w", layout, plain.weight.data, minmax), layout, (rows, cols), plain, torch.float32, exact)
     plain.weight.data = made.weight
     return made, plain
@@ -127,4 +128,5 @@ def test_tied_and_small_matrices_stay(checkpoint: Callable[[str], Path]) -> None
 def prepare_meta_model(folder: Path) -> nn.Module:
     from fate_moe.adapter.meta_model import build_meta_model
 
-    return build_meta_model(folder)
+    model: nn.Module = build_meta_model(folder)
+    return model

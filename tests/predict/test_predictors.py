@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fate_moe.core import Routing
+from fate_moe.config import PREDICTORS
+from fate_moe.core import Router, Routing
 from fate_moe.errors import ConfigError
 from fate_moe.predict.activation_path import ActivationPath
 from fate_moe.predict.cross_layer import CrossLayerRouter
@@ -15,8 +16,7 @@ from fate_moe.predict.gates import FittedGates, LinearRouters, RouterScorer
 from fate_moe.predict.predictors import Known
 from fate_moe.predict.recursive import RecursiveRouters
 from fate_moe.predict.temporal import Temporal
-from fate_moe.registry import PREDICTORS, make_predictor
-from fate_moe.runtime import Router, rows_by_expert
+from fate_moe.runtime import rows_by_expert
 from tests.support.predictor_contract import check_predictor
 
 NUM_LAYERS, NUM_EXPERTS, HIDDEN, TOP_K = 3, 16, 8, 2
@@ -106,7 +106,9 @@ def test_learned_probabilities_are_frequencies() -> None:
 def test_fitted_gates_are_affine() -> None:
     weight = torch.randn(5, HIDDEN + 1, generator=torch.Generator().manual_seed(1))
     x = torch.randn(2, HIDDEN, generator=torch.Generator().manual_seed(2))
-    assert torch.allclose(FittedGates([weight]).scores(0, x), x @ weight[:, :-1].T + weight[:, -1], atol=1e-6)
+    scores = FittedGates([weight]).scores(0, x)
+    assert scores is not None
+    assert torch.allclose(scores, x @ weight[:, :-1].T + weight[:, -1], atol=1e-6)
 
 
 def test_a_router_may_return_half_precision() -> None:
@@ -126,8 +128,10 @@ def test_routers_get_the_residual_stream_through_their_own_norm() -> None:
     norms, stream = torch.rand(3, HIDDEN, generator=generator) + 0.1, torch.randn(1, HIDDEN, generator=generator)
     scorer = LinearRouters(weights, norms)
     for source, layer in ((0, 1), (0, 2), (1, 2)):
-        expected = (stream * norms[layer]) @ weights[layer].T
-        assert torch.allclose(scorer.scores(layer, stream * norms[source], layer - source), expected, atol=1e-4)
+        want = (stream * norms[layer]) @ weights[layer].T
+        got = scorer.scores(layer, stream * norms[source], layer - source)
+        assert got is not None
+        assert torch.allclose(got, want, atol=1e-4)
         matrix = scorer.matrix(layer, layer - source)
         assert torch.allclose((stream * norms[source]) @ matrix[:, :-1].T + matrix[:, -1], expected, atol=1e-4)
     assert scorer.scores(0, stream) is None, "layer 0 has no predecessor"
@@ -145,6 +149,7 @@ def test_a_forecast_uses_the_embedding_and_the_previous_tokens_router_inputs() -
                 continue
             source = 1 + forecast_source(layer, 3)
             x = torch.cat([token[0], tokens[number - 1][source], torch.ones(1, 1)], 1)
+            assert got is not None
             assert torch.allclose(got, x @ weights[layer].T, atol=1e-4)
 
 
@@ -158,7 +163,8 @@ def test_recursive_routers_learn_to_correct_the_routers() -> None:
         x = torch.randn(1, HIDDEN, generator=generator)
         truth = linear_router(1)(x).scores[0][rename].topk(TOP_K).indices.tolist()
         scores = scorer.scores(1, x)
-        recalls.append(len(set(scores[0].topk(TOP_K).indices.tolist()) & set(truth)) / TOP_K)
+        assert scores is not None
+        found.append(len(set(scores[0].topk(TOP_K).indices.tolist()) & set(truth)) / TOP_K)
         scorer.observe(1, truth)
     assert sum(recalls[:100]) / 100 < 0.4
     assert sum(recalls[-500:]) / 500 > 0.7

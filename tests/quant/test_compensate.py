@@ -13,6 +13,8 @@ from fate_moe.quant.compensate import compensate
 from fate_moe.quant.hqq import hqq
 from fate_moe.quant.solver import SOLVERS, minmax
 
+pytestmark = pytest.mark.slow
+
 
 def drawn(rows: int, cols: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Weights [rows, cols], inputs [512, cols] with correlated channels of different power, and more such inputs."""

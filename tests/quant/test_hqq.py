@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fate_moe.quant import hqq as module
-from fate_moe.quant.solver import hqq, minmax
+from fate_moe.quant.hqq import hqq
+from fate_moe.quant.solver import minmax
 
 
 def squared_error(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ UNQUANTIZED = {
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Experts of 160 x 144: blocks with ragged edges in both directions."""
     folder = tmp_path_factory.mktemp("bf16") / "model"
-    sizes = {"hidden_size": 144, "moe_intermediate_size": 160, "shared_expert_intermediate_size": 136}
+    sizes: dict[str, Any] = {"hidden_size": 144, "moe_intermediate_size": 160, "shared_expert_intermediate_size": 136}
     tiny_checkpoint("qwen2_moe", folder, torch.bfloat16, **sizes)
     (folder / "tokenizer.json").write_text("{}")
     (folder / "README.md").write_text("# A model\n")
@@ -101,7 +102,7 @@ def test_files_and_index(model: Path, exported: Path, tmp_path: Path, monkeypatc
     assert len(shards) > 3
     assert all((out / shard).stat().st_size <= 300_000 for shard in shards)
     index = json.loads((out / "model.safetensors.index.json").read_text())
-    held = {}
+    held: dict[str, str] = {}
     for shard in shards:
         with safe_open(out / shard, "pt") as file:
             held |= dict.fromkeys(file.keys(), shard)
@@ -134,6 +135,7 @@ def test_round_trip_is_within_e4m3s_half_step(rows: int, cols: int, exponent: in
             assert block.abs().max() in (0, 448), "each block uses e4m3's full range"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["lossless", "int4"])
 def test_a_conversion_reads_it(model: Path, exported: Path, tmp_path: Path, precision: str) -> None:
     """The store of the export is the store of its plain dequantization to bf16."""

@@ -4,6 +4,7 @@ import json
 import lzma
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 import reference_model as rm
 import reference_text as rt
 import train_reference as tr
+
+pytestmark = pytest.mark.slow
 
 SENTENCE = "the cat sat on a mat and saw the dog run over the green hill to find the old red barn"
 WORDS = SENTENCE.split()
@@ -51,18 +54,18 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(world: Path, out: Path, *more: str) -> dict:
+def run(world: Path, out: Path, *more: str) -> dict[str, Any]:
     fixed = ["--text", str(world), "--tokenizer", str(world), "--out", str(out), "--tiny", "--vocab", "320"]
     return tr.main([*fixed, *more])
 
 
 @pytest.fixture(scope="module")
-def trained(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+def trained(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     out = tmp_path_factory.mktemp("trained")
     return out, run(world, out)
 
 
-def test_it_learns_and_reports(trained: tuple[Path, dict]) -> None:
+def test_it_learns_and_reports(trained: tuple[Path, dict[str, Any]]) -> None:
     out, result = trained
     assert result["steps"] == 60
     assert result["tokens_seen"] == 60 * 4 * 64
@@ -72,7 +75,7 @@ def test_it_learns_and_reports(trained: tuple[Path, dict]) -> None:
     assert json.loads((out / "training.json").read_text())["heldout_loss"] == result["heldout_loss"]
 
 
-def test_transformers_loads_it_with_the_same_loss(world: Path, trained: tuple[Path, dict]) -> None:
+def test_transformers_loads_it_with_the_same_loss(world: Path, trained: tuple[Path, dict[str, Any]]) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     out, result = trained
@@ -99,7 +102,7 @@ def model_shape() -> rm.Shape:
 
 
 def test_a_stopped_run_continues_exactly(
-    world: Path, trained: tuple[Path, dict], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    world: Path, trained: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     while run(world, tmp_path, "--stop-after", "0.3", "--every", "0.1")["steps"] < 60:
         pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from fate_moe.errors import CheckpointError, DiskSpaceError, StoreError, Unsuppo
 from fate_moe.io import files
 from fate_moe.io.direct import anonymous_buffer
 from fate_moe.quant.blob import views
-from fate_moe.quant.solver import hqq
+from fate_moe.quant.hqq import hqq
 from fate_moe.store.convert import convert
 from fate_moe.store.open import load_dense, open_store, verify
 from fate_moe.store.reader import DiskSource
@@ -169,7 +170,7 @@ def test_too_little_disk_space_leaves_nothing(
         f_bavail = 10
         f_frsize = 4096
 
-    monkeypatch.setattr(files.os, "statvfs", lambda path: Full)
+    monkeypatch.setattr(os, "statvfs", lambda path: Full)
     with pytest.raises(DiskSpaceError, match=r"needs .* and 40 KiB are free"):
         convert(checkpoint("olmoe"), tmp_path / "stores" / "store")
     assert not list((tmp_path / "stores").iterdir())

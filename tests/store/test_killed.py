@@ -10,16 +10,20 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fate_moe.errors import DiskSpaceError, StoreError
+from fate_moe.quant.blob import encode
 from fate_moe.store import convert as convert_module
 from fate_moe.store.convert import convert
 from fate_moe.store.open import open_store, verify
 from tests.support.checkpoints import tiny_checkpoint
 from tests.support.children import Children
 from tests.support.reading import snapshot
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +37,7 @@ def children(checkpoint: Callable[[str], Path]) -> Iterator[Children]:
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """56 MB in 5 layers: long enough to be killed in the middle."""
     folder = tmp_path_factory.mktemp("large") / "checkpoint"
-    sizes = {"hidden_size": 256, "intermediate_size": 224, "num_local_experts": 16, "num_hidden_layers": 5}
+    sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 224, "num_local_experts": 16, "num_hidden_layers": 5}
     return tiny_checkpoint("mixtral", folder, **sizes)
 
 
@@ -43,8 +47,9 @@ def test_ten_kills_at_random_moments(large: Path, children: Children, tmp_path: 
     seconds = children.convert(large, undisturbed, precision=precision)["seconds"]
     store, partial = tmp_path / "store", tmp_path / "store.partial"
     dice = random.Random(7)
-    kills, progress = 0, set()
-    while kills < 10 or (len(progress) < 3 and kills < 60):  # more on a busy machine, where all may come early
+    kills = 0
+    progress: set[object] = set()
+    while kills < 10 or (len(progress) < 3 and kills < 60):  # more on a machine so busy that all came early
         pid = children.start(large, store, precision=precision)
         time.sleep(dice.uniform(0, seconds * 0.8))
         os.kill(pid, signal.SIGKILL)
@@ -151,7 +156,7 @@ def test_a_conversion_continues_after_a_full_disk(
     checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = checkpoint("mixtral")
-    encode, calls = convert_module.encode, []
+    calls: list[tuple[object, ...]] = []
 
     def full(*arguments: object) -> bytearray:
         calls.append(arguments)

@@ -21,7 +21,6 @@ from fate_moe.core import ExpertId
 from fate_moe.errors import CorruptExpertError, StoreError
 from fate_moe.io import direct
 from fate_moe.io.direct import DirectFile, anonymous_buffer
-from fate_moe.store import open as open_module
 from fate_moe.store.convert import convert
 from fate_moe.store.open import Store, load_dense, open_store, verify
 from fate_moe.store.reader import DiskSource
@@ -60,7 +59,7 @@ def refuse_direct(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             raise OSError(errno.EINVAL, "Invalid argument")
         return real(path, flags, *rest, **named)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(direct.os, "open", refusing)
+    monkeypatch.setattr(os, "open", refusing)
     return seen
 
 
@@ -101,7 +100,12 @@ def test_a_corrupt_expert_is_never_marked_as_checked(store: Store) -> None:
 def test_checksums_are_compared_at_the_first_read_only(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     real = xxhash.xxh3_64_hexdigest
-    monkeypatch.setattr(open_module.xxhash, "xxh3_64_hexdigest", lambda data: calls.append(len(data)) or real(data))
+
+    def counting(data: bytes | memoryview) -> str:
+        calls.append(len(data))
+        return real(data)
+
+    monkeypatch.setattr(xxhash, "xxh3_64_hexdigest", counting)
     source = DiskSource(store)
     for _ in range(3):
         source.read(ExpertId(0, 3), slot_of(store))
@@ -129,7 +133,7 @@ def test_a_failing_disk_is_an_error(store: Store, monkeypatch: pytest.MonkeyPatc
         raise OSError(errno.EIO, "Input/output error")
 
     source = DiskSource(store)
-    monkeypatch.setattr(direct.os, "preadv", broken)
+    monkeypatch.setattr(os, "preadv", broken)
     with pytest.raises(StoreError, match=r"layer 1 expert 2 cannot be read \(Input/output error"):
         source.read(ExpertId(1, 2), slot_of(store))
     with pytest.raises(StoreError, match=r"dense\.safetensors cannot be read"):
@@ -172,7 +176,7 @@ def test_a_read_that_is_refused_falls_back_too(
             raise OSError(errno.EINVAL, "Invalid argument")
         return real(handle, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(direct.os, "preadv", refusing)
+    monkeypatch.setattr(os, "preadv", refusing)
     source = DiskSource(store)
     with ThreadPoolExecutor(4) as threads, caplog.at_level(logging.WARNING):
         slots = [slot_of(store) for _ in range(16)]
@@ -196,7 +200,12 @@ def test_tmpfs(store: Store) -> None:
 def test_reads_bypass_the_page_cache(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     flags: list[int] = []
     real = os.open
-    monkeypatch.setattr(direct.os, "open", lambda path, flag, *rest: flags.append(flag) or real(path, flag, *rest))
+
+    def recording(path: str, flag: int, *rest: int) -> int:
+        flags.append(flag)
+        return real(path, flag, *rest)
+
+    monkeypatch.setattr(os, "open", recording)
     source = DiskSource(store)
     source.close()
     buffered = DiskSource(store, direct=False)
@@ -232,7 +241,7 @@ def test_short_reads_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         requests.append((len(buffers[0]), offset))
         return min(real(handle, buffers, offset), 4096 + 700 if len(requests) % 2 else 4096)
 
-    monkeypatch.setattr(direct.os, "preadv", short)
+    monkeypatch.setattr(os, "preadv", stingy)
     file = DirectFile(tmp_path / "file")
     memory = memoryview(anonymous_buffer(6 * 4096))
     assert file.read(memory, 0) == len(data)

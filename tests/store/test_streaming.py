@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ import torch
 from fate_moe.io.tensorfile import place_tensors
 from tests.support.checkpoints import tiny_checkpoint
 from tests.support.children import Children
+
+pytestmark = pytest.mark.slow
 
 HIDDEN, WIDTH, EXPERTS, LAYERS, VOCABULARY = 512, 256, 96, 4, 8192
 LARGEST_TENSOR_BYTES = VOCABULARY * HIDDEN * 2
@@ -20,7 +23,12 @@ EXPERTS_BYTES = LAYERS * EXPERTS * EXPERT_BYTES
 
 def write_checkpoint(folder: Path) -> Path:
     """302 MB of experts, 75 MB a layer, in one file; every tensor repeats the same random bytes."""
-    sizes = {"hidden_size": HIDDEN, "moe_intermediate_size": WIDTH, "num_experts": EXPERTS, "vocab_size": VOCABULARY}
+    sizes: dict[str, Any] = {
+        "hidden_size": HIDDEN,
+        "moe_intermediate_size": WIDTH,
+        "num_experts": EXPERTS,
+        "vocab_size": VOCABULARY,
+    }
     model = tiny_checkpoint(
         "qwen2_moe", folder / "shapes", torch.bfloat16, **{**sizes, "num_experts": 1, "moe_intermediate_size": 8}
     )

@@ -83,7 +83,7 @@ def _pieces(name: str, tensor: torch.Tensor, config: Any, architecture: str, abs
         return {f"{block}ffn_{half}_shexp.weight": part for half, part in zip(("gate", "up"), tensor.chunk(2), strict=True)}
     if rest == "self_attn.kv_b_proj" and absorbed:
         heads = tensor.view(config.num_attention_heads, -1, config.kv_lora_rank)
-        keys, values = heads.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
+        keys, values = heads[:, : config.qk_nope_head_dim], heads[:, config.qk_nope_head_dim :]
         return {f"{block}attn_k_b.weight": keys.mT, f"{block}attn_v_b.weight": values}
     gguf_name = _IN_BLOCK[rest]
     if gguf_name == "ffn_norm" and architecture in ("gpt-oss", "glm4moe"):

@@ -42,7 +42,8 @@ def log_probabilities(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     """Log probabilities of transformers' own model, [num_tokens - 1, vocabulary]."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
-        return model(tokens[None, :-1]).logits[0].log_softmax(-1)
+        found: torch.Tensor = model(tokens[None, :-1]).logits[0].log_softmax(-1)
+        return found
 
 
 @pytest.mark.parametrize("decode", [False, True])

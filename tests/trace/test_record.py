@@ -29,6 +29,7 @@ from fate_moe.trace.record import Recorder
 from fate_moe.trace.recorded import recorded_run
 from fate_moe.trace.schema import RoutingTrace, read_trace, write_trace
 from fate_moe.trace.simulate import Link, simulate
+from tests.support.pictures import labels, lines, num_colors, saved_figures
 
 
 def decode(model: Any, num_tokens: int, seed: int, between: Callable[[], None] = lambda: None) -> None:
@@ -282,28 +283,40 @@ def test_pictures_show_the_numbers_of_their_files(traced: tuple[Any, RoutingTrac
         for capacity in (0.5, 0.25)
     ]
     (tmp_path / "rows.json").write_text(json.dumps({"rows": rows}))
-    by_capacity = curves(figure_of(tmp_path / "rows.json"))
-    assert by_capacity == {
-        policy: [(100 * row["capacity"], 100 * row["ready_on_time"]) for row in reversed(rows) if row["policy"] == policy]
-        for policy in ("lru", "belady")
+    with saved_figures() as figures:
+        for kind in ("heat", "timeline"):
+            draw(path, tmp_path / f"{kind}.png", kind)
+        for kind in ("capacity", "recall"):
+            draw(tmp_path / "rows.json", tmp_path / f"{kind}.png", kind)
+    assert {name: labels(figure)[0] for name, figure in figures.items()} == {
+        "heat.png": ("expert", "layer"),
+        "timeline.png": ("ms", ""),
+        "capacity.png": ("experts in memory, %", "ready on time, %"),
+        "recall.png": ("MB read per token", "ready on time, %"),
     }
-    by_bytes = curves(figure_of(tmp_path / "rows.json", "recall"))
-    assert by_bytes["lru, none"] == [(row["bytes_per_token"] / 1e6, 100 * row["ready_on_time"]) for row in rows[1::-1]]
-    draw(tmp_path / "rows.json", tmp_path / "rows.png")
-    assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_picture_of_fitted_gates_shows_recall_by_width(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    fitted = {"2": {"mean": 0.5, "layers": [0.7, 0.5]}, "4": {"mean": 0.6, "layers": [0.8, 0.6]}}
-    forecast = {"2": {"mean": 0.3, "layers": [0.3, 0.3]}}
-    ahead = {"plain": {"2": {"mean": None, "layers": []}}, "fitted": fitted}
-    (tmp_path / "fit.json").write_text(json.dumps({"by_ahead": [ahead], "forecast": forecast}))
-    assert curves(figure_of(tmp_path / "fit.json")) == {
-        "fitted, 1 ahead": [(2, 50), (4, 60)],
-        "layer 0, from the embedding": [(2, 70), (4, 80)],
-        "whole token": [(2, 30)],
+    (heat,) = figures["heat.png"].axes[0].get_images()
+    counts = [np.bincount(trace.experts[:, layer].reshape(-1), minlength=trace.num_experts[layer]) for layer in range(2)]
+    np.testing.assert_allclose(heat.get_array(), 100 * np.stack(counts) / trace.num_tokens)
+    drawn = [event for event in events if event["ph"] == "X"]
+    assert len(figures["timeline.png"].axes[0].patches) == len(drawn)
+    shown = lines(figures["capacity.png"].axes[0])
+    assert {name: [x for x, _ in points] for name, points in shown.items()} == {"lru": [25.0, 50.0], "belady": [25.0, 50.0]}
+    assert [y for _, y in shown["lru"]] == [pytest.approx(100 * row["ready_on_time"]) for row in rows[:2]]
+    assert lines(figures["recall.png"].axes[0]).keys() == {"lru, none", "belady, none"}
+    assert all(num_colors(tmp_path / name) > 10 for name in figures)
+    row = {"mean": 0.5, "layers": [0.7, 0.5]}
+    by_width = {"2": row, "4": row}
+    ahead = {"plain": {"2": {"mean": None, "layers": []}}, "fitted": by_width}
+    (tmp_path / "fit.json").write_text(json.dumps({"by_ahead": [ahead], "forecast": by_width}))
+    with saved_figures() as figures:
+        draw(tmp_path / "fit.json", tmp_path / "widths.png")
+    half = [(2.0, 50.0), (4.0, 50.0)]
+    assert lines(figures["widths.png"].axes[0]) == {
+        "fitted, 1 ahead": half,
+        "layer 0, from the embedding": [(2.0, 70.0), (4.0, 70.0)],
+        "whole token": half,
     }
+    assert num_colors(tmp_path / "widths.png") > 10
     (tmp_path / "nothing.json").write_text("[]")
     with pytest.raises(ConfigError, match="no rows"):
         figure_of(tmp_path / "nothing.json")
