@@ -19,8 +19,8 @@ from fate_moe.kernels.native import native
 from fate_moe.store.convert import convert
 from fate_moe.trace.record import Recorder
 from fate_moe.trace.schema import RoutingTrace
-from tests.support.engines import load_model
 from tests.support.checkpoints import tiny_model
+from tests.support.engines import load_model
 
 needs_extension = pytest.mark.skipif(native is None, reason="the extension is not built")
 

@@ -51,7 +51,7 @@ def to_fp8(folder: Path, out: Path, block: tuple[int, int], single_scale: bool =
         scale = torch.rand(blocks, generator=generator) * 0.01 + 0.001  # only the format matters, not the codes
         code = (torch.randn(tensor.shape, generator=generator) * 100).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
         written[name], written[name + "_scale_inv"] = code, scale
-        plain[name] = dequantized(code, scale, (tensor.shape[0], tensor.shape[1]) if whole_scale else block)
+        plain[name] = dequantized(code, scale, (tensor.shape[0], tensor.shape[1]) if single_scale else block)
     out.mkdir()
     save_file(written, out / "model.safetensors")
     quantization = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": list(block), "activation_scheme": "dynamic"}

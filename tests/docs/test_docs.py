@@ -64,7 +64,7 @@ def test_files_that_a_page_names_exist(page: Path) -> None:
 @pytest.mark.parametrize("page", USER_PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_parse(page: Path) -> None:
     """Every line of a shell block that begins with ``fate``."""
-    parser = cli._parser()
+    parser = cli.build_parser()
     for block in blocks(page.read_text(), "sh"):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
@@ -77,7 +77,7 @@ def test_commands_parse(page: Path) -> None:
 def test_the_command_line_page_has_every_verb_and_option() -> None:
     reference = script("reference")
     text = reference.command_line()
-    for name, parser in reference.verbs(cli._parser()).items():
+    for name, parser in reference.verbs(cli.build_parser()).items():
         assert f"## {name}\n" in text
         for action in parser._actions:
             assert all(f"`{option}`" in text for option in action.option_strings if option not in ("-h", "--help"))

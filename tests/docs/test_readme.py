@@ -34,7 +34,7 @@ def test_the_python_block_writes_text(capsys: pytest.CaptureFixture[str]) -> Non
 def test_commands_are_verbs_and_targets() -> None:
     lines = [line.split(" # ")[0] for block in blocks(README, "sh") for line in block.splitlines()]
     commands = [shlex.split(line) for line in lines if line.strip()]
-    parser = cli._parser()
+    parser = cli.build_parser()
     for command in commands:
         if command[0] == "fate":
             parser.parse_args(command[1:])  # exits where an option does not exist

@@ -129,8 +129,8 @@ def test_too_small_budgets_name_the_smallest_that_works(checkpoint: Callable[[st
 
 
 def test_a_mixed_store_has_slots_of_each_length(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    keep: dict[int | ExpertId, str] = {ExpertId(0, 5): "lossless", ExpertId(1, 2): "int8"}
-    needs = prepare(convert(checkpoint("qwen2_moe"), tmp_path / "mixed", "int4", keep=keep)).footprint()
+    rules: dict[int | ExpertId, str] = {ExpertId(0, 5): "lossless", ExpertId(1, 2): "int8"}
+    needs = prepare(convert(checkpoint("qwen2_moe"), tmp_path / "mixed", "int4", precision_rules=rules)).footprint()
     lengths = [of.slot_bytes for of in needs.slots]
     assert [of.num_experts for of in needs.slots] == [14, 1, 1]
     assert needs.expert_bytes == 14 * lengths[0] + lengths[1] + lengths[2]

@@ -68,9 +68,9 @@ def test_a_closed_engine_leaves_the_model_as_it_was_found(model: Any, checkpoint
     assert model.config._experts_implementation == found.config._experts_implementation
     assert model.fate is engine
     assert engine.report().experts.lookups == lookups
-    for call in (lambda: model(PROMPT), lambda: model.generate(PROMPT, max_new_tokens=2)):
+    for name in ("forward", "generate"):
         with pytest.raises(ClosedModelError, match="has been closed; load it again"):
-            call()
+            getattr(model, name)(PROMPT)
 
 
 def test_a_report_is_a_snapshot(model: Any) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from fate_moe import demo
+from fate_moe.core import ExpertId
 from fate_moe.engine.prepare import store_for
 from fate_moe.store.convert import convert
 
@@ -56,7 +57,7 @@ def test_peak_stays_under_the_budget_and_is_the_kernels(smallest: int, extra: in
 
 def test_a_mixed_stores_peak_stays_under_the_budget(smallest: int, tmp_path: Path) -> None:
     """As near to it as a lossless store's; about a third of the experts fit."""
-    rules = {0: "int8"}
+    rules: dict[int | ExpertId, str] = {0: "int8"}
     store = convert(demo.MODEL, tmp_path / "mixed", "lossless", dense_precision="lossless", precision_rules=rules, solver="minmax")
     code, result, peak, errors = run(str(store), "Once upon a time", "--ram", f"{smallest + 20}MiB")
     assert code == 0, errors

@@ -86,9 +86,9 @@ def test_a_host_without_every_expert_is_refused(model: Model, computing: HostCom
     state = model.experts(10).state
     other = SimpleNamespace(bytes=model.arena.bytes)
     with pytest.raises(ValueError, match="every expert"):
-        DeviceExperts(
-            experts.layouts, other, experts.pool, experts.tables, experts.gates, top_k=4,
-            options=DeviceOptions(host_compute=0.5), share=share,
+        DeviceState(
+            state.layouts, other, state.pool, state.tables, state.routers, top_k=4,  # type: ignore[arg-type]
+            options=DeviceOptions(host_compute=0.5), host_compute=computing,
         )  # fmt: skip
 
 

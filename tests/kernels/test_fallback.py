@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fate_moe.engine.load import store_for
+from fate_moe.engine.prepare import store_for
 from fate_moe.kernels import activations, cpu, native
-from tests.conftest import load_model
+from tests.support.engines import load_model
 
 
 def test_without_the_extension(

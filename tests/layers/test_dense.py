@@ -16,7 +16,7 @@ from fate_moe.layers.dense import QuantizedLinear, StoredEmbedding
 from fate_moe.quant.solver import minmax
 from fate_moe.store import dense
 from fate_moe.store.convert import convert
-from fate_moe.store.dense import dense_layouts, encode_dense, read_by_row
+from fate_moe.store.dense import dense_layouts, encode_dense, row_read_parameter
 from fate_moe.store.format import blob_layout
 from fate_moe.store.open import load_dense, open_store
 from tests.support.engines import load_model

@@ -6,7 +6,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fate_moe.config import PREDICTORS
 from fate_moe.core import Router, Routing
 from fate_moe.errors import ConfigError
 from fate_moe.predict.activation_path import ActivationPath
@@ -16,6 +15,7 @@ from fate_moe.predict.gates import FittedGates, LinearRouters, RouterScorer
 from fate_moe.predict.predictors import Known
 from fate_moe.predict.recursive import RecursiveRouters
 from fate_moe.predict.temporal import Temporal
+from fate_moe.registry import PREDICTORS, make_predictor
 from fate_moe.runtime import rows_by_expert
 from tests.support.predictor_contract import check_predictor
 
@@ -128,10 +128,10 @@ def test_routers_get_the_residual_stream_through_their_own_norm() -> None:
     norms, stream = torch.rand(3, HIDDEN, generator=generator) + 0.1, torch.randn(1, HIDDEN, generator=generator)
     scorer = LinearRouters(weights, norms)
     for source, layer in ((0, 1), (0, 2), (1, 2)):
-        want = (stream * norms[layer]) @ weights[layer].T
-        got = scorer.scores(layer, stream * norms[source], layer - source)
-        assert got is not None
-        assert torch.allclose(got, want, atol=1e-4)
+        expected = (stream * norms[layer]) @ weights[layer].T
+        scores = scorer.scores(layer, stream * norms[source], layer - source)
+        assert scores is not None
+        assert torch.allclose(scores, expected, atol=1e-4)
         matrix = scorer.matrix(layer, layer - source)
         assert torch.allclose((stream * norms[source]) @ matrix[:, :-1].T + matrix[:, -1], expected, atol=1e-4)
     assert scorer.scores(0, stream) is None, "layer 0 has no predecessor"
@@ -164,7 +164,7 @@ def test_recursive_routers_learn_to_correct_the_routers() -> None:
         truth = linear_router(1)(x).scores[0][rename].topk(TOP_K).indices.tolist()
         scores = scorer.scores(1, x)
         assert scores is not None
-        found.append(len(set(scores[0].topk(TOP_K).indices.tolist()) & set(truth)) / TOP_K)
+        recalls.append(len(set(scores[0].topk(TOP_K).indices.tolist()) & set(truth)) / TOP_K)
         scorer.observe(1, truth)
     assert sum(recalls[:100]) / 100 < 0.4
     assert sum(recalls[-500:]) / 500 > 0.7

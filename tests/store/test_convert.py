@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 
 from fate_moe.core import SLOT_ALIGNMENT, ExpertId
 from fate_moe.errors import CheckpointError, DiskSpaceError, StoreError, UnsupportedModelError
-from fate_moe.io import files
 from fate_moe.io.direct import anonymous_buffer
 from fate_moe.quant.blob import views
 from fate_moe.quant.hqq import hqq

@@ -92,11 +92,11 @@ def test_a_mixed_store_runs_and_its_lossless_layer_is_exact(checkpoint: Callable
     assert (mixed - lossless).norm() < (int4 - lossless).norm()
 
 
-def test_keeping_is_part_of_the_identity(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    rules: tuple[dict[int | ExpertId, str], ...] = ({}, {0: "lossless"}, {1: "lossless"})
+def test_precision_rules_are_part_of_the_identity(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    choices: list[dict[int | ExpertId, str]] = [{}, {0: "lossless"}, {1: "lossless"}]
     stores = [
-        open_store(convert(checkpoint("qwen2_moe"), tmp_path / str(number), "int4", keep=keep)).manifest.identity
-        for number, keep in enumerate(rules)
+        open_store(convert(checkpoint("qwen2_moe"), tmp_path / str(number), "int4", precision_rules=rules)).manifest.identity
+        for number, rules in enumerate(choices)
     ]
     assert len(set(stores)) == 3
     with pytest.raises(ConfigError, match="int5"):
@@ -126,9 +126,9 @@ def test_each_expert_has_what_the_last_rule_about_it_says(rules: list[tuple[int,
 
 @pytest.fixture
 def mixed(checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
-    """INT4 but for two experts of layer 0, one as INT8 and one lossless, and a third of layer 1."""
-    keep: dict[int | ExpertId, str] = {ExpertId(0, 2): "int8", ExpertId(0, 5): "lossless", ExpertId(1, 7): "int8"}
-    return convert(checkpoint("qwen2_moe"), tmp_path / "mixed", "int4", keep=keep)
+    """INT4 except two experts of layer 0, one INT8 and one lossless, and an INT8 expert of layer 1."""
+    rules: dict[int | ExpertId, str] = {ExpertId(0, 2): "int8", ExpertId(0, 5): "lossless", ExpertId(1, 7): "int8"}
+    return convert(checkpoint("qwen2_moe"), tmp_path / "mixed", "int4", precision_rules=rules)
 
 
 def test_rules_apply_to_single_experts_and_only_to_them(checkpoint: Callable[[str], Path], tmp_path: Path, mixed: Path) -> None:

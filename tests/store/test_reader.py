@@ -241,7 +241,7 @@ def test_short_reads_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         requests.append((len(buffers[0]), offset))
         return min(real(handle, buffers, offset), 4096 + 700 if len(requests) % 2 else 4096)
 
-    monkeypatch.setattr(os, "preadv", stingy)
+    monkeypatch.setattr(os, "preadv", short)
     file = DirectFile(tmp_path / "file")
     memory = memoryview(anonymous_buffer(6 * 4096))
     assert file.read(memory, 0) == len(data)
