@@ -153,7 +153,7 @@ def _windows(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[torc
 def _show(model: Any, observer: Passes, windows: Sequence[torch.Tensor], what: str) -> None:
     """Run ``model`` on ``windows``, each from an empty context, for ``observer`` to see."""
     bar = count_bar(what, WINDOW * len(windows))
-    with model.fate.runtime.observe(observer), bar as advance, torch.inference_mode():
+    with torch.inference_mode(), model.fate.runtime.observe(observer), bar as advance:
         for window in windows:
             model.base_model(window[None], use_cache=False)
             advance(len(window))
