@@ -49,7 +49,14 @@ def resident() -> dict[Any, list[torch.Tensor]]:
 
 @pytest.mark.parametrize("num_resident", NUM_RESIDENT)
 @pytest.mark.parametrize(("policy", "predictor"), PAIRS)
-@pytest.mark.parametrize(("family", "precision"), [("qwen2_moe", "lossless"), ("qwen2_moe", "int4"), ("deepseek_v3", "lossless")])
+@pytest.mark.parametrize(
+    ("family", "precision"),
+    [
+        ("qwen2_moe", "lossless"),
+        pytest.param("qwen2_moe", "int4", marks=pytest.mark.slow),
+        pytest.param("deepseek_v3", "lossless", marks=pytest.mark.slow),
+    ],
+)
 def test_logits_are_bit_identical_to_fully_resident(
     loaded: Callable[..., Any],
     checkpoint: Callable[[str], Path],

@@ -60,6 +60,7 @@ def to_fp8(folder: Path, out: Path, block: tuple[int, int], single_scale: bool =
     return plain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "block", "single_scale"),
     [("deepseek_v3", (16, 24), False), ("qwen2_moe", (128, 128), False), ("qwen3_moe", (16, 16), True)],

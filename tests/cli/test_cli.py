@@ -57,6 +57,7 @@ def test_same_text_whatever_the_cache(store: Path, capsys: pytest.CaptureFixture
     assert texts[0] == texts[1] == texts[2]
 
 
+@pytest.mark.slow
 def test_run_in_words_reads_standard_input(store: Path) -> None:
     done = fate("run", str(store), "-", "--max-new-tokens", "8", "--seed", "3", input="The sea was")
     assert done.returncode == 0, done.stderr
@@ -74,6 +75,7 @@ def test_seed_makes_sampling_repeatable(store: Path, capsys: pytest.CaptureFixtu
     assert texts[0] == texts[1] != texts[2]
 
 
+@pytest.mark.slow
 def test_chat_remembers_and_ends(store: Path) -> None:
     done = fate("chat", "--max-new-tokens", "6", "--seed", "1", input="Good morning, sir.\n/reset\nWho are you?\n/exit\n")
     assert done.returncode == 0, done.stderr

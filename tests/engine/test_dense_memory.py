@@ -12,6 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fate_moe.store.convert import convert
 
+pytestmark = pytest.mark.slow
+
 _CHILD = """
 import json, sys
 import torch

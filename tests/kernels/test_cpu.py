@@ -81,6 +81,7 @@ def check_linear(kind: str, rows: int, cols: int, tokens: int, planes: int, exac
     assert (error <= allowed).all(), f"{error.max()} where the twin has {(twin - true).abs().max()}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "group"), [*itertools.product(["int4", "int8"], GROUP_SIZES), ("bf16", 64)])
 @pytest.mark.parametrize("exact", [False, True])
 def test_odd_shapes_and_unaligned_heads(instructions: str, kind: str, group: int, exact: bool) -> None:

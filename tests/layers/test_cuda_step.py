@@ -25,6 +25,8 @@ from fate_moe.quant.blob import encode
 from fate_moe.store.format import blob_layout
 from tests.support.checkpoints import tiny_model
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

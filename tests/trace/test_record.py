@@ -343,6 +343,7 @@ def test_simulate_prints_rows(tmp_path: Path, traced: tuple[Any, RoutingTrace], 
         assert main(["simulate", str(path), *wrong]) == 1
 
 
+@pytest.mark.slow
 def test_a_mixed_stores_trace_wants_one_size_for_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = convert(demo.MODEL, tmp_path / "mixed", "int4", precision_rules={ExpertId(3, 7): "lossless"}, solver="minmax")
     config = OffloadConfig(expert_cache="50%", context_length=64)
