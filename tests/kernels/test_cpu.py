@@ -179,13 +179,13 @@ FAMILIES = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_gates_are_found_and_accurate(instructions: str, family: str) -> None:
     module = FAMILIES[family]
-    gate = find_activation(module)
-    assert gate is not None
+    spec = find_activation(module)
+    assert spec is not None
     x = torch.randn(1, 300, generator=torch.Generator().manual_seed(3)) * 8
     twin = module._apply_gate(x) if module.has_gate else module.act_fn(x)
     true = module._apply_gate(x.double()) if module.has_gate else module.act_fn(x.double())
     got = torch.empty_like(twin)
-    native.activate(gate, x.data_ptr(), got.shape[1], got.data_ptr())
+    native.activate(spec, x.data_ptr(), got.shape[1], got.data_ptr())
     error, rounding = (got - true).abs(), 4 * EPSILON * true.abs()  # exp, two divisions or products, each rounded
     assert (error <= 2 * (twin - true).abs().max() + rounding).all()
 

@@ -35,14 +35,14 @@ def why_no_gpu() -> str | None:
             return f"this torch ({torch.__version__}) is built without CUDA; install one that is"
         return f"torch {torch.__version__} finds no NVIDIA GPU; check the driver with nvidia-smi"
     if torch.cuda.get_device_capability()[0] < 8:
-        return f"{torch.cuda.get_device_name()} is older than compute capability 8.0, from which on bf16 is computed"
+        return f"{torch.cuda.get_device_name()} is older than compute capability 8.0, the first with bf16"
     return None
 
 
 def find_gpu() -> Gpu:
     """The current CUDA device. Raises ConfigError, saying why, where none can be used."""
     if (reason := why_no_gpu()) is not None:
-        raise ConfigError(f"no GPU can be used here: {reason}; or leave --vram and --device away to run on the CPU")
+        raise ConfigError(f"no GPU can be used here: {reason}; or omit --vram and --device to run on the CPU")
     free, total = torch.cuda.mem_get_info()
     taken = torch.cuda.memory_reserved() + CONTEXT_BYTES
     return Gpu(torch.cuda.get_device_name(), torch.device("cuda", torch.cuda.current_device()), total, min(total, free + taken))

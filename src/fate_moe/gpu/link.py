@@ -1,6 +1,6 @@
 """How fast experts travel from RAM to this GPU and how fast the CPU reads them, each alone and both at once.
 
-Measured once a machine by ``fate doctor --calibrate`` and kept under FATE_HOME.
+Measured once a machine by ``fate doctor --measure``; the result is a file under FATE_HOME.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from fate_moe.units import parse_host_compute
 __all__ = ["Link", "chosen_fraction", "load_link", "measure_link", "save_link"]
 
 _NAME = "link.json"
-# Computing misses on the CPU is worth its synchronization only where it brings misses this much faster.
-_WORTH = 1.25
+# Computing misses on the CPU pays for its synchronization only where misses are served this much faster.
+_MIN_GAIN = 1.25
 # Of the rate at which the CPU reads, that at which it computes INT4 experts: 64 of 98 GB/s (one H200's host, 14 threads).
 _COMPUTES = 0.65
 
@@ -53,16 +53,16 @@ class Link:
 
     @property
     def cpu_fraction(self) -> float:
-        """The share of misses that the CPU should compute: as many as it can in the time the link copies the rest; 0.0 where that
-        gains little."""
-        return self.computing / (self.both_zero_copy + self.computing) if self.gain >= _WORTH else 0.0
+        """The fraction of misses that the CPU should compute: as many as it can in the time the link copies the rest; 0.0 where
+        that gains little."""
+        return self.computing / (self.both_zero_copy + self.computing) if self.gain >= _MIN_GAIN else 0.0
 
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "gain": self.gain, "cpu_fraction": self.cpu_fraction}
 
 
 def save_link(link: Link) -> str:
-    """PrecisionRules ``link`` for later runs; returns the file's path. Raises ConfigError if it cannot be written."""
+    """Write ``link`` for later runs; returns the file's path. Raises ConfigError if it cannot be written."""
     path = cache_home() / _NAME
     part = path.with_suffix(f".{os.getpid()}.part")
     try:
@@ -84,13 +84,13 @@ def load_link(gpu: str) -> Link | None:
 
 
 def chosen_fraction(host_compute: str | int | float, gpu: str) -> float:
-    """What OffloadConfig.host_compute means on ``gpu``. Raises ConfigError where "auto" has nothing to go by."""
-    share = parse_host_compute(host_compute)
-    if share is not None:
-        return share
+    """The fraction that OffloadConfig.host_compute means on ``gpu``. Raises ConfigError for "auto" where nothing was measured."""
+    fraction = parse_host_compute(host_compute)
+    if fraction is not None:
+        return fraction
     if (link := load_link(gpu)) is None:
         raise ConfigError(
-            f"--host-compute auto needs to know this machine's link to the {gpu}; run `fate doctor --calibrate` once, or give a "
+            f"--host-compute auto needs to know this machine's link to the {gpu}; run `fate doctor --measure` once, or give a "
             "fraction such as 0.5"
         )
     return link.cpu_fraction
@@ -164,7 +164,7 @@ def _both(
 ) -> tuple[float, float]:
     """(copied, read) bytes per second at once: copies for about ``seconds`` are enqueued, and memory is read until they have ended.
 
-    The time is up when a wait for the copies returns; reads after that were made alone, at most one of them.
+    The last read may end after the copies; no further one follows.
     """
     times = max(1, round(seconds * expected / copy_bytes))
     began, reads = time.perf_counter(), 0

@@ -1,10 +1,12 @@
 """Whether copying experts ahead pays (never slower than not trying): the time of one copy against the time of one layer.
 
-A wrong prefetch that is still under way delays the next layer's misses by what is left of it. With copies of c seconds, layers of
-L, a prefetch used with probability p and a next layer that misses something with probability q, prefetching wins p * L and loses
-(1 - p) * q * (c - L): nothing more from c = (1 + p / ((1 - p) * q)) * L on, which is 2.4 L for p = 0.5 and q = 0.7, and sooner
-since a used prefetch may come late too. Measured on an H200: at 1.0 L (Qwen3-30B-A3B) decode is up to 24 % faster with it, at 1.2 L
-(Qwen1.5-MoE) 11 %; at 2.2 L (the same, INT8 experts) 4 % slower, at 8 L (Mixtral) 10 %.
+A wrong prefetch that is still under way delays the next layer's misses by the rest of its copy. With copies of c seconds, layers of L
+seconds, a prefetch used with probability p and a next layer that misses something with probability q:
+
+    gained = p * L        lost = (1 - p) * q * (c - L)
+
+so that nothing is gained from c = (1 + p / ((1 - p) * q)) * L on, which is 2.4 L for p = 0.5 and q = 0.7, and sooner since a used
+prefetch may arrive late too. Measured (docs/gpu.md): prefetching wins at 1.0 and 1.2 L and loses at 2.2 and 8 L.
 """
 
 from __future__ import annotations

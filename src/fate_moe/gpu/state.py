@@ -1,4 +1,4 @@
-"""What decode and prefill of one model share on the device: where experts lie, who is where, and how both may move them.
+"""What decode and prefill of one model have in common on the device: where experts lie, who is where, and how both may move them.
 
 ``gpu/experts.py`` (decode) and ``gpu/prefill.py`` both build on this and know nothing of each other's state.
 """

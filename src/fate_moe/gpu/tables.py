@@ -15,7 +15,7 @@ def layer_quotas(num_slots: int, num_layers: int, num_experts: int, min_slots: i
     """Slots of each layer; they sum to ``num_slots``, or to all experts. None has fewer than ``min_slots`` (one pass's experts).
 
     The first ``num_whole`` layers get all their experts as long as they take at most half of the slots (layer 0 has no predecessor
-    to predict it, and shallow layers predict worst: Fate, arXiv 2502.12224, section 4.2); the others share the rest evenly.
+    to predict it, and shallow layers predict worst: Fate, arXiv 2502.12224, section 4.2); the others divide the rest evenly.
     Raises ValueError when there are fewer than ``min_slots`` slots a layer.
     """
     if num_slots < min_slots * num_layers:

@@ -61,9 +61,9 @@ def matvec_kernel(
 
     CODES: ``weight`` is uint8 [rows, groups * 64] under ``scale`` and ``zero`` fp16 [rows, groups] (gpu/dense.py).
     NORM: x is RMS-normalized first (times ``norm`` [cols]). BIAS: plus ``bias`` [rows]. SILU: ``weight`` has 2 * rows rows and
-    out = silu(first half) * second half. GATE: times ``gate`` [1]'s sigmoid. RESIDUAL: plus ``residual`` [rows]. STAGE: program 0
-    also writes the normalized x to ``normed``, and program 1 its staged form for the experts. Rounded to out's dtype where
-    transformers rounds.
+    out = silu(first half) * second half. GATE: times the shared gate's sigmoid (``gate`` [1]). RESIDUAL: plus ``residual`` [rows].
+    STAGE: program 0 also writes the normalized x to ``normed``, and program 1 its staged form for the experts. Rounded to out's
+    dtype where transformers rounds.
     """
     kind: tl.constexpr = x.dtype.element_ty
     groups: tl.constexpr = (cols + 63) // 64
