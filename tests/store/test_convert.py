@@ -178,7 +178,7 @@ def test_too_little_disk_space_leaves_nothing(
 
 
 @pytest.mark.parametrize(
-    ("damage", "says"),
+    ("damage", "message"),
     [
         (lambda tensors: tensors.pop("model.norm.weight"), "lacks model.norm.weight"),
         (lambda tensors: tensors.pop("model.layers.1.mlp.experts.3.up_proj.weight"), "lacks 1 of the 8 experts"),
@@ -186,7 +186,7 @@ def test_too_little_disk_space_leaves_nothing(
             lambda tensors: [tensors.pop(k) for k in list(tensors) if "layers.0.mlp.experts" in k],
             "lacks model.layers.0.mlp.experts",
         ),
-        (lambda tensors: tensors.update({"model.norm.weight": torch.zeros(3)}), "model.norm.weight is"),
+        (lambda tensors: tensors.update({"model.norm.weight": torch.zeros(3)}), "model.norm.weight has shape"),
         (
             lambda tensors: tensors.update({"model.layers.1.mlp.experts.3.up_proj.weight": torch.zeros(5, 5)}),
             "model.layers.1.mlp.experts",
@@ -195,7 +195,7 @@ def test_too_little_disk_space_leaves_nothing(
     ],
 )
 def test_checkpoints_that_lack_something(
-    checkpoint: Callable[[str], Path], tmp_path: Path, damage: Callable[[dict[str, torch.Tensor]], object], says: str
+    checkpoint: Callable[[str], Path], tmp_path: Path, damage: Callable[[dict[str, torch.Tensor]], object], message: str
 ) -> None:
     folder = tmp_path / "checkpoint"
     folder.mkdir()
@@ -203,7 +203,7 @@ def test_checkpoints_that_lack_something(
     tensors = load_all(checkpoint("qwen2_moe"))
     damage(tensors)
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match=says) as caught:
+    with pytest.raises(CheckpointError, match=message) as caught:
         convert(folder, tmp_path / "store")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "store").exists()

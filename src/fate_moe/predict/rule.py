@@ -33,7 +33,7 @@ def num_reads(probabilities: Sequence[float], layer_seconds: float, read_seconds
         begins = (queued + index) * read_seconds
         saved = min(read_seconds, ahead * layer_seconds - begins)
         gained = probability * (saved - done_later(0))
-        for place, other in enumerate(probabilities[index + 1 :], start=1):  # after waiting, each of these is one place earlier
+        for place, other in enumerate(probabilities[index + 1 :], start=1):  # each moves up one place if this is read now
             if (before := done_later(place - 1)) == 0:
                 break
             gained += other * (before - done_later(place))
