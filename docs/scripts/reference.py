@@ -36,6 +36,12 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "".join("| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in line) + " |\n" for line in lines)
 
 
+def fate_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    build: Callable[[], argparse.ArgumentParser] = getattr(cli, "build_parser", None) or cli._parser
+    return build()
+
+
 def verbs(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
     """The parser's verbs by what is typed, verbs of verbs ("fate eval compare") included."""
     found: dict[str, argparse.ArgumentParser] = {}
@@ -50,7 +56,7 @@ def verbs(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]
 def command_line() -> str:
     """Every verb: what it does, its arguments, its options; then the groups that verbs share, from the verb with most of each."""
     parts, shared = [], dict[str, list[argparse.Action]]()
-    for name, parser in verbs(cli.build_parser()).items():
+    for name, parser in verbs(fate_parser()).items():
         parts.append(f"## {name}\n\n{_plain(parser.description or '')}\n\n```text\n{_usage(name, parser)}\n```\n")
         for group in parser._action_groups:
             actions = [action for action in group._group_actions if not isinstance(action, _HIDDEN)]
@@ -105,11 +111,11 @@ def options() -> str:
     """The fields of OffloadConfig with their defaults, described by its docstring."""
     document = inspect.getdoc(OffloadConfig) or ""
     names = [field.name for field in fields(OffloadConfig)]
-    begins = [(found.start(1), found[1]) for found in re.finditer(r"(?:^|; )(\w+): ", document, re.MULTILINE) if found[1] in names]
+    begins = [(found.start(1), found[1]) for found in re.finditer(r"(?:^|[;.] )(\w+): ", document, re.MULTILINE) if found[1] in names]
     said = {}
     for (start, name), (end, _) in zip(begins, [*begins[1:], (len(document), "")], strict=True):
         said[name] = document[start + len(name) + 2 : end].split("\n\n")[0].strip().rstrip(";")
-    verb = verbs(cli.build_parser())["fate run"]
+    verb = verbs(fate_parser())["fate run"]
     typed = {action.dest: action.option_strings[-1] for action in verb._actions if action.option_strings}
     rows = (
         (f"`{field.name}`", f"`{typed[field.name]}`" if field.name in typed else "", f"`{field.default!r}`", said[field.name])
@@ -160,7 +166,7 @@ def choices(option: str, registry: str) -> str:
     entries: dict[str, Any] = {}
     if importlib.util.find_spec("fate_moe.registry"):
         entries = dict(getattr(importlib.import_module("fate_moe.registry"), registry, {}))
-    (action,) = (action for action in verbs(cli.build_parser())["fate run"]._actions if option in action.option_strings)
+    (action,) = (action for action in verbs(fate_parser())["fate run"]._actions if option in action.option_strings)
     rows = []
     for name in action.choices or ():
         entry = entries.get(name)

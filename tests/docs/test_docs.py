@@ -7,29 +7,16 @@ import re
 import shlex
 from dataclasses import fields
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-from fate_moe import cli, errors
+from fate_moe import errors
 from fate_moe.config import OffloadConfig
-from tests.docs.test_readme import blocks
+from tests.docs.pages import DOCS, ROOT, blocks, script
 
-ROOT = Path(__file__).parents[2]
-DOCS = ROOT / "docs"
 PAGES = [ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 # Pages for users: everything but what the notebook tells of the past.
 USER_PAGES = [page for page in PAGES if "notebook" not in page.parts]
-
-
-def script(name: str) -> ModuleType:
-    """A module of docs/scripts, which is no package."""
-    spec = importlib.util.spec_from_file_location(name, DOCS / "scripts" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_every_guarantee_names_tests_that_exist() -> None:
@@ -64,7 +51,7 @@ def test_files_that_a_page_names_exist(page: Path) -> None:
 @pytest.mark.parametrize("page", USER_PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_parse(page: Path) -> None:
     """Every line of a shell block that begins with ``fate``."""
-    parser = cli.build_parser()
+    parser = script("reference").fate_parser()
     for block in blocks(page.read_text(), "sh"):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
@@ -77,7 +64,7 @@ def test_commands_parse(page: Path) -> None:
 def test_the_command_line_page_has_every_verb_and_option() -> None:
     reference = script("reference")
     text = reference.command_line()
-    for name, parser in reference.verbs(cli.build_parser()).items():
+    for name, parser in reference.verbs(reference.fate_parser()).items():
         assert f"## {name}\n" in text
         for action in parser._actions:
             assert all(f"`{option}`" in text for option in action.option_strings if option not in ("-h", "--help"))

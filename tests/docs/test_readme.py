@@ -4,19 +4,12 @@ from __future__ import annotations
 
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 
-from fate_moe import cli
+from tests.docs.pages import ROOT, blocks, script
 
-ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-
-
-def blocks(text: str, language: str) -> list[str]:
-    """The fenced blocks of a language, in order."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
 def test_it_is_one_screen_and_a_bit() -> None:
@@ -34,7 +27,7 @@ def test_the_python_block_writes_text(capsys: pytest.CaptureFixture[str]) -> Non
 def test_commands_are_verbs_and_targets() -> None:
     lines = [line.split(" # ")[0] for block in blocks(README, "sh") for line in block.splitlines()]
     commands = [shlex.split(line) for line in lines if line.strip()]
-    parser = cli.build_parser()
+    parser = script("reference").fate_parser()
     for command in commands:
         if command[0] == "fate":
             parser.parse_args(command[1:])  # exits where an option does not exist
