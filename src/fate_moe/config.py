@@ -38,7 +38,7 @@ class OffloadConfig:
     precision: how experts are stored; dense_precision: all other matrices (None: int8 beside quantized experts).
     precision_policy: how many of an INT4 expert's bits are read; anything but "full" trades exactness for bytes.
     context_length: tokens for which KV cache is set aside (prompt and answer together).
-    io_threads: concurrent reads; one of them is always kept for demand reads.
+    io_threads: concurrent reads; one of them is always left for demand reads.
     exact_activations: on the CPU (and in host_compute), multiply quantized weights with fp32 activations instead of int8 ones.
     """
 

@@ -87,13 +87,13 @@ def _predictor(function: str, summary: str) -> Entry:
 
 # Which expert gives up its slot.
 POLICIES = {
-    "arc": _policy("arc", "adaptive replacement: recency and frequency, balanced by what it regrets"),
-    "co-activation": _policy("co_activation", "decayed, and experts that are used together keep each other"),
+    "arc": _policy("arc", "adaptive replacement: recency and frequency, balanced by its own misses"),
+    "co-activation": _policy("co_activation", "decayed, and experts often used together raise each other"),
     "decayed": _policy("decayed", "the fewest expected uses, from counts that decay with time"),
     "least-stale": _policy("least_stale", "what this pass has not used goes first"),
-    "lfu": _policy("lfu", "the least frequently used, uses halve in value"),
+    "lfu": _policy("lfu", "the least frequently used; old uses count less"),
     "lru": _policy("lru", "the least recently used"),
-    "shallow-arc": _policy("shallow_arc", "the first layers stay, the others share the rest by arc (Fate)"),
+    "shallow-arc": _policy("shallow_arc", "the first layers stay, the others compete by arc (Fate)"),
 }
 # Which experts are read ahead of their router.
 PREDICTORS = {

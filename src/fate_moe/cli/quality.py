@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +69,11 @@ def _perplexity(arguments: argparse.Namespace) -> None:
     path = store_for(arguments.model, arguments.precision, arguments.dense_precision)
     tokens = read_tokens(arguments.text, load_tokenizer(path), arguments.max_tokens)
     model = _open(path, offload_config(arguments, arguments.window), arguments.window)
-    with count_bar("tokens", len(tokens)) as advance:
+    with closing(model.fate), count_bar("tokens", len(tokens)) as advance:
         found = perplexity(
             model, tokens, window=arguments.window, stride=arguments.stride, decode=arguments.decode, advance=advance
         )
-    report = model.fate.report()
-    model.fate.close()
+        report = model.fate.report()
     per_token = report.experts.bytes_read / found.tokens
     if arguments.json:
         name = "embedded" if arguments.model is None else arguments.model
@@ -148,14 +148,14 @@ def _open(path: Path, config: OffloadConfig, window: int) -> Any:
     return build(prepared, plan, roomy)
 
 
-def read_tokens(path: Path, tokenizer: Any, most: int | None = None) -> Any:
-    """The first ``most`` token ids [num_tokens] of the text ``path``. Raises ConfigError where it cannot be read or most < 2."""
+def read_tokens(path: Path, tokenizer: Any, max_tokens: int | None = None) -> Any:
+    """Token ids [num_tokens] of the text ``path``, its first ``max_tokens``. Raises ConfigError if it cannot be read, or for fewer than 2."""
     import torch
 
-    if most is not None and most < 2:
-        raise ConfigError(f"{most} tokens of a text are too few, the first predicts the second; give at least 2")
+    if max_tokens is not None and max_tokens < 2:
+        raise ConfigError(f"{max_tokens} tokens of a text are too few, the first predicts the second; give at least 2")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the text {path} cannot be read: {error}") from error
-    return torch.tensor(tokenizer(text, verbose=False)["input_ids"][:most], dtype=torch.int64)
+    return torch.tensor(tokenizer(text, verbose=False)["input_ids"][:max_tokens], dtype=torch.int64)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["add_verbs"]
 
 
-FEWEST_TOKENS = 16  # to calibrate with: an eighth of them is a text whose first token predicts the next
+MIN_TOKENS = 16  # to calibrate with: an eighth of them is a text whose first token predicts the next
 
 
 def add_verbs(verbs: Any) -> None:
@@ -60,7 +60,10 @@ def add_verbs(verbs: Any) -> None:
         "--auto-bits", metavar="SIZE", help="choose a precision for each layer, all experts within this size; needs --calibrate"
     )
     convert.add_argument(
-        "--calibrate", type=Path, metavar="FILE", help="a text whose activations choose the codes (and what --auto-bits spends)"
+        "--calibrate",
+        type=Path,
+        metavar="FILE",
+        help="a text whose activations choose the codes (and, with --auto-bits, the precisions)",
     )
     convert.add_argument(
         "--calibrate-tokens",
@@ -101,7 +104,7 @@ def _convert(arguments: argparse.Namespace) -> None:
     from fate_moe.store.convert import convert
     from fate_moe.store.open import open_store
 
-    calibration, keep, spare = _calibration(arguments)
+    calibration, rules, held_out = _calibration(arguments)
     path = convert(
         arguments.source,
         arguments.destination,
@@ -113,15 +116,15 @@ def _convert(arguments: argparse.Namespace) -> None:
         calibration=calibration,
     )
     manifest = open_store(path).manifest
-    if spare is not None:
-        _measure_views(path, spare)
+    if held_out is not None:
+        _measure_views(path, held_out)
     print(
         f"{path}: {manifest.num_experts} experts, {format_bytes(manifest.expert_bytes)}, dense {format_bytes(manifest.dense_bytes)}"
     )
 
 
 def _measure_views(path: Path, tokens: Any) -> None:
-    """How much shorter views lose on a text that the codes were not chosen on; kept beside the store."""
+    """How much shorter views lose on a text that the codes were not chosen on; written beside the store."""
     from fate_moe.io.progress import count_bar
     from fate_moe.store.learned import save_view_losses
     from fate_moe.tools.calibrate import measure_view_losses
@@ -138,10 +141,8 @@ def _calibration(arguments: argparse.Namespace) -> tuple[Any, PrecisionRules, An
     on which nothing was chosen."""
     if arguments.auto_bits and not arguments.calibrate:
         raise ConfigError("--auto-bits needs a text that shows which layers matter; give one with --calibrate FILE")
-    if arguments.calibrate_tokens < FEWEST_TOKENS:
-        raise ConfigError(
-            f"--calibrate-tokens {arguments.calibrate_tokens} is too few to learn from; give at least {FEWEST_TOKENS}"
-        )
+    if arguments.calibrate_tokens < MIN_TOKENS:
+        raise ConfigError(f"--calibrate-tokens {arguments.calibrate_tokens} is too few to learn from; give at least {MIN_TOKENS}")
     if not (arguments.calibrate or arguments.precision_rules):
         return None, {}, None
     from fate_moe.adapter.meta_model import build_meta_model, expert_stacks
@@ -164,13 +165,13 @@ def _calibration(arguments: argparse.Namespace) -> tuple[Any, PrecisionRules, An
 
     lossless = store_for(arguments.source, "lossless")
     tokens = read_tokens(arguments.calibrate, load_tokenizer(lossless), arguments.calibrate_tokens * 8 // 7)
-    if len(tokens) < FEWEST_TOKENS:
-        raise ConfigError(f"{arguments.calibrate} has only {len(tokens)} tokens; calibration needs at least {FEWEST_TOKENS}")
-    tokens, spare = tokens[: -(len(tokens) // 8)], tokens[-(len(tokens) // 8) :]
+    if len(tokens) < MIN_TOKENS:
+        raise ConfigError(f"{arguments.calibrate} has only {len(tokens)} tokens; calibration needs at least {MIN_TOKENS}")
+    tokens, held_out = tokens[: -(len(tokens) // 8)], tokens[-(len(tokens) // 8) :]
     with count_bar("calibrating", len(tokens)) as advance:
         found = calibrate(lossless, tokens, advance=advance)
     if not arguments.auto_bits:
-        return found, by_rule, spare
+        return found, by_rule, held_out
     fewer = tuple(name for name in PRECISIONS if name != "lossless")
     with count_bar("layers weighed", len(stacks)) as advance:
         measured = measure_errors(lossless, found, fewer, arguments.group_size, advance)

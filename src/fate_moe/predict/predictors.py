@@ -25,7 +25,7 @@ __all__ = ["Known"]
 @dataclass(frozen=True)
 class Known:
     """What there is to predict from: routers that can be asked and, where they are linear, their weights [E, D] and the gains
-    [L, D] of the norms before them; gates fitted by `fate fit`; and the expected uses that a policy keeps anyway."""
+    [L, D] of the norms before them; gates fitted by `fate fit`; and the expected uses that a policy counts in any case."""
 
     routers: Sequence[Callable[[torch.Tensor], Routing] | None]
     linear: Sequence[torch.Tensor] | None = None
@@ -86,8 +86,8 @@ def combined(sizes: Sequence[int], top_k: int, known: Known, look_ahead: int) ->
     whole_token = None if known.forecast is None else Forecast(known.forecast)
     own = RoutingStatistics(sizes, co_activation=False) if known.history is None else None
     history = known.history if own is None else own
-    gate = ProbabilityPredictor(scorer, sizes, top_k, look_ahead=look_ahead, history=history, forecast=whole_token)
-    return gate if own is None else _Counting(gate, own, top_k)
+    predictor = ProbabilityPredictor(scorer, sizes, top_k, look_ahead=look_ahead, history=history, forecast=whole_token)
+    return predictor if own is None else _Counting(predictor, own, top_k)
 
 
 def _best_routers(known: Known) -> Scorer:
@@ -96,15 +96,15 @@ def _best_routers(known: Known) -> Scorer:
 
 
 class _Counting:
-    """A predictor whose history nobody else keeps."""
+    """A predictor with statistics of its own, where the policy has none."""
 
     gives_probabilities = True
 
-    def __init__(self, gate: ProbabilityPredictor, statistics: RoutingStatistics, top_k: int) -> None:
-        self._gate, self._statistics, self._top_k = gate, statistics, top_k
-        self.predict = gate.predict
+    def __init__(self, predictor: ProbabilityPredictor, statistics: RoutingStatistics, top_k: int) -> None:
+        self._predictor, self._statistics, self._top_k = predictor, statistics, top_k
+        self.predict = predictor.predict
 
     def observe(self, layer: int, routed: Sequence[int]) -> None:
-        self._gate.observe(layer, routed)
+        self._predictor.observe(layer, routed)
         if len(routed) <= self._top_k:
             self._statistics.routed(layer, routed)
