@@ -13,7 +13,7 @@ from collections.abc import Callable
 import pytest
 
 from fate_moe.cli import listing, main, text
-from fate_moe.engine.load import store_for
+from fate_moe.engine.prepare import store_for
 from fate_moe.store.learned import STATISTICS
 
 LONG = ["run", "-p", "Once upon a time", "--max-new-tokens", "900"]

@@ -112,7 +112,7 @@ def _convert(arguments: argparse.Namespace) -> None:
         solver=arguments.solver,
         group_size=arguments.group_size,
         dense_precision=arguments.dense_precision,
-        precision_rules=keep,
+        precision_rules=rules,
         calibration=calibration,
     )
     manifest = open_store(path).manifest
@@ -185,7 +185,7 @@ def _calibration(arguments: argparse.Namespace) -> tuple[Any, PrecisionRules, An
     ]
     errors = [{**layer, "lossless": 0.0} for layer in measured]
     chosen = choose_precisions(sizes, errors, parse_size(arguments.auto_bits))
-    return found, {**dict(enumerate(chosen)), **by_rule}, spare
+    return found, {**dict(enumerate(chosen)), **by_rule}, held_out
 
 
 def _inspect(arguments: argparse.Namespace) -> None:

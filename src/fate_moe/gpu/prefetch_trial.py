@@ -1,12 +1,12 @@
 """Whether copying experts ahead pays (never slower than not trying): the time of one copy against the time of one layer.
 
-A wrong prefetch that is still under way delays the next layer's misses by the rest of its copy. With copies of c seconds, layers of L
-seconds, a prefetch used with probability p and a next layer that misses something with probability q:
+A wrong prefetch that is still under way delays the next layer's misses by the rest of its copy. With copies of c seconds, layers
+of L seconds, a prefetch used with probability p and a next layer that misses something with probability q:
 
     gained = p * L        lost = (1 - p) * q * (c - L)
 
 so that nothing is gained from c = (1 + p / ((1 - p) * q)) * L on, which is 2.4 L for p = 0.5 and q = 0.7, and sooner since a used
-prefetch may arrive late too. Measured (docs/gpu.md): prefetching wins at 1.0 and 1.2 L and loses at 2.2 and 8 L.
+prefetch may arrive late too. Measured (docs/notebook/gpu.md): prefetching wins at 1.0 and 1.2 L and loses at 2.2 and 8 L.
 """
 
 from __future__ import annotations
