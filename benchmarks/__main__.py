@@ -1,7 +1,7 @@
 """Compares engines: the same weights, memory limit and machine for each, in one run.
 
 python -m benchmarks run CHECKPOINT --home DIR --results FILE.json    measure; continues an interrupted run
-python -m benchmarks report FILE.json ... --page docs/benchmarks.md   tables and pictures
+python -m benchmarks report FILE.json ... --page docs/results/benchmarks.md   tables and pictures
 python -m benchmarks peers                                            list the engines
 """
 
