@@ -111,7 +111,8 @@ def options() -> str:
     """The fields of OffloadConfig with their defaults, described by its docstring."""
     document = inspect.getdoc(OffloadConfig) or ""
     names = [field.name for field in fields(OffloadConfig)]
-    begins = [(found.start(1), found[1]) for found in re.finditer(r"(?:^|[;.] )(\w+): ", document, re.MULTILINE) if found[1] in names]
+    labels = re.finditer(r"(?:^|[;.] )(\w+): ", document, re.MULTILINE)
+    begins = [(found.start(1), found[1]) for found in labels if found[1] in names]
     said = {}
     for (start, name), (end, _) in zip(begins, [*begins[1:], (len(document), "")], strict=True):
         said[name] = document[start + len(name) + 2 : end].split("\n\n")[0].strip().rstrip(";")

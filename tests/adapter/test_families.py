@@ -1,6 +1,7 @@
 """Every family that the installed transformers runs through its experts interface, found by looking.
 
-``python -m tests.adapter.test_families`` tries them all and writes what it found where the package and docs/results/models.md have it.
+``python -m tests.adapter.test_families`` tries them all and writes what it found where the package and
+docs/results/models.md have it.
 """
 
 from __future__ import annotations
