@@ -7,7 +7,8 @@ import shlex
 
 import pytest
 
-from tests.docs.pages import ROOT, blocks, script
+import fate_moe
+from tests.docs.pages import DOCS, ROOT, blocks, script
 
 README = (ROOT / "README.md").read_text()
 
@@ -50,3 +51,15 @@ def test_links_lead_somewhere() -> None:
     targets = [target for target in re.findall(r"\]\(([^)#]+)", README) if not target.startswith("https://")]
     assert targets
     assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
+@pytest.mark.parametrize("guide", ["python", "policy"])
+def test_the_guides_code_runs(guide: str) -> None:
+    """Each Python block by itself, with the embedded model."""
+    if "Engine" not in fate_moe.__all__:
+        pytest.skip("the public face is not complete yet")
+    for code in blocks((DOCS / "guides" / f"{guide}.md").read_text(), "python"):
+        names: dict[str, object] = {}
+        exec(compile(code, f"{guide}.md", "exec"), names)
+        if (model := names.get("model")) is not None:
+            model.fate.close()  # type: ignore[attr-defined]
