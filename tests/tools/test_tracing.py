@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_text_followed_is_routed_alike_in_decode_and_as_a_prompt(store: Path) -> None:
     """Decode and prompts differ by roundings only; times come with decode, router inputs with both."""
-    options = {"new_tokens": 40, "max_tokens": 40, "router_inputs": True}
+    options: dict[str, Any] = {"new_tokens": 40, "max_tokens": 40, "router_inputs": True}
     decoded = record_routing(store, [TEXT], CONFIG, teacher=True, **options)
     prompt = record_routing(store, [TEXT], CONFIG, prefill=True, **options)
     assert decoded.experts.shape == prompt.experts.shape == (40, 12, 4)
