@@ -1,7 +1,7 @@
 """Whether copying experts ahead pays (never slower than not trying): the time of one copy against the time of one layer.
 
-A wrong prefetch that is still under way delays the next layer's misses by the rest of its copy. With copies of c seconds, layers of L
-seconds, a prefetch used with probability p and a next layer that misses something with probability q:
+A wrong prefetch that is still under way delays the next layer's misses by the rest of its copy. With copies of c seconds, layers of
+L seconds, a prefetch used with probability p and a next layer that misses something with probability q:
 
     gained = p * L        lost = (1 - p) * q * (c - L)
 
