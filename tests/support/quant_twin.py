@@ -1,4 +1,4 @@
-"""The plane layout a second time, in plain Python, written from docs/reference/store-format.md and not from the code: it defines what is right."""
+"""The plane layout a second time, in plain Python, written from docs/reference/store-format.md: it defines what is right."""
 
 from __future__ import annotations
 

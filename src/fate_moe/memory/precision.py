@@ -12,9 +12,9 @@ from fate_moe.errors import ConfigError
 __all__ = ["Budget", "FixedView", "PrefillPopularity", "RoutingWeighted", "make_precision_policy"]
 
 # Nats that a token's prediction loses when every expert is read as a view of so many bits: a property of the model, which
-# `fate convert --calibrate` measures. These are taken where nobody did: the most sensitive model measured (docs/quality.md).
+# `fate convert --calibrate` measures. These are taken where nobody did: the most sensitive model measured (docs/notebook/quality.md).
 UNMEASURED = {2: 4.0, 3: 0.6}
-# What prefill-popularity may lose, in nats: measured losses are nearly proportional to the share of tokens (docs/quality.md).
+# What prefill-popularity may lose, in nats: measured losses are nearly proportional to the share of tokens (docs/notebook/quality.md).
 PREFILL_LOSS = 0.01
 # routing-weighted: a view is read below so many mean gate weights over the root of the view's loss.
 GATE_LOSS = 0.4
@@ -36,7 +36,7 @@ class PrefillPopularity:
     """Fate's: in prefill the least popular experts, together at most ``share`` of the routed tokens, are read as ``bits``.
 
     The others, and all of them in decode, are read whole. Fate reads 2 bits, which costs the embedded model 2.8 % of perplexity
-    where 3 cost 1.0 % (docs/quality.md). ``losses`` by view (None: not asked) may make the share smaller."""
+    where 3 cost 1.0 % (docs/notebook/quality.md). ``losses`` by view (None: not asked) may make the share smaller."""
 
     def __init__(self, share: float = 0.25, bits: int = 3, losses: Mapping[int, float] | None = None) -> None:
         self._share, self._bits, self._losses = share, bits, losses
@@ -60,7 +60,7 @@ class PrefillPopularity:
 class RoutingWeighted:
     """In decode, by an expert's gate weight against the mean of the pass's choices: below ``light`` of it the shortest view is
     read, below ``heavy`` the next longer one, the rest whole. A view that is held already stays, unless the expert weighs more
-    than ``upgrade``: each upgrade is a read where there was a hit (docs/quality.md). ``losses`` by view (None: not asked) make
+    than ``upgrade``: each upgrade is a read where there was a hit (docs/notebook/quality.md). ``losses`` by view (None: not asked) make
     the limits of a view that loses much smaller, by one factor for reading and keeping it."""
 
     def __init__(

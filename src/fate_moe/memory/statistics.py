@@ -20,7 +20,7 @@ Floats = NDArray[np.float32]
 # Means over the last 5, 20 and 100 tokens, added up. Found on gpt-oss-20b's mmlu_validation trace: the three close 35 / 37 / 36 /
 # 30 % of the gap in misses from LRU to Belady at 12.5 / 25 / 40 / 50 % resident, the best single one (0.95) 32 / 33 / 32 / 27 %.
 DECAYS = (0.8, 0.95, 0.99)
-# The evidence's constants were found on mmlu_validation alone (docs/log.md has what else was tried). Layers whose last choices
+# The evidence's constants were found on mmlu_validation alone (docs/notebook/log.md has what else was tried). Layers whose last choices
 # speak for a layer, itself and those before it: 1 / 2 / 3 / 5 close 27 / 32 / 34 / 36 % of the gap at 12.5 % resident and 47-49 %
 # at 40 % (at half this rate).
 SOURCES = 4

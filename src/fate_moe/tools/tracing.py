@@ -63,7 +63,7 @@ def record_routing(
                 break
             ids = tokenizer(text, return_tensors="pt")["input_ids"]
             before = recorder.num_tokens
-            with running.fate.runtime.observe(recorder):
+            with running.fate.observe(recorder):
                 if teacher or prefill:
                     _follow(running, ids[:, : min(left, config.context_length)], WINDOW if prefill else 1)
                 elif ids.shape[1] and ids.shape[1] + left <= config.context_length:
