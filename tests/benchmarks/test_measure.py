@@ -120,6 +120,7 @@ def test_overlap_by_hand(workload: str) -> None:
     assert f"| {workload} | fate / eap |  | 2.00x |" in page
 
 
+@pytest.mark.slow
 def test_pictures_show_every_peer_and_limit(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     results = Results(FACTS, MACHINE)

@@ -25,6 +25,7 @@ def test_weight_errors_are_ordered() -> None:
             assert hqq["weights_4"] < minmax["weights_4"]
 
 
+@pytest.mark.slow
 def test_the_picture_is_drawn_from_the_published_numbers(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     facts = json.loads((DOCS / "quality.json").read_text())

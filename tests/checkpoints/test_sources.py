@@ -133,6 +133,7 @@ def hub_cache(folder: Path, checkpoint: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_hub_ids_come_from_the_cache(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     """In a separate process, because the hub's client reads its environment once."""
     environment = {
