@@ -148,7 +148,7 @@ def _open(path: Path, config: OffloadConfig, window: int) -> Any:
 
 
 def read_tokens(path: Path, tokenizer: Any, max_tokens: int | None = None) -> Any:
-    """Token ids [num_tokens] of the text ``path``, its first ``max_tokens``. Raises ConfigError if it cannot be read, or for fewer than 2."""
+    """The first ``max_tokens`` ids [num_tokens] of the text ``path``. Raises ConfigError if it cannot be read, or below 2."""
     import torch
 
     if max_tokens is not None and max_tokens < 2:
