@@ -174,8 +174,8 @@ def offload_config(arguments: argparse.Namespace, context_length: int) -> Offloa
 
 
 def require_gpu(arguments: argparse.Namespace) -> None:
-    """Raise ConfigError if a GPU is asked for and none can be used, before anything is converted."""
-    if OffloadConfig(device=arguments.device, vram=arguments.vram).on_gpu:
+    """Raise ConfigError, before anything is converted, for options that contradict each other or a GPU that cannot be used."""
+    if offload_config(arguments, OffloadConfig.context_length).on_gpu:
         from fate_moe.gpu.device import find_gpu
 
         find_gpu()

@@ -211,6 +211,8 @@ def _talk(model: Any, tokenizer: Any, context_length: int, sampling: dict[str, A
     """Ask and answer until the person leaves."""
     from fate_moe.tools.generate import generate
 
+    if reconfigure := getattr(sys.stdin, "reconfigure", None):  # before the first read
+        reconfigure(errors="replace")
     messages: list[dict[str, str]] = []
     while (line := _ask()) is not None:
         if line == "/reset":
@@ -243,8 +245,6 @@ def _ask() -> str | None:
     import readline  # noqa: F401  # line editing for input()
 
     interrupted = False
-    if reconfigure := getattr(sys.stdin, "reconfigure", None):
-        reconfigure(errors="replace")
     while True:
         try:
             line = input("> ").strip()
