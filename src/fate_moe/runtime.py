@@ -9,8 +9,7 @@ import torch
 
 from fate_moe.core import ExpertId, Lookup, Predictor, Router, Routing
 from fate_moe.kernels.cpu import SlotExperts
-from fate_moe.memory.lease import Lease
-from fate_moe.memory.residency import Residency
+from fate_moe.memory.residency import Lease, Residency
 from fate_moe.memory.view_selector import ViewSelector
 from fate_moe.predict.prefetcher import Prefetcher
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fate_moe import statistics as usage_module
+from fate_moe.memory import statistics as statistics_module
 from fate_moe.errors import ConfigError
 from fate_moe.memory.statistics import DECAYS, MAX_TABLE_BYTES, CoActivation, RoutingStatistics
 
@@ -66,7 +66,7 @@ def test_when_it_is_settled_does_not_matter() -> None:
     )  # the slope is learned layer by layer, or token by token
 
 
-@pytest.mark.skipif(usage_module.native is None, reason="the extension is not built")
+@pytest.mark.skipif(statistics_module.native is None, reason="the extension is not built")
 @given(st.integers(0, 2**32 - 1), st.integers(1, 5), st.integers(1, 9), st.booleans())
 def test_the_extension_counts_as_numpy_does(seed: int, num_layers: int, width: int, co_activation: bool) -> None:
     """Whatever comes: tokens of other numbers of experts, prompts, layers left out, a restored state."""
@@ -80,7 +80,7 @@ def test_the_extension_counts_as_numpy_does(seed: int, num_layers: int, width: i
             experts = rng.choice(width, top_k, replace=False).tolist()
             num_tokens = 3 if rng.random() < 0.1 else 1
             extension.routed(layer, experts, None, num_tokens)
-            with mock.patch.object(usage_module, "native", None):
+            with mock.patch.object(statistics_module, "native", None):
                 numpy.routed(layer, experts, None, num_tokens)
                 np.testing.assert_allclose(extension.value, numpy.value, rtol=1e-4)
         np.testing.assert_allclose(extension.expected_uses, numpy.expected_uses, rtol=1e-4)
@@ -88,7 +88,7 @@ def test_the_extension_counts_as_numpy_does(seed: int, num_layers: int, width: i
         np.testing.assert_allclose(extension.state()[name], array, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.skipif(usage_module.native is None, reason="the extension is not built")
+@pytest.mark.skipif(statistics_module.native is None, reason="the extension is not built")
 @pytest.mark.parametrize(("layer", "experts"), [(3, [0, 1]), (-1, [0, 1]), (0, [0, 6]), (0, [-1, 1])])
 def test_the_extension_refuses_what_does_not_exist(layer: int, experts: list[int]) -> None:
     with pytest.raises(IndexError):

@@ -9,8 +9,8 @@ from itertools import accumulate
 import torch
 
 from fate_moe.core import BlobLayout, ExpertId, Need, PrecisionPolicy, Routing
-from fate_moe.memory.lease import WHOLE
 from fate_moe.memory.residency import Residency
+from fate_moe.memory.table import WHOLE
 from fate_moe.quant.dtypes import TORCH_DTYPES
 
 __all__ = ["ViewSelector", "chosen_weights"]
