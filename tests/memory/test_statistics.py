@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fate_moe.memory import statistics as statistics_module
 from fate_moe.errors import ConfigError
+from fate_moe.memory import statistics as statistics_module
 from fate_moe.memory.statistics import DECAYS, MAX_TABLE_BYTES, CoActivation, RoutingStatistics
 
 

@@ -59,7 +59,7 @@ def _check_sections(source: ExpertSource, blobs: Mapping[ExpertId, bytes], ends:
 
 
 def check_errors(source: ExpertSource, damaged: ExpertId, whole: ExpertId, blob: bytes, error: type[StoreError]) -> None:
-    """``damaged`` cannot be read: that is said by ``error`` (CorruptExpertError if bytes differ), and ``whole`` still is ``blob``."""
+    """``damaged`` cannot be read, which ``error`` says; ``whole`` still is ``blob``. Closes ``source``."""
     assert issubclass(error, StoreError)
     arena = SlotArena((1, -(-len(blob) // SLOT_ALIGNMENT) * SLOT_ALIGNMENT))
     with pytest.raises(StoreError, match=f"layer {damaged.layer} expert {damaged.expert}") as raised:

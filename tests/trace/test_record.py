@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ import torch
 from fate_moe import demo
 from fate_moe.cli import main
 from fate_moe.config import OffloadConfig
-from fate_moe.core import ExpertId, ExpertSource
+from fate_moe.core import ExpertId
 from fate_moe.errors import ConfigError
 from fate_moe.predict.forecast import forecast_source
 from fate_moe.store.convert import convert
@@ -28,6 +26,7 @@ from fate_moe.trace.record import Recorder
 from fate_moe.trace.recorded import recorded_run
 from fate_moe.trace.schema import RoutingTrace, read_trace, write_trace
 from fate_moe.trace.simulate import Link, simulate
+from tests.support.sources import SourceDouble
 
 
 def decode(model: Any, num_tokens: int, seed: int, between: Callable[[], None] = lambda: None) -> None:
@@ -71,28 +70,11 @@ def test_the_simulator_agrees_with_the_engine(traced: tuple[Any, RoutingTrace]) 
     assert row.bytes_per_token == pytest.approx(measured, rel=0.03)
 
 
-class SlowSource:
-    """One read after another, each five milliseconds, whatever else the machine does."""
-
-    def __init__(self, inner: ExpertSource) -> None:
-        self._inner, self._lock, self._free = inner, threading.Lock(), 0.0
-
-    def read(self, expert: ExpertId, slot: memoryview, *sections: Any) -> int:
-        with self._lock:
-            until = self._free = max(self._free, time.perf_counter()) + 0.005
-        num_bytes = self._inner.read(expert, slot, *sections)
-        time.sleep(max(0.0, until - time.perf_counter()))
-        return num_bytes
-
-    def close(self) -> None:
-        self._inner.close()
-
-
 def test_stall_agrees_with_the_engine(loaded: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A link so slow that the machine's own noise does not count; the trace alone tells the simulator how slow it was."""
     model = loaded("qwen2_moe", policy="lru", predictor="none", expert_cache="37.5%")
     residency = model.fate.runtime.residency
-    residency._source = SlowSource(residency._source)
+    residency._source = SourceDouble(residency._source, 5e-3, one_at_a_time=True)
     recorder = Recorder([8, 8], residency=residency)
     model.fate.runtime.observer = recorder
     decode(model, 80, 4)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import platform
 from typing import Any
 
@@ -10,13 +9,7 @@ import torch
 
 from fate_moe.config import GROUP_SIZES
 from fate_moe.core import BlobLayout
-
-try:
-    native: Any = importlib.import_module("fate_moe.kernels._native")
-    _missing = ""
-except ImportError as error:
-    native = None
-    _missing = str(error)
+from fate_moe.kernels.extension import native, why_missing
 
 __all__ = [
     "BF16",
@@ -54,7 +47,7 @@ def why_not() -> str | None:
     if native is not None:
         return None
     return (
-        f"the C++ kernels are not built ({_missing}); install a wheel, or with a C++17 compiler run "
+        f"the C++ kernels are not built ({why_missing}); install a wheel, or with a C++17 compiler run "
         "`pip install --no-cache-dir --force-reinstall --no-deps fate-moe` (in a source tree: `make native`)"
     )
 

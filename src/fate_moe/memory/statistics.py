@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,11 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fate_moe.errors import ConfigError
+from fate_moe.kernels.extension import native as extension
 
-try:
-    native: Any = importlib.import_module("fate_moe.kernels._native").RoutingStatistics
-except (ImportError, AttributeError):  # not built, or before this was in it
-    native = None
+# The C++ class that counts turns; None where the extension is not built, or is older than the class.
+native: Any = getattr(extension, "RoutingStatistics", None)
 
 __all__ = ["CoActivation", "RoutingStatistics"]
 
