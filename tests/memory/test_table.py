@@ -242,6 +242,7 @@ class TableMachine(RuleBasedStateMachine):
         for expert in ALL:
             assert table.is_resident(expert) == (model.state[expert] == "resident")
             assert table.is_in_flight(expert) == (model.state[expert] == "in flight")
+            assert table.is_protected(expert) == (expert in model.protected)
             assert table.is_locked(expert) == (model.locks[expert] > 0)
             assert table.sections_of(expert) == model.sections[expert]
             assert table.class_of(expert) == model.class_of_expert[expert]

@@ -38,7 +38,7 @@ class Residency:
         io_threads: int = 4,
     ) -> None:
         """``blob_bytes`` of each expert; None: all are as long as the longest slots. ``io_threads``: concurrent reads, of which one
-        is kept for demand reads (so with 1, nothing is prefetched)."""
+        is reserved for demand reads (so with 1, nothing is prefetched)."""
         # The link's time per whole blob (decayed mean), however many are read at once; 0.0 before the first.
         self.read_seconds = 0.0
         # If a list: every read that ended, whether it was a demand read, when it began and ended (perf_counter).

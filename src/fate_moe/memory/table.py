@@ -211,6 +211,10 @@ class SlotTable:
         """Whether somebody has locked ``expert``."""
         return expert in self._locks
 
+    def is_protected(self, expert: ExpertId) -> bool:
+        """Whether ``expert`` was expected and its layer has not been routed since."""
+        return expert in self._protected.get(expert.layer, ())
+
     def slot_of(self, expert: ExpertId) -> int:
         """The slot of an expert that is resident or in flight. Raises KeyError if it is missing."""
         return self._slots[expert]

@@ -104,7 +104,7 @@ class VirtualResidency:
             return [ids[expert] for expert in experts]
 
     def _read(self, ready: list[ExpertId], missing: list[ExpertId]) -> float:
-        """Demand reads of the ``missing``, while the ``ready`` are kept; when the last of them can be used."""
+        """Demand reads of the ``missing``, while the ``ready`` are locked; when the last of them can be used."""
         table, in_flight, free = self._table, self._in_flight, max(self._link_free, self.now)
         table.lock(ready)
         for expert in missing:
