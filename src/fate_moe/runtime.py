@@ -12,8 +12,7 @@ from fate_moe.core import ExpertId, Predictor, Router, Routing
 from fate_moe.errors import ConfigError
 from fate_moe.journal import Journal, Observer
 from fate_moe.kernels.cpu import SlotExperts
-from fate_moe.memory.lease import Lease
-from fate_moe.memory.residency import Residency
+from fate_moe.memory.residency import Lease, Residency
 from fate_moe.memory.view_selector import ViewSelector
 from fate_moe.predict.prefetcher import Prefetcher
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -20,31 +16,20 @@ from fate_moe.memory.precision import PrefillPopularity
 from fate_moe.memory.residency import Residency
 from fate_moe.registry import make_policy
 from tests.support.device import CPU, Model, random_model, reference, route
+from tests.support.sources import MemorySource, SourceDouble
 
 
-class FromArena:
-    """An ExpertSource over a model's arena; ``broken`` experts cannot be read."""
-
-    def __init__(self, model: Model) -> None:
-        self.model = model
-        self.broken: set[ExpertId] = set()
-        self.reads = 0
-
-    def read(self, expert: ExpertId, slot: memoryview, first: int = 0, last: int | None = None) -> int:
-        time.sleep(1e-3)
-        self.reads += 1
-        if expert in self.broken:
-            raise StoreError(f"layer {expert.layer} expert {expert.expert} is torn")
-        blob = self.model.arena.slots.view(expert.layer * self.model.num_experts + expert.expert)
-        slot[: len(blob)] = blob
-        return len(blob)
-
-    def close(self) -> None: ...
+def source_of(model: Model) -> SourceDouble:
+    """The model's experts, each a millisecond away."""
+    experts = [ExpertId(layer, number) for layer in range(len(model.gates)) for number in range(model.num_experts)]
+    blobs = {expert: bytes(model.arena.slots.view(slot)) for slot, expert in enumerate(experts)}
+    ends = [section.offset + section.length for section in model.layout.sections]
+    return SourceDouble(MemorySource(blobs, ends), 1e-3)
 
 
-def below(model: Model, num_places: int) -> tuple[DiskBelow, FromArena]:
-    source, arena = FromArena(model), PinnedArena(num_places, model.layout.length, CPU)
-    policy = make_policy("lru", num_places, [model.num_experts] * len(model.routers))
+def below(model: Model, num_places: int) -> tuple[DiskBelow, SourceDouble]:
+    source, arena = source_of(model), PinnedArena(num_places, model.layout.length, CPU)
+    policy = make_policy("lru", num_places, [model.num_experts] * len(model.gates))
     return DiskBelow(Residency(source, arena.slots, policy), arena, model.num_experts, CPU), source
 
 
@@ -68,8 +53,8 @@ def test_same_bits_with_the_disk_below(tokens: int) -> None:
     host, source = below(model, 4)
     assert all(map(torch.equal, outputs(model, host, tokens), expected))
     host.check()
-    assert source.reads > 12, "all experts fitted; nothing was shown"
-    assert host.counters().bytes_read == source.reads * model.layout.length
+    assert len(source.reads) > 12, "all experts fitted; nothing was shown"
+    assert host.counters().bytes_read == len(source.reads) * model.layout.length
     host.close()
     host.residency.check_integrity()
     with pytest.raises(ClosedModelError, match="closed"):
@@ -82,10 +67,10 @@ def test_what_cannot_be_read_ends_the_wait_and_is_raised() -> None:
     experts = model.experts(3, DeviceOptions(limit=0), host=host)
     hidden = torch.randn(1, model.hidden, generator=torch.Generator().manual_seed(1))
     index, weights = torch.tensor([[5, 4]]), torch.ones(1, 2)
-    source.broken = {ExpertId(0, 5)}
+    source.fails[ExpertId(0, 5)] = 1
     experts.compute(0, hidden, index, weights)
     for _ in range(2):  # for good: the device believes that it has the expert
-        with pytest.raises(StoreError, match="expert 5 is torn"):
+        with pytest.raises(StoreError, match="expert 5 differs"):
             host.check()
         experts.compute(0, hidden, torch.tensor([[0, 1]]), weights)
     host.close()
@@ -94,7 +79,7 @@ def test_what_cannot_be_read_ends_the_wait_and_is_raised() -> None:
 def test_all_are_read_in_their_places() -> None:
     model = random_model("lossless", layers=2, experts=3)
     arena, seen = PinnedArena(6, model.layout.length, CPU), []
-    read_all(FromArena(model), arena, 2, 3, 2, lambda num_bytes, remark="": seen.append(num_bytes))
+    read_all(source_of(model), arena, 2, 3, 2, lambda num_bytes, remark="": seen.append(num_bytes))
     assert torch.equal(arena.bytes, model.arena.bytes)
     assert sum(seen) == arena.bytes.numel()
 

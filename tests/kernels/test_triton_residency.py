@@ -69,11 +69,11 @@ class Device:
 @settings(max_examples=25, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])  # shrinking takes minutes here
 @given(steps=STEPS, quotas=st.sampled_from([[2, 4], [4, 5], [6, 4]]))
 def test_same_slots_lists_and_counters_as_the_twin(frequency: bool, steps: list, quotas: list[int]) -> None:  # type: ignore[type-arg]
-    policies = [DecayedFrequency(HALF_LIFE) if frequency else LRU() for _ in quotas]
-    twin, device = Residency(quotas, policies), Device(quotas, frequency)
+    policy = DecayedFrequency(HALF_LIFE) if frequency else LRU()
+    twin, device = Residency(quotas, EXPERTS, policy), Device(quotas, frequency)
     for now, (first, second, likeliest, predicted, limit) in enumerate(steps, start=1):
-        for policy in policies:
-            policy.now = now  # type: ignore[union-attr]
+        if isinstance(policy, DecayedFrequency):
+            policy.now = now
         for layer, routed in ((0, first), (1, second)):
             known = {number for number in routed if number >= 0}
             wanted = [(expert.layer * EXPERTS + expert.expert, slot) for expert, slot in twin.step(layer, known)]
@@ -85,6 +85,7 @@ def test_same_slots_lists_and_counters_as_the_twin(frequency: bool, steps: list,
         found = {(layer, expert): slot for layer, expert, slot in device.tables.residents()}
         assert found == {(expert.layer, expert.expert): slot for expert, slot in twin.slot_of.items()}
         assert device.tables.counters.tolist() == twin.counters
+        twin.check_integrity()
         device.tables.check_integrity()
 
 

@@ -24,13 +24,13 @@ CPU = torch.device("cpu")
 @given(seed=st.integers(0, 2**20), quotas=st.sampled_from([[3, 3], [4, 3], [5, 6]]))
 def test_same_choice_slots_and_lists_as_the_twin(weighed: bool, seed: int, quotas: list[int]) -> None:
     random = torch.Generator().manual_seed(seed)
-    twin = Residency(quotas, [DecayedFrequency(HALF_LIFE) for _ in quotas])
+    policy = DecayedFrequency(HALF_LIFE)
+    twin = Residency(quotas, EXPERTS, policy)
     tables = ResidencyTables(quotas, EXPERTS, CPU)
     lists = torch.zeros(2, EXPERTS + 1, 2, dtype=torch.int32)
     slots, pending, weights = torch.zeros(TOP_K, dtype=torch.int32), torch.zeros(TOP_K, dtype=torch.int32), torch.zeros(1, TOP_K)
     for now in range(1, 9):
-        for policy in twin.policies:
-            policy.now = now  # type: ignore[attr-defined]
+        policy.now = now
         for layer in (0, 1):
             logits, ahead = 2 * torch.randn(2, EXPERTS, generator=random)
             looks = layer == 0 and quotas[1] < EXPERTS
@@ -43,9 +43,8 @@ def test_same_choice_slots_and_lists_as_the_twin(weighed: bool, seed: int, quota
             probabilities = logits.softmax(0)
             best = probabilities.topk(TOP_K)
             torch.testing.assert_close(weights[0], best.values)
-            policy = twin.policies[layer]
             if weighed:
-                policy.weigh(layer, probabilities.sqrt().tolist())  # type: ignore[attr-defined]
+                policy.weigh(layer, probabilities.sqrt().tolist())
             wanted = twin.step(layer, set(best.indices.tolist()), touch=not weighed)
             assert lists[0, : int(lists[0, -1, 0])].tolist() == [[e.layer * EXPERTS + e.expert, slot] for e, slot in wanted]
             if looks:

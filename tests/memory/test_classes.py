@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 
 from fate_moe.core import ExpertId, Lookup
 from fate_moe.memory.classes import SlotClass, divide, fewest, slot_classes, total_bytes
-from fate_moe.memory.residency import Residency
+from fate_moe.memory.policies import make_policy
+from fate_moe.memory.residency import Lease, Residency
 from fate_moe.memory.slots import SlotArena
-from fate_moe.registry import make_policy
-from tests.memory.test_residency import Source, layer, use
+from tests.memory.test_residency import layer
+from tests.memory.test_residency import use as use_blobs
+from tests.support.sources import MemorySource, SourceDouble, marked_blobs
 
 SLOT = 4096
 BLOBS = st.lists(st.lists(st.sampled_from([SLOT, 2 * SLOT, 5 * SLOT]), min_size=1, max_size=12), min_size=1, max_size=4)
@@ -40,8 +42,8 @@ def test_bytes_are_divided_whole_and_no_more(blobs: list[list[int]], at_once: in
     at_once = min(at_once, *map(len, blobs))
     classes, num_bytes = slot_classes(blobs, at_once), pages * SLOT
     found = divide(num_bytes, classes, at_once)
-    least = fewest(classes, at_once)
-    assert bool(found) == (total_bytes(least) <= num_bytes)
+    smallest = fewest(classes, at_once)
+    assert bool(found) == (total_bytes(smallest) <= num_bytes)
     if not found:
         return
     assert total_bytes(found) <= num_bytes
@@ -56,7 +58,7 @@ def test_bytes_are_divided_whole_and_no_more(blobs: list[list[int]], at_once: in
     assert sum(of.num_slots for of in found) >= in_one, "never fewer than if every slot were as long as the longest blob"
 
 
-def test_classes_keep_the_same_share() -> None:
+def test_classes_hold_the_same_fraction() -> None:
     classes = slot_classes([[2] * 50 + [7] * 10] * 12, 4)
     assert divide((600 * 2 + 120 * 7) // 2, classes, 4) == (SlotClass(300, 2, 600), SlotClass(60, 7, 120))
     assert divide(10**6, classes, 4) == (SlotClass(600, 2, 600), SlotClass(120, 7, 120))
@@ -69,13 +71,21 @@ def test_classes_keep_the_same_share() -> None:
 SHORT, LONG = layer(0, 0, 1, 2), layer(0, 3, 4, 5)
 BLOB_BYTES = {ExpertId(number, expert): SLOT * (1 + expert // 3) for number in range(3) for expert in range(6)}
 
+SHORT_BLOBS = marked_blobs((expert for expert, length in BLOB_BYTES.items() if length == SLOT), SLOT)
+LONG_BLOBS = marked_blobs((expert for expert, length in BLOB_BYTES.items() if length > SLOT), 2 * SLOT)
+BLOBS_BY_EXPERT = {**SHORT_BLOBS, **LONG_BLOBS}
+
+
+def use(lease: Lease, arena: SlotArena) -> list[ExpertId]:
+    return use_blobs(lease, arena, BLOBS_BY_EXPERT)
+
 
 @pytest.fixture
-def make() -> Iterator[Callable[..., tuple[Residency, Source, SlotArena]]]:
-    made: list[tuple[Residency, Source]] = []
+def make() -> Iterator[Callable[..., tuple[Residency, SourceDouble, SlotArena]]]:
+    made: list[tuple[Residency, SourceDouble]] = []
 
-    def build(num_short: int, num_long: int, policy: str = "lru") -> tuple[Residency, Source, SlotArena]:
-        source, arena = Source(), SlotArena((num_short, SLOT), (num_long, 2 * SLOT))
+    def build(num_short: int, num_long: int, policy: str = "lru") -> tuple[Residency, SourceDouble, SlotArena]:
+        source, arena = SourceDouble(MemorySource(BLOBS_BY_EXPERT), tears=True), SlotArena((num_short, SLOT), (num_long, 2 * SLOT))
         eviction = make_policy(policy, num_short + num_long, [6, 6, 6])
         residency = Residency(source, arena, eviction, blob_bytes=BLOB_BYTES)
         made.append((residency, source))
@@ -87,7 +97,7 @@ def make() -> Iterator[Callable[..., tuple[Residency, Source, SlotArena]]]:
         residency.close()
 
 
-Make = Callable[..., tuple[Residency, Source, SlotArena]]
+Make = Callable[..., tuple[Residency, SourceDouble, SlotArena]]
 
 
 def test_an_expert_displaces_only_its_like(make: Make) -> None:
@@ -104,13 +114,13 @@ def test_an_expert_displaces_only_its_like(make: Make) -> None:
 def test_a_demand_without_a_slot_blocks_no_other_class(make: Make) -> None:
     residency, source, _ = make(1, 1)
     holding = residency.acquire([LONG[0]])
-    assert next(iter(holding))[0] == LONG[0]  # and in use from now on
+    assert next(holding.batches())[0][0] == LONG[0]  # and in use from now on
     lease = residency.acquire([LONG[1], SHORT[0]])
-    arrivals = iter(lease)
-    assert next(arrivals)[0] == SHORT[0], "behind one that waits for the slot in use"
-    assert source.reads == [LONG[0], SHORT[0]]
+    arrivals = lease.batches()
+    assert next(arrivals)[0][0] == SHORT[0], "behind one that waits for the slot in use"
+    assert source.experts == [LONG[0], SHORT[0]]
     holding.release()
-    assert next(arrivals)[0] == LONG[1]
+    assert next(arrivals)[0][0] == LONG[1]
     lease.release()
     residency.check_integrity()
 
@@ -118,13 +128,13 @@ def test_a_demand_without_a_slot_blocks_no_other_class(make: Make) -> None:
 def test_a_prefetch_without_a_slot_blocks_no_other_class(make: Make) -> None:
     residency, _, _ = make(1, 1)
     holding = residency.acquire([LONG[0]])
-    assert next(iter(holding))[0] == LONG[0]
+    assert next(holding.batches())[0][0] == LONG[0]
     residency.prefetch([*layer(1, 3), *layer(1, 0)])
     residency.wait_idle()
     assert [residency.is_ready(expert) for expert in layer(1, 3, 0)] == [False, True]
     lease = residency.acquire([SHORT[0]])
     assert lease.lookups == {SHORT[0]: Lookup.MISS}
-    assert [expert for expert, _ in lease] == [SHORT[0]], "nor a demand of another class"
+    assert [expert for batch in lease.batches() for expert, _ in batch] == [SHORT[0]], "nor a demand of another class"
     holding.release()
     lease.release()
     residency.wait_idle()

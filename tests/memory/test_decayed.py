@@ -44,7 +44,7 @@ def test_a_prefetch_does_not_displace_what_is_likelier() -> None:
     assert policy.victim(incoming, lambda e: True) is not None
 
 
-def test_least_stale_keeps_this_pass() -> None:
+def test_least_stale_evicts_the_pass_before() -> None:
     policy = LeastStale()
     for layer in range(3):
         policy.routed(layer, [0])

@@ -133,6 +133,6 @@ def test_budget_spends_what_is_affordable_on_the_heaviest() -> None:
 def test_budget_reads_no_more_than_is_affordable_beyond_the_shortest(needs: list[Need], affordable: float) -> None:
     bits = Budget().bits(needs, VIEWS, affordable)
     read = sum(b - need.held for b, need in zip(bits, needs, strict=True))
-    least = sum(2 for need in needs if not need.held)
-    assert read <= max(affordable, least)
+    unavoidable = sum(2 for need in needs if not need.held)
+    assert read <= max(affordable, unavoidable)
     assert all(b >= need.held for b, need in zip(bits, needs, strict=True))

@@ -4,84 +4,36 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import pytest
 
 from fate_moe.core import ExpertId, Lookup
 from fate_moe.errors import CorruptExpertError, StoreError
-from fate_moe.memory.lease import Lease
-from fate_moe.memory.residency import Residency
+from fate_moe.memory.policies import make_policy
+from fate_moe.memory.residency import Lease, Residency
 from fate_moe.memory.slots import SlotArena
-from fate_moe.registry import POLICIES, make_policy
+from tests.support.sources import MemorySource, SourceDouble, marked_blobs
 
 SLOT = 4096
 NUM_LAYERS, NUM_EXPERTS = 3, 6
 
 
-def mark(expert: ExpertId) -> bytes:
-    return bytes([expert.layer, expert.expert])
+ALL = [ExpertId(number, expert) for number in range(NUM_LAYERS) for expert in range(NUM_EXPERTS)]
+BLOBS = marked_blobs(ALL, SLOT)
 
 
-class Source:
-    """Writes each expert's mark into its slot. ``gate`` holds reads back, ``fails`` makes reads raise, so many times; ``long`` ones
-    need slots of twice the length."""
-
-    def __init__(self, seconds: float = 0.0) -> None:
-        self.seconds = seconds
-        self.long: set[ExpertId] = set()
-        self.reads: list[ExpertId] = []
-        self.fails: dict[ExpertId, int] = {}
-        self.gate = threading.Event()
-        self.gate.set()
-        self.began: dict[ExpertId, threading.Event] = {}
-        self.reading = self.most_reading = 0
-        self.closed = False
-        self._lock = threading.Lock()
-
-    def read(self, expert: ExpertId, slot: memoryview) -> int:
-        with self._lock:
-            self.reads.append(expert)
-            self.reading += 1
-            self.most_reading = max(self.most_reading, self.reading)
-            self.began.setdefault(expert, threading.Event()).set()
-        try:
-            assert self.gate.wait(10)
-            if self.seconds:
-                time.sleep(self.seconds)
-            slot[:2] = b"\xff\xff"  # torn in between
-            with self._lock:
-                if self.fails.get(expert, 0) > 0:
-                    self.fails[expert] -= 1
-                    raise CorruptExpertError(f"{expert}")
-            slot[:2] = mark(expert)
-            if expert in self.long:
-                slot[SLOT : SLOT + 2] = mark(expert)
-            return SLOT
-        finally:
-            with self._lock:
-                self.reading -= 1
-
-    def has_begun(self, expert: ExpertId) -> bool:
-        with self._lock:
-            event = self.began.setdefault(expert, threading.Event())
-        return event.wait(5)
-
-    def close(self) -> None:
-        self.closed = True
-
-
-Make = Callable[..., tuple[Residency, Source, SlotArena]]
+Make = Callable[..., tuple[Residency, SourceDouble, SlotArena]]
 
 
 @pytest.fixture
 def make() -> Iterator[Make]:
-    made: list[tuple[Residency, Source]] = []
+    made: list[tuple[Residency, SourceDouble]] = []
 
     def build(
         num_slots: int, policy: str = "lru", io_threads: int = 4, seconds: float = 0.0
-    ) -> tuple[Residency, Source, SlotArena]:
-        source, arena = Source(seconds), SlotArena((num_slots, SLOT))
+    ) -> tuple[Residency, SourceDouble, SlotArena]:
+        source, arena = SourceDouble(MemorySource(BLOBS), seconds, tears=True), SlotArena((num_slots, SLOT))
         residency = Residency(source, arena, make_policy(policy, num_slots, [NUM_EXPERTS] * NUM_LAYERS), io_threads=io_threads)
         made.append((residency, source))
         return residency, source, arena
@@ -97,12 +49,13 @@ def layer(number: int, *experts: int) -> list[ExpertId]:
     return [ExpertId(number, expert) for expert in experts]
 
 
-def use(lease: Lease, arena: SlotArena) -> list[ExpertId]:
+def use(lease: Lease, arena: SlotArena, blobs: Mapping[ExpertId, bytes] = BLOBS) -> list[ExpertId]:
     """Read through the lease as compute does; every slot must hold its own expert's bytes."""
     seen = []
-    for expert, slot in lease:
-        assert bytes(arena.view(slot)[:2]) == mark(expert)
-        seen.append(expert)
+    for batch in lease.batches():
+        for expert, slot in batch:
+            assert bytes(arena.view(slot)[: len(blobs[expert])]) == blobs[expert]
+            seen.append(expert)
     lease.release()
     return seen
 
@@ -125,10 +78,28 @@ def test_ready_experts_come_before_the_awaited(make: Make) -> None:
     residency, source, arena = make(4)
     use(residency.acquire(layer(0, 2)), arena)
     source.gate.clear()
-    order = iter(residency.acquire(layer(0, 1, 2)))
-    assert next(order)[0] == ExpertId(0, 2)
+    order = residency.acquire(layer(0, 1, 2)).batches()
+    assert [expert for expert, _ in next(order)] == layer(0, 2)
     source.gate.set()
-    assert next(order)[0] == ExpertId(0, 1)
+    assert [expert for expert, _ in next(order)] == layer(0, 1)
+
+
+def test_arrivals_stay_locked_until_release(make: Make) -> None:
+    residency, source, arena = make(3)
+    use(residency.acquire(layer(0, 2)), arena)
+    source.gate.clear()
+    lease = residency.acquire(layer(0, 1, 2, 0))
+    arrivals = lease.arrivals()
+    assert next(arrivals)[0] == ExpertId(0, 2), "what was resident comes first"
+    source.gate.set()
+    assert {expert for expert, _ in arrivals} == {*layer(0, 0, 1)}
+    residency.prefetch(layer(1, 0))
+    residency.wait_idle()
+    assert [residency.is_ready(expert) for expert in layer(0, 0, 1, 2)] == [True] * 3
+    lease.release()
+    residency.wait_idle()
+    assert residency.is_ready(ExpertId(1, 0))
+    residency.check_integrity()
 
 
 def test_a_prefetch_that_ended_is_a_hit_one_under_way_is_in_flight_one_queued_is_a_miss(make: Make) -> None:
@@ -142,7 +113,7 @@ def test_a_prefetch_that_ended_is_a_hit_one_under_way_is_in_flight_one_queued_is
     assert list(lease.lookups.values()) == [Lookup.HIT, Lookup.IN_FLIGHT, Lookup.MISS]
     source.gate.set()
     assert set(use(lease, arena)) == set(layer(1, 0, 1, 2))
-    assert sorted(source.reads) == layer(1, 0, 1, 2), "nothing is read twice"
+    assert sorted(source.experts) == layer(1, 0, 1, 2), "nothing is read twice"
     assert (residency.counters.prefetched, residency.counters.prefetch_used) == (2, 2)
 
 
@@ -154,7 +125,7 @@ def test_demand_goes_before_prefetch_and_a_thread_is_kept_for_it(make: Make) -> 
     assert source.has_begun(ExpertId(2, 1))
     lease = residency.acquire(layer(0, 5))
     assert source.has_begun(ExpertId(0, 5)), "two prefetches are under way, the third thread is free for this"
-    assert sorted(source.reads) == [ExpertId(0, 5), *layer(2, 0, 1)]
+    assert sorted(source.experts) == [ExpertId(0, 5), *layer(2, 0, 1)]
     source.gate.set()
     use(lease, arena)
 
@@ -168,7 +139,7 @@ def test_queued_prefetches_of_an_acquired_layer_are_cancelled(make: Make) -> Non
     source.gate.set()
     use(lease, arena)
     residency.wait_idle()
-    assert source.reads == layer(1, 0)
+    assert source.experts == layer(1, 0)
 
 
 def test_cancel_prefetches(make: Make) -> None:
@@ -179,13 +150,13 @@ def test_cancel_prefetches(make: Make) -> None:
     residency.cancel_prefetches()
     source.gate.set()
     residency.wait_idle()
-    assert source.reads == layer(1, 0)
+    assert source.experts == layer(1, 0)
 
 
 def test_prefetch_evicts_neither_locked_nor_fresh(make: Make) -> None:
     residency, _, arena = make(3)
     lease = residency.acquire(layer(0, 0))
-    assert next(iter(lease))[0] == ExpertId(0, 0)
+    assert [expert for expert, _ in next(lease.batches())] == layer(0, 0)
     residency.prefetch(layer(1, 0, 1, 2, 3))
     residency.wait_idle()
     assert residency.is_ready(ExpertId(0, 0))
@@ -211,7 +182,7 @@ def test_prefetch_stops_at_most(make: Make) -> None:
     residency, source, _ = make(6)
     assert residency.prefetch(layer(1, 0, 1, 2), most=2) == 2
     residency.wait_idle()
-    assert set(source.reads) == set(layer(1, 0, 1))
+    assert set(source.experts) == set(layer(1, 0, 1))
     assert residency.prefetch(layer(1, 0, 1, 2), most=2) == 1
 
 
@@ -237,7 +208,7 @@ def test_release_withdraws_and_may_be_repeated(make: Make) -> None:
     lease.release()
     source.gate.set()
     residency.wait_idle()
-    assert source.reads == layer(0, 0)
+    assert source.experts == layer(0, 0)
     residency.check_integrity()
     assert use(residency.acquire(layer(0, 1)), arena) == layer(0, 1)
 
@@ -281,7 +252,7 @@ def test_who_joined_a_failing_prefetch_gets_one_read_of_its_own(make: Make, fail
         with pytest.raises(StoreError):
             use(lease, arena)
         lease.release()
-    assert source.reads == layer(1, 0, 0)
+    assert source.experts == layer(1, 0, 0)
     residency.wait_idle()
     residency.check_integrity()
 
@@ -295,7 +266,7 @@ def test_two_threads_share_one_read(make: Make) -> None:
     for thread in threads:
         thread.join(10)
     assert results == [layer(0, 1)] * 2
-    assert source.reads == layer(0, 1)
+    assert source.experts == layer(0, 1)
 
 
 def test_closing_wakes_who_waits_and_refuses_who_comes(make: Make) -> None:
@@ -306,7 +277,7 @@ def test_closing_wakes_who_waits_and_refuses_who_comes(make: Make) -> None:
 
     def wait() -> None:
         try:
-            for _ in lease:
+            for _ in lease.batches():
                 pass
         except RuntimeError as error:
             failures.append(error)

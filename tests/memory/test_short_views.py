@@ -1,9 +1,9 @@
-"""Experts whose slots hold only the first sections: what is read, what is upgraded, and that nobody gets less than asked for."""
+"""Experts whose slots hold only the first sections: what is read, what is upgraded, and that no lease gets less than asked for."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
+from itertools import chain
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -11,48 +11,37 @@ from hypothesis import strategies as st
 
 from fate_moe.core import ExpertId, Lookup
 from fate_moe.errors import CorruptExpertError
-from fate_moe.memory.lease import WHOLE
+from fate_moe.memory.policies import make_policy
 from fate_moe.memory.residency import Residency
 from fate_moe.memory.slots import SlotArena
-from fate_moe.registry import make_policy
+from fate_moe.memory.table import WHOLE
+from tests.support.sources import MemorySource, SourceDouble, marked_blobs
 
 SLOT, SECTIONS = 4096, 4
 
 
-class Source:
-    """Section i of an expert is byte i of its slot. Remembers which sections were read; ``gate`` holds reads back."""
-
-    def __init__(self) -> None:
-        self.reads: list[tuple[ExpertId, int, int]] = []
-        self.gate = threading.Event()
-        self.gate.set()
-        self.fails = False
-
-    def read(self, expert: ExpertId, slot: memoryview, first: int = 0, last: int | None = None) -> int:
-        last = SECTIONS if last is None else last
-        self.reads.append((expert, first, last))
-        assert self.gate.wait(10)
-        if self.fails:
-            raise CorruptExpertError(f"{expert}")
-        if first == 0:
-            slot[:SECTIONS] = b"\xff" * SECTIONS
-        for section in range(first, last):
-            slot[section] = expert.expert * 10 + section
-        return (last - first) * 1024
-
-    def close(self) -> None:
-        pass
+EXPERTS = [ExpertId(0, expert) for expert in range(6)]
+BLOBS = marked_blobs(EXPERTS, SLOT)
+ENDS = [1024 * (section + 1) for section in range(SECTIONS)]
 
 
-Make = Callable[[int], tuple[Residency, Source, SlotArena]]
+def double() -> SourceDouble:
+    return SourceDouble(MemorySource(BLOBS, ENDS), tears=True)
+
+
+def blob_start(expert: ExpertId, sections: int) -> bytes:
+    return BLOBS[expert][: 1024 * min(sections, SECTIONS)]
+
+
+Make = Callable[[int], tuple[Residency, SourceDouble, SlotArena]]
 
 
 @pytest.fixture
 def make() -> Iterator[Make]:
-    made: list[tuple[Residency, Source]] = []
+    made: list[tuple[Residency, SourceDouble]] = []
 
-    def build(num_slots: int) -> tuple[Residency, Source, SlotArena]:
-        source, arena = Source(), SlotArena((num_slots, SLOT))
+    def build(num_slots: int) -> tuple[Residency, SourceDouble, SlotArena]:
+        source, arena = double(), SlotArena((num_slots, SLOT))
         residency = Residency(source, arena, make_policy("lru", num_slots, [6, 6]))
         made.append((residency, source))
         return residency, source, arena
@@ -69,10 +58,11 @@ A, B, C = (ExpertId(0, expert) for expert in range(3))
 def use(residency: Residency, arena: SlotArena, wanted: dict[ExpertId, int]) -> dict[ExpertId, Lookup]:
     """Acquire as the runtime does; every slot must hold at least what was wanted, and what ``held`` says."""
     lease = residency.acquire(list(wanted), sections=wanted)
-    for expert, slot in lease:
-        held = min(residency.held(expert), SECTIONS)
-        assert held >= min(wanted[expert], SECTIONS)
-        assert list(arena.view(slot)[:held]) == [expert.expert * 10 + section for section in range(held)]
+    for expert, slot in chain.from_iterable(lease.batches()):
+        held = residency.held(expert)
+        assert held >= wanted[expert]
+        start = blob_start(expert, held)
+        assert bytes(arena.view(slot)[: len(start)]) == start
     lease.release()
     residency.check_integrity()
     return lease.lookups
@@ -87,7 +77,7 @@ def test_a_short_view_then_the_rest_into_the_same_slot(make: Make) -> None:
     assert use(residency, arena, {A: 3}) == {A: Lookup.MISS}
     assert use(residency, arena, {A: WHOLE}) == {A: Lookup.MISS}
     assert use(residency, arena, {A: WHOLE}) == {A: Lookup.HIT}
-    assert source.reads == [(A, 0, 2), (A, 2, 3), (A, 3, 4)]
+    assert source.reads == [(A, 0, 2), (A, 2, 3), (A, 3, None)]
     assert residency.slot_of(A) == slot
     assert residency.counters.bytes_read == 4096, "nothing is read twice"
     assert (residency.counters.upgrades, residency.counters.misses, residency.counters.hits) == (2, 3, 3)
@@ -98,7 +88,7 @@ def test_prefetches_are_whole(make: Make) -> None:
     residency.prefetch([A])
     residency.wait_idle()
     assert use(residency, arena, {A: 2}) == {A: Lookup.HIT}
-    assert source.reads == [(A, 0, SECTIONS)]
+    assert source.reads == [(A, 0, None)]
 
 
 def test_an_eviction_forgets_what_was_held(make: Make) -> None:
@@ -107,35 +97,34 @@ def test_an_eviction_forgets_what_was_held(make: Make) -> None:
     use(residency, arena, {B: WHOLE})
     assert residency.held(A) == 0
     use(residency, arena, {A: 3})
-    assert source.reads == [(A, 0, 2), (B, 0, 4), (A, 0, 3)]
+    assert source.reads == [(A, 0, 2), (B, 0, None), (A, 0, 3)]
 
 
 def test_who_wants_more_than_the_read_under_way_brings_gets_it(make: Make) -> None:
     residency, source, arena = make(2)
     source.gate.clear()
     first = residency.acquire([A], sections={A: 2})
-    while not source.reads:
-        pass
+    assert source.has_begun(A)
     second = residency.acquire([A], sections={A: WHOLE})
     assert second.lookups == {A: Lookup.IN_FLIGHT}
     source.gate.set()
-    for lease, least in ((first, 2), (second, SECTIONS)):
-        ((_, slot),) = list(lease)
-        assert list(arena.view(slot)[:least]) == list(range(least))
+    for lease, sections in ((first, 2), (second, SECTIONS)):
+        (((_, slot),),) = lease.batches()
+        start = blob_start(A, sections)
+        assert bytes(arena.view(slot)[: len(start)]) == start
         lease.release()
-    assert source.reads == [(A, 0, 2), (A, 2, 4)]
+    assert source.reads == [(A, 0, 2), (A, 2, None)]
     residency.check_integrity()
 
 
 def test_an_upgrade_that_fails_is_raised_and_the_slot_is_free(make: Make) -> None:
     residency, source, arena = make(1)
     use(residency, arena, {A: 2})
-    source.fails = True
+    source.fails[A] = 1
     lease = residency.acquire([A])
     with pytest.raises(CorruptExpertError):
-        list(lease)
+        list(lease.batches())
     lease.release()
-    source.fails = False
     residency.check_integrity()
     assert residency.held(A) == 0
     assert use(residency, arena, {B: WHOLE}) == {B: Lookup.MISS}
@@ -146,7 +135,7 @@ def test_the_rest_is_read_though_one_before_it_has_no_slot(make: Make) -> None:
     residency, source, arena = make(1)
     use(residency, arena, {A: 2})
     assert use(residency, arena, {B: WHOLE, A: WHOLE}) == {B: Lookup.MISS, A: Lookup.MISS}
-    assert source.reads == [(A, 0, 2), (A, 2, 4), (B, 0, 4)]
+    assert source.reads == [(A, 0, 2), (A, 2, None), (B, 0, None)]
 
 
 def test_the_time_of_a_whole_read_is_reckoned_from_short_ones(make: Make) -> None:
@@ -156,9 +145,9 @@ def test_the_time_of_a_whole_read_is_reckoned_from_short_ones(make: Make) -> Non
 
 
 def test_a_whole_read_is_as_long_as_the_expert_not_as_the_longest_slot() -> None:
-    residency = Residency(Source(), SlotArena((1, SLOT), (1, 8 * SLOT)), make_policy("lru", 2, [6]), blob_bytes={A: SLOT})
+    residency = Residency(double(), SlotArena((1, SLOT), (1, 8 * SLOT)), make_policy("lru", 2, [6]), blob_bytes={A: SLOT})
     lease = residency.acquire([A], sections={A: 1})
-    assert [expert for expert, _ in lease] == [A]
+    assert [expert for expert, _ in chain.from_iterable(lease.batches())] == [A]
     lease.release()
     assert residency.read_seconds == pytest.approx(4 * residency.counters.link_seconds)
     residency.close()

@@ -14,7 +14,7 @@ from fate_moe.memory import statistics as statistics_module
 from fate_moe.memory.statistics import DECAYS, MAX_TABLE_BYTES, CoActivation, RoutingStatistics
 
 
-def test_worth_is_the_mean_of_decayed_means() -> None:
+def test_expected_uses_are_the_mean_of_decayed_means() -> None:
     statistics = RoutingStatistics([3], co_activation=False)
     for experts in ([0], [1], [0, 2]):
         statistics.routed(0, experts)
@@ -29,8 +29,8 @@ def test_many_tokens_count_by_their_shares() -> None:
     assert statistics.expected_uses[0].tolist() == pytest.approx([1.0, 0.25, 0.0], abs=1e-3)
 
 
-def test_what_follows_is_worth_more() -> None:
-    """Ten pairs of groups of four, in random order, the second of a pair always after the first: it shows in the second's worth."""
+def test_what_follows_is_expected_more() -> None:
+    """Ten pairs of groups of four, in random order, the second of a pair always after the first: it is expected then."""
     ranks = {}
     for co_activation in (False, True):
         rng, statistics, found = np.random.default_rng(0), RoutingStatistics([80, 80], co_activation=co_activation), []
@@ -46,13 +46,13 @@ def test_what_follows_is_worth_more() -> None:
     assert ranks[True] < 1 < 3 < ranks[False]
 
 
-def test_tables_that_would_be_large_are_left_away() -> None:
+def test_tables_that_would_be_large_are_omitted() -> None:
     assert MAX_TABLE_BYTES < 58 * 256 * 256 * 8
     assert "follows" not in RoutingStatistics([256] * 58).state()
     assert "follows" in RoutingStatistics([64] * 26).state()
 
 
-def test_when_it_is_settled_does_not_matter() -> None:
+def test_when_it_is_counted_does_not_matter() -> None:
     rng, asked, unasked = np.random.default_rng(0), RoutingStatistics([6] * 3), RoutingStatistics([6] * 3)
     for token in range(60):
         for layer in range(3):
@@ -96,7 +96,7 @@ def test_the_extension_refuses_what_does_not_exist(layer: int, experts: list[int
 
 
 @given(st.lists(st.lists(st.integers(0, 4), min_size=2, max_size=2, unique=True), max_size=40), st.integers(0, 3))
-def test_worth_is_positive_and_a_prompt_in_between_does_no_harm(tokens: list[list[int]], prompt_at: int) -> None:
+def test_expected_uses_are_positive_and_a_prompt_in_between_does_no_harm(tokens: list[list[int]], prompt_at: int) -> None:
     statistics = RoutingStatistics([5, 5])
     for index, experts in enumerate(tokens):
         for layer in range(2):
@@ -164,7 +164,7 @@ def test_another_layers_choice_is_evidence() -> None:
     assert np.mean(ranks) < 0.1
 
 
-def test_what_comes_sooner_is_worth_more() -> None:
+def test_what_comes_sooner_has_more_value() -> None:
     statistics = RoutingStatistics([4, 4, 4, 4], co_activation=False)
     for _ in range(50):
         for layer in range(4):

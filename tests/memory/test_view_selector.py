@@ -60,7 +60,7 @@ def snapshot_memory(num_bytes: int) -> memoryview:
 
 
 def test_each_section_is_checked_when_it_is_read(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    """A flipped bit in the last plane is no matter to a shorter view, and found by whoever reads that plane."""
+    """A flipped bit in the last plane is no matter to a shorter view, and found by the read that brings that plane."""
     import shutil
 
     path = tmp_path / "store"

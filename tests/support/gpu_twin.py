@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-from fate_moe.core import EvictionPolicy, ExpertId
+from fate_moe.core import EvictionPolicy, ExpertId, Lookup
+from fate_moe.memory.table import SlotTable
 
 __all__ = ["DecayedFrequency", "Residency"]
 
 
-class DecayedFrequency:
-    """An EvictionPolicy: the lowest sum over uses of 2^(time / half_life) goes first, among equals the lowest expert."""
+class DecayedFrequency(EvictionPolicy):
+    """The lowest sum over uses of 2^(time / half_life) goes first, among equals the lowest expert. The caller moves ``now``."""
 
     def __init__(self, half_life: float) -> None:
         self.now = 0
@@ -35,61 +37,74 @@ class DecayedFrequency:
     def removed(self, expert: ExpertId) -> None:
         self._admitted.remove(expert)
 
-    def victim(self, incoming: ExpertId, evictable: Callable[[ExpertId], bool]) -> ExpertId | None:
+    def victim(self, incoming: ExpertId, evictable: Callable[[ExpertId], bool], probability: float = 1.0) -> ExpertId | None:
         candidates = (expert for expert in self._admitted if evictable(expert))
         return min(candidates, key=lambda expert: (self._scores.get(expert, 0.0), expert), default=None)
 
 
-class Residency:
-    """Experts of some layers in slots; each layer has a policy and always ``quotas[layer]`` residents."""
+class _TouchedLater(EvictionPolicy):
+    """``policy`` without uses: the kernels count a layer's uses all at once, in the order of experts."""
 
-    def __init__(self, quotas: Sequence[int], policies: Sequence[EvictionPolicy]) -> None:
-        self.slot_of: dict[ExpertId, int] = {}
-        self.policies = policies
+    def __init__(self, policy: EvictionPolicy) -> None:
+        self.admitted, self.removed, self.victim = policy.admitted, policy.removed, policy.victim  # type: ignore[method-assign]
+
+
+class Residency:
+    """Experts in a table whose slot classes are the layers; each layer always has ``quotas[layer]`` residents."""
+
+    def __init__(self, quotas: Sequence[int], num_experts: int, policy: EvictionPolicy) -> None:
+        self.policy = policy
         self.counters = [[0, 0, 0, 0, 0] for _ in quotas]  # hits, misses, prefetched, prefetches used, computed on the host
-        self._unused: set[ExpertId] = set()
-        self.under_way: set[ExpertId] = set()  # prefetched since their layer ran: their slots are being written
-        for layer, quota in enumerate(quotas):
-            for number in range(quota):
-                self.slot_of[ExpertId(layer, number)] = len(self.slot_of)
-            for number in reversed(range(quota)):  # never used, the lowest first to go, as the device's tables begin
-                policies[layer].admitted(ExpertId(layer, number), prefetched=True)
+        self.pending: set[int] = set()  # experts of the layer that ran last whose slots are still being written
+        classes = {ExpertId(layer, number): layer for layer in range(len(quotas)) for number in range(num_experts)}
+        self._table = SlotTable(_TouchedLater(policy), [layer for layer, quota in enumerate(quotas) for _ in range(quota)], classes)
+        self._under_way: list[ExpertId] = []  # prefetched since their layer ran
+        for expert, layer in classes.items():
+            if expert.expert < quotas[layer]:  # never used, the lowest first to go, as the device's tables begin
+                self._table.begin(expert)
+                self._table.finish(expert)
+
+    @property
+    def slot_of(self) -> dict[ExpertId, int]:
+        """The slot of every expert that has one."""
+        return self._table.slots()
 
     def step(self, layer: int, routed: set[int], touch: bool = True) -> list[tuple[ExpertId, int]]:
-        """The router has spoken: who must be fetched to which slot."""
-        chosen = [ExpertId(layer, number) for number in sorted(routed)]
-        missing = [expert for expert in chosen if expert not in self.slot_of]
-        counters = self.counters[layer]
-        counters[0] += len(chosen) - len(missing)
-        counters[1] += len(missing)
-        counters[3] += len(self._unused & set(chosen))
-        self._unused -= set(chosen)
-        kept = set(chosen) | self.under_way
-        self.pending = {expert.expert for expert in chosen if expert in missing or expert in self.under_way}
-        wanted = [(expert, self._replace(expert, kept, prefetched=False)) for expert in missing]
-        self.under_way = {expert for expert in self.under_way if expert.layer != layer}
+        """After routing: the experts that must be fetched, each with its slot."""
+        chosen, table, before = [ExpertId(layer, number) for number in sorted(routed)], self._table, replace(self._table.counters)
+        found = table.route(chosen)
+        self.pending = {expert.expert for expert, lookup in found.items() if lookup is not Lookup.HIT}
+        table.lock(chosen)
+        wanted = [(expert, self._begin(expert)) for expert, lookup in found.items() if lookup is Lookup.MISS]
+        table.unlock(chosen)
+        for expert in [expert for expert in self._under_way if expert.layer == layer] + [expert for expert, _ in wanted]:
+            table.finish(expert)
+        self._under_way = [expert for expert in self._under_way if expert.layer != layer]
         for expert in chosen if touch else ():
-            self.policies[layer].touched(expert)
+            self.policy.touched(expert)
+        spent = table.counters.since(before)
+        counters = self.counters[layer]
+        counters[0] += spent.hits + spent.in_flight
+        counters[1] += spent.misses
+        counters[3] += spent.prefetch_used
         return wanted
 
     def prefetch(self, layer: int, likeliest: Sequence[int], limit: int) -> list[tuple[ExpertId, int]]:
-        """``likeliest`` are expected, the likeliest first: who is fetched ahead to which slot, at most ``limit``."""
-        expected = {ExpertId(layer, number) for number in likeliest}
-        missing = [ExpertId(layer, number) for number in likeliest if ExpertId(layer, number) not in self.slot_of]
-        room = sum(expert.layer == layer and expert not in expected for expert in self.slot_of)
-        wanted = [(expert, self._replace(expert, expected, prefetched=True)) for expert in missing[: min(limit, room)]]
-        self._unused |= {expert for expert, _ in wanted}
-        self.under_way = {expert for expert in self.under_way if expert.layer != layer} | {expert for expert, _ in wanted}
+        """``likeliest`` are expected, the likeliest first: those fetched ahead, at most ``limit``, each with its slot."""
+        expected = [ExpertId(layer, number) for number in likeliest]
+        wanted = []
+        for index in self._table.expect(expected)[:limit]:
+            if (slot := self._table.begin(expected[index], demand=False)) is not None:
+                wanted.append((expected[index], slot))
+        self._under_way += [expert for expert, _ in wanted]
         self.counters[layer][2] += len(wanted)
         return wanted
 
-    def _replace(self, incoming: ExpertId, kept: set[ExpertId], prefetched: bool) -> int:
-        policy = self.policies[incoming.layer]
-        victim = policy.victim(incoming, lambda expert: expert not in kept)
-        assert victim is not None
-        policy.removed(victim)
-        self._unused.discard(victim)
-        slot = self.slot_of.pop(victim)
-        self.slot_of[incoming] = slot
-        policy.admitted(incoming, prefetched=prefetched)
+    def check_integrity(self) -> None:
+        """Raise RuntimeError unless the table's books agree."""
+        self._table.check_integrity()
+
+    def _begin(self, expert: ExpertId) -> int:
+        slot = self._table.begin(expert)
+        assert slot is not None
         return slot

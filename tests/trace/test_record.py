@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ import torch
 from fate_moe import demo
 from fate_moe.cli import main
 from fate_moe.config import OffloadConfig
-from fate_moe.core import Counters, ExpertId, ExpertSource
+from fate_moe.core import ExpertId
 from fate_moe.errors import ConfigError
 from fate_moe.journal import ForwardPass, LayerPass, Moment
 from fate_moe.predict.forecast import forecast_source
@@ -29,7 +27,7 @@ from fate_moe.trace.record import Recorder
 from fate_moe.trace.recorded import recorded_run
 from fate_moe.trace.schema import RoutingTrace, read_trace, write_trace
 from fate_moe.trace.simulate import Link, simulate
-from tests.support.pictures import labels, lines, num_colors, saved_figures
+from tests.support.sources import SourceDouble
 
 
 def decode(model: Any, num_tokens: int, seed: int, between: Callable[[], None] = lambda: None) -> None:
@@ -83,31 +81,14 @@ def test_the_simulator_agrees_with_the_engine(traced: tuple[Any, RoutingTrace]) 
     assert row.bytes_per_token == pytest.approx(measured, rel=0.03)
 
 
-class SlowSource:
-    """One read after another, five milliseconds each, however busy the machine is."""
-
-    def __init__(self, inner: ExpertSource) -> None:
-        self._inner, self._lock, self._free = inner, threading.Lock(), 0.0
-
-    def read(self, expert: ExpertId, slot: memoryview, *sections: Any) -> int:
-        with self._lock:
-            until = self._free = max(self._free, time.perf_counter()) + 0.005
-        num_bytes = self._inner.read(expert, slot, *sections)
-        time.sleep(max(0.0, until - time.perf_counter()))
-        return num_bytes
-
-    def close(self) -> None:
-        self._inner.close()
-
-
 def test_stall_agrees_with_the_engine(loaded: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The link is so slow that the machine's own noise does not matter; the simulator knows its speed from the trace alone."""
     model = loaded("qwen2_moe", policy="lru", predictor="none", expert_cache="37.5%")
     residency = model.fate.runtime.residency
-    residency._source = SlowSource(residency._source)
-    recorder = Recorder([8, 8])
-    with model.fate.runtime.observe(recorder):
-        decode(model, 80, 4)
+    residency._source = SourceDouble(residency._source, 5e-3, one_at_a_time=True)
+    recorder = Recorder([8, 8], residency=residency)
+    model.fate.runtime.observer = recorder
+    decode(model, 80, 4)
     plan = model.fate.plan
     trace = recorder.trace(expert_bytes=plan.slot_bytes, slots=plan.num_slots, policy="lru", predictor="none")
     write_trace(tmp_path / "t.npz", trace)

@@ -19,8 +19,7 @@ from fate_moe.gpu.memory import PinnedArena, VramPool
 from fate_moe.gpu.streams import Lane
 from fate_moe.io.progress import Advance
 from fate_moe.kernels.triton_host import ask_kernel
-from fate_moe.memory.lease import Lease
-from fate_moe.memory.residency import Residency
+from fate_moe.memory.residency import Lease, Residency
 
 __all__ = ["DiskBelow", "HostTier", "View", "WholeHost", "read_all"]
 

@@ -40,38 +40,38 @@ def slot_classes(blob_bytes: Sequence[Sequence[int]], at_once: int) -> Slots:
 
 def fewest(classes: Slots, at_once: int) -> Slots:
     """The fewest bytes that will do: those of ``slot_classes``, or ``at_once`` slots that any expert fits into."""
-    return min(classes, _shared(classes, at_once), key=total_bytes)
+    return min(classes, _common(classes, at_once), key=total_bytes)
 
 
 def divide(num_bytes: int, classes: Slots, at_once: int) -> Slots:
     """The slots that ``num_bytes`` have room for: more of each of ``classes``, or none at all where they are too few.
 
-    Every class keeps the same share of its experts, as nearly as its fewest slots allow; so bytes go to classes in proportion to
-    the bytes of their experts. What one cannot use goes to the others. Where not even the fewest of all classes fit, all experts
-    share slots that any fits into.
+    Every class has slots for the same fraction of its experts, as nearly as its fewest slots allow; so bytes go to classes in
+    proportion to the bytes of their experts. What one class cannot use goes to the others. Where not even the fewest of all
+    classes fit, all experts use slots that any fits into.
     """
-    for least in (classes, _shared(classes, at_once)):
-        if (left := num_bytes - total_bytes(least)) >= 0:
-            return _filled(least, left)
+    for smallest in (classes, _common(classes, at_once)):
+        if (left := num_bytes - total_bytes(smallest)) >= 0:
+            return _filled(smallest, left)
     return ()
 
 
-def _filled(least: Slots, left: int) -> Slots:
-    """One more slot, again and again, for the class that keeps the smallest share, while ``left`` bytes have room for it."""
-    numbers = [of.num_slots for of in least]
-    order = [(of.num_slots / of.num_experts, index) for index, of in enumerate(least)]
+def _filled(smallest: Slots, left: int) -> Slots:
+    """More slots while ``left`` bytes have room, each for the class that has slots for the smallest fraction of its experts."""
+    numbers = [of.num_slots for of in smallest]
+    order = [(of.num_slots / of.num_experts, index) for index, of in enumerate(smallest)]
     heapq.heapify(order)
     while order:
         _, index = order[0]
-        of = least[index]
+        of = smallest[index]
         if numbers[index] == of.num_experts or of.slot_bytes > left:
             heapq.heappop(order)
             continue
         numbers[index] += 1
         left -= of.slot_bytes
         heapq.heapreplace(order, (numbers[index] / of.num_experts, index))
-    return tuple(of._replace(num_slots=number) for of, number in zip(least, numbers, strict=True))
+    return tuple(of._replace(num_slots=number) for of, number in zip(smallest, numbers, strict=True))
 
 
-def _shared(classes: Slots, at_once: int) -> Slots:
+def _common(classes: Slots, at_once: int) -> Slots:
     return (SlotClass(at_once, classes[-1].slot_bytes, sum(of.num_experts for of in classes)),)

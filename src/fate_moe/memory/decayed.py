@@ -17,9 +17,9 @@ __all__ = ["Decayed"]
 class Decayed(EvictionPolicy):
     """Decayed frequency over several horizons, in one pool over all layers; with ``co_activation`` also what the last token says.
 
-    An expert that is read once for a rare token has little worth and is the next victim: it passes through one slot and displaces
+    An expert that is read once for a rare token has a low value and is the next victim: it passes through one slot and displaces
     nothing good (bypass). A prefetch gets no slot from an expert that is likelier to be used than what it brings (admission
-    margin). ExpectedUses outlives residency; ``state`` and ``restore`` carry it from one run to the next.
+    margin). The statistics outlive residency; ``state`` and ``restore`` carry it from one run to the next.
     """
 
     def __init__(self, experts_per_layer: Sequence[int], *, co_activation: bool = True) -> None:
@@ -52,15 +52,15 @@ class Decayed(EvictionPolicy):
         flat, passed_over = self._flat, []
         while True:
             index = int(flat.argmin())
-            worth = flat[index]
-            chosen = None if worth == np.inf else ExpertId(*divmod(index, self._width))
+            value = flat[index]
+            chosen = None if value == np.inf else ExpertId(*divmod(index, self._width))
             if chosen is None or evictable(chosen):
                 break
-            passed_over.append((index, worth))
+            passed_over.append((index, value))
             flat[index] = np.inf
         for index, found in passed_over:
             flat[index] = found
-        return None if probability < 1 and worth >= probability else chosen
+        return None if probability < 1 and value >= probability else chosen
 
     def state(self) -> dict[str, NDArray[Any]]:
         """What was learned, as arrays by name."""

@@ -68,7 +68,7 @@ class LRU(EvictionPolicy):
 class LeastStale(EvictionPolicy):
     """What this pass has used or prefetched stays; of what is left from the pass before, the least recently used goes first.
 
-    A pass begins when the router of a layer speaks that is no later than the one before. If nothing stale is evictable, the
+    A pass begins when a layer is routed that is no later than the one before. If nothing stale is evictable, the
     shallowest layer's experts go: it will be longest until they are needed again.
     """
 
@@ -101,7 +101,7 @@ class LeastStale(EvictionPolicy):
 class LFU(EvictionPolicy):
     """The least frequently used goes first, where a use counts half as much ``half_life`` uses (of any expert) later.
 
-    Counts outlive residency: one float per expert of the model. Instead of letting all scores decay, the worth of a new use grows;
+    Counts outlive residency: one float per expert of the model. Instead of letting all scores decay, the weight of a new use grows;
     the order is the same (forward decay, Cormode et al., ICDE 2009). Ties go to the expert that was admitted first.
     """
 

@@ -1,4 +1,4 @@
-"""How many bits of a missing expert are worth reading now. Precision policies see shares and sizes, never bytes or tensors."""
+"""How many bits of a missing expert to read now. Precision policies see weights and sizes, never bytes or tensors."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from fate_moe.errors import ConfigError
 __all__ = ["Budget", "FixedView", "PrefillPopularity", "RoutingWeighted", "make_precision_policy"]
 
 # Nats that a token's prediction loses when every expert is read as a view of so many bits: a property of the model, which
-# `fate convert --calibrate` measures. These are taken where nobody did: the most sensitive model measured (docs/notebook/quality.md).
+# `fate convert --calibrate` measures. Without a measurement these are taken: the most sensitive model measured (docs/quality.md).
 UNMEASURED = {2: 4.0, 3: 0.6}
 # What prefill-popularity may lose, in nats: measured losses are nearly proportional to the share of tokens (docs/notebook/quality.md).
 PREFILL_LOSS = 0.01
-# routing-weighted: a view is read below so many mean gate weights over the root of the view's loss.
+# routing-weighted: a view is read below so many mean routing weights over the root of the view's loss.
 GATE_LOSS = 0.4
 # budget reads no view that loses more than this.
 BUDGET_LOSS = 0.05
@@ -58,7 +58,7 @@ class PrefillPopularity:
 
 
 class RoutingWeighted:
-    """In decode, by an expert's gate weight against the mean of the pass's choices: below ``light`` of it the shortest view is
+    """In decode, by an expert's routing weight against the mean of the pass's choices: below ``light`` of it the shortest view is
     read, below ``heavy`` the next longer one, the rest whole. A view that is held already stays, unless the expert weighs more
     than ``upgrade``: each upgrade is a read where there was a hit (docs/notebook/quality.md). ``losses`` by view (None: not asked) make
     the limits of a view that loses much smaller, by one factor for reading and keeping it."""

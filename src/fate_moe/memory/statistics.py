@@ -1,4 +1,4 @@
-"""How routers have chosen so far, and what that says of the next token. No torch."""
+"""How routers have chosen so far, and what that predicts of the next token. No torch."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from fate_moe.errors import ConfigError
 from fate_moe.kernels.extension import native as extension
 
+# The C++ class that counts turns; None where the extension is not built, or is older than the class.
 native: Any = getattr(extension, "RoutingStatistics", None)
 
 __all__ = ["CoActivation", "RoutingStatistics"]
@@ -20,15 +21,15 @@ Floats = NDArray[np.float32]
 # Means over the last 5, 20 and 100 tokens, added up. Found on gpt-oss-20b's mmlu_validation trace: the three close 35 / 37 / 36 /
 # 30 % of the gap in misses from LRU to Belady at 12.5 / 25 / 40 / 50 % resident, the best single one (0.95) 32 / 33 / 32 / 27 %.
 DECAYS = (0.8, 0.95, 0.99)
-# The evidence's constants were found on mmlu_validation alone (docs/notebook/log.md has what else was tried). Layers whose last choices
-# speak for a layer, itself and those before it: 1 / 2 / 3 / 5 close 27 / 32 / 34 / 36 % of the gap at 12.5 % resident and 47-49 %
+# The evidence's constants were found on mmlu_validation alone (docs/log.md has what else was tried). Layers whose last choices
+# count for a layer, itself and those before it: 1 / 2 / 3 / 5 close 27 / 32 / 34 / 36 % of the gap at 12.5 % resident and 47-49 %
 # at 40 % (at half this rate).
 SOURCES = 4
-RATE = 0.64  # of learning, shared by the rows that spoke
+RATE = 0.64  # of learning, shared by the rows of the table that were summed
 SLOPE_RATE = 1e-4
 RARE = 1e-3  # decayed frequencies below are taken for this
-# What a use is worth that comes a token later, and how much of the rate after the next token is the decayed frequency (the rest is
-# what the last token says).
+# The value of a use that comes a token later, beside one in the next token; and how much of the rate after the next token is the
+# decayed frequency (the rest is what the last token predicts).
 DISCOUNT = np.float32(np.exp(-1 / 3))
 STEADY = 0.85
 MAX_TABLE_BYTES = 8 << 20  # a statistics whose table would be larger (58 layers of 256 experts: 58 MiB) goes without evidence
@@ -37,11 +38,11 @@ MAX_TABLE_BYTES = 8 << 20  # a statistics whose table would be larger (58 layers
 class RoutingStatistics:
     """What is known of each expert's next uses, from how often it was used lately.
 
-    ``worth`` [L, E] is the expected number of uses in the next token, ``value`` [L, E] what keeping the expert is worth: the chance
-    that it is used, where a use that is a token further away counts for less by ``DISCOUNT``; so the layers that are yet to come in
-    this token are worth more than those just passed. The C++ extension counts a layer's turn as it comes (``csrc/statistics.cpp``).
-    Without it, what single tokens chose is kept until somebody wants to know, and settled for all layers at once: some thirty small
-    operations of numpy take as long for one layer as for a token's 24.
+    ``expected_uses`` [L, E] is that in the next token, ``value`` [L, E] that of keeping the expert in its slot: the chance that it
+    is used, where a use that is a token further away counts for less by ``DISCOUNT``; so the layers that are yet to come in this
+    token have a higher value than those just passed. The C++ extension counts a layer's turn as it comes
+    (``csrc/statistics.cpp``). Without it, what single tokens chose is stored until the result is read, and counted for all layers
+    at once: some thirty small operations of numpy take as long for one layer as for a token's 24.
     """
 
     def __init__(self, experts_per_layer: Sequence[int], *, co_activation: bool = True) -> None:
@@ -92,13 +93,13 @@ class RoutingStatistics:
             return
         # As if the tokens had come one by one, in equal proportions.
         recent = self._recent[layer]
-        kept = self._decays**num_tokens
-        recent *= kept
-        share = np.asarray(counts if counts is not None else num_tokens, np.float32).reshape(-1, 1) / num_tokens
-        recent[np.array(experts, np.intp)] += (1 - kept) / len(DECAYS) * share
-        worth = recent.dot(self._ones)[None]
+        decay = self._decays**num_tokens
+        recent *= decay
+        fraction = np.asarray(counts if counts is not None else num_tokens, np.float32).reshape(-1, 1) / num_tokens
+        recent[np.array(experts, np.intp)] += (1 - decay) / len(DECAYS) * fraction
+        expected = recent.dot(self._ones)[None]
         layers = np.array([layer], np.intp)
-        self._update_predictions(layers, worth, None)
+        self._update_predictions(layers, expected, None)
 
     def _bind(self, top_k: int) -> None:
         """Let the extension count tokens of ``top_k`` experts."""
@@ -134,13 +135,13 @@ class RoutingStatistics:
 
     def _update_predictions(self, layers: NDArray[np.intp], frequency: Floats, chosen: NDArray[np.intp] | None) -> None:
         """``layers`` [n], ascending, have had their turn: what their ``frequency`` [n, E] and what they chose say of the next."""
-        worth = frequency if self._evidence is None else self._evidence.routed(layers, frequency, chosen)
-        later = np.float32(STEADY) * frequency + np.float32(1 - STEADY) * worth
+        expected = frequency if self._evidence is None else self._evidence.routed(layers, frequency, chosen)
+        later = np.float32(STEADY) * frequency + np.float32(1 - STEADY) * expected
         later += np.float32(RARE)
         soon = DISCOUNT * later
         soon /= 1 - DISCOUNT + soon
-        self._expected_uses[layers] = worth
-        self._used_soon[layers] = worth + (1 - worth) * soon
+        self._expected_uses[layers] = expected
+        self._used_soon[layers] = expected + (1 - expected) * soon
         if layers[0] <= self._last:
             self._distance[...] = self._turn
         self._distance[layers] = self._turn[layers] * DISCOUNT
@@ -183,9 +184,9 @@ class CoActivation:
         self._sources = np.maximum(layers - np.arange(SOURCES), 0)  # [L, S], those that have chosen when the layer has
         self._first = ((layers * SOURCES + np.arange(SOURCES)) * (width + 1))[:, :, None]  # row of each source's first expert
         self._latest = np.full((num_layers, 1), width, np.intp)  # what each layer chose last, [L, k]
-        self._rows = self._unknown(1)  # those that spoke for each layer, [L, S k]
-        self._chance: Floats = np.zeros((num_layers, width), np.float32)  # what they said
-        self._log: Floats = np.zeros((num_layers, width), np.float32)  # of the frequency that it was said with
+        self._rows = self._unknown(1)  # that were summed for each layer, [L, S k]
+        self._chance: Floats = np.zeros((num_layers, width), np.float32)  # what they predict
+        self._log: Floats = np.zeros((num_layers, width), np.float32)  # of the frequency that went into it
 
     def _unknown(self, top_k: int) -> NDArray[np.intp]:
         return (self._first + self._width).repeat(top_k, 2).reshape(len(self._first), -1)
@@ -224,7 +225,7 @@ class CoActivation:
         return chance
 
     def _learn(self, layers: NDArray[np.intp], chosen: NDArray[np.intp]) -> None:
-        """What was said of this token was off by so much."""
+        """One step of gradient descent on the error of what was predicted of this token."""
         error = np.negative(self._chance[layers])
         error[np.arange(len(layers))[:, None], chosen] += 1
         self._slope += np.float32(SLOPE_RATE) * np.vdot(error, self._log[layers])

@@ -1,4 +1,4 @@
-"""The right bits for each expert at each moment: asks the precision policy, and keeps count of what was computed with."""
+"""How many sections of each expert to read: asks the precision policy, and counts what was computed with."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from itertools import accumulate
 import torch
 
 from fate_moe.core import BlobLayout, ExpertId, Need, PrecisionPolicy, Routing
-from fate_moe.memory.lease import WHOLE
 from fate_moe.memory.residency import Residency
+from fate_moe.memory.table import WHOLE
 from fate_moe.quant.dtypes import TORCH_DTYPES
 
 __all__ = ["ViewSelector", "chosen_weights"]
 
 
 class ViewSelector:
-    """Between routing and residency. Without a policy every expert is wanted whole, and only the count is kept."""
+    """Between routing and residency. Without a policy every expert is wanted whole, and uses are only counted."""
 
     def __init__(self, policy: PrecisionPolicy | None, layouts: Sequence[Sequence[BlobLayout]], residency: Residency) -> None:
         """``layouts`` by layer and expert."""
@@ -35,7 +35,7 @@ class ViewSelector:
     ) -> dict[ExpertId, int] | None:
         """How many sections of each expert in ``rows`` (rows of the flat routing by expert) are wanted; None: all of all.
 
-        ``weighing``: the gate weights [num_tokens, top_k] or the routing they come from. ``affordable``: how many experts can be
+        ``weighing``: the routing weights [num_tokens, top_k] or the routing they come from. ``affordable``: how many experts can be
         read while a layer computes.
         """
         views = self._longest[layer]
@@ -51,7 +51,7 @@ class ViewSelector:
         return {
             expert: views.index(view) + 2
             for expert, view in zip(experts, bits, strict=True)
-            if view < views[-1] and self._views[layer][expert.expert] is views  # others are kept in a precision without views
+            if view < views[-1] and self._views[layer][expert.expert] is views  # others are stored in a precision without views
         }
 
     def num_planes(self, expert: ExpertId) -> int | None:
@@ -87,7 +87,7 @@ class ViewSelector:
 
 
 def chosen_weights(routing: Routing) -> torch.Tensor:
-    """Gate weights [num_tokens, top_k] of the chosen experts from their scores: a token's add up to 1.
+    """Routing weights [num_tokens, top_k] of the chosen experts from their scores: a token's add up to 1.
 
     Scores may be logits or probabilities; those between 0 and 1 are taken for probabilities.
     """
