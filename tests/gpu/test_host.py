@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -21,7 +24,7 @@ from tests.support.sources import MemorySource, SourceDouble
 
 def source_of(model: Model) -> SourceDouble:
     """The model's experts, each a millisecond away."""
-    experts = [ExpertId(layer, number) for layer in range(len(model.gates)) for number in range(model.num_experts)]
+    experts = [ExpertId(layer, number) for layer in range(len(model.routers)) for number in range(model.num_experts)]
     blobs = {expert: bytes(model.arena.slots.view(slot)) for slot, expert in enumerate(experts)}
     ends = [section.offset + section.length for section in model.layout.sections]
     return SourceDouble(MemorySource(blobs, ends), 1e-3)
@@ -29,7 +32,7 @@ def source_of(model: Model) -> SourceDouble:
 
 def below(model: Model, num_places: int) -> tuple[DiskBelow, SourceDouble]:
     source, arena = source_of(model), PinnedArena(num_places, model.layout.length, CPU)
-    policy = make_policy("lru", num_places, [model.num_experts] * len(model.gates))
+    policy = make_policy("lru", num_places, [model.num_experts] * len(model.routers))
     return DiskBelow(Residency(source, arena.slots, policy), arena, model.num_experts, CPU), source
 
 

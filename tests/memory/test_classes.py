@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from fate_moe.core import ExpertId, Lookup
 from fate_moe.memory.classes import SlotClass, divide, fewest, slot_classes, total_bytes
-from fate_moe.memory.policies import make_policy
 from fate_moe.memory.residency import Lease, Residency
 from fate_moe.memory.slots import SlotArena
+from fate_moe.registry import make_policy
 from tests.memory.test_residency import layer
 from tests.memory.test_residency import use as use_blobs
 from tests.support.sources import MemorySource, SourceDouble, marked_blobs

@@ -10,9 +10,9 @@ import pytest
 
 from fate_moe.core import ExpertId, Lookup
 from fate_moe.errors import CorruptExpertError, StoreError
-from fate_moe.memory.policies import make_policy
 from fate_moe.memory.residency import Lease, Residency
 from fate_moe.memory.slots import SlotArena
+from fate_moe.registry import POLICIES, make_policy
 from tests.support.sources import MemorySource, SourceDouble, marked_blobs
 
 SLOT = 4096

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from fate_moe.core import ExpertId
 from fate_moe.errors import StoreError
-from fate_moe.memory.policies import make_policy
 from fate_moe.memory.residency import Lease, Residency
 from fate_moe.memory.slots import SlotArena
+from fate_moe.registry import POLICIES, make_policy
 from tests.memory.test_residency import ALL, NUM_EXPERTS, NUM_LAYERS, SLOT, layer
 from tests.support.sources import MemorySource, SourceDouble, marked_blobs
 
@@ -118,7 +118,7 @@ def run(world: World, turn: Pass) -> None:
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    world=st.builds(World, st.sampled_from(POLICIES), st.integers(1, 8), st.integers(1, 3), st.sets(IDS)),
+    world=st.builds(World, st.sampled_from(list(POLICIES)), st.integers(1, 8), st.integers(1, 3), st.sets(IDS)),
     io_threads=st.integers(2, 4),
     seconds=st.sampled_from([0.0, 0.0005]),
     fails=FAILURES,

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from fate_moe.core import ExpertId, Lookup
 from fate_moe.errors import CorruptExpertError
-from fate_moe.memory.policies import make_policy
 from fate_moe.memory.residency import Residency
 from fate_moe.memory.slots import SlotArena
 from fate_moe.memory.table import WHOLE
+from fate_moe.registry import make_policy
 from tests.support.sources import MemorySource, SourceDouble, marked_blobs
 
 SLOT, SECTIONS = 4096, 4

@@ -14,7 +14,7 @@ import torch
 from fate_moe import demo
 from fate_moe.cli import main
 from fate_moe.config import OffloadConfig
-from fate_moe.core import ExpertId
+from fate_moe.core import Counters, ExpertId
 from fate_moe.errors import ConfigError
 from fate_moe.journal import ForwardPass, LayerPass, Moment
 from fate_moe.predict.forecast import forecast_source
@@ -27,6 +27,7 @@ from fate_moe.trace.record import Recorder
 from fate_moe.trace.recorded import recorded_run
 from fate_moe.trace.schema import RoutingTrace, read_trace, write_trace
 from fate_moe.trace.simulate import Link, simulate
+from tests.support.pictures import labels, lines, num_colors, saved_figures
 from tests.support.sources import SourceDouble
 
 
@@ -86,9 +87,9 @@ def test_stall_agrees_with_the_engine(loaded: Callable[..., Any], tmp_path: Path
     model = loaded("qwen2_moe", policy="lru", predictor="none", expert_cache="37.5%")
     residency = model.fate.runtime.residency
     residency._source = SourceDouble(residency._source, 5e-3, one_at_a_time=True)
-    recorder = Recorder([8, 8], residency=residency)
-    model.fate.runtime.observer = recorder
-    decode(model, 80, 4)
+    recorder = Recorder([8, 8])
+    with model.fate.runtime.observe(recorder):
+        decode(model, 80, 4)
     plan = model.fate.plan
     trace = recorder.trace(expert_bytes=plan.slot_bytes, slots=plan.num_slots, policy="lru", predictor="none")
     write_trace(tmp_path / "t.npz", trace)

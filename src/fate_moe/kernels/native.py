@@ -9,7 +9,8 @@ import torch
 
 from fate_moe import switches
 from fate_moe.core import BlobLayout
-from fate_moe.kernels.extension import native, why_missing
+from fate_moe.kernels.extension import native, why_not
+from fate_moe.quant.choices import GROUP_SIZES
 
 __all__ = [
     "BF16",
@@ -40,16 +41,6 @@ _NEEDS = {
     "neon": ("arm", ("asimd",)),
     "portable": ("", ()),
 }
-
-
-def why_not() -> str | None:
-    """Why the extension cannot be used, and what to do; None where it can."""
-    if native is not None:
-        return None
-    return (
-        f"the C++ kernels are not built ({why_missing}); install a wheel, or with a C++17 compiler run "
-        "`pip install --no-cache-dir --force-reinstall --no-deps fate-moe` (in a source tree: `make native`)"
-    )
 
 
 def multiplies_bf16(columns: int) -> bool:

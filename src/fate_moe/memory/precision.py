@@ -12,9 +12,9 @@ from fate_moe.errors import ConfigError
 __all__ = ["Budget", "FixedView", "PrefillPopularity", "RoutingWeighted", "make_precision_policy"]
 
 # Nats that a token's prediction loses when every expert is read as a view of so many bits: a property of the model, which
-# `fate convert --calibrate` measures. Without a measurement these are taken: the most sensitive model measured (docs/quality.md).
+# `fate convert --calibrate` measures. Without a measurement these are taken: the most sensitive model measured (docs/notebook/quality.md).
 UNMEASURED = {2: 4.0, 3: 0.6}
-# What prefill-popularity may lose, in nats: measured losses are nearly proportional to the share of tokens (docs/notebook/quality.md).
+# What prefill-popularity may lose, in nats: losses are nearly proportional to the fraction of tokens (docs/notebook/quality.md).
 PREFILL_LOSS = 0.01
 # routing-weighted: a view is read below so many mean routing weights over the root of the view's loss.
 GATE_LOSS = 0.4
@@ -60,8 +60,8 @@ class PrefillPopularity:
 class RoutingWeighted:
     """In decode, by an expert's routing weight against the mean of the pass's choices: below ``light`` of it the shortest view is
     read, below ``heavy`` the next longer one, the rest whole. A view that is held already stays, unless the expert weighs more
-    than ``upgrade``: each upgrade is a read where there was a hit (docs/notebook/quality.md). ``losses`` by view (None: not asked) make
-    the limits of a view that loses much smaller, by one factor for reading and keeping it."""
+    than ``upgrade``: each upgrade is a read where there was a hit (docs/notebook/quality.md). ``losses`` by view (None: not asked)
+    make the limits of a view that loses much smaller, by one factor for reading and keeping it."""
 
     def __init__(
         self, light: float = 0.8, heavy: float = 0.8, upgrade: float = 1.6, losses: Mapping[int, float] | None = None
