@@ -12,7 +12,7 @@ from fate_moe.errors import ConfigError
 __all__ = ["Budget", "FixedView", "PrefillPopularity", "RoutingWeighted", "make_precision_policy"]
 
 # Nats that a token's prediction loses when every expert is read as a view of so many bits: a property of the model, which
-# `fate convert --calibrate` measures. Without a measurement these are taken: the most sensitive model measured (docs/notebook/quality.md).
+# `fate convert --calibrate` measures. Without a measurement: the most sensitive model measured (docs/notebook/quality.md).
 UNMEASURED = {2: 4.0, 3: 0.6}
 # What prefill-popularity may lose, in nats: losses are nearly proportional to the fraction of tokens (docs/notebook/quality.md).
 PREFILL_LOSS = 0.01
