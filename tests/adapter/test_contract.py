@@ -13,6 +13,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from fate_moe.adapter.meta_model import build_meta_model, expert_stacks
 from fate_moe.engine.attach import routers_of
+from fate_moe.engine.patches import Patches
 from fate_moe.errors import UnsupportedModelError
 from tests.support.checkpoints import tiny_checkpoint, tiny_model
 
@@ -89,7 +90,7 @@ def test_a_router_is_renamed(caplog: pytest.LogCaptureFixture) -> None:
         layer.mlp.selector = layer.mlp.gate
         del layer.mlp.gate
     with caplog.at_level(logging.WARNING):
-        assert routers_of(model, expert_stacks(model)) == [None, None]
+        assert routers_of(model, expert_stacks(model), Patches(model)) == [None, None]
     (record,) = caplog.records
     assert "2 of 2 MoE blocks run without look-ahead" in record.getMessage()
     assert "model.layers.0.mlp: none of gate, router, wg is in it" in record.getMessage()
@@ -98,5 +99,5 @@ def test_a_router_is_renamed(caplog: pytest.LogCaptureFixture) -> None:
 def test_nothing_is_said_of_what_is_known(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_model("mixtral")
     with caplog.at_level(logging.WARNING):
-        assert None not in routers_of(model, expert_stacks(model))
+        assert None not in routers_of(model, expert_stacks(model), Patches(model))
     assert not caplog.records

@@ -16,6 +16,7 @@ from fate_moe.adapter.table import Family
 from fate_moe.checkpoints.mapping import find_recipes
 from fate_moe.checkpoints.source import Checkpoint
 from fate_moe.engine.attach import routers_of
+from fate_moe.engine.patches import Patches
 from fate_moe.engine.load import prepare
 from fate_moe.store.convert import convert
 from tests.conftest import load_model
@@ -87,7 +88,7 @@ def _logits(model: Any) -> torch.Tensor:
 
 def _early_and_right(model: Any) -> dict[int, bool]:
     """Filled while ``model`` runs: for each MoE block that text enters, whether asking its router early gave what it then chose."""
-    runtime, routers = model.fate.runtime, routers_of(model, expert_stacks(model))
+    runtime, routers = model.fate.runtime, routers_of(model, expert_stacks(model), Patches(model))
     enter, compute = runtime.enter, runtime.compute
     said: dict[int, torch.Tensor] = {}
     right: dict[int, bool] = {}

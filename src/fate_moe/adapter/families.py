@@ -17,7 +17,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fate_moe.adapter.meta_model import TEXT_CLASSES, ExpertStack
-from fate_moe.core import Router, Routing
+from fate_moe.core import Patcher, Router, Routing
 
 __all__ = ["NOT_ENTERED", "entrance", "find_router", "linear_routers", "moe_families", "norms_of", "router_of"]
 
@@ -67,7 +67,7 @@ def entrance(block: nn.Module) -> nn.Module:
     return router_of(block) or block if isinstance(block, GradientCheckpointingLayer) else block
 
 
-def find_router(block: nn.Module, stack: ExpertStack, probe: torch.Tensor) -> Router | str:
+def find_router(block: nn.Module, stack: ExpertStack, probe: torch.Tensor, patcher: Patcher) -> Router | str:
     """How to ask the router of ``block`` about hidden states [num_tokens, hidden] before the block runs, or why nobody can.
 
     ``probe`` [1, hidden] is what it is tried with. A plain Linear router returns scores alone: take their top-k. The call passes
@@ -101,7 +101,8 @@ def find_router(block: nn.Module, stack: ExpertStack, probe: torch.Tensor) -> Ro
         except Exception as error:  # whatever a family's router makes of a call that it does not expect
             reason = str(error) or f"nothing in what it returns has {stack.num_experts} columns"
         else:
-            router.forward = remembering  # type: ignore[method-assign]
+            if router.forward is not remembering:
+                patcher.replace(router, "forward", remembering)
             return route
     return reason
 

@@ -13,7 +13,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from fate_moe.adapter.families import NOT_ENTERED, entrance, find_router
 from fate_moe.adapter.kv_cache import make_room
 from fate_moe.adapter.meta_model import ExpertStack
-from fate_moe.core import Router
+from fate_moe.core import Patcher, Router
 from fate_moe.errors import BudgetError
 from fate_moe.runtime import ExpertRuntime
 
@@ -29,10 +29,10 @@ def _experts_forward(experts: Any, hidden_states: torch.Tensor, index: torch.Ten
     return runtime.compute(experts.fate_layer, experts, hidden_states, index, weights)
 
 
-def routers_of(model: Any, stacks: Sequence[ExpertStack]) -> list[Router | None]:
+def routers_of(model: Any, stacks: Sequence[ExpertStack], patcher: Patcher) -> list[Router | None]:
     """How to ask each layer's router early; a layer whose router cannot be asked runs too, without look-ahead."""
     probe = torch.zeros(1, model.config.get_text_config().hidden_size, dtype=model.dtype)
-    found = [find_router(model.get_submodule(stack.block), stack, probe) for stack in stacks]
+    found = [find_router(model.get_submodule(stack.block), stack, probe, patcher) for stack in stacks]
     reasons = [f"{stack.block}: {why}" for stack, why in zip(stacks, found, strict=True) if isinstance(why, str)]
     if text := [reason for reason in reasons if not reason.endswith(NOT_ENTERED)]:
         _log.warning("%d of %d MoE blocks run without look-ahead (%s)", len(text), len(stacks), text[0])

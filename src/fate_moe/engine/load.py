@@ -20,6 +20,7 @@ from fate_moe.core import EvictionPolicy, ExpertId, ExpertSource, Predictor, Rou
 from fate_moe.engine.attach import attach, limit_context, routers_of
 from fate_moe.engine.budget import Footprint, Plan, footprint, make_plan
 from fate_moe.engine.device_budget import DevicePlan, make_device_plan
+from fate_moe.engine.patches import Patches
 from fate_moe.engine.report import Report
 from fate_moe.engine.weights import fill, leave_on_disk
 from fate_moe.errors import CheckpointError, ConfigError, StoreError
@@ -195,15 +196,16 @@ def realize(prepared: Prepared, plan: Plan | DevicePlan, config: OffloadConfig, 
     blob_bytes = {ExpertId(layer, expert): of.length for layer, row in enumerate(layouts) for expert, of in enumerate(row)}
     residency = Residency(source or DiskSource(store), arena, policy, blob_bytes=blob_bytes, io_threads=config.io_threads)
     slots = SlotExperts(arena.buffer, arena.offsets, layouts, shapes, exact=config.exact_activations)
-    accelerated = accelerate(model, config.exact_activations)
-    routers = routers_of(model, stacks)
+    patches = Patches(model)
+    accelerated = accelerate(model, config.exact_activations, patches)
+    routers = routers_of(model, stacks, patches)
     predictor = _predictor(config, prepared, routers, policy)
     view_selector = ViewSelector(make_precision_policy(config.precision_policy, load_view_losses(store.path)), layouts, residency)
     runtime = ExpertRuntime(
         residency, predictor, routers, slots, num_experts=num_experts, view_selector=view_selector, look_ahead=config.look_ahead
     )
     attach(model, stacks, runtime)
-    joined = join_layers(model, stacks, runtime, config.exact_activations)
+    joined = join_layers(model, stacks, runtime, config.exact_activations, patches)
     _log.info(
         "run by the extension, a token at a time: %d of %d layers whole, %s", joined, len(stacks), dict(accelerated) or "no module"
     )
