@@ -30,7 +30,7 @@ from fate_moe.gpu.options import DeviceOptions, device_options
 from fate_moe.gpu.prefetch_trial import run_prefetch_trial
 from fate_moe.gpu.tables import ResidencyTables, layer_quotas
 from fate_moe.io.progress import progress_bar
-from fate_moe.layers.cuda_step import why_not_fused
+from fate_moe.layers.plain import cuda_reasons, plain_layers
 from fate_moe.memory.policies import make_policy
 from fate_moe.memory.precision import make_precision_policy
 from fate_moe.memory.residency import Residency
@@ -101,7 +101,7 @@ def _realize(prepared: Prepared, plan: DevicePlan, config: OffloadConfig, device
 
     device = device or find_gpu().device
     store, model, stacks = prepared.store, prepared.model, prepared.stacks
-    layouts, reasons = _layouts(prepared), why_not_fused(model)
+    layouts, reasons = _layouts(prepared), cuda_reasons(model, plain_layers(model))
     if plan.host_compute and reasons:
         why = f"the CPU computes misses of fused steps alone, and {'; '.join(reasons)}"
         if config.host_compute != "auto":
