@@ -135,7 +135,7 @@ class OffloadConfig:
     vram: memory on the GPU: a size, a fraction of what is free there or "auto" (most of it); then ``ram`` is for the experts
         behind it. None: "auto" with device "cuda".
     host_compute: on a GPU, the share of missing experts that the CPU computes instead of copying them: a fraction, "auto" (as
-        ``fate doctor --calibrate`` measured) or "off". The CPU rounds otherwise, so tokens may differ from fully resident.
+        ``fate doctor --measure`` measured) or "off". The CPU rounds otherwise, so tokens may differ from fully resident.
     cuda_graph: decode steps as one captured graph where the family allows it; without, the same kernels one by one.
     expert_cache: bytes for expert slots: a size or a percentage of all experts ("25%"); None: what the budget leaves.
     preset: a pair of policy and predictor: what does best here, or what a published system does.

@@ -116,7 +116,7 @@ def test_auto_asks_what_was_measured(needs: Footprint, fast_link: None) -> None:
     whole = small(needs)
     assert planned(whole, ram="8GiB", host_compute="auto").host_compute == pytest.approx(0.65 * 120 / (0.65 * 120 + 45))
     (cache_home() / "link.json").unlink()
-    with pytest.raises(ConfigError, match="fate doctor --calibrate"):
+    with pytest.raises(ConfigError, match="fate doctor --measure"):
         planned(whole, ram="8GiB", host_compute="auto")
 
 

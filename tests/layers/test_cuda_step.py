@@ -1,4 +1,4 @@
-"""The GPU path on tiny transformers models, on a simulated device: same numbers as transformers, and as fully resident (law 1)."""
+"""The GPU path on tiny transformers models, on a simulated device: same numbers as transformers, and as fully resident."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ pytest.importorskip("triton")
 
 from fate_moe.adapter.meta_model import expert_stacks
 from fate_moe.engine.cuda_attach import attach_device, router_weights
+from fate_moe.errors import UnsupportedModelError
 from fate_moe.gpu.dense import ByteLinear
 from fate_moe.gpu.experts import DeviceExperts
 from fate_moe.gpu.layout import device_layout
 from fate_moe.gpu.memory import PinnedArena, VramPool
 from fate_moe.gpu.options import DeviceOptions
 from fate_moe.gpu.tables import ResidencyTables, layer_quotas
-from fate_moe.errors import UnsupportedModelError
 from fate_moe.layers.cuda_step import FusedStep
 from fate_moe.layers.plain import cuda_reasons, plain_layers
 from fate_moe.quant.blob import encode
 from fate_moe.store.format import blob_layout
 from tests.support.checkpoints import tiny_model
+from tests.support.plain_twin import twin_logits
 
 CPU = torch.device("cpu")
 
@@ -80,6 +81,8 @@ def test_fused_steps_are_the_models_own(family: str) -> None:
     with torch.no_grad():
         whole = model(torch.tensor([[*PROMPT[0].tolist(), *tokens[:-1]]])).logits[0, 4:]  # through the same experts, no cache
     torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-4)
+    twin = twin_logits(model, torch.tensor([*PROMPT[0].tolist(), *tokens[:-1]]))[4:]
+    torch.testing.assert_close(logits, twin, rtol=1e-4, atol=1e-4)
 
 
 def test_same_numbers_for_every_budget_and_option() -> None:

@@ -15,9 +15,9 @@ from torch import nn
 from torch.nn.functional import linear
 
 from fate_moe.core import ExpertId, Need, PrecisionPolicy
+from fate_moe.engine.patches import Patches
 from fate_moe.kernels.native import native
 from fate_moe.kernels.plain_layer import Norm, PlainLayer
-from fate_moe.engine.patches import Patches
 from fate_moe.layers import modules
 from fate_moe.layers import plain as plain_module
 from fate_moe.layers.cpu_step import CpuStep

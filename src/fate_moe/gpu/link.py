@@ -1,6 +1,6 @@
 """How fast experts travel from RAM to this GPU and how fast the CPU reads them, each alone and both at once.
 
-Measured once a machine by ``fate doctor --calibrate`` and kept under FATE_HOME.
+Measured once a machine by ``fate doctor --measure`` and kept under FATE_HOME.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def chosen_fraction(host_compute: str | int | float, gpu: str) -> float:
         return share
     if (link := load_link(gpu)) is None:
         raise ConfigError(
-            f"--host-compute auto needs to know this machine's link to the {gpu}; run `fate doctor --calibrate` once, or give a "
+            f"--host-compute auto needs to know this machine's link to the {gpu}; run `fate doctor --measure` once, or give a "
             "fraction such as 0.5"
         )
     return link.cpu_fraction

@@ -59,7 +59,8 @@ class Mlp:
 
 @dataclass(frozen=True)
 class SharedExpert:
-    """An MLP that every token takes beside its experts, times the sigmoid of ``gate`` if it has one. Names of the block's children."""
+    """An MLP that every token takes beside its experts, times the sigmoid of ``gate`` if it has one. By the names of
+    the block's children."""
 
     mlp: Mlp
     name: str
@@ -94,7 +95,9 @@ class PlainLayer:
             parts.append("norms of queries and keys")
         if attention.window is not None:
             parts.append(f"a window of {attention.window} tokens")
-        parts.append(f"{router.top_k} of {router.num_experts} experts, weights {'normalized' if router.normalize else 'as they are'}")
+        parts.append(
+            f"{router.top_k} of {router.num_experts} experts, weights {'normalized' if router.normalize else 'as they are'}"
+        )
         if self.shared is not None:
             parts.append("a shared expert with a gate" if self.shared.gate else "a shared expert")
         return ", ".join(parts)

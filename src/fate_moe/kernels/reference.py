@@ -228,7 +228,11 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def _mlp(mlp: Mlp, weights: Weights, name: str, x: torch.Tensor) -> torch.Tensor:
-    gate, up = (linear(x, weights[f"{name}.{part}_proj.weight"], weights.get(f"{name}.{part}_proj.bias")) for part in ("gate", "up"))
+    gate, up = (
+        linear(x, weights[f"{name}.{part}_proj.weight"], weights.get(f"{name}.{part}_proj.bias")) for part in ("gate", "up")
+    )
     if mlp.limit is not None:
         gate, up = gate.clamp(max=mlp.limit), up.clamp(-mlp.limit, mlp.limit)
-    return linear(_ACTIVATIONS[mlp.activation](gate) * up, weights[f"{name}.down_proj.weight"], weights.get(f"{name}.down_proj.bias"))
+    return linear(
+        _ACTIVATIONS[mlp.activation](gate) * up, weights[f"{name}.down_proj.weight"], weights.get(f"{name}.down_proj.bias")
+    )

@@ -161,7 +161,7 @@ def meaning_of(kind: type, known: Mapping[str, Meaning]) -> Meaning | None:
 
 @functools.cache
 def _canonical(path: str) -> type | None:
-    """"family.Class" of the installed transformers; None where this version has no such class."""
+    """ "family.Class" of the installed transformers; None where this version has no such class."""
     family, _, name = path.partition(".")
     try:
         return getattr(importlib.import_module(f"transformers.models.{family}.modeling_{family}"), name, None)

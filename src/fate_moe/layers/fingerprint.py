@@ -39,7 +39,9 @@ def _of_function(function: Any, owner: type | None, seen: tuple[Any, ...]) -> st
     cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=False))
     parts = list(_of_code(code, function.__globals__, cells, owner, (*seen, code)))
     if seen:  # a forward is called with its arguments; what it calls may leave some out
-        parts.append(repr([value if isinstance(value, int | float | str | None) else type(value) for value in function.__defaults__ or ()]))
+        parts.append(
+            repr([value if isinstance(value, int | float | str | None) else type(value) for value in function.__defaults__ or ()])
+        )
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

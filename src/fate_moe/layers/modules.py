@@ -84,8 +84,8 @@ def _accelerated(
         return "MLPs", _mlp(name, module, mlp, model.dtype, exact, generator) if isinstance(mlp, Mlp) else None
     if {"q_proj", "k_proj", "v_proj", "o_proj"} <= children:
         attention = recognise_attention(module)
-        known = isinstance(attention, Attention) and model.dtype == torch.bfloat16 and not attention_reasons(attention)
-        return "attentions", _attention(name, module, attention, exact, generator) if known else None
+        if isinstance(attention, Attention) and model.dtype == torch.bfloat16 and not attention_reasons(attention):
+            return "attentions", _attention(name, module, attention, exact, generator)
     return "", None
 
 
@@ -318,7 +318,8 @@ def room_in(cache: Any, index: int) -> RoomyLayer | None:
 def _attention_difference(
     original: Forward, forward: Forward, size: int, dim: int, index: int, generator: torch.Generator
 ) -> str | None:
-    """Several tokens by the family's own forward, then one more by each of the two: how output, key and value differ, if they do."""
+    """Several tokens by the family's own forward, then one more by each of the two: how output, key or value
+    differ, if they do."""
     x = (2 * torch.randn(1, _PROBE_TOKENS, size, generator=generator)).bfloat16()
     angles = 3 * torch.rand(1, _PROBE_TOKENS, dim // 2, generator=generator).repeat(1, 1, 2)
     results = []

@@ -196,10 +196,7 @@ def _window(module: Any, code: AttentionCode) -> int | None:
     """Tokens that a query sees: what attention itself is given, or what masks and cache are made for."""
     config = module.config
     kinds = getattr(config, "layer_types", None)
-    if kinds:
-        masked = "sliding" in kinds[module.layer_idx]
-    else:
-        masked = bool(getattr(config, "use_sliding_window", True))
+    masked = "sliding" in kinds[module.layer_idx] if kinds else bool(getattr(config, "use_sliding_window", True))
     window = getattr(module, "sliding_window", None) or (getattr(config, code.window, None) if code.window else None)
     if masked:
         window = window or getattr(config, "sliding_window", None)
@@ -300,7 +297,16 @@ def _shape_of(plain: PlainLayer) -> tuple[Any, ...]:
     """What must be the same for all layers of one step."""
     attention = plain.attention
     norms = plain.input_norm.eps, plain.post_norm.eps, attention.qk_norm
-    return (plain.hidden, norms, attention.heads, attention.kv_heads, attention.head_dim, attention.qkv_bias, plain.router, plain.shared)
+    return (
+        plain.hidden,
+        norms,
+        attention.heads,
+        attention.kv_heads,
+        attention.head_dim,
+        attention.qkv_bias,
+        plain.router,
+        plain.shared,
+    )
 
 
 def _trunk_reasons(model: Any, plain: Sequence[PlainLayer]) -> Iterable[str]:
