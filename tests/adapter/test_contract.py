@@ -66,7 +66,7 @@ def test_a_flag_of_experts_is_renamed(mixtral: Path, monkeypatch: pytest.MonkeyP
 
 def test_experts_of_a_new_kind(mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     change(monkeypatch, lambda experts: setattr(experts, "has_second_thoughts", True))
-    assert "model.layers.0.mlp.experts says has_second_thoughts, which nobody taught this engine" in refusal(mixtral)
+    assert "model.layers.0.mlp.experts says has_second_thoughts, which this engine does not know" in refusal(mixtral)
 
 
 def test_experts_are_called_in_another_way(mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> None:

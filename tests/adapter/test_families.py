@@ -94,13 +94,16 @@ def page(rows: list[Family], version: str, seconds: float) -> str:
         "",
         "*Look-ahead*: MoE blocks whose router, asked before the block runs, names exactly the experts that the block then uses.",
         "Where it cannot be asked (it wants the token ids, or what the router before it passed on), experts are read when needed.",
+        "*Layers*: whether layers with experts are recognised as plain ones, which our kernels may run in one step; `fate doctor",
+        "MODEL` says whether they do. All other layers run transformers' own code around our experts; `fate models` says why.",
         "",
-        "| family | class | status | look-ahead | names of a layer's experts in the checkpoint |",
-        "| --- | --- | --- | --- | --- |",
+        "| family | class | status | look-ahead | layers | names of a layer's experts in the checkpoint |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         keys = ", ".join(f"`{key}`" for key in row.keys)
-        lines.append(f"| {row.family} | {row.model} | {row.status} | {row.look_ahead} | {keys} |")
+        layers = "recognised" if row.layers == "recognised" else ""
+        lines.append(f"| {row.family} | {row.model} | {row.status} | {row.look_ahead} | {layers} | {keys} |")
     return "\n".join([*lines, *GGUF]) + "\n"
 
 

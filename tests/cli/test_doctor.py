@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 from fate_moe.cli import main
+from fate_moe.engine.load import store_for
 
 
 def test_doctor_says_what_is_used_and_why(capsys: pytest.CaptureFixture[str]) -> None:
@@ -20,7 +23,7 @@ def test_doctor_says_what_is_used_and_why(capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("verb", [["doctor", "--calibrate"], ["run", "--vram", "auto", "a prompt"], ["plan", "--device", "cuda"]])
+@pytest.mark.parametrize("verb", [["doctor", "--measure"], ["run", "--vram", "auto", "a prompt"], ["plan", "--device", "cuda"]])
 def test_without_a_gpu_one_line_says_so(verb: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(verb) == 1
     error = capsys.readouterr().err
@@ -49,4 +52,36 @@ def test_help_says_what_the_hosts_share_costs(verb: str, capsys: pytest.CaptureF
         main([verb, "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "tokens may depend on what is in VRAM; default: off" in text
-    assert "doctor --calibrate" in text
+    assert "doctor --measure" in text
+
+
+@pytest.mark.parametrize("as_store", [False, True])
+def test_doctor_says_of_a_model_what_its_layers_are(
+    checkpoint: Callable[[str], Path], capsys: pytest.CaptureFixture[str], as_store: bool
+) -> None:
+    path = store_for(checkpoint("qwen3_moe"), "int4") if as_store else checkpoint("qwen3_moe")
+    assert main(["doctor", str(path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    (group,) = found["layers"]
+    assert group["layers"] == [0, 1]
+    assert group["reasons"] == []
+    assert "2 of 8 experts, weights normalized" in group["plain"]
+    assert "the model is in float32; whole layers run in bfloat16" in group["cpu"]
+    assert found["gpu"] == []
+    assert main(["doctor", str(path)]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "0-1" in printed
+    assert "the model is in float32" in printed
+
+
+def test_doctor_says_every_reason_of_layers_that_are_not_recognised(
+    checkpoint: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["doctor", str(checkpoint("deepseek_v3")), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    (group,) = found["layers"]
+    assert not group["plain"]
+    assert [reason.partition(":")[0] for reason in group["reasons"]] == ["self_attn", "gate"]
+    assert any("DeepseekV3Attention" in reason for reason in found["gpu"])
+    assert main(["doctor", str(checkpoint("deepseek_v3"))]) == 0
+    assert "not recognised" in capsys.readouterr().out

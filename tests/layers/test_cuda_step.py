@@ -1,4 +1,4 @@
-"""The GPU path on tiny transformers models, on a simulated device: same numbers as transformers, and as fully resident (law 1)."""
+"""The GPU path on tiny transformers models, on a simulated device: same numbers as transformers, and as fully resident."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 from fate_moe.adapter.meta_model import expert_stacks
 from fate_moe.engine.cuda_attach import attach_device, router_weights
-from fate_moe.engine.patches import Patches
+from fate_moe.errors import UnsupportedModelError
 from fate_moe.gpu.dense import ByteLinear
 from fate_moe.gpu.experts import DeviceExperts
 from fate_moe.gpu.layout import device_layout
@@ -20,10 +20,12 @@ from fate_moe.gpu.memory import PinnedArena, VramPool
 from fate_moe.gpu.options import DeviceOptions
 from fate_moe.gpu.state import DeviceState
 from fate_moe.gpu.tables import ResidencyTables, layer_quotas
-from fate_moe.layers.cuda_step import FusedStep, why_not_fused
+from fate_moe.layers.cuda_step import FusedStep
+from fate_moe.layers.plain import cuda_reasons, plain_layers
 from fate_moe.quant.blob import encode
 from fate_moe.store.format import blob_layout
 from tests.support.checkpoints import tiny_model
+from tests.support.plain_twin import twin_logits
 
 pytestmark = pytest.mark.slow
 
@@ -75,7 +77,7 @@ def fused_logits(model: Any, num_slots: int, steps: int, **options: Any) -> tupl
 @pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "mixtral"])
 def test_fused_steps_are_the_models_own(family: str) -> None:
     model = tiny_model(family)
-    assert why_not_fused(model) == []
+    assert cuda_reasons(model, plain_layers(model)) == []
     with torch.no_grad():
         expected = model.generate(PROMPT, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 4:].tolist()
     logits, tokens, _ = fused_logits(model, num_slots=7, steps=3)
@@ -83,6 +85,8 @@ def test_fused_steps_are_the_models_own(family: str) -> None:
     with torch.no_grad():
         whole = model(torch.tensor([[*PROMPT[0].tolist(), *tokens[:-1]]])).logits[0, 4:]  # through the same experts, no cache
     torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-4)
+    twin = twin_logits(model, torch.tensor([*PROMPT[0].tolist(), *tokens[:-1]]))[4:]
+    torch.testing.assert_close(logits, twin, rtol=1e-4, atol=1e-4)
 
 
 def test_same_numbers_for_every_budget_and_option() -> None:
@@ -132,6 +136,23 @@ def test_dense_weights_of_one_byte(family: str) -> None:
     torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-4)
 
 
-def test_other_layers_say_why_they_are_not_plain() -> None:
-    assert "deepseek_v2 is not one of" in why_not_fused(tiny_model("deepseek_v2"))[0]
-    assert "sliding window" in why_not_fused(tiny_model("mixtral", sliding_window=8))[0]
+@pytest.mark.parametrize(
+    ("family", "options", "reason"),
+    [
+        ("deepseek_v2", {}, "self_attn: DeepseekV2Attention is no attention that is known"),
+        ("deepseek_v2", {}, "some of its layers have no experts, or are not plain"),
+        ("mixtral", {"sliding_window": 8}, "model.layers.*: its attention has a sliding window (8 tokens)"),
+        ("olmoe", {}, "model.layers.*: its queries and keys are normed over all heads together"),
+        ("qwen3_moe", {"hidden_act": "gelu"}, "its activation is gelu"),
+        ("qwen2_moe", {"hidden_act": "gelu"}, "model.layers.*: its shared expert's activation is gelu"),
+        ("qwen3_moe", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "frequencies are scaled"),
+        ("qwen3_moe", {"attention_bias": True}, "model.layers.*: its attention's output has a bias"),
+        ("qwen3_moe", {"mlp_only_layers": [1]}, "some of its layers have no experts"),
+    ],
+)
+def test_other_models_say_every_reason(family: str, options: dict[str, Any], reason: str) -> None:
+    model = tiny_model(family, **options)
+    reasons = cuda_reasons(model, plain_layers(model))
+    assert any(reason in each for each in reasons), reasons
+    with pytest.raises(UnsupportedModelError, match="no fused decode step"):
+        FusedStep(model, None, None)  # type: ignore[arg-type]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,14 @@ from torch import nn
 from torch.nn.functional import linear
 
 from fate_moe.core import ExpertId, Need, PrecisionPolicy
-from fate_moe.engine import load
 from fate_moe.engine.patches import Patches
 from fate_moe.kernels.native import native
-from fate_moe.layers.cpu_step import _Step
+from fate_moe.kernels.plain_layer import Norm, PlainLayer
+from fate_moe.layers import modules
+from fate_moe.layers import plain as plain_module
+from fate_moe.layers.cpu_step import CpuStep
 from fate_moe.layers.modules import SmallWeight, accelerate, accelerated_by
+from fate_moe.layers.plain import recognise
 from fate_moe.memory.precision import Budget, PrefillPopularity, RoutingWeighted
 from fate_moe.predict.prefetcher import Prefetcher
 from fate_moe.store import dense
@@ -74,8 +79,8 @@ def steps(model: Any, count: int = 6, **options: Any) -> torch.Tensor:
 def plain(monkeypatch: pytest.MonkeyPatch, store: Path, **options: Any) -> Any:
     """The model with every module's own forward."""
     with monkeypatch.context() as patch:
-        patch.setattr(load, "accelerate", lambda model, exact: {})
-        patch.setattr(load, "join_layers", lambda model, stacks, runtime, exact: 0)
+        patch.setattr(plain_module, "layers_enabled", lambda: False)
+        patch.setattr(modules, "layers_enabled", lambda: False)
         return load_model(store, **options)
 
 
@@ -89,7 +94,7 @@ def test_plain_families_run_whole_layers(store_of: Callable[[str], Path], monkey
     """Near the family's own forward; nearer than a layer's norms are to each other."""
     options = {"expert_cache": "50%", "exact_activations": True}
     model, own = load_model(store_of(family), **options), plain(monkeypatch, store_of(family), **options)
-    assert all(isinstance(layer.forward, _Step) for layer in model.model.layers)
+    assert all(isinstance(layer.forward, CpuStep) for layer in model.model.layers)
     got, want = steps(model), steps(own)
     assert difference(got, want) <= 0.03
     for layer in own.model.layers:
@@ -100,11 +105,8 @@ def test_plain_families_run_whole_layers(store_of: Callable[[str], Path], monkey
 
 
 @pytest.mark.parametrize("normalize", [True, False])
-def test_routers_that_are_sure_of_noise_do_not_hide_how_experts_are_weighed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, normalize: bool
-) -> None:
-    """Where a layer is tried, weights that add up to 1 by themselves must not pass for weights that are made to; nor may experts
-    drown in what attention adds. The router is as it was afterwards."""
+def test_how_experts_are_weighed_is_read_from_the_router(tmp_path: Path, normalize: bool) -> None:
+    """Even where numbers could not tell: a router that is sure of every token gives weights that add up to 1 by themselves."""
     model = tiny_model("qwen3_moe", torch.bfloat16, norm_topk_prob=normalize)
     with torch.no_grad():
         for layer in model.model.layers:
@@ -112,18 +114,47 @@ def test_routers_that_are_sure_of_noise_do_not_hide_how_experts_are_weighed(
             layer.self_attn.o_proj.weight.mul_(1000)
     model.save_pretrained(tmp_path / "checkpoint")
     store = convert(tmp_path / "checkpoint", tmp_path / "store", "int4", dense_precision="lossless")
-    chosen: dict[int, bool] = {}
-    before = _Step.normalize
-    monkeypatch.setattr(_Step, "normalize", lambda step, value: (chosen.update({step.stack.layer: value}), before(step, value))[1])
     loaded = load_model(store)
-    assert all(isinstance(layer.forward, _Step) for layer in loaded.model.layers)
-    assert chosen == dict.fromkeys(range(len(loaded.model.layers)), normalize)
     for layer, own in zip(loaded.model.layers, model.model.layers, strict=True):
-        assert torch.equal(layer.mlp.gate.weight, own.mlp.gate.weight)
+        assert isinstance(layer.forward, CpuStep)
+        assert layer.forward.plain.router.normalize is normalize
+        assert torch.equal(layer.mlp.gate.weight, own.mlp.gate.weight), "the check at load time left the router as it was"
     loaded.fate.close()
 
 
-def test_law_one_in_layers_that_run_whole(store_of: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize("part", ["router", "scaling", "eps"])
+def test_a_layer_that_differs_from_what_was_recognised_is_refused_loudly(
+    store_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, part: str
+) -> None:
+    """Another meaning than the family's own: a warning with the layer and the difference, and the family's forward stays."""
+
+    def mistaken(model: Any, stack: Any) -> Any:
+        found = recognise(model, stack)
+        assert isinstance(found, PlainLayer)
+        if part == "router":
+            return replace(found, router=replace(found.router, normalize=not found.router.normalize))
+        if part == "scaling":  # of the accelerated attention, which the layer uses
+            attention = found.attention
+            layer = model.get_submodule(found.path)
+            layer.fate_accelerated = None
+            weights = [modules.weight_of(getattr(layer.self_attn, f"{name}_proj")) for name in "qkvo"]
+            heads = attention.heads, attention.kv_heads, attention.head_dim
+            layer.self_attn.fate_accelerated = native.Attention.make(*weights, *heads, 8 * attention.scaling, 0, 0, 0, 0.0)
+            return found
+        return replace(found, input_norm=replace(found.input_norm, eps=1.0), post_norm=replace(found.post_norm, eps=1.0))
+
+    monkeypatch.setattr("fate_moe.layers.cpu_step.recognise", mistaken)
+    with caplog.at_level(logging.WARNING):
+        model = load_model(store_of("qwen2_moe"))
+    assert not any(isinstance(layer.forward, CpuStep) for layer in model.model.layers)
+    said = [record.getMessage() for record in caplog.records if "keeps its own forward" in record.getMessage()]
+    assert len(said) == len(model.model.layers)
+    assert "model.layers.0 keeps its own forward: what " in said[0]
+    assert "% of its norm" in said[0]
+    model.fate.close()
+
+
+def test_budgets_change_no_bit_in_layers_that_run_whole(store_of: Callable[[str], Path]) -> None:
     results = []
     for options in ({"expert_cache": "100%"}, {"expert_cache": "20%"}, {"expert_cache": "40%", "preset": "fate"}):
         model = load_model(store_of("qwen2_moe"), **options)
@@ -291,26 +322,58 @@ def test_numbers_that_move_are_followed(store_of: Callable[[str], Path]) -> None
     model.fate.close()
 
 
+class CopiedNorm(nn.Module):
+    """The code that transformers copies into its families, and with one line changed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = nn.Parameter(torch.rand(32) + 0.5), 1e-6
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Names and this text do not count."""
+        dtype = x.dtype
+        x = x.to(torch.float32)
+        variance = x.pow(2).mean(-1, keepdim=True)
+        x = x * torch.rsqrt(variance + self.variance_epsilon)
+        return self.weight * x.to(dtype)
+
+
+class ChangedNorm(CopiedNorm):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        dtype = x.dtype
+        x = x.to(torch.float32)
+        variance = x.pow(2).mean(-1, keepdim=True)
+        x = x * torch.rsqrt(variance + self.variance_epsilon)
+        return (1.0 + self.weight) * x.to(dtype)
+
+
+class TwoNorms(nn.Module):
+    dtype = torch.float32
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.usual, self.unusual = CopiedNorm(), ChangedNorm()
+
+
 def test_an_unusual_norm_keeps_its_own_forward() -> None:
-    class OneMoreRMSNorm(nn.Module):
-        def __init__(self, offset: float) -> None:
-            super().__init__()
-            self.weight, self.variance_epsilon, self.offset = nn.Parameter(torch.rand(32) + 0.5), 1e-6, offset
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return (self.offset + self.weight) * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-
-    class Model(nn.Module):
-        dtype = torch.float32
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.usual, self.unusual = OneMoreRMSNorm(0.0), OneMoreRMSNorm(1.0)
-
-    model = Model()
-    assert accelerate(model, False, Patches(model)) == {"norms": 1}
+    model = TwoNorms()
+    patches = Patches(model)
+    assert accelerate(model, False, patches) == {"norms": 1}
     assert accelerated_by(model.usual) == 1e-6
     assert accelerated_by(model.unusual) is None
+    patches.undo()
+    assert vars(model.usual).keys() == vars(CopiedNorm()).keys()
+
+
+def test_a_norm_that_does_not_give_what_its_code_says_is_refused_loudly(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = TwoNorms()
+    monkeypatch.setattr(modules, "recognise_norm", lambda module: Norm(1e-6))
+    with caplog.at_level(logging.WARNING):
+        assert accelerate(model, False, Patches(model)) == {"norms": 1}
+    (record,) = caplog.records
+    assert record.getMessage().startswith("unusual keeps its own forward: the kernel's result differs")
 
 
 def test_a_small_matrix_multiplies_itself() -> None:

@@ -16,8 +16,9 @@ from fate_moe.adapter.table import Family
 from fate_moe.checkpoints.mapping import find_recipes
 from fate_moe.checkpoints.source import Checkpoint
 from fate_moe.engine.attach import routers_of
+from fate_moe.engine.load import prepare
 from fate_moe.engine.patches import Patches
-from fate_moe.engine.prepare import prepare
+from fate_moe.layers.plain import NotPlain, plain_layers
 from fate_moe.store.convert import convert
 from tests.support.engines import load_model
 from tests.support.tiny import text_part, tiny_config, tiny_model
@@ -77,7 +78,14 @@ def examine(family: str, folder: Path) -> Family:
             raise BrokenRuleError("budgets do not change a bit: one layer's top-k and all experts differ")
         large.fate.close()
     _experts_matter(text_part(model), wanted)
-    return Family(family, type(text_part(model)).__name__, "ok", f"{sum(exact.values())}/{len(exact)}", keys)
+    look_ahead = f"{sum(exact.values())}/{len(exact)}"
+    return Family(family, type(text_part(model)).__name__, "ok", look_ahead, keys, _recognised(prepared.model))
+
+
+def _recognised(model: Any) -> str:
+    """Whether all layers with experts are plain, else why not."""
+    reasons = [reason for layer in plain_layers(model) if isinstance(layer, NotPlain) for reason in layer.reasons]
+    return "; ".join(dict.fromkeys(reasons)) or "recognised"
 
 
 def _logits(model: Any) -> torch.Tensor:

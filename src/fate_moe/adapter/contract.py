@@ -1,4 +1,4 @@
-"""What this engine takes for granted of transformers' experts modules. A model that breaks a rule is refused with the rule's name:
+"""What this engine assumes of transformers' experts modules. A model that breaks a rule is refused with the rule's name:
 when transformers renames something or adds a kind of experts, that is a sentence, never a wrong number.
 """
 
@@ -43,14 +43,14 @@ def broken_rule(experts: Iterable[tuple[str, Any]]) -> str | None:
             return f"experts say what they are by {', '.join(sorted(_FLAGS))}; {path} lacks {', '.join(missing)}"
         said_more = {name for name, value in vars(module).items() if name.startswith(("has_", "is_")) and value is True}
         if unknown := sorted(said_more - _FLAGS):
-            return f"experts are of a known kind; {path} says {', '.join(unknown)}, which nobody taught this engine"
+            return f"experts are of a known kind; {path} says {', '.join(unknown)}, which this engine does not know"
         wanted = {"gate_up_proj" if module.has_gate else "up_proj", "down_proj"}
         allowed = wanted | {f"{name}_bias" for name in wanted}
         names = {name for name, _ in module.named_parameters(recurse=False)}
         if not wanted <= names <= allowed:
             return f"experts' parameters are {', '.join(sorted(wanted))} and their biases; {path} has {', '.join(sorted(names))}"
         if not module.has_gate and not hasattr(module, "act_fn"):
-            return f"experts without a gate have act_fn; {path} has not"
+            return f"experts without a gate have act_fn; {path} has none"
     return None
 
 

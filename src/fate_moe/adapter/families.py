@@ -25,7 +25,7 @@ __all__ = ["NOT_ENTERED", "entrance", "find_router", "linear_routers", "moe_fami
 ROUTER_NAMES = ("gate", "router", "wg")
 # And their decoder layers the norm before the MoE block; where a layer has several of them, the first in this order.
 NORM_NAMES = ("pre_feedforward_layernorm", "ffn_norm", "pre_ff_layernorm", "post_attention_layernorm")
-# Blocks that text never enters (Ernie-VL has a second set of experts for images): reading ahead for them would be for nothing.
+# Blocks that text never enters (Ernie-VL has a second set of experts for images): reading ahead for them would be wasted.
 NOT_FOR_TEXT = ("vision_moe",)
 NOT_ENTERED = "text does not enter it"
 
@@ -68,7 +68,7 @@ def entrance(block: nn.Module) -> nn.Module:
 
 
 def find_router(block: nn.Module, stack: ExpertStack, probe: torch.Tensor, patcher: Patcher) -> Router | str:
-    """How to ask the router of ``block`` about hidden states [num_tokens, hidden] before the block runs, or why nobody can.
+    """How to ask the router of ``block`` about hidden states [num_tokens, hidden] before the block runs, or why it cannot be asked.
 
     ``probe`` [1, hidden] is what it is tried with. A plain Linear router returns scores alone: take their top-k. The call passes
     hooks by: it is a question, not a step.
@@ -101,7 +101,8 @@ def find_router(block: nn.Module, stack: ExpertStack, probe: torch.Tensor, patch
         except Exception as error:  # whatever a family's router makes of a call that it does not expect
             reason = str(error) or f"nothing in what it returns has {stack.num_experts} columns"
         else:
-            patcher.replace(router, "forward", remembering)
+            if router.forward is not remembering:
+                patcher.replace(router, "forward", remembering)
             return route
     return reason
 

@@ -9,18 +9,18 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 __all__ = ["RoomyLayer", "make_room"]
 
-LEAST_ROOM = 64  # tokens; else a quarter of what is there
+MIN_ROOM = 64  # tokens; else a quarter of what is there
 
 
 class RoomyLayer(DynamicLayer):  # type: ignore[misc]
     """DynamicLayer whose keys and values [batch, heads, tokens, head_dim] are the first tokens of larger buffers.
 
-    Whoever puts other tensors in their place (cropping, beams) is obeyed: they are copied at the next update. No more than
-    ``most_tokens`` (over the batch) are ever set aside, unless so many are there.
+    Tensors that are put in their place (cropping, beams) are copied at the next update. No more than ``max_tokens`` (over the
+    batch) are ever set aside, unless so many are there.
     """
 
-    def __init__(self, most_tokens: int) -> None:
-        self._most_tokens = most_tokens
+    def __init__(self, max_tokens: int) -> None:
+        self._max_tokens = max_tokens
         self._room: tuple[torch.Tensor, torch.Tensor] | None = None  # [batch, heads, room, head_dim] each; None: others are set
         self._length = 0  # of ``room``, what is filled
         self._set: list[torch.Tensor | None] = [None, None]  # without room: keys and values
@@ -73,8 +73,8 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         if self._room is None or self._room[0].shape[2] < past + count:
             old: Any = (self.keys, self.values)
             wanted, shapes = past + count, like or old
-            most = max(wanted, self._most_tokens // max(1, shapes[0].shape[0]))
-            length = min(most, wanted + max(LEAST_ROOM, wanted // 4))
+            most = max(wanted, self._max_tokens // max(1, shapes[0].shape[0]))
+            length = min(most, wanted + max(MIN_ROOM, wanted // 4))
             keys, values = (torch.empty(*x.shape[:2], length, x.shape[3], dtype=self.dtype, device=self.device) for x in shapes)
             if past:
                 keys[:, :, :past], values[:, :, :past] = old
@@ -94,12 +94,12 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         return keys.shape[0] if keys is not None and keys.dim() == 4 else 0
 
 
-def make_room(cache: Any, most_tokens: int) -> None:
+def make_room(cache: Any, max_tokens: int) -> None:
     """Give the layers of a DynamicCache room, those that keep every token; other caches stay as they are."""
     if type(cache) is not DynamicCache or cache.offloading:
         return
     for index, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
-            cache.layers[index] = roomy = RoomyLayer(most_tokens)
+            cache.layers[index] = roomy = RoomyLayer(max_tokens)
             for name, value in vars(layer).items():
                 setattr(roomy, name, value)

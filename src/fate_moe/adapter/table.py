@@ -16,7 +16,8 @@ class Family:
     """One model type. ``status`` is "ok" or the reason why it does not run.
 
     ``look_ahead`` is the share of MoE blocks whose router, asked before it runs, named the experts that it then used ("4/4");
-    ``keys`` are the checkpoint's names of one layer's experts, as they were read.
+    ``keys`` are the checkpoint's names of one layer's experts, as they were read. ``layers`` is "recognised" if all layers with
+    experts are plain (layers/plain.py), else the reasons of those that are not.
     """
 
     family: str
@@ -24,6 +25,7 @@ class Family:
     status: str
     look_ahead: str = ""
     keys: tuple[str, ...] = ()
+    layers: str = ""
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)
@@ -46,7 +48,7 @@ def tried_families() -> list[Family]:
 
 
 def known_families(installed: list[str]) -> list[Family]:
-    """The tested families, and beside them those of ``installed`` (of the installed transformers) that nobody has tried yet."""
+    """The tested families, and beside them those of ``installed`` (of the installed transformers) that were not tried yet."""
     rows = {row.family: row for row in tried_families()}
     untried = f"not tried yet (the table is of transformers {tried_with()})"
     new = [Family(name, "", untried) for name in installed if name not in rows]

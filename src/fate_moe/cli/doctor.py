@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-from fate_moe.cli.options import print_table
-from fate_moe.units import format_bytes
+from fate_moe.cli.options import print_table, quiet_transformers
+from fate_moe.config import format_bytes
 
 __all__ = ["add_verbs"]
 
@@ -14,9 +17,13 @@ __all__ = ["add_verbs"]
 def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add ``doctor``."""
     doctor = verbs.add_parser(
-        "doctor", help="say what is used here", description="Which kernels and which GPU are used, and why no better ones"
+        "doctor",
+        help="say what is used here",
+        description="Which kernels and which GPU are used, and why no better ones; with MODEL, which of its layers run in one step "
+        "of our kernels, and every reason why others do not (nothing is loaded)",
     )
-    doctor.add_argument("--calibrate", action="store_true", help="measure the way from RAM to the GPU, and keep the result")
+    doctor.add_argument("model", nargs="?", metavar="MODEL", help="checkpoint folder, GGUF file, hub id or store")
+    doctor.add_argument("--measure", action="store_true", help="measure the link from RAM to the GPU, and save the result")
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
     doctor.set_defaults(verb=_doctor)
 
@@ -25,8 +32,11 @@ def _doctor(arguments: argparse.Namespace) -> None:
     from fate_moe.gpu.device import gpu_facts
     from fate_moe.kernels.native import kernel_facts
 
-    if arguments.calibrate:
-        _calibrate(arguments.json)
+    if arguments.measure:
+        _measure(arguments.json)
+        return
+    if arguments.model is not None:
+        _doctor_model(arguments.model, arguments.json)
         return
     kernels, gpus = kernel_facts(), gpu_facts()
     if arguments.json:
@@ -41,7 +51,61 @@ def _doctor(arguments: argparse.Namespace) -> None:
         print_table(title, [(name, "used" if used else "-", why) for name, used, why in facts])
 
 
-def _calibrate(as_json: bool) -> None:
+def _doctor_model(name: str, as_json: bool) -> None:
+    """Which layers of a model are plain, and who runs them."""
+    quiet_transformers()
+    from fate_moe.adapter.meta_model import build_meta_model
+    from fate_moe.checkpoints.gguf import config_folder
+    from fate_moe.checkpoints.source import resolve_checkpoint
+    from fate_moe.engine.load import is_store
+    from fate_moe.layers.plain import cuda_reasons, plain_layers
+
+    with config_folder(Path(name) if is_store(name) else resolve_checkpoint(name)) as folder:
+        model: Any = build_meta_model(folder)
+    layers = plain_layers(model)
+    groups, on_gpu = _groups(model, layers), cuda_reasons(model, layers)
+    if as_json:
+        print(json.dumps({"family": model.config.model_type, "layers": groups, "gpu": on_gpu}))
+        return
+    rows = [
+        row
+        for group in groups
+        for row in [
+            (_span(group["layers"]), "recognised" if group["plain"] else "not recognised", group["plain"] or ""),
+            *(("", "", reason) for reason in group["reasons"]),
+            *(("", "CPU", reason) for reason in ([] if not group["plain"] else group["cpu"] or ["runs it in one step"])),
+        ]
+    ]
+    rows += [("all", "GPU", reason) for reason in on_gpu or ["decodes in one step"]]
+    print_table(f"{model.config.model_type}: layers with experts, and why they do not run in one step", rows)
+
+
+def _groups(model: Any, layers: Sequence[Any]) -> list[dict[str, Any]]:
+    """Layers of which the same is to say: their ``layers`` by number, what they are (``plain``) or ``reasons``, and ``cpu``'s."""
+    from fate_moe.layers.plain import PlainLayer, cpu_reasons
+
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for layer in layers:
+        plain = isinstance(layer, PlainLayer)
+        text, reasons = (layer.describe(), ()) if plain else ("", layer.reasons)
+        cpu = tuple(cpu_reasons(layer, model.dtype)) if plain else ()
+        group = groups.setdefault((text, reasons, cpu), {"layers": [], "plain": text, "reasons": list(reasons), "cpu": list(cpu)})
+        group["layers"].append(layer.layer)
+    return list(groups.values())
+
+
+def _span(numbers: Sequence[int]) -> str:
+    """As people write ranges: 0-3, 5."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    return ", ".join("-".join(map(str, run)) for run in runs)
+
+
+def _measure(as_json: bool) -> None:
     from fate_moe.gpu.device import find_gpu
     from fate_moe.gpu.link import measure_link, save_link
 
@@ -64,4 +128,4 @@ def _calibrate(as_json: bool) -> None:
         ("both at once: CPU reads", link.both_memory, ""),
     ]
     rows = [(what, f"{format_bytes(rate)}/s", remark) for what, rate, remark in amounts]
-    print_table(f"{gpu.name}, kept in {path}", [*rows, ("both against zero-copy alone", f"{link.gain:.2f}x", decision)])
+    print_table(f"{gpu.name}, saved in {path}", [*rows, ("both against zero-copy alone", f"{link.gain:.2f}x", decision)])

@@ -32,7 +32,9 @@ def _models(arguments: argparse.Namespace) -> None:
         print(json.dumps([row.as_dict() for row in rows]))
         return
     good = sum(row.status == "ok" for row in rows)
+    whole = sum(row.layers == "recognised" for row in rows)
     print_table(
-        f"{good} of {len(rows)} families run (transformers {tried_with()}); names of a layer's experts in the checkpoint",
-        [(row.family, row.status, ", ".join(row.keys)) for row in rows],
+        f"{good} of {len(rows)} families run, {whole} with layers that our kernels know whole (transformers {tried_with()}); "
+        "why the layers of others are not recognised",
+        [(row.family, row.status, row.layers) for row in rows],
     )

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch.nn.functional import linear, pad
 
 from fate_moe.core import BlobLayout
+from fate_moe.kernels.plain_layer import Attention, Mlp, Norm, PlainLayer, Router
 from fate_moe.quant.planes import unpack
 
-__all__ = ["dequantize", "expert_mlp", "expert_weights", "linear_quantized", "quantize_activations"]
+__all__ = ["decoder_layer", "dequantize", "expert_mlp", "expert_weights", "linear_quantized", "quantize_activations", "rms_norm"]
+
+Weights = Mapping[str, torch.Tensor]
+# (hidden [T, H], expert indices [T, top_k], their weights [T, top_k]) -> [T, H], as transformers calls its experts.
+Experts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def dequantize(
@@ -122,3 +128,111 @@ def expert_mlp(experts: Any, weights: dict[str, torch.Tensor], x: torch.Tensor) 
         inner = experts.act_fn(linear(x, weights["up_proj"], weights.get("up_proj_bias")))
     out = linear(inner, weights["down_proj"], weights.get("down_proj_bias"))
     return experts.post_expert_norm(out) if getattr(experts, "has_post_expert_norm", False) else out  # type: ignore[no-any-return]
+
+
+def decoder_layer(
+    plain: PlainLayer,
+    weights: Weights,
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    experts: Experts,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What a plain decoder layer computes: out [T, H] of ``x`` [T, H], and the keys and values [past + T, kv heads, head_dim].
+
+    ``weights`` has the layer's parameters by the names that transformers' module gives them; ``cos`` and ``sin`` [T, rotary_dim]
+    belong to the new tokens, ``keys`` and ``values`` [past, kv heads, head_dim] to those before. Results of matrices are rounded to
+    x's dtype; norms, softmax and attention are computed in fp32.
+    """
+    normed = rms_norm(plain.input_norm, weights["input_layernorm.weight"], x)
+    attended, keys, values = _attention(plain.attention, weights, normed, cos, sin, keys, values)
+    x = x + attended * plain.residual_scale
+    normed = rms_norm(plain.post_norm, weights["post_attention_layernorm.weight"], x)
+    index, routing_weights = _route(plain.router, weights[f"{plain.block}.{plain.router_name}.weight"], normed)
+    out = experts(normed, index, routing_weights)
+    if plain.shared is not None:
+        beside = _mlp(plain.shared.mlp, weights, f"{plain.block}.{plain.shared.name}", normed)
+        if plain.shared.gate is not None:
+            beside = linear(normed, weights[f"{plain.block}.{plain.shared.gate}.weight"]).sigmoid() * beside
+        out = out + beside
+    return x + out * plain.residual_scale, keys, values
+
+
+def rms_norm(norm: Norm, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """[..., n] in x's dtype of ``x`` [..., n]: over the last dimension, computed in fp32."""
+    y = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + norm.eps)
+    return weight * y.to(x.dtype) if norm.rounds_first else (weight.float() * y).to(x.dtype)
+
+
+def _attention(
+    attention: Attention,
+    weights: Weights,
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def project(name: str, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, weights[f"self_attn.{name}_proj.weight"], weights.get(f"self_attn.{name}_proj.bias"))
+
+    def heads(name: str) -> torch.Tensor:
+        y = project(name, x)
+        norm = attention.qk_norm if name != "v" else None
+        if norm is not None and attention.norm_over_heads:
+            y = rms_norm(norm, weights[f"self_attn.{name}_norm.weight"], y)
+        if attention.clip is not None:
+            y = y.clamp(-attention.clip, attention.clip)
+        y = y.view(len(x), -1, attention.head_dim)
+        if norm is not None and not attention.norm_over_heads:
+            y = rms_norm(norm, weights[f"self_attn.{name}_norm.weight"], y)
+        return y if name == "v" else _rotate(y, cos, sin, attention.rotary_dim)
+
+    queries = heads("q")
+    keys, values = torch.cat([keys, heads("k")]), torch.cat([values, heads("v")])
+    group = attention.heads // attention.kv_heads
+    scores = torch.einsum("thd,shd->hts", queries.float(), keys.repeat_interleave(group, 1).float()) * attention.scaling
+    at = torch.arange(len(keys) - len(x), len(keys)).unsqueeze(1)
+    seen = torch.arange(len(keys)).unsqueeze(0) <= at
+    if attention.window is not None:
+        seen &= torch.arange(len(keys)).unsqueeze(0) > at - attention.window
+    probabilities = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    mixed = torch.einsum("hts,shd->thd", probabilities, values.repeat_interleave(group, 1).float())
+    return project("o", mixed.flatten(1).to(x.dtype)), keys, values
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotary_dim: int) -> torch.Tensor:
+    """[T, heads, head_dim]: channel i and i + rotary_dim / 2 turn together, those from rotary_dim on stay."""
+    turned, rest = x[..., :rotary_dim], x[..., rotary_dim:]
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos.unsqueeze(1) + torch.cat([-second, first], dim=-1) * sin.unsqueeze(1)
+    return torch.cat([turned, rest], dim=-1)
+
+
+def _route(router: Router, weight: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each token the experts [T, top_k], likeliest first, and their weights in x's dtype."""
+    chosen = linear(x, weight).float().softmax(-1).topk(router.top_k, dim=-1)
+    weights = chosen.values / chosen.values.sum(-1, keepdim=True) if router.normalize else chosen.values
+    return chosen.indices, (weights * router.scale).to(x.dtype)
+
+
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": torch.nn.functional.silu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_pytorch_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "relu": torch.relu,
+    "relu2": lambda x: torch.relu(x).square(),
+}
+
+
+def _mlp(mlp: Mlp, weights: Weights, name: str, x: torch.Tensor) -> torch.Tensor:
+    gate, up = (
+        linear(x, weights[f"{name}.{part}_proj.weight"], weights.get(f"{name}.{part}_proj.bias")) for part in ("gate", "up")
+    )
+    if mlp.limit is not None:
+        gate, up = gate.clamp(max=mlp.limit), up.clamp(-mlp.limit, mlp.limit)
+    return linear(
+        _ACTIVATIONS[mlp.activation](gate) * up, weights[f"{name}.down_proj.weight"], weights.get(f"{name}.down_proj.bias")
+    )

@@ -1,4 +1,4 @@
-"""Preset ``eap`` on a GPU: what comes early is named by sequences that were like this one."""
+"""Preset ``eap`` on a GPU: experts are prefetched by the sequences that were most like this one."""
 
 from __future__ import annotations
 

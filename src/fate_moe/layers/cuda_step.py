@@ -1,7 +1,7 @@
 """A whole decode step of plain decoder layers in a dozen launches a layer, captured in one CUDA graph.
 
-Plain: RMS norm, grouped-query attention with rotary halves over a static KV cache, RMS norm, softmax router, experts and perhaps
-one shared expert. Of everything else the transformers modules run as they are (``models/device.py``).
+``plain.py`` says which models' layers are plain and which of them this step can run; for all others the transformers modules run as
+they are (``engine/cuda.py``).
 """
 
 from __future__ import annotations
@@ -13,33 +13,18 @@ from typing import Any
 import torch
 import triton
 
+from fate_moe.errors import UnsupportedModelError
 from fate_moe.gpu.dense import ByteLinear, Matrix, joined
 from fate_moe.gpu.experts import DeviceExperts
 from fate_moe.gpu.prefill import dot_dtype
+from fate_moe.kernels.plain_layer import PlainLayer
 from fate_moe.kernels.triton_dense import attend_kernel, combine_kernel, matvec_kernel
+from fate_moe.layers.plain import cuda_reasons, plain_layers
 
-__all__ = ["FusedStep", "why_not_fused"]
+__all__ = ["FusedStep"]
 
-_FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe")
 ATTEND_ROWS = 32
 _SPLITS = 16  # of the KV cache's length, per head: 64 programs for 4 key-value heads
-
-
-def why_not_fused(model: Any) -> list[str]:
-    """Reasons why ``model``'s layers are not plain; none if they are."""
-    config = model.config
-    reasons = []
-    if config.model_type not in _FAMILIES:
-        reasons.append(f"{config.model_type} is not one of {', '.join(_FAMILIES)}")
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        reasons.append("it has a sliding window")
-    if config.hidden_act != "silu":
-        reasons.append(f"its activation is {config.hidden_act}")
-    if not all(hasattr(layer.mlp, "experts") for layer in model.model.layers):
-        reasons.append("some of its layers have no experts")
-    if (config.rope_parameters or {}).get("rope_type", "default") != "default":
-        reasons.append("its rotary frequencies are scaled")
-    return reasons
 
 
 @dataclass
@@ -68,21 +53,24 @@ class FusedStep:
     """
 
     def __init__(self, model: Any, experts: DeviceExperts, cache: Any) -> None:
-        config = model.config
+        """Raises UnsupportedModelError, with every reason, where ``cuda_reasons`` has some."""
+        found = plain_layers(model)
+        if reasons := cuda_reasons(model, found):
+            raise UnsupportedModelError(f"no fused decode step: {'; '.join(reasons)}; let transformers' layers run")
+        layers = [layer for layer in found if isinstance(layer, PlainLayer)]
+        plain = layers[0]  # the others differ in their weights alone
         self._experts, self._model, self._cache = experts, model, cache
-        self._eps = config.rms_norm_eps
-        self._heads, self._kv = config.num_attention_heads, config.num_key_value_heads
-        self._dim = getattr(config, "head_dim", None) or config.hidden_size // self._heads
-        self._normalize = bool(getattr(config, "norm_topk_prob", True))
-        self._layers = [_layer(block, cache.layers[i]) for i, block in enumerate(model.model.layers)]
+        self._eps = plain.input_norm.eps
+        self._heads, self._kv, self._dim = plain.attention.heads, plain.attention.kv_heads, plain.attention.head_dim
+        self._normalize = plain.router.normalize
+        self._layers = [_layer(model, layer, cache.layers[layer.attention.index]) for layer in layers]
         self._length = self._layers[0].keys.shape[1]
         device, dtype = model.device, model.dtype
         self._dot = dot_dtype(dtype, device)
-        shared = self._layers[0].shared_gate_up is not None
-        self._rows = model.model.layers[0].mlp.gate.weight.shape[0] + shared
-        self._routers = _routers(model.model.layers, experts.state.fitted, shared)
+        self._rows = plain.router.num_experts + (plain.shared is not None)
+        self._routers = _routers(model, layers, experts.fitted)
         self._inv_freq = model.model.rotary_emb.inv_freq.float()
-        hidden = config.hidden_size
+        hidden = plain.hidden
 
         def empty(*shape: int, kind: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.zeros(shape, dtype=kind, device=device)
@@ -97,7 +85,7 @@ class FusedStep:
         self._shared = empty(1 if down is None else _shape(down)[1], kind=dtype)
         self._head = joined([model.lm_head])
         self.token, self.position = empty(1, kind=torch.int64), empty(1, kind=torch.int64)
-        self.logits = empty(config.vocab_size)
+        self.logits = empty(_shape(self._head)[0])
         self.tokens = empty(self._length + 1, kind=torch.int64)
         # For measurements: int64 [length + 1], tokens to go on with instead of the likeliest, and fp32 [layers, experts], what to
         # predict layers by instead of their routers.
@@ -214,15 +202,18 @@ def matvec_tile(rows: int, cols: int) -> tuple[int, int, int]:
     return 4 if rows < 32768 else 16, min(2048, max(64, triton.next_power_of_2(cols))), 8
 
 
-def _layer(block: Any, cache: Any) -> _Layer:
-    attention, shared = block.self_attn, getattr(block.mlp, "shared_expert", None)
+def _layer(model: Any, plain: PlainLayer, cache: Any) -> _Layer:
+    block = model.get_submodule(plain.path)
+    attention = block.self_attn
+    shared = block.get_submodule(f"{plain.block}.{plain.shared.name}") if plain.shared is not None else None
     parts = [attention.q_proj, attention.k_proj, attention.v_proj]
+    with_norms = plain.attention.qk_norm is not None
     return _Layer(
         norm=block.input_layernorm.weight,
         qkv=joined(parts),
-        qkv_bias=torch.cat([part.bias for part in parts]) if parts[0].bias is not None else None,
-        q_norm=attention.q_norm.weight if hasattr(attention, "q_norm") else None,
-        k_norm=attention.k_norm.weight if hasattr(attention, "k_norm") else None,
+        qkv_bias=torch.cat([part.bias for part in parts]) if plain.attention.qkv_bias else None,
+        q_norm=attention.q_norm.weight if with_norms else None,
+        k_norm=attention.k_norm.weight if with_norms else None,
         out=joined([attention.o_proj]),
         post_norm=block.post_attention_layernorm.weight,
         shared_gate_up=joined([shared.gate_proj, shared.up_proj]) if shared is not None else None,
@@ -232,17 +223,20 @@ def _layer(block: Any, cache: Any) -> _Layer:
     )
 
 
-def _routers(layers: Any, fitted: Sequence[torch.Tensor | None], shared: bool) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+def _routers(
+    model: Any, layers: Sequence[PlainLayer], fitted: Sequence[torch.Tensor | None]
+) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
     """Of each layer one matrix, and its bias: the router, the shared expert's gate, then what predicts the next layer's choice.
 
     Where that is the next layer's own router, which comes next, the matrix is a view.
     """
-    blocks = []
+    blocks, rows = [], layers[0].router.num_experts + (layers[0].shared is not None)
     for layer in layers:
-        blocks.append(layer.mlp.gate.weight)
-        if shared:
-            blocks.append(layer.mlp.shared_expert_gate.weight)
-    whole, rows = torch.cat(blocks), blocks[0].shape[0] + shared
+        block = model.get_submodule(f"{layer.path}.{layer.block}")
+        blocks.append(block.get_submodule(layer.router_name).weight)
+        if layer.shared is not None and layer.shared.gate is not None:
+            blocks.append(block.get_submodule(layer.shared.gate).weight)
+    whole = torch.cat(blocks)
     made: list[tuple[torch.Tensor, torch.Tensor | None]] = []
     for number, gate in enumerate([*fitted[1:], None]):
         own = whole[number * rows : (number + 1) * rows]

@@ -19,7 +19,7 @@ __all__ = ["QuantizedLinear", "StoredEmbedding"]
 
 # Up to this many rows of x are multiplied as the weights lie; for more, weights are written out tile by tile: for matrix tiles
 # where the processor has them, else for torch's GEMM.
-MOST_ROWS = 8
+MAX_ROWS = 8
 _TILE_BYTES = 8 << 20
 
 
@@ -70,7 +70,7 @@ class QuantizedLinear(nn.Module):
         rows = x.reshape(-1, self.in_features)
         if self.place is None or x.dtype not in (torch.float32, torch.bfloat16):
             return linear(x, self.weight.to(x.dtype), self.bias)
-        if len(rows) <= MOST_ROWS:
+        if len(rows) <= MAX_ROWS:
             rows = rows.contiguous()
             out = torch.empty(len(rows), self.out_features, dtype=x.dtype)
             dtype, threads = DTYPES[x.dtype], torch.get_num_threads()

@@ -1,12 +1,12 @@
-"""Modules that are what most families have, run by one call of the extension each where a token or a few come.
+"""RMS norms, gated MLPs and attention with rotary halves, each run by one call of the extension where a token or a few come.
 
-RMSNorm, gated MLPs, attention with rotate-half rope. Which modules these are is found by trying them on numbers, not by a list of
-families: what a module gives must be what ours gives, else it stays as it is. The family's own forward stays for everything else:
-many tokens, masks, other caches, gradients.
+``plain.py`` says which modules these are. The family's own forward stays for everything else: many tokens, masks, other caches,
+gradients. At load time each module is compared with it once: a module that differs keeps it, and a warning says so.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,9 +22,13 @@ from fate_moe.adapter.kv_cache import RoomyLayer, make_room
 from fate_moe.core import Patcher
 from fate_moe.kernels.activations import find_activation
 from fate_moe.kernels.native import BF16, DTYPES, native
-from fate_moe.layers.dense import MOST_ROWS, QuantizedLinear
+from fate_moe.kernels.plain_layer import Attention, Mlp, Norm
+from fate_moe.layers.dense import MAX_ROWS, QuantizedLinear
+from fate_moe.layers.plain import attention_reasons, layers_enabled, recognise_attention, recognise_mlp, recognise_norm
 
-__all__ = ["ModuleSnapshot", "SmallWeight", "accelerate", "accelerated_by", "is_near", "room_in", "weight_of"]
+__all__ = ["ModuleSnapshot", "SmallWeight", "accelerate", "accelerated_by", "is_near", "room_in", "warn_of_difference", "weight_of"]
+
+_log = logging.getLogger(__name__)
 
 # Unquantized matrices up to so many weights are multiplied by the extension: oneDNN takes 250 us for a router of 60 x 2048 in bf16.
 _SMALL = 1 << 20
@@ -37,16 +41,19 @@ Accelerated = tuple[Forward, Any]  # a forward, and what ``accelerated_by`` give
 
 @torch.no_grad()
 def accelerate(model: Any, exact: bool, patcher: Patcher) -> Counter[str]:
-    """Let the extension run ``model``'s standard modules; how many of each kind. Does nothing without the extension."""
+    """Let the extension run those of ``model``'s modules that are known and that it has kernels for; how many of each kind.
+
+    ``exact``: quantized weights are multiplied with fp32 activations. Does nothing without the extension.
+    """
     found: Counter[str] = Counter()
-    if native is None or model.dtype not in (torch.float32, torch.bfloat16):
+    if native is None or not layers_enabled() or model.dtype not in (torch.float32, torch.bfloat16):
         return found
     inside_experts = {part for module in model.modules() if is_experts(module) for part in module.modules()}
     generator = torch.Generator().manual_seed(0)
     for name, module in model.named_modules():
         if module in inside_experts:
             continue
-        kind, accelerated = _accelerated(module, model, exact, generator)
+        kind, accelerated = _accelerated(name, module, model, exact, generator)
         if accelerated is not None:
             patcher.replace(module, "forward", accelerated[0])
             patcher.replace(module, "fate_accelerated", accelerated[1])
@@ -64,15 +71,27 @@ def accelerated_by(module: nn.Module) -> Any:
     return getattr(module, "fate_accelerated", None)
 
 
-def _accelerated(module: nn.Module, model: Any, exact: bool, generator: torch.Generator) -> tuple[str, Accelerated | None]:
-    names = {name for name, _ in module.named_children()}
-    if type(module).__name__.endswith("RMSNorm"):
-        return "norms", _norm(module, model.dtype, generator)
-    if {"gate_proj", "up_proj", "down_proj"} <= names:
-        return "MLPs", _mlp(module, model.dtype, exact, generator)
-    if {"q_proj", "k_proj", "v_proj", "o_proj"} <= names:
-        return "attentions", _attention(module, model, exact, generator)
+def _accelerated(
+    name: str, module: nn.Module, model: Any, exact: bool, generator: torch.Generator
+) -> tuple[str, Accelerated | None]:
+    children = {child for child, _ in module.named_children()}
+    weight = module._parameters.get("weight")
+    if not children and weight is not None and weight.dim() == 1:
+        norm = recognise_norm(module)
+        return "norms", _norm(name, module, norm, model.dtype, generator) if isinstance(norm, Norm) else None
+    if {"gate_proj", "up_proj", "down_proj"} <= children:
+        mlp = recognise_mlp(module)
+        return "MLPs", _mlp(name, module, mlp, model.dtype, exact, generator) if isinstance(mlp, Mlp) else None
+    if {"q_proj", "k_proj", "v_proj", "o_proj"} <= children:
+        attention = recognise_attention(module)
+        if isinstance(attention, Attention) and model.dtype == torch.bfloat16 and not attention_reasons(attention):
+            return "attentions", _attention(name, module, attention, exact, generator)
     return "", None
+
+
+def warn_of_difference(name: str, difference: str) -> None:
+    """Say that the known code at ``name`` does not give what ours gives: it keeps its own forward."""
+    _log.warning("%s keeps its own forward: %s; please report this with the versions of torch and transformers", name, difference)
 
 
 class SmallWeight(nn.Parameter):
@@ -98,7 +117,7 @@ class SmallWeight(nn.Parameter):
             cols = own.get("cols", 0)
             with torch._C.DisableTorchFunctionSubclass():
                 moved = args[1].data_ptr() != own.get("address")
-            few = x.dtype == torch.bfloat16 and x.numel() <= MOST_ROWS * cols and x.is_contiguous() and not x.requires_grad
+            few = x.dtype == torch.bfloat16 and x.numel() <= MAX_ROWS * cols and x.is_contiguous() and not x.requires_grad
             if few and not moved:
                 out, count = x.new_empty(*x.shape[:-1], own["rows"]), x.numel() // cols
                 native.linear(own["place"], own["address"], BF16, x.data_ptr(), 1, count, out.data_ptr(), 1, True, 1)
@@ -107,10 +126,10 @@ class SmallWeight(nn.Parameter):
             return func(*args, **(kwargs or {}))
 
 
-def _few(x: torch.Tensor, cols: int, most_rows: int) -> bool:
+def _few(x: torch.Tensor, cols: int, max_rows: int) -> bool:
     """Whether ``x`` [..., cols] is something for the extension."""
     return (
-        x.numel() <= most_rows * cols
+        x.numel() <= max_rows * cols
         and x.dtype in (torch.bfloat16, torch.float32)
         and x.is_contiguous()
         and not x.requires_grad
@@ -123,35 +142,33 @@ def is_near(got: torch.Tensor, want: torch.Tensor) -> bool:
     return bool((got.float() - want.float()).norm() <= _NEAR * want.float().norm()) and bool(want.abs().max() > 0)
 
 
-def _norm(module: nn.Module, dtype: torch.dtype, generator: torch.Generator) -> Accelerated | None:
-    weight = module._parameters.get("weight")
-    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if (
-        weight is None
-        or weight.dim() != 1
-        or weight.dtype not in DTYPES
-        or len(module._parameters) > 1
-        or not isinstance(eps, float)
-    ):
+def _difference(got: torch.Tensor, want: torch.Tensor) -> str:
+    distance = float((got.float() - want.float()).norm() / want.float().norm().clamp(min=1e-30))
+    return f"the kernel's result differs from it by {distance:.1%} of its norm"
+
+
+def _norm(name: str, module: nn.Module, norm: Norm, dtype: torch.dtype, generator: torch.Generator) -> Accelerated | None:
+    weight = module._parameters["weight"]
+    if weight is None or weight.dtype not in DTYPES:
         return None
     original, size, address, weight_dtype = module.forward, len(weight), weight.data_ptr(), DTYPES[weight.dtype]
 
     def forward(x: torch.Tensor) -> Any:
-        if not _few(x, size, MOST_ROWS) or weight.data_ptr() != address or module._parameters["weight"] is not weight:
+        if not _few(x, size, MAX_ROWS) or weight.data_ptr() != address or module._parameters["weight"] is not weight:
             return original(x)
         out = torch.empty_like(x)
-        native.rms_norm(x.data_ptr(), DTYPES[x.dtype], x.numel() // size, size, address, weight_dtype, eps, out.data_ptr())
+        native.rms_norm(x.data_ptr(), DTYPES[x.dtype], x.numel() // size, size, address, weight_dtype, norm.eps, out.data_ptr())
         return out
 
     for scale in (1e-3, 1.0, 30.0):  # a small one, where eps matters
         x = (scale * torch.randn(3, size, generator=generator)).to(dtype)
-        try:
-            want, got = original(x), forward(x)
-        except Exception:  # a norm that wants more than one tensor, or another one
+        want, got = original(x), forward(x)
+        if want.dtype != got.dtype:  # its weight is of another dtype than the model: the kernel gives the input's
             return None
-        if want.dtype != got.dtype or (got.float() - want.float()).abs().max() > 4 * torch.finfo(dtype).eps * want.abs().max():
+        if (got.float() - want.float()).abs().max() > 4 * torch.finfo(dtype).eps * want.abs().max():
+            warn_of_difference(name, _difference(got, want))
             return None
-    return forward, eps
+    return forward, norm.eps
 
 
 def weight_of(layer: Any) -> Any:
@@ -171,16 +188,18 @@ def weight_of(layer: Any) -> Any:
     return None
 
 
-class _GateOf:
-    """An MLP's activation as find_activation wants to see it."""
+class _Activation:
+    """An MLP's activation as ``find_activation`` reads it off experts."""
 
     has_gate = True
 
-    def __init__(self, act: Any) -> None:
-        self.act_fn = act
+    def __init__(self, act: Any, limit: float | None) -> None:
+        self.act_fn, self.limit = act, limit
 
     def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
+        if self.limit is not None:
+            gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
         return torch.as_tensor(self.act_fn(gate) * up)
 
 
@@ -209,70 +228,46 @@ class ModuleSnapshot:
         return numbers and all(modules[name] is part for modules, name, part in self._places)
 
 
-def _mlp(module: Any, dtype: torch.dtype, exact: bool, generator: torch.Generator) -> Accelerated | None:
-    layers = ("gate_proj", "up_proj", "down_proj")
-    weights = [weight_of(getattr(module, name)) for name in layers]
-    act = getattr(module, "act_fn", None)
-    how = find_activation(_GateOf(act)) if act is not None and all(weight is not None for weight in weights) else None
-    if how is None:
+def _mlp(name: str, module: Any, mlp: Mlp, dtype: torch.dtype, exact: bool, generator: torch.Generator) -> Accelerated | None:
+    weights = [weight_of(getattr(module, part)) for part in ("gate_proj", "up_proj", "down_proj")]
+    if any(weight is None for weight in weights):
         return None
-    original, size, of, watch = (
-        module.forward,
-        module.gate_proj.in_features,
-        native.Mlp.make(*weights, how),
-        ModuleSnapshot([module]),
-    )
+    activation = find_activation(_Activation(module.act_fn, mlp.limit))
+    if activation is None:
+        return None
+    original, size = module.forward, module.gate_proj.in_features
+    of, snapshot = native.Mlp.make(*weights, activation), ModuleSnapshot([module])
+    if module.down_proj.out_features != size or module.up_proj.in_features != size:
+        return None
 
     def forward(x: torch.Tensor) -> Any:
-        if not _few(x, size, MOST_ROWS) or any(watch.hooks) or not watch.same():
+        if not _few(x, size, MAX_ROWS) or any(snapshot.hooks) or not snapshot.same():
             return original(x)
         out = torch.empty_like(x)
         native.mlp(of, x.data_ptr(), DTYPES[x.dtype], x.numel() // size, out.data_ptr(), exact, torch.get_num_threads())
         return out
 
-    if module.down_proj.out_features != size or module.up_proj.in_features != size:
-        return None
     x = torch.randn(2, size, generator=generator).to(dtype)
-    try:
-        return (forward, of) if is_near(forward(x), original(x)) else None
-    except Exception:  # it wants more than one tensor
+    got, want = forward(x), original(x)
+    if not is_near(got, want):
+        warn_of_difference(name, _difference(got, want))
         return None
+    return forward, of
 
 
-def _attention(module: Any, model: Any, exact: bool, generator: torch.Generator) -> Accelerated | None:
-    children = dict(module.named_children())
-    layers = ("q_proj", "k_proj", "v_proj", "o_proj")
-    norms = [children.get("q_norm"), children.get("k_norm")]
-    weights = [weight_of(children[name]) for name in layers]
-    size, dim, index = (
-        getattr(children["q_proj"], "in_features", 0),
-        getattr(module, "head_dim", 0),
-        getattr(module, "layer_idx", -1),
-    )
-    reasons_not = (
-        model.dtype != torch.bfloat16
-        or any(weight is None for weight in weights)
-        or not isinstance(dim, int)
-        or not isinstance(index, int)
-        or index < 0
-        or dim < 2
-        or dim % 2
-        or children["o_proj"].out_features != size
-        or module._parameters
-        or any("softcap" in name for name in vars(module))
-        or getattr(module, "sliding_window", None) is not None
-        or (norms[0] is None) != (norms[1] is None)
-        or any(norm is not None and tuple(norm.weight.shape) != (dim,) for norm in norms)
-        or getattr(module.config, "_attn_implementation", "") != "sdpa"
-    )
-    if reasons_not:
+def _attention(name: str, module: Any, attention: Attention, exact: bool, generator: torch.Generator) -> Accelerated | None:
+    weights = [weight_of(getattr(module, part)) for part in ("q_proj", "k_proj", "v_proj", "o_proj")]
+    size, dim, index = module.q_proj.in_features, attention.head_dim, attention.index
+    config = module.config
+    if any(weight is None for weight in weights) or getattr(config, "_attn_implementation", "") != "sdpa" or index < 0:
         return None
-    heads, kv_heads = children["q_proj"].out_features // dim, children["k_proj"].out_features // dim
-    addresses = [norm.weight.data_ptr() if norm is not None else 0 for norm in norms]
-    norm_dtype = DTYPES[norms[0].weight.dtype] if norms[0] is not None else 0
-    eps = next((getattr(norms[0], name) for name in ("variance_epsilon", "eps") if hasattr(norms[0], name)), 0.0)
-    of = native.Attention.make(*weights, heads, kv_heads, dim, module.scaling, *addresses, norm_dtype, eps)
-    original, watch, config = module.forward, ModuleSnapshot([module]), module.config
+    norms = [module.q_norm, module.k_norm] if attention.qk_norm is not None else []
+    if any(norm.weight.dtype not in DTYPES for norm in norms):
+        return None
+    addresses, norm_dtype = [norm.weight.data_ptr() for norm in norms] or [0, 0], DTYPES[norms[0].weight.dtype] if norms else 0
+    eps = attention.qk_norm.eps if attention.qk_norm is not None else 0.0
+    of = native.Attention.make(*weights, attention.heads, attention.kv_heads, dim, attention.scaling, *addresses, norm_dtype, eps)
+    original, snapshot = module.forward, ModuleSnapshot([module])
 
     def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         layer = room_in(kwargs.get("past_key_values"), index)
@@ -287,8 +282,8 @@ def _attention(module: Any, model: Any, exact: bool, generator: torch.Generator)
             or hidden_states.dtype != torch.bfloat16
             or hidden_states.requires_grad
             or config._attn_implementation != "sdpa"
-            or any(watch.hooks)
-            or not watch.same()
+            or any(snapshot.hooks)
+            or not snapshot.same()
         ):
             return original(hidden_states, *args, **kwargs)
         cos, sin = angles
@@ -304,9 +299,13 @@ def _attention(module: Any, model: Any, exact: bool, generator: torch.Generator)
         return out, None
 
     try:
-        return (forward, of) if _attends_alike(original, forward, size, dim, index, generator) else None
-    except Exception:  # an attention that wants other things
+        difference = _attention_difference(original, forward, size, dim, index, generator)
+    except Exception as error:  # whatever a family's attention makes of this call
+        difference = f"it cannot be called with a token and a cache ({error})"
+    if difference is not None:
+        warn_of_difference(name, difference)
         return None
+    return forward, of
 
 
 def room_in(cache: Any, index: int) -> RoomyLayer | None:
@@ -316,8 +315,11 @@ def room_in(cache: Any, index: int) -> RoomyLayer | None:
     return layer if type(layer) is RoomyLayer and layer.holds_one(torch.bfloat16) else None
 
 
-def _attends_alike(original: Forward, forward: Forward, size: int, dim: int, index: int, generator: torch.Generator) -> bool:
-    """Several tokens by the family's own forward, then one more by each of the two: the same output, the same keys and values."""
+def _attention_difference(
+    original: Forward, forward: Forward, size: int, dim: int, index: int, generator: torch.Generator
+) -> str | None:
+    """Several tokens by the family's own forward, then one more by each of the two: how output, key or value
+    differ, if they do."""
     x = (2 * torch.randn(1, _PROBE_TOKENS, size, generator=generator)).bfloat16()
     angles = 3 * torch.rand(1, _PROBE_TOKENS, dim // 2, generator=generator).repeat(1, 1, 2)
     results = []
@@ -331,4 +333,4 @@ def _attends_alike(original: Forward, forward: Forward, size: int, dim: int, ind
             make_room(cache, _PROBE_TOKENS)
         layer = cache.layers[index]
         results.append((out, layer.keys[:, :, -1:], layer.values[:, :, -1:]))
-    return isinstance(room_in(cache, index), RoomyLayer) and all(is_near(a, b) for a, b in zip(*results, strict=True))
+    return next((_difference(got, want) for want, got in zip(*results, strict=True) if not is_near(got, want)), None)

@@ -1,0 +1,169 @@
+"""The code of transformers that this engine knows, and what it means. One class stands for all with the same code.
+
+A class is looked up by the fingerprint of its ``forward``, so a family that copies known code is known without being listed here,
+and one that changes a line no longer is. What a class has in attributes (eps, head sizes, flags) is named here and read from the
+module.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from fate_moe.layers.fingerprint import fingerprint
+
+__all__ = [
+    "ATTENTIONS",
+    "BLOCKS",
+    "HEADS",
+    "LAYERS",
+    "MLPS",
+    "NORMS",
+    "ROPES",
+    "ROUTERS",
+    "TRUNKS",
+    "AttentionCode",
+    "BlockCode",
+    "LayerCode",
+    "MlpCode",
+    "NormCode",
+    "RouterCode",
+    "meaning_of",
+]
+
+Meaning = TypeVar("Meaning")
+
+
+@dataclass(frozen=True)
+class NormCode:
+    """An RMS norm with its eps in attribute ``eps``; ``rounds_first``: x is rounded to its dtype before the weight."""
+
+    eps: str = "variance_epsilon"
+    rounds_first: bool = True
+
+
+@dataclass(frozen=True)
+class MlpCode:
+    """down_proj(act_fn(gate_proj(x)) * up_proj(x)); ``limit`` names the attribute that limits both factors."""
+
+    limit: str | None = None
+
+
+@dataclass(frozen=True)
+class AttentionCode:
+    """q_proj, k_proj, v_proj, rotary halves, o_proj. ``norms``: q_norm and k_norm are on each "head", on "all" heads together, or
+    not there; ``norms_if`` names the attribute that turns them on. ``clip`` and ``window`` name fields of the configuration,
+    ``partial_rope``: only the channels that cos and sin have are turned. ``rope_if``: field and value without which there is none.
+    """
+
+    norms: str = ""
+    norms_if: str | None = None
+    clip: str | None = None
+    window: str | None = None
+    partial_rope: bool = False
+    rope_if: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class RouterCode:
+    """Softmax over ``weight`` times x, then the largest. ``normalize``: whether their weights are divided by their sum, or the
+    attribute that says so. ``scale`` and ``method`` name attributes: a factor, and how groups limit the choice ("greedy": not)."""
+
+    normalize: bool | str
+    scale: str | None = None
+    method: str | None = None
+
+
+@dataclass(frozen=True)
+class BlockCode:
+    """A MoE block's children beside ``experts``; ``gate`` is the shared expert's."""
+
+    router: str
+    shared: str | None = None
+    gate: str | None = None
+
+
+@dataclass(frozen=True)
+class LayerCode:
+    """input_layernorm, self_attn, sum, post_attention_layernorm, ``block``, sum; ``residual`` names the attribute that scales what
+    is added."""
+
+    block: str = "mlp"
+    residual: str | None = None
+
+
+NORMS: Mapping[str, NormCode] = {
+    "qwen3_moe.Qwen3MoeRMSNorm": NormCode(),
+    "gpt_oss.GptOssRMSNorm": NormCode(rounds_first=False),
+    "nemotron_h.NemotronHRMSNorm": NormCode(rounds_first=False),
+    "gemma4.Gemma4RMSNorm": NormCode(eps="eps", rounds_first=False),
+}
+MLPS: Mapping[str, MlpCode] = {
+    "qwen2_moe.Qwen2MoeMLP": MlpCode(),
+    "beam.BeamMLP": MlpCode(),  # the product in fp32
+    "glm4v_moe.Glm4vMoeisionMlp": MlpCode(),
+    "deepseek_v4.DeepseekV4MLP": MlpCode(limit="limit"),
+    "glm5_next.Glm5NextTextMLP": MlpCode(limit="swiglu_limit"),
+}
+ATTENTIONS: Mapping[str, AttentionCode] = {
+    "qwen2_moe.Qwen2MoeAttention": AttentionCode(),
+    "qwen2.Qwen2Attention": AttentionCode(),
+    "qwen3_moe.Qwen3MoeAttention": AttentionCode(norms="head"),
+    "mixtral.MixtralAttention": AttentionCode(window="sliding_window"),
+    "qwen3_vl_moe.Qwen3VLMoeTextAttention": AttentionCode(norms="head"),
+    "hy_v3.HYV3Attention": AttentionCode(norms="head"),
+    "granitemoehybrid.GraniteMoeHybridAttention": AttentionCode(rope_if=("position_embedding_type", "rope")),
+    "glm4_moe.Glm4MoeAttention": AttentionCode(norms="head", norms_if="use_qk_norm", partial_rope=True),
+    "glm4v_moe.Glm4vMoeTextAttention": AttentionCode(partial_rope=True),
+    "olmoe.OlmoeAttention": AttentionCode(norms="all", clip="clip_qkv", window="sliding_window"),
+}
+ROUTERS: Mapping[str, RouterCode] = {
+    "qwen3_moe.Qwen3MoeTopKRouter": RouterCode("norm_topk_prob"),
+    "mixtral.MixtralTopKRouter": RouterCode(True),
+    "qwen3_vl_moe.Qwen3VLMoeTextTopKRouter": RouterCode(True),
+    "deepseek_v2.DeepseekV2TopkRouter": RouterCode(False, scale="routed_scaling_factor", method="topk_method"),
+    # The softmax of the largest logits alone: the same weights as the largest of a softmax, normalized.
+    "aria.AriaTextTopKRouter": RouterCode(True),
+    "granitemoe.GraniteMoeTopKRouter": RouterCode(True),
+}
+BLOCKS: Mapping[str, BlockCode] = {
+    "qwen3_moe.Qwen3MoeSparseMoeBlock": BlockCode("gate"),
+    "qwen2_moe.Qwen2MoeSparseMoeBlock": BlockCode("gate", "shared_expert", "shared_expert_gate"),
+    "mixtral.MixtralSparseMoeBlock": BlockCode("gate"),
+    "olmoe.OlmoeSparseMoeBlock": BlockCode("gate"),
+    "deepseek_v2.DeepseekV2Moe": BlockCode("gate", "shared_experts"),
+    "aria.AriaTextMoELayer": BlockCode("router", "shared_experts"),
+    "granitemoe.GraniteMoeMoE": BlockCode("router"),
+}
+LAYERS: Mapping[str, LayerCode] = {
+    "qwen3_moe.Qwen3MoeDecoderLayer": LayerCode(),
+    "mixtral.MixtralDecoderLayer": LayerCode(),
+    "granitemoe.GraniteMoeDecoderLayer": LayerCode("block_sparse_moe", residual="residual_multiplier"),
+}
+# Embedding, layers, norm; rotary frequencies as they are; the head on that alone.
+TRUNKS = {"qwen3_moe.Qwen3MoeModel": True, "qwen2_moe.Qwen2MoeModel": True}
+ROPES = {"qwen3_moe.Qwen3MoeRotaryEmbedding": True}
+HEADS = {"qwen3_moe.Qwen3MoeForCausalLM": True}
+
+
+def meaning_of(kind: type, known: Mapping[str, Meaning]) -> Meaning | None:
+    """What ``kind``'s code means, if it is that of one of the ``known`` classes."""
+    wanted = fingerprint(kind)
+    for path, meaning in known.items():
+        canonical = _canonical(path)
+        if canonical is not None and fingerprint(canonical) == wanted:
+            return meaning
+    return None
+
+
+@functools.cache
+def _canonical(path: str) -> type | None:
+    """ "family.Class" of the installed transformers; None where this version has no such class."""
+    family, _, name = path.partition(".")
+    try:
+        return getattr(importlib.import_module(f"transformers.models.{family}.modeling_{family}"), name, None)
+    except ImportError:
+        return None

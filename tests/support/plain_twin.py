@@ -1,0 +1,51 @@
+"""A model of plain layers by the twin that defines them (``kernels/reference.py``): what the executors are compared with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.functional import linear
+
+from fate_moe.kernels.plain_layer import PlainLayer
+from fate_moe.kernels.reference import decoder_layer, rms_norm
+from fate_moe.layers.plain import plain_layers, recognise_norm
+
+
+def plain_of(model: Any) -> list[PlainLayer]:
+    """The layers of ``model``, all of them plain."""
+    found = plain_layers(model)
+    assert all(isinstance(layer, PlainLayer) for layer in found), found
+    return [layer for layer in found if isinstance(layer, PlainLayer)]
+
+
+def parameters_of(layer: Any) -> dict[str, torch.Tensor]:
+    """A decoder layer's parameters by name, as ordinary tensors."""
+    return {name: value.detach().as_subclass(torch.Tensor) for name, value in layer.named_parameters()}
+
+
+def twin_layer(
+    model: Any, plain: PlainLayer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``decoder_layer`` with the weights and the experts of ``model``'s own layer."""
+    layer = model.get_submodule(plain.path)
+    return decoder_layer(plain, parameters_of(layer), x, cos, sin, keys, values, layer.get_submodule(plain.block).experts)
+
+
+def empty_cache(plain: PlainLayer, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of no token."""
+    shape = 0, plain.attention.kv_heads, plain.attention.head_dim
+    return torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
+
+
+@torch.no_grad()
+def twin_logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits [tokens, vocabulary] of one sequence of ``tokens`` int64 [tokens]."""
+    trunk = model.model
+    x = trunk.embed_tokens.weight[tokens]
+    cos, sin = trunk.rotary_emb(x.unsqueeze(0), torch.arange(len(tokens)).unsqueeze(0))
+    for plain in plain_of(model):
+        x, _, _ = twin_layer(model, plain, x, cos[0], sin[0], *empty_cache(plain, x.dtype))
+    norm = recognise_norm(trunk.norm)
+    assert not isinstance(norm, list)
+    return linear(rms_norm(norm, trunk.norm.weight, x), model.lm_head.weight)
