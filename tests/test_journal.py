@@ -12,7 +12,6 @@ import torch
 
 import fate_moe
 from fate_moe.core import Lookup
-from fate_moe.engine import load
 from fate_moe.errors import ConfigError
 from fate_moe.journal import ForwardPass
 from fate_moe.kernels.native import native
@@ -161,7 +160,7 @@ def test_a_trace_of_whole_layers_is_that_of_the_familys_own(
     whole = traced(model, 24)
     assert whole_layers["layer"] == 2 * 24
     with monkeypatch.context() as patch:
-        patch.setattr(load, "join_layers", lambda *args: 0)
+        patch.setenv("FATE_FUSE", "0")
         own = traced(opened(exact_activations=True), 24)
     assert whole_layers["layer"] == 2 * 24
     alike = (whole.experts == own.experts).all((1, 2)).tolist()
@@ -266,7 +265,7 @@ def test_a_pass_that_is_under_way_is_not_recorded(opened: Callable[..., Any]) ->
 def test_broken_tables_are_found_after_the_pass(opened: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, whole: bool) -> None:
     """What FATE_CHECK=1 asks for: once a pass, on both ways."""
     if not whole:
-        monkeypatch.setattr("fate_moe.engine.cpu.join_layers", lambda *args: 0)
+        monkeypatch.setenv("FATE_FUSE", "0")
     model = opened()
     runtime, checked = model.fate.runtime, list[int]()
     decode(model, 2)
@@ -282,6 +281,6 @@ def test_broken_tables_are_found_after_the_pass(opened: Callable[..., Any], monk
     monkeypatch.setattr(runtime, "_check", True)
     decode(model, 2)
     assert len(checked) == 3
-    runtime.residency._free[0].append(0)  # a slot in two places
+    runtime.residency._table._free[0].append(0)  # a slot in two places
     with pytest.raises(RuntimeError, match="residency"):
         decode(model, 2)

@@ -27,8 +27,8 @@ class OffloadConfig:
     device: where the model computes, "cpu" or "cuda"; None: on the GPU if ``vram`` says how much of it, else on the CPU.
     vram: memory on the GPU: a size, a fraction of what is free there or "auto" (most of it); then ``ram`` is for the experts
         behind it. None: "auto" with device "cuda".
-    host_compute: on a GPU, the share of missing experts that the CPU computes instead of copying them: a fraction, "auto" (as
-        ``fate doctor --measure`` measured) or "off". The CPU rounds otherwise, so tokens may differ from fully resident.
+    host_compute: on a GPU, the fraction of missing experts that the CPU computes instead of copying them: a fraction, "auto" (as
+        ``fate doctor --measure`` found) or "off". The CPU rounds otherwise, so tokens may differ from fully resident.
     cuda_graph: decode steps as one captured graph where the family allows it; without, the same kernels one by one.
     expert_cache: bytes for expert slots: a size or a percentage of all experts ("25%"); None: what the budget leaves.
     preset: what works best here, or what a published system does (registry.PRESETS): a policy and a predictor, on a GPU their like.

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fate_moe.cli import main
-from fate_moe.engine.load import store_for
+from fate_moe.engine.prepare import store_for
 
 
 def test_doctor_says_what_is_used_and_why(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 
 from fate_moe.adapter.meta_model import expert_stacks
 from fate_moe.engine.cuda_attach import attach_device, router_weights
+from fate_moe.engine.patches import Patches
 from fate_moe.errors import UnsupportedModelError
 from fate_moe.gpu.dense import ByteLinear
 from fate_moe.gpu.experts import DeviceExperts

@@ -19,7 +19,6 @@ from fate_moe.engine.patches import Patches
 from fate_moe.kernels.native import native
 from fate_moe.kernels.plain_layer import Norm, PlainLayer
 from fate_moe.layers import modules
-from fate_moe.layers import plain as plain_module
 from fate_moe.layers.cpu_step import CpuStep
 from fate_moe.layers.modules import SmallWeight, accelerate, accelerated_by
 from fate_moe.layers.plain import recognise
@@ -79,8 +78,7 @@ def steps(model: Any, count: int = 6, **options: Any) -> torch.Tensor:
 def plain(monkeypatch: pytest.MonkeyPatch, store: Path, **options: Any) -> Any:
     """The model with every module's own forward."""
     with monkeypatch.context() as patch:
-        patch.setattr(plain_module, "layers_enabled", lambda: False)
-        patch.setattr(modules, "layers_enabled", lambda: False)
+        patch.setenv("FATE_FUSE", "0")
         return load_model(store, **options)
 
 

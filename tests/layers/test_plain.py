@@ -11,16 +11,16 @@ import torch
 from torch import nn
 
 from fate_moe.adapter.meta_model import expert_stacks
-from fate_moe.engine.load import store_for
+from fate_moe.engine.prepare import store_for
 from fate_moe.kernels.native import native
 from fate_moe.kernels.plain_layer import PlainLayer, SharedExpert
 from fate_moe.layers.canonical import ATTENTIONS, BLOCKS, HEADS, LAYERS, MLPS, NORMS, ROPES, ROUTERS, TRUNKS, _canonical, meaning_of
 from fate_moe.layers.cpu_step import CpuStep
 from fate_moe.layers.fingerprint import fingerprint
 from fate_moe.layers.plain import NotPlain, cpu_reasons, plain_layers
-from tests.conftest import load_model
 from tests.support import tiny
 from tests.support.checkpoints import tiny_checkpoint, tiny_model
+from tests.support.engines import load_model
 from tests.support.plain_twin import empty_cache, plain_of, twin_layer, twin_logits
 
 # (family, other configuration): every kind of layer that can be recognised.

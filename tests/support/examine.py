@@ -16,8 +16,8 @@ from fate_moe.adapter.table import Family
 from fate_moe.checkpoints.mapping import find_recipes
 from fate_moe.checkpoints.source import Checkpoint
 from fate_moe.engine.attach import routers_of
-from fate_moe.engine.load import prepare
 from fate_moe.engine.patches import Patches
+from fate_moe.engine.prepare import prepare
 from fate_moe.layers.plain import NotPlain, plain_layers
 from fate_moe.store.convert import convert
 from tests.support.engines import load_model

@@ -68,7 +68,7 @@ def entrance(block: nn.Module) -> nn.Module:
 
 
 def find_router(block: nn.Module, stack: ExpertStack, probe: torch.Tensor, patcher: Patcher) -> Router | str:
-    """How to ask the router of ``block`` about hidden states [num_tokens, hidden] before the block runs, or why it cannot be asked.
+    """How to ask the router of ``block`` about hidden states [num_tokens, hidden] before the block runs, or why nobody can.
 
     ``probe`` [1, hidden] is what it is tried with. A plain Linear router returns scores alone: take their top-k. The call passes
     hooks by: it is a question, not a step.
@@ -101,8 +101,7 @@ def find_router(block: nn.Module, stack: ExpertStack, probe: torch.Tensor, patch
         except Exception as error:  # whatever a family's router makes of a call that it does not expect
             reason = str(error) or f"nothing in what it returns has {stack.num_experts} columns"
         else:
-            if router.forward is not remembering:
-                patcher.replace(router, "forward", remembering)
+            patcher.replace(router, "forward", remembering)
             return route
     return reason
 

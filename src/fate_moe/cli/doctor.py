@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fate_moe.cli.options import print_table, quiet_transformers
-from fate_moe.config import format_bytes
+from fate_moe.units import format_bytes
 
 __all__ = ["add_verbs"]
 
@@ -57,7 +57,7 @@ def _doctor_model(name: str, as_json: bool) -> None:
     from fate_moe.adapter.meta_model import build_meta_model
     from fate_moe.checkpoints.gguf import config_folder
     from fate_moe.checkpoints.source import resolve_checkpoint
-    from fate_moe.engine.load import is_store
+    from fate_moe.engine.prepare import is_store
     from fate_moe.layers.plain import cuda_reasons, plain_layers
 
     with config_folder(Path(name) if is_store(name) else resolve_checkpoint(name)) as folder:

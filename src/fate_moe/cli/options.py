@@ -60,7 +60,7 @@ def add_offload_options(parser: argparse.ArgumentParser, gpu: bool = False) -> N
             default=DEFAULTS["host_compute"],
             metavar="auto|FRACTION|off",
             help="of the experts missing in VRAM, how many the CPU computes instead of copying them (auto: as doctor --measure "
-            "measured); it rounds otherwise, so that tokens may depend on what is in VRAM; default: %(default)s",
+            "found); it rounds otherwise, so that tokens may depend on what is in VRAM; default: %(default)s",
         )
         group.add_argument(
             "--no-cuda-graph",

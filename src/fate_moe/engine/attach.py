@@ -29,6 +29,9 @@ def _experts_forward(experts: Any, hidden_states: torch.Tensor, index: torch.Ten
     return runtime.compute(experts.fate_layer, experts, hidden_states, index, weights)
 
 
+ALL_EXPERTS_FUNCTIONS[_IMPLEMENTATION] = _experts_forward
+
+
 def routers_of(model: Any, stacks: Sequence[ExpertStack], patcher: Patcher) -> list[Router | None]:
     """How to ask each layer's router early; a layer whose router cannot be asked runs too, without look-ahead."""
     probe = torch.zeros(1, model.config.get_text_config().hidden_size, dtype=model.dtype)

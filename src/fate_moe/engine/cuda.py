@@ -33,8 +33,9 @@ from fate_moe.gpu.prefetch_trial import run_prefetch_trial
 from fate_moe.gpu.state import DeviceState
 from fate_moe.gpu.tables import ResidencyTables, layer_quotas
 from fate_moe.io.progress import progress_bar
+from fate_moe.journal import Observer
 from fate_moe.layers.plain import cuda_reasons, plain_layers
-from fate_moe.memory.policies import make_policy
+from fate_moe.machine import peak_memory
 from fate_moe.memory.precision import make_precision_policy
 from fate_moe.memory.residency import Residency
 from fate_moe.registry import PRESETS
@@ -108,7 +109,7 @@ class CudaParts:
         self._model, self._stacks = prepared.model, prepared.stacks
         self._device = device or find_gpu().device
         self._layouts = _layouts(prepared)
-        self._reasons = why_not_fused(prepared.model)
+        self._reasons = cuda_reasons(prepared.model, plain_layers(prepared.model))
         self._plan = plan = _without_host_compute(plan, config, self._reasons)
         if PRESETS[config.preset].device.activation_path and self._reasons:
             why = "; ".join(self._reasons)
@@ -136,41 +137,16 @@ class CudaParts:
         if device.type == "cuda":
             torch.cuda.empty_cache()  # what the blobs took on their way
 
-
-def _realize(prepared: Prepared, plan: DevicePlan, config: OffloadConfig, device: torch.device | None) -> Any:
-    from fate_moe.engine.load import load_generation_config, recall, remember
-
-    device = device or find_gpu().device
-    store, model, stacks = prepared.store, prepared.model, prepared.stacks
-    layouts, reasons = _layouts(prepared), cuda_reasons(model, plain_layers(model))
-    if plan.host_compute and reasons:
-        why = f"the CPU computes misses of fused steps alone, and {'; '.join(reasons)}"
-        if config.host_compute != "auto":
-            raise UnsupportedModelError(f"{why}; leave --host-compute away")
-        _log.warning("%s: it computes none", why)
-        plan = replace(plan, host_compute=0.0)
-    if config.preset == "eap" and reasons:
-        raise UnsupportedModelError(
-            f"--preset eap needs a fused step on a GPU, and {'; '.join(reasons)}; choose --preset best, fate or load-on-demand"
-        )
-    if device.type == "cuda":  # the promise is kept by torch: it fails rather than take more
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, (plan.vram_budget_bytes - CONTEXT_BYTES) / total), device)
-    fill_device(model, load_dense(store), store.path, dense_layouts(model, store.manifest.dense_precision), device)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # what the blobs took on their way
-    load_generation_config(model, store.path)
-    options = replace(device_options(config.preset), host_compute=plan.host_compute)
-    num_experts, top_k = stacks[0].num_experts, max(stack.top_k for stack in stacks)
-    source, arena = DiskSource(store), PinnedArena(plan.num_host_slots, plan.slot_bytes, device)
-    policy = make_policy(config.policy_name, plan.num_host_slots, [num_experts] * len(stacks))
-    recall(policy, store.path)
-    host: HostTier
-    if plan.reads_disk:
-        options = replace(options, limit=0)  # what would be copied ahead may have to be read first
-        residency = Residency(source, arena.slots, policy, io_threads=config.io_threads)
-        host = DiskBelow(residency, arena, num_experts, device)
-    else:
+    def make_residency(self, policy: EvictionPolicy, source: ExpertSource | None) -> None:
+        """Pinned slots in RAM: all experts, or as many as fit with the disk behind."""
+        plan, config, store = self._plan, self._config, self._prepared.store
+        source = source or DiskSource(store)
+        self._arena = arena = PinnedArena(plan.num_host_slots, plan.slot_bytes, self._device)
+        if plan.reads_disk:
+            self._options = replace(self._options, limit=0)  # what would be copied ahead may have to be read first
+            residency = Residency(source, arena.slots, policy, io_threads=config.io_threads)
+            self._host = DiskBelow(residency, arena, self._num_experts, self._device)
+            return
         with progress_bar("loading experts", store.manifest.expert_bytes, None) as advance:
             read_all(source, arena, len(self._stacks), self._num_experts, config.io_threads, advance)
         source.close()

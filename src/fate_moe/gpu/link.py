@@ -1,6 +1,6 @@
 """How fast experts travel from RAM to this GPU and how fast the CPU reads them, each alone and both at once.
 
-Measured once a machine by ``fate doctor --measure`` and kept under FATE_HOME.
+Measured once a machine by ``fate doctor --measure``; the result is a file under FATE_HOME.
 """
 
 from __future__ import annotations

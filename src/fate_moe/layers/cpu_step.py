@@ -89,7 +89,7 @@ def _missing_kernels(model: Any, plain: PlainLayer, stack: ExpertStack, runtime:
             reasons.append(f"no kernel multiplies the weight of its {name}")
     if layer.input_layernorm.weight.dtype != layer.post_attention_layernorm.weight.dtype:
         reasons.append("its norms' weights have different dtypes")
-    if not runtime.can_step(stack.layer, block.experts):
+    if not runtime.has_fused(stack.layer, block.experts):
         reasons.append("no kernel runs its experts")
     return reasons
 
@@ -131,7 +131,7 @@ class CpuStep:
 
     def is_unchanged(self) -> bool:
         """Whether the layer is as it was found and the runtime can do it."""
-        return self._snapshot.same() and self.runtime.can_step(self.stack.layer, self.experts)
+        return self._snapshot.same() and self.runtime.has_fused(self.stack.layer, self.experts)
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         room = room_in(kwargs.get("past_key_values"), self.index)

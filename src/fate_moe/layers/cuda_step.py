@@ -68,7 +68,7 @@ class FusedStep:
         device, dtype = model.device, model.dtype
         self._dot = dot_dtype(dtype, device)
         self._rows = plain.router.num_experts + (plain.shared is not None)
-        self._routers = _routers(model, layers, experts.fitted)
+        self._routers = _routers(model, layers, experts.state.fitted)
         self._inv_freq = model.model.rotary_emb.inv_freq.float()
         hidden = plain.hidden
 

@@ -24,7 +24,8 @@ from fate_moe.kernels.activations import find_activation
 from fate_moe.kernels.native import BF16, DTYPES, native
 from fate_moe.kernels.plain_layer import Attention, Mlp, Norm
 from fate_moe.layers.dense import MAX_ROWS, QuantizedLinear
-from fate_moe.layers.plain import attention_reasons, layers_enabled, recognise_attention, recognise_mlp, recognise_norm
+from fate_moe.layers.plain import attention_reasons, recognise_attention, recognise_mlp, recognise_norm
+from fate_moe.switches import fuse
 
 __all__ = ["ModuleSnapshot", "SmallWeight", "accelerate", "accelerated_by", "is_near", "room_in", "warn_of_difference", "weight_of"]
 
@@ -46,7 +47,7 @@ def accelerate(model: Any, exact: bool, patcher: Patcher) -> Counter[str]:
     ``exact``: quantized weights are multiplied with fp32 activations. Does nothing without the extension.
     """
     found: Counter[str] = Counter()
-    if native is None or not layers_enabled() or model.dtype not in (torch.float32, torch.bfloat16):
+    if native is None or not fuse() or model.dtype not in (torch.float32, torch.bfloat16):
         return found
     inside_experts = {part for module in model.modules() if is_experts(module) for part in module.modules()}
     generator = torch.Generator().manual_seed(0)

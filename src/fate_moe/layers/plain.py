@@ -32,6 +32,7 @@ from fate_moe.layers.canonical import (
     LayerCode,
     meaning_of,
 )
+from fate_moe.switches import fuse
 
 __all__ = [
     "NotPlain",
@@ -39,7 +40,6 @@ __all__ = [
     "attention_reasons",
     "cpu_reasons",
     "cuda_reasons",
-    "layers_enabled",
     "plain_layers",
     "recognise",
     "recognise_attention",
@@ -57,11 +57,6 @@ _ACTIVATIONS = {
     "ReLU": "relu",
     "ReLUSquaredActivation": "relu2",
 }
-
-
-def layers_enabled() -> bool:
-    """Whether whole layers and modules may run by our kernels (``FATE_FUSE``; the switch is wired here)."""
-    return True
 
 
 @dataclass(frozen=True)
@@ -232,7 +227,7 @@ def cpu_reasons(plain: PlainLayer, dtype: torch.dtype) -> list[str]:
     reasons = _common_reasons(plain)
     if native is None:
         reasons.append(why_not() or "the extension is not built")
-    if not layers_enabled():
+    if not fuse():
         reasons.append("FATE_FUSE=0 turns whole layers off")
     if dtype != torch.bfloat16:
         reasons.append(f"the model is in {_named(dtype)}; whole layers run in bfloat16")
@@ -273,7 +268,7 @@ def cuda_reasons(model: Any, layers: Sequence[PlainLayer | NotPlain]) -> list[st
         found = layer.reasons if isinstance(layer, NotPlain) else _layer_cuda_reasons(layer)
         reasons += [f"{re.sub(r'(?<=[.])[0-9]+$', '*', layer.path)}: {reason}" for reason in found]
     plain = [layer for layer in layers if isinstance(layer, PlainLayer)]
-    if not layers_enabled():
+    if not fuse():
         reasons.append("FATE_FUSE=0 turns the decode step off")
     if len({_shape_of(layer) for layer in plain}) > 1:
         reasons.append("its layers differ in more than their weights")
