@@ -124,7 +124,7 @@ def test_a_torn_slot_is_seen_while_its_read_is_under_way() -> None:
         seen.append(bytes(place))
         return read(expert, place, first, last)
 
-    source.inner.read = look  # type: ignore[method-assign]
+    source.inner.read = look  # type: ignore[assignment, method-assign]
     source.read(A, slot, 1)
     assert seen[-1][:1000] == held, "what the slot holds is not torn"
     assert seen[-1][1000] == bytes(slot)[1000] ^ 0xFF

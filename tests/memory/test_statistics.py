@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -57,7 +58,7 @@ def test_when_it_is_counted_does_not_matter() -> None:
     for token in range(60):
         for layer in range(3):
             experts = rng.choice(6, 2, replace=False).tolist()
-            many = {"counts": [3, 1], "num_tokens": 4} if token % 20 == 7 else {}
+            many: dict[str, Any] = {"counts": [3, 1], "num_tokens": 4} if token % 20 == 7 else {}
             for statistics in (asked, unasked):
                 statistics.routed(layer, experts, **many)
             assert (asked.expected_uses >= 0).all()

@@ -46,7 +46,19 @@ class _TouchedLater(EvictionPolicy):
     """``policy`` without uses: the kernels count a layer's uses all at once, in the order of experts."""
 
     def __init__(self, policy: EvictionPolicy) -> None:
-        self.admitted, self.removed, self.victim = policy.admitted, policy.removed, policy.victim  # type: ignore[method-assign]
+        self._policy = policy
+
+    def admitted(self, expert: ExpertId, *, prefetched: bool = False) -> None:
+        self._policy.admitted(expert, prefetched=prefetched)
+
+    def touched(self, expert: ExpertId) -> None:
+        return
+
+    def removed(self, expert: ExpertId) -> None:
+        self._policy.removed(expert)
+
+    def victim(self, incoming: ExpertId, evictable: Callable[[ExpertId], bool], probability: float = 1.0) -> ExpertId | None:
+        return self._policy.victim(incoming, evictable, probability)
 
 
 class Residency:
