@@ -58,12 +58,17 @@ def _of_code(
             if isinstance(step.argval, types.CodeType):
                 yield from _of_code(step.argval, names, {}, owner, seen)
             else:
-                yield f"{step.opname} {step.argval!r}"
+                yield f"{step.opname} {_of_constant(step.argval)}"
         elif step.opcode in dis.hasfree:
             cell = cells.get(step.argval)
             yield f"{step.opname} {_of_object(cell.cell_contents, seen) if cell and step.argval != '__class__' else step.arg}"
         elif step.opname not in ("EXTENDED_ARG", "NOP", "CACHE", "RESUME"):
             yield f"{step.opname} {step.arg}"
+
+
+def _of_constant(value: Any) -> str:
+    """Functions within functions are named by where they are, which Python 3.10 keeps as a constant."""
+    return repr(value.rpartition(".<locals>.")[2] if isinstance(value, str) else value)
 
 
 def _of_global(name: str, names: dict[str, Any], seen: tuple[Any, ...]) -> str:

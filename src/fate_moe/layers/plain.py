@@ -307,6 +307,8 @@ def _shape_of(plain: PlainLayer) -> tuple[Any, ...]:
 def _trunk_reasons(model: Any, plain: Sequence[PlainLayer]) -> Iterable[str]:
     """What of the model around its layers the step does in its own way."""
     trunk = getattr(model, "model", None)
+    if len(plain) < len(getattr(trunk, "layers", ())):
+        yield "some of its layers have no experts, or are not plain"
     if meaning_of(type(model), HEADS) is None:
         yield f"{type(model).__name__} makes logits in a way that is not known"
     if trunk is None or meaning_of(type(trunk), TRUNKS) is None:
@@ -318,8 +320,6 @@ def _trunk_reasons(model: Any, plain: Sequence[PlainLayer]) -> Iterable[str]:
         yield "its rotary frequencies are scaled"
     if model.config.hidden_act != "silu":
         yield f"its activation is {model.config.hidden_act}"
-    if len(plain) < len(trunk.layers):
-        yield "some of its layers have no experts, or are not plain"
     eps = {norm.eps for layer in plain for norm in (layer.input_norm, layer.post_norm, layer.attention.qk_norm) if norm is not None}
     final = recognise_norm(trunk.norm)
     if isinstance(final, list):
