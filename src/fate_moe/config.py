@@ -81,6 +81,7 @@ class OffloadConfig:
                 parse_amount(self.vram, 1 << 40)
             if self.device == "cpu":
                 raise ConfigError("vram is memory of a GPU; omit it, or omit device cpu")
+        parse_host_compute(self.host_compute)
         if self.on_gpu:
             self._check_gpu()
         else:

@@ -34,8 +34,8 @@ def test_without_a_gpu_one_line_says_so(verb: list[str], capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--host-compute", "0.5"], "host_compute is of experts that a GPU misses; give vram too"),
-        (["--vram", "1GiB", "--host-compute", "most"], "host_compute 'most' is not auto, off or a share between 0 and 1"),
+        (["--host-compute", "0.5"], "host_compute is for the experts that a GPU misses; give vram too"),
+        (["--vram", "1GiB", "--host-compute", "most"], "host_compute 'most' is not auto, off or a fraction between 0 and 1"),
         (["--vram", "1GiB", "--predictor", "temporal"], "on a GPU the next layer's router predicts"),
     ],
 )
