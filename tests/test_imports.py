@@ -22,7 +22,7 @@ ORDER = [
     {"adapter", "kernels"},
     {"checkpoints"},
     {"store", "memory"},
-    {"predict"},
+    {"journal", "predict"},
     {"gpu", "runtime"},
     {"registry"},
     {"config", "trace"},

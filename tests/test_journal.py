@@ -282,5 +282,5 @@ def test_broken_tables_are_found_after_the_pass(opened: Callable[..., Any], monk
     decode(model, 2)
     assert len(checked) == 3
     runtime.residency._table._free[0].append(0)  # a slot in two places
-    with pytest.raises(RuntimeError, match="residency"):
+    with pytest.raises(RuntimeError, match="every slot is in one place"):
         decode(model, 2)

@@ -75,7 +75,7 @@ def test_each_section_is_checked_when_it_is_read(checkpoint: Callable[[str], Pat
     source = DiskSource(store)
     memory = snapshot_memory(store.manifest.slot_bytes)
     source.read(ExpertId(0, 0), memory, 0, 3)
-    with pytest.raises(CorruptExpertError, match=r"layer 0 expert 0: its plane2"):
+    with pytest.raises(CorruptExpertError, match=r"layer 0 expert 0: section plane2"):
         source.read(ExpertId(0, 0), memory, 3)
     source.close()
 
