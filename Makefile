@@ -18,7 +18,7 @@ test-fast: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 -m "not slow" tests
 
 # The families with the lowest and with the newest transformers that pyproject.toml admits; the next make brings the pinned one back.
-FAMILY_TESTS := tests/adapter/test_families.py tests/engine/test_parity.py
+FAMILY_TESTS := tests/adapter/test_families.py tests/engine/test_parity.py tests/layers/test_plain.py
 LOWEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\).*/\1/p' pyproject.toml)
 test-lowest: $(VENV)/.installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'transformers==$(LOWEST).*'

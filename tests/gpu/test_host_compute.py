@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -80,6 +81,15 @@ def test_activations_are_rounded_as_on_the_cpu_tier(model: Model) -> None:
     error = (out.double() - exact).norm() / exact.norm()
     assert 1e-5 < error < 0.02  # int8 by group of 64: about 0.4 % per product
     computing.close()
+
+
+def test_threads_end_before_the_memory_that_they_read_goes(model: Model) -> None:
+    """A model that is dropped without being closed: the threads look at the mailbox until they are ended."""
+    for _ in range(20):
+        made = HostCompute(model.layout, model.shapes, SwiGLU(), model.arena, model.top_k, CPU, threads=2)
+        mailbox = weakref.ref(made._mail)
+        del made
+        assert mailbox() is None
 
 
 def test_a_host_without_every_expert_is_refused(model: Model, computing: HostCompute) -> None:

@@ -55,6 +55,7 @@ class HostCompute:
         self.cols = shapes["down_proj"][0]
         self.most = top_k
         question, answer = 1 + top_k + self.cols, top_k * self.cols
+        self._arena = arena  # the threads read it by address
         self._mail = PinnedArena(1, -(-8 * (question + answer) // 4096) * 4096, device)
         words = self._mail.bytes.view(torch.int64)
         self.questions, self.answers = words[:question], words[question : question + answer]
@@ -76,6 +77,9 @@ class HostCompute:
         """Enqueue the copy of the answer to the last question to the rows of ``outside`` that ``pending_rows`` names."""
         grid = (self.most, -(-self.cols // _BLOCK))
         collect_kernel[grid](pending_rows, self.asked, self.answers, self.outside, cols=self.cols, BLOCK=_BLOCK, num_warps=4)
+
+    def __del__(self) -> None:
+        self._team = None  # before the mailbox and the arena that the threads read
 
     def close(self) -> None:
         """Stop the threads; the device must have ended all steps."""

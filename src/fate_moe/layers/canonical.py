@@ -145,7 +145,11 @@ LAYERS: Mapping[str, LayerCode] = {
 }
 # Embedding, layers, norm; rotary frequencies as they are; the head on that alone.
 TRUNKS = {"qwen3_moe.Qwen3MoeModel": True, "qwen2_moe.Qwen2MoeModel": True}
-ROPES = {"qwen3_moe.Qwen3MoeRotaryEmbedding": True}
+ROPES = {
+    "qwen3_moe.Qwen3MoeRotaryEmbedding": True,
+    "qwen2_moe.Qwen2MoeRotaryEmbedding": True,
+    "mixtral.MixtralRotaryEmbedding": True,
+}
 HEADS = {"qwen3_moe.Qwen3MoeForCausalLM": True}
 
 
