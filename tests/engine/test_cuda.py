@@ -145,10 +145,10 @@ def test_misses_computed_on_the_host(quantized: Callable[..., Path]) -> None:
     model = simulated_gpu(store, 6, host_compute="0.5", exact_activations=True)
     assert tokens(model, 6) == tokens(twin, 6)  # in fp32 and unrounded; tokens may differ otherwise
     report = model.fate.report()
-    assert 0 < report.hosted <= report.experts.misses
+    assert 0 < report.num_hosted <= report.experts.misses
     assert "computed by the CPU" in str(report)
     found = report.as_dict()
-    assert (found["config"]["host_compute"], found["experts"]["hosted"]) == (0.5, report.hosted)
+    assert (found["config"]["host_compute"], found["experts"]["hosted"]) == (0.5, report.num_hosted)
     for each in (model, twin):
         each.fate.close()
 
@@ -157,7 +157,7 @@ def test_misses_computed_on_the_host(quantized: Callable[..., Path]) -> None:
 def test_where_the_host_cannot_help(checkpoint: Callable[[str], Path]) -> None:
     save_link(Link("simulated", 16, 50e9, 45e9, 160e9, 45e9, 120e9))
     store = store_for(checkpoint("olmoe"), "lossless")
-    with pytest.raises(UnsupportedModelError, match=r"olmoe is not one of .* leave --host-compute away"):
+    with pytest.raises(UnsupportedModelError, match=r"normed over all heads together; .* omit --host-compute"):
         simulated_gpu(store, host_compute="0.5")
     model = simulated_gpu(store, host_compute="auto")
     assert model.fate.plan.host_compute == 0.0
