@@ -1,4 +1,4 @@
-"""Law 7: imports point one way, and what can do without torch does."""
+"""Imports point one way, and what can do without torch does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The link of known speed that law 3 is measured behind."""
+"""The link of known speed behind which "never slower than not trying" is measured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A store on a simulated GPU: the same tokens as on the CPU, whatever fits (law 1), through transformers' own ``generate``."""
+"""A store on a simulated GPU: the same tokens as on the CPU, whatever fits, through transformers' own ``generate``."""
 
 from __future__ import annotations
 

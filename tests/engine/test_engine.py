@@ -92,3 +92,22 @@ def test_a_step_of_building_that_fails_leaves_nothing_started(checkpoint: Callab
         build(prepared, prepared.plan(config), config)
     assert facts(prepared.model) == before
     assert threading.active_count() == threads
+
+
+def test_fate_check_finds_broken_tables_after_a_pass(checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    store = store_for(checkpoint("qwen2_moe"), "lossless")
+    plain = load_model(store)
+    monkeypatch.setenv("FATE_CHECK", "1")
+    on_cpu, on_gpu = load_model(store), simulated_gpu(store)
+    for each in (plain, on_cpu):
+        with torch.inference_mode():
+            each(PROMPT)  # what it needs is resident afterwards: the next pass reads nothing into the broken table
+        each.fate.runtime.residency._table._free[0].append(0)  # a slot in two places
+    on_gpu.fate.experts.state.tables.slot_of[0, 0] = on_gpu.fate.experts.state.tables.slot_of[0, 1]
+    with torch.inference_mode():
+        plain(PROMPT)
+        for each in (on_cpu, on_gpu):
+            with pytest.raises(RuntimeError, match="slot"):
+                each(PROMPT)
+    for each in (plain, on_cpu, on_gpu):
+        each.fate.close()

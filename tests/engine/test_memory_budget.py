@@ -1,4 +1,4 @@
-"""Law 2: the budget is a promise. The report's peak is the kernel's, and stays under the budget."""
+"""The budget is a promise. The report's peak is the kernel's, and stays under the budget."""
 
 from __future__ import annotations
 

@@ -84,9 +84,7 @@ def build_meta_model(folder: str | Path) -> PreTrainedModel:
     if not isinstance(family, str) or family not in transformers.CONFIG_MAPPING:
         remote = isinstance(raw, dict) and "auto_map" in raw
         hint = (
-            "it would need the checkpoint's own code, which is never run, whoever wrote it"
-            if remote
-            else "update transformers if the family is new"
+            "it would need the checkpoint's own code, which is never run" if remote else "update transformers if the family is new"
         )
         raise UnsupportedModelError(f"{path}: transformers {transformers.__version__} has no model type {family!r}; {hint}")
     try:

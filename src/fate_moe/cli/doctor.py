@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fate_moe.cli.options import print_table, quiet_transformers
+from fate_moe.cli.options import print_json, print_table, quiet_transformers
 from fate_moe.units import format_bytes
 
 __all__ = ["add_verbs"]
@@ -41,11 +40,7 @@ def _doctor(arguments: argparse.Namespace) -> None:
     kernels, gpus = kernel_facts(), gpu_facts()
     if arguments.json:
         named = {"kernels": kernels, "gpus": gpus}
-        print(
-            json.dumps(
-                {key: [{"name": name, "used": used, "why": why} for name, used, why in facts] for key, facts in named.items()}
-            )
-        )
+        print_json({key: [{"name": name, "used": used, "why": why} for name, used, why in facts] for key, facts in named.items()})
         return
     for title, facts in (("CPU kernels, best first", kernels), ("GPU", gpus)):
         print_table(title, [(name, "used" if used else "-", why) for name, used, why in facts])
@@ -65,7 +60,7 @@ def _doctor_model(name: str, as_json: bool) -> None:
     layers = plain_layers(model)
     groups, on_gpu = _groups(model, layers), cuda_reasons(model, layers)
     if as_json:
-        print(json.dumps({"family": model.config.model_type, "layers": groups, "gpu": on_gpu}))
+        print_json({"family": model.config.model_type, "layers": groups, "gpu": on_gpu})
         return
     rows = [
         row
@@ -113,7 +108,7 @@ def _measure(as_json: bool) -> None:
     link = measure_link(gpu.name, gpu.device)
     path = save_link(link)
     if as_json:
-        print(json.dumps({**link.as_dict(), "path": path}))
+        print_json({**link.as_dict(), "path": path})
         return
     decision = (
         f"the CPU may compute {link.cpu_fraction:.0%} of the misses"

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
-from fate_moe.cli.options import print_table, quiet_transformers
+from fate_moe.cli.options import print_json, print_table, quiet_transformers
 
 __all__ = ["add_verbs"]
 
@@ -18,7 +17,7 @@ def add_verbs(verbs: Any) -> None:
         help="list the families that run",
         description="List every Mixture-of-Experts family of the installed transformers, and whether it runs.",
     )
-    models.add_argument("--json", action="store_true", help="print a JSON array, one object for each family")
+    models.add_argument("--json", action="store_true", help="print one JSON object with one entry for each family")
     models.set_defaults(verb=_models)
 
 
@@ -29,7 +28,7 @@ def _models(arguments: argparse.Namespace) -> None:
 
     rows = known_families(moe_families())
     if arguments.json:
-        print(json.dumps([row.as_dict() for row in rows]))
+        print_json({"families": [row.as_dict() for row in rows]})
         return
     good = sum(row.status == "ok" for row in rows)
     whole = sum(row.layers == "recognised" for row in rows)

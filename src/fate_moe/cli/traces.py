@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fate_moe.cli.options import MODEL_HELP, add_offload_options, offload_config, quiet_transformers
+from fate_moe.cli.options import MODEL_HELP, add_offload_options, offload_config, print_json, quiet_transformers
 from fate_moe.errors import ConfigError
 from fate_moe.registry import POLICIES, PREDICTORS
 from fate_moe.units import format_bytes, parse_size
@@ -191,7 +191,7 @@ def _simulate(arguments: argparse.Namespace) -> None:
             "overlap_ms": link.overlap_seconds * 1e3,
         }
         measured = {} if recorded is None else {"recorded": recorded.as_dict()}
-        print(json.dumps({"trace": arguments.trace.name, **link_facts, **measured, "rows": rows}))
+        print_json({"trace": arguments.trace.name, **link_facts, **measured, "rows": rows})
     else:
         _print_rows(rows)
         if recorded is not None:
@@ -263,7 +263,7 @@ def _fit(arguments: argparse.Namespace) -> None:
         test_tokens=arguments.test_tokens,
     )
     if arguments.json:
-        print(json.dumps(found))
+        print_json(found)
     else:
         _print_recall(found)
 

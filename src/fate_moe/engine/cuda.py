@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fate_moe import switches
 from fate_moe.config import OffloadConfig
 from fate_moe.core import EvictionPolicy, ExpertSource
 from fate_moe.engine.attach import limit_context
@@ -168,8 +169,12 @@ class CudaParts:
         self._experts = experts = self._make_experts(host)
         attach_device(model, self._stacks, experts, patches)
 
+        check_tables = switches.check_each_pass()
+
         def check(module: Any, args: Any, output: Any) -> None:
             host.check()
+            if check_tables:
+                experts.state.tables.check_integrity()
 
         patches.hook(model, "after", check)
         self._decode, per_token = None, plan.kv_cache_bytes // plan.context_length

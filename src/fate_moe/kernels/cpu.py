@@ -29,7 +29,7 @@ class SlotExperts:
 
     Few tokens: one call of the extension for all ready experts, with int8 activations in groups as wide as the weights' (``exact``:
     fp32). Many: each expert is written out as numbers in the model's dtype, a few rows at a time where the processor has matrix
-    tiles (bf16), else whole for torch's GEMM. What an expert gives depends on its own tokens alone, whoever else is in the call.
+    tiles (bf16), else whole for torch's GEMM. An output depends on its own token alone, not on the others in the call.
     """
 
     def __init__(

@@ -96,7 +96,7 @@ def warn_of_difference(name: str, difference: str) -> None:
 
 
 class SmallWeight(nn.Parameter):
-    """A bf16 matrix that multiplies a few rows itself, whoever calls torch's ``linear`` on it."""
+    """A bf16 matrix that multiplies a few rows itself when torch's ``linear`` is called on it."""
 
     place: Any
     address: int
