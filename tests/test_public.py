@@ -12,6 +12,7 @@ import time
 import pytest
 
 import fate_moe
+from fate_moe import errors
 
 MODULES = [name for _, name, _ in pkgutil.walk_packages(fate_moe.__path__, "fate_moe.") if not name.endswith("__main__")]
 
@@ -22,6 +23,19 @@ def test_exported_names_exist_and_say_what_they_are(name: str) -> None:
     for exported in getattr(module, "__all__", []):
         value = getattr(module, exported)
         assert value.__doc__ or not (inspect.isclass(value) or inspect.isfunction(value)), f"{exported} has no docstring"
+
+
+def test_what_is_public_is_what_is_exported() -> None:
+    """Every name without an underscore that is not a module, and those that are imported when first asked for."""
+    modules = {name for name, value in vars(fate_moe).items() if inspect.ismodule(value)}
+    names = {name for name in vars(fate_moe) if not name.startswith("_")} - modules - {"annotations", "TYPE_CHECKING", "Any"}
+    assert names | set(fate_moe._LAZY) | {"__version__"} == set(fate_moe.__all__)
+    assert list(fate_moe.__all__) == sorted(fate_moe.__all__)
+    assert set(errors.__all__) <= set(fate_moe.__all__)
+
+
+def test_load_says_what_it_gives() -> None:
+    assert inspect.signature(fate_moe.load).return_annotation == "tuple[PreTrainedModel, PreTrainedTokenizerBase]"
 
 
 def test_unknown_attribute() -> None:
