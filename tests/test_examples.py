@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from fate_moe.registry import POLICIES
+
 pytestmark = pytest.mark.slow
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -48,13 +50,16 @@ def test_sweep_budgets(capsys: pytest.CaptureFixture[str]) -> None:
     assert len({row.text for row in rows}) == 1, "text does not depend on the budget"
     sizes = [row.cache_bytes for row in rows]
     assert sizes == sorted(set(sizes), reverse=True)
-    assert rows[0].ready_on_time > rows[-1].ready_on_time, "less memory, fewer hits"
+    assert rows[0].read_bytes < rows[-1].read_bytes, "less memory, more reads"
     assert all(row.read_bytes > 0 and row.tokens_per_second > 0 for row in rows)
     assert rows[0].text in capsys.readouterr().out
 
 
 def test_own_policy() -> None:
-    found = example("own_policy").main(new_tokens=24)
+    try:
+        found = example("own_policy").main(new_tokens=24)
+    finally:
+        POLICIES.pop("fifo", None)  # other tests list what there is
     (lru, text), (fifo, other) = found["lru"], found["fifo"]
     assert text == other
     assert 0 < fifo < lru < 1, "what is used often is worth keeping"
