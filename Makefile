@@ -86,6 +86,9 @@ sanitize: $(VENV)/.installed-dev
 	build/tools/bin/python -m pip install --quiet --disable-pip-version-check nanobind cmake ninja
 	mkdir -p $(SANITIZED)
 	cp -R src/fate_moe/. $(SANITIZED)/ && rm -f $(SANITIZED)/kernels/_native*
+	# An editable install's finder comes before PYTHONPATH: without this the checkout's own extension would be tested.
+	printf 'import sys\nsys.meta_path[:] = [f for f in sys.meta_path if type(f).__name__ != "ScikitBuildInplaceFinder"]\n' \
+	  > build/sanitize/src/sitecustomize.py
 	PATH="$(CURDIR)/build/tools/bin:$$PATH" cmake -S $(SANITIZED)/kernels/csrc -B build/sanitize/native -G Ninja \
 	  -DPython_EXECUTABLE="$(CURDIR)/build/tools/bin/python" -DCMAKE_BUILD_TYPE=Debug -DFATE_OPTIMIZE=-O1 \
 	  -DCMAKE_CXX_FLAGS="$(SANITIZE)" -DFATE_CHECK_OPS="$(CURDIR)/tests/kernels/csrc/check_ops.cpp"
