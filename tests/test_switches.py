@@ -17,6 +17,8 @@ from fate_moe.cli import main
 from fate_moe.errors import ConfigError
 from fate_moe.kernels.native import native
 
+pytestmark = pytest.mark.slow
+
 needs_extension = pytest.mark.skipif(native is None, reason="the extension is not built")
 
 

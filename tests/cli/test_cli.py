@@ -15,6 +15,8 @@ from fate_moe import demo
 from fate_moe.cli import main
 from fate_moe.engine.prepare import store_for
 
+pytestmark = pytest.mark.slow
+
 PROMPT = Path(__file__).parents[1] / "data" / "prompt.txt"
 
 

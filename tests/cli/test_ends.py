@@ -16,6 +16,8 @@ from fate_moe.cli import listing, main, text
 from fate_moe.engine.prepare import store_for
 from fate_moe.store.learned import STATISTICS
 
+pytestmark = pytest.mark.slow
+
 LONG = ["run", "-p", "Once upon a time", "--max-new-tokens", "900"]
 
 

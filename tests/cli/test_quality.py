@@ -10,6 +10,8 @@ import pytest
 from fate_moe import demo
 from fate_moe.cli import main
 
+pytestmark = pytest.mark.slow
+
 BOOKS = str(Path(__file__).parents[1] / "data" / "heldout-books.txt")
 
 

@@ -10,6 +10,8 @@ import pytest
 import fate_moe
 from tests.docs.pages import DOCS, ROOT, blocks, script
 
+pytestmark = pytest.mark.slow
+
 README = (ROOT / "README.md").read_text()
 
 

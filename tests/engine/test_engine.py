@@ -19,6 +19,8 @@ from fate_moe.engine.prepare import prepare, store_for
 from fate_moe.errors import ClosedModelError, StoreError
 from tests.support.engines import load_model, simulated_gpu
 
+pytestmark = pytest.mark.slow
+
 PROMPT = torch.tensor([[3, 17, 90, 5]])
 
 

@@ -21,6 +21,8 @@ from fate_moe.registry import make_policy
 from tests.support.device import CPU, Model, random_model, reference, route
 from tests.support.sources import MemorySource, SourceDouble
 
+pytestmark = pytest.mark.slow
+
 
 def source_of(model: Model) -> SourceDouble:
     """The model's experts, each a millisecond away."""

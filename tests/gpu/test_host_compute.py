@@ -19,7 +19,7 @@ from fate_moe.gpu.state import DeviceState
 from fate_moe.kernels.native import native
 from tests.support.device import CPU, Model, SwiGLU, random_model, reference
 
-pytestmark = pytest.mark.skipif(native is None, reason="the C++ kernels are not built")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(native is None, reason="the C++ kernels are not built")]
 
 
 @pytest.fixture

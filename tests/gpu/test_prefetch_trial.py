@@ -13,6 +13,8 @@ from fate_moe.gpu.options import DeviceOptions
 from fate_moe.gpu.prefetch_trial import measured_limit, prefetch_limit
 from tests.support.device import random_model
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("copy", "layer", "limit"),

@@ -9,8 +9,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from fate_moe.engine.prepare import store_for
 from fate_moe.kernels import native
+
+pytestmark = pytest.mark.slow
 
 # What runs in a process of its own: the extension is chosen when it is first imported.
 WITHOUT = """

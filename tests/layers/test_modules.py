@@ -29,6 +29,8 @@ from fate_moe.store.convert import convert
 from tests.support.checkpoints import tiny_model
 from tests.support.engines import load_model
 
+pytestmark = pytest.mark.slow
+
 if native is None:
     pytest.skip("the extension is not built", allow_module_level=True)
 

@@ -19,6 +19,8 @@ from fate_moe.tools.calibrate import calibrate, measure_errors, measure_view_los
 from tests.support.checkpoints import tiny_model
 from tests.support.engines import load_model
 
+pytestmark = pytest.mark.slow
+
 BOOKS = Path(__file__).parents[1] / "data/heldout-books.txt"
 TOKENS = torch.randint(1, 128, (60,), generator=torch.Generator().manual_seed(0))
 

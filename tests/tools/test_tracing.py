@@ -18,6 +18,8 @@ from fate_moe.tools import tracing
 from fate_moe.tools.tracing import fit_gates, record_routing
 from fate_moe.trace.recorded import recorded_run
 
+pytestmark = pytest.mark.slow
+
 TEXT = (Path(__file__).parents[1] / "data/heldout-books.txt").read_text("utf-8")
 CONFIG = OffloadConfig(expert_cache="30%", context_length=256, preset="load-on-demand")
 

@@ -30,6 +30,8 @@ from fate_moe.trace.simulate import Link, simulate
 from tests.support.pictures import labels, lines, num_colors, saved_figures
 from tests.support.sources import SourceDouble
 
+pytestmark = pytest.mark.slow
+
 
 def decode(model: Any, num_tokens: int, seed: int, between: Callable[[], None] = lambda: None) -> None:
     """Random tokens, one by one."""
