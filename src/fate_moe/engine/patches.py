@@ -45,9 +45,6 @@ class Patches:
     def __len__(self) -> int:
         return len(self._made)
 
-    def __iter__(self) -> Any:
-        return iter(self._made)
-
     def replace(self, owner: Any, name: str, value: Any) -> None:
         """``owner.name`` becomes ``value``: a forward, a parameter, a buffer, a submodule or a plain attribute.
 

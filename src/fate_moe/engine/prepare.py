@@ -23,10 +23,10 @@ from fate_moe.registry import PRESETS
 from fate_moe.store.convert import convert
 from fate_moe.store.dense import default_dense_precision
 from fate_moe.store.format import blob_layout
+from fate_moe.store.home import stores_home
 from fate_moe.store.learned import gates_bytes
 from fate_moe.store.open import Store, open_store
 from fate_moe.store.plan import store_identity
-from fate_moe.switches import cache_home
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -106,7 +106,7 @@ def store_for(model: str | Path | None, precision: str, dense_precision: str | N
 def _converted(model: str | Path | None, checkpoint: Path, precision: str, dense: str) -> Path:
     """Where the store of ``checkpoint`` is, or will be, in the cache folder."""
     identity = store_identity(open_checkpoint(checkpoint), precision, dense=dense)
-    return cache_home() / "stores" / f"{_name_of(model)}-{precision}-{identity[:8]}"
+    return stores_home() / f"{_name_of(model)}-{precision}-{identity[:8]}"
 
 
 def _name_of(model: str | Path | None) -> str:

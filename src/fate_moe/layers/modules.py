@@ -31,7 +31,7 @@ __all__ = ["ModuleSnapshot", "SmallWeight", "accelerate", "accelerated_by", "is_
 
 _log = logging.getLogger(__name__)
 
-# Unquantized matrices up to so many weights are multiplied by the extension: oneDNN takes 250 us for a router of 60 x 2048 in bf16.
+# Unquantized matrices up to so many weights are multiplied by the extension: oneDNN is slow on a router's few rows in bf16.
 _SMALL = 1 << 20
 _PROBE_TOKENS = 6
 _NEAR = 0.02  # of the norm: int8 activations and bf16 roundings give 0.01, another rope or scaling more than 0.1

@@ -29,7 +29,7 @@ class SlotArena:
         *self.offsets, end = accumulate((lengths[number] for number in self.class_of), initial=0)  # of slots in ``buffer``
         self.buffer = mmap.mmap(-1, end, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            with contextlib.suppress(OSError):  # kernels read slots 7 % faster; a kernel built without them says EINVAL
+            with contextlib.suppress(OSError):  # kernels read slots faster; a Linux kernel built without them says EINVAL
                 self.buffer.madvise(mmap.MADV_HUGEPAGE)
         self._memory = memoryview(self.buffer)
 
