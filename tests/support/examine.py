@@ -13,7 +13,7 @@ import torch
 from fate_moe.adapter.contract import is_experts
 from fate_moe.adapter.meta_model import expert_stacks
 from fate_moe.adapter.table import Family
-from fate_moe.checkpoints.mapping import find_recipes
+from fate_moe.checkpoints.mapping import match_names
 from fate_moe.checkpoints.source import Checkpoint
 from fate_moe.engine.attach import routers_of
 from fate_moe.engine.patches import Patches
@@ -117,7 +117,7 @@ def _early_and_right(model: Any) -> dict[int, bool]:
 
 def _keys_of_first_layer(model: Any, checkpoint: Path) -> tuple[str, ...]:
     stack = expert_stacks(model)[0]
-    recipes = find_recipes(model, Checkpoint(checkpoint).names)
+    recipes = match_names(model, Checkpoint(checkpoint).names).recipes
     names = [
         name for key in stack.parameters for sources in recipes[f"{stack.name}.{key}"].sources.values() for name in sources[:1]
     ]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,8 +16,10 @@ from safetensors import safe_open
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from fate_moe.adapter.config_rules import broken_config_rule
 from fate_moe.adapter.contract import broken_rule, is_experts, lookalikes
 from fate_moe.errors import CheckpointError, UnsupportedModelError
+from fate_moe.io.json_file import read_json, unmarked_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,23 +77,30 @@ def build_meta_model(folder: str | Path) -> PreTrainedModel:
 
     path = Path(folder) / "config.json"
     try:
-        raw = json.loads(path.read_text())
+        raw = read_json(path)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder} has no config.json; give the folder of a Hugging Face checkpoint") from error
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}); give the folder of a Hugging Face checkpoint") from error
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}); check its permissions and the disk") from error
     except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); fetch the checkpoint again") from error
+        raise CheckpointError(f"{path} {error}") from error
     family = raw.get("model_type") if isinstance(raw, dict) else None
-    if not isinstance(family, str) or family not in transformers.CONFIG_MAPPING:
-        remote = isinstance(raw, dict) and "auto_map" in raw
+    if not isinstance(family, str):
+        what = f"no model_type ({family!r})" if isinstance(raw, dict) else f"no JSON object but {type(raw).__name__}"
+        raise CheckpointError(f"{path} holds {what}; take the config.json of the checkpoint")
+    if family not in transformers.CONFIG_MAPPING:
+        remote = "auto_map" in raw
         hint = (
             "it would need the checkpoint's own code, which is never run" if remote else "update transformers if the family is new"
         )
         raise UnsupportedModelError(f"{path}: transformers {transformers.__version__} has no model type {family!r}; {hint}")
     try:
-        raw = transformers.CONFIG_MAPPING[family].get_config_dict(folder)[0]  # as transformers reads it: infinities, old names
+        raw = _config_dict(transformers.CONFIG_MAPPING[family], path)
         raw.pop("quantization_config", None)
         config = transformers.CONFIG_MAPPING[family].from_dict(raw)
         config = getattr(config, _TEXT_PART.get(family, ""), config)
+        if wrong := broken_config_rule(config):
+            raise ValueError(wrong)
         dtype = config.dtype or _stored_dtype(Path(folder))
         with no_init_weights(), _parameters_on_meta(), _LargeTensorsOnMeta():
             model: Any = auto_class(config).from_config(config, dtype=dtype)
@@ -110,8 +119,21 @@ def build_meta_model(folder: str | Path) -> PreTrainedModel:
         )
     if not stacks:
         raise UnsupportedModelError(f"{path}: {family} has no routed experts that transformers lets others run; nothing to offload")
+    if odd := next((stack for stack in stacks if not 1 <= stack.top_k <= stack.num_experts), None):
+        said = f"a token takes {odd.top_k} of {odd.num_experts} experts"
+        raise CheckpointError(f"{path}: {said}, which cannot be; take the checkpoint's own config.json")
     model.eval()
     return model  # type: ignore[no-any-return]
+
+
+def _config_dict(kind: Any, path: Path) -> dict[str, Any]:
+    """config.json as transformers reads it (infinities, old names), which refuses byte order marks."""
+    data = path.read_bytes()
+    if (clean := unmarked_json(data)) == data:
+        return kind.get_config_dict(path.parent)[0]  # type: ignore[no-any-return]
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / path.name).write_bytes(clean)
+        return kind.get_config_dict(folder)[0]  # type: ignore[no-any-return]
 
 
 def auto_class(config: Any, names: Sequence[str] = TEXT_CLASSES) -> Any:

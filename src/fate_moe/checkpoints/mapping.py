@@ -1,7 +1,7 @@
 """Applies transformers' conversion mapping one parameter (or one expert) at a time.
 
 For each family transformers lists how checkpoint tensors become the model's parameters, as ``WeightRenaming`` and
-``WeightConverter`` entries; ``convert_and_load_state_dict_in_model`` applies them to whole models. ``find_recipes`` groups a
+``WeightConverter`` entries; ``convert_and_load_state_dict_in_model`` applies them to whole models. ``match_names`` groups a
 checkpoint's names exactly as that function does. A ``Recipe``, a converter with its source names, then makes one parameter, or a
 single expert of a stack if no operation mixes experts.
 """
@@ -11,8 +11,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -27,12 +28,13 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from fate_moe.checkpoints.files import SAME_PLACE
 from fate_moe.errors import CheckpointError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Recipe", "find_recipes"]
+__all__ = ["Matched", "Recipe", "match_names"]
 
 
 @dataclass
@@ -49,6 +51,49 @@ class Recipe:
     def make(self, target: str, model: PreTrainedModel, read: Callable[[str], Tensor]) -> Tensor:
         """The whole parameter ``target``. Raises CheckpointError when the sources do not match."""
         return self._run(target, model, {pattern: [read(name) for name in names] for pattern, names in self.sources.items()})
+
+    @property
+    def all_sources(self) -> list[str]:
+        """The checkpoint names of all patterns."""
+        return [name for names in self.sources.values() for name in names]
+
+    def takes(self, pattern: str | None) -> bool:
+        """Whether a further source of ``pattern`` (None: of the parameter's own name) belongs to the recipe; else it is a rival."""
+        if self.converter is None:
+            return pattern is None and not self.sources
+        if pattern not in self.converter.source_patterns:
+            return False
+        collects = any(type(op) not in (Chunk, Concatenate, Interleave, Transpose) for op in self.converter.operations)
+        return collects or pattern not in self.sources
+
+    def made_shape(self, target: str, model: PreTrainedModel, shape: Callable[[str], tuple[int, ...]]) -> tuple[int, ...] | None:
+        """The shape that ``make`` would give, from the sources' shapes alone; None where only the values say it.
+
+        Raises CheckpointError when the sources do not match.
+        """
+        return self._shape(lambda: self.make(target, model, lambda name: torch.empty(shape(name), device="meta")))
+
+    def made_expert_shape(
+        self, target: str, model: PreTrainedModel, shape: Callable[[str], tuple[int, ...]]
+    ) -> tuple[int, ...] | None:
+        """As ``made_shape``, of what ``make_expert`` gives for every expert. Raises CheckpointError also where experts differ."""
+        if self.merges:
+            for names in self.sources.values():
+                if odd := next((name for name in names if shape(name) != shape(names[0])), None):
+                    raise CheckpointError(f"{odd} has shape {shape(odd)}, and {names[0]} has {shape(names[0])}; {SAME_PLACE}")
+
+        def read(name: str, index: int | None) -> Tensor:
+            return torch.empty(shape(name) if index is None else (1, *shape(name)[1:]), device="meta")
+
+        return self._shape(lambda: self.make_expert(target, model, read, 0))
+
+    def _shape(self, make: Callable[[], Tensor]) -> tuple[int, ...] | None:
+        try:
+            return tuple(make().shape)
+        except CheckpointError as error:
+            if isinstance(error.__cause__, NotImplementedError):  # an operation that looks at values, which meta tensors lack
+                return None
+            raise
 
     def splits(self, num_experts: int, shape: Callable[[str], tuple[int, ...]]) -> bool:
         """Whether ``make_expert`` can be used: no operation mixes experts, and each source holds one expert or all of them."""
@@ -88,14 +133,26 @@ class Recipe:
         except Exception as error:  # torch raises several types for wrong shapes
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             sources = ", ".join(names[0] for names in self.sources.values())
-            raise CheckpointError(f"{target} cannot be made from {sources} ...: {reason}; fetch the checkpoint again") from error
+            raise CheckpointError(f"{target} cannot be made from {sources} ...: {reason}; {SAME_PLACE}") from error
         return made[0] if isinstance(made, list) else made  # type: ignore[no-any-return]
 
 
-def find_recipes(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Recipe]:
-    """A recipe for each parameter (or persistent buffer), by name, that can be made from the checkpoint tensors ``names``.
+class Matched(NamedTuple):
+    """What a checkpoint's names are to a model.
 
-    Mirrors the first half of transformers' ``convert_and_load_state_dict_in_model``. Names unknown to the model are ignored.
+    ``recipes`` by parameter (or persistent buffer). ``unknown``: names that make none, with the parameter that transformers'
+    renamings would look for. ``rivals``: further names for a parameter that another tensor already makes, with that tensor's name.
+    """
+
+    recipes: dict[str, Recipe]
+    unknown: dict[str, str]
+    rivals: dict[str, str]
+
+
+def match_names(model: PreTrainedModel, names: Iterable[str]) -> Matched:
+    """Match the checkpoint tensors ``names`` to the parameters of ``model``.
+
+    Mirrors the first half of transformers' ``convert_and_load_state_dict_in_model``.
     """
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -104,16 +161,21 @@ def find_recipes(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Reci
     targets = model.state_dict()
     prefix = model.base_model_prefix
     recipes: dict[str, Recipe] = {}
+    unknown: dict[str, str] = {}
+    rivals: dict[str, str] = {}
     for name in sorted(names, key=dot_natural_key):
         first, pattern = rename_source_key(name, renamings, converters, prefix, targets)
         if first not in targets and name in targets:
             first, pattern = rename_source_key(name, [], [], prefix, targets)
         if first not in targets:
+            unknown[name] = first
             continue
         recipe = recipes.setdefault(first, Recipe(first, by_pattern[pattern] if pattern else None))
-        if recipe.converter is not None or not recipe.sources:  # like transformers: the first of two names for one parameter
+        if recipe.takes(pattern):
             recipe.sources.setdefault(pattern or name, []).append(name)
-    return {target: recipe for recipe in recipes.values() for target in _targets(recipe)}
+        else:
+            rivals[name] = next(iter(recipe.sources.values()))[0]
+    return Matched({target: recipe for recipe in recipes.values() for target in _targets(recipe)}, unknown, rivals)
 
 
 def _targets(recipe: Recipe) -> list[str]:

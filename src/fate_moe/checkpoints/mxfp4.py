@@ -18,10 +18,15 @@ _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _VALUES = torch.tensor([*_MAGNITUDES, *(-value for value in _MAGNITUDES)])
 
 
-def mxfp4_shape(blocks: tuple[int, ...]) -> tuple[int, int, int]:
-    """The shape [E, in, out] of the parameter with blocks of shape ``blocks``. Raises ValueError for any other shape."""
+def mxfp4_shape(blocks: tuple[int, ...], scales: tuple[int, ...] | None = None) -> tuple[int, int, int]:
+    """The shape [E, in, out] of the parameter with blocks of shape ``blocks``.
+
+    Raises ValueError for any other shape, and for ``scales`` (None: not compared) of a shape that does not match.
+    """
     if len(blocks) != 4 or blocks[3] != 16:
         raise ValueError(f"blocks of shape {blocks}; expected [experts, out, in / 32, 16]")
+    if scales is not None and scales != blocks[:-1]:
+        raise ValueError(f"scales of shape {scales} for blocks of {blocks}")
     return blocks[0], blocks[2] * 32, blocks[1]
 
 

@@ -27,6 +27,8 @@ PACKED_METHODS = ("gptq", "awq", "compressed-tensors")
 
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 # By method: the tensor that marks a packed weight, and all tensors that belong to it (last parts of their names).
+# Of these parts, those that hold codes in words of 32 bits.
+_WORDS = {"qweight", "qzeros", "weight_packed", "weight_zero_point"}
 _LEAVES = {
     "gptq": ("qweight", ("qweight", "qzeros", "scales", "g_idx")),
     "awq": ("qweight", ("qweight", "qzeros", "scales")),
@@ -61,6 +63,40 @@ class PackedWeight:
     def scale_name(self) -> str:
         """The name of the scales in the checkpoint."""
         return self.parts["weight_scale" if self.method == "compressed-tensors" else "scales"]
+
+    def check(self, shape_of: Callable[[str], tuple[int, ...]], dtype_of: Callable[[str], str | None], group_size: int) -> None:
+        """Raises ValueError where headers alone show that the parts do not match.
+
+        ``group_size`` is the configuration's (0: unknown).
+        """
+        needed = ("weight_packed", "weight_scale") if self.method == "compressed-tensors" else ("qweight", "qzeros", "scales")
+        if lacking := [leaf for leaf in needed if leaf not in self.parts]:
+            raise ValueError(f"it has no {' and no '.join(lacking)}")
+        shapes = {leaf: shape_of(name) for leaf, name in self.parts.items()}
+        dtypes = {leaf: dtype_of(name) for leaf, name in self.parts.items()}
+        if wrong := [leaf for leaf in _WORDS & shapes.keys() if len(shapes[leaf]) != 2 or dtypes[leaf] != "I32"]:
+            raise ValueError(f"{wrong[0]} is {dtypes[wrong[0]]} {shapes[wrong[0]]} where I32 words in two dimensions are expected")
+        rows, cols = self.shape(shape_of)
+        per_word = 32 // self.bits
+        scale_leaf = self.scale_name.rpartition(".")[2]
+        scale = shapes[scale_leaf]
+        if dtypes[scale_leaf] not in ("BF16", "F16", "F32") or len(scale) != 2:
+            raise ValueError(f"{scale_leaf} is {dtypes[scale_leaf]} {scale} where floating numbers in two dimensions are expected")
+        groups = scale[1] if self.method == "compressed-tensors" else scale[0]
+        words = -(-rows // per_word)
+        wanted = {
+            "scales": (groups, rows),
+            "qzeros": (groups, words),
+            "weight_scale": (rows, groups),
+            "weight_zero_point": (words, groups),
+            "g_idx": (cols,),
+            "weight_g_idx": (cols,),
+        }
+        for leaf, shape in wanted.items():
+            if leaf in shapes and shapes[leaf] != shape:
+                raise ValueError(f"{leaf} has shape {shapes[leaf]} where codes for {rows} x {cols} weights need {shape}")
+        if group_size > 0 and groups != -(-cols // group_size):
+            raise ValueError(f"{groups} groups of scales for {cols} inputs, and config.json says group_size {group_size}")
 
     def shape(self, shape_of: Callable[[str], tuple[int, ...]]) -> tuple[int, int]:
         """[out, in], from the shapes of the parts."""
@@ -136,7 +172,7 @@ def _code_bits(method: str, quantization: dict[str, Any]) -> int:
         if method == "awq" and quantization.get("version", "gemm").lower() != "gemm":
             raise ValueError(f"AWQ version {quantization['version']!r} (only gemm is supported)")
     if bits not in ((4,) if method == "awq" else (4, 8)):
-        raise ValueError(f"{method} with {bits} bits")
+        raise ValueError(f"{method} with {bits!r} bits")
     return int(bits)
 
 

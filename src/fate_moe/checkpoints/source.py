@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import json
+import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fate_moe.checkpoints.files import find_weights, some
 from fate_moe.checkpoints.mxfp4 import BLOCKS, SCALES, dequantize_mxfp4, mxfp4_shape
 from fate_moe.checkpoints.packed import PACKED_METHODS, Packed, find_packed
 from fate_moe.errors import CheckpointError, UnsupportedModelError
 from fate_moe.io.direct import drop_from_page_cache
-from fate_moe.io.tensorfile import TensorEntry, read_header
+from fate_moe.io.json_file import read_json, unmarked_json, what_it_is
 from fate_moe.quant.dtypes import TORCH_DTYPES
 
 __all__ = ["COMPANIONS", "Checkpoint", "resolve_checkpoint"]
@@ -39,6 +42,7 @@ _UNSUPPORTED = re.compile(
     r"\.(qweight|qzeros|g_idx|SCB|absmax|quant_map|weight_packed|weight_scale|weight_zero_point)$|_proj_blocks$"
 )
 _SCALE = "_scale_inv"
+_SCALE_DTYPES = ("BF16", "F16", "F32", "F64", "F8_E8M0")
 _PLAIN = ("BF16", "F16", "F32", "F64")
 _INTEGERS = ("BOOL", "U8", "I8", "I16", "I32", "I64")
 _USE = "use the checkpoint in bf16, FP8 with weight_scale_inv, MXFP4, or INT4 by GPTQ, AWQ or compressed-tensors"
@@ -52,6 +56,8 @@ def resolve_checkpoint(name: str | Path) -> Path:
     folder = Path(name)
     if folder.is_dir() or (folder.is_file() and folder.suffix == ".gguf"):
         return folder
+    if folder.is_file() and folder.name.endswith((".safetensors", ".json")):
+        raise CheckpointError(f"{folder} is one file of a checkpoint; give its folder: {folder.parent}")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or folder.exists():
         raise CheckpointError(f"{name} is neither a folder nor a hub id (org/name); give the folder of a Hugging Face checkpoint")
     from huggingface_hub import snapshot_download
@@ -71,24 +77,23 @@ class Checkpoint:
     Block-scaled FP8 weights (``X`` of F8_E4M3 with ``X_scale_inv``, as in DeepSeek-V3) and MXFP4 weights (``X_blocks`` and
     ``X_scales``, as in gpt-oss) appear as plain bf16 tensors ``X``; packed weights (see ``checkpoints.packed``) in their scales'
     dtype. Scales do not appear. ``read_packed`` returns the codes.
+
+    ``unread`` says of each tensor that the reader itself leaves out ("TENSOR", or "FILE: TENSOR" of a copy) why; ``absent`` of each
+    tensor that is named somewhere and cannot be read, why not and what to do.
     """
 
     packed_names: frozenset[str] = frozenset()  # the tensors that ``read_packed`` can read
+    unread: Mapping[str, str] = MappingProxyType({})
+    absent: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, folder: Path) -> None:
         """Reads the header of every file. Raises CheckpointError for missing, damaged or pickled files, UnsupportedModelError for a
         quantized format that is not supported."""
         self.folder = folder
-        self.files = _weight_files(folder)
-        self._entries: dict[str, tuple[Path, TensorEntry]] = {}
-        for path in self.files:
-            try:
-                self._entries.update((name, (path, entry)) for name, entry in read_header(path).items())
-            except OSError as error:
-                raise CheckpointError(f"{path} cannot be read ({error.strerror}); fetch the checkpoint again") from error
-            except ValueError as error:
-                raise CheckpointError(f"{path} is damaged ({error}); fetch the checkpoint again") from error
         quantization = _quantization(folder)
+        weights = find_weights(folder)
+        self.files, self._entries = weights.files, weights.entries
+        self.unread, self.absent = weights.unread, weights.absent
         self._block = _fp8_block(folder, quantization)
         self._mxfp4 = {name.removesuffix(BLOCKS) for name in self._entries if self._has_mxfp4(name)}
         try:
@@ -98,6 +103,8 @@ class Checkpoint:
         self._parts = {name + suffix for name in self._mxfp4 for suffix in (BLOCKS, SCALES)}
         self._parts |= {part for weight in self._packed.values() for part in weight.parts.values()}
         self._refuse_unsupported()
+        group_size = quantization.get("group_size")
+        self._check_quantized(group_size if type(group_size) is int else 0)
         names = (*self._entries, *self._mxfp4, *self._packed)
         self.names = [name for name in names if name not in self._parts and not name.endswith(_SCALE)]
         self.packed_names = frozenset(self._packed)
@@ -114,10 +121,10 @@ class Checkpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of the whole tensor that ``read`` returns."""
         if name in self._mxfp4:
-            return mxfp4_shape(self._entries[name + BLOCKS][1].shape)
+            return mxfp4_shape(self._shape_in_file(name + BLOCKS))
         if name in self._packed:
-            return self._packed[name].shape(self.shape)
-        return self._entries[name][1].shape
+            return self._packed[name].shape(self._shape_in_file)
+        return self._shape_in_file(name)
 
     def read(self, name: str, index: int | None = None) -> Tensor:
         """The tensor ``name``, or entry ``index`` of its first dimension as [1, ...].
@@ -146,6 +153,19 @@ class Checkpoint:
     def companions(self) -> list[Path]:
         """The files that go with the weights: configuration, tokenizer, chat template."""
         return sorted({path for pattern in COMPANIONS for path in self.folder.glob(pattern) if path.is_file()})
+
+    def read_companion(self, path: Path) -> bytes:
+        """The bytes of one of ``companions`` for a store: JSON as UTF-8 without a byte order mark, all else as it is.
+
+        Raises CheckpointError when it cannot be read, or is a pointer or a web page in the place of the file.
+        """
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read ({error.strerror}); check its permissions and the disk") from error
+        if reason := what_it_is(data):
+            raise CheckpointError(f"{path} {reason}")
+        return unmarked_json(data) if path.suffix == ".json" else data
 
     def read_packed(self, name: str) -> Packed:
         """Codes, scales and zeros of ``name``, one of ``packed_names``. Raises CheckpointError when they do not match."""
@@ -180,13 +200,55 @@ class Checkpoint:
         return name.endswith(BLOCKS) and all(part in self._entries and self._entries[part][1].dtype == "U8" for part in parts)
 
     def _refuse_unsupported(self) -> None:
-        for name, (path, entry) in self._entries.items():
-            if name in self._parts:
-                continue
-            scaled = entry.dtype == "F8_E4M3" and name + _SCALE in self._entries
-            plain = entry.dtype in _PLAIN or (entry.dtype in _INTEGERS and not name.endswith("weight"))
-            if _UNSUPPORTED.search(name) or not (scaled or plain or name.endswith(_SCALE)):
-                raise UnsupportedModelError(f"{path}: {name} ({entry.dtype}) is quantized in a way that is not supported; {_USE}")
+        refused = [name for name in self._entries if name not in self._parts and not self._is_supported(name)]
+        if refused:
+            path, _ = self._entries[refused[0]]
+            raise UnsupportedModelError(
+                f"{path}: {some([f'{name} ({self._entries[name][1].dtype})' for name in refused])} "
+                f"{'is' if len(refused) == 1 else 'are'} quantized in a way that is not supported; {_USE}"
+            )
+
+    def _is_supported(self, name: str) -> bool:
+        dtype = self._entries[name][1].dtype
+        if _UNSUPPORTED.search(name):
+            return False
+        if name.endswith(_SCALE):
+            return dtype in _SCALE_DTYPES and self._dtype_in_file(name.removesuffix(_SCALE)) == "F8_E4M3"
+        if dtype == "F8_E4M3":
+            return name + _SCALE in self._entries
+        return dtype in _PLAIN or (dtype in _INTEGERS and not name.endswith("weight"))
+
+    def _dtype_in_file(self, name: str) -> str | None:
+        return self._entries[name][1].dtype if name in self._entries else None
+
+    def _check_quantized(self, group_size: int) -> None:
+        """Raises CheckpointError, from headers alone, where scales and codes do not fit together."""
+        try:
+            for name in (name for name in self._entries if name.endswith(_SCALE)):
+                expected = block_scale_shape(self._shape_in_file(name.removesuffix(_SCALE)), self._shape_in_file(name), self._block)
+                if self._shape_in_file(name) != expected:
+                    raise ValueError(f"scales of shape {self._shape_in_file(name)} where blocks of {self._block} need {expected}")
+            for name in self._mxfp4:
+                mxfp4_shape(self._shape_in_file(name + BLOCKS), self._shape_in_file(name + SCALES))
+            for name in self._packed:
+                self._packed[name].check(self._shape_in_file, self._dtype_in_file, group_size)
+        except ValueError as error:
+            raise CheckpointError(f"{self.folder}: {name}: {error}; take config.json and weights from the same place") from error
+
+    def _shape_in_file(self, name: str) -> tuple[int, ...]:
+        return self._entries[name][1].shape
+
+
+def block_scale_shape(weights: tuple[int, ...], scale: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
+    """The shape [..., ceil(R / block rows), ceil(C / block cols)] that scales of ``weights`` [..., R, C] need.
+
+    A single number fits all weights. Raises ValueError for weights that are not matrices.
+    """
+    if math.prod(scale) == 1:
+        return scale
+    if len(weights) < 2:
+        raise ValueError(f"block-scaled weights of shape {weights}")
+    return (*weights[:-2], -(-weights[-2] // block[0]), -(-weights[-1] // block[1]))
 
 
 def dequantize_blocks(weights: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
@@ -197,8 +259,7 @@ def dequantize_blocks(weights: Tensor, scale: Tensor, block: tuple[int, int]) ->
     if scale.numel() == 1:
         return (weights.float() * scale.view(())).bfloat16()
     rows, cols = weights.shape[-2:]
-    expected = (*weights.shape[:-2], -(-rows // block[0]), -(-cols // block[1]))
-    if tuple(scale.shape) != expected:
+    if tuple(scale.shape) != (expected := block_scale_shape(tuple(weights.shape), tuple(scale.shape), block)):
         raise ValueError(f"scales of shape {tuple(scale.shape)} where blocks of {block} need {expected}")
     out = torch.empty(weights.shape, dtype=torch.bfloat16)
     # One row of blocks at a time: the whole matrix in fp32 would take four times the memory of the source.
@@ -208,43 +269,22 @@ def dequantize_blocks(weights: Tensor, scale: Tensor, block: tuple[int, int]) ->
     return out
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if index.is_file():
-        return _indexed_files(index)
-    if pickled := sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern)):
-        raise CheckpointError(
-            f"{folder} has only pickled weights ({pickled[0]}), which are not read; use the model's safetensors files"
-        )
-    raise CheckpointError(
-        f"{folder} has neither model.safetensors nor model.safetensors.index.json; give the folder of a complete checkpoint"
-    )
-
-
-def _indexed_files(index: Path) -> list[Path]:
-    try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
-        names = sorted(set(weight_map.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is damaged ({error!r}); fetch the checkpoint again") from error
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise CheckpointError(f"{index} names {name!r}, which is not a file of this folder; fetch the checkpoint again")
-        if not (index.parent / name).is_file():
-            raise CheckpointError(f"{index.parent / name} is missing, and {index.name} names it; fetch the checkpoint again")
-    return [index.parent / name for name in names]
-
-
 def _quantization(folder: Path) -> dict[str, Any]:
     """config.json's ``quantization_config``, {} if absent. Raises UnsupportedModelError for a method that is not supported."""
     path = folder / "config.json"
     try:
-        config: Any = json.loads(path.read_bytes())
-        quantization: dict[str, Any] = dict(config.get("quantization_config") or {})
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); give the folder of a Hugging Face checkpoint") from error
+        config: Any = read_json(path)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder} has no config.json; give the folder of a Hugging Face checkpoint") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}); check its permissions and the disk") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} holds no JSON object but {type(config).__name__}; take the config.json of the checkpoint")
+    quantization = config.get("quantization_config") or {}
+    if not isinstance(quantization, dict):
+        raise CheckpointError(f"{path}: quantization_config is {quantization!r}, not an object; take the checkpoint's own file")
     if quantization and quantization.get("quant_method") not in ("fp8", "mxfp4", *PACKED_METHODS):
         raise UnsupportedModelError(f"{path}: quantization {quantization.get('quant_method')!r} is not supported; {_USE}")
     return quantization

@@ -63,7 +63,7 @@ def parse_header(text: bytes, num_bytes: int) -> dict[str, TensorEntry]:
     """Every tensor of a file of ``num_bytes`` with the header ``text`` (without its 8 bytes of length). Raises ValueError."""
     start = 8 + len(text)
     try:
-        header = json.loads(text)
+        header = json.loads(text, object_pairs_hook=_without_repeats)
         header.pop("__metadata__", None)
         entries = sorted((_entry(name, fields, start) for name, fields in header.items()), key=lambda e: (e.offset, e.length))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -76,6 +76,13 @@ def parse_header(text: bytes, num_bytes: int) -> dict[str, TensorEntry]:
     if end != num_bytes:
         raise ValueError(f"truncated or extended: the file has {num_bytes} bytes and its header lists tensors up to {end}")
     return {entry.name: entry for entry in entries}
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise ValueError("a name stands twice in its header")
+    return made
 
 
 def _entry(name: str, fields: dict[str, Any], start: int) -> TensorEntry:

@@ -32,7 +32,7 @@ from fate_moe.store.dense import default_dense_precision
 from fate_moe.store.format import FORMAT_VERSION, ExpertEntry, LayerEntry, Manifest
 from fate_moe.store.mixed_precision import PrecisionRules
 from fate_moe.store.open import open_store
-from fate_moe.store.plan import ConversionPlan, ShardPlan, plan_conversion, store_identity, tensor_bytes
+from fate_moe.store.plan import ConversionPlan, ShardPlan, check_finite, plan_conversion, store_identity, tensor_bytes
 
 __all__ = ["Moments", "convert"]
 
@@ -101,6 +101,9 @@ def convert(
             title = str(source) if not Path(source).is_dir() else folder.resolve().name
             try:
                 _fill(work, plan, title, dense, SOLVERS[solver], calibration, identity, progress)
+            except CheckpointError:  # no further attempt can succeed
+                _discard(work, plan)
+                raise
             except DiskSpaceError:
                 if not any(work.iterdir()):
                     work.rmdir()
@@ -127,6 +130,17 @@ def _is_complete(folder: Path, identity: str) -> bool:
         return open_store(folder).manifest.identity == identity
     except StoreError:
         return False
+
+
+def _discard(work: Path, plan: ConversionPlan) -> None:
+    """Delete what ``_fill`` has written; what else lies in the folder stays, and the folder with it."""
+    names = ["dense.safetensors", *(shard.name for shard in plan.shards), "fate.json"]
+    names += [path.name for path in plan.checkpoint.companions()]
+    for name in [*names, "journal.json"]:  # the journal last: by it an unfinished conversion is known
+        for path in (work / f"{name}.tmp", work / name):
+            path.unlink(missing_ok=True)
+    if not any(work.iterdir()):
+        work.rmdir()
 
 
 def _fill(
@@ -163,7 +177,7 @@ def _fill(
             checksums.append(shard_checksums)
     for path in copied:
         with atomic_file(work / path.name) as file:
-            file.write(path.read_bytes())
+            file.write(plan.checkpoint.read_companion(path))
     manifest = _manifest(plan, title, dense, identity, dense_checksum, checksums)
     with atomic_file(work / "fate.json") as file:
         file.write(manifest.to_json().encode())
@@ -200,11 +214,8 @@ def _write_shard(
         for expert in range(shard.stack.num_experts):
             tensors = plan.make_expert(shard.stack, expert, stacked)
             layout = shard.layouts[expert]
-            if layout.precision != "lossless" and not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
-                raise CheckpointError(
-                    f"{shard.stack.name} expert {expert} has infinite or NaN weights and cannot be quantized; "
-                    "use --precision lossless"
-                )
+            for name, tensor in tensors.items():
+                check_finite(tensor, f"{shard.stack.name}.{name} expert {expert}")
             moments = calibration.moments(shard.stack.layer, expert, tensors) if calibration and layout.plane_widths else None
             quantized = plan.make_quantized(shard.stack, expert) if layout.plane_widths else None
             blob = memoryview(encode(layout, tensors, solver, moments, quantized))
@@ -240,4 +251,5 @@ def _manifest(
         shard_bytes={shard.name: shard.num_bytes for shard in plan.shards},
         identity=identity,
         dense_precision=dense,
+        unread=plan.unread,
     )

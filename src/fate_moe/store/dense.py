@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from fate_moe.core import BlobLayout
-from fate_moe.errors import CheckpointError
 from fate_moe.quant.blob import views
 from fate_moe.quant.planes import pack
 from fate_moe.quant.solver import Solver, minmax
@@ -64,8 +63,8 @@ def row_read_parameter(model: nn.Module) -> str | None:
     return None if name in {*tied, *tied.values()} else name
 
 
-def encode_dense(name: str, layout: BlobLayout, weight: Tensor, solver: Solver) -> Tensor:
-    """The blob uint8 [layout.length] of ``weight`` [R, C]. Raises CheckpointError for infinite or NaN weights."""
+def encode_dense(layout: BlobLayout, weight: Tensor, solver: Solver) -> Tensor:
+    """The blob uint8 [layout.length] of ``weight`` [R, C], all of it finite."""
     blob = torch.zeros(layout.length, dtype=torch.uint8)
     parts = views(layout, blob)
     bits = sum(layout.plane_widths)
@@ -73,8 +72,6 @@ def encode_dense(name: str, layout: BlobLayout, weight: Tensor, solver: Solver) 
     step = max(1, _CHUNK // weight.shape[1])
     for first in range(0, len(weight), step):
         rows = weight[first : first + step].float()
-        if not bool(rows.isfinite().all()):
-            raise CheckpointError(f"{name} has infinite or NaN weights and cannot be quantized; use --dense-precision lossless")
         codes, scale, zero = solve(rows, bits, layout.group_size)
         encoded = [scale, zero, *pack(codes, layout.group_size, layout.plane_widths)]
         kinds = ["scale", "zero", *(f"plane{i}" for i in range(len(layout.plane_widths)))]

@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fate_moe.core import PRECISIONS, SLOT_ALIGNMENT, BlobLayout, ExpertId, Part, Section
@@ -55,7 +55,7 @@ class Manifest:
     ``precision`` is that of most experts (in a mixed store some layouts have another); ``dtype`` is the experts' dtype in the
     checkpoint (BF16, F16, F32). ``dense_bytes`` and ``shard_bytes`` are file lengths. ``dense_checksum`` covers all of
     dense.safetensors, whose matrices have ``dense_precision`` (see store/dense.py). ``identity`` differs between stores of other
-    sources or conversion options.
+    sources or conversion options. ``unread`` says of each tensor of the checkpoint that the store does not have why.
     """
 
     format_version: int
@@ -70,6 +70,7 @@ class Manifest:
     shard_bytes: dict[str, int]
     identity: str = ""
     dense_precision: str = "lossless"
+    unread: dict[str, str] = field(default_factory=dict)
 
     @property
     def num_layers(self) -> int:
@@ -141,6 +142,11 @@ class Manifest:
         facts = {**vars(self), "layouts": layouts, "layers": layers}
         if self.dense_precision == "lossless":
             del facts["dense_precision"]
+        del facts["unread"]
+        if self.unread:  # names by reason: a reason has up to thousands
+            facts["unread"] = {reason: [] for reason in self.unread.values()}
+            for name, reason in self.unread.items():
+                facts["unread"][reason].append(name)
         return json.dumps(facts, separators=(",", ":")) + "\n"
 
     @classmethod
@@ -244,6 +250,7 @@ def _manifest(data: dict[str, Any]) -> Manifest:
         dense_checksum=checksum(data["dense_checksum"]),
         identity=text(data.get("identity", "")),
         dense_precision=dense_precision,
+        unread={text(name): reason for reason, names in data.get("unread", {}).items() for name in items(names)},
         **checked,
     )
 

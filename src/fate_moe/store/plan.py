@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +16,10 @@ import xxhash
 from torch import Tensor
 
 from fate_moe.adapter.meta_model import ExpertStack, build_meta_model, expert_stacks, parameter_dtypes
-from fate_moe.checkpoints.mapping import Recipe, find_recipes
+from fate_moe.checkpoints.accounting import account, refuse_missing
+from fate_moe.checkpoints.files import SAME_PLACE
+from fate_moe.checkpoints.gguf import open_checkpoint
+from fate_moe.checkpoints.mapping import Recipe, match_names
 from fate_moe.checkpoints.source import Checkpoint
 from fate_moe.core import BlobLayout
 from fate_moe.errors import CheckpointError, UnsupportedModelError
@@ -30,7 +34,16 @@ from fate_moe.store.mixed_precision import PrecisionRules, layer_precisions
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["ConversionPlan", "DenseTensor", "ShardPlan", "plan_conversion", "store_identity", "tensor_bytes"]
+__all__ = [
+    "ConversionPlan",
+    "DenseTensor",
+    "ShardPlan",
+    "check_finite",
+    "describe_model",
+    "plan_conversion",
+    "store_identity",
+    "tensor_bytes",
+]
 
 
 @dataclass(frozen=True)
@@ -67,7 +80,10 @@ class ShardPlan:
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """Everything that a conversion writes. ``dense`` is in the order of the tensors in ``dense_header``."""
+    """Everything that a conversion writes. ``dense`` is in the order of the tensors in ``dense_header``.
+
+    ``unread`` says of each tensor of the checkpoint that is not read why.
+    """
 
     checkpoint: Checkpoint
     model: PreTrainedModel
@@ -76,16 +92,17 @@ class ConversionPlan:
     dense: tuple[DenseTensor, ...]
     dense_header: bytes
     shards: tuple[ShardPlan, ...]
+    unread: dict[str, str]
 
     @property
     def dense_bytes(self) -> int:
         return len(self.dense_header) + sum(_num_bytes(*tensor.stored) for tensor in self.dense)
 
     def make_dense(self, tensor: DenseTensor, solver: Solver) -> Tensor:
-        """The tensor as it is stored. Raises CheckpointError when the checkpoint has it in another shape."""
+        """The tensor as it is stored. Raises CheckpointError when the checkpoint has it in another shape, or not as numbers."""
         made = tensor.recipe.make(tensor.made_as, self.model, lambda name: self._read_as(name, tensor.dtype))
         made = _checked(made, tensor.shape, tensor.name)
-        return made.to(tensor.dtype) if tensor.layout is None else encode_dense(tensor.name, tensor.layout, made, solver)
+        return made.to(tensor.dtype) if tensor.layout is None else encode_dense(tensor.layout, made, solver)
 
     def make_quantized(self, stack: ExpertStack, expert: int) -> dict[str, QuantizedMatrix]:
         """Codes, scales and zeros of an expert's matrices that the checkpoint has already quantized; {} if there are none.
@@ -136,7 +153,13 @@ class ConversionPlan:
 
     def _read_as(self, name: str, dtype: torch.dtype) -> Tensor:
         tensor = self.checkpoint.read(name)
-        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+        if not tensor.is_floating_point():
+            return tensor
+        check_finite(tensor, name)
+        made = tensor.to(dtype)
+        if made.dtype != tensor.dtype and not _is_finite(made):
+            raise CheckpointError(f"{name} has weights too large for {dtype}, the dtype in config.json; write bfloat16 there")
+        return made
 
 
 def store_identity(
@@ -171,16 +194,22 @@ def plan_conversion(
 ) -> ConversionPlan:
     """Plan the conversion of ``checkpoint``; ``precision_rules`` set other precisions for layers or single experts.
 
-    Raises CheckpointError naming the first parameter that the checkpoint lacks, UnsupportedModelError for experts that are not
-    made of matrices and biases.
+    Raises CheckpointError and UnsupportedModelError, from headers alone, where the checkpoint has less than the model needs, more
+    than is known (see ``checkpoints.accounting``), or other shapes.
     """
     model = build_meta_model(checkpoint.folder)
     stacks = expert_stacks(model)
-    recipes = find_recipes(model, checkpoint.names)
+    matched = match_names(model, checkpoint.names)
+    recipes = matched.recipes
     routed = {f"{stack.name}.{name}" for stack in stacks for name in stack.parameters}
-    dense = _dense_tensors(model, recipes, routed, checkpoint, dense_layouts(model, dense_precision))
+    dense, missing = _dense_tensors(model, recipes, routed, dense_layouts(model, dense_precision))
+    missing += [target for target in sorted(routed) if target not in recipes]
+    refuse_missing(model, checkpoint, matched, missing)
+    unread = account(model, checkpoint, matched) | _tied_copies(model, recipes, dense)
     for stack in stacks:
-        _check_stack(stack, recipes, checkpoint)
+        _check_stack(stack, model, recipes, checkpoint)
+    for tensor in dense:
+        _check_dense(tensor, model, checkpoint)
     dtype = _experts_dtype(checkpoint, recipes, routed)
     header, _ = place_tensors((tensor.name, dtype_name(tensor.stored[0]), tensor.stored[1]) for tensor in dense)
     shards = tuple(
@@ -193,9 +222,20 @@ def plan_conversion(
         )
         for stack in stacks
     )
-    plan = ConversionPlan(checkpoint, model, recipes, dtype, tuple(dense), header, shards)
+    plan = ConversionPlan(checkpoint, model, recipes, dtype, tuple(dense), header, shards, unread)
     _check_tied(plan)
     return plan
+
+
+def describe_model(path: Path) -> tuple[PreTrainedModel, dict[str, str]]:
+    """The model at ``path`` without its weights, and what a conversion would not read (see ``ConversionPlan``).
+
+    A folder that has config.json and no weights is enough; nothing is accounted for then. Raises as ``plan_conversion``.
+    """
+    if (path / "config.json").is_file() and not any(path.glob("*.safetensors")):
+        return build_meta_model(path), {}
+    plan = plan_conversion(open_checkpoint(path), "lossless")
+    return plan.model, plan.unread
 
 
 def _shard(stack: ExpertStack, num_stacks: int, precisions: Sequence[str], dtype: torch.dtype, group_size: int) -> ShardPlan:
@@ -207,17 +247,14 @@ def _shard(stack: ExpertStack, num_stacks: int, precisions: Sequence[str], dtype
 
 
 def _dense_tensors(
-    model: PreTrainedModel,
-    recipes: dict[str, Recipe],
-    routed: set[str],
-    checkpoint: Checkpoint,
-    layouts: dict[str, BlobLayout],
-) -> list[DenseTensor]:
-    """In the order of writing: by alignment, largest first, so that every tensor starts aligned without gaps."""
+    model: PreTrainedModel, recipes: dict[str, Recipe], routed: set[str], layouts: dict[str, BlobLayout]
+) -> tuple[list[DenseTensor], list[str]]:
+    """In the order of writing (by alignment, largest first: every tensor starts aligned, without gaps); and what is missing."""
     dtypes = parameter_dtypes(model)
     tied: dict[str, str] = model.all_tied_weights_keys
     ignored = getattr(model, "_keys_to_ignore_on_load_missing", None) or []
     tensors: list[DenseTensor] = []
+    missing: list[str] = []
     for name, value in model.state_dict().items():
         if name in routed or name in tied:
             continue
@@ -227,8 +264,16 @@ def _dense_tensors(
             dtype = dtypes[name] if value.is_floating_point() else value.dtype
             tensors.append(DenseTensor(name, dtype, tuple(value.shape), recipes[made_as], made_as, layouts.get(name)))
         elif value.is_floating_point() and not any(re.search(pattern, name) for pattern in ignored):
-            raise CheckpointError(f"{checkpoint.folder} lacks {name}, which the model needs; fetch the whole checkpoint again")
-    return sorted(tensors, key=lambda t: (-min(64, _alignment(t)), -_num_bytes(*t.stored), t.name))
+            missing.append(name)
+    return sorted(tensors, key=lambda t: (-min(64, _alignment(t)), -_num_bytes(*t.stored), t.name)), missing
+
+
+def _tied_copies(model: PreTrainedModel, recipes: dict[str, Recipe], dense: Sequence[DenseTensor]) -> dict[str, str]:
+    """The tensors of parameters that config.json ties to others, which are read instead (``_check_tied``: their values agree)."""
+    read = {name for tensor in dense for name in tensor.recipe.all_sources}
+    tied: dict[str, str] = model.all_tied_weights_keys
+    copies = {name: source for key, source in tied.items() if key in recipes for name in recipes[key].all_sources}
+    return {name: f"a copy of {source}, to which config.json ties it" for name, source in copies.items() if name not in read}
 
 
 def _alignment(tensor: DenseTensor) -> int:
@@ -241,21 +286,46 @@ def _num_bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
     return torch.Size(shape).numel() * dtype.itemsize
 
 
-def _check_stack(stack: ExpertStack, recipes: dict[str, Recipe], checkpoint: Checkpoint) -> None:
+def _check_stack(stack: ExpertStack, model: PreTrainedModel, recipes: dict[str, Recipe], checkpoint: Checkpoint) -> None:
     for name, shape in stack.parameters.items():
         target = f"{stack.name}.{name}"
         if len(shape) != (1 if name.endswith("_bias") else 2):
             raise UnsupportedModelError(
                 f"{target} has {len(shape)} dimensions for each expert, which is not supported; matrices and biases are expected"
             )
-        if target not in recipes:
-            raise CheckpointError(f"{checkpoint.folder} lacks {target}, which the model needs; fetch the whole checkpoint again")
         recipe = recipes[target]
-        short = next((names for names in recipe.sources.values() if recipe.merges and len(names) < stack.num_experts), None)
-        if short is not None:
-            raise CheckpointError(
-                f"{checkpoint.folder} lacks {stack.num_experts - len(short)} of the {stack.num_experts} experts of {target} "
-                f"(it has {short[0]} to {short[-1]}); fetch the whole checkpoint again"
+        for names in recipe.sources.values() if recipe.merges else ():
+            _check_experts(target, names, stack.num_experts, checkpoint.folder)
+        if recipe.splits(stack.num_experts, checkpoint.shape):
+            _check_shape(target, recipe.made_expert_shape(target, model, checkpoint.shape), shape)
+        else:
+            _check_shape(target, recipe.made_shape(target, model, checkpoint.shape), (stack.num_experts, *shape))
+
+
+def _check_experts(target: str, names: Sequence[str], num_experts: int, folder: Path) -> None:
+    """Raises CheckpointError unless ``names`` are those of experts 0 to ``num_experts`` - 1, once each."""
+    if len(names) < num_experts:
+        raise CheckpointError(
+            f"{folder} lacks {num_experts - len(names)} of the {num_experts} experts of {target} that config.json describes "
+            f"(it has {names[0]} to {names[-1]}); {SAME_PLACE}"
+        )
+    if len(names) > num_experts:
+        raise CheckpointError(
+            f"{folder} has {len(names)} experts of {target} ({names[0]} to {names[-1]}), and config.json describes {num_experts}; "
+            f"{SAME_PLACE}"
+        )
+    numbers = list(zip(*(map(int, re.findall(r"\d+", name)) for name in names), strict=False))
+    if num_experts > 1 and tuple(range(num_experts)) not in numbers:
+        said = f"the experts of {target} are not numbered 0 to {num_experts - 1}"
+        raise CheckpointError(f"{folder}: {said} ({names[0]} to {names[-1]}); {SAME_PLACE}")
+
+
+def _check_dense(tensor: DenseTensor, model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    _check_shape(tensor.name, tensor.recipe.made_shape(tensor.made_as, model, checkpoint.shape), tensor.shape)
+    for name in tensor.recipe.all_sources:
+        if tensor.dtype.is_floating_point != (of := checkpoint.dtype(name)).is_floating_point:
+            raise UnsupportedModelError(
+                f"{checkpoint.folder}: {name} is {of}, and the model needs {tensor.dtype}; use the checkpoint in bf16, fp16 or fp32"
             )
 
 
@@ -291,9 +361,27 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
-def _checked(tensor: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
-    if tuple(tensor.shape) != shape:
+def check_finite(tensor: Tensor, name: str) -> None:
+    """Raises CheckpointError for a NaN or an infinity, at every precision: with one in it, a model writes nonsense."""
+    if tensor.is_floating_point() and not _is_finite(tensor):
         raise CheckpointError(
-            f"{name} has shape {tuple(tensor.shape)}; config.json expects {shape}; fetch the whole checkpoint again"
+            f"{name} has infinite or NaN weights, with which the model would write nonsense; if the file is as it was published, "
+            "tell its author, else fetch it again"
         )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if not tensor.numel():
+        return True
+    least, greatest = torch.aminmax(tensor)  # unlike isfinite() without a copy; NaN is both the least and the greatest
+    return bool(least.isfinite()) and bool(greatest.isfinite())
+
+
+def _check_shape(name: str, shape: tuple[int, ...] | None, expected: tuple[int, ...]) -> None:
+    if shape is not None and shape != expected:
+        raise CheckpointError(f"{name} has shape {shape} in the checkpoint, and config.json describes {expected}; {SAME_PLACE}")
+
+
+def _checked(tensor: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
+    _check_shape(name, tuple(tensor.shape), shape)
     return tensor

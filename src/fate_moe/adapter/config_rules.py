@@ -1,0 +1,72 @@
+"""Rules of a configuration that transformers does not enforce (it warns, or computes NaN), and without which text is wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+__all__ = ["broken_config_rule"]
+
+_COUNTS = ("hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+_EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "layernorm_epsilon")
+# Of rope_parameters; each is absent, None, or a number above zero.
+_ROPE_NUMBERS = (
+    "factor",
+    "rope_theta",
+    "attention_factor",
+    "original_max_position_embeddings",
+    "low_freq_factor",
+    "high_freq_factor",
+    "beta_fast",
+    "beta_slow",
+    "partial_rotary_factor",
+)
+_ROPE_LISTS = ("short_factor", "long_factor")
+
+
+def broken_config_rule(config: Any) -> str | None:
+    """The first rule that ``config`` (transformers' object) or a part of it breaks, in words, or None."""
+    return next(_broken(config, ""), None)
+
+
+def _broken(config: Any, where: str) -> Iterator[str]:
+    for name in (*_COUNTS, "rope_theta"):
+        value = getattr(config, name, None)
+        if value is not None and not isinstance(value, list | tuple | dict) and not _is_number(value, above=0):
+            yield f"{where}{name} is {value!r}, and a number above 0 is expected"
+    for name in _EPSILONS:
+        value = getattr(config, name, None)
+        if value is not None and not (_is_number(value, above=-1) and 0 <= value < 1):
+            yield f"{where}{name} is {value!r}, and a small number from 0 is expected"
+    rope = getattr(config, "rope_parameters", None)
+    if isinstance(rope, dict):
+        nested = [(f"{where}rope_parameters.{key}", value) for key, value in rope.items() if isinstance(value, dict)]
+        for place, parameters in nested or [(f"{where}rope_parameters", rope)]:
+            yield from _broken_rope(parameters, place)
+    for name in getattr(config, "sub_configs", None) or ():
+        if (part := getattr(config, name, None)) is not None:
+            yield from _broken(part, f"{where}{name}.")
+
+
+def _broken_rope(rope: dict[str, Any], where: str) -> Iterator[str]:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    known = {"default", "axial", "mrope", *ROPE_INIT_FUNCTIONS}
+    if kind not in known:
+        yield f"{where} has the type {kind!r}, and {', '.join(sorted(known))} are known; update transformers if it is new"
+    for name in _ROPE_NUMBERS:
+        if rope.get(name) is not None and not _is_number(rope[name], above=0):
+            yield f"{where}.{name} is {rope[name]!r}, and a number above 0 is expected"
+    for name in _ROPE_LISTS:
+        values = rope.get(name)
+        if values is not None and not (isinstance(values, list | tuple) and all(_is_number(value, above=0) for value in values)):
+            yield f"{where}.{name} is no list of numbers above 0"
+    low, high = rope.get("low_freq_factor"), rope.get("high_freq_factor")
+    if kind == "llama3" and low is not None and high is not None and _is_number(low, above=0) and not high > low:
+        yield f"{where}.high_freq_factor {high!r} is not above low_freq_factor {low!r}"
+
+
+def _is_number(value: Any, above: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > above
