@@ -209,7 +209,7 @@ BROKEN_TO_RUN: dict[str, tuple[Break, str]] = {
     "other groups": (edit("layouts", 0, "group_size", to=32), "in another way than this model needs"),
     "other planes": (edit("layouts", 0, "plane_widths", to=[1, 1, 2]), "in another way than this model needs"),
     "config.json truncated": (cut("config.json", 0.5), "config.json is not valid JSON"),
-    "config.json empty": (write("config.json", b""), "config.json is not valid JSON"),
+    "config.json empty": (write("config.json", b""), "config.json is empty"),
     "config.json of a list": (write("config.json", b"[1]"), "config.json"),
     "config.json of another family": (alter_config(model_type="olmoe"), "config.json"),
     "config.json with more layers": (alter_config(num_hidden_layers=3), "other expert layers"),

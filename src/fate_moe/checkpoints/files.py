@@ -125,6 +125,8 @@ def _files(folder: Path, index: Path | None, weight_map: dict[str, str]) -> list
 def _without_index(folder: Path) -> list[Path]:
     """All safetensors files; numbered ones must be complete."""
     files = sorted(path for path in folder.glob("*.safetensors") if path.is_file() and not _is_foreign(path))
+    if (folder / "dense.safetensors") in files and any(fnmatch(path.name, "experts-*-of-*") for path in files):
+        raise CheckpointError(f"{folder} is an expert store without its fate.json; give the checkpoint, and convert it again")
     numbers: dict[tuple[str, str], set[int]] = {}
     for path in files:
         if numbered := _NUMBERED.fullmatch(path.name):

@@ -17,7 +17,7 @@ from fate_moe.checkpoints.mxfp4 import BLOCKS, SCALES, dequantize_mxfp4, mxfp4_s
 from fate_moe.checkpoints.packed import PACKED_METHODS, Packed, find_packed
 from fate_moe.errors import CheckpointError, UnsupportedModelError
 from fate_moe.io.direct import drop_from_page_cache
-from fate_moe.io.json_file import read_json, unmarked_json, what_it_is
+from fate_moe.io.json_file import parse_json, read_json, unmarked_json, what_it_is
 from fate_moe.quant.dtypes import TORCH_DTYPES
 
 __all__ = ["COMPANIONS", "Checkpoint", "resolve_checkpoint"]
@@ -90,8 +90,8 @@ class Checkpoint:
         """Reads the header of every file. Raises CheckpointError for missing, damaged or pickled files, UnsupportedModelError for a
         quantized format that is not supported."""
         self.folder = folder
-        quantization = _quantization(folder)
         weights = find_weights(folder)
+        quantization = _quantization(folder)
         self.files, self._entries = weights.files, weights.entries
         self.unread, self.absent = weights.unread, weights.absent
         self._block = _fp8_block(folder, quantization)
@@ -157,15 +157,21 @@ class Checkpoint:
     def read_companion(self, path: Path) -> bytes:
         """The bytes of one of ``companions`` for a store: JSON as UTF-8 without a byte order mark, all else as it is.
 
-        Raises CheckpointError when it cannot be read, or is a pointer or a web page in the place of the file.
+        Raises CheckpointError when it cannot be read, is no JSON, or is a pointer or a web page in the place of the file.
         """
         try:
             data = path.read_bytes()
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read ({error.strerror}); check its permissions and the disk") from error
+        try:
+            if path.suffix == ".json":
+                parse_json(data, unique=False)
+                return unmarked_json(data)
+        except ValueError as error:
+            raise CheckpointError(f"{path} {error}") from error
         if reason := what_it_is(data):
             raise CheckpointError(f"{path} {reason}")
-        return unmarked_json(data) if path.suffix == ".json" else data
+        return data
 
     def read_packed(self, name: str) -> Packed:
         """Codes, scales and zeros of ``name``, one of ``packed_names``. Raises CheckpointError when they do not match."""
@@ -228,8 +234,8 @@ class Checkpoint:
                 expected = block_scale_shape(self._shape_in_file(name.removesuffix(_SCALE)), self._shape_in_file(name), self._block)
                 if self._shape_in_file(name) != expected:
                     raise ValueError(f"scales of shape {self._shape_in_file(name)} where blocks of {self._block} need {expected}")
-            for name in self._mxfp4:
-                mxfp4_shape(self._shape_in_file(name + BLOCKS), self._shape_in_file(name + SCALES))
+            for name in (weight + BLOCKS for weight in self._mxfp4):
+                mxfp4_shape(self._shape_in_file(name), self._shape_in_file(name.removesuffix(BLOCKS) + SCALES))
             for name in self._packed:
                 self._packed[name].check(self._shape_in_file, self._dtype_in_file, group_size)
         except ValueError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,9 +95,8 @@ def _plan(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print_json(result.as_dict())
     else:
-        print_table(
-            f"{result.family}, {result.precision}", [(what, format_bytes(size), remark) for what, size, remark in result.rows()]
-        )
+        rows = [(what, format_bytes(size), remark) for what, size, remark in result.rows()]
+        print_table(f"{result.family}, {result.precision}", [*rows, *_unread_rows(result.unread)])
 
 
 def _convert(arguments: argparse.Namespace) -> None:
@@ -118,9 +118,22 @@ def _convert(arguments: argparse.Namespace) -> None:
     manifest = open_store(path).manifest
     if held_out is not None:
         _measure_views(path, held_out)
+    for what, amount, reason in _unread_rows(manifest.unread):
+        print(f"{what}: {amount}, {reason}")
     print(
         f"{path}: {manifest.num_experts} experts, {format_bytes(manifest.expert_bytes)}, dense {format_bytes(manifest.dense_bytes)}"
     )
+
+
+def _unread_rows(unread: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    """For a table: how many tensors are not read, the first of them and why."""
+    names: dict[str, list[str]] = {}
+    for name, reason in unread.items():
+        names.setdefault(reason, []).append(name)
+    return [
+        ("not read", f"{len(found)} tensor{'s' * (len(found) > 1)}", f"{found[0]}{' ...' * (len(found) > 1)}: {reason}")
+        for reason, found in names.items()
+    ]
 
 
 def _measure_views(path: Path, tokens: Any) -> None:
@@ -189,8 +202,9 @@ def _calibration(arguments: argparse.Namespace) -> tuple[Any, PrecisionRules, An
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    whole = (arguments.store / "config.json").exists() or (arguments.store.is_file() and arguments.store.suffix == ".gguf")
-    if whole and not (arguments.store / "fate.json").exists():
+    path: Path = arguments.store
+    is_checkpoint = any(path.iterdir()) if path.is_dir() else path.is_file() and path.suffix == ".gguf"
+    if is_checkpoint and not (arguments.store / "fate.json").exists():
         _inspect_checkpoint(arguments)
         return
     from fate_moe.store.open import open_store, verify
@@ -211,6 +225,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
         "slot_bytes": manifest.slot_bytes,
         "dense_bytes": manifest.dense_bytes,
         "sections": {section.name: section.length for section in layout.sections},
+        "unread": manifest.unread,
     }
     if arguments.verify:
         verify(store)
@@ -221,10 +236,11 @@ def _inspect(arguments: argparse.Namespace) -> None:
     rows = [
         (name.replace("_", " "), format_bytes(value) if name.endswith("_bytes") else str(value), "")
         for name, value in facts.items()
-        if name not in ("sections", "precision_by_layer")
+        if name not in ("sections", "precision_by_layer", "unread")
     ]
     rows += [(f"  {name}", "", f"MoE layers {layers}") for name, layers in facts["precision_by_layer"].items()]
     rows += [(f"  {section.name}", format_bytes(section.length), "of each blob") for section in layout.sections]
+    rows += _unread_rows(manifest.unread)
     print_table(str(arguments.store), rows)
 
 
@@ -251,5 +267,6 @@ def _inspect_checkpoint(arguments: argparse.Namespace) -> None:
             low, high = of.tokens_per_second
             rows.append(("  tokens a second", f"{low:.1f} to {high:.1f}", "bounds: all experts from disk, as many resident as fit"))
     disk = f"{format_bytes(found.bandwidths.disk)}/s" if found.bandwidths.disk else "not measured"
+    rows += _unread_rows(found.unread)
     rows += [("memory reads", f"{format_bytes(found.bandwidths.memory)}/s", "measured now"), ("disk reads", disk, "measured now")]
     print_table(str(arguments.store), rows)

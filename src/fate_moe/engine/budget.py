@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -78,7 +79,8 @@ class Footprint:
 class Plan:
     """Where the budget goes; all amounts in bytes. ``left_bytes`` is what no line needs (all experts fit).
 
-    ``slots`` by ascending length, several where the store's blobs are of several lengths; ``slot_bytes`` is the longest."""
+    ``slots`` by ascending length, several where the store's blobs are of several lengths; ``slot_bytes`` is the longest.
+    ``unread``: tensors of the checkpoint that the model does not use, and why."""
 
     family: str
     precision: str
@@ -89,6 +91,7 @@ class Plan:
     activation_bytes: int
     context_length: int
     slots: tuple[SlotClass, ...]
+    unread: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def num_slots(self) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fate_moe.config import OffloadConfig
@@ -33,7 +34,7 @@ class DevicePlan:
     ``budget_bytes``, ``runtime_bytes``, ``passing_bytes`` and host slots are RAM.
 
     ``passing_bytes``: dense weights on their way to the GPU, given back before the host slots are filled. ``host_compute``: of the
-    experts missing in VRAM, how many the CPU computes.
+    experts missing in VRAM, how many the CPU computes. ``unread``: tensors of the checkpoint that the model does not use, and why.
     """
 
     family: str
@@ -54,6 +55,7 @@ class DevicePlan:
     passing_bytes: int
     num_host_slots: int
     host_compute: float
+    unread: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def expert_cache_bytes(self) -> int:

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from fate_moe import demo
 from fate_moe.adapter.meta_model import ExpertStack, build_meta_model, expert_stacks
-from fate_moe.checkpoints.gguf import config_folder, open_checkpoint
+from fate_moe.checkpoints.gguf import open_checkpoint
 from fate_moe.checkpoints.source import resolve_checkpoint
 from fate_moe.config import OffloadConfig
 from fate_moe.engine.budget import Footprint, Plan, footprint, make_plan
@@ -26,7 +26,7 @@ from fate_moe.store.format import blob_layout
 from fate_moe.store.home import stores_home
 from fate_moe.store.learned import gates_bytes
 from fate_moe.store.open import Store, open_store
-from fate_moe.store.plan import store_identity
+from fate_moe.store.plan import describe_model, store_identity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,7 +55,7 @@ class Prepared:
 
     def plan(self, config: OffloadConfig) -> Plan | DevicePlan:
         """Where the memory would go. Raises BudgetError, and ConfigError where a GPU is asked for and there is none."""
-        return _plan(self.footprint(), config)
+        return replace(_plan(self.footprint(), config), unread=self.store.manifest.unread)
 
 
 def plan(model: str | Path | None = None, **options: Any) -> Plan | DevicePlan:
@@ -71,9 +71,9 @@ def plan(model: str | Path | None = None, **options: Any) -> Plan | DevicePlan:
     with suppress(CheckpointError):  # config.json alone is enough for a plan
         if is_store(converted := _converted(model, checkpoint, config.precision, dense)):
             return prepare(converted).plan(config)
-    with config_folder(checkpoint) as described:
-        meta_model = build_meta_model(described)
-    return _plan(footprint(meta_model, expert_stacks(meta_model), config.precision, None, config.dense_precision), config)
+    meta_model, unread = describe_model(checkpoint)
+    needs = footprint(meta_model, expert_stacks(meta_model), config.precision, None, config.dense_precision)
+    return replace(_plan(needs, config), unread=unread)
 
 
 def _plan(needs: Footprint, config: OffloadConfig) -> Plan | DevicePlan:

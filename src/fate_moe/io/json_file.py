@@ -24,15 +24,15 @@ def read_json(path: Path) -> Any:
     return parse_json(path.read_bytes())
 
 
-def parse_json(data: bytes) -> Any:
-    """The value that ``data`` writes. Raises ValueError as ``read_json``, also for a key that stands twice with two values."""
+def parse_json(data: bytes, unique: bool = True) -> Any:
+    """The value that ``data`` writes. Raises ValueError as ``read_json``, if ``unique`` also for a key that has two values."""
     if reason := what_it_is(data):
         raise ValueError(reason)
     text = _decoded(data)
     if not text.strip():
         raise ValueError("is empty; fetch it again")
     try:
-        return json.loads(text, object_pairs_hook=_object)
+        return json.loads(text, object_pairs_hook=_object if unique else None)
     except json.JSONDecodeError as error:
         raise ValueError(f"is not valid JSON: line {error.lineno}, column {error.colno}: {_advice(text, error)}") from error
     except RecursionError as error:
@@ -91,4 +91,4 @@ def _advice(text: str, error: json.JSONDecodeError) -> str:
         return "JSON writes true, false and null"
     if not at:
         return "the file ends too early; fetch it again"
-    return error.msg[:1].lower() + error.msg[1:]
+    return f"{error.msg[:1].lower()}{error.msg[1:]}; correct this line, or fetch the file again"

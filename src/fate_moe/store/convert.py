@@ -154,12 +154,12 @@ def _fill(
     progress: bool | None,
 ) -> None:
     journal = Journal(work, identity)
-    copied = plan.checkpoint.companions()
+    copied = {path.name: plan.checkpoint.read_companion(path) for path in plan.checkpoint.companions()}
     sizes = {"dense.safetensors": plan.dense_bytes} | {shard.name: shard.num_bytes for shard in plan.shards}
     remaining = sum(num_bytes for name, num_bytes in sizes.items() if journal.finished(name) is None)
     # Besides the tensors: copied files, fate.json and the journal. The last two grow by less than 128 bytes per expert.
     num_experts = sum(len(shard.blobs) for shard in plan.shards)
-    require_space(work, remaining + sum(path.stat().st_size for path in copied) + 3 * 128 * num_experts + (1 << 20))
+    require_space(work, remaining + sum(map(len, copied.values())) + 3 * 128 * num_experts + (1 << 20))
     with progress_bar("converting", sum(sizes.values()), progress) as advance:
         if (dense_checksum := journal.finished("dense.safetensors")) is None:
             dense_checksum = _write_dense(work / "dense.safetensors", plan, solver, advance)
@@ -175,9 +175,9 @@ def _fill(
             else:
                 advance(shard.num_bytes, remark)
             checksums.append(shard_checksums)
-    for path in copied:
-        with atomic_file(work / path.name) as file:
-            file.write(plan.checkpoint.read_companion(path))
+    for name, data in copied.items():
+        with atomic_file(work / name) as file:
+            file.write(data)
     manifest = _manifest(plan, title, dense, identity, dense_checksum, checksums)
     with atomic_file(work / "fate.json") as file:
         file.write(manifest.to_json().encode())

@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from fate_moe.adapter.meta_model import build_meta_model, expert_stacks
-from fate_moe.checkpoints.gguf import config_folder
+from fate_moe.adapter.meta_model import expert_stacks
 from fate_moe.core import PRECISIONS
 from fate_moe.engine.budget import AUTO_FRACTION, footprint
 from fate_moe.io.direct import anonymous_buffer
 from fate_moe.machine import available_memory
 from fate_moe.quant.dtypes import dtype_name
 from fate_moe.store.format import blob_layout
+from fate_moe.store.plan import describe_model
 
 __all__ = ["Bandwidths", "Description", "StoreEstimate", "describe", "measure_bandwidths"]
 
@@ -50,7 +50,10 @@ class StoreEstimate:
 
 @dataclass(frozen=True)
 class Description:
-    """What ``fate inspect`` shows of a checkpoint. ``layers`` counts MoE blocks; ``experts`` are those of one block."""
+    """What ``fate inspect`` shows of a checkpoint.
+
+    ``layers`` counts MoE blocks; ``experts`` are those of one block. ``unread``: tensors that the model does not use, and why.
+    """
 
     family: str
     layers: int
@@ -60,6 +63,7 @@ class Description:
     kv_bytes_per_token: int
     precisions: dict[str, StoreEstimate]
     bandwidths: Bandwidths
+    unread: dict[str, str]
 
     def as_dict(self) -> dict[str, Any]:
         precisions = {
@@ -81,16 +85,17 @@ class Description:
             "precisions": precisions,
             "memory_bytes_per_second": self.bandwidths.memory,
             "disk_bytes_per_second": self.bandwidths.disk,
+            "unread": self.unread,
         }
 
 
 def describe(checkpoint: Path, bandwidths: Bandwidths | None = None) -> Description:
-    """Describe the folder ``checkpoint`` from its config.json (weights are not needed), or a GGUF file from its metadata.
+    """Describe the folder ``checkpoint`` from its config.json (weights are not needed; if there are some, every tensor is
+    accounted for), or a GGUF file from its metadata.
 
     ``bandwidths`` None: measured. Raises CheckpointError and UnsupportedModelError.
     """
-    with config_folder(checkpoint) as folder:
-        model = build_meta_model(folder)
+    model, unread = describe_model(checkpoint)
     stacks = expert_stacks(model)
     speeds = bandwidths or measure_bandwidths(checkpoint)
     needs = footprint(model, stacks, PRECISIONS[0])
@@ -115,6 +120,7 @@ def describe(checkpoint: Path, bandwidths: Bandwidths | None = None) -> Descript
         kv_bytes_per_token=needs.kv_bytes_per_token,
         precisions=precisions,
         bandwidths=speeds,
+        unread=unread,
     )
 
 
