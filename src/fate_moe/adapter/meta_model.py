@@ -107,7 +107,7 @@ def build_meta_model(folder: str | Path) -> PreTrainedModel:
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{path}: {error}") from error
     except Exception as error:  # whatever a hostile config makes transformers raise
-        raise CheckpointError(f"{path}: transformers cannot build this {family} model from it ({_first_line(error)})") from error
+        raise CheckpointError(f"{path}: transformers cannot build this {family} model from it ({_in_one_line(error)})") from error
     stacks = expert_stacks(model)
     rule = broken_rule((stack.name, model.get_submodule(stack.name)) for stack in stacks) if stacks else None
     if not stacks and (others := lookalikes(model)):
@@ -178,7 +178,7 @@ def expert_stacks(model: nn.Module) -> list[ExpertStack]:
 def _top_k(model: nn.Module, experts: str) -> int:
     """How many experts a token takes: what the configuration says, under any of the names that families have for it."""
     text = model.config.get_text_config()  # type: ignore[operator,union-attr]
-    said = next((value for name in _TOP_K if (value := getattr(text, name, None))), None)
+    said = next((value for name in _TOP_K if (value := getattr(text, name, None)) is not None), None)
     if said is None:
         raise UnsupportedModelError(
             f"{experts}: the configuration of {text.model_type} does not say how many experts a token takes "
@@ -239,5 +239,6 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _in_one_line(error: Exception) -> str:
+    said = " ".join(str(error).split()) or type(error).__name__
+    return said if len(said) < 300 else f"{said[:300]} ..."

@@ -26,7 +26,7 @@ _ZEROS = "a bias of zeros, which the model does not have"
 # "model.layers.3.": a numbered list of modules and a number of it.
 _IN_LIST = re.compile(r"(.*?)\.(\d+)\.")
 # What a decoder layer has only if it predicts further tokens: it joins the last hidden state with the next embedding.
-_MTP_LAYER = re.compile(r"\.(eh_proj|enorm|hnorm|shared_head|embed_tokens|mtp\w*|nextn\w*)\b")
+_MTP_LAYER = re.compile(r"(eh_proj|enorm|hnorm|shared_head|embed_tokens|mtp\w*|nextn\w*)\b")
 _MTP_NAMES = re.compile(r"(^|\.)(mtp|mtp_\w+|nextn\w*)\.")
 _MTP_COUNTS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_layers", "mtp_num_hidden_layers", "num_mtp_modules")
 _BUFFERS = re.compile(r"(^|\.)((original_)?inv_freq|cos_cached|sin_cached|freqs_cis|position_ids|masked_bias)$")
@@ -94,24 +94,27 @@ def _reasons(model: PreTrainedModel, checkpoint: Checkpoint, unknown: dict[str, 
             reasons[name] = _ROTARY
         elif any(_TOWERS.fullmatch(part) for part in set(target.split(".")) - parts):
             reasons[name] = _TOWER
-        elif any(pattern.search(target) for pattern in patterns):
+        elif _matches(patterns, target):
             reasons[name] = left_out
         elif name.removesuffix(".bias") + ".weight" in there and _is_zero_bias(checkpoint, name):
             reasons[name] = _ZEROS
     # A numbered layer after the last is left out only if it is of another kind: a layer dropped by a wrong count must not be.
     text: Any = model.config.get_text_config()
-    promised = max((count for key in _MTP_COUNTS if type(count := getattr(text, key, None)) is int), default=0)
+    counted = any(type(count := getattr(text, key, None)) is int and count > 0 for key in _MTP_COUNTS)
+    ordinary = {(listed[1], name[listed.end() :]) for name in model.state_dict() if (listed := _IN_LIST.match(name))}
     for (prefix, number), names in beyond.items():
-        known = all(any(pattern.search(unknown[name]) for pattern in patterns) for name in names)
-        if (
-            any(_MTP_LAYER.search(unknown[name]) for name in names)
-            or sum(other == prefix for other, _ in beyond) <= promised
-            or (known and number == depths[prefix])
-        ):
+        inside = [unknown[name].removeprefix(f"{prefix}.{number}.") for name in names]
+        listed_by_family = number == depths[prefix] and all(_matches(patterns, unknown[name]) for name in names)
+        odd = any((prefix, name) not in ordinary for name in inside)
+        if any(_MTP_LAYER.match(name) for name in inside) or (odd and (counted or listed_by_family)):
             reasons |= dict.fromkeys(names, _MTP)
         else:
             reasons |= {name: _ROTARY for name in names if _BUFFERS.search(name)}
     return reasons
+
+
+def _matches(patterns: Iterable[re.Pattern[str]], name: str) -> bool:
+    return any(pattern.search(name) for pattern in patterns)
 
 
 def _depths(names: Iterable[str]) -> dict[str, int]:
