@@ -258,9 +258,7 @@ def test_config_json_and_companions_with_byte_order_marks(folder: Path, tmp_path
 
 def test_a_companion_that_is_no_json_is_refused_before_anything_is_written(folder: Path, tmp_path: Path) -> None:
     (folder / "generation_config.json").write_text('{"eos_token_id": 0, // stop\n"top_k": 1}')
-    with pytest.raises(
-        CheckpointError, match=r"generation_config\.json is not .* line 1, column 21: JSON has no comments"
-    ):
+    with pytest.raises(CheckpointError, match=r"generation_config\.json is not .* line 1, column 21: JSON has no comments"):
         convert(folder, tmp_path / "store")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 

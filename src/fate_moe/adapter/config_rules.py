@@ -8,7 +8,16 @@ from typing import Any
 
 __all__ = ["broken_config_rule"]
 
-_COUNTS = ("hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+_COUNTS = (
+    "hidden_size",
+    "vocab_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+)
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
+_MOST_LAYERS = 10_000  # more than any model has, and few enough to build
 _EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "layernorm_epsilon")
 # Of rope_parameters; each is absent, None, or a number above zero.
 _ROPE_NUMBERS = (
@@ -32,21 +41,35 @@ def broken_config_rule(config: Any) -> str | None:
 
 def _broken(config: Any, where: str) -> Iterator[str]:
     for name in (*_COUNTS, "rope_theta"):
-        value = getattr(config, name, None)
+        value = _entry(config, name)
         if value is not None and not isinstance(value, list | tuple | dict) and not _is_number(value, above=0):
             yield f"{where}{name} is {value!r}, and a number above 0 is expected"
+    for name in _EXPERT_COUNTS:
+        value = _entry(config, name)
+        if value is not None and not isinstance(value, list | tuple) and (type(value) is not int or value < 0):
+            yield f"{where}{name} is {value!r}, and a whole number is expected"
+    if (layers := _entry(config, "num_hidden_layers") or 0) > _MOST_LAYERS:
+        yield f"{where}num_hidden_layers is {layers}, and at most {_MOST_LAYERS} are expected"
     for name in _EPSILONS:
-        value = getattr(config, name, None)
+        value = _entry(config, name)
         if value is not None and not (_is_number(value, above=-1) and 0 <= value < 1):
             yield f"{where}{name} is {value!r}, and a small number from 0 is expected"
-    rope = getattr(config, "rope_parameters", None)
+    rope = _entry(config, "rope_parameters")
     if isinstance(rope, dict):
         nested = [(f"{where}rope_parameters.{key}", value) for key, value in rope.items() if isinstance(value, dict)]
         for place, parameters in nested or [(f"{where}rope_parameters", rope)]:
             yield from _broken_rope(parameters, place)
     for name in getattr(config, "sub_configs", None) or ():
-        if (part := getattr(config, name, None)) is not None:
+        if (part := _entry(config, name)) is not None:
             yield from _broken(part, f"{where}{name}.")
+
+
+def _entry(config: Any, name: str) -> Any:
+    """None also where a configuration whose layers differ refuses to name one value for all."""
+    try:
+        return getattr(config, name, None)
+    except Exception:  # a class of transformers' own, which moves
+        return None
 
 
 def _broken_rope(rope: dict[str, Any], where: str) -> Iterator[str]:

@@ -100,12 +100,12 @@ def build_meta_model(folder: str | Path) -> PreTrainedModel:
         config = transformers.CONFIG_MAPPING[family].from_dict(raw)
         config = getattr(config, _TEXT_PART.get(family, ""), config)
         if wrong := broken_config_rule(config):
-            raise ValueError(wrong)
+            raise CheckpointError(f"{wrong}; correct it, or take the checkpoint's own config.json")
         dtype = config.dtype or _stored_dtype(Path(folder))
         with no_init_weights(), _parameters_on_meta(), _LargeTensorsOnMeta():
             model: Any = auto_class(config).from_config(config, dtype=dtype)
-    except UnsupportedModelError as error:
-        raise UnsupportedModelError(f"{path}: {error}") from error
+    except CheckpointError as error:
+        raise type(error)(f"{path}: {error}") from error
     except Exception as error:  # whatever a hostile config makes transformers raise
         raise CheckpointError(f"{path}: transformers cannot build this {family} model from it ({_in_one_line(error)})") from error
     stacks = expert_stacks(model)
@@ -241,4 +241,5 @@ def _parameters_on_meta() -> Iterator[None]:
 
 def _in_one_line(error: Exception) -> str:
     said = " ".join(str(error).split()) or type(error).__name__
+    said = f"it does not know {said}" if isinstance(error, KeyError) else said
     return said if len(said) < 300 else f"{said[:300]} ..."

@@ -169,7 +169,7 @@ def _code_bits(method: str, quantization: dict[str, Any]) -> int:
         bits = schemes[0]["num_bits"]
     else:
         bits = quantization.get("bits")
-        if method == "awq" and quantization.get("version", "gemm").lower() != "gemm":
+        if method == "awq" and str(quantization.get("version", "gemm")).lower() != "gemm":
             raise ValueError(f"AWQ version {quantization['version']!r} (only gemm is supported)")
     if bits not in ((4,) if method == "awq" else (4, 8)):
         raise ValueError(f"{method} with {bits!r} bits")
