@@ -36,6 +36,7 @@ def add(*names: str, tensor: torch.Tensor = ZERO) -> Callable[[Tensors], object]
         ("vision_tower.encoder.layers.7.mlp.fc1.weight", "images or sound"),
         ("audio_tower.conv1.weight", "images or sound"),
         ("model.layers.0.self_attn.o_proj.bias", "a bias of zeros"),
+        ("model.layers.0.self_attn.k_proj.k_scale", "a quantized KV cache"),
     ],
 )
 def test_what_generation_does_not_use_is_named_with_its_reason(
@@ -69,7 +70,7 @@ def test_an_ordinary_layer_is_no_mtp_layer(checkpoint: Checkpoints, tmp_path: Pa
 @pytest.mark.parametrize(
     "name",
     [
-        "model.layers.0.self_attn.k_scale",
+        "model.layers.0.self_attn.q_scale",
         "model.layers.0.mlp.adapter.up.weight",
         "score.weight",
         "model.layers.0.mlp.experts.0.up_proj_extra.weight",

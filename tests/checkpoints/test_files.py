@@ -17,6 +17,7 @@ from fate_moe.cli import main
 from fate_moe.errors import CheckpointError
 from fate_moe.store.convert import convert
 from fate_moe.store.open import load_dense, open_store
+from fate_moe.store.plan import describe_model
 from tests.support.altered import change_tensors, edit_json, plan_of
 from tests.support.checkpoints import tiny_checkpoint
 from tests.support.reading import load_all
@@ -117,6 +118,9 @@ def test_shards_in_a_subfolder(folder: Path) -> None:
         (folder / file).rename(folder / "weights" / file)
     set_map(folder, lambda names: names.update({name: f"weights/{file}" for name, file in names.items()}))
     plan_of(folder)
+    edit_json(folder / "config.json", lambda data: data.update(num_hidden_layers=3, layer_types=["full_attention"] * 3))
+    with pytest.raises(CheckpointError, match="describes 3"):  # so it is not planned from config.json alone
+        describe_model(folder)
 
 
 @pytest.mark.parametrize("file", ["../x.safetensors", "/etc/passwd", "", "a/../../x", None, 3])

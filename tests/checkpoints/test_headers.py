@@ -78,9 +78,7 @@ def test_quantization_configs_that_say_nothing_known(tmp_path: Path, quantizatio
 
 
 def test_many_tensors_of_an_unknown_kind_are_counted(tmp_path: Path) -> None:
-    with pytest.raises(
-        UnsupportedModelError, match=r"a \(F8_E5M2\), b \(F8_E5M2\), .* \.\.\. \(4 in all\) are quantized"
-    ):
+    with pytest.raises(UnsupportedModelError, match=r"a \(F8_E5M2\), b \(F8_E5M2\), .* \.\.\. \(4 in all\) are quantized"):
         checkpoint(tmp_path, {name: torch.zeros(1).to(torch.float8_e5m2) for name in "abcd"})
 
 

@@ -21,6 +21,7 @@ __all__ = ["account", "refuse_missing"]
 _MTP = "next-token prediction (MTP), which generation does not use"
 _ROTARY = "a buffer that is computed from config.json"
 _TOWER = "a part for images or sound, which the text model does not have"
+_KV_SCALE = "a scale of a quantized KV cache, which is kept exact here"
 _ZEROS = "a bias of zeros, which the model does not have"
 
 # "model.layers.3.": a numbered list of modules and a number of it.
@@ -32,6 +33,7 @@ _MTP_COUNTS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_layers", "
 _BUFFERS = re.compile(r"(^|\.)((original_)?inv_freq|cos_cached|sin_cached|freqs_cis|position_ids|masked_bias)$")
 _ADAPTER = re.compile(r"\blora_|\.base_layer\.|modules_to_save")
 _NOT_FOR_TEXT = re.compile(r"(Model|Classification|QuestionAnswering|MaskedLM|Embedding|RewardModel)$")
+_KV_SCALES = re.compile(r"\.(attn|attention|self_attn|[kv]_proj)\.(k|v|kv)_scale$")
 _TOWERS = re.compile(
     r"visual|vit|vision_(tower|model|encoder|embed_tokens)|multi_modal_projector|mm_projector|image_newline|embed_(vision|audio)"
     r"|audio_(tower|model|encoder)|speech_encoder|talker|code2wav|token2wav"
@@ -51,7 +53,8 @@ def account(model: PreTrainedModel, checkpoint: Checkpoint, matched: Matched) ->
             f"{type(model).__name__} that config.json describes; {_advice(model, foreign, [])}"
         )
     for name, other in matched.rivals.items():
-        if checkpoint.shape(name) != checkpoint.shape(other) or not torch.equal(checkpoint.read(name), checkpoint.read(other)):
+        facts = [(checkpoint.shape(key), checkpoint.dtype(key)) for key in (name, other)]
+        if facts[0] != facts[1] or not torch.equal(checkpoint.read(name), checkpoint.read(other)):
             raise CheckpointError(f"{_where(checkpoint)}: {other} and {name} are one parameter and differ; delete one of them")
         reasons[name] = f"a copy of {other}"
     return {**checkpoint.unread, **reasons}
@@ -92,6 +95,8 @@ def _reasons(model: PreTrainedModel, checkpoint: Checkpoint, unknown: dict[str, 
             reasons[name] = _MTP
         elif _BUFFERS.search(target):
             reasons[name] = _ROTARY
+        elif _KV_SCALES.search(target):
+            reasons[name] = _KV_SCALE
         elif any(_TOWERS.fullmatch(part) for part in set(target.split(".")) - parts):
             reasons[name] = _TOWER
         elif _matches(patterns, target):

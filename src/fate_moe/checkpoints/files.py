@@ -14,7 +14,7 @@ from fate_moe.errors import CheckpointError
 from fate_moe.io.json_file import read_json, what_it_is
 from fate_moe.io.tensorfile import TensorEntry, read_header
 
-__all__ = ["SAME_PLACE", "WeightFiles", "find_weights", "some"]
+__all__ = ["SAME_PLACE", "WeightFiles", "find_weights", "has_weights", "some"]
 
 SAME_PLACE = "take config.json and weights from the same place"
 
@@ -66,6 +66,11 @@ def find_weights(folder: Path) -> WeightFiles:
     for path in sorted(set(folder.glob("*.safetensors")) - set(files)):
         _account_stray(path, "of another format" if _is_foreign(path) else where, unread, absent)
     return WeightFiles(files, entries, unread, {name: why for name, why in absent.items() if name not in entries})
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether there is anything that ``find_weights`` would read: a configuration alone is enough for a plan."""
+    return any(folder.glob("*.safetensors")) or ((folder / _INDEX).is_file() and any(folder.glob("*/*.safetensors")))
 
 
 def some(names: list[str], most: int = 3) -> str:
