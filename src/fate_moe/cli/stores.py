@@ -189,8 +189,10 @@ def _calibration(arguments: argparse.Namespace) -> tuple[Any, PrecisionRules, An
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    whole = (arguments.store / "config.json").exists() or (arguments.store.is_file() and arguments.store.suffix == ".gguf")
-    if whole and not (arguments.store / "fate.json").exists():
+    from fate_moe.checkpoints.gguf import find_gguf
+
+    is_store = (arguments.store / "fate.json").exists()
+    if not is_store and ((arguments.store / "config.json").exists() or find_gguf(arguments.store) is not None):
         _inspect_checkpoint(arguments)
         return
     from fate_moe.store.open import open_store, verify

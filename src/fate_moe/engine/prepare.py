@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from fate_moe import demo
 from fate_moe.adapter.meta_model import ExpertStack, build_meta_model, expert_stacks
-from fate_moe.checkpoints.gguf import config_folder, open_checkpoint
+from fate_moe.checkpoints.gguf import NO_TOKENIZER, config_folder, open_checkpoint
 from fate_moe.checkpoints.source import resolve_checkpoint
 from fate_moe.config import OffloadConfig
 from fate_moe.engine.budget import Footprint, Plan, footprint, make_plan
@@ -146,7 +146,9 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(path)  # type: ignore[no-any-return]
     except Exception as error:  # whatever hostile tokenizer files make transformers raise
-        reason = _first_line(error)
+        told = path / NO_TOKENIZER
+        is_missing = told.exists() and not any(path.glob("tokenizer*.json"))
+        reason = told.read_text() if is_missing else _first_line(error)
         raise CheckpointError(f"{path}: its tokenizer cannot be loaded ({reason}); add the checkpoint's tokenizer files") from error
 
 
