@@ -87,7 +87,7 @@ def rewrite_gguf(
     for key, value in fields.items():
         _add_field(writer, key, value)
     held = {tensor.name: (np.array(tensor.data), tensor.tensor_type) for tensor in reader.tensors}
-    for name, data in ({name: None for name in held} | dict(tensors)).items():
+    for name, data in (dict.fromkeys(held) | dict(tensors)).items():
         if name in tensors and data is not None:
             writer.add_tensor(name, data)
         elif name not in tensors:
@@ -123,7 +123,7 @@ def raw_gguf(
     version: int = 3,
     order: str = "<",
 ) -> bytes:
-    """A file as its bytes, however wrong: ``tensors`` are (name, dimensions as stored, type, offset), ``fields`` 32-bit integers."""
+    """A file as its bytes, however wrong: ``tensors`` are (name, dimensions as stored, type, offset), ``fields`` 32-bit ints."""
 
     def text(word: str) -> bytes:
         return struct.pack(f"{order}Q", len(word)) + word.encode()

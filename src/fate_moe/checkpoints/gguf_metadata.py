@@ -17,8 +17,8 @@ _WITHOUT_EFFECT = {
     "rope.scaling.finetuned": "says how the model was trained",
     "tensor_data_layout": "a note of the converter; the order of rows is the architecture's",
 }
-# Keys that stand for "nothing special" at these values; at any other they ask for what no supported family does. llama.cpp takes
-# zero, false and an empty text for a key that is not there, whatever the key.
+# Keys that stand for "nothing special" at these values; at any other they ask for what no supported family does. Zero, false and an
+# empty text are llama.cpp's own defaults, but for attention.causal.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
     "expert_group_count": (1,),
@@ -127,4 +127,4 @@ class Metadata:
 
 def _is_neutral(key: str, value: Any) -> bool:
     values = value if isinstance(value, list) else [value]
-    return all(not entry or entry in _NEUTRAL.get(key, ()) for entry in values)
+    return all((not entry and key != "attention.causal") or entry in _NEUTRAL.get(key, ()) for entry in values)

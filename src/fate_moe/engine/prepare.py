@@ -143,12 +143,13 @@ def load_generation_config(model: Any, store: Path) -> None:
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer. Raises CheckpointError if its files are missing or unreadable."""
+    told = path / NO_TOKENIZER
+    if told.exists() and not any(file for file in path.glob("tokenizer*") if file != told):  # transformers would make an empty one
+        raise CheckpointError(f"{path} has no tokenizer: {told.read_text()}; put the model's tokenizer files there")
     try:
         return AutoTokenizer.from_pretrained(path)  # type: ignore[no-any-return]
     except Exception as error:  # whatever hostile tokenizer files make transformers raise
-        told = path / NO_TOKENIZER
-        is_missing = told.exists() and not any(path.glob("tokenizer*.json"))
-        reason = told.read_text() if is_missing else _first_line(error)
+        reason = _first_line(error)
         raise CheckpointError(f"{path}: its tokenizer cannot be loaded ({reason}); add the checkpoint's tokenizer files") from error
 
 
