@@ -12,7 +12,7 @@ import pytest
 
 from fate_moe.checkpoints.gguf import GgufCheckpoint
 from fate_moe.cli import main
-from fate_moe.errors import CheckpointError, UnsupportedModelError
+from fate_moe.errors import CheckpointError, FateError, UnsupportedModelError
 from tests.support.checkpoints import tiny_model as tiny_common_model
 from tests.support.gguf_files import Kind, rewrite_gguf, write_gguf
 from tests.support.tiny import tiny_model
@@ -148,6 +148,11 @@ def test_values_that_change_nothing_are_accepted(tmp_path: Path, files: dict[str
     assert config_of(same) == config_of(files["qwen2moe"])
 
 
+def test_normalised_weights_of_families_that_always_normalise(tmp_path: Path, files: dict[str, Path]) -> None:
+    same = rewrite_gguf(files["llama"], tmp_path / "model.gguf", put={".expert_weights_norm": True})
+    assert config_of(same) == config_of(files["llama"])
+
+
 def test_zero_scales_are_absent_ones(tmp_path: Path, files: dict[str, Path]) -> None:
     put = {".expert_weights_scale": 0.0}
     assert config_of(rewrite_gguf(files["dots1"], tmp_path / "dots.gguf", put=put))["routed_scaling_factor"] == 1.0
@@ -243,3 +248,20 @@ def test_zeros_are_not_taken_for_a_routers_bias_where_llama_cpp_wants_one(tmp_pa
     assert np.array_equal(bias.numpy(), np.zeros(8, np.float32))
     with pytest.raises(CheckpointError, match=r"lacks blk.1.exp_probs_b.bias"):
         GgufCheckpoint(without("glm4moe"))
+
+
+@pytest.mark.slow
+def test_flipped_bits_of_a_header_give_one_line(tmp_path: Path, files: dict[str, Path]) -> None:
+    """Whatever a header says, the file is read or refused as ours refuse: one sentence, nothing of the file's bytes in it."""
+    whole, random = files["qwen3moe"].read_bytes(), np.random.default_rng(0)
+    end, said = whole.index(b"output.weight"), []
+    for _ in range(80):
+        torn = bytearray(whole)
+        torn[random.integers(end)] ^= 1 << random.integers(8)
+        (tmp_path / "torn.gguf").write_bytes(torn)
+        try:
+            GgufCheckpoint(tmp_path / "torn.gguf")
+        except FateError as error:
+            said.append(str(error))
+    assert len(said) > 20
+    assert all(text.isprintable() for text in said)

@@ -125,6 +125,11 @@ def test_lengths_that_no_file_has_are_refused(tmp_path: Path) -> None:
     assert "unknown type 9" in str(refusal(tmp_path, b"GGUF\x03\x00\x00\x00" + nested + bytes(64)))
 
 
+def test_names_that_are_no_text_do_not_reach_the_terminal(tmp_path: Path) -> None:
+    for name in ("a\n\x1b[31mb", "", "x" * 4000):
+        assert "a name that is no text" in str(refusal(tmp_path, raw_gguf([(name, (4,), F32, 0)])))
+
+
 def test_an_alignment_that_is_no_power_of_two_is_refused(tmp_path: Path) -> None:
     assert "general.alignment is 48" in str(refusal(tmp_path, raw_gguf([], fields={"general.alignment": 48})))
 

@@ -110,7 +110,7 @@ def find_model_type(metadata: Metadata, shapes: Mapping[str, tuple[int, ...]]) -
         raise UnsupportedModelError("it is a vision projector (mmproj), not a language model; give the model's own file")
     if architecture not in ARCHITECTURES:
         raise UnsupportedModelError(
-            f"the GGUF architecture {architecture!r} is not supported; supported are {', '.join(ARCHITECTURES)}; "
+            f"the GGUF architecture {architecture[:40]!r} is not supported; supported are {', '.join(ARCHITECTURES)}; "
             "use the model's safetensors"
         )
     if not metadata.peek("expert_count"):

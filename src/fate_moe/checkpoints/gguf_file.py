@@ -24,6 +24,7 @@ _VERSIONS = (2, 3)
 _FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _MAX_DIMENSIONS = 4
+_MAX_NAME = 255  # of a field or tensor; llama.cpp takes tensors' of up to 63
 _DEFAULT_ALIGNMENT = 32
 _AGAIN = "download it again"
 # Beginnings of files that people have under the name of a GGUF file.
@@ -138,7 +139,7 @@ class _Header:
         num_tensors, num_fields = self._number("Q"), self._number("Q")
         metadata: dict[str, Any] = {}
         for _ in range(num_fields):
-            key = self._string()
+            key = self._name()
             if key in metadata or key in self._lengths:
                 raise _MalformedError(f"the metadata has {key} twice")
             value = self._value(key)
@@ -175,6 +176,13 @@ class _Header:
         begin = self._take(length)
         return self._data[begin : begin + length].decode("utf-8", "replace")
 
+    def _name(self) -> str:
+        """A string that errors may show."""
+        name = self._string()
+        if not name.isprintable() or not 1 <= len(name) <= _MAX_NAME:
+            raise _MalformedError(f"it has a name that is no text ({name[:20]!r})")
+        return name
+
     def _value(self, key: str) -> Any:
         """The value of ``key``, None for an array of the vocabulary."""
         kind = self._number("I")
@@ -203,7 +211,7 @@ class _Header:
 
     def _tensor_info(self) -> tuple[str, tuple[int, ...], int, int]:
         """Name, row-major shape, type, offset within the data."""
-        name, count = self._string(), self._number("I")
+        name, count = self._name(), self._number("I")
         if not 1 <= count <= _MAX_DIMENSIONS:
             raise _MalformedError(f"{name} has {count} dimensions")
         shape = tuple(self._number("Q") for _ in range(count))[::-1]

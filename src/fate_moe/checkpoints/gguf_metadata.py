@@ -23,6 +23,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
     "expert_group_count": (1,),
     "expert_group_used_count": (1,),
+    "expert_weights_norm": (True,),  # families without the setting always normalise
     "expert_weights_scale": (1.0,),
     "logit_scale": (1.0,),
     "embedding_scale": (1.0,),
@@ -109,7 +110,7 @@ class Metadata:
             if key not in self._used and key not in _WITHOUT_EFFECT and not _is_neutral(key, value)
         }
         if left:
-            named = ", ".join(f"{self.architecture}.{key} = {str(value)[:40]}" for key, value in list(left.items())[:3])
+            named = ", ".join(f"{self.architecture}.{key} = {repr(value)[:40]}" for key, value in list(left.items())[:3])
             more = f" and {len(left) - 3} more" if len(left) > 3 else ""
             raise UnsupportedModelError(
                 f"its metadata asks for what transformers' model does not do: {named}{more}; use the model's safetensors"

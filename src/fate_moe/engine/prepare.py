@@ -144,7 +144,8 @@ def load_generation_config(model: Any, store: Path) -> None:
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer. Raises CheckpointError if its files are missing or unreadable."""
     told = path / NO_TOKENIZER
-    if told.exists() and not any(file for file in path.glob("tokenizer*") if file != told):  # transformers would make an empty one
+    others = (file for pattern in ("tokenizer*", "vocab.*") for file in path.glob(pattern) if file != told)
+    if told.exists() and not any(others):  # transformers would make an empty one
         raise CheckpointError(f"{path} has no tokenizer: {told.read_text()}; put the model's tokenizer files there")
     try:
         return AutoTokenizer.from_pretrained(path)  # type: ignore[no-any-return]
