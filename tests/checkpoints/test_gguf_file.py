@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import gguf
+import numpy as np
 import pytest
 
 from fate_moe.checkpoints.gguf_file import looks_like_gguf, read_gguf
@@ -160,6 +161,20 @@ def test_files_are_known_by_their_name_or_their_beginning(tmp_path: Path) -> Non
         (tmp_path / name).write_bytes(content)
         assert looks_like_gguf(tmp_path / name) is known
     assert not looks_like_gguf(tmp_path / "absent")
+
+
+def test_a_vocabulary_that_ends_anywhere_is_refused(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "whole.gguf", "qwen3moe")
+    writer.add_token_list(["a", "bc", ""])
+    writer.add_tensor("a", np.zeros(8, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    whole = (tmp_path / "whole.gguf").read_bytes()
+    assert whole.index(b"tokenizer") < 130
+    for length in range(100, len(whole) - 16):
+        assert isinstance(refusal(tmp_path, whole[:length]), CheckpointError), length
 
 
 def test_the_vocabulary_is_counted_and_not_kept(tmp_path: Path) -> None:

@@ -64,6 +64,9 @@ def test_missing_tensors_are_named(tmp_path: Path, files: dict[str, Path]) -> No
     for name in ("blk.1.ffn_up_exps.weight", "blk.0.attn_q.bias", "output_norm.weight", "token_embd.weight"):
         with pytest.raises(CheckpointError, match=f"m.gguf: it lacks {name}"):
             GgufCheckpoint(rewrite_gguf(files["qwen2moe"], tmp_path / "m.gguf", tensors={name: None}))
+    renamed = {"blk.0.attn_v.weight": None, "blk.0.attn_value.weight": np.ones((32, 64), np.float32)}
+    with pytest.raises(CheckpointError, match=r"lacks blk.0.attn_v.weight \(it has blk.0.attn_value.weight instead\)"):
+        GgufCheckpoint(rewrite_gguf(files["qwen2moe"], tmp_path / "m.gguf", tensors=renamed))
 
 
 def test_tensors_of_another_shape_are_refused(tmp_path: Path, files: dict[str, Path]) -> None:
@@ -106,6 +109,23 @@ def test_keys_and_values_of_deepseek_in_both_forms(tmp_path: Path) -> None:
     assert set(both.unread) == set(halves)
     name = "model.layers.1.self_attn.kv_b_proj.weight"
     assert torch.equal(both.read(name), model.state_dict()[name])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2moe"])
+def test_queries_keys_and_values_in_one_tensor(tmp_path: Path, files: dict[str, Path], architecture: str) -> None:
+    held = tensors_of(files[architecture])
+    joined: dict[str, np.ndarray | None] = {}
+    for layer in range(2):
+        for kind in ("weight", "bias"):
+            parts = [f"blk.{layer}.attn_{matrix}.{kind}" for matrix in "qkv"]
+            if parts[0] in held:
+                joined |= {**dict.fromkeys(parts), f"blk.{layer}.attn_qkv.{kind}": np.concatenate([held[part] for part in parts])}
+    whole, read = (
+        GgufCheckpoint(files[architecture]),
+        GgufCheckpoint(rewrite_gguf(files[architecture], tmp_path / "joined.gguf", tensors=joined)),
+    )
+    assert whole.names == read.names
+    assert all(torch.equal(read.read(name).bfloat16(), whole.read(name).bfloat16()) for name in whole.names)
 
 
 def split(path: Path, source: Path, count: int = 2) -> list[Path]:

@@ -182,7 +182,7 @@ def build_config(
             metadata.take("expert_shared_count")
     elif put(("n_shared_experts", "moe_num_shared_experts"), 0):
         _check_equal(metadata, "expert_shared_count", 0, "ffn_gate_shexp.weight", ())
-    put(("attention_bias", "use_bias", "qkv_bias"), _has(shapes, "attn_q.bias"))
+    put(("attention_bias", "use_bias", "qkv_bias"), _has(shapes, "attn_q.bias") or _has(shapes, "attn_qkv.bias"))
     put(("use_qk_norm",), _has(shapes, "attn_q_norm"))
     if "mlp_only_layers" in known:
         config["mlp_only_layers"] = [layer for layer in range(num_layers) if not _has(shapes, f"blk.{layer}.ffn_gate_inp.")]

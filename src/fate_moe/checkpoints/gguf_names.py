@@ -22,6 +22,7 @@ from fate_moe.errors import CheckpointError, ConfigError
 
 __all__ = ["Source", "check_blocks", "find_sources", "why_unread"]
 
+_ATTENTION = re.compile(r"\.attn_([qkv])\.(weight|bias)$")
 _BLOCK = re.compile(r"^blk\.(\d+)\.")
 
 # Architectures whose query and key rows llama.cpp's converter interleaves for its rotary positions.
@@ -82,8 +83,11 @@ def find_sources(model: Any, architecture: str, names: Collection[str]) -> dict[
         elif name not in tied:
             missing += lacking
     if missing:
+        used = {part for source in sources.values() for part in source.parts}
+        others = [name for name in names if name not in used and _BLOCK.match(name)]
+        instead = f" (it has {some(others)} instead)" if others else ""
         raise CheckpointError(
-            f"it lacks {some(missing)}, which this {architecture} model needs by its metadata; download all its files again"
+            f"it lacks {some(missing)}{instead}, which its metadata says this {architecture} model has; download all files again"
         )
     return sources
 
@@ -139,10 +143,15 @@ def _source(name: str, architecture: str, config: Any, mapped: Any, names: Colle
     if part is None:
         return None
     part = part if part in names or part.endswith((".weight", ".bias")) else f"{part}.weight"  # gpt-oss's sinks have no suffix
-    for letter, heads in (("q", config.num_attention_heads), ("k", getattr(config, "num_key_value_heads", 0))):
-        if architecture in _INTERLEAVED and f".attn_{letter}." in part:
-            return Source((part,), partial(_deinterleave, heads=heads))
-    return Source((part,), _single)
+    if (attention := _ATTENTION.search(part)) is None:
+        return Source((part,), _single)
+    matrix, kind = attention.groups()
+    heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads, "v": config.num_key_value_heads}
+    is_interleaved = architecture in _INTERLEAVED and matrix != "v"
+    join = partial(_deinterleave, heads=heads[matrix]) if is_interleaved else _single
+    if part not in names and (joined := f"{block}attn_qkv.{kind}") in names:  # the converter's --fuse-qkv
+        return Source((joined,), lambda tensors: join([_part_of_qkv(tensors, matrix, heads)]))
+    return Source((part,), join)
 
 
 def _lone_experts(block: str, matrix: str, config: Any) -> Source:
@@ -169,6 +178,13 @@ def _expert_source(block: str, architecture: str, matrix: str, kind: str, names:
     if matrix == "down" or both in names:
         return Source((down if matrix == "down" else both,), _single)
     return Source(halves, _join_halves)
+
+
+def _part_of_qkv(tensors: list[Tensor], matrix: str, heads: dict[str, int]) -> Tensor:
+    """The rows of ``matrix`` (q, k or v) of the three below one another, all of whose heads have as many rows."""
+    (tensor,) = tensors
+    sizes = [tensor.shape[0] // sum(heads.values()) * count for count in heads.values()]
+    return torch.split(tensor, sizes)["qkv".index(matrix)]
 
 
 def _join_halves(tensors: list[Tensor]) -> Tensor:
