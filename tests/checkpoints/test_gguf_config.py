@@ -196,7 +196,8 @@ def test_a_vocabulary_larger_than_the_embeddings(tmp_path: Path, files: dict[str
 
 
 def test_other_files_of_a_model_are_named(tmp_path: Path, files: dict[str, Path]) -> None:
-    for architecture, said in (("clip", "a vision projector"), ("llama4", "'llama4' is not supported"), ("phimoe", "safetensors")):
+    named = {"clip": "a vision projector", "gptoss": "Ollama's own", "llama4": "'llama4' is not supported", "phimoe": "safetensors"}
+    for architecture, said in named.items():
         path = rewrite_gguf(files["llama"], tmp_path / f"{architecture}.gguf", put={"general.architecture": architecture})
         with pytest.raises(UnsupportedModelError, match=said):
             GgufCheckpoint(path)

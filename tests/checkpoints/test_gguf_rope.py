@@ -166,8 +166,11 @@ def test_tables_that_are_not_applied(tmp_path: Path, files: dict[str, Path]) -> 
         rotary(files["qwen2moe"], tmp_path / "m.gguf", {}, {"rope_freqs.weight": twos})
     with pytest.raises(UnsupportedModelError, match=r"no place for rope_factors_long.weight"):
         rotary(files["llama"], tmp_path / "m.gguf", {}, {"rope_factors_long.weight": twos})
-    path = rewrite_gguf(files["qwen2moe"], tmp_path / "m.gguf", tensors={"rope_freqs.weight": ones})
-    assert GgufCheckpoint(path).unread == {"rope_freqs.weight": "a rotary table of ones, which changes nothing"}
+    for architecture in ("qwen2moe", "llama"):
+        path = rewrite_gguf(files[architecture], tmp_path / "m.gguf", tensors={"rope_freqs.weight": ones})
+        checkpoint = GgufCheckpoint(path)
+        assert checkpoint.unread == {"rope_freqs.weight": "a rotary table of ones, which changes nothing"}
+        assert transformers.AutoConfig.from_pretrained(checkpoint.folder).rope_parameters["rope_type"] == "default"
     with pytest.raises(UnsupportedModelError, match="together with YaRN"):
         rotary(
             files["llama"],

@@ -165,7 +165,7 @@ class GgufCheckpoint(Checkpoint):
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         said = f"{self.files[0].name} has none that transformers {_transformers_version()} reads ({reason})"
         (self.folder / NO_TOKENIZER).write_text(said)
-        _log.warning("no tokenizer: %s; put the model's tokenizer files into the store", said)
+        _log.warning("no tokenizer: %s; put the model's tokenizer.json and tokenizer_config.json into the store", said)
 
     def _check_shapes(self) -> None:
         """Raises CheckpointError unless the tensors make parameters of the shapes that the metadata describes."""

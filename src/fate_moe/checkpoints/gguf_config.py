@@ -27,6 +27,11 @@ ARCHITECTURES: dict[str, tuple[str, ...]] = {
     "qwen2moe": ("qwen2_moe",),
     "qwen3moe": ("qwen3_moe",),
 }
+# Architectures that are not llama.cpp's language models.
+_OTHERS = {
+    "clip": "it is a vision projector (mmproj), not a language model; give the model's own file",
+    "gptoss": "it is Ollama's own layout of gpt-oss; download a GGUF file of llama.cpp's architecture, 'gpt-oss'",
+}
 # llama.cpp's key, and the names of the setting in transformers' configs, of which the first that a config has is set. Positive
 # integers:
 _COUNTS: dict[str, tuple[str, ...]] = {
@@ -106,8 +111,8 @@ _SPECIAL_TOKENS = {"bos": ("bos",), "eos": ("eos", "eot", "eom"), "pad": ("paddi
 def find_model_type(metadata: Metadata, shapes: Mapping[str, tuple[int, ...]]) -> str:
     """transformers' model type. Raises UnsupportedModelError for an architecture not in ARCHITECTURES, or without experts."""
     architecture = metadata.architecture
-    if architecture == "clip":
-        raise UnsupportedModelError("it is a vision projector (mmproj), not a language model; give the model's own file")
+    if architecture in _OTHERS:
+        raise UnsupportedModelError(_OTHERS[architecture])
     if architecture not in ARCHITECTURES:
         raise UnsupportedModelError(
             f"the GGUF architecture {architecture[:40]!r} is not supported; supported are {', '.join(ARCHITECTURES)}; "

@@ -60,6 +60,8 @@ def rope_parameters(
             "use the model's safetensors"
         )
     factor = 1.0 if kind == "none" else factor
+    if kind != "longrope" and long and set(long) == {1.0}:
+        long = short = None
     if long and short and metadata.architecture in _WITH_TABLES:
         _check_table(wanted, (long, short), turned)
     elif length == 1.0:

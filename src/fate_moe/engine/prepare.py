@@ -146,7 +146,9 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     told = path / NO_TOKENIZER
     others = (file for pattern in ("tokenizer*", "vocab.*") for file in path.glob(pattern) if file != told)
     if told.exists() and not any(others):  # transformers would make an empty one
-        raise CheckpointError(f"{path} has no tokenizer: {told.read_text()}; put the model's tokenizer files there")
+        raise CheckpointError(
+            f"{path} has no tokenizer: {told.read_text()}; put the model's tokenizer.json and tokenizer_config.json there"
+        )
     try:
         return AutoTokenizer.from_pretrained(path)  # type: ignore[no-any-return]
     except Exception as error:  # whatever hostile tokenizer files make transformers raise
