@@ -180,7 +180,7 @@ def test_tables_that_are_not_applied(tmp_path: Path, files: dict[str, Path]) -> 
         )
 
 
-@pytest.mark.parametrize("table", [[1.0] * 4, [1.0] * 7 + [0.0], [1.0] * 7 + [float("nan")]])
+@pytest.mark.parametrize("table", [[2.0] * 4, [1.0] * 7 + [0.0], [1.0] * 7 + [float("nan")]])
 def test_a_table_that_is_none(tmp_path: Path, files: dict[str, Path], table: list[float]) -> None:
     with pytest.raises(CheckpointError, match="is not a table of 8 positive numbers"):
         rotary(files["llama"], tmp_path / "m.gguf", {}, {"rope_freqs.weight": np.array(table, np.float32)})

@@ -26,7 +26,7 @@ from fate_moe.adapter.meta_model import build_meta_model
 from fate_moe.checkpoints.gguf_config import build_config, find_model_type, special_tokens
 from fate_moe.checkpoints.gguf_file import GgufFile, GgufTensor, gguf_package, read_gguf, some
 from fate_moe.checkpoints.gguf_metadata import Metadata
-from fate_moe.checkpoints.gguf_names import check_blocks, find_sources, why_unread
+from fate_moe.checkpoints.gguf_names import find_sources, why_unread
 from fate_moe.checkpoints.gguf_rope import TABLES
 from fate_moe.checkpoints.source import COMPANIONS, Checkpoint
 from fate_moe.errors import CheckpointError, ConfigError, UnsupportedModelError
@@ -94,6 +94,8 @@ class GgufCheckpoint(Checkpoint):
         except (CheckpointError, ConfigError) as error:
             said = str(error).removeprefix(f"{self.folder / 'config.json'}: ")
             raise type(error)(f"{path}: {said}") from error
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # whatever a hostile header makes arithmetic raise
+            raise CheckpointError(f"{path}: its metadata does not describe a model ({error!r}); download it again") from error
 
     def _describe(self, first: GgufFile) -> None:
         """Writes config.json and finds the source of each parameter. Raises errors without the file's name."""
@@ -112,7 +114,6 @@ class GgufCheckpoint(Checkpoint):
             )
         config |= special_tokens(fields, config["vocab_size"])
         num_layers = config["num_hidden_layers"]
-        check_blocks(shapes, num_layers, metadata.require_count("block_count"))
         (self.folder / "config.json").write_text(json.dumps(config))
         model = build_meta_model(self.folder)
         _check_rotary(model, metadata)

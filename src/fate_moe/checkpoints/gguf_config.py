@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from fate_moe.checkpoints.gguf_metadata import Metadata
+from fate_moe.checkpoints.gguf_names import check_blocks
 from fate_moe.checkpoints.gguf_rope import rope_parameters
 from fate_moe.errors import CheckpointError, UnsupportedModelError
 
@@ -170,7 +171,8 @@ def build_config(
     num_layers = metadata.require_count("block_count") - (metadata.count("nextn_predict_layers") or 0)
     if num_layers < 1:
         raise CheckpointError("its metadata counts no more layers than those that predict further tokens; download it again")
-    _put_heads(known, config, metadata)
+    check_blocks(shapes, num_layers, metadata.require_count("block_count"))
+    _put_heads(known, config, metadata, shapes)
     # Widths come from the shapes, because older files lack these keys.
     expert_width = _expert_width(shapes)
     put(("moe_intermediate_size", "intermediate_size"), expert_width)
@@ -216,8 +218,8 @@ def special_tokens(fields: Mapping[str, Any], vocab_size: int) -> dict[str, int 
     return ids
 
 
-def _put_heads(known: Mapping[str, Any], config: dict[str, Any], metadata: Metadata) -> None:
-    """Sizes of the attention's heads, with llama.cpp's defaults. What the tensors say is compared when shapes are."""
+def _put_heads(known: Mapping[str, Any], config: dict[str, Any], metadata: Metadata, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Sizes of the attention's heads, with llama.cpp's defaults. Rotary buffers are made by them, so absurd ones end here."""
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     config["num_key_value_heads"] = metadata.count("attention.head_count_kv") or heads
     if "kv_lora_rank" in known:
@@ -234,14 +236,27 @@ def _put_heads(known: Mapping[str, Any], config: dict[str, Any], metadata: Metad
             )
         config |= {"qk_rope_head_dim": rotary, "qk_nope_head_dim": key_dim - rotary, "v_head_dim": value_dim}
         config["num_key_value_heads"] = heads
+        _check_rows(config["kv_lora_rank"] + rotary, shapes, "attn_kv_a_mqa.weight")
         config["topk_method"] = "group_limited_greedy" if config["n_group"] > 1 else "greedy"
         return
-    size = metadata.count("attention.key_length") or hidden // heads
+    size, keys = metadata.count("attention.key_length") or hidden // heads, config["num_key_value_heads"]
+    _check_rows(keys * size, shapes, "attn_k.weight")
+    _check_rows((heads + 2 * keys) * size, shapes, "attn_qkv.weight")
+    if (turned := metadata.count("rope.dimension_count") or size) > size or turned % 2:
+        raise CheckpointError(f"its metadata turns {turned} of {size} columns of a head; download or convert it again")
     if metadata.count("attention.value_length") not in (None, size):
         raise UnsupportedModelError(
             "its metadata gives values other columns than keys, which transformers cannot express; use safetensors"
         )
     config["head_dim"] = size  # families without the setting read it too, or the tensors' shapes do not fit
+
+
+def _check_rows(rows: int, shapes: Mapping[str, tuple[int, ...]], part: str) -> None:
+    if (shape := _first(shapes, part)) is not None and shape[0] != rows:
+        raise CheckpointError(
+            f"its metadata's sizes of heads make {rows} rows of {part}, which is {list(shape)} "
+            "(attention.head_count, head_count_kv, key_length, rope.dimension_count); download or convert it again"
+        )
 
 
 def _check_routing(family: str, config: Mapping[str, Any], metadata: Metadata) -> None:

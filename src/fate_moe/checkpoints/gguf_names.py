@@ -99,9 +99,10 @@ def check_blocks(names: Collection[str], num_layers: int, num_blocks: int) -> No
     """
     present = {int(inside[1]) for name in names if (inside := _BLOCK.match(name))}
     further = {int(inside[1]) for name in names if (inside := _BLOCK.match(name)) and ".nextn." in name}
-    if absent := sorted(set(range(num_layers)) - present):
+    absent = next(number for number in range(len(present) + 1) if number not in present)
+    if absent < num_layers:
         raise CheckpointError(
-            f"its metadata counts {num_layers} layers (block_count), but it has no tensors of layer {absent[0]}; "
+            f"its metadata counts {num_layers} layers (block_count), but it has no tensors of layer {absent}; "
             "download all its files again"
         )
     if beyond := sorted(number for number in present - further if number >= num_layers):
