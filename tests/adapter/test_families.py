@@ -25,7 +25,7 @@ GGUF = [
     "",
     "Besides folders of safetensors, GGUF files of these architectures are read, in one file or split, in every type that the",
     "`gguf` package dequantizes (Q4_0 to Q8_0, Q2_K to Q6_K, IQ1 to IQ4, MXFP4, F16, BF16, F32); experts become bf16, or what",
-    "`--precision` says. `fate plan FILE.gguf` and `fate inspect FILE.gguf` read the file's metadata. The tokenizer is the file's",
+    "`--precision` says. [GGUF](../reference/gguf.md) says what of a file is read and what is refused. The tokenizer is the file's",
     "own where transformers reads it, else the files beside it.",
     "",
     "| llama.cpp's architecture | family |",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import gguf
@@ -61,6 +63,77 @@ def write_gguf(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def rewrite_gguf(
+    source: Path,
+    target: Path,
+    drop: Collection[str] = (),
+    put: Mapping[str, Any] = MappingProxyType({}),
+    tensors: Mapping[str, np.ndarray | None] = MappingProxyType({}),
+    **options: Any,
+) -> Path:
+    """A copy of ``source`` without the fields ``drop``, with those of ``put`` (by their Python type) and other ``tensors``.
+
+    Keys without a dot before them, as in ".block_count", are the architecture's. A tensor of None is left out.
+    """
+    reader = gguf.GGUFReader(source)
+    architecture = reader.fields["general.architecture"].contents()
+    fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    fields |= {_full(key, architecture): value for key, value in put.items()}
+    for key in drop:
+        del fields[_full(key, architecture)]
+    writer = gguf.GGUFWriter(target, fields.pop("general.architecture"), **options)
+    for key, value in fields.items():
+        _add_field(writer, key, value)
+    held = {tensor.name: (np.array(tensor.data), tensor.tensor_type) for tensor in reader.tensors}
+    for name, data in (dict.fromkeys(held) | dict(tensors)).items():
+        if name in tensors and data is not None:
+            writer.add_tensor(name, data)
+        elif name not in tensors:
+            writer.add_tensor(name, held[name][0], raw_dtype=held[name][1])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
+def _full(key: str, architecture: str) -> str:
+    return architecture + key if key.startswith(".") else key
+
+
+def _add_field(writer: Any, key: str, value: Any) -> None:
+    if isinstance(value, list):
+        writer.add_array(key, value)
+    elif isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    else:
+        writer.add_string(key, value)
+
+
+def raw_gguf(
+    tensors: Sequence[tuple[str, tuple[int, ...], int, int]],
+    data: int = 4096,
+    fields: Mapping[str, int] = MappingProxyType({}),
+    version: int = 3,
+    order: str = "<",
+) -> bytes:
+    """A file as its bytes, however wrong: ``tensors`` are (name, dimensions as stored, type, offset), ``fields`` 32-bit ints."""
+
+    def text(word: str) -> bytes:
+        return struct.pack(f"{order}Q", len(word)) + word.encode()
+
+    made = b"GGUF" + struct.pack(f"{order}IQQ", version, len(tensors), len(fields))
+    for key, value in fields.items():
+        made += text(key) + struct.pack(f"{order}II", 4, value)
+    for name, shape, kind, offset in tensors:
+        made += text(name) + struct.pack(f"{order}I{len(shape)}QIQ", len(shape), *shape, kind, offset)
+    return made + bytes(-len(made) % fields.get("general.alignment", 32)) + bytes(data)
 
 
 def _pieces(name: str, tensor: torch.Tensor, config: Any, architecture: str, absorbed: bool) -> dict[str, torch.Tensor]:

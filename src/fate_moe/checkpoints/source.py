@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fate_moe.checkpoints.files import find_weights, some
+from fate_moe.checkpoints.gguf_file import looks_like_gguf
 from fate_moe.checkpoints.mxfp4 import BLOCKS, SCALES, dequantize_mxfp4, mxfp4_shape
 from fate_moe.checkpoints.packed import PACKED_METHODS, Packed, find_packed
 from fate_moe.errors import CheckpointError, UnsupportedModelError
@@ -54,7 +55,7 @@ def resolve_checkpoint(name: str | Path) -> Path:
     Raises CheckpointError when ``name`` is neither a folder nor a hub id that can be downloaded.
     """
     folder = Path(name)
-    if folder.is_dir() or (folder.is_file() and folder.suffix == ".gguf"):
+    if folder.is_dir() or (folder.is_file() and looks_like_gguf(folder)):
         return folder
     if folder.is_file() and folder.name.endswith((".safetensors", ".json")):
         raise CheckpointError(f"{folder} is one file of a checkpoint; give its folder: {folder.parent}")

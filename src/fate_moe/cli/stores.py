@@ -202,9 +202,11 @@ def _calibration(arguments: argparse.Namespace) -> tuple[Any, PrecisionRules, An
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
+    from fate_moe.checkpoints.gguf import find_gguf
+
     path: Path = arguments.store
-    is_checkpoint = any(path.iterdir()) if path.is_dir() else path.is_file() and path.suffix == ".gguf"
-    if is_checkpoint and not (arguments.store / "fate.json").exists():
+    is_checkpoint = any(path.iterdir()) if path.is_dir() else find_gguf(path) is not None
+    if is_checkpoint and not (path / "fate.json").exists():
         _inspect_checkpoint(arguments)
         return
     from fate_moe.store.open import open_store, verify

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from fate_moe import demo
 from fate_moe.adapter.meta_model import ExpertStack, build_meta_model, expert_stacks
-from fate_moe.checkpoints.gguf import open_checkpoint
+from fate_moe.checkpoints.gguf import NO_TOKENIZER, open_checkpoint
 from fate_moe.checkpoints.source import resolve_checkpoint
 from fate_moe.config import OffloadConfig
 from fate_moe.engine.budget import Footprint, Plan, footprint, make_plan
@@ -143,6 +143,12 @@ def load_generation_config(model: Any, store: Path) -> None:
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer. Raises CheckpointError if its files are missing or unreadable."""
+    told = path / NO_TOKENIZER
+    others = (file for pattern in ("tokenizer*", "vocab.*") for file in path.glob(pattern) if file != told)
+    if told.exists() and not any(others):  # transformers would make an empty one
+        raise CheckpointError(
+            f"{path} has no tokenizer: {told.read_text()}; put the model's tokenizer.json and tokenizer_config.json there"
+        )
     try:
         return AutoTokenizer.from_pretrained(path)  # type: ignore[no-any-return]
     except Exception as error:  # whatever hostile tokenizer files make transformers raise

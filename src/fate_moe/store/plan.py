@@ -18,7 +18,7 @@ from torch import Tensor
 from fate_moe.adapter.meta_model import ExpertStack, build_meta_model, expert_stacks, parameter_dtypes
 from fate_moe.checkpoints.accounting import account, refuse_missing
 from fate_moe.checkpoints.files import SAME_PLACE, has_weights
-from fate_moe.checkpoints.gguf import open_checkpoint
+from fate_moe.checkpoints.gguf import find_gguf, open_checkpoint
 from fate_moe.checkpoints.mapping import Recipe, match_names
 from fate_moe.checkpoints.source import Checkpoint
 from fate_moe.core import BlobLayout
@@ -232,7 +232,7 @@ def describe_model(path: Path) -> tuple[PreTrainedModel, dict[str, str]]:
 
     A folder that has config.json and no weights is enough; nothing is accounted for then. Raises as ``plan_conversion``.
     """
-    if (path / "config.json").is_file() and not has_weights(path):
+    if (path / "config.json").is_file() and not has_weights(path) and find_gguf(path) is None:
         return build_meta_model(path), {}
     plan = plan_conversion(open_checkpoint(path), "lossless")
     return plan.model, plan.unread
