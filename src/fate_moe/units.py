@@ -31,13 +31,16 @@ class Range:
     above: bool = False
 
     def parse(self, text: str) -> int | float:
-        """The number that ``text`` says in decimal digits. Raises ValueError, which says what was expected, for any other text."""
+        """The number that ``text`` says in decimal digits.
+
+        Raises ValueError for any other text, and ConfigError for a number out of the range; both say what was expected.
+        """
         form = r"[+-]?[0-9]{1,400}" if self.whole else r"[+-]?([0-9]{1,400}\.?[0-9]{0,400}|\.[0-9]{1,400})([eE][+-]?[0-9]{1,4})?"
         if not re.fullmatch(form, text.strip(" ")):
             raise ValueError(f"{text!r} is not {self}")
         value = int(text) if self.whole else float(text)
         if not self.holds(value):
-            raise ValueError(f"{text!r} is not {self}")
+            raise ConfigError(f"{text} is not {self}")
         return value
 
     def holds(self, value: Any) -> bool:
@@ -51,10 +54,8 @@ class Range:
         )
 
     def __str__(self) -> str:
-        bounds = f"above {self.low:g} and up to {self.high:g}" if self.above else f"from {self.low:g} to {self.high:g}"
-        if self.whole:
-            bounds = f"from {int(self.low)} to {int(self.high)}"
-        return f"a {'whole ' if self.whole else ''}number {bounds}"
+        low, high = (int(self.low), int(self.high)) if self.whole else (f"{self.low:g}", f"{self.high:g}")
+        return f"a {'whole ' if self.whole else ''}number {'above' if self.above else 'of at least'} {low} and at most {high}"
 
 
 def parse_size(text: str | int) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from fate_moe.cli.net import one_line, say
+from fate_moe.errors import ConfigError
 from fate_moe.units import Range
 
 __all__ = ["Number", "Parser", "count", "number", "size"]
@@ -30,6 +31,13 @@ class Parser(argparse.ArgumentParser):
         if rest:
             self._verb_of(words).error(f"unrecognized arguments: {' '.join(rest)}")
         return found
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        """As argparse's; errors of ours name the option."""
+        try:
+            return super()._get_value(action, arg_string)
+        except ConfigError as error:
+            raise ConfigError(f"{action.option_strings[-1] if action.option_strings else action.dest}: {error}") from error
 
     def _verb_of(self, words: Sequence[str]) -> Parser:
         """The parser of the verb in ``words``."""
@@ -59,7 +67,10 @@ def _nearest(word: str, words: Sequence[str]) -> str:
 
 
 class Number:
-    """The type of an option that takes a number of ``range``: refuses every other text while the command line is read."""
+    """The type of an option that takes a number of ``range``: refuses every other text while the command line is read.
+
+    What is no number at all is an error of usage, as argparse has them; a number out of the range is a ConfigError.
+    """
 
     def __init__(self, allowed: Range) -> None:
         self.range = allowed

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fate_moe.engine.load import load
 from fate_moe.errors import ConfigError
+from fate_moe.tools.tokens import num_rows, token_ids
 
 __all__ = ["register", "run_harness", "score"]
 
@@ -62,7 +63,7 @@ def register() -> type:
             return int(self.tokenizer.eos_token_id)
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-            return list(self.tokenizer(string, add_special_tokens=bool(add_special_tokens), verbose=False)["input_ids"])
+            return token_ids(self.tokenizer, string, num_rows(self.model), special=bool(add_special_tokens))
 
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **kwargs: Any) -> list[tuple[float, bool]]:
             return [score(self.model, context or [self.eot_token_id], end, self._max_length) for _, context, end in requests]
