@@ -39,6 +39,14 @@ class Parser(argparse.ArgumentParser):
         except ConfigError as error:
             raise ConfigError(f"{action.option_strings[-1] if action.option_strings else action.dest}: {error}") from error
 
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        """As argparse's, which takes the value of --option=-- for the word that ends options, and gives an empty list."""
+        if action.option_strings and action.nargs is None and arg_strings == ["--"]:
+            value = self._get_value(action, "--")
+            self._check_value(action, value)
+            return value
+        return super()._get_values(action, arg_strings)
+
     def _verb_of(self, words: Sequence[str]) -> Parser:
         """The parser of the verb in ``words``."""
         for action in self._actions:

@@ -77,7 +77,7 @@ def chat_text(tokenizer: Any, messages: Sequence[dict[str, str]]) -> str:
     if found and isinstance(found[0], str) and found[0].strip():
         return found[0]
     reason = reasons[0] if reasons else "it renders nothing of the message"
-    raise CheckpointError(f"the model's chat template cannot be used here ({reason}); give the prompt as text, without --chat")
+    raise CheckpointError(f"the model's chat template cannot be used here ({reason}); ask without it: fate run MODEL PROMPT")
 
 
 def as_input(ids: Sequence[int]) -> torch.Tensor:
