@@ -22,7 +22,21 @@ from fate_moe.store import convert
 
 HOSTILE = (
     *("", " ", "words", "0", "-1", "1.5", "nan", "inf", "-inf", "1e400", "1e3", " 4", "0x10", "1_000", "\u0664", "\uff14GiB", "--"),
-    *("99999999999999999999999", "9" * 400, "4Gib", "4g", "-1GiB", "0%", "101%", "1e999GiB", "\n", "a\tb", "\udcff", "\x1b[2J", "True"),
+    *(
+        "99999999999999999999999",
+        "9" * 400,
+        "4Gib",
+        "4g",
+        "-1GiB",
+        "0%",
+        "101%",
+        "1e999GiB",
+        "\n",
+        "a\tb",
+        "\udcff",
+        "\x1b[2J",
+        "True",
+    ),
 )
 # What a verb must be given, so that one bad option is all that is wrong.
 NEEDED = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import os
 import signal
@@ -81,14 +82,11 @@ class Net:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
         passes = isinstance(error, SystemExit) and not isinstance(error.code, str)
         try:
-            if error is None:
-                error = _flushed()
             if error is not None and not passes:
                 self.code = self._say(error)
-            if (late := _flushed()) is not None:
+            if (late := _unwritten()) is not None:
                 self.code = self.code or self._say(late)
                 passes = False
-                _drop_output()
         finally:
             if self._as_command and threading.current_thread() is threading.main_thread():
                 for number in (signal.SIGINT, signal.SIGTERM):
@@ -141,6 +139,12 @@ def open_closed_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(errors="replace")
+    out = sys.stdout
+    if out is sys.__stdout__ and isinstance(out, io.TextIOWrapper) and not isinstance(getattr(out.buffer, "raw", None), _Output):
+        out.flush()
+        buffer = io.BufferedWriter(_Output(out.fileno(), "w", closefd=False))
+        options = {"line_buffering": out.line_buffering, "write_through": out.write_through}
+        sys.stdout = io.TextIOWrapper(buffer, encoding=out.encoding, errors="replace", **options)
 
 
 @contextmanager
@@ -175,7 +179,7 @@ def _sentence(error: BaseException) -> str:
         return text
     if isinstance(error, OSError) and error.errno is not None:
         remedy = _REMEDIES.get(error.errno)
-        where = error.filename if error.filename is not None else "standard output" if _flushed() is not None else "the system"
+        where = "the system" if error.filename is None else error.filename
         where = os.fsdecode(where) if isinstance(where, bytes) else where
         return f"{where}: {error.strerror or text}" + (f"; {remedy}" if remedy else "")
     kind = type(error).__name__
@@ -204,21 +208,35 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _flushed() -> OSError | None:
-    """What flushing standard output raises: the bytes stay buffered, so it says so again."""
+class _Output(io.FileIO):
+    """Standard output, whose errors name it; the last one is remembered, because argparse and libraries drop it."""
+
+    failed: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            error.filename = "standard output"
+            self.failed = error
+            raise
+
+
+def _unwritten() -> OSError | None:
+    """Why standard output could not be written, if it could not; what it still holds is dropped, so that the interpreter's own
+    flush does not complain of it."""
+    error: OSError | None = None
     try:
         sys.stdout.flush()
-    except OSError as error:
-        return error
+    except OSError as met:
+        error = met
     except ValueError:  # closed by a library
         return None
-    return None
-
-
-def _drop_output() -> None:
-    """Nobody can take what standard output still holds: the interpreter's own flush must not complain of it."""
-    with suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    error = error or getattr(getattr(getattr(sys.stdout, "buffer", None), "raw", None), "failed", None)
+    if error is not None:
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return error
 
 
 class _OnStderr(logging.StreamHandler[Any]):
