@@ -156,7 +156,8 @@ def _windows(tokenizer: Any, texts: Sequence[str], rows: int, max_tokens: int) -
     for text in texts:
         if len(ids) < max_tokens:
             ids += first_tokens(tokenizer, text, rows, max_tokens - len(ids))
-    return list(torch.split(torch.tensor(ids[: len(ids) // WINDOW * WINDOW], dtype=torch.int64), WINDOW))
+    whole = len(ids) // WINDOW
+    return list(torch.tensor(ids[: WINDOW * whole], dtype=torch.int64).view(whole, WINDOW))
 
 
 def _show(model: Any, observer: Passes, windows: Sequence[torch.Tensor], what: str) -> None:
