@@ -96,10 +96,14 @@ def test_warnings_of_libraries_are_for_verbose_alone(monkeypatch: pytest.MonkeyP
 
 
 def test_a_signal_ends_the_verb_as_an_exception_does(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    kept = []
+    kept: list[str] = []
+
+    def keep() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)  # once more, while it keeps
+        kept.append("statistics")
 
     def verb(arguments: object) -> None:
-        with uninterrupted(lambda: (os.kill(os.getpid(), signal.SIGTERM), kept.append("statistics"))):  # once more, while it keeps
+        with uninterrupted(keep):
             os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.getsignal(signal.SIGTERM)

@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
 
     Raises SystemExit as argparse does: 0 after --help, 2 for a command line that cannot be read; and above 128 after a signal.
     """
-    open_closed_streams()
+    open_closed_streams(as_command=argv is None)
     with Net(as_command=argv is None) as net:
         from fate_moe import switches
         from fate_moe.cli.options import check_options

@@ -125,26 +125,24 @@ def one_line(text: str) -> str:
     return line if len(line) <= _LONGEST_LINE else line[:_LONGEST_LINE] + " ..."
 
 
-def open_closed_streams() -> None:
+def open_closed_streams(as_command: bool) -> None:
     """Give stdin, stdout and stderr something to stand for where the caller closed them: print() would write to the other one, and
     the next file to be opened would take their place. Text that has no place in the terminal's encoding is printed with
-    replacements."""
+    replacements. ``as_command``: standard output becomes one whose errors name it."""
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         if getattr(sys, name) is None:
             handle = os.open(os.devnull, os.O_RDWR)
             if handle != number:
                 os.dup2(handle, number)
                 os.close(handle)
-            setattr(sys, name, open(number, mode, encoding="utf-8"))  # noqa: SIM115  # stays open
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115  # stays open
     for stream in (sys.stdout, sys.stderr):
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(errors="replace")
     out = sys.stdout
-    if out is sys.__stdout__ and isinstance(out, io.TextIOWrapper) and not isinstance(getattr(out.buffer, "raw", None), _Output):
-        out.flush()
+    if as_command and isinstance(out, io.TextIOWrapper):
         buffer = io.BufferedWriter(_Output(out.fileno(), "w", closefd=False))
-        options = {"line_buffering": out.line_buffering, "write_through": out.write_through}
-        sys.stdout = io.TextIOWrapper(buffer, encoding=out.encoding, errors="replace", **options)
+        sys.stdout = io.TextIOWrapper(buffer, out.encoding, "replace", None, out.line_buffering, out.write_through)
 
 
 @contextmanager

@@ -17,6 +17,8 @@ from fate_moe.tools.tokens import num_rows, token_ids
 
 __all__ = ["register", "run_harness", "score"]
 
+_loaded: list[Any] = []  # models of the harness, which never closes them
+
 
 def score(model: Any, context: Sequence[int], continuation: Sequence[int], max_length: int) -> tuple[float, bool]:
     """The log probability of ``continuation`` after ``context``, and whether each of its tokens is the likeliest.
@@ -54,6 +56,7 @@ def register() -> type:
         def __init__(self, model: str | None = None, batch_size: Any = 1, device: Any = None, **options: Any) -> None:
             super().__init__()
             self.model, self.tokenizer = load(model, **options)
+            _loaded.append(self.model)
             self._max_length = min(
                 self.model.fate.config.context_length, self.model.config.get_text_config().max_position_embeddings
             )
@@ -115,3 +118,5 @@ def run_harness(arguments: Sequence[str]) -> None:
         cli_evaluate()
     finally:
         sys.argv = saved_argv
+        while _loaded:
+            _loaded.pop().fate.close()  # keeps what was learned
