@@ -216,7 +216,7 @@ class _Output(io.FileIO):
             return super().write(data)
         except OSError as error:
             error.filename = "standard output"
-            self.failed = error
+            self.failed = OSError(error.errno, error.strerror, error.filename)  # without the frames of whoever wrote
             raise
 
 
