@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from fate_moe.cli import reading
 from fate_moe.cli.reading import Shown, check_output, read_text
 from fate_moe.cli.traces import _texts
 from fate_moe.errors import ConfigError
+from fate_moe.trace.plots import draw
 
 
 @pytest.mark.parametrize(
@@ -99,6 +101,24 @@ def test_outputs_are_checked_before_anything_is_computed(tmp_path: Path) -> None
     ):
         with pytest.raises(ConfigError, match=says):
             check_output(path, *inputs)
+
+
+def test_what_a_link_points_to_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    """A link stays one (/dev/stdout is one too), and an error while drawing leaves the old picture and nothing beside it."""
+    rows = [{"policy": "lru", "predictor": "none", "capacity": 0.5, "ready_on_time": 0.5}]
+    results, there, link = tmp_path / "rows.json", tmp_path / "there.png", tmp_path / "link.png"
+    results.write_text(json.dumps({"rows": rows}))
+    there.write_text("old")
+    link.symlink_to(there)
+    for broken in ({"rows": [{}]}, {"rows": 5}, {}):
+        (tmp_path / "broken.json").write_text(json.dumps(broken))
+        with pytest.raises(ConfigError, match="holds no rows"):
+            draw(tmp_path / "broken.json", link)
+    assert there.read_text() == "old"
+    draw(results, link)
+    assert link.is_symlink()
+    assert there.read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.json", "link.png", "rows.json", "there.png"]
 
 
 def test_a_model_cannot_send_escape_sequences_to_a_terminal() -> None:

@@ -7,13 +7,14 @@ import difflib
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from fate_moe.cli.net import one_line, say
 from fate_moe.errors import ConfigError
 from fate_moe.units import Range
 
-__all__ = ["Number", "Parser", "count", "number", "size"]
+__all__ = ["Number", "Parser", "count", "file_path", "number", "size"]
 
 
 class Parser(argparse.ArgumentParser):
@@ -98,6 +99,14 @@ def count(low: int = 1, high: int = (1 << 31) - 1) -> Number:
 def number(low: float, high: float = 1e9, *, above: bool = False) -> Number:
     """A finite number from ``low`` to ``high``; ``above``: more than ``low``."""
     return Number(Range(low, high, above=above))
+
+
+def file_path(text: str) -> Path:
+    """The type of an option that takes a path: an empty one, which Path takes for the current folder, is a variable that was not
+    set."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(text)
 
 
 def size(parse: Callable[[str], Any]) -> Callable[[str], str]:

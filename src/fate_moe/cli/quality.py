@@ -16,7 +16,7 @@ from fate_moe.cli.options import (
     print_table,
     quiet_transformers,
 )
-from fate_moe.cli.parser import count
+from fate_moe.cli.parser import count, file_path
 from fate_moe.cli.reading import read_text
 from fate_moe.config import OffloadConfig
 from fate_moe.errors import ConfigError
@@ -51,7 +51,7 @@ def add_verbs(verbs: Any) -> None:
     harness.add_argument("arguments", nargs=argparse.REMAINDER, help="lm_eval's own, after --")
     harness.set_defaults(verb=_harness)
     for kind in (one, two):
-        kind.add_argument("--text", type=Path, required=True, metavar="FILE", help="the text, UTF-8; - is standard input")
+        kind.add_argument("--text", type=file_path, required=True, metavar="FILE", help="the text, UTF-8; - is standard input")
         kind.add_argument("--max-tokens", type=count(2), metavar="N", help="take no more than the text's first N tokens")
         kind.add_argument("--window", type=count(2), default=512, metavar="N", help="tokens read at once; default: %(default)s")
         kind.add_argument(

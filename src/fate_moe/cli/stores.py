@@ -17,7 +17,7 @@ from fate_moe.cli.options import (
     print_table,
     quiet_transformers,
 )
-from fate_moe.cli.parser import count, size
+from fate_moe.cli.parser import count, file_path, size
 from fate_moe.cli.reading import read_text
 from fate_moe.config import OffloadConfig
 from fate_moe.core import PRECISIONS
@@ -46,7 +46,7 @@ def add_verbs(verbs: Any) -> None:
         "convert", help="make a store", description="Turn a checkpoint into an expert store; resumes if killed."
     )
     convert.add_argument("source", help="checkpoint folder, GGUF file or hub id")
-    convert.add_argument("destination", type=Path, help="the store's folder, made anew")
+    convert.add_argument("destination", type=file_path, help="the store's folder, made anew")
     convert.add_argument("--precision", choices=PRECISIONS, default=DEFAULTS["precision"], help="default: %(default)s")
     convert.add_argument(
         "--dense-precision", choices=PRECISIONS, help="of all other matrices; default: int8 beside quantized experts"
@@ -66,7 +66,7 @@ def add_verbs(verbs: Any) -> None:
     )
     convert.add_argument(
         "--calibrate",
-        type=Path,
+        type=file_path,
         metavar="FILE",
         help="a text whose activations choose the codes (and, with --auto-bits, the precisions)",
     )
@@ -84,7 +84,7 @@ def add_verbs(verbs: Any) -> None:
         help="describe a store or a checkpoint",
         description="Describe a store (--verify reads every byte), or a checkpoint before its conversion (config.json is enough).",
     )
-    inspect.add_argument("store", type=Path, help="store, checkpoint folder or GGUF file")
+    inspect.add_argument("store", type=file_path, help="store, checkpoint folder or GGUF file")
     inspect.add_argument("--verify", action="store_true", help="check every checksum")
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
     inspect.set_defaults(verb=_inspect)

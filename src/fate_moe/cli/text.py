@@ -23,6 +23,7 @@ from fate_moe.cli.options import (
     quiet_transformers,
     require_gpu,
 )
+from fate_moe.cli.parser import file_path
 from fate_moe.cli.reading import Shown, argument_text, is_piped, read_stdin, read_text
 from fate_moe.config import OffloadConfig
 from fate_moe.errors import ConfigError, FateError
@@ -47,7 +48,7 @@ def add_verbs(verbs: Any) -> None:
     run.add_argument("prompt", nargs="?", help="the prompt; '-' reads standard input")
     given = run.add_mutually_exclusive_group()
     given.add_argument("-p", "--prompt", dest="prompt_option", metavar="TEXT", help="the prompt, whatever it looks like")
-    given.add_argument("-f", "--file", type=Path, help="read the prompt from a file (UTF-8); - is standard input")
+    given.add_argument("-f", "--file", type=file_path, help="read the prompt from a file (UTF-8); - is standard input")
     run.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
     run.add_argument("--json", action="store_true", help="print one JSON object instead of text and report")
     run.set_defaults(verb=_run)

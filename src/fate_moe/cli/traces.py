@@ -18,7 +18,7 @@ from fate_moe.cli.options import (
     print_json,
     quiet_transformers,
 )
-from fate_moe.cli.parser import count, number, size
+from fate_moe.cli.parser import count, file_path, number, size
 from fate_moe.cli.reading import check_output, read_text
 from fate_moe.errors import ConfigError
 from fate_moe.registry import POLICIES, PREDICTORS, check_name
@@ -46,11 +46,11 @@ def add_verbs(verbs: Any) -> None:
     trace.add_argument("model", nargs="?", type=model_name, help=MODEL_HELP)
     trace.add_argument(
         "--prompts",
-        type=Path,
+        type=file_path,
         required=True,
         help=f"file with one prompt per line, a .jsonl with 'prompt' fields, or texts separated by {END}; - is standard input",
     )
-    trace.add_argument("--out", type=Path, required=True, help="the .npz file to write; one that is there is replaced")
+    trace.add_argument("--out", type=file_path, required=True, help="the .npz file to write; one that is there is replaced")
     trace.add_argument(
         "--max-new-tokens", type=count(2), default=200, metavar="N", help="tokens to generate per prompt; default: %(default)s"
     )
@@ -67,7 +67,7 @@ def add_verbs(verbs: Any) -> None:
     add_offload_options(trace)
 
     simulate = verbs.add_parser("simulate", help="replay a trace", description="Simulate policies and predictors on a trace.")
-    simulate.add_argument("trace", type=Path, help="a .npz file written by `fate trace`")
+    simulate.add_argument("trace", type=file_path, help="a .npz file written by `fate trace`")
     simulate.add_argument("--policy", help=f"comma-separated: best, belady, {', '.join(POLICIES)}; default: best")
     simulate.add_argument("--predictor", help=f"comma-separated: {', '.join(PREDICTORS)}, oracle; default: none")
     simulate.add_argument("--capacity", help="comma-separated fractions of all experts; default: %(default)s")
@@ -87,7 +87,7 @@ def add_verbs(verbs: Any) -> None:
         action="store_true",
         help="simulate the traced run's own policy, predictor, slots and measured times, and compare with what it did",
     )
-    simulate.add_argument("--gates", type=Path, metavar="STORE", help="use the fitted gates of this store")
+    simulate.add_argument("--gates", type=file_path, metavar="STORE", help="use the fitted gates of this store")
     simulate.add_argument(
         "--look-ahead", type=count(1, 1024), default=1, metavar="K", help="predict up to K layers ahead; default: %(default)s"
     )
@@ -99,22 +99,29 @@ def add_verbs(verbs: Any) -> None:
     fit = verbs.add_parser("fit", help="fit gates", description="Fit gates that predict routing, and save them in the store.")
     fit.add_argument("model", nargs="?", type=model_name, help=MODEL_HELP)
     fit.add_argument(
-        "--text", type=Path, required=True, help="text similar to what the model will read and write; - is standard input"
+        "--text", type=file_path, required=True, help="text similar to what the model will read and write; - is standard input"
     )
     fit.add_argument("--max-tokens", type=count(), default=30000, metavar="N", help="tokens to fit on; default: %(default)s")
     fit.add_argument(
         "--forecast", action="store_true", help="also fit the forecast, which predicts all layers of a token from its embedding"
     )
-    fit.add_argument("--test", type=Path, metavar="FILE", help="text to measure recall on; default: a held-out tenth of --text")
+    fit.add_argument(
+        "--test", type=file_path, metavar="FILE", help="text to measure recall on; default: a held-out tenth of --text"
+    )
     fit.add_argument("--test-tokens", type=count(), default=4000, metavar="N", help="tokens of --test; default: %(default)s")
     fit.add_argument("--json", action="store_true", help="print one JSON object")
     fit.set_defaults(verb=_fit)
     add_offload_options(fit)
 
     plot = verbs.add_parser("plot", help="draw results", description="Draw a picture from a result file (needs matplotlib).")
-    plot.add_argument("results", type=Path, help="a trace (.npz), or the output of `fate simulate --json` or `fate fit --json`")
     plot.add_argument(
-        "--out", type=Path, required=True, help="the picture to write, its format by its name; .json: a Perfetto trace of one token"
+        "results", type=file_path, help="a trace (.npz), or the output of `fate simulate --json` or `fate fit --json`"
+    )
+    plot.add_argument(
+        "--out",
+        type=file_path,
+        required=True,
+        help="the picture to write, its format by its name; .json: a Perfetto trace of one token",
     )
     plot.add_argument("--kind", choices=("capacity", "heat", "recall", "timeline"), help="what to draw; default: by the file")
     plot.add_argument(

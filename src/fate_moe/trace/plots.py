@@ -33,7 +33,7 @@ def draw(results: Path, out: Path, kind: str | None = None, token: int = -1) -> 
         data = json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}).encode()
     else:
         data = _picture(results, out, kind, token)
-    with atomic_file(out) as file:
+    with atomic_file(out.resolve()) as file:  # what a link points to
         file.write(data)
 
 
