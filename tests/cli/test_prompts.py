@@ -143,9 +143,9 @@ def test_the_name_of_a_store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 def test_a_context_that_does_not_hold_the_answer_is_said_with_both_numbers() -> None:
     assert text._needed(9, 30, 1, None) == text._needed(9, 30, 1, 39) == 39
     assert text._needed(9, 30, 3, None) == 117
-    with pytest.raises(ConfigError, match=r"prompt has 9 tokens and the answer up to 30: 39 in all, and --context-length is 12"):
+    with pytest.raises(ConfigError, match=r"prompt has 9 tokens and the answer up to 30: 39 in all, and context_length is 12"):
         text._needed(9, 30, 1, 12)
-    with pytest.raises(ConfigError, match=r"in each of 3 beams: 117 in all, and --context-length is 100"):
+    with pytest.raises(ConfigError, match=r"in each of 3 beams: 117 in all, and context_length is 100"):
         text._needed(9, 30, 3, 100)
 
 

@@ -110,8 +110,9 @@ def test_what_a_link_points_to_is_replaced_whole_or_not_at_all(tmp_path: Path) -
     results.write_text(json.dumps({"rows": rows}))
     there.write_text("old")
     link.symlink_to(there)
-    for broken in ({"rows": [{}]}, {"rows": 5}, {}):
-        (tmp_path / "broken.json").write_text(json.dumps(broken))
+    broken: object
+    for broken in ([{}], 5, None):
+        (tmp_path / "broken.json").write_text(json.dumps({"rows": broken}))
         with pytest.raises(ConfigError, match="holds no rows"):
             draw(tmp_path / "broken.json", link)
     assert there.read_text() == "old"
