@@ -169,8 +169,8 @@ def _needed(prompt_tokens: int, new_tokens: int, beams: int, context_length: int
     if context_length is not None and needed > context_length:
         each = f", in each of {beams} beams" if beams > 1 else ""
         raise ConfigError(
-            f"the prompt has {prompt_tokens} tokens and the answer up to {new_tokens}{each}: {needed} in all, and context_length is "
-            f"{context_length}; give --context-length {needed}, or a smaller --max-new-tokens"
+            f"the prompt has {prompt_tokens} tokens and the answer up to {new_tokens}{each}: {needed} in all, "
+            f"and context_length is {context_length}; give --context-length {needed}, or a smaller --max-new-tokens"
         )
     return needed
 
