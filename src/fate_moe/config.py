@@ -9,14 +9,20 @@ from typing import Any
 from fate_moe.core import PRECISIONS
 from fate_moe.errors import ConfigError
 from fate_moe.registry import POLICIES, PREDICTORS, PRESETS, check_name
-from fate_moe.units import parse_amount, parse_host_compute
+from fate_moe.units import Range, parse_amount, parse_host_compute
 
-__all__ = ["DEVICES", "PRECISION_POLICIES", "OffloadConfig"]
+__all__ = ["COUNTS", "DEVICES", "PRECISION_POLICIES", "OffloadConfig"]
 
 DEVICES = ("cpu", "cuda")
 # How much of a missing expert is read; only "full" keeps every number.
 PRECISION_POLICIES = ("full", "prefill-popularity", "routing-weighted", "budget")
 GPU_PRECISION_POLICIES = ("full", "prefill-popularity")
+# Each read takes a thread; more than a few hundred only meet the limits of the system.
+COUNTS = {
+    "context_length": Range(1, (1 << 31) - 1, whole=True),
+    "io_threads": Range(2, 256, whole=True),
+    "look_ahead": Range(1, 1024, whole=True),
+}
 
 
 @dataclass(frozen=True)
@@ -66,21 +72,22 @@ class OffloadConfig:
         check_name("precision", self.precision, PRECISIONS)
         check_name("dense_precision", self.dense_precision or "lossless", PRECISIONS)
         check_name("precision_policy", self.precision_policy, PRECISION_POLICIES)
-        for name, smallest in (("context_length", 1), ("io_threads", 2), ("look_ahead", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < smallest:
-                raise ConfigError(f"{name} must be a whole number of at least {smallest}, not {value!r}")
-        if self.ram != "auto":
-            parse_amount(self.ram, 1 << 40)
-        if self.expert_cache is not None:
-            parse_amount(self.expert_cache, 1 << 40)
+        for name, allowed in COUNTS.items():
+            if not allowed.holds(value := getattr(self, name)):
+                raise ConfigError(f"{name} is {allowed}, not {value!r}")
+        for name, without in (("ram", "auto"), ("expert_cache", None), ("vram", None)):
+            if (value := getattr(self, name)) != without and (name, value) != ("vram", "auto"):
+                try:
+                    parse_amount(value, 1 << 40)
+                except ConfigError as error:
+                    raise ConfigError(f"{name}: {error}") from error
+        for name in ("cuda_graph", "exact_activations"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ConfigError(f"{name} is True or False, not {value!r}")
         if self.device is not None:
             check_name("device", self.device, DEVICES)
-        if self.vram is not None:
-            if self.vram != "auto":
-                parse_amount(self.vram, 1 << 40)
-            if self.device == "cpu":
-                raise ConfigError("vram is memory of a GPU; omit it, or omit device cpu")
+        if self.vram is not None and self.device == "cpu":
+            raise ConfigError("vram is memory of a GPU; omit it, or omit device cpu")
         parse_host_compute(self.host_compute)
         if self.on_gpu:
             self._check_gpu()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
+from typing import Any
 
 from fate_moe.errors import ConfigError
 
-__all__ = ["format_bytes", "parse_amount", "parse_host_compute", "parse_size"]
+__all__ = ["Range", "format_bytes", "parse_amount", "parse_host_compute", "parse_size"]
 
 _UNITS = {"": 1, "B": 1} | {
     prefix + suffix: base**power
@@ -15,15 +17,57 @@ _UNITS = {"": 1, "B": 1} | {
 }
 
 
+# More bytes than any machine has: beyond it, numbers are slips of the keyboard.
+_MOST_BYTES = 1 << 60
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that an option takes: from ``low`` (``above``: not ``low`` itself) to ``high``, or ``whole`` ones only."""
+
+    low: float
+    high: float
+    whole: bool = False
+    above: bool = False
+
+    def parse(self, text: str) -> int | float:
+        """The number that ``text`` says in decimal digits.
+
+        Raises ValueError for any other text, and ConfigError for a number out of the range; both say what was expected.
+        """
+        form = r"[+-]?[0-9]{1,400}" if self.whole else r"[+-]?([0-9]{1,400}\.?[0-9]{0,400}|\.[0-9]{1,400})([eE][+-]?[0-9]{1,4})?"
+        if not re.fullmatch(form, text.strip(" ")):
+            raise ValueError(f"{text!r} is not {self}")
+        value = int(text) if self.whole else float(text)
+        if not self.holds(value):
+            raise ConfigError(f"{text} is not {self}")
+        return value
+
+    def holds(self, value: Any) -> bool:
+        """Whether ``value`` is a number of this range (true and false are none)."""
+        kinds = int if self.whole else int | float
+        return (
+            isinstance(value, kinds)
+            and not isinstance(value, bool)
+            and self.low <= value <= self.high
+            and not (self.above and value == self.low)
+        )
+
+    def __str__(self) -> str:
+        low, high = (int(self.low), int(self.high)) if self.whole else (f"{self.low:g}", f"{self.high:g}")
+        return f"a {'whole ' if self.whole else ''}number {'above' if self.above else 'of at least'} {low} and at most {high}"
+
+
 def parse_size(text: str | int) -> int:
     """Bytes from "4GiB", "4096MiB", "1.5G" (binary), "4GB" (decimal) or a plain number of bytes.
 
-    Raises ConfigError when the text is no size or not positive.
+    Raises ConfigError when the text is no size, less than a byte or more than an exbibyte.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
-    if not match or match[2].upper() not in _UNITS or float(match[1]) == 0:
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", str(text))
+    unit = _UNITS.get(match[2].upper()) if match else None
+    if match is None or unit is None or not 1 <= (num_bytes := float(match[1]) * unit) <= _MOST_BYTES:
         raise ConfigError(f"{text!r} is not a size; write for example 4GiB, 4096MiB or 1500MB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    return int(num_bytes)
 
 
 def parse_amount(text: str | int | float, whole_bytes: int) -> int:
@@ -32,7 +76,7 @@ def parse_amount(text: str | int | float, whole_bytes: int) -> int:
     A fraction must have a decimal point, so that "1" stays one byte and is refused as a budget later.
     Raises ConfigError when the text is none of these or above the whole.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*|\s*([01]?\.\d+)\s*", str(text))
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*%\s*|\s*([0-9]*\.[0-9]+)\s*", str(text))
     if not found:
         return parse_size(str(text))
     fraction = float(found[1]) / 100 if found[1] else float(found[2])
@@ -47,7 +91,7 @@ def parse_host_compute(text: str | int | float) -> float | None:
         return None if text == "auto" else 0.0
     try:
         fraction = float(text[:-1]) / 100 if isinstance(text, str) and text.endswith("%") else float(text)
-    except ValueError:
+    except (TypeError, ValueError):
         fraction = -1.0
     if not 0 <= fraction <= 1:
         raise ConfigError(f"host_compute {text!r} is not auto, off or a fraction between 0 and 1")

@@ -34,12 +34,16 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     process.send_signal(signal.SIGINT)
 
 
+def terminate(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+
+
 def close_pipe(process: subprocess.Popen[bytes]) -> None:
     assert process.stdout is not None
     process.stdout.close()
 
 
-@pytest.mark.parametrize(("end", "code"), [(stop, 130), (close_pipe, 1)])
+@pytest.mark.parametrize(("end", "code"), [(stop, 130), (close_pipe, 141), (terminate, 143)])
 def test_a_quiet_end_keeps_what_was_learned(end: Callable[[subprocess.Popen[bytes]], None], code: int) -> None:
     learned = store_for(None, "lossless") / STATISTICS
     learned.unlink(missing_ok=True)
@@ -78,7 +82,7 @@ def test_the_systems_errors_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys
 
     monkeypatch.setattr(listing, "_list", full)
     assert main(["list"]) == 1
-    assert capsys.readouterr().err == "fate: /disk/file: No space left on device\n"
+    assert capsys.readouterr().err == "fate: /disk/file: No space left on device; free some space, or name another disk\n"
     assert main(["list", "-vv"]) == 1
     assert "Traceback" in capsys.readouterr().err
 

@@ -6,11 +6,12 @@ import argparse
 import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
 from fate_moe import demo
 from fate_moe.cli import build_parser, text
@@ -137,3 +138,62 @@ def test_the_name_of_a_store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert meant(store.name, "Hello") == (str(store), "Hello")
     with pytest.raises(ConfigError, match="no prompt"):
         meant(store.name)
+
+
+def test_a_context_that_does_not_hold_the_answer_is_said_with_both_numbers() -> None:
+    assert text._needed(9, 30, 1, None) == text._needed(9, 30, 1, 39) == 39
+    assert text._needed(9, 30, 3, None) == 117
+    with pytest.raises(ConfigError, match=r"prompt has 9 tokens and the answer up to 30: 39 in all, and context_length is 12"):
+        text._needed(9, 30, 1, 12)
+    with pytest.raises(ConfigError, match=r"in each of 3 beams: 117 in all, and context_length is 100"):
+        text._needed(9, 30, 3, 100)
+
+
+def test_a_prompt_that_is_far_too_long_is_refused_from_a_sample_of_it() -> None:
+    text._refuse_far_too_long("x" * 50_000_000, text._SAMPLE // 4, None)
+    text._refuse_far_too_long("x" * 50_000_000, text._SAMPLE // 4, 20_000_000)
+    with pytest.raises(ConfigError, match=r"of 50000000 characters is about 12500000 tokens, and the context has 4096"):
+        text._refuse_far_too_long("x" * 50_000_000, text._SAMPLE // 4, 4096)
+
+
+class Conversation:
+    """A tokenizer whose template refuses the word "no", and a model of eight tokens that answers with a word."""
+
+    chat_template = "given"
+
+    def apply_chat_template(self, messages: list[dict[str, str]], **options: object) -> str:
+        if "no" in str(messages[-1]["content"]):
+            raise ValueError("roles must alternate")
+        return "|".join(str(message["content"]) for message in messages)
+
+    def __call__(self, said: str, **options: object) -> dict[str, list[int]]:
+        return {"input_ids": [1] * len(said)}
+
+    def get_input_embeddings(self) -> object:
+        return argparse.Namespace(weight=torch.zeros(8, 2))
+
+
+def test_a_turn_that_fails_does_not_end_the_conversation(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def answering(
+        model: object, tokenizer: object, inputs: torch.Tensor, on_text: Callable[[str], None], **options: object
+    ) -> object:
+        if inputs.shape[1] == 4:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory\nat x")
+        on_text("yes\x1b")
+        return argparse.Namespace(text="yes")
+
+    lines = iter(["one", "no", "four", "/help", "/nope", "/reset", "four", "a" * 40, "/etc/hosts?", "last"])
+    monkeypatch.setattr(text, "_ask", lambda: next(lines, None))
+    monkeypatch.setattr("fate_moe.tools.generate.generate", answering)
+    both = Conversation()
+    text._talk(both, both, 30, {"max_new_tokens": 5})
+    said = capsys.readouterr()
+    assert said.out == "yes␛\n" * 4
+    errors = said.err.splitlines()
+    assert [line for line in errors if "roles must alternate" in line]
+    assert [line for line in errors if "can't allocate memory at x" in line]
+    assert [line for line in errors if "has 40 tokens and the context 30" in line]
+    assert [line for line in errors if "there is no command /nope" in line]
+    assert len(errors) == 5

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fate_moe.cli.options import print_json
+from fate_moe.cli.net import one_line
+from fate_moe.cli.options import draw_table, print_json
 from fate_moe.errors import ConfigError, StoreError
 from fate_moe.store.home import check_removable, find_store, remove_store, stored_models, stores_home
 from fate_moe.switches import cache_home
@@ -41,7 +43,6 @@ def _list(arguments: argparse.Namespace) -> None:
     if not found:
         print(f"no stores in {stores_home()}")
         return
-    from rich.console import Console
     from rich.table import Table
 
     table = Table()
@@ -50,7 +51,7 @@ def _list(arguments: argparse.Namespace) -> None:
     for store in found:
         what = store.precision if store.state == "whole" else store.state
         table.add_row(store.name, store.source or "-", what, format_bytes(store.num_bytes), _ago(store.last_used))
-    Console().print(table)
+    draw_table(table)
     print(f"{format_bytes(sum(store.num_bytes for store in found))} in {stores_home()}")
 
 
@@ -89,5 +90,6 @@ def _path_of(text: str) -> Path:
 
 
 def _confirmed(path: Path) -> bool:
-    print(f"remove {path}? [y/N] ", end="", file=sys.stderr, flush=True)
+    with suppress(OSError):
+        print(f"remove {one_line(str(path))}? [y/N] ", end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")

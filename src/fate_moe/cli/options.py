@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from fate_moe.config import DEVICES, PRECISION_POLICIES, OffloadConfig
+from fate_moe.adapter.sampling import GREEDY_BELOW, RANGES
+from fate_moe.cli.net import one_line
+from fate_moe.cli.parser import Number, count
+from fate_moe.config import COUNTS, DEVICES, PRECISION_POLICIES, OffloadConfig
 from fate_moe.core import PRECISIONS
+from fate_moe.errors import ConfigError
 from fate_moe.registry import POLICIES, PREDICTORS, PRESETS, Entry, Preset
 from fate_moe.store.home import find_store
 
@@ -21,6 +26,8 @@ __all__ = [
     "add_offload_options",
     "add_sampling_options",
     "add_verbosity",
+    "check_options",
+    "draw_table",
     "generate_options",
     "model_name",
     "offload_config",
@@ -34,15 +41,16 @@ MODEL_HELP = "checkpoint folder, GGUF file, hub id, or store (a folder, or a nam
 # The version of all JSON that verbs print: a change that breaks readers raises it, a new key does not.
 JSON_SCHEMA = 1
 DEFAULTS = {field.name: field.default for field in fields(OffloadConfig)}
-# Options of generate(), by their names in transformers.
-_SAMPLING: dict[str, tuple[type, str]] = {
-    "temperature": (float, "higher is more surprising"),
-    "top_k": (int, "sample among the k likeliest tokens"),
-    "top_p": (float, "sample among the likeliest tokens that together have this probability"),
-    "min_p": (float, "drop tokens below this fraction of the likeliest one's probability"),
-    "repetition_penalty": (float, "above 1.0 discourages repeating"),
-    "num_beams": (int, "beam search"),
+# Options of generate(), by their names in transformers; those of _SAMPLES mean nothing without sampling.
+_SAMPLING = {
+    "temperature": "higher is more surprising; 0 takes the likeliest token",
+    "top_k": "sample among the k likeliest tokens; 0: among all",
+    "top_p": "sample among the likeliest tokens that together have this probability",
+    "min_p": "drop tokens below this fraction of the likeliest one's probability",
+    "repetition_penalty": "above 1.0 discourages repeating",
+    "num_beams": "beam search: so many continuations are followed, each with KV cache of its own, and the text comes at the end",
 }
+_SAMPLES = ("temperature", "top_k", "top_p", "min_p")
 
 
 def add_offload_options(parser: argparse.ArgumentParser, gpu: bool = False) -> None:
@@ -95,7 +103,7 @@ def add_offload_options(parser: argparse.ArgumentParser, gpu: bool = False) -> N
     )
     group.add_argument(
         "--look-ahead",
-        type=int,
+        type=Number(COUNTS["look_ahead"]),
         default=DEFAULTS["look_ahead"],
         metavar="K",
         help=f"layers predicted ahead{not_there}; default: %(default)s",
@@ -112,9 +120,18 @@ def add_offload_options(parser: argparse.ArgumentParser, gpu: bool = False) -> N
         default=DEFAULTS["precision_policy"],
         help="bits read of a missing expert; default: %(default)s, the only one that keeps every number",
     )
-    group.add_argument("--context-length", type=int, metavar="N", help="tokens to set KV cache aside for; run: as many as it needs")
     group.add_argument(
-        "--io-threads", type=int, default=DEFAULTS["io_threads"], metavar="N", help="reads at once; default: %(default)s"
+        "--context-length",
+        type=Number(COUNTS["context_length"]),
+        metavar="N",
+        help="tokens to set KV cache aside for; run: as many as it needs",
+    )
+    group.add_argument(
+        "--io-threads",
+        type=Number(COUNTS["io_threads"]),
+        default=DEFAULTS["io_threads"],
+        metavar="N",
+        help="reads at once; default: %(default)s",
     )
     on_cpu = "; on a GPU, only with --host-compute" if gpu else ""
     group.add_argument(
@@ -147,17 +164,31 @@ def add_verbosity(parser: argparse.ArgumentParser) -> None:
 def add_sampling_options(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     """Options of ``generate()``; ``max_new_tokens`` is the default of that one."""
     group = parser.add_argument_group("sampling (names and meanings as in transformers; default: the model's generation config)")
-    group.add_argument("--max-new-tokens", type=_positive, default=max_new_tokens, metavar="N", help="default: %(default)s")
-    group.add_argument("--do-sample", action=argparse.BooleanOptionalAction, help="sample, or take the likeliest token")
-    for name, (kind, text) in _SAMPLING.items():
-        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=kind.__name__.upper(), help=text)
-    group.add_argument("--seed", type=int, metavar="N", help="make sampling repeatable")
+    group.add_argument("--max-new-tokens", type=count(), default=max_new_tokens, metavar="N", help="default: %(default)s")
+    group.add_argument(
+        "--do-sample",
+        action=argparse.BooleanOptionalAction,
+        help=f"sample, or take the likeliest token; {', '.join(map(_option, _SAMPLES))} sample where nothing is said",
+    )
+    for name, text in _SAMPLING.items():
+        kind = RANGES[name]
+        group.add_argument(_option(name), type=Number(kind), metavar="INT" if kind.whole else "FLOAT", help=text)
+    group.add_argument("--seed", type=count(0, (1 << 64) - 1), metavar="N", help="make sampling repeatable")
 
 
-def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise ValueError
-    return value
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def check_options(arguments: argparse.Namespace) -> None:
+    """Raise ConfigError for values without a meaning and for options that contradict each other; imports no torch."""
+    if hasattr(arguments, "ram"):
+        offload_config(arguments, OffloadConfig.context_length)
+    if getattr(arguments, "do_sample", None) is False:
+        for name in _SAMPLES:
+            value = getattr(arguments, name)
+            if value is not None and not (name == "temperature" and value < GREEDY_BELOW):
+                raise ConfigError(f"{_option(name)} is for sampling, and --no-do-sample takes the likeliest token; omit one")
 
 
 def model_name(text: str) -> str:
@@ -182,20 +213,29 @@ def require_gpu(arguments: argparse.Namespace) -> None:
 
 
 def generate_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Keyword arguments of ``generate()``; seeds the generator where a seed was given."""
-    import transformers
+    """Keyword arguments of ``generate()``; seeds the generator where a seed was given.
+
+    A temperature of 0 is greedy whatever --do-sample says; an option that only sampling has asks for sampling.
+    """
+    import torch
 
     if arguments.seed is not None:
-        transformers.set_seed(arguments.seed)
+        torch.manual_seed(arguments.seed)
     options = {name: getattr(arguments, name) for name in ("max_new_tokens", "do_sample", *_SAMPLING)}
-    return {name: value for name, value in options.items() if value is not None}
+    options = {name: value for name, value in options.items() if value is not None}
+    if options.get("temperature", 1.0) < GREEDY_BELOW:
+        return {**options, "do_sample": False, "temperature": 1.0}
+    if any(name in options for name in _SAMPLES):
+        options.setdefault("do_sample", True)
+    return options
 
 
 def quiet_transformers() -> None:
-    """No warnings and bars of its own from transformers."""
+    """No bars of its own from transformers, and no warnings unless -v asks for them."""
     import transformers
 
-    transformers.logging.set_verbosity_error()
+    if not logging.getLogger("fate_moe").isEnabledFor(logging.INFO):
+        transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
 
@@ -206,7 +246,6 @@ def print_json(facts: Mapping[str, Any]) -> None:
 
 def print_table(title: str, rows: list[tuple[str, str, str]]) -> None:
     """Rows of (what, amount, remark)."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(show_header=False)
@@ -215,5 +254,14 @@ def print_table(title: str, rows: list[tuple[str, str, str]]) -> None:
     table.add_column(style="dim")
     for row in rows:
         table.add_row(*row)
-    print(title)
-    Console().print(table)
+    print(one_line(title))
+    draw_table(table)
+
+
+def draw_table(table: Any) -> None:
+    """Print a rich table whose cells are text: brackets and colons in the names of files mean nothing."""
+    from rich.console import Console
+
+    console = Console(markup=False, emoji=False)
+    console.width = max(console.width, 20)  # COLUMNS=0, a window of no width
+    console.print(table)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from fate_moe.cli.net import say, uninterrupted
 from fate_moe.cli.options import (
     MODEL_HELP,
     add_offload_options,
@@ -17,6 +16,8 @@ from fate_moe.cli.options import (
     print_table,
     quiet_transformers,
 )
+from fate_moe.cli.parser import count, file_path
+from fate_moe.cli.reading import read_text
 from fate_moe.config import OffloadConfig
 from fate_moe.errors import ConfigError
 from fate_moe.units import format_bytes
@@ -30,7 +31,7 @@ def add_verbs(verbs: Any) -> None:
     kinds = group.add_subparsers(required=True, metavar="WHAT")
     one = kinds.add_parser("perplexity", help="of a text", description="Perplexity of a text, in windows.")
     one.add_argument("model", nargs="?", type=model_name, help=MODEL_HELP)
-    one.add_argument("--stride", type=int, metavar="N", help="tokens from one window to the next; default: window - 1")
+    one.add_argument("--stride", type=count(), metavar="N", help="tokens from one window to the next; default: window - 1")
     one.set_defaults(verb=_perplexity)
     two = kinds.add_parser(
         "compare",
@@ -50,9 +51,9 @@ def add_verbs(verbs: Any) -> None:
     harness.add_argument("arguments", nargs=argparse.REMAINDER, help="lm_eval's own, after --")
     harness.set_defaults(verb=_harness)
     for kind in (one, two):
-        kind.add_argument("--text", type=Path, required=True, metavar="FILE", help="the text, UTF-8")
-        kind.add_argument("--max-tokens", type=int, metavar="N", help="take no more than the text's first N tokens")
-        kind.add_argument("--window", type=int, default=512, metavar="N", help="tokens read at once; default: %(default)s")
+        kind.add_argument("--text", type=file_path, required=True, metavar="FILE", help="the text, UTF-8; - is standard input")
+        kind.add_argument("--max-tokens", type=count(2), metavar="N", help="take no more than the text's first N tokens")
+        kind.add_argument("--window", type=count(2), default=512, metavar="N", help="tokens read at once; default: %(default)s")
         kind.add_argument(
             "--decode", action="store_true", help="feed tokens one at a time, as in writing; default: windows at once"
         )
@@ -60,16 +61,27 @@ def add_verbs(verbs: Any) -> None:
         add_offload_options(kind)
 
 
+def _check_window(arguments: argparse.Namespace) -> None:
+    """Raise ConfigError for windows that skip tokens, or that the context which was asked for does not hold."""
+    window, stride, context = arguments.window, getattr(arguments, "stride", None), arguments.context_length
+    if stride is not None and stride >= window:
+        raise ConfigError(f"--stride {stride} with windows of {window} tokens skips tokens; give one from 1 to {window - 1}")
+    if context is not None and context < window:
+        raise ConfigError(f"--window {window} is longer than --context-length {context}; give a smaller window, or omit the length")
+
+
 def _perplexity(arguments: argparse.Namespace) -> None:
+    _check_window(arguments)
+    text = read_text(arguments.text, "the text")
     quiet_transformers()
-    from fate_moe.engine.prepare import load_tokenizer, store_for
+    from fate_moe.engine.prepare import store_for
     from fate_moe.io.progress import count_bar
     from fate_moe.tools.evaluate import perplexity
 
     path = store_for(arguments.model, arguments.precision, arguments.dense_precision)
-    tokens = read_tokens(arguments.text, load_tokenizer(path), arguments.max_tokens)
+    tokens = read_tokens(text, path, arguments.max_tokens)
     model = _open(path, offload_config(arguments, arguments.window), arguments.window)
-    with closing(model.fate), count_bar("tokens", len(tokens)) as advance:
+    with uninterrupted(model.fate.close), count_bar("tokens", len(tokens)) as advance:
         found = perplexity(
             model, tokens, window=arguments.window, stride=arguments.stride, decode=arguments.decode, advance=advance
         )
@@ -86,18 +98,20 @@ def _perplexity(arguments: argparse.Namespace) -> None:
         ("read from disk per token", format_bytes(per_token), ""),
     ]
     print_table(str(arguments.text), rows)
-    print(report, file=sys.stderr)
+    say(str(report))
 
 
 def _compare(arguments: argparse.Namespace) -> None:
+    _check_window(arguments)
+    text = read_text(arguments.text, "the text")
     quiet_transformers()
-    from fate_moe.engine.prepare import load_tokenizer, store_for
+    from fate_moe.engine.prepare import store_for
     from fate_moe.io.progress import count_bar
     from fate_moe.tools.evaluate import compare
 
     reference = store_for(arguments.a, "lossless")
     path = store_for(arguments.b or arguments.a, arguments.precision, arguments.dense_precision)
-    tokens = read_tokens(arguments.text, load_tokenizer(reference), arguments.max_tokens)
+    tokens = read_tokens(text, reference, arguments.max_tokens)
     config = offload_config(arguments, arguments.window)
     plain = OffloadConfig(ram=config.ram, context_length=config.context_length)
     with count_bar("tokens", 2 * len(tokens)) as advance:
@@ -144,21 +158,21 @@ def _open(path: Path, config: OffloadConfig, window: int) -> Any:
     per_token = needs.kv_bytes_per_token + needs.activation_bytes_per_token
     roomy = replace(config, context_length=config.context_length + -(-extra // per_token))
     plan = make_plan(needs, roomy)
-    print(plan.line(), file=sys.stderr, flush=True)
+    say(plan.line())
     return build(prepared, plan, roomy)
 
 
-def read_tokens(path: Path, tokenizer: Any, max_tokens: int | None = None) -> Any:
-    """The first ``max_tokens`` token ids [num_tokens] of the text ``path``.
+def read_tokens(text: str, store: Path, max_tokens: int | None = None) -> Any:
+    """The first ``max_tokens`` token ids [num_tokens] of ``text`` for the model of ``store``.
 
-    Raises ConfigError if the text cannot be read or has fewer than 2 tokens.
+    Raises ConfigError if there are fewer than 2, and CheckpointError for one that the model does not have.
     """
     import torch
 
-    if max_tokens is not None and max_tokens < 2:
-        raise ConfigError(f"{max_tokens} tokens of a text are too few, the first predicts the second; give at least 2")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the text {path} cannot be read: {error}") from error
-    return torch.tensor(tokenizer(text, verbose=False)["input_ids"][:max_tokens], dtype=torch.int64)
+    from fate_moe.engine.prepare import load_tokenizer, prepare
+    from fate_moe.tools.tokens import first_tokens, num_rows
+
+    ids = first_tokens(load_tokenizer(store), text, num_rows(prepare(store).model), max_tokens)
+    if len(ids) < 2:
+        raise ConfigError("the text has fewer than two tokens, so there is nothing to predict; give a longer text")
+    return torch.tensor(ids, dtype=torch.int64)

@@ -18,6 +18,8 @@ from fate_moe.cli.options import (
     print_table,
     quiet_transformers,
 )
+from fate_moe.cli.parser import count, file_path, size
+from fate_moe.cli.reading import read_text
 from fate_moe.config import OffloadConfig
 from fate_moe.core import PRECISIONS
 from fate_moe.errors import ConfigError
@@ -45,7 +47,7 @@ def add_verbs(verbs: Any) -> None:
         "convert", help="make a store", description="Turn a checkpoint into an expert store; resumes if killed."
     )
     convert.add_argument("source", help="checkpoint folder, GGUF file or hub id")
-    convert.add_argument("destination", type=Path, help="the store's folder, made anew")
+    convert.add_argument("destination", type=file_path, help="the store's folder, made anew")
     convert.add_argument("--precision", choices=PRECISIONS, default=DEFAULTS["precision"], help="default: %(default)s")
     convert.add_argument(
         "--dense-precision", choices=PRECISIONS, help="of all other matrices; default: int8 beside quantized experts"
@@ -58,17 +60,20 @@ def add_verbs(verbs: Any) -> None:
     )
     convert.add_argument("--precision-rules", metavar="RULES", help="other precisions: layers.0-1:lossless,layers.3.experts.7:int8")
     convert.add_argument(
-        "--auto-bits", metavar="SIZE", help="choose a precision for each layer, all experts within this size; needs --calibrate"
+        "--auto-bits",
+        type=size(parse_size),
+        metavar="SIZE",
+        help="choose a precision for each layer, all experts within this size; needs --calibrate",
     )
     convert.add_argument(
         "--calibrate",
-        type=Path,
+        type=file_path,
         metavar="FILE",
         help="a text whose activations choose the codes (and, with --auto-bits, the precisions)",
     )
     convert.add_argument(
         "--calibrate-tokens",
-        type=int,
+        type=count(MIN_TOKENS),
         default=16384,
         metavar="N",
         help="of its tokens, and N/7 that say what shorter views lose; default: %(default)s",
@@ -80,7 +85,7 @@ def add_verbs(verbs: Any) -> None:
         help="describe a store or a checkpoint",
         description="Describe a store (--verify reads every byte), or a checkpoint before its conversion (config.json is enough).",
     )
-    inspect.add_argument("store", type=Path, help="store, checkpoint folder or GGUF file")
+    inspect.add_argument("store", type=file_path, help="store, checkpoint folder or GGUF file")
     inspect.add_argument("--verify", action="store_true", help="check every checksum")
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
     inspect.set_defaults(verb=_inspect)
@@ -100,11 +105,14 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 
 def _convert(arguments: argparse.Namespace) -> None:
+    if arguments.auto_bits and not arguments.calibrate:
+        raise ConfigError("--auto-bits needs a text that shows which layers matter; give one with --calibrate FILE")
+    text = None if arguments.calibrate is None else read_text(arguments.calibrate, "the text")
     quiet_transformers()
     from fate_moe.store.convert import convert
     from fate_moe.store.open import open_store
 
-    calibration, rules, held_out = _calibration(arguments)
+    calibration, rules, held_out = _calibration(arguments, text)
     path = convert(
         arguments.source,
         arguments.destination,
@@ -149,14 +157,10 @@ def _measure_views(path: Path, tokens: Any) -> None:
         print(", ".join(f"{bits}-bit view: {loss:+.3f} nats" for bits, loss in losses.items()), "with every expert read so")
 
 
-def _calibration(arguments: argparse.Namespace) -> tuple[Any, PrecisionRules, Any]:
-    """What the calibration text says (None without one), what gets another precision than the rest, and the text's last eighth,
+def _calibration(arguments: argparse.Namespace, text: str | None) -> tuple[Any, PrecisionRules, Any]:
+    """What the calibration ``text`` says (None without one), what gets another precision than the rest, and the text's last eighth,
     on which nothing was chosen."""
-    if arguments.auto_bits and not arguments.calibrate:
-        raise ConfigError("--auto-bits needs a text that shows which layers matter; give one with --calibrate FILE")
-    if arguments.calibrate_tokens < MIN_TOKENS:
-        raise ConfigError(f"--calibrate-tokens {arguments.calibrate_tokens} is too few to learn from; give at least {MIN_TOKENS}")
-    if not (arguments.calibrate or arguments.precision_rules):
+    if text is None and not arguments.precision_rules:
         return None, {}, None
     from fate_moe.adapter.meta_model import build_meta_model, expert_stacks
     from fate_moe.checkpoints.gguf import config_folder
@@ -167,17 +171,17 @@ def _calibration(arguments: argparse.Namespace) -> tuple[Any, PrecisionRules, An
         stacks = expert_stacks(build_meta_model(folder))
     rules = arguments.precision_rules
     by_rule = parse_precision_rules(rules, [stack.num_experts for stack in stacks]) if rules else {}
-    if not arguments.calibrate:
+    if text is None:
         return None, by_rule, None
     from fate_moe.cli.quality import read_tokens
-    from fate_moe.engine.prepare import load_tokenizer, store_for
+    from fate_moe.engine.prepare import store_for
     from fate_moe.io.progress import count_bar
     from fate_moe.store.format import blob_layout
     from fate_moe.store.open import open_store
     from fate_moe.tools.calibrate import calibrate, measure_errors
 
     lossless = store_for(arguments.source, "lossless")
-    tokens = read_tokens(arguments.calibrate, load_tokenizer(lossless), arguments.calibrate_tokens * 8 // 7)
+    tokens = read_tokens(text, lossless, arguments.calibrate_tokens * 8 // 7)
     if len(tokens) < MIN_TOKENS:
         raise ConfigError(f"{arguments.calibrate} has only {len(tokens)} tokens; calibration needs at least {MIN_TOKENS}")
     tokens, held_out = tokens[: -(len(tokens) // 8)], tokens[-(len(tokens) // 8) :]

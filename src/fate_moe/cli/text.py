@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
-import stat
 import sys
-from contextlib import closing
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from fate_moe import demo
+from fate_moe.cli.net import one_line, say, uninterrupted
 from fate_moe.cli.options import (
     MODEL_HELP,
     add_offload_options,
@@ -23,12 +23,17 @@ from fate_moe.cli.options import (
     quiet_transformers,
     require_gpu,
 )
+from fate_moe.cli.parser import file_path
+from fate_moe.cli.reading import Shown, argument_text, is_piped, read_stdin, read_text
 from fate_moe.config import OffloadConfig
-from fate_moe.errors import ConfigError
+from fate_moe.errors import ConfigError, FateError
 
 __all__ = ["add_verbs"]
 
 _NO_PROMPT = "no prompt; give it after the model, with -p, with --file, or on standard input"
+_COMMANDS = "/reset forgets the conversation, /exit or Ctrl-D ends it"
+# Characters of a prompt that are tokenized at first, to tell from them how many tokens all are.
+_SAMPLE = 1 << 18
 
 
 def add_verbs(verbs: Any) -> None:
@@ -37,18 +42,18 @@ def add_verbs(verbs: Any) -> None:
         "run",
         help="write text",
         description="Continue a prompt; text streams as it is made. A single argument that is no path, hub id or store is a prompt "
-        "for the embedded model.",
+        "for the embedded model. Control characters in the text are shown as signs; --json has it as it is.",
     )
     run.add_argument("model", nargs="?", type=model_name, help=MODEL_HELP)
     run.add_argument("prompt", nargs="?", help="the prompt; '-' reads standard input")
     given = run.add_mutually_exclusive_group()
     given.add_argument("-p", "--prompt", dest="prompt_option", metavar="TEXT", help="the prompt, whatever it looks like")
-    given.add_argument("-f", "--file", type=Path, help="read the prompt from a file (UTF-8)")
+    given.add_argument("-f", "--file", type=file_path, help="read the prompt from a file (UTF-8); - is standard input")
     run.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
     run.add_argument("--json", action="store_true", help="print one JSON object instead of text and report")
     run.set_defaults(verb=_run)
 
-    chat = verbs.add_parser("chat", help="talk", description="Talk with the model; /reset forgets, /exit or Ctrl-D ends.")
+    chat = verbs.add_parser("chat", help="talk", description="Talk with the model; /help lists the commands, /exit or Ctrl-D ends.")
     chat.add_argument("model", nargs="?", type=model_name, help=MODEL_HELP)
     chat.set_defaults(verb=_chat)
     for verb in (run, chat):
@@ -65,18 +70,18 @@ def _model_and_prompt(arguments: argparse.Namespace) -> tuple[str | None, str]:
         raise ConfigError("two prompts; give it after the model, with -p or with --file, but once")
     if prompt is None and not option_given and model is not None and not _names_a_model(model):
         if model.isprintable() and " " not in model and model not in ("", "-"):  # perhaps a misspelt model
-            print(f"{model!r} is no path, hub id (org/name) or store: a prompt for the embedded model", file=sys.stderr)
+            say(f"{model!r} is no path, hub id (org/name) or store: a prompt for the embedded model")
         model, prompt = None, model
     if arguments.file is not None:
-        text = _read_file(arguments.file)
+        text = read_text(arguments.file, "the prompt file")
     elif prompt == "-":
-        text = _read_stdin()
+        text = read_stdin()
     elif prompt is not None or option_given:
-        text = _argument_text(arguments.prompt_option if prompt is None else prompt)
+        text = argument_text(arguments.prompt_option if prompt is None else prompt)
     elif model is not None and sys.stdin.isatty():
         raise ConfigError(_NO_PROMPT)
-    elif model is not None or _is_piped():
-        text = _read_stdin()
+    elif model is not None or is_piped():
+        text = read_stdin()
         if not text and model is not None:
             raise ConfigError(_NO_PROMPT)
         text = text or demo.PROMPT
@@ -96,153 +101,158 @@ def _names_a_model(text: str) -> bool:
     return exists or bool(re.fullmatch(r"(\.{0,2}/|~/).*|[\w.-]+/[\w./-]*|\S+\.gguf", text, flags=re.DOTALL))
 
 
-def _argument_text(text: str) -> str:
-    """``text`` of the command line. Raises ConfigError where the shell gave bytes that are no UTF-8."""
-    try:
-        return text.encode("utf-8").decode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ConfigError("the prompt is not UTF-8; convert it, or set the terminal to UTF-8") from error
-
-
-def _read_file(path: Path) -> str:
-    try:
-        return _decoded(path.read_bytes(), str(path))
-    except OSError as error:
-        raise ConfigError(f"the prompt file {path} cannot be read: {error.strerror}") from error
-
-
-def _read_stdin() -> str:
-    binary = getattr(sys.stdin, "buffer", None)
-    return _decoded(binary.read(), "standard input") if binary is not None else sys.stdin.read()
-
-
-def _decoded(data: bytes, what: str) -> str:
-    """UTF-8 with or without a byte order mark, lines ended in any way."""
-    try:
-        return data.decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{what} is not UTF-8 (byte {error.start}); convert it, for example with iconv -t UTF-8") from error
-
-
-def _is_piped() -> bool:
-    """Whether standard input is a pipe or a file, which someone meant as a prompt (and not a terminal or /dev/null)."""
-    try:
-        mode = os.fstat(sys.stdin.fileno()).st_mode
-    except (OSError, ValueError):
-        return False
-    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
-
-
 def _run(arguments: argparse.Namespace) -> None:
     arguments.model, prompt = _model_and_prompt(arguments)
     quiet_transformers()
     from fate_moe.engine.load import build
-    from fate_moe.engine.prepare import load_tokenizer, prepare, store_for
+    from fate_moe.engine.prepare import load_generation_config, load_tokenizer, prepare, store_for
     from fate_moe.tools.generate import generate
+    from fate_moe.tools.tokens import as_input, chat_text, num_rows, token_ids
 
     require_gpu(arguments)
     prepared = prepare(store_for(arguments.model, arguments.precision, arguments.dense_precision))
     tokenizer = load_tokenizer(prepared.store.path)
-    inputs = _encode(tokenizer, prompt, arguments.chat)
-    config = offload_config(arguments, inputs.shape[1] + arguments.max_new_tokens)
+    load_generation_config(prepared.model, prepared.store.path)
+    text = chat_text(tokenizer, [{"role": "user", "content": prompt}]) if arguments.chat else prompt
+    rows, longest = num_rows(prepared.model), _longest(prepared.model)
+    if len(text) > 4 * _SAMPLE:
+        _refuse_far_too_long(text, len(token_ids(tokenizer, text[:_SAMPLE], rows)), arguments.context_length or longest)
+    inputs = as_input(token_ids(tokenizer, text, rows, special=not arguments.chat))
+    if inputs.shape[1] == 0:
+        raise ConfigError("the prompt is empty")
+    beams = _beams(arguments, prepared.model)
+    needed = _needed(inputs.shape[1], arguments.max_new_tokens, beams, arguments.context_length)
+    config = offload_config(arguments, needed)
     plan = prepared.plan(config)
-    print(plan.line(), file=sys.stderr, flush=True)
-    _say_if_too_long(prepared.model, inputs.shape[1] + arguments.max_new_tokens)
+    say(plan.line())
+    if longest is not None and needed > longest * beams:
+        say(f"prompt and answer take {needed // beams} tokens; this model was made for {longest}")
     model = build(prepared, plan, config)
-    with closing(model.fate):
+    with uninterrupted(model.fate.close):
+        options = generate_options(arguments)
         if arguments.json:
-            answer = generate(model, tokenizer, inputs, **generate_options(arguments))
+            answer = generate(model, tokenizer, inputs, **options)
             name = "embedded" if arguments.model is None else str(arguments.model)
             print_json({"model": name, **answer.as_dict(), **model.fate.report().as_dict()})
             return
-        print(prompt, end="", flush=True)
-        answer = generate(model, tokenizer, inputs, lambda text: print(text, end="", flush=True), **generate_options(arguments))
+        print(Shown()(prompt), end="", flush=True)
+        answer = generate(model, tokenizer, inputs, _printer(), **options)
+        print(flush=True)
         report = model.fate.report()
         traffic = report.traffic(answer.prompt_tokens + len(answer.tokens))
-        print(
-            f"\n\n{answer.prompt_tokens} tokens read in {answer.prefill_seconds:.2f} s, {len(answer.tokens)} written at "
-            f"{answer.decode_tokens_per_second:.1f} a second, {traffic}\n{report}",
-            file=sys.stderr,
+        say(
+            f"\n{answer.prompt_tokens} tokens read in {answer.prefill_seconds:.2f} s, {len(answer.tokens)} written at "
+            f"{answer.decode_tokens_per_second:.1f} a second, {traffic}\n{report}"
         )
 
 
-def _say_if_too_long(model: Any, num_tokens: int) -> None:
-    """A line on stderr where prompt and answer are longer than the model was made for."""
+def _printer() -> Any:
+    """What prints each piece of a text at once."""
+    shown = Shown()
+    return lambda text: print(shown(text), end="", flush=True)
+
+
+def _longest(model: Any) -> int | None:
+    """How many tokens the model was made for, if its configuration says so."""
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(longest, int) and num_tokens > longest:
-        print(f"prompt and answer take {num_tokens} tokens; this model was made for {longest}", file=sys.stderr)
+    return longest if isinstance(longest, int) else None
 
 
-def _encode(tokenizer: Any, prompt: str, chat: bool) -> Any:
-    """Token ids [1, prompt_tokens]."""
-    if chat:
-        if not tokenizer.chat_template:
-            raise ConfigError("this model has no chat template; omit --chat")
-        messages = [{"role": "user", "content": prompt}]
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)[
-            "input_ids"
-        ]
-    inputs = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    if inputs.shape[1] == 0:
-        raise ConfigError("the prompt is empty")
-    return inputs
+def _beams(arguments: argparse.Namespace, model: Any) -> int:
+    """How many continuations are followed at once."""
+    return int(arguments.num_beams or model.generation_config.num_beams or 1)
+
+
+def _needed(prompt_tokens: int, new_tokens: int, beams: int, context_length: int | None) -> int:
+    """Tokens of KV cache for prompt and answer, in every beam. Raises ConfigError where ``context_length`` is less."""
+    needed = beams * (prompt_tokens + new_tokens)
+    if context_length is not None and needed > context_length:
+        each = f", in each of {beams} beams" if beams > 1 else ""
+        raise ConfigError(
+            f"the prompt has {prompt_tokens} tokens and the answer up to {new_tokens}{each}: {needed} in all, "
+            f"and context_length is {context_length}; give --context-length {needed}, or a smaller --max-new-tokens"
+        )
+    return needed
+
+
+def _refuse_far_too_long(text: str, sampled: int, limit: int | None) -> None:
+    """Raise ConfigError for a prompt whose first _SAMPLE characters, ``sampled`` tokens, say that all take more than ``limit``."""
+    estimate = sampled * len(text) // _SAMPLE
+    if limit is not None and estimate > 2 * limit:
+        raise ConfigError(
+            f"the prompt of {len(text)} characters is about {estimate} tokens, and the context has {limit}; give a shorter prompt, "
+            "or say with --context-length that it is meant"
+        )
 
 
 def _chat(arguments: argparse.Namespace) -> None:
     quiet_transformers()
     from fate_moe.engine.load import build
-    from fate_moe.engine.prepare import load_tokenizer, prepare, store_for
+    from fate_moe.engine.prepare import load_generation_config, load_tokenizer, prepare, store_for
 
     require_gpu(arguments)
     prepared = prepare(store_for(arguments.model, arguments.precision, arguments.dense_precision))
     tokenizer = load_tokenizer(prepared.store.path)
+    load_generation_config(prepared.model, prepared.store.path)
     config = offload_config(arguments, OffloadConfig.context_length)
     plan = prepared.plan(config)
-    print(plan.line(), file=sys.stderr)
+    say(plan.line())
     model = build(prepared, plan, config)
-    with closing(model.fate):
+    with uninterrupted(model.fate.close):
         if not tokenizer.chat_template:
-            print("this model has no chat template: it continues the text of both of you", file=sys.stderr)
-        _talk(model, tokenizer, config.context_length, generate_options(arguments))
-        print(f"\n{model.fate.report()}", file=sys.stderr)
+            say("this model has no chat template: it continues the text of both of you")
+        _talk(model, tokenizer, config.context_length // _beams(arguments, model), generate_options(arguments))
+        say(f"\n{model.fate.report()}")
 
 
 def _talk(model: Any, tokenizer: Any, context_length: int, sampling: dict[str, Any]) -> None:
-    """Ask and answer until the person leaves."""
-    from fate_moe.tools.generate import generate
-
+    """Ask and answer until the person leaves; a turn that fails is said and forgotten."""
     if reconfigure := getattr(sys.stdin, "reconfigure", None):  # before the first read
         reconfigure(errors="replace")
     messages: list[dict[str, str]] = []
     while (line := _ask()) is not None:
-        if line == "/reset":
-            messages.clear()
+        if re.fullmatch(r"/\w+", line):
+            if line == "/reset":
+                messages.clear()
+            else:
+                say(_COMMANDS if line == "/help" else f"there is no command {line}; {_COMMANDS}")
             continue
         messages.append({"role": "user", "content": line})
-        if tokenizer.chat_template:
-            inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)[
-                "input_ids"
-            ]
-        else:
-            inputs = _encode(tokenizer, "\n".join(message["content"] for message in messages) + "\n", chat=False)
-        options = {**sampling, "max_new_tokens": min(sampling["max_new_tokens"], context_length - inputs.shape[1])}
-        if options["max_new_tokens"] < 1:
-            print(f"the conversation fills the context of {context_length} tokens; /reset it", file=sys.stderr)
-            messages.pop()
-            continue
         try:
-            answer = generate(model, tokenizer, inputs, lambda text: print(text, end="", flush=True), **options)
+            answer = _turn(model, tokenizer, context_length, sampling, messages)
         except KeyboardInterrupt:  # stop the answer, not the conversation
             print()
             messages.pop()
-            continue
-        print()
-        messages.append({"role": "assistant", "content": answer.text})
+        except OSError:  # nobody reads the answers
+            raise
+        except Exception as error:
+            failed = str(error) if isinstance(error, FateError) else f"{type(error).__name__}: {error}"
+            say(f"fate: this turn failed and is forgotten: {one_line(failed)}")
+            messages.pop()
+        else:
+            messages.append({"role": "assistant", "content": answer})
+
+
+def _turn(model: Any, tokenizer: Any, context_length: int, sampling: dict[str, Any], messages: Sequence[dict[str, str]]) -> str:
+    """The model's answer, printed as it is made. Raises ConfigError where the conversation fills the context."""
+    from fate_moe.tools.generate import generate
+    from fate_moe.tools.tokens import as_input, chat_text, num_rows, token_ids
+
+    templated = bool(tokenizer.chat_template)
+    text = chat_text(tokenizer, messages) if templated else "\n".join(message["content"] for message in messages) + "\n"
+    ids = token_ids(tokenizer, text, num_rows(model), special=not templated)
+    if len(ids) >= context_length:
+        raise ConfigError(f"the conversation has {len(ids)} tokens and the context {context_length}; /reset it, or say less")
+    options = {**sampling, "max_new_tokens": min(sampling["max_new_tokens"], context_length - len(ids))}
+    answer = generate(model, tokenizer, as_input(ids), _printer(), **options)
+    print(flush=True)
+    return answer.text
 
 
 def _ask() -> str | None:
     """The next line that the person writes; None when they leave. Ctrl-C drops a line, twice in a row leaves."""
-    import readline  # noqa: F401  # line editing for input()
+    with suppress(ImportError):  # line editing for input()
+        import readline  # noqa: F401
 
     interrupted = False
     while True:
@@ -251,11 +261,11 @@ def _ask() -> str | None:
         except EOFError:
             return None
         except KeyboardInterrupt:
-            print("\n(/exit or Ctrl-D ends)", file=sys.stderr)
+            say("\n(/exit or Ctrl-D ends)")
             if interrupted:
                 return None
             interrupted = True
             continue
         if line:
-            return None if line == "/exit" else line
+            return None if line in ("/exit", "/quit", "/bye") else line
         interrupted = False

@@ -4,38 +4,62 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fate_moe.cli.options import MODEL_HELP, add_offload_options, offload_config, print_json, quiet_transformers
+from fate_moe.cli.net import say
+from fate_moe.cli.options import (
+    MODEL_HELP,
+    add_offload_options,
+    draw_table,
+    model_name,
+    offload_config,
+    print_json,
+    quiet_transformers,
+)
+from fate_moe.cli.parser import count, file_path, number, size
+from fate_moe.cli.reading import check_output, read_text
 from fate_moe.errors import ConfigError
-from fate_moe.registry import POLICIES, PREDICTORS
+from fate_moe.registry import POLICIES, PREDICTORS, check_name
 from fate_moe.units import format_bytes, parse_size
 
 __all__ = ["add_verbs"]
 
 END = "<|endoftext|>"
+# What simulate takes from the options, and with --as-recorded from the trace; with the options' defaults.
+_SIMULATED: dict[str, Any] = {
+    "policy": "best",
+    "predictor": "none",
+    "capacity": "12.5%,25%,40%,50%,75%",
+    "disk_gbps": 1.2,
+    "expert_bytes": None,
+    "layer_ms": None,
+    "overlap_ms": 0.0,
+    "latency_ms": 0.0,
+}
 
 
 def add_verbs(verbs: Any) -> None:
     """Add this group's verbs to the parser's ``verbs``."""
     trace = verbs.add_parser("trace", help="record routing", description="Record the routing of decode steps in a .npz file.")
-    trace.add_argument("model", nargs="?", help=MODEL_HELP)
+    trace.add_argument("model", nargs="?", type=model_name, help=MODEL_HELP)
     trace.add_argument(
         "--prompts",
-        type=Path,
+        type=file_path,
         required=True,
-        help=f"file with one prompt per line, a .jsonl with 'prompt' fields, or texts separated by {END}",
+        help=f"file with one prompt per line, a .jsonl with 'prompt' fields, or texts separated by {END}; - is standard input",
     )
-    trace.add_argument("--out", type=Path, required=True, help="the .npz file to write")
+    trace.add_argument("--out", type=file_path, required=True, help="the .npz file to write; one that is there is replaced")
     trace.add_argument(
-        "--max-new-tokens", type=int, default=200, metavar="N", help="tokens to generate per prompt; default: %(default)s"
+        "--max-new-tokens", type=count(2), default=200, metavar="N", help="tokens to generate per prompt; default: %(default)s"
     )
-    trace.add_argument("--max-tokens", type=int, default=2000, metavar="N", help="tokens to record in total; default: %(default)s")
-    trace.add_argument("--teacher", action="store_true", help="run the file's text token by token instead of generating")
-    trace.add_argument("--prefill", action="store_true", help="run the text in large passes: faster, but without lookups and times")
+    trace.add_argument(
+        "--max-tokens", type=count(2), default=2000, metavar="N", help="tokens to record in total; default: %(default)s"
+    )
+    how = trace.add_mutually_exclusive_group()
+    how.add_argument("--teacher", action="store_true", help="run the file's text token by token instead of generating")
+    how.add_argument("--prefill", action="store_true", help="run the text in large passes: faster, but without lookups and times")
     trace.add_argument(
         "--router-inputs", action="store_true", help="record router inputs too (hidden size x 2 bytes per layer and token)"
     )
@@ -43,75 +67,96 @@ def add_verbs(verbs: Any) -> None:
     add_offload_options(trace)
 
     simulate = verbs.add_parser("simulate", help="replay a trace", description="Simulate policies and predictors on a trace.")
-    simulate.add_argument("trace", type=Path, help="a .npz file written by `fate trace`")
-    simulate.add_argument("--policy", default="best", help=f"comma-separated: best, belady, {', '.join(POLICIES)}; default: best")
-    simulate.add_argument("--predictor", default="none", help=f"comma-separated: {', '.join(PREDICTORS)}, oracle; default: none")
+    simulate.add_argument("trace", type=file_path, help="a .npz file written by `fate trace`")
+    simulate.add_argument("--policy", help=f"comma-separated: best, belady, {', '.join(POLICIES)}; default: best")
+    simulate.add_argument("--predictor", help=f"comma-separated: {', '.join(PREDICTORS)}, oracle; default: none")
+    simulate.add_argument("--capacity", help="comma-separated fractions of all experts; default: %(default)s")
     simulate.add_argument(
-        "--capacity", default="12.5%,25%,40%,50%,75%", help="comma-separated fractions of all experts; default: %(default)s"
+        "--disk-gbps", type=number(0, 1e6, above=True), metavar="GB/S", help="bandwidth of the disk; default: %(default)s"
     )
     simulate.add_argument(
-        "--disk-gbps", type=float, default=1.2, metavar="GB/S", help="bandwidth of the disk; default: %(default)s"
-    )
-    simulate.add_argument("--expert-bytes", metavar="SIZE", help="size of one expert; default: from the trace, else 4MiB")
-    simulate.add_argument(
-        "--layer-ms", type=float, metavar="MS", help="compute time of one layer; default: the trace's median, else 2.5"
+        "--expert-bytes", type=size(parse_size), metavar="SIZE", help="size of one expert; default: from the trace, else 4MiB"
     )
     simulate.add_argument(
-        "--overlap-ms", type=float, default=0.0, metavar="MS", help="part of it that needs no missing expert; default: 0"
+        "--layer-ms", type=number(0), metavar="MS", help="compute time of one layer; default: the trace's median, else 2.5"
     )
-    simulate.add_argument("--latency-ms", type=float, default=0.0, metavar="MS", help="latency of a read; default: 0")
+    simulate.add_argument("--overlap-ms", type=number(0), metavar="MS", help="part of it that needs no missing expert; default: 0")
+    simulate.add_argument("--latency-ms", type=number(0), metavar="MS", help="latency of a read; default: 0")
     simulate.add_argument(
         "--as-recorded",
         action="store_true",
         help="simulate the traced run's own policy, predictor, slots and measured times, and compare with what it did",
     )
-    simulate.add_argument("--gates", type=Path, metavar="STORE", help="use the fitted gates of this store")
+    simulate.add_argument("--gates", type=file_path, metavar="STORE", help="use the fitted gates of this store")
     simulate.add_argument(
-        "--look-ahead", type=int, default=1, metavar="K", help="predict up to K layers ahead; default: %(default)s"
+        "--look-ahead", type=count(1, 1024), default=1, metavar="K", help="predict up to K layers ahead; default: %(default)s"
     )
-    simulate.add_argument("--skip", type=int, default=0, metavar="N", help="do not count the first N tokens; default: 0")
-    simulate.add_argument("--tokens", type=int, metavar="N", help="use only the first N tokens")
+    simulate.add_argument("--skip", type=count(0), default=0, metavar="N", help="do not count the first N tokens; default: 0")
+    simulate.add_argument("--tokens", type=count(), metavar="N", help="use only the first N tokens")
     simulate.add_argument("--json", action="store_true", help="print one JSON object")
-    simulate.set_defaults(verb=_simulate)
+    simulate.set_defaults(verb=_simulate, **_SIMULATED)
 
     fit = verbs.add_parser("fit", help="fit gates", description="Fit gates that predict routing, and save them in the store.")
-    fit.add_argument("model", nargs="?", help=MODEL_HELP)
-    fit.add_argument("--text", type=Path, required=True, help="text similar to what the model will read and write")
-    fit.add_argument("--max-tokens", type=int, default=30000, metavar="N", help="tokens to fit on; default: %(default)s")
+    fit.add_argument("model", nargs="?", type=model_name, help=MODEL_HELP)
+    fit.add_argument(
+        "--text", type=file_path, required=True, help="text similar to what the model will read and write; - is standard input"
+    )
+    fit.add_argument("--max-tokens", type=count(), default=30000, metavar="N", help="tokens to fit on; default: %(default)s")
     fit.add_argument(
         "--forecast", action="store_true", help="also fit the forecast, which predicts all layers of a token from its embedding"
     )
-    fit.add_argument("--test", type=Path, metavar="FILE", help="text to measure recall on; default: a held-out tenth of --text")
-    fit.add_argument("--test-tokens", type=int, default=4000, metavar="N", help="tokens of --test; default: %(default)s")
+    fit.add_argument(
+        "--test", type=file_path, metavar="FILE", help="text to measure recall on; default: a held-out tenth of --text"
+    )
+    fit.add_argument("--test-tokens", type=count(), default=4000, metavar="N", help="tokens of --test; default: %(default)s")
     fit.add_argument("--json", action="store_true", help="print one JSON object")
     fit.set_defaults(verb=_fit)
     add_offload_options(fit)
 
     plot = verbs.add_parser("plot", help="draw results", description="Draw a picture from a result file (needs matplotlib).")
-    plot.add_argument("results", type=Path, help="a trace (.npz), or the output of `fate simulate --json` or `fate fit --json`")
-    plot.add_argument("--out", type=Path, required=True, help="the picture to write; .json: a Perfetto trace of one token")
+    plot.add_argument(
+        "results", type=file_path, help="a trace (.npz), or the output of `fate simulate --json` or `fate fit --json`"
+    )
+    plot.add_argument(
+        "--out",
+        type=file_path,
+        required=True,
+        help="the picture to write, its format by its name; .json: a Perfetto trace of one token",
+    )
     plot.add_argument("--kind", choices=("capacity", "heat", "recall", "timeline"), help="what to draw; default: by the file")
-    plot.add_argument("--token", type=int, default=-1, metavar="N", help="which token a timeline shows; default: the last")
+    plot.add_argument(
+        "--token", type=count(-(1 << 31)), default=-1, metavar="N", help="which token a timeline shows; default: the last"
+    )
     plot.set_defaults(verb=_plot)
 
 
 def _texts(path: Path) -> list[str]:
-    try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
+    """The texts of a file, as --prompts describes it. Raises ConfigError for a file that cannot be read, or has none."""
+    text = read_text(path, "the text file")
     if END in text:
-        return [part.strip() for part in text.split(END) if part.strip()]
-    if path.suffix == ".jsonl":
-        try:
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-            return [str(row.get("prompt") or row["question"]) for row in rows]
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ConfigError(f"{path}: every line must be a JSON object with a 'prompt' ({error})") from error
-    return [line for line in text.splitlines() if line.strip()]
+        found = [part.strip() for part in text.split(END)]
+    elif path.suffix == ".jsonl":
+        found = [_prompt_of(line, f"{path}, line {number}") for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    else:
+        found = text.split("\n")
+    if not (texts := [one for one in found if one.strip()]):
+        raise ConfigError(f"the text file {path} has no text in it")
+    return texts
+
+
+def _prompt_of(line: str, where: str) -> str:
+    try:
+        row = json.loads(line)
+        prompt = row.get("prompt") or row["question"]
+    except (ValueError, KeyError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{where}: every line must be a JSON object with a 'prompt' ({error})") from error
+    if not isinstance(prompt, str):
+        raise ConfigError(f"{where}: the prompt is no text but {str(prompt)[:40]}")
+    return prompt
 
 
 def _trace(arguments: argparse.Namespace) -> None:
+    check_output(arguments.out, arguments.prompts)
     texts = _texts(arguments.prompts)
     quiet_transformers()
     from fate_moe.tools.tracing import record_routing
@@ -129,11 +174,12 @@ def _trace(arguments: argparse.Namespace) -> None:
         router_inputs=arguments.router_inputs,
     )
     write_trace(arguments.out, trace)
-    size = format_bytes(arguments.out.stat().st_size)
-    print(f"{arguments.out}: {trace.num_tokens} tokens, {trace.num_layers} layers, {size}", file=sys.stderr)
+    num_bytes = format_bytes(arguments.out.stat().st_size)
+    say(f"{arguments.out}: {trace.num_tokens} tokens, {trace.num_layers} layers, {num_bytes}")
 
 
 def _simulate(arguments: argparse.Namespace) -> None:
+    runs = list(_runs(arguments))
     import numpy as np
 
     from fate_moe.io.progress import count_bar
@@ -152,10 +198,11 @@ def _simulate(arguments: argparse.Namespace) -> None:
     expert_bytes = parse_size(arguments.expert_bytes or size_of_all(trace.meta.get("expert_bytes")) or "4MiB")
     times = (arguments.overlap_ms / 1e3, arguments.latency_ms / 1e3)
     link = Link(arguments.disk_gbps * 1e9, expert_bytes, layer_seconds, *times)
-    runs = list(_runs(arguments))
     recorded = None
     if arguments.as_recorded:
         recorded = recorded_run(trace, arguments.skip)
+        if given := [name for name, default in _SIMULATED.items() if getattr(arguments, name) != default]:
+            raise ConfigError(f"--as-recorded takes --{given[0].replace('_', '-')} from the trace; omit one of them")
         link, runs = recorded.link, [(recorded.policy, recorded.predictor, recorded.capacity)]
     gates = None
     if arguments.gates is not None:
@@ -207,6 +254,7 @@ def _print_comparison(recorded: dict[str, Any], row: dict[str, Any]) -> None:
 
 
 def _runs(arguments: argparse.Namespace) -> Iterator[tuple[str, str, float]]:
+    """Each policy with each predictor and each capacity. Raises ConfigError for a name or a number that is none."""
     try:
         capacities = [float(text.strip().removesuffix("%")) / (100 if "%" in text else 1) for text in arguments.capacity.split(",")]
     except ValueError as error:
@@ -215,14 +263,17 @@ def _runs(arguments: argparse.Namespace) -> Iterator[tuple[str, str, float]]:
         ) from error
     if not all(0 < capacity <= 1 for capacity in capacities):
         raise ConfigError(f"--capacity {arguments.capacity!r}: fractions lie between 0 and 100 %")
-    for policy in arguments.policy.split(","):
-        for predictor in arguments.predictor.split(","):
+    policies = [text.strip() for text in arguments.policy.split(",")]
+    predictors = [text.strip() for text in arguments.predictor.split(",")]
+    for policy in policies:
+        check_name("policy", policy, ["best", "belady", *POLICIES])
+        for predictor in predictors:
+            check_name("predictor", predictor, ["oracle", *PREDICTORS])
             for capacity in capacities:
                 yield policy, predictor, capacity
 
 
 def _print_rows(rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table()
@@ -244,7 +295,7 @@ def _print_rows(rows: list[dict[str, Any]]) -> None:
         rates = [f"{row[name]:.1%}" for name in ("capacity", "miss_rate", "ready_on_time")]
         read, stall = format_bytes(row["bytes_per_token"]), f"{row['stall_seconds']:.2f} s"
         table.add_row(row["policy"], row["predictor"], *rates, read, stall, f"{row['tokens_per_second']:.1f}", used)
-    Console().print(table)
+    draw_table(table)
 
 
 def _fit(arguments: argparse.Namespace) -> None:
@@ -285,6 +336,7 @@ def _print_means(what: str, means: dict[int, float | None]) -> None:
 
 
 def _plot(arguments: argparse.Namespace) -> None:
+    check_output(arguments.out, arguments.results)
     from fate_moe.trace.plots import draw
 
     draw(arguments.results, arguments.out, arguments.kind, arguments.token)

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from fate_moe import demo
 from fate_moe.adapter.meta_model import ExpertStack, build_meta_model, expert_stacks
+from fate_moe.adapter.sampling import read_generation_config
 from fate_moe.checkpoints.gguf import NO_TOKENIZER, open_checkpoint
 from fate_moe.checkpoints.source import resolve_checkpoint
 from fate_moe.config import OffloadConfig
@@ -133,10 +134,12 @@ def prepare(path: Path) -> Prepared:
 
 
 def load_generation_config(model: Any, store: Path) -> None:
-    """The store's generation_config.json, if it has one. Raises StoreError where it cannot be read."""
+    """The store's generation_config.json, if it has one. Raises StoreError, naming file and field, where it has no meaning."""
     if (path := store / "generation_config.json").exists():
+        options = read_generation_config(path, model.get_input_embeddings().weight.shape[0])
         try:
-            model.generation_config = GenerationConfig.from_pretrained(store)
+            model.generation_config = GenerationConfig.from_dict(options)
+            model.generation_config.validate()
         except Exception as error:  # whatever a torn or hostile file makes transformers raise
             raise StoreError(f"{path} cannot be read ({_first_line(error)}); copy it from the checkpoint again") from error
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import TextStreamer
+from transformers import StoppingCriteria, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 __all__ = ["Generation", "generate"]
@@ -43,15 +43,23 @@ class Generation:
 def generate(
     model: Any, tokenizer: Any, inputs: torch.Tensor, on_text: Callable[[str], None] | None = None, **options: Any
 ) -> Generation:
-    """Continue ``inputs`` [1, prompt_tokens] with ``model.generate(**options)``; ``on_text`` is called with each piece of text."""
-    clock = _Clock(_Printer(tokenizer, on_text) if on_text else None)
+    """Continue ``inputs`` [1, prompt_tokens] with ``model.generate(**options)``; ``on_text`` is called with each piece of text.
+
+    Beams decide at the end which text it is: with ``num_beams`` the text is one piece.
+    """
+    in_beams = (options.get("num_beams") or model.generation_config.num_beams or 1) > 1
+    clock = _Clock(_Printer(tokenizer, on_text) if on_text and not in_beams else None)
+    watch = {"stopping_criteria": [_Ticks(clock)]} if in_beams else {"streamer": clock}
     if model.generation_config.pad_token_id is None and "pad_token_id" not in options:
         options["pad_token_id"] = tokenizer.eos_token_id
     with torch.inference_mode():
-        output = model.generate(inputs, attention_mask=torch.ones_like(inputs), streamer=clock, **options)
+        output = model.generate(inputs, attention_mask=torch.ones_like(inputs), tokenizer=tokenizer, **watch, **options)
     tokens = output[0, inputs.shape[1] :].tolist()
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    if on_text and in_beams:
+        on_text(text)
     return Generation(
-        text=tokenizer.decode(tokens, skip_special_tokens=True),
+        text=text,
         tokens=tokens,
         prompt_tokens=inputs.shape[1],
         prefill_seconds=clock.times[0] - clock.began if clock.times else 0.0,
@@ -78,6 +86,17 @@ class _Clock(BaseStreamer):  # type: ignore[misc]
     def end(self) -> None:
         if self.inner is not None:
             self.inner.end()
+
+
+class _Ticks(StoppingCriteria):  # type: ignore[misc]
+    """Tells the clock of each step of a beam search, which has no streamer; never stops it."""
+
+    def __init__(self, clock: _Clock) -> None:
+        self._clock = clock
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self._clock.times.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 class _Printer(TextStreamer):  # type: ignore[misc]

@@ -13,8 +13,11 @@ from torch import Tensor
 
 from fate_moe.engine.load import load
 from fate_moe.errors import ConfigError
+from fate_moe.tools.tokens import num_rows, token_ids
 
 __all__ = ["register", "run_harness", "score"]
+
+_loaded: list[Any] = []  # models of the harness, which never closes them
 
 
 def score(model: Any, context: Sequence[int], continuation: Sequence[int], max_length: int) -> tuple[float, bool]:
@@ -53,6 +56,7 @@ def register() -> type:
         def __init__(self, model: str | None = None, batch_size: Any = 1, device: Any = None, **options: Any) -> None:
             super().__init__()
             self.model, self.tokenizer = load(model, **options)
+            _loaded.append(self.model)
             self._max_length = min(
                 self.model.fate.config.context_length, self.model.config.get_text_config().max_position_embeddings
             )
@@ -62,7 +66,7 @@ def register() -> type:
             return int(self.tokenizer.eos_token_id)
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-            return list(self.tokenizer(string, add_special_tokens=bool(add_special_tokens), verbose=False)["input_ids"])
+            return token_ids(self.tokenizer, string, num_rows(self.model), special=bool(add_special_tokens))
 
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **kwargs: Any) -> list[tuple[float, bool]]:
             return [score(self.model, context or [self.eot_token_id], end, self._max_length) for _, context, end in requests]
@@ -114,3 +118,5 @@ def run_harness(arguments: Sequence[str]) -> None:
         cli_evaluate()
     finally:
         sys.argv = saved_argv
+        while _loaded:
+            _loaded.pop().fate.close()  # keeps what was learned

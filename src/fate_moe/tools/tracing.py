@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from contextlib import closing
 from typing import Any
@@ -17,12 +18,15 @@ from fate_moe.errors import ConfigError
 from fate_moe.io.progress import count_bar
 from fate_moe.predict.gates import LinearRouters
 from fate_moe.store.learned import save_gates
+from fate_moe.tools.tokens import as_input, first_tokens, num_rows
 from fate_moe.trace.fit import GateFitter, Passes
 from fate_moe.trace.recall import RecallMeter
 from fate_moe.trace.record import Recorder
 from fate_moe.trace.schema import RoutingTrace
 
 __all__ = ["fit_gates", "record_routing"]
+
+_log = logging.getLogger(__name__)
 
 WINDOW = 256  # tokens of one pass when fitting
 
@@ -55,18 +59,21 @@ def record_routing(
     routers = None if weights is None else _padded(weights)
     norms = norms_of(running, prepared.stacks) if router_inputs else None
     sizes = [stack.num_experts for stack in prepared.stacks]
+    rows = num_rows(running)
     recorder = Recorder(sizes, router_inputs=router_inputs, routers=routers, norms=norms, prompts=prefill)
     with closing(running.fate), count_bar("tracing", max_tokens) as advance, torch.inference_mode():
         for text in texts:
             left = min(max_tokens - recorder.num_tokens, new_tokens)
             if left < 2:
                 break
-            ids = tokenizer(text, return_tensors="pt")["input_ids"]
+            ids = as_input(first_tokens(tokenizer, text, rows, config.context_length + 1))
             before = recorder.num_tokens
             with running.fate.observe(recorder):
                 if teacher or prefill:
                     _follow(running, ids[:, : min(left, config.context_length)], WINDOW if prefill else 1)
-                elif ids.shape[1] and ids.shape[1] + left <= config.context_length:
+                elif ids.shape[1] + left > config.context_length:
+                    _log.warning("a prompt is left out: it and %d tokens exceed the context of %d", left, config.context_length)
+                elif ids.shape[1]:
                     running.generate(
                         ids,
                         attention_mask=torch.ones_like(ids),
@@ -109,12 +116,13 @@ def fit_gates(
         raise ConfigError("routing is recorded on the CPU; omit vram and device")
     prepared = prepare(store_for(model, config.precision, config.dense_precision))
     tokenizer = load_tokenizer(prepared.store.path)
-    windows = _windows(tokenizer, texts, max_tokens)
+    rows = num_rows(prepared.model)
+    windows = _windows(tokenizer, texts, rows, max_tokens)
     if len(windows) < 10:
         raise ConfigError(
             f"{WINDOW * len(windows)} tokens of text are too few to fit gates; give at least {10 * WINDOW} (--text, --max-tokens)"
         )
-    test_windows = _windows(tokenizer, test_texts, test_tokens)
+    test_windows = _windows(tokenizer, test_texts, rows, test_tokens)
     if test_texts and not test_windows:
         raise ConfigError(f"the text to test on has fewer than {WINDOW} tokens; give a longer one (--test, --test-tokens)")
     running = build(prepared, prepared.plan(config), config)
@@ -142,12 +150,14 @@ def fit_gates(
     return {"gates": str(path), **counts, **meter.table(), "fitted_layers": better}
 
 
-def _windows(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[torch.Tensor]:
+def _windows(tokenizer: Any, texts: Sequence[str], rows: int, max_tokens: int) -> list[torch.Tensor]:
     """The first ``max_tokens`` of ``texts``, one after another, in whole windows [WINDOW]."""
-    if not texts or max_tokens < WINDOW:
-        return []
-    ids = torch.cat([tokenizer(text, return_tensors="pt")["input_ids"][0] for text in _enough(texts, max_tokens)])
-    return list(torch.split(ids[: len(ids[:max_tokens]) // WINDOW * WINDOW], WINDOW))
+    ids: list[int] = []
+    for text in texts:
+        if len(ids) < max_tokens:
+            ids += first_tokens(tokenizer, text, rows, max_tokens - len(ids))
+    whole = len(ids) // WINDOW
+    return list(torch.tensor(ids[: WINDOW * whole], dtype=torch.int64).view(whole, WINDOW))
 
 
 def _show(model: Any, observer: Passes, windows: Sequence[torch.Tensor], what: str) -> None:
@@ -163,17 +173,6 @@ def _padded(weights: Sequence[torch.Tensor]) -> torch.Tensor:
     """[L, E, D], layers of fewer experts padded with zeros."""
     width = max(len(weight) for weight in weights)
     return torch.stack([torch.nn.functional.pad(weight.float(), (0, 0, 0, width - len(weight))) for weight in weights])
-
-
-def _enough(texts: Sequence[str], max_tokens: int) -> list[str]:
-    """About 8 characters of ``texts`` per token, which is more than a token has."""
-    taken, length = [], 0
-    for text in texts:
-        if length > 8 * max_tokens:
-            break
-        taken.append(text[: 8 * max_tokens])
-        length += len(taken[-1])
-    return taken
 
 
 def _follow(model: Any, ids: torch.Tensor, window: int) -> None:

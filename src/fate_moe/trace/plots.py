@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fate_moe.errors import ConfigError
+from fate_moe.io.files import atomic_file
 from fate_moe.trace.schema import RoutingTrace, read_trace
 
 __all__ = ["draw", "figure_of", "timeline"]
@@ -25,23 +27,45 @@ def draw(results: Path, out: Path, kind: str | None = None, token: int = -1) -> 
     cannot be drawn.
     """
     if out.suffix == ".json":
+        if kind not in (None, "timeline"):
+            raise ConfigError(f"{out.name} is a Perfetto trace of one token, not {kind}; name a .png or omit --kind")
         events = timeline(read_trace(results), token)
-        out.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+        data = json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}).encode()
     else:
-        figure_of(results, kind, token).savefig(out, dpi=110)
+        data = _picture(results, out, kind, token)
+    with atomic_file(out.resolve()) as file:  # what a link points to
+        file.write(data)
+
+
+def _picture(results: Path, out: Path, kind: str | None, token: int) -> bytes:
+    """The picture in the format that ``out`` names. Raises ConfigError for a format that matplotlib does not write."""
+    _figure_class()
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    format_, known = out.suffix.removeprefix(".").lower(), sorted(FigureCanvasBase.get_supported_filetypes())
+    if format_ not in known:
+        raise ConfigError(f"{out.name!r} names no format of a picture; end it in one of .{', .'.join(known)}, or .json")
+    with tempfile.TemporaryDirectory() as folder:
+        figure_of(results, kind, token).savefig(path := Path(folder) / out.name, dpi=110)
+        return path.read_bytes()
 
 
 def figure_of(results: Path, kind: str | None = None, token: int = -1) -> Any:
     """A matplotlib figure: of a simulation's rows as "capacity" or "recall", of a trace as "heat" or (one ``token``) "timeline", of
     the output of `fate fit` as recall by the number of experts named. Raises ConfigError for files that cannot be drawn."""
     if results.suffix == ".npz":
+        _check_kind(results, kind, ("heat", "timeline"))
         return _figure(_timeline if kind == "timeline" else _heat, read_trace(results), token)
     try:
-        found = json.loads(results.read_text().splitlines()[-1])
+        found = json.loads(results.read_text("utf-8-sig").splitlines()[-1])
         if "by_ahead" in found:
+            _check_kind(results, kind, ("recall",))
             return _figure(_widths, found, token)
+        _check_kind(results, kind, ("capacity", "recall"))
         return _figure(_recall if kind == "recall" else _capacity, found["rows"], token)
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+    except OSError as error:
+        raise ConfigError(f"{results} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{results} holds no rows ({error}); make it with: fate simulate --json > {results}") from error
 
 
@@ -50,6 +74,8 @@ def timeline(trace: RoutingTrace, token: int) -> list[dict[str, Any]]:
     the token in which it ended."""
     if not {"seconds", "stall", "lookups"} <= set(trace.extras):
         raise ConfigError("this trace has no times; record one without --prefill: fate trace MODEL --prompts FILE --out T.npz")
+    if not -trace.num_tokens <= token < trace.num_tokens:
+        raise ConfigError(f"the trace has {trace.num_tokens} tokens, the first is 0; there is no token {token}")
     seconds, stall, lookups = (trace.extras[name][token] for name in ("seconds", "stall", "lookups"))
     events: list[dict[str, Any]] = [
         {"name": "thread_name", "ph": "M", "pid": 0, "tid": lane, "args": {"name": name}} for lane, name in enumerate(LANES)
@@ -70,12 +96,21 @@ def timeline(trace: RoutingTrace, token: int) -> list[dict[str, Any]]:
     return events
 
 
-def _figure(paint: Any, data: Any, token: int) -> Any:
+def _check_kind(results: Path, kind: str | None, possible: tuple[str, ...]) -> None:
+    if kind is not None and kind not in possible:
+        raise ConfigError(f"{results} can be drawn as {' or '.join(possible)}, not as {kind}")
+
+
+def _figure_class() -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigError("pictures need matplotlib; install it with: pip install matplotlib") from error
-    figure = Figure(figsize=(7.2, 4.0), layout="constrained")
+    return Figure
+
+
+def _figure(paint: Any, data: Any, token: int) -> Any:
+    figure = _figure_class()(figsize=(7.2, 4.0), layout="constrained")
     paint(figure, data, token)
     return figure
 

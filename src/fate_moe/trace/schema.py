@@ -32,7 +32,6 @@ the next power of two. Names from before 0.2.0 (``gate_inputs``, ``cross-layer-c
 from __future__ import annotations
 
 import json
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +40,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fate_moe.errors import ConfigError
+from fate_moe.io.files import atomic_file
 
 __all__ = ["VERSION", "RoutingTrace", "read_trace", "write_trace"]
 
@@ -95,7 +95,7 @@ class RoutingTrace:
 
 
 def write_trace(path: Path, trace: RoutingTrace) -> None:
-    """Write ``trace`` to ``path``, compressed. Raises ConfigError if that cannot be done."""
+    """Write ``trace`` to ``path``, compressed, whole or not at all. Raises ConfigError or DiskSpaceError if that cannot be done."""
     arrays = {
         "experts": trace.experts,
         "probs": trace.probs,
@@ -106,7 +106,7 @@ def write_trace(path: Path, trace: RoutingTrace) -> None:
         **trace.extras,
     }
     try:
-        with path.open("wb") as file:
+        with atomic_file(path.resolve()) as file:  # what a link points to
             np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
     except OSError as error:
         raise ConfigError(f"the trace {path} cannot be written: {error.strerror}") from error
@@ -118,12 +118,14 @@ def read_trace(path: Path) -> RoutingTrace:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {OLD_ARRAYS.get(name, name): file[name] for name in file.files}
     except OSError as error:
-        raise ConfigError(f"the trace {path} cannot be read: {error}") from error
-    except (ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+        raise ConfigError(f"the trace {path} cannot be read: {error.strerror or error}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a damaged file makes numpy, zipfile and zlib raise
         raise ConfigError(f"{path} is not a trace or is damaged ({error}); make one with: fate trace MODEL --out {path}") from error
     try:
         return _checked(arrays)
-    except (KeyError, ValueError, IndexError, AttributeError) as error:
+    except (KeyError, ValueError, IndexError, AttributeError, TypeError, OverflowError, RecursionError) as error:
         raise ConfigError(
             f"{path} is not a trace that can be used ({error}); make one with: fate trace MODEL --out {path}"
         ) from error
