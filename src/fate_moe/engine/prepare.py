@@ -17,6 +17,7 @@ from fate_moe.checkpoints.source import resolve_checkpoint
 from fate_moe.config import OffloadConfig
 from fate_moe.engine.budget import Footprint, Plan, footprint, make_plan
 from fate_moe.engine.device_budget import DevicePlan, make_device_plan
+from fate_moe.engine.neutral import neutral
 from fate_moe.errors import CheckpointError, StoreError
 from fate_moe.gpu.device import find_gpu
 from fate_moe.registry import PRESETS
@@ -58,6 +59,7 @@ class Prepared:
         return _plan(self.footprint(), config)
 
 
+@neutral()
 def plan(model: str | Path | None = None, **options: Any) -> Plan | DevicePlan:
     """What ``load`` with the same arguments would do with the budget; converts and loads nothing.
 

@@ -16,7 +16,7 @@ from fate_moe.errors import DiskSpaceError
 from fate_moe.io.direct import drop_from_page_cache
 from fate_moe.units import format_bytes
 
-__all__ = ["Journal", "atomic_file", "locked_folder", "require_space", "sync_folder"]
+__all__ = ["Journal", "atomic_file", "is_writable", "locked_folder", "require_space", "sync_folder"]
 
 _log = logging.getLogger(__name__)
 
@@ -43,6 +43,13 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
                 f"the disk is full, {path} could not be written; free some space and run the same command again, it continues"
             ) from error
         raise
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether files can be made in ``folder``, or it can be made itself."""
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    return os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)
 
 
 def sync_folder(folder: Path) -> None:
