@@ -311,7 +311,7 @@ def _keep(key: str) -> None:
     try:
         home = cache_home()
         home.mkdir(parents=True, exist_ok=True)
-        with atomic_file(home / _NAME) as file:
+        with atomic_file(home / _NAME, shared=True) as file:
             file.write(json.dumps([*(one for one in _kept() if one != key), key][-_MOST_KNOWN:]).encode())
     except (OSError, FateError) as error:
         _log.info("the result of the self-check cannot be kept, each process makes it again: %s", error)
