@@ -15,9 +15,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["available_memory", "peak_memory", "resident_memory", "usable_cpus"]
+__all__ = ["allow_open_files", "available_memory", "peak_memory", "resident_memory", "usable_cpus"]
 
 _PROC = Path("/proc")
+_SPARE_FILES = 64  # what libraries open meanwhile
 
 
 def resident_memory() -> int:
@@ -66,6 +67,15 @@ def usable_cpus(proc: Path = _PROC) -> int:
             if quota not in ("max", "-1"):
                 allowed.append(int(quota) / int(period))
     return max(1, math.ceil(min(allowed)))
+
+
+def allow_open_files(count: int) -> None:
+    """Raise the soft limit of open files, as far as it may be, so that ``count`` more fit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):
+        wanted = len(os.listdir("/dev/fd")) + count + _SPARE_FILES
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
 
 
 @dataclass(frozen=True)

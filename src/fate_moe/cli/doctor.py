@@ -85,7 +85,7 @@ def _places() -> dict[str, Any]:
 def _print_facts(kernels: Facts, gpus: Facts, numbers: dict[str, Any], places: dict[str, Any]) -> None:
     state = "wrong" if numbers["error"] else "mended" if numbers["wrong"] else "right"
     rows = [("numbers", state, "as they should be") if state == "right" else (what, state, "") for what in numbers["wrong"] or [""]]
-    rows.append(("settings", "", ", ".join(numbers["settings"]) or "none in the environment"))
+    rows.append(("settings", "", ", ".join(numbers["settings"]) or "none"))
     rows.append(("threads", str(numbers["threads"]), f"of {places['processors']} processors that may be used"))
     rows.append(("memory", format_bytes(places["memory"]), "may still be used"))
     rows.append(("FATE_HOME", "writable" if places["writable"] else "read-only", places["home"]))

@@ -30,33 +30,18 @@ from fate_moe.kernels.native import BF16, DTYPES, INT8, PLANES, native
 from fate_moe.kernels.reference import dequantize, linear_quantized
 from fate_moe.machine import usable_cpus
 from fate_moe.quant.planes import pack
-from fate_moe.switches import cache_home
+from fate_moe.switches import cache_home, library_settings
 
 __all__ = ["check_numbers", "fp32_precision", "settings_in_force", "wrong_numbers"]
 
 _log = logging.getLogger(__name__)
 
 _NAME, _MOST_KNOWN = "selfcheck.json", 32
-# Variables that reach the libraries which compute.
-_PREFIXES = (
-    "ATEN_",
-    "DNNL_",
-    "GOMP_",
-    "KMP_",
-    "MKL_",
-    "OMP_",
-    "ONEDNN_",
-    "OPENBLAS_",
-    "TORCH_",
-    "LD_PRELOAD",
-    "FATE_KERNELS",
-    "FATE_NATIVE",
-)
 # Largest error of a right result, of the largest output. Right ones are 5 to 10 times better, wrong ones at least 30 times worse
 # (fp32 products rounded to bf16).
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 _SHAPES = ((1, 256, 192), (5, 130, 96), (33, 512, 576), (3, 512, 2048))  # rows, out, in
-_known: set[str] = set()  # environments that this process found right
+_known: set[str] = set()  # conditions that this process found right
 _lock = threading.Lock()
 
 
@@ -74,13 +59,13 @@ def check_numbers() -> None:
             _log.warning(
                 "small numbers were flushed to zero (torch.set_flush_denormal, or a library built with -ffast-math); no longer"
             )
-        key = _environment()
+        key = _conditions()
         if key in _known or key in _kept():
             _known.add(key)
             return
         if wrong := wrong_numbers():
             _go_round(wrong)
-        key = _environment()
+        key = _conditions()
         _known.add(key)
         _keep(key)
 
@@ -114,8 +99,8 @@ def _products() -> Any:
 
 
 def settings_in_force() -> list[str]:
-    """The environment variables that reach the libraries which compute, as NAME=value."""
-    return [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(_PREFIXES) and value]
+    """What is set for the libraries which compute, as NAME=value."""
+    return [f"{name}={value}" for name, value in library_settings().items()]
 
 
 def _checks() -> Iterator[tuple[str, torch.dtype, Callable[[], tuple[torch.Tensor, torch.Tensor]]]]:
@@ -213,7 +198,7 @@ def _side_by_side(parts: list[torch.Tensor]) -> tuple[torch.Tensor, list[int]]:
 def _fit_threads() -> None:
     """Run torch on no more threads than the processors that this process may use, and than OpenMP will give it."""
     threads, default = torch.get_num_threads(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if (usable := usable_cpus()) < threads and threads == default and "OMP_NUM_THREADS" not in os.environ:
+    if (usable := usable_cpus()) < threads and threads == default and "OMP_NUM_THREADS" not in library_settings():
         torch.set_num_threads(usable)
         _log.info("torch runs on %d threads: a control group gives no more processors", usable)
     team, reason = _openmp_team(torch.get_num_threads())
@@ -234,7 +219,7 @@ def _openmp_team(threads: int) -> tuple[int, str]:
     except (AttributeError, OSError, TypeError):  # no GNU OpenMP in this process
         return threads, ""
     if dynamic:
-        return 1, f"OMP_DYNAMIC={os.environ.get('OMP_DYNAMIC', 'TRUE')}"
+        return 1, f"OMP_DYNAMIC={library_settings().get('OMP_DYNAMIC', 'TRUE')}"
     if levels < 1:
         return 1, f"OMP_MAX_ACTIVE_LEVELS={levels}"
     return min(threads, max(1, limit)), f"OMP_THREAD_LIMIT={limit}"
@@ -242,7 +227,7 @@ def _openmp_team(threads: int) -> tuple[int, str]:
 
 def _go_round(wrong: list[str]) -> None:
     """Find a way in which numbers are right. Raises ConfigError where there is none."""
-    settings = ", ".join(settings_in_force()) or "none in the environment"
+    settings = ", ".join(settings_in_force()) or "none"
     if fp32_precision() in ("bf16", "tf32"):
         with warnings.catch_warnings(action="ignore"):  # torch would have one of its two ways to set this used alone
             torch.set_float32_matmul_precision("highest")
@@ -280,7 +265,7 @@ def _require_threads(count: int) -> None:
             thread.join()
 
 
-def _environment() -> str:
+def _conditions() -> str:
     """A digest of all that may change what is computed."""
     facts: list[Any] = [torch.__version__, torch.get_num_threads(), torch.backends.mkldnn.enabled, platform.machine(), _processor()]
     facts += [fp32_precision(), settings_in_force()]
@@ -299,7 +284,7 @@ def _processor() -> list[str]:
 
 
 def _kept() -> list[str]:
-    """Environments that earlier processes found right, oldest first; [] where none can be read."""
+    """Conditions that earlier processes found right, oldest first; [] where none can be read."""
     with suppress(OSError, ValueError, FateError):
         found = json.loads((cache_home() / _NAME).read_bytes())
         if isinstance(found, list) and all(isinstance(key, str) for key in found):

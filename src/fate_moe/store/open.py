@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 from collections.abc import Callable
 from contextlib import closing
@@ -138,7 +139,8 @@ def open_file(path: Path, direct: bool = True) -> DirectFile:
     try:
         return DirectFile(path, direct)
     except OSError as error:
-        raise StoreError(f"{path} cannot be opened ({error.strerror}); {_AGAIN}") from error
+        advice = {errno.EMFILE: "raise `ulimit -n`", errno.ENFILE: "close other programs", errno.EACCES: "check its permissions"}
+        raise StoreError(f"{path} cannot be opened ({error.strerror}); {advice.get(error.errno or 0, _AGAIN)}") from error
 
 
 def read_blob(store: Store, file: DirectFile, expert: ExpertId, blob: memoryview, start: int = 0) -> None:

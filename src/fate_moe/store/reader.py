@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fate_moe.core import SLOT_ALIGNMENT, ExpertId
+from fate_moe.machine import allow_open_files
 from fate_moe.store.open import Store, check_section, open_file, read_blob
 
 __all__ = ["DiskSource"]
@@ -17,6 +18,7 @@ class DiskSource:
     def __init__(self, store: Store, direct: bool = True) -> None:
         """Opens every shard. Raises StoreError naming one that cannot be opened."""
         self.store = store
+        allow_open_files(len(store.manifest.shard_bytes))
         self._files = {shard: open_file(store.path / shard, direct) for shard in store.manifest.shard_bytes}
         self._verified: set[tuple[ExpertId, int]] = set()  # (expert, section)
 
