@@ -126,3 +126,15 @@ def test_a_quota_of_processor_time_counts(unified: Machine, tmp_path: Path) -> N
     assert usable_cpus(older.proc) == 1
     older.group(".", cpu_cfs_quota_us=-1)
     assert usable_cpus(older.proc) == everything
+
+
+@pytest.mark.slow
+def test_a_store_of_many_files_raises_the_limit_of_open_files() -> None:
+    code = (
+        "import resource as r; from fate_moe.machine import allow_open_files; r.setrlimit(r.RLIMIT_NOFILE, (70, 300)); "
+        "allow_open_files(100); print(*r.getrlimit(r.RLIMIT_NOFILE)); allow_open_files(1000); print(*r.getrlimit(r.RLIMIT_NOFILE))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    first, _, second = done.stdout.partition("\n")
+    assert 164 < int(first.split()[0]) < 300
+    assert second.split() == ["300", "300"]

@@ -3,8 +3,8 @@
 ============  =============================  ===================================================================================
 variable      values                         meaning
 ============  =============================  ===================================================================================
-FATE_HOME     a folder                       where converted stores and measurements live; default: ~/.cache/fate (in
-                                             $XDG_CACHE_HOME instead of ~/.cache, if that is set and ~/.cache/fate does not exist)
+FATE_HOME     a folder                       where converted stores and measurements live; default: ~/.cache/fate if it is there,
+                                             else ``fate`` in $XDG_CACHE_HOME or ~/.cache
 FATE_LOG      debug, info, warning           what the command ``fate`` says on stderr; -v is info, -vv debug; default: warning
 FATE_KERNELS  portable, avx2, avx512, amx,   which CPU kernels run; read when ``fate_moe.kernels.native`` is first imported;
               neon, neon-dot                 default: the best that this processor has (``fate doctor`` lists them)

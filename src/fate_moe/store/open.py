@@ -20,7 +20,7 @@ from fate_moe.io.tensorfile import TensorEntry, data_start, parse_header, read_h
 from fate_moe.quant.dtypes import TORCH_DTYPES
 from fate_moe.store.format import Manifest
 
-__all__ = ["Store", "check_blob", "check_section", "load_dense", "open_store", "verify"]
+__all__ = ["Store", "check_blob", "check_dense", "check_section", "load_dense", "open_store", "verify"]
 
 # Large enough for the full bandwidth of a disk, small enough to stay in the processor's cache for the checksum.
 _CHUNK_BYTES = 4 << 20
@@ -121,9 +121,9 @@ def verify(store: Store, progress: bool | None = None) -> None:
     for dense.safetensors or a file that cannot be read.
     """
     manifest = store.manifest
-    memory = memoryview(anonymous_buffer(max(manifest.slot_bytes, _CHUNK_BYTES)))
+    memory = memoryview(anonymous_buffer(manifest.slot_bytes))
     with progress_bar("verifying", manifest.dense_bytes + manifest.expert_bytes, progress) as advance:
-        _checked_read(store.path / "dense.safetensors", manifest.dense_bytes, manifest.dense_checksum, memory, reuse=True)
+        check_dense(store)
         advance(manifest.dense_bytes)
         for number, layer in enumerate(manifest.layers):
             with closing(open_file(store.path / layer.shard)) as file:
@@ -132,6 +132,13 @@ def verify(store: Store, progress: bool | None = None) -> None:
                     read_blob(store, file, ExpertId(number, index), blob)
                     check_blob(store, ExpertId(number, index), blob)
                     advance(len(blob))
+
+
+def check_dense(store: Store) -> None:
+    """Read dense.safetensors and compare it with its checksum. Raises StoreError where it differs or cannot be read."""
+    manifest = store.manifest
+    memory = memoryview(anonymous_buffer(_CHUNK_BYTES))
+    _checked_read(store.path / "dense.safetensors", manifest.dense_bytes, manifest.dense_checksum, memory, reuse=True)
 
 
 def open_file(path: Path, direct: bool = True) -> DirectFile:
