@@ -18,6 +18,7 @@ from fate_moe.checkpoints.gguf import open_checkpoint
 from fate_moe.engine.prepare import plan, store_for
 from fate_moe.errors import CheckpointError, StoreError
 from fate_moe.io import digests
+from fate_moe.store import identity
 from fate_moe.store.convert import convert
 from fate_moe.store.home import stores_home
 from fate_moe.store.identity import StoreOptions, known_identity, older_identity, store_identity
@@ -175,7 +176,8 @@ def test_a_store_of_an_earlier_version_is_still_found(source: Path, reads: list[
     assert not reads
 
 
-def test_a_plan_reads_no_weights(source: Path, reads: list[str]) -> None:
+def test_a_plan_reads_no_weights(source: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(identity, "_QUICK_BYTES", 0)
     from_config = plan(source, ram="4GiB")
     assert not reads
     assert not stores_home().exists()
@@ -185,7 +187,8 @@ def test_a_plan_reads_no_weights(source: Path, reads: list[str]) -> None:
     assert not reads
 
 
-def test_a_checkpoint_that_is_refused_is_not_read(source: Path, reads: list[str]) -> None:
+def test_a_checkpoint_that_is_refused_is_not_read(source: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(identity, "_QUICK_BYTES", 0)
     tensors = load_file(source / "model.safetensors")
     del tensors["model.norm.weight"]
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
@@ -216,12 +219,13 @@ def test_names_that_are_no_file_names_make_a_store(source: Path) -> None:
 
 def test_known_digests_survive_damage_and_stay_few(source: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint, path = open_checkpoint(source), home / "digests.json"
-    identity = store_identity(checkpoint, OPTIONS)
-    assert known_identity(checkpoint, OPTIONS) == identity
+    made = store_identity(checkpoint, OPTIONS)
+    assert known_identity(checkpoint, OPTIONS) == made
+    monkeypatch.setattr(identity, "_QUICK_BYTES", 0)
     for damaged in ("", "[]", '{"x": 3}', '{"x": [1, 2, 3]}', path.read_text()[:-5]):
         path.write_text(damaged)
         assert known_identity(checkpoint, OPTIONS) is None
-        assert store_identity(checkpoint, OPTIONS) == identity
+        assert store_identity(checkpoint, OPTIONS) == made
     monkeypatch.setattr(digests, "_MOST_FILES", 3)
     for number in range(5):
         (home / f"{number}").write_bytes(b"x")
@@ -234,12 +238,13 @@ def test_known_digests_survive_damage_and_stay_few(source: Path, home: Path, mon
 def test_a_home_that_keeps_no_digests_reads_each_time(source: Path, home: Path, caplog: pytest.LogCaptureFixture) -> None:
     (home / "digests.json").mkdir(parents=True)
     with caplog.at_level(logging.INFO):
-        identity = store_identity(open_checkpoint(source), OPTIONS)
+        made = store_identity(open_checkpoint(source), OPTIONS)
     assert "cannot be kept" in caplog.text
-    assert store_identity(open_checkpoint(source), OPTIONS) == identity
+    assert store_identity(open_checkpoint(source), OPTIONS) == made
 
 
 def test_a_file_that_changed_just_now_is_not_trusted(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(identity, "_QUICK_BYTES", 0)
     monkeypatch.setattr(digests, "_SETTLED_NS", 60_000_000_000)
     store_identity(open_checkpoint(source), OPTIONS)
     assert known_identity(open_checkpoint(source), OPTIONS) is None

@@ -68,8 +68,8 @@ class Prepared:
 def plan(model: str | Path | None = None, **options: Any) -> Plan | DevicePlan:
     """What ``load`` with the same arguments would do with the budget; converts and loads nothing.
 
-    A store that was converted from the checkpoint says it exactly. It is looked for only where that needs no reading of weights;
-    else config.json is enough. Raises BudgetError and what else ``load`` raises.
+    A store that was converted from the checkpoint says it exactly. It is looked for only where that needs no long
+    reading of weights; else config.json is enough. Raises BudgetError and what else ``load`` raises.
     """
     config = OffloadConfig.from_options(options)
     if model is not None and is_store(model):
@@ -113,7 +113,7 @@ def store_for(model: str | Path | None, precision: str, dense_precision: str | N
             identity = store_identity(checkpoint, options)
         found = _find_store(checkpoint, name, options, identity) or stores_home() / f"{name}-{precision}-{identity[:8]}"
     if not is_store(found):
-        _log.warning("converting %s to %s (once; experts as %s)", _source_of(model), found, precision)
+        _log.warning("converting %s to %s (once; experts as %s)", name, found, precision)
         check_numbers()
         convert(path, found, precision, dense_precision=options.dense)
     elif path.is_dir() or not has_tokenizer(found):  # a GGUF file holds its tokenizer, and the identity covers it

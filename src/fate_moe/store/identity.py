@@ -30,6 +30,7 @@ _HOW_IT_RUNS = re.compile(
     r"use_cache|output_(attentions|hidden_states)|return_dict.*|hidden_act(ivation)?|.*softcapping|swiglu_limit|pretraining_tp|"
     r"attn_implementation|temperature|top_[kp]|do_sample|id2label|label2id|problem_type|task_specific_params|torchscript|chat_template"
 )
+_QUICK_BYTES = 64 << 20
 _SHOWN_BYTES = 1 << 30  # from here on a progress bar shows that files are read
 
 
@@ -65,13 +66,13 @@ def store_identity(checkpoint: Checkpoint, options: StoreOptions, progress: bool
 
 
 def known_identity(checkpoint: Checkpoint, options: StoreOptions) -> str | None:
-    """``store_identity`` where it is known without reading weights, else None."""
+    """``store_identity`` where it is known without reading more than 64 MiB of weights, else None."""
     digests = _digests()
     try:
-        found = [digests.get(file) for file in checkpoint.files]
+        unknown = sum(file.stat().st_size for file in checkpoint.files if digests.get(file) is None)
     except OSError:
         return None
-    return None if None in found else _identity(checkpoint, options, found)
+    return store_identity(checkpoint, options) if unknown <= _QUICK_BYTES else None
 
 
 def older_identity(checkpoint: Checkpoint, options: StoreOptions) -> str:
