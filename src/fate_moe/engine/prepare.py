@@ -107,8 +107,8 @@ def store_for(model: str | Path | None, precision: str, dense_precision: str | N
     path = resolve_checkpoint(model if model is not None else demo.MODEL)
     options = StoreOptions(precision, dense_precision or default_dense_precision(precision))
     checkpoint, name = open_checkpoint(path), _name_of(model)
-    if not (found := _find_store(checkpoint, name, options, identity := known_identity(checkpoint, options))):
-        if identity is None:
+    if not (found := _find_store(checkpoint, name, options, None)):  # of an earlier version: no weights need to be read
+        if (identity := known_identity(checkpoint, options)) is None:
             plan_conversion(checkpoint, precision, dense_precision=options.dense)  # refuses before gigabytes are read
             identity = store_identity(checkpoint, options)
         found = _find_store(checkpoint, name, options, identity) or stores_home() / f"{name}-{precision}-{identity[:8]}"
