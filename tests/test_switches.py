@@ -72,8 +72,26 @@ def test_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("FATE_HOME")
     assert switches.cache_home() == tmp_path / ".cache" / "fate"
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv("FATE_HOME", str(tmp_path / "file"))
-    with pytest.raises(ConfigError, match="is not a folder"):
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for wrong in ("file", "dangling"):
+        monkeypatch.setenv("FATE_HOME", str(tmp_path / wrong))
+        with pytest.raises(ConfigError, match="is not a folder"):
+            switches.cache_home()
+
+
+def test_home_in_the_users_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("FATE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert switches.cache_home() == tmp_path / "xdg" / "fate"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert switches.cache_home() == tmp_path / ".cache" / "fate"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    (tmp_path / ".cache" / "fate").mkdir(parents=True)
+    assert switches.cache_home() == tmp_path / ".cache" / "fate", "stores that are there stay in use"
+    monkeypatch.setenv("HOME", "relative")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    with pytest.raises(ConfigError, match="set FATE_HOME"):
         switches.cache_home()
 
 

@@ -3,7 +3,8 @@
 ============  =============================  ===================================================================================
 variable      values                         meaning
 ============  =============================  ===================================================================================
-FATE_HOME     a folder                       where converted stores and measurements live; default: ~/.cache/fate
+FATE_HOME     a folder                       where converted stores and measurements live; default: ~/.cache/fate if it is there,
+                                             else ``fate`` in $XDG_CACHE_HOME or ~/.cache
 FATE_LOG      debug, info, warning           what the command ``fate`` says on stderr; -v is info, -vv debug; default: warning
 FATE_KERNELS  portable, avx2, avx512, amx,   which CPU kernels run; read when ``fate_moe.kernels.native`` is first imported;
               neon, neon-dot                 default: the best that this processor has (``fate doctor`` lists them)
@@ -24,7 +25,19 @@ from pathlib import Path
 
 from fate_moe.errors import ConfigError
 
-__all__ = ["KERNELS", "NAMES", "cache_home", "check", "check_each_pass", "fuse", "kernels", "log_level", "misspelt", "use_native"]
+__all__ = [
+    "KERNELS",
+    "NAMES",
+    "cache_home",
+    "check",
+    "check_each_pass",
+    "fuse",
+    "kernels",
+    "library_settings",
+    "log_level",
+    "misspelt",
+    "use_native",
+]
 
 NAMES = ("FATE_CHECK", "FATE_FUSE", "FATE_HOME", "FATE_KERNELS", "FATE_LOG", "FATE_NATIVE")
 # What FATE_KERNELS may say, and what the extension calls it.
@@ -36,19 +49,43 @@ KERNELS = {
     "neon": "neon",
     "neon-dot": "neon-dot",
 }
+_OF_LIBRARIES = (
+    *("ATEN_", "DNNL_", "GOMP_", "KMP_", "LD_PRELOAD", "MKL_", "OMP_", "ONEDNN_", "OPENBLAS_", "TORCH_"),
+    *("FATE_KERNELS", "FATE_NATIVE"),
+)
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING}
 
 
 def cache_home() -> Path:
-    """Where converted stores live: ``$FATE_HOME``, else ``~/.cache/fate``. Raises ConfigError where there is no such place."""
+    """Where converted stores live: ``$FATE_HOME``, else ``fate`` in the user's cache.
+
+    Raises ConfigError where there is no such place. What may be done there is found out by whoever writes: stores in a read-only
+    place can be loaded.
+    """
     given = os.environ.get("FATE_HOME")
     try:
-        home = Path(given).expanduser() if given else Path.home() / ".cache" / "fate"
+        home = Path(given).expanduser() if given else _default_home()
     except RuntimeError as error:
-        raise ConfigError("there is no home folder to keep stores in; set FATE_HOME to a folder") from error
-    if home.exists() and not home.is_dir():
+        raise ConfigError(f"there is no home folder to keep stores in ({error}); set FATE_HOME to a folder") from error
+    if os.path.lexists(home) and not os.path.isdir(home):
         raise ConfigError(f"FATE_HOME: {home} is not a folder; set it to one")
     return home
+
+
+def _default_home() -> Path:
+    """Raises RuntimeError where there is no home folder."""
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    other = Path(cache) / "fate" if os.path.isabs(cache) else None  # the specification ignores relative ones
+    try:
+        home = Path.home()
+    except RuntimeError:
+        if other:
+            return other
+        raise
+    if not home.is_absolute():
+        raise RuntimeError("HOME is not an absolute path")
+    usual = home / ".cache" / "fate"
+    return other if other and not os.path.isdir(usual) else usual
 
 
 def log_level() -> int:
@@ -81,6 +118,11 @@ def check() -> None:
     """Raise ConfigError for the first switch whose value has no meaning."""
     for read in (cache_home, log_level, kernels, use_native, fuse, check_each_pass):
         read()
+
+
+def library_settings() -> dict[str, str]:
+    """The variables that are set and reach the libraries which compute, and ours that choose kernels, by name."""
+    return {name: value for name, value in sorted(os.environ.items()) if value and name.startswith(_OF_LIBRARIES)}
 
 
 def misspelt() -> list[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +86,19 @@ def test_damaged_statistics_are_not_used(tmp_path: Path) -> None:
 def test_a_store_that_cannot_be_written_is_unchanged(tmp_path: Path) -> None:
     save_statistics(tmp_path / "nowhere", {"recent": np.zeros(1)})
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_read_only_or_full_disk_keeps_no_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    for name in ("open", "unlink"):  # a read-only file system refuses to remove even what is missing
+        monkeypatch.setattr(Path, name, fail)
+    save_statistics(tmp_path, {"recent": np.zeros(1)})
+    monkeypatch.undo()
+    monkeypatch.setattr(np, "savez", fail)
+    save_statistics(tmp_path, {"recent": np.zeros(1)})
+    assert not list(tmp_path.iterdir())
 
 
 def test_view_losses_are_read_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

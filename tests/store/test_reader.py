@@ -21,9 +21,12 @@ from fate_moe.core import ExpertId
 from fate_moe.errors import CorruptExpertError, StoreError
 from fate_moe.io import direct
 from fate_moe.io.direct import DirectFile, anonymous_buffer
+from fate_moe.io.tensorfile import read_header
 from fate_moe.store.convert import convert
+from fate_moe.store.format import blob_layout
 from fate_moe.store.open import Store, load_dense, open_store, verify
 from fate_moe.store.reader import DiskSource
+from fate_moe.store.rows import StoredRows
 
 
 @pytest.fixture
@@ -113,6 +116,33 @@ def test_checksums_are_compared_at_the_first_read_only(store: Store, monkeypatch
     source.read(ExpertId(0, 4), slot_of(store))
     assert len(calls) == 8
     source.close()
+
+
+def test_a_shard_that_is_written_to_while_in_use_is_checked_again(store: Store) -> None:
+    source, slot, expert = DiskSource(store), slot_of(store), ExpertId(1, 2)
+    source.read(expert, slot)
+    shard = store.shard_of(expert)
+    os.utime(shard)
+    source.read(expert, slot)
+    flip(shard, store.manifest.layers[1].experts[2].offset)
+    for _ in range(2):
+        with pytest.raises(CorruptExpertError, match="layer 1 expert 2"):
+            source.read(expert, slot)
+    source.read(ExpertId(0, 0), slot)
+    source.close()
+
+
+def test_embedding_rows_that_are_written_to_while_in_use_are_checked_again(store: Store) -> None:
+    name = "model.embed_tokens.weight"
+    entry = read_header(store.path / "dense.safetensors")[name]
+    layout = blob_layout("int8", {"weight": (128, 64)}, "F32") if entry.dtype == "U8" else None
+    rows = StoredRows(store, name, (128, 64), layout)
+    rows.read([3])
+    os.utime(store.path / "dense.safetensors")
+    rows.read([3])
+    flip(store.path / "dense.safetensors", entry.offset + 70)
+    with pytest.raises(StoreError, match="differ from their checksum"):
+        rows.read([3])
 
 
 def test_a_truncated_blob_is_an_error(store: Store) -> None:

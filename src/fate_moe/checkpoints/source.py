@@ -31,6 +31,9 @@ COMPANIONS = (
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.*",
+    "*.model",
+    "*.tiktoken",
+    "tekken.json",
     "merges.txt",
     "chat_template*",
 )

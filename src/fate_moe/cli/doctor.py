@@ -8,9 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from fate_moe.cli.options import print_json, print_table, quiet_transformers
+from fate_moe.errors import ConfigError
+from fate_moe.io.files import is_writable
+from fate_moe.switches import cache_home
 from fate_moe.units import format_bytes
 
 __all__ = ["add_verbs"]
+
+Facts = list[tuple[str, bool, str]]
 
 
 def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -18,7 +23,8 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     doctor = verbs.add_parser(
         "doctor",
         help="say what is used here",
-        description="Which kernels and which GPU are used, and why no better ones; with MODEL, which of its layers run in one step "
+        description="Whether numbers are right under the settings of this shell, what memory and processors may be used, "
+        "which kernels and which GPU are used, and why no better ones; with MODEL, which of its layers run in one step "
         "of our kernels, and every reason why others do not (nothing is loaded)",
     )
     doctor.add_argument("model", nargs="?", metavar="MODEL", help="checkpoint folder, GGUF file, hub id or store")
@@ -38,10 +44,52 @@ def _doctor(arguments: argparse.Namespace) -> None:
         _doctor_model(arguments.model, arguments.json)
         return
     kernels, gpus = kernel_facts(), gpu_facts()
+    numbers, places = _numbers(), _places()
     if arguments.json:
         named = {"kernels": kernels, "gpus": gpus}
-        print_json({key: [{"name": name, "used": used, "why": why} for name, used, why in facts] for key, facts in named.items()})
-        return
+        lists = {key: [{"name": name, "used": used, "why": why} for name, used, why in facts] for key, facts in named.items()}
+        print_json({**lists, "numbers": numbers, "places": places})
+    else:
+        _print_facts(kernels, gpus, numbers, places)
+    if numbers["error"]:
+        raise ConfigError(numbers["error"])
+
+
+def _numbers() -> dict[str, Any]:
+    """What the self-check finds under the settings as they are, and what loading would make of it."""
+    import torch
+
+    from fate_moe.kernels.selfcheck import check_numbers, settings_in_force, wrong_numbers
+
+    wrong, error = wrong_numbers(), None
+    try:
+        check_numbers()  # warns of what it mends
+    except ConfigError as refused:
+        error = str(refused)
+    return {"wrong": wrong, "error": error, "settings": settings_in_force(), "threads": torch.get_num_threads()}
+
+
+def _places() -> dict[str, Any]:
+    """What this process may use, and where it keeps things."""
+    from fate_moe.machine import available_memory, usable_cpus
+
+    home = cache_home()
+    return {
+        "memory": available_memory(),
+        "processors": usable_cpus(),
+        "home": str(home),
+        "writable": is_writable(home),
+    }
+
+
+def _print_facts(kernels: Facts, gpus: Facts, numbers: dict[str, Any], places: dict[str, Any]) -> None:
+    state = "wrong" if numbers["error"] else "mended" if numbers["wrong"] else "right"
+    rows = [("numbers", state, "as they should be") if state == "right" else (what, state, "") for what in numbers["wrong"] or [""]]
+    rows.append(("settings", "", ", ".join(numbers["settings"]) or "none"))
+    rows.append(("threads", str(numbers["threads"]), f"of {places['processors']} processors that may be used"))
+    rows.append(("memory", format_bytes(places["memory"]), "may still be used"))
+    rows.append(("FATE_HOME", "writable" if places["writable"] else "read-only", places["home"]))
+    print_table("This process", rows)
     for title, facts in (("CPU kernels, best first", kernels), ("GPU", gpus)):
         print_table(title, [(name, "used" if used else "-", why) for name, used, why in facts])
 

@@ -14,10 +14,12 @@ from fate_moe.engine.budget import Plan
 from fate_moe.engine.cpu import CpuParts
 from fate_moe.engine.device_budget import DevicePlan
 from fate_moe.engine.engine import Engine
+from fate_moe.engine.neutral import neutral, refuse_settings
 from fate_moe.engine.patches import Patches
 from fate_moe.engine.prepare import Prepared, load_generation_config, load_tokenizer, prepare, store_for
 from fate_moe.errors import ConfigError
 from fate_moe.gpu.device import find_gpu
+from fate_moe.kernels.selfcheck import check_numbers
 from fate_moe.memory.decayed import Decayed
 from fate_moe.registry import make_policy
 from fate_moe.store.home import store_used
@@ -32,6 +34,7 @@ __all__ = ["build", "load"]
 _log = logging.getLogger(__name__)
 
 
+@neutral()
 def load(model: str | Path | None = None, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A transformers model whose experts stream from disk, and its tokenizer.
 
@@ -77,8 +80,10 @@ def build(
 
     ``source`` brings the experts' bytes; None: the store's files. ``device`` of a DevicePlan: None is this machine's GPU, a CPU
     simulates one under Triton's interpreter. Raises UnsupportedModelError for experts that the device cannot run, BudgetError if a
-    GPU has less memory than the plan says. Whatever is raised, nothing stays started and the model is as it was.
+    GPU has less memory than the plan says, ConfigError where numbers are computed wrongly here. Whatever is raised, nothing stays
+    started and the model is as it was.
     """
+    check_numbers()
     # Plan: each device has its own parts; the order of steps is the same.
     model, path = prepared.model, prepared.store.path
     patches = Patches(model)
@@ -99,6 +104,7 @@ def build(
 
             # Patches: the model's experts, layers and limits become ours.
             parts.patch()
+            refuse_settings(model, patches)
             engine = parts.engine(lambda: _keep_learned(policy, path))
             patches.replace(model, "fate", engine)
             store_used(path)

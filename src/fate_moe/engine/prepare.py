@@ -3,38 +3,44 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 
 from fate_moe import demo
 from fate_moe.adapter.meta_model import ExpertStack, build_meta_model, expert_stacks
 from fate_moe.adapter.sampling import read_generation_config
-from fate_moe.checkpoints.gguf import NO_TOKENIZER, open_checkpoint
-from fate_moe.checkpoints.source import resolve_checkpoint
+from fate_moe.checkpoints.gguf import open_checkpoint
+from fate_moe.checkpoints.source import Checkpoint, resolve_checkpoint
 from fate_moe.config import OffloadConfig
 from fate_moe.engine.budget import Footprint, Plan, footprint, make_plan
 from fate_moe.engine.device_budget import DevicePlan, make_device_plan
+from fate_moe.engine.neutral import neutral
+from fate_moe.engine.tokenizer import has_tokenizer, load_tokenizer
 from fate_moe.errors import CheckpointError, StoreError
 from fate_moe.gpu.device import find_gpu
+from fate_moe.kernels.selfcheck import check_numbers
 from fate_moe.registry import PRESETS
+from fate_moe.store.companions import refresh_companions
 from fate_moe.store.convert import convert
 from fate_moe.store.dense import default_dense_precision
 from fate_moe.store.format import blob_layout
-from fate_moe.store.home import stores_home
+from fate_moe.store.home import identity_of, stores_home
+from fate_moe.store.identity import StoreOptions, known_identity, older_identity, store_identity
 from fate_moe.store.learned import gates_bytes
 from fate_moe.store.open import Store, open_store
-from fate_moe.store.plan import describe_model, store_identity
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from fate_moe.store.plan import describe_model, plan_conversion
 
 __all__ = ["Prepared", "is_store", "load_generation_config", "load_tokenizer", "plan", "prepare", "store_for"]
 
 _log = logging.getLogger(__name__)
+
+_MOST_NAME_BYTES = 100
 
 _AGAIN = "delete the store and convert the checkpoint again"
 
@@ -59,20 +65,23 @@ class Prepared:
         return replace(_plan(self.footprint(), config), unread=self.store.manifest.unread)
 
 
+@neutral()
 def plan(model: str | Path | None = None, **options: Any) -> Plan | DevicePlan:
     """What ``load`` with the same arguments would do with the budget; converts and loads nothing.
 
-    Raises BudgetError and what else ``load`` raises.
+    A store that was converted from the checkpoint says it exactly. It is looked for only where that needs no long
+    reading of weights; else config.json is enough. Raises BudgetError and what else ``load`` raises.
     """
     config = OffloadConfig.from_options(options)
     if model is not None and is_store(model):
         return prepare(Path(model)).plan(config)
-    checkpoint = resolve_checkpoint(model if model is not None else demo.MODEL)
-    dense = config.dense_precision or default_dense_precision(config.precision)
+    path = resolve_checkpoint(model if model is not None else demo.MODEL)
+    told = StoreOptions(config.precision, config.dense_precision or default_dense_precision(config.precision))
     with suppress(CheckpointError):  # config.json alone is enough for a plan
-        if is_store(converted := _converted(model, checkpoint, config.precision, dense)):
-            return prepare(converted).plan(config)
-    meta_model, unread = describe_model(checkpoint)
+        checkpoint = open_checkpoint(path)
+        if (found := _find_store(checkpoint, _name_of(model), told, known_identity(checkpoint, told))) and is_store(found):
+            return prepare(found).plan(config)
+    meta_model, unread = describe_model(path)
     needs = footprint(meta_model, expert_stacks(meta_model), config.precision, None, config.dense_precision)
     return replace(_plan(needs, config), unread=unread)
 
@@ -85,35 +94,62 @@ def _plan(needs: Footprint, config: OffloadConfig) -> Plan | DevicePlan:
 
 def is_store(path: str | Path) -> bool:
     """Whether ``path`` is an expert store (whole or not) rather than a checkpoint."""
-    return (Path(path) / "fate.json").exists()
+    return os.path.exists(Path(path) / "fate.json")
 
 
 def store_for(model: str | Path | None, precision: str, dense_precision: str | None = None) -> Path:
     """The store of ``model``, converted into the cache folder on first use (with a message).
 
-    A store given directly is taken as it is, whatever the precisions say.
+    Copies of a checkpoint, and the same files under another name, have one store. Its tokenizer, template and configuration follow
+    the checkpoint's (see ``refresh_companions``). A store given directly is taken as it is, whatever the precisions say.
     """
     if model is not None and is_store(model):
         return Path(model)
-    checkpoint = resolve_checkpoint(model if model is not None else demo.MODEL)
-    dense = dense_precision or default_dense_precision(precision)
-    destination = _converted(model, checkpoint, precision, dense)
-    if not is_store(destination):
-        _log.warning("converting %s to %s (once; experts as %s)", _name_of(model), destination, precision)
-        convert(checkpoint, destination, precision, dense_precision=dense)
-    return destination
+    path = resolve_checkpoint(model if model is not None else demo.MODEL)
+    options = StoreOptions(precision, dense_precision or default_dense_precision(precision))
+    checkpoint, name = open_checkpoint(path), _name_of(model)
+    if not (found := _find_store(checkpoint, name, options, None)):  # of an earlier version: no weights need to be read
+        if (identity := known_identity(checkpoint, options)) is None:
+            plan_conversion(checkpoint, precision, dense_precision=options.dense)  # refuses before gigabytes are read
+            identity = store_identity(checkpoint, options)
+        found = _find_store(checkpoint, name, options, identity) or stores_home() / f"{name}-{precision}-{identity[:8]}"
+    if not is_store(found):
+        _log.warning("converting %s to %s (once; experts as %s)", name, found, precision)
+        check_numbers()
+        convert(path, found, precision, dense_precision=options.dense)
+    elif path.is_dir() or not has_tokenizer(found):  # a GGUF file holds its tokenizer, and the identity covers it
+        refresh_companions(checkpoint, found)
+    return found
 
 
-def _converted(model: str | Path | None, checkpoint: Path, precision: str, dense: str) -> Path:
-    """Where the store of ``checkpoint`` is, or will be, in the cache folder."""
-    identity = store_identity(open_checkpoint(checkpoint), precision, dense=dense)
-    return stores_home() / f"{_name_of(model)}-{precision}-{identity[:8]}"
+def _find_store(checkpoint: Checkpoint, name: str, options: StoreOptions, identity: str | None) -> Path | None:
+    """The store in the cache folder that was made from ``checkpoint``, or where a conversion of it was begun; None: neither.
+
+    ``identity`` None: only a store of an earlier version is looked for, which is found by the files' times.
+    """
+    home, kind = stores_home(), options.precision
+    for known in filter(None, (identity, older_identity(checkpoint, options))):
+        usual = home / f"{name}-{kind}-{known[:8]}"
+        places = [usual, *sorted(home.glob(f"*-{kind}-{known[:8]}"))]
+        if found := next((path for path in places if identity_of(path) == known), None):
+            return found
+        if is_store(usual):
+            return usual  # damaged: whoever opens it says so
+    begun = sorted(home.glob(f"*-{kind}-{identity[:8]}.partial")) if identity else []
+    return begun[0].with_suffix("") if begun else None
+
+
+def _source_of(model: str | Path | None) -> str:
+    if model is None:
+        return "embedded"
+    return Path(model).resolve().name if os.path.exists(model) else str(model)
 
 
 def _name_of(model: str | Path | None) -> str:
-    if model is None:
-        return "embedded"
-    return Path(str(model)).resolve().name if Path(str(model)).exists() else str(model).replace("/", "--")
+    """A name for a folder, short enough with all that is added to it: the checkpoint's folder or hub id in plain characters."""
+    plain = re.sub(r"^\.|/", "--", _source_of(model))
+    plain = "".join(letter if letter.isprintable() else "_" for letter in plain)
+    return plain.encode()[:_MOST_NAME_BYTES].decode(errors="ignore")
 
 
 def prepare(path: Path) -> Prepared:
@@ -142,21 +178,6 @@ def load_generation_config(model: Any, store: Path) -> None:
             model.generation_config.validate()
         except Exception as error:  # whatever a torn or hostile file makes transformers raise
             raise StoreError(f"{path} cannot be read ({_first_line(error)}); copy it from the checkpoint again") from error
-
-
-def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer. Raises CheckpointError if its files are missing or unreadable."""
-    told = path / NO_TOKENIZER
-    others = (file for pattern in ("tokenizer*", "vocab.*") for file in path.glob(pattern) if file != told)
-    if told.exists() and not any(others):  # transformers would make an empty one
-        raise CheckpointError(
-            f"{path} has no tokenizer: {told.read_text()}; put the model's tokenizer.json and tokenizer_config.json there"
-        )
-    try:
-        return AutoTokenizer.from_pretrained(path)  # type: ignore[no-any-return]
-    except Exception as error:  # whatever hostile tokenizer files make transformers raise
-        reason = _first_line(error)
-        raise CheckpointError(f"{path}: its tokenizer cannot be loaded ({reason}); add the checkpoint's tokenizer files") from error
 
 
 def _first_line(error: Exception) -> str:

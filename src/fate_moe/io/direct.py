@@ -66,6 +66,11 @@ class DirectFile:
                 done -= done % SLOT_ALIGNMENT
         return done
 
+    def state(self) -> tuple[int, int]:
+        """(size, time of the last write in ns): another one tells that its bytes may have changed since."""
+        status = os.fstat(self._fd)
+        return status.st_size, status.st_mtime_ns
+
     def close(self) -> None:
         """Close the file; further reads fail."""
         while self._open:

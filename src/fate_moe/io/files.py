@@ -7,51 +7,76 @@ import fcntl
 import json
 import logging
 import os
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fate_moe.errors import DiskSpaceError
+from fate_moe.errors import DiskSpaceError, StoreError
 from fate_moe.io.direct import drop_from_page_cache
 from fate_moe.units import format_bytes
 
-__all__ = ["Journal", "atomic_file", "locked_folder", "require_space", "sync_folder"]
+__all__ = ["Journal", "atomic_file", "is_writable", "lock", "locked_folder", "require_space", "sync_folder"]
 
 _log = logging.getLogger(__name__)
 
+# What file systems say to fsync of a folder and to flock where they have neither (NFS, SMB, FUSE).
+_UNSUPPORTED = (errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
+def atomic_file(path: Path, shared: bool = False) -> Iterator[BinaryIO]:
     """A file to write that appears at ``path`` complete and on the disk, or not at all.
 
-    Its bytes do not stay in the page cache. Raises DiskSpaceError when the disk is full.
+    ``shared``: several processes may write it at once, and the last one's stays. Its bytes do not stay in the page cache. Raises
+    DiskSpaceError when the disk is full.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp" if shared else path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            _sync(file.fileno())
             drop_from_page_cache(file)
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskSpaceError(
                 f"the disk is full, {path} could not be written; free some space and run the same command again, it continues"
             ) from error
         raise
+    finally:
+        with suppress(OSError):  # on a read-only file system even what is missing cannot be removed
+            temporary.unlink()
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether files can be made in ``folder``, or it can be made itself."""
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    return os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)
 
 
 def sync_folder(folder: Path) -> None:
-    """Sync ``folder``, so that renames within it survive a power failure."""
-    handle = os.open(folder, os.O_RDONLY)
+    """Sync ``folder``, so that renames within it survive a power failure; some file systems cannot, and need not."""
     try:
-        os.fsync(handle)
+        handle = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # a folder that may be written to and not listed
+        return
+    try:
+        _sync(handle)
     finally:
         os.close(handle)
+
+
+def _sync(handle: int) -> None:
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
 
 
 def require_space(folder: Path, num_bytes: int) -> None:
@@ -69,15 +94,18 @@ def locked_folder(folder: Path) -> Iterator[None]:
     """Create ``folder`` if it does not exist and hold its lock; waits, with a log line, while another process holds it.
 
     The lock is on the folder itself and ends with the process. The holder may rename or remove the folder; a process that waited
-    then creates a new one.
+    then creates a new one. Raises StoreError where it cannot be made.
     """
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
         try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            folder.mkdir(parents=True, exist_ok=True)
+            handle = os.open(folder, os.O_RDONLY)
+        except OSError as error:
+            raise StoreError(
+                f"{folder} cannot be made ({error.strerror}); choose another folder (FATE_HOME, or the one given)"
+            ) from error
+        try:
+            if not lock(handle):
                 _log.warning("another conversion is writing %s; waiting for it to end", folder)
                 fcntl.flock(handle, fcntl.LOCK_EX)
             try:
@@ -89,6 +117,19 @@ def locked_folder(folder: Path) -> Iterator[None]:
                 return
         finally:
             os.close(handle)
+
+
+def lock(handle: int) -> bool:
+    """Lock the open file ``handle`` until it is closed; False where another process has it. True on file systems without locks."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        _log.info("the file system has no locks (%s); nothing else may write there meanwhile", error.strerror)
+    return True
 
 
 class Journal:

@@ -30,9 +30,10 @@ from fate_moe.quant.dtypes import dtype_name
 from fate_moe.quant.solver import DEFAULT_SOLVER, SOLVERS, Solver
 from fate_moe.store.dense import default_dense_precision
 from fate_moe.store.format import FORMAT_VERSION, ExpertEntry, LayerEntry, Manifest
+from fate_moe.store.identity import StoreOptions, older_identity, store_identity
 from fate_moe.store.mixed_precision import PrecisionRules
 from fate_moe.store.open import open_store
-from fate_moe.store.plan import ConversionPlan, ShardPlan, check_finite, plan_conversion, store_identity, tensor_bytes
+from fate_moe.store.plan import ConversionPlan, ShardPlan, check_finite, plan_conversion, tensor_bytes
 
 __all__ = ["Moments", "convert"]
 
@@ -87,11 +88,14 @@ def convert(
     if (folder / "fate.json").exists():
         raise CheckpointError(f"{folder} is already an expert store; give the checkpoint it was made from")
     checkpoint = open_checkpoint(folder)
-    calibration_digest = calibration.digest if calibration else ""
-    identity = store_identity(checkpoint, precision, solver, group_size, dense, precision_rules, calibration_digest)
-    if _is_done(destination, identity):
+    digest = calibration.digest if calibration else ""
+    options = StoreOptions(precision, dense, solver, group_size, precision_rules, digest)
+    if _is_complete(destination, older_identity(checkpoint, options)):
         return destination
-    plan = plan_conversion(checkpoint, precision, group_size, dense, precision_rules)
+    if not _is_vacant(destination) and _is_done(destination, store_identity(checkpoint, options, progress)):
+        return destination
+    plan = plan_conversion(checkpoint, precision, group_size, dense, precision_rules)  # first: it refuses before all bytes are read
+    identity = store_identity(checkpoint, options, progress)
     work = destination.with_name(destination.name + ".partial")
     with locked_folder(work):
         if _is_done(destination, identity):  # the conversion that held the lock wrote it
@@ -118,11 +122,15 @@ def convert(
 
 def _is_done(destination: Path, identity: str) -> bool:
     """Whether ``destination`` is already this store. Raises StoreError if it is neither this store nor an empty folder."""
-    if not os.path.lexists(destination) or (destination.is_dir() and not any(destination.iterdir())):
+    if _is_vacant(destination):
         return False
     if not _is_complete(destination, identity):
         raise StoreError(f"{destination} exists and is not a complete store of this checkpoint; delete it or choose another folder")
     return True
+
+
+def _is_vacant(destination: Path) -> bool:
+    return not os.path.lexists(destination) or (destination.is_dir() and not any(destination.iterdir()))
 
 
 def _is_complete(folder: Path, identity: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import time
@@ -13,9 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from fate_moe.errors import StoreError
+from fate_moe.io.files import lock
 from fate_moe.switches import cache_home
 
-__all__ = ["StoredModel", "check_removable", "find_store", "remove_store", "store_used", "stored_models", "stores_home"]
+__all__ = [
+    "StoredModel",
+    "check_removable",
+    "find_store",
+    "identity_of",
+    "remove_store",
+    "store_used",
+    "stored_models",
+    "stores_home",
+]
 
 _MANIFEST, _JOURNAL, _LAST_USED, _UNFINISHED = "fate.json", "journal.json", "last-used", ".partial"
 
@@ -59,6 +68,15 @@ def find_store(name: str) -> Path | None:
         return None
     path = stores_home() / name
     return path if os.path.isdir(path) and _is_ours(path) else None  # os.path: a name may be too long
+
+
+def identity_of(path: Path) -> str | None:
+    """The identity in the manifest of the store at ``path``; None where there is no store or it is damaged."""
+    try:
+        identity = json.loads((path / _MANIFEST).read_bytes())["identity"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return identity if isinstance(identity, str) and identity else None
 
 
 def store_used(path: Path) -> None:
@@ -125,9 +143,8 @@ def _not_being_written(path: Path) -> Iterator[None]:
     """Hold the lock of a conversion (io.files.locked_folder). Raises StoreError where one has it."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not lock(handle):
+            raise StoreError(f"{path} is being written by a conversion; stop that first, nothing was removed")
         yield
-    except BlockingIOError as error:
-        raise StoreError(f"{path} is being written by a conversion; stop that first, nothing was removed") from error
     finally:
         os.close(handle)

@@ -12,6 +12,7 @@ import math
 import os
 import zipfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -115,7 +116,8 @@ def save_statistics(store: Path, state: dict[str, NDArray[Any]]) -> None:
         os.replace(part, path)
     except OSError as error:
         _log.info("%s cannot be written: %s", path, error)
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # on a read-only file system even what is missing cannot be removed
+            part.unlink()
 
 
 def load_statistics(store: Path) -> dict[str, NDArray[Any]] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 from collections.abc import Callable
 from contextlib import closing
@@ -19,7 +20,7 @@ from fate_moe.io.tensorfile import TensorEntry, data_start, parse_header, read_h
 from fate_moe.quant.dtypes import TORCH_DTYPES
 from fate_moe.store.format import Manifest
 
-__all__ = ["Store", "check_blob", "check_section", "load_dense", "open_store", "verify"]
+__all__ = ["Store", "check_blob", "check_dense", "check_section", "load_dense", "open_store", "verify"]
 
 # Large enough for the full bandwidth of a disk, small enough to stay in the processor's cache for the checksum.
 _CHUNK_BYTES = 4 << 20
@@ -120,9 +121,9 @@ def verify(store: Store, progress: bool | None = None) -> None:
     for dense.safetensors or a file that cannot be read.
     """
     manifest = store.manifest
-    memory = memoryview(anonymous_buffer(max(manifest.slot_bytes, _CHUNK_BYTES)))
+    memory = memoryview(anonymous_buffer(manifest.slot_bytes))
     with progress_bar("verifying", manifest.dense_bytes + manifest.expert_bytes, progress) as advance:
-        _checked_read(store.path / "dense.safetensors", manifest.dense_bytes, manifest.dense_checksum, memory, reuse=True)
+        check_dense(store)
         advance(manifest.dense_bytes)
         for number, layer in enumerate(manifest.layers):
             with closing(open_file(store.path / layer.shard)) as file:
@@ -133,12 +134,20 @@ def verify(store: Store, progress: bool | None = None) -> None:
                     advance(len(blob))
 
 
+def check_dense(store: Store) -> None:
+    """Read dense.safetensors and compare it with its checksum. Raises StoreError where it differs or cannot be read."""
+    manifest = store.manifest
+    memory = memoryview(anonymous_buffer(_CHUNK_BYTES))
+    _checked_read(store.path / "dense.safetensors", manifest.dense_bytes, manifest.dense_checksum, memory, reuse=True)
+
+
 def open_file(path: Path, direct: bool = True) -> DirectFile:
     """Open a file of a store for reading. Raises StoreError when it cannot be opened."""
     try:
         return DirectFile(path, direct)
     except OSError as error:
-        raise StoreError(f"{path} cannot be opened ({error.strerror}); {_AGAIN}") from error
+        advice = {errno.EMFILE: "raise `ulimit -n`", errno.ENFILE: "close other programs", errno.EACCES: "check its permissions"}
+        raise StoreError(f"{path} cannot be opened ({error.strerror}); {advice.get(error.errno or 0, _AGAIN)}") from error
 
 
 def read_blob(store: Store, file: DirectFile, expert: ExpertId, blob: memoryview, start: int = 0) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -26,9 +24,9 @@ from fate_moe.errors import CheckpointError, UnsupportedModelError
 from fate_moe.io.tensorfile import TensorEntry, place_tensors
 from fate_moe.quant.blob import QuantizedMatrix
 from fate_moe.quant.dtypes import dtype_name
-from fate_moe.quant.solver import DEFAULT_SOLVER, Solver
+from fate_moe.quant.solver import Solver
 from fate_moe.store.dense import dense_layouts, encode_dense
-from fate_moe.store.format import FORMAT_VERSION, blob_layout
+from fate_moe.store.format import blob_layout
 from fate_moe.store.mixed_precision import PrecisionRules, layer_precisions
 
 if TYPE_CHECKING:
@@ -41,7 +39,6 @@ __all__ = [
     "check_finite",
     "describe_model",
     "plan_conversion",
-    "store_identity",
     "tensor_bytes",
 ]
 
@@ -160,29 +157,6 @@ class ConversionPlan:
         if made.dtype != tensor.dtype and not _is_finite(made):
             raise CheckpointError(f"{name} has weights too large for {dtype}, the dtype in config.json; write bfloat16 there")
         return made
-
-
-def store_identity(
-    checkpoint: Checkpoint,
-    precision: str,
-    solver: str = DEFAULT_SOLVER,
-    group_size: int = 64,
-    dense: str = "lossless",
-    precision_rules: PrecisionRules | None = None,
-    calibration: str = "",
-) -> str:
-    """A digest that changes whenever the store would change.
-
-    It covers the weight files' names, sizes and times, config.json, the conversion's options and the format version.
-    """
-    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in checkpoint.files]
-    config = hashlib.sha256((checkpoint.folder / "config.json").read_bytes()).hexdigest()
-    facts: list[object] = [FORMAT_VERSION, precision, [solver, group_size] if precision != "lossless" else "", config, files]
-    if dense != "lossless":
-        facts.append(dense)
-    if precision_rules or calibration:
-        facts += [sorted((precision_rules or {}).items(), key=lambda rule: (type(rule[0]) is not int, rule)), calibration]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
 def plan_conversion(

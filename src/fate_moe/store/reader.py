@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fate_moe.core import SLOT_ALIGNMENT, ExpertId
+from fate_moe.machine import allow_open_files
 from fate_moe.store.open import Store, check_section, open_file, read_blob
 
 __all__ = ["DiskSource"]
@@ -11,13 +12,16 @@ __all__ = ["DiskSource"]
 class DiskSource:
     """An ExpertSource that reads blobs from a store's shards, with O_DIRECT unless ``direct`` is false or the file system refuses.
 
-    Each section is compared with its checksum the first time that this object reads it. Any number of threads may read at once.
+    Each section is compared with its checksum the first time that this object reads it, and again once its file was written to.
+    Any number of threads may read at once.
     """
 
     def __init__(self, store: Store, direct: bool = True) -> None:
         """Opens every shard. Raises StoreError naming one that cannot be opened."""
         self.store = store
+        allow_open_files(len(store.manifest.shard_bytes))
         self._files = {shard: open_file(store.path / shard, direct) for shard in store.manifest.shard_bytes}
+        self._states = {shard: file.state() for shard, file in self._files.items()}
         self._verified: set[tuple[ExpertId, int]] = set()  # (expert, section)
 
     def read(self, expert: ExpertId, slot: memoryview, first: int = 0, last: int | None = None) -> int:
@@ -33,7 +37,11 @@ class DiskSource:
         stop = layout.length
         if sections[-1] != layout.sections[-1]:
             stop = -(-(sections[-1].offset + sections[-1].length) // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
-        read_blob(self.store, self._files[manifest.layers[expert.layer].shard], expert, slot[start:stop], start)
+        shard = manifest.layers[expert.layer].shard
+        read_blob(self.store, self._files[shard], expert, slot[start:stop], start)
+        if (state := self._files[shard].state()) != self._states[shard]:
+            of_others = {(one, number) for one, number in self._verified.copy() if manifest.layers[one.layer].shard != shard}
+            self._verified, self._states[shard] = of_others, state
         for number in range(first, first + len(sections)):
             if (expert, number) not in self._verified:
                 check_section(self.store, expert, slot, number)

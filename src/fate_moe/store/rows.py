@@ -12,7 +12,7 @@ from fate_moe.core import BlobLayout
 from fate_moe.errors import StoreError
 from fate_moe.io.tensorfile import read_header
 from fate_moe.quant.dtypes import TORCH_DTYPES
-from fate_moe.store.open import Store
+from fate_moe.store.open import Store, check_dense
 
 __all__ = ["StoredRows"]
 
@@ -23,7 +23,7 @@ class StoredRows:
     """Rows of the tensor ``name`` [R, C] of a store's dense.safetensors: of its ``weight``, or of the parts of its blob.
 
     Reads go through the page cache, which the system can reclaim, so the matrix does not count as resident memory. The bytes are
-    those that ``load_dense`` compared with their checksum, unless the file is changed while it is in use.
+    those that ``load_dense`` compared with their checksum; once the file was written to they are compared again.
     """
 
     def __init__(self, store: Store, name: str, shape: tuple[int, ...], layout: BlobLayout | None) -> None:
@@ -36,7 +36,7 @@ class StoredRows:
             raise StoreError(f"{self.path} lacks {name}; {_AGAIN}") from error
         except (OSError, ValueError) as error:
             raise StoreError(f"{self.path} cannot be read ({error}); {_AGAIN}") from error
-        self._file = file
+        self._store, self._file, self._state = store, file, _state(file)
         weakref.finalize(self, os.close, file)
         self.layout = layout if layout and (entry.dtype, entry.length) == ("U8", layout.length) else None
         if self.layout is None and entry.shape != shape:
@@ -48,7 +48,7 @@ class StoredRows:
         ]
 
     def read(self, ids: Sequence[int]) -> dict[str, torch.Tensor]:
-        """Rows ``ids`` of every part, [len(ids), ...]. Raises StoreError when they cannot be read completely."""
+        """Rows ``ids`` of every part, [len(ids), ...]. Raises StoreError when they cannot be read completely, or were changed."""
         parts = {}
         for name, dtype, shape, offset in self._parts:
             rows = torch.empty(len(ids), *shape, dtype=dtype)
@@ -57,6 +57,9 @@ class StoredRows:
             for place, row in enumerate(ids):
                 self._fill(memory[place * length : (place + 1) * length], offset + row * length)
             parts[name] = rows
+        if (state := _state(self._file)) != self._state:
+            check_dense(self._store)
+            self._state = state
         return parts
 
     def _fill(self, row: memoryview, offset: int) -> None:
@@ -66,3 +69,8 @@ class StoredRows:
             raise StoreError(f"{self.path} cannot be read ({error.strerror}); check the disk") from error
         if got < len(row):
             raise StoreError(f"{self.path} ends before byte {offset + len(row)}; the file is incomplete, {_AGAIN}")
+
+
+def _state(file: int) -> tuple[int, int]:
+    status = os.fstat(file)
+    return status.st_size, status.st_mtime_ns

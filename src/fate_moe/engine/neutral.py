@@ -1,0 +1,48 @@
+"""Settings of torch that a caller may have changed and that would change numbers: set aside while loading, refused in a pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from fate_moe.core import Patcher
+from fate_moe.errors import ConfigError
+from fate_moe.kernels.selfcheck import fp32_precision
+
+__all__ = ["neutral", "refuse_settings"]
+
+
+@contextmanager
+def neutral() -> Iterator[None]:
+    """torch's own default dtype and device, no autocast, no inference mode."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with (
+            torch.device("cpu"),
+            torch.autocast("cpu", enabled=False),
+            torch.autocast("cuda", enabled=False),
+            torch.inference_mode(False),
+        ):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+def refuse_settings(model: Any, patcher: Patcher) -> None:
+    """Let a pass of ``model`` raise ConfigError under settings of torch that would change its numbers, or crash its kernels."""
+    kind = model.device.type
+
+    def refuse(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if torch.is_autocast_enabled(kind):
+            raise ConfigError(f"torch.autocast({kind!r}) changes this model's numbers; run it outside, or with enabled=False")
+        if (default := torch.get_default_device()).type not in ("cpu", kind):
+            raise ConfigError(f"torch's default device is {default}, and this model's tensors are made on {kind}; unset it")
+        if kind == "cpu" and fp32_precision() == "bf16":
+            raise ConfigError("torch.set_float32_matmul_precision('medium') changes this model's numbers; set it to 'highest'")
+
+    patcher.hook(model, "before", refuse)
