@@ -128,11 +128,12 @@ def test_a_configuration_that_says_how_the_model_runs_is_taken_over(source: Path
 
 def test_a_configuration_of_other_weights_is_another_store_or_refused(source: Path) -> None:
     store = store_for(source, "lossless")
-    edit(source / "config.json", num_hidden_layers=1)
+    edit(source / "config.json", dtype="bfloat16")
     assert store_for(source, "lossless") != store
-    edit(source / "config.json", num_hidden_layers=2, vocab_size=64)
-    with pytest.raises(CheckpointError):
-        store_for(source, "lossless")
+    for changes in ({"num_hidden_layers": 1}, {"num_hidden_layers": 2, "vocab_size": 64}):
+        edit(source / "config.json", **changes)
+        with pytest.raises(CheckpointError):
+            store_for(source, "lossless")
 
 
 @pytest.mark.parametrize("name", ["chat_template.jinja", "generation_config.json", "tokenizer_config.json"])
