@@ -22,6 +22,7 @@ from fate_moe.errors import (
     DiskSpaceError,
     FateError,
     StoreError,
+    UnsupportedCallError,
     UnsupportedModelError,
 )
 
@@ -45,6 +46,7 @@ __all__ = [
     "OffloadConfig",
     "Report",
     "StoreError",
+    "UnsupportedCallError",
     "UnsupportedModelError",
     "__version__",
     "load",

@@ -15,6 +15,7 @@ from fate_moe.config import OffloadConfig
 from fate_moe.core import EvictionPolicy, ExpertId, ExpertSource
 from fate_moe.engine.attach import attach, limit_context, routers_of
 from fate_moe.engine.budget import Plan
+from fate_moe.engine.calls import Calls
 from fate_moe.engine.engine import Engine
 from fate_moe.engine.patches import Patches
 from fate_moe.engine.prepare import Prepared
@@ -53,10 +54,12 @@ class CpuEngine(Engine):
         config: OffloadConfig,
         patches: Patches,
         runtime: ExpertRuntime,
+        calls: Calls,
         keep_learned: Callable[[], None],
     ) -> None:
         self.model, self.plan, self.config, self.patches, self.runtime = model, plan, config, patches, runtime
-        self._keep_learned = keep_learned
+        self.calls = calls
+        self.end_with(runtime, runtime.residency.close, keep_learned)
 
     def report(self) -> Report:
         runtime, plan, config = self.runtime, self.plan, self.config
@@ -78,10 +81,6 @@ class CpuEngine(Engine):
 
     def observe(self, observer: Observer) -> AbstractContextManager[None]:
         return self.runtime.observe(observer)
-
-    def stop(self) -> None:
-        self.runtime.close()
-        self._keep_learned()
 
 
 class CpuParts:
@@ -159,7 +158,8 @@ class CpuParts:
 
     def engine(self, keep_learned: Callable[[], None]) -> CpuEngine:
         """What becomes ``model.fate``."""
-        return CpuEngine(self._model, self._plan, self._config, self._patches, self.runtime, keep_learned)
+        calls = Calls(self.runtime.passing)
+        return CpuEngine(self._model, self._plan, self._config, self._patches, self.runtime, calls, keep_learned)
 
     def abandon(self) -> None:
         """A step failed: stop what earlier ones started."""
