@@ -166,6 +166,11 @@ class ExpertRuntime:
         """Whether ``layer`` may run by ``begin`` and ``run``: all its experts have fused kernels."""
         return self._slots.has_fused(layer, experts)
 
+    def cut_short(self) -> None:
+        """The pass under way has failed or was interrupted: give back what it holds."""
+        self._claim = None
+        self.residency.forget_leases()
+
     def _finish(self, layer: int, chosen: Sequence[int]) -> None:
         """``layer`` has run the distinct experts ``chosen``."""
         if self._journal is not None:

@@ -27,9 +27,9 @@ class Calls:
     changes what a pass uses: so ``close`` waits for a pass, not for a whole ``generate``, which ends at its next pass.
     """
 
-    def __init__(self, passing: Turn | None = None) -> None:
-        """``passing``: the turn of a pass, where something else knows it too."""
-        self.turn, self.passing = Turn(), passing or Turn()
+    def __init__(self, passing: Turn | None = None, cut_short: Callable[[], None] = lambda: None) -> None:
+        """``passing``: the turn of a pass, where something else knows it too. ``cut_short`` is called after a pass that raised."""
+        self.turn, self.passing, self._cut_short = Turn(), passing or Turn(), cut_short
         self.closed = False
         self._process = os.getpid()
 
@@ -66,7 +66,11 @@ class Calls:
         _refuse_tracing()
         with self.turn, self.passing, usual_device():
             self._check()
-            yield
+            try:
+                yield
+            except BaseException:
+                self._cut_short()
+                raise
 
     def _check(self) -> None:
         if self.closed:

@@ -111,8 +111,12 @@ class CpuParts:
         self._arena = arena = SlotArena(*((one.num_slots, one.slot_bytes) for one in plan.slots))
         self._layouts = layouts = [store.manifest.layouts_of(stack.layer) for stack in self._stacks]
         blob_bytes = {ExpertId(layer, expert): one.length for layer, row in enumerate(layouts) for expert, one in enumerate(row)}
-        self._policy = policy
-        self._residency = Residency(source or DiskSource(store), arena, policy, blob_bytes=blob_bytes, io_threads=config.io_threads)
+        self._policy, source = policy, source or DiskSource(store)
+        try:
+            self._residency = Residency(source, arena, policy, blob_bytes=blob_bytes, io_threads=config.io_threads)
+        except BaseException:
+            source.close()
+            raise
 
     def make_prediction(self) -> None:
         """The predictor, with all that there is to predict from."""
@@ -158,7 +162,7 @@ class CpuParts:
 
     def engine(self, keep_learned: Callable[[], None]) -> CpuEngine:
         """What becomes ``model.fate``."""
-        calls = Calls(self.runtime.passing)
+        calls = Calls(self.runtime.passing, self.runtime.cut_short)
         return CpuEngine(self._model, self._plan, self._config, self._patches, self.runtime, calls, keep_learned)
 
     def abandon(self) -> None:

@@ -107,6 +107,7 @@ def build(
     model, path = prepared.model, prepared.store.path
     patches = Patches(model)
     parts = _parts(prepared, plan, config, patches, device)
+    engine: Engine | None = None
     sizes = model.num_parameters(), model.num_parameters(exclude_embeddings=True)
     try:
         with usual_device(), parts.guard():
@@ -132,7 +133,7 @@ def build(
             store_used(path)
     except BaseException:
         try:
-            parts.abandon()
+            (parts.abandon if engine is None else engine.close)()
         finally:
             patches.undo()
         raise

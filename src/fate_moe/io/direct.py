@@ -66,6 +66,11 @@ class DirectFile:
                 done -= done % SLOT_ALIGNMENT
         return done
 
+    def stamp(self) -> tuple[int, int]:
+        """What differs once the file was written to: its length, and when that was."""
+        facts = os.fstat(self._fd)
+        return facts.st_size, facts.st_mtime_ns
+
     def close(self) -> None:
         """Close the file; further reads fail."""
         while self._open:

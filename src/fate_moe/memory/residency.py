@@ -202,6 +202,16 @@ class Residency:
                         self._queue.withdraw(expert)
             self._queue.slot_freed()
 
+    def forget_leases(self) -> None:
+        """A pass was cut short, wherever it was (Ctrl-C comes at any line): nothing is locked or awaited any more."""
+        with self._arrival:
+            self._table.unlock_all()
+            self._waiting.clear()
+            for expert in self._queue.demands():
+                self._queue.withdraw(expert)
+            self._queue.slot_freed()
+            self._arrival.notify_all()
+
     # --- the reading threads; the lock is held but for the read itself ---
 
     def _begin(self, expert: ExpertId, demand: bool) -> Callable[[], None] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 from collections.abc import Callable
 from contextlib import closing
@@ -19,7 +20,7 @@ from fate_moe.io.tensorfile import TensorEntry, data_start, parse_header, read_h
 from fate_moe.quant.dtypes import TORCH_DTYPES
 from fate_moe.store.format import Manifest
 
-__all__ = ["Store", "check_blob", "check_section", "load_dense", "open_store", "verify"]
+__all__ = ["Store", "check_blob", "check_dense", "check_section", "load_dense", "open_store", "verify"]
 
 # Large enough for the full bandwidth of a disk, small enough to stay in the processor's cache for the checksum.
 _CHUNK_BYTES = 4 << 20
@@ -106,6 +107,12 @@ def load_dense(store: Store, exclude: str | None = None) -> dict[str, torch.Tens
         raise StoreError(f"{path} is damaged ({error}); {_AGAIN}") from error
 
 
+def check_dense(store: Store) -> None:
+    """Raise StoreError when the bytes of dense.safetensors differ from their checksum, or cannot be read."""
+    memory = memoryview(anonymous_buffer(_CHUNK_BYTES))
+    _checked_read(store.path / "dense.safetensors", store.manifest.dense_bytes, store.manifest.dense_checksum, memory, reuse=True)
+
+
 def _view(buffer: object, entry: TensorEntry) -> torch.Tensor:
     dtype = TORCH_DTYPES[entry.dtype]
     if entry.length == 0:
@@ -122,7 +129,7 @@ def verify(store: Store, progress: bool | None = None) -> None:
     manifest = store.manifest
     memory = memoryview(anonymous_buffer(max(manifest.slot_bytes, _CHUNK_BYTES)))
     with progress_bar("verifying", manifest.dense_bytes + manifest.expert_bytes, progress) as advance:
-        _checked_read(store.path / "dense.safetensors", manifest.dense_bytes, manifest.dense_checksum, memory, reuse=True)
+        check_dense(store)
         advance(manifest.dense_bytes)
         for number, layer in enumerate(manifest.layers):
             with closing(open_file(store.path / layer.shard)) as file:
@@ -138,7 +145,9 @@ def open_file(path: Path, direct: bool = True) -> DirectFile:
     try:
         return DirectFile(path, direct)
     except OSError as error:
-        raise StoreError(f"{path} cannot be opened ({error.strerror}); {_AGAIN}") from error
+        few = error.errno in (errno.EMFILE, errno.ENFILE)
+        remedy = "close what is not used (model.fate.close()) or raise the limit (ulimit -n)" if few else _AGAIN
+        raise StoreError(f"{path} cannot be opened ({error.strerror}); {remedy}") from error
 
 
 def read_blob(store: Store, file: DirectFile, expert: ExpertId, blob: memoryview, start: int = 0) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fate_moe.core import SLOT_ALIGNMENT, ExpertId
+from fate_moe.io.direct import DirectFile
 from fate_moe.store.open import Store, check_section, open_file, read_blob
 
 __all__ = ["DiskSource"]
@@ -11,13 +12,21 @@ __all__ = ["DiskSource"]
 class DiskSource:
     """An ExpertSource that reads blobs from a store's shards, with O_DIRECT unless ``direct`` is false or the file system refuses.
 
-    Each section is compared with its checksum the first time that this object reads it. Any number of threads may read at once.
+    Each section is compared with its checksum the first time that this object reads it, and again once a file was written to
+    meanwhile. Any number of threads may read at once.
     """
 
     def __init__(self, store: Store, direct: bool = True) -> None:
         """Opens every shard. Raises StoreError naming one that cannot be opened."""
         self.store = store
-        self._files = {shard: open_file(store.path / shard, direct) for shard in store.manifest.shard_bytes}
+        self._files: dict[str, DirectFile] = {}
+        try:
+            for shard in store.manifest.shard_bytes:
+                self._files[shard] = open_file(store.path / shard, direct)
+        except BaseException:
+            self.close()
+            raise
+        self._stamps = {shard: file.stamp() for shard, file in self._files.items()}
         self._verified: set[tuple[ExpertId, int]] = set()  # (expert, section)
 
     def read(self, expert: ExpertId, slot: memoryview, first: int = 0, last: int | None = None) -> int:
@@ -33,7 +42,10 @@ class DiskSource:
         stop = layout.length
         if sections[-1] != layout.sections[-1]:
             stop = -(-(sections[-1].offset + sections[-1].length) // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
-        read_blob(self.store, self._files[manifest.layers[expert.layer].shard], expert, slot[start:stop], start)
+        shard = manifest.layers[expert.layer].shard
+        read_blob(self.store, self._files[shard], expert, slot[start:stop], start)
+        if (stamp := self._files[shard].stamp()) != self._stamps[shard]:
+            self._stamps[shard], self._verified = stamp, set()
         for number in range(first, first + len(sections)):
             if (expert, number) not in self._verified:
                 check_section(self.store, expert, slot, number)

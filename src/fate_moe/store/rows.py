@@ -12,7 +12,7 @@ from fate_moe.core import BlobLayout
 from fate_moe.errors import StoreError
 from fate_moe.io.tensorfile import read_header
 from fate_moe.quant.dtypes import TORCH_DTYPES
-from fate_moe.store.open import Store
+from fate_moe.store.open import Store, check_dense
 
 __all__ = ["StoredRows"]
 
@@ -23,7 +23,7 @@ class StoredRows:
     """Rows of the tensor ``name`` [R, C] of a store's dense.safetensors: of its ``weight``, or of the parts of its blob.
 
     Reads go through the page cache, which the system can reclaim, so the matrix does not count as resident memory. The bytes are
-    those that ``load_dense`` compared with their checksum, unless the file is changed while it is in use.
+    those that ``load_dense`` compared with their checksum; once the file is written to, all of it is compared again.
     """
 
     def __init__(self, store: Store, name: str, shape: tuple[int, ...], layout: BlobLayout | None) -> None:
@@ -36,7 +36,7 @@ class StoredRows:
             raise StoreError(f"{self.path} lacks {name}; {_AGAIN}") from error
         except (OSError, ValueError) as error:
             raise StoreError(f"{self.path} cannot be read ({error}); {_AGAIN}") from error
-        self._file = file
+        self._file, self._store, self._stamp = file, store, os.fstat(file).st_mtime_ns
         weakref.finalize(self, os.close, file)
         self.layout = layout if layout and (entry.dtype, entry.length) == ("U8", layout.length) else None
         if self.layout is None and entry.shape != shape:
@@ -48,7 +48,10 @@ class StoredRows:
         ]
 
     def read(self, ids: Sequence[int]) -> dict[str, torch.Tensor]:
-        """Rows ``ids`` of every part, [len(ids), ...]. Raises StoreError when they cannot be read completely."""
+        """Rows ``ids`` of every part, [len(ids), ...]. Raises StoreError when they cannot be read completely or the file was damaged."""
+        if (stamp := os.fstat(self._file).st_mtime_ns) != self._stamp:
+            check_dense(self._store)
+            self._stamp = stamp
         parts = {}
         for name, dtype, shape, offset in self._parts:
             rows = torch.empty(len(ids), *shape, dtype=dtype)
