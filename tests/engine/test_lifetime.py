@@ -15,13 +15,15 @@ from typing import Any
 import pytest
 import torch
 
+from transformers import TextIteratorStreamer, pipeline
+
 from fate_moe import Loaded, load
 from fate_moe.config import OffloadConfig
 from fate_moe.engine import engine as engines
 from fate_moe.engine.load import build
 from fate_moe.engine.prepare import prepare, store_for
 from fate_moe.errors import CheckpointError, ClosedModelError
-from fate_moe.store.learned import load_statistics
+from fate_moe.store.learned import STATISTICS, load_statistics
 from tests.support.calls import PROMPT, write
 from tests.support.engines import load_model, simulated_gpu
 
@@ -73,7 +75,7 @@ def test_what_is_left_of_a_model_keeps_it_running(make: Callable[[], Any]) -> No
 
 def test_statistics_of_a_deleted_model_are_kept(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     store = tmp_path / "store"
-    shutil.copytree(store_for(checkpoint("qwen2_moe"), "lossless"), store)
+    shutil.copytree(store_for(checkpoint("qwen2_moe"), "lossless"), store, ignore=shutil.ignore_patterns(STATISTICS))
     model = load_model(store, expert_cache="50%", policy="decayed")
     write(model)
     assert load_statistics(store) is None
@@ -84,7 +86,27 @@ def test_statistics_of_a_deleted_model_are_kept(checkpoint: Callable[[str], Path
 
 def test_with_load_closes_the_model(tmp_path: Path) -> None:
     with load(ram="2GiB", context_length=64) as (model, tokenizer):
-        model.generate(**tokenizer("Once", return_tensors="pt"), max_new_tokens=1)
+        inputs = tokenizer("Once", return_tensors="pt")
+        want = model.generate(**inputs, max_new_tokens=2, do_sample=False)
+        say = pipeline("text-generation", model=model, tokenizer=tokenizer)
+        said = say("Once", max_new_tokens=2, do_sample=False, return_full_text=True)[0]["generated_text"]
+        assert said == tokenizer.decode(want[0], skip_special_tokens=True)
+        streamer = TextIteratorStreamer(tokenizer)  # of which only the beginning is read
+        options = {**inputs, "max_new_tokens": 50, "streamer": streamer}
+        ended: list[Any] = []
+
+        def run() -> None:
+            try:
+                model.generate(**options)
+            except ClosedModelError as error:
+                ended.append(error)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        next(iter(streamer))
+    thread.join(60)
+    assert not thread.is_alive()
+    assert len(ended) == 1
     with pytest.raises(ClosedModelError):
         model(PROMPT)
     again = load(ram="2GiB", context_length=64)
@@ -98,8 +120,14 @@ def test_with_load_closes_the_model(tmp_path: Path) -> None:
 def test_a_load_that_fails_leaves_nothing(checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     store = store_for(checkpoint("qwen2_moe"), "lossless")
     before = held()
-    with pytest.raises(CheckpointError, match="tokenizer"):
-        load(store, ram="2GiB", context_length=64)  # it has none
+
+    def none(path: Path) -> None:
+        raise CheckpointError("its tokenizer cannot be loaded")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fate_moe.engine.load.load_tokenizer", none)
+        with pytest.raises(CheckpointError, match="tokenizer"):
+            load(store, ram="2GiB", context_length=64)
     assert held() == before
     for step in ("place_weights", "make_prediction", "patch", "engine"):
         with monkeypatch.context() as patch:
@@ -132,7 +160,7 @@ def test_two_engines_on_one_store(checkpoint: Callable[[str], Path]) -> None:
 def test_a_program_that_ends_without_close_is_quiet(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     """Also with a daemon thread in the midst of a text, after an error and after Ctrl-C; what was learned is kept."""
     store = tmp_path / "store"
-    shutil.copytree(store_for(checkpoint("qwen2_moe"), "lossless"), store)
+    shutil.copytree(store_for(checkpoint("qwen2_moe"), "lossless"), store, ignore=shutil.ignore_patterns(STATISTICS))
     program = f"""
 import sys, threading, torch
 sys.path.insert(0, {str(Path(__file__).parents[2])!r})

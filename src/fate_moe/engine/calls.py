@@ -18,6 +18,8 @@ from fate_moe.turns import Turn
 
 __all__ = ["Calls", "holders", "usual_device"]
 
+_EAGER = "fate-moe runs its layers in an extension: there is nothing to compile"
+
 
 class Calls:
     """Lets calls of one model take turns.
@@ -43,7 +45,8 @@ class Calls:
         called in a turn is what they are now."""
         patcher.replace(model, "generate", self._in_turn(model.generate, self._generating))
         for module in _above_layers(model, stacks):
-            patcher.replace(module, "forward", self._in_turn(module.forward, self._passing))
+            forward = self._in_turn(module.forward, self._passing)
+            patcher.replace(module, "forward", torch.compiler.disable(forward, reason=_EAGER))
 
     def _in_turn(self, method: Callable[..., Any], turn: Callable[[], Any]) -> Callable[..., Any]:
         @functools.wraps(method)  # transformers looks at the signature
