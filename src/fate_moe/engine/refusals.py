@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fate_moe.adapter.contract import is_experts
 from fate_moe.adapter.meta_model import ExpertStack
 from fate_moe.core import Patcher
 from fate_moe.engine.calls import holders
@@ -114,7 +115,7 @@ def _real_state(module: nn.Module, refuse: Callable[..., Any]) -> Callable[..., 
 
     def load_state_dict(state_dict: Any, *args: Any, **kwargs: Any) -> Any:
         numbers = {name for name, value in (*module.named_parameters(), *module.named_buffers()) if value.device.type != "meta"}
-        stored = {name for name, part in module.named_modules() if not list(part.children())}
+        stored = {name for name, part in module.named_modules() if is_experts(part) or not list(part.children())}
         if any(key not in numbers and key.rpartition(".")[0] in stored for key in state_dict):
             refuse()
         return method(state_dict, *args, **kwargs)
