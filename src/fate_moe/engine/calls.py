@@ -80,8 +80,8 @@ class Calls:
             raise ClosedModelError
         if self.is_forked:
             raise UnsupportedCallError(
-                "this process was forked after the model was loaded, and the threads that read experts stayed in its parent; load the "
-                "model in the child, or start the child first"
+                "this process was forked after the model was loaded, and the threads that read experts stayed in its parent; load "
+                "the model in the child, or start the child first"
             )
 
 

@@ -1,4 +1,4 @@
-"""The transformers adapter of the GPU tier: one forward for all families' experts, as a custom operator that a graph can capture."""
+"""The transformers adapter of the GPU tier: one forward for all families' experts, an operator that a graph can capture."""
 
 from __future__ import annotations
 

@@ -56,7 +56,9 @@ class CapturedDecode:
         self._lent = False  # the cache was given away with a result
         self._writing: bool | None = None  # whether the generate() that has the cache may take the step; None: none has it
         base = model.model
-        layers = [base.get_submodule(name) for name, _ in base.named_modules() if name.startswith("layers.") and name.count(".") < 4]
+        layers = [
+            base.get_submodule(name) for name, _ in base.named_modules() if name.startswith("layers.") and name.count(".") < 4
+        ]
         self._snapshot = ModuleSnapshot([model, base, *(part for part in layers if not is_experts(part))])
         self.steps = 0
         patcher.replace(model, "forward", _in_place_of(self._forward, self._pass))
@@ -132,6 +134,9 @@ class CapturedDecode:
         plain = chosen("use_cache") is not False and options.get("inputs_embeds") is None
         return plain and not several and not special and options.get("assistant_model") is None
 
+    def _may_step(self) -> bool:
+        return self._is_unchanged() if self._writing is None else self._writing
+
     def _is_unchanged(self) -> bool:
         """Whether the model's modules are those that the step was made from: no adapters, hooks or other parts."""
         return not any(self._snapshot.hooks) and self._snapshot.same()
@@ -151,10 +156,9 @@ class CapturedDecode:
             past = self._held if ours else _held_by(kwargs.get("past_key_values"))
             refuse_longer(inputs.shape[0] * (inputs.shape[1] + past), self._length, self._bytes_per_token)
         one = ours and self._held and input_ids is not None and input_ids.shape == (1, 1)
-        if one and not args and not _wants_more(kwargs, self._model.config):
-            if self._is_unchanged() if self._writing is None else self._writing:
-                assert input_ids is not None
-                return self._decode(input_ids)
+        if one and not args and not _wants_more(kwargs, self._model.config) and self._may_step():
+            assert input_ids is not None
+            return self._decode(input_ids)
         if ours:
             self._tell_cache()
         result = self._forward(input_ids, *args, **kwargs)
@@ -200,8 +204,8 @@ class _Gone:
 
     def _refuse(self) -> NoReturn:
         raise UnsupportedCallError(
-            "these past_key_values were given with an earlier result, and a later generate() uses their memory; pass a cache of your "
-            "own (past_key_values=DynamicCache()) to go on with several sequences"
+            "these past_key_values were given with an earlier result, and a later generate() uses their memory; pass a cache of "
+            "your own (past_key_values=DynamicCache()) to go on with several sequences"
         )
 
 

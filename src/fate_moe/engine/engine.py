@@ -36,8 +36,8 @@ class Engine(Protocol):
     """Owns what a model runs on: its plan, weights, expert slots, threads and every change made to the model.
 
     ``plan`` says where the budget went, ``config`` how the model was asked to run, ``patches`` what was changed in it. Calls from
-    several threads take turns (``calls``); ``report`` and ``observe`` may be called from any thread and at any time, ``report`` also
-    after ``close``. As a context manager an engine closes itself; so it does when the model is deleted, and when the program ends:
+    several threads take turns (``calls``). ``report`` and ``observe`` may be called from any thread at any time, ``report`` after
+    ``close`` too. As a context manager an engine closes itself; so it does when the model is deleted, and when the program ends:
 
     >>> with model.fate:
     ...     model.generate(**inputs)
@@ -138,7 +138,9 @@ def _end(stop: Callable[[], None], keep_learned: Callable[[], None], process: in
         finally:
             keep_learned()
 
-    if threading.current_thread().name.startswith("fate-"):  # the garbage collector runs in any thread: this one may have to be joined
+    if threading.current_thread().name.startswith(
+        "fate-"
+    ):  # the garbage collector runs in any thread: this one may have to be joined
         threading.Thread(target=end).start()
     else:
         end()

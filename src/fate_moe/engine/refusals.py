@@ -21,8 +21,8 @@ from fate_moe.errors import UnsupportedCallError
 __all__ = ["refuse_what_needs_parameters"]
 
 _SAVE = (
-    "save_pretrained cannot write a loaded model: its experts are in the store. The checkpoint it was made from is the model to copy; "
-    "{store} can be copied and loaded too. An adapter is saved by its own save_pretrained"
+    "save_pretrained cannot write a loaded model: its experts are in the store. Copy the checkpoint that it was made from, or "
+    "{store}, which can be loaded too; an adapter is saved by its own save_pretrained"
 )
 _CHANGE = "{what} would change parameters that are in the store, {store}; change the checkpoint with transformers and load that"
 _COPY = (
@@ -75,9 +75,11 @@ def _unless_adapter(model: Any, method: Callable[..., Any], refuse: Callable[...
     return call
 
 
-def _only_if_nothing_changes(module: nn.Module, dtype: torch.dtype, device: torch.device, ours: set[nn.Module]) -> Callable[..., Any]:
-    """``Module._apply``, behind ``to``, ``half``, ``cuda`` and so on: parameters of the model's dtype must stay as they are. Modules
-    that were added later (adapters) are converted."""
+def _only_if_nothing_changes(
+    module: nn.Module, dtype: torch.dtype, device: torch.device, ours: set[nn.Module]
+) -> Callable[..., Any]:
+    """``Module._apply``, behind ``to``, ``half`` and ``cuda``: parameters of the model's dtype must stay as they are. Modules that
+    were added later (adapters) are converted."""
 
     def apply(function: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         probe = torch.empty(0, dtype=dtype, device=device)

@@ -46,7 +46,7 @@ class TransferQueue:
         except RuntimeError as error:
             self.close()
             raise ConfigError(
-                f"the system does not start {num_threads} threads ({error}); give fewer --io-threads, or raise the limit (ulimit -u)"
+                f"the system does not start {num_threads} threads ({error}); lower --io-threads or raise the limit (ulimit -u)"
             ) from error
 
     def demand(self, expert: ExpertId) -> None:

@@ -32,7 +32,9 @@ class Forecast(Scorer):
         self._layer_maps = [affine(torch.cat([w[:, hidden:-1], nothing[: len(w)]], 1)) for w in weights]  # D -> one layer's experts
         self._sizes = sizes
         self._previous = torch.zeros(len(sizes), hidden, dtype=torch.float32)  # router inputs of the previous token
-        self._current = torch.zeros(len(sizes), hidden, dtype=torch.float32)  # router inputs of this token, of the layers that have run
+        self._current = torch.zeros(
+            len(sizes), hidden, dtype=torch.float32
+        )  # router inputs of this token, of the layers that have run
         self._scores: list[torch.Tensor] = []  # [1, E] by layer, the embedding's part
         self._has_previous = False
 

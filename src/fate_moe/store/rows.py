@@ -48,7 +48,7 @@ class StoredRows:
         ]
 
     def read(self, ids: Sequence[int]) -> dict[str, torch.Tensor]:
-        """Rows ``ids`` of every part, [len(ids), ...]. Raises StoreError when they cannot be read completely or the file was damaged."""
+        """Rows ``ids`` of every part, [len(ids), ...]. Raises StoreError when they or the file are damaged."""
         if (stamp := os.fstat(self._file).st_mtime_ns) != self._stamp:
             check_dense(self._store)
             self._stamp = stamp
