@@ -13,9 +13,14 @@ from fate_moe.turns import Turn
 
 def test_a_turn_is_reentrant_and_ends_with_errors() -> None:
     turn = Turn()
-    with pytest.raises(KeyboardInterrupt), turn, turn:
-        assert turn.is_mine
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with turn, turn:
+            assert turn.is_mine
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert not turn.is_mine
     assert turn.acquire(0)
     turn.release()

@@ -74,7 +74,7 @@ class Turn:
     def _wait(self, me: int, timeout: float | None) -> bool:
         if self._is_behind(me):
             raise UnsupportedCallError(
-                "two threads call two models, each within a call of the other, and would wait for ever; call them one after the other"
+                "two threads call two models, each within a call of the other, and would wait for ever; call one after the other"
             )
         self._line.append(me)
         _waiting.of[me] = self

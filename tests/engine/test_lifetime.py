@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from transformers import TextIteratorStreamer, pipeline
 
 from fate_moe import Loaded, load

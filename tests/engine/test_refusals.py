@@ -1,4 +1,4 @@
-"""Methods that assume that all parameters are in memory: right where nothing changes, else one clear error and a model as before."""
+"""Methods that assume that all parameters are in memory: right where nothing changes, else one error and a model as before."""
 
 from __future__ import annotations
 
