@@ -71,7 +71,7 @@ class Engine(Protocol):
         """What ends an engine: ``stop`` (threads, files, slots), then ``keep_learned``, once; neither may refer to ``runs``, which
         runs the experts: when that is garbage the engine ends without ``close``."""
         self._end = weakref.finalize(runs, _end, stop, keep_learned, os.getpid())
-        self._end.atexit = False  # close_all knows more
+        self._end.atexit = False  # _close_all does it, with the turn
         _open.add(self)
 
     def last_report(self) -> None:
@@ -138,9 +138,7 @@ def _end(stop: Callable[[], None], keep_learned: Callable[[], None], process: in
         finally:
             keep_learned()
 
-    if threading.current_thread().name.startswith(
-        "fate-"
-    ):  # the garbage collector runs in any thread: this one may have to be joined
+    if threading.current_thread().name.startswith("fate-"):  # the garbage collector runs in any thread: this may be one to join
         threading.Thread(target=end).start()
     else:
         end()
@@ -148,13 +146,13 @@ def _end(stop: Callable[[], None], keep_learned: Callable[[], None], process: in
 
 @atexit.register
 def _close_all() -> None:
-    """At the end of the program: threads end, what was learned is kept, the extension's objects go before the extension does.
+    """At the end of the program: threads end and what was learned is kept.
 
-    The turns are kept, so that a daemon thread that calls a model meets no closed one: it waits until the process is gone.
+    The turns are kept too, so that a daemon thread that calls a model does not meet a closed one: it waits until the process ends.
     """
     for engine in list(_open):
-        if engine.calls.passing.acquire(_PATIENCE):
+        if not engine.calls.is_forked and engine.calls.passing.acquire(_PATIENCE):
             try:
-                engine._undo()
+                engine._end()
             except Exception as error:
                 _log.warning("closing a model at the end of the program failed: %s", error)
