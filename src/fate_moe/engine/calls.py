@@ -40,13 +40,13 @@ class Calls:
         """Whether this is a child of the process that loaded the model: the reading threads are not here."""
         return os.getpid() != self._process
 
-    def guard(self, model: nn.Module, stacks: Sequence[ExpertStack], patcher: Patcher) -> None:
+    def guard(self, model: Any, stacks: Sequence[ExpertStack], patcher: Patcher) -> None:
         """Let ``model``'s generate and forward take turns, and those of the modules that hold all its layers. Comes last: what is
         called in a turn is what they are now."""
         patcher.replace(model, "generate", self._in_turn(model.generate, self._generating))
         for module in _above_layers(model, stacks):
             forward = self._in_turn(module.forward, self._passing)
-            patcher.replace(module, "forward", torch.compiler.disable(forward, reason=_EAGER))
+            patcher.replace(module, "forward", torch.compiler.disable(forward, reason=_EAGER))  # type: ignore[no-untyped-call]
 
     def _in_turn(self, method: Callable[..., Any], turn: Callable[[], Any]) -> Callable[..., Any]:
         @functools.wraps(method)  # transformers looks at the signature
@@ -113,7 +113,7 @@ def usual_device() -> Any:
 
 def _refuse_tracing() -> None:
     """Raise UnsupportedCallError where torch records operations instead of computing: it would not see the kernels."""
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+    if torch._C._get_tracing_state() is not None or torch.compiler.is_exporting():
         raise UnsupportedCallError("a loaded model cannot be traced or exported; export the checkpoint with transformers instead")
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise UnsupportedCallError(

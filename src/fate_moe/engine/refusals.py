@@ -94,7 +94,7 @@ def _only_if_nothing_changes(
             )
         for part in module.modules() if recurse else ():
             if part not in ours:
-                part._apply(function, recurse=False)
+                part._apply(function, recurse=False)  # type: ignore[no-untyped-call]
         return module
 
     return apply
