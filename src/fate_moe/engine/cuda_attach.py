@@ -13,6 +13,7 @@ from torch import nn
 from fate_moe.adapter.families import ROUTER_NAMES
 from fate_moe.adapter.meta_model import ExpertStack
 from fate_moe.core import Patcher
+from fate_moe.errors import UnsupportedCallError
 from fate_moe.gpu.experts import DeviceExperts
 
 __all__ = ["attach_device", "router_weights"]
@@ -32,9 +33,14 @@ def _(hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, number: 
     return torch.empty_like(hidden)
 
 
-def _experts_forward(number: int, layer: int) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+def _experts_forward(number: int, stack: ExpertStack) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
     def forward(hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = torch.ops.fate_moe.device_experts(hidden_states, top_k_index, top_k_weights, number, layer)
+        if top_k_index.shape[-1] != stack.top_k:  # tables and kernels have room for so many
+            raise UnsupportedCallError(
+                f"{stack.block} chose {top_k_index.shape[-1]} experts for a token instead of {stack.top_k}; on a GPU their number "
+                "cannot change after loading: change it in the store's config.json, or load without vram and device"
+            )
+        result: torch.Tensor = torch.ops.fate_moe.device_experts(hidden_states, top_k_index, top_k_weights, number, stack.layer)
         return result
 
     return forward
@@ -47,7 +53,7 @@ def attach_device(model: Any, stacks: Sequence[ExpertStack], experts: DeviceExpe
     for stack in stacks:
         module = model.get_submodule(stack.name)
         patcher.replace(module, "fate_experts", experts)  # the operator finds it by number, weakly
-        patcher.replace(module, "forward", _experts_forward(number, stack.layer))
+        patcher.replace(module, "forward", _experts_forward(number, stack))
 
 
 def router_weights(model: Any, stacks: Sequence[ExpertStack]) -> list[torch.Tensor | None]:
