@@ -17,6 +17,7 @@ ROOT = Path(fate_moe.__file__).parent
 # Each room may import from the rooms of the lines above its own, and from itself.
 ORDER = [
     {"errors", "core", "demo", "machine", "switches", "units"},
+    {"turns"},
     {"quant"},
     {"io"},
     {"adapter", "kernels"},

@@ -35,7 +35,8 @@ def test_what_is_public_is_what_is_exported() -> None:
 
 
 def test_load_says_what_it_gives() -> None:
-    assert inspect.signature(fate_moe.load).return_annotation == "tuple[PreTrainedModel, PreTrainedTokenizerBase]"
+    assert inspect.signature(fate_moe.load).return_annotation == "Loaded"
+    assert fate_moe.Loaded.__annotations__ == {"model": "PreTrainedModel", "tokenizer": "PreTrainedTokenizerBase"}
 
 
 def test_unknown_attribute() -> None:

@@ -22,12 +22,13 @@ from fate_moe.errors import (
     DiskSpaceError,
     FateError,
     StoreError,
+    UnsupportedCallError,
     UnsupportedModelError,
 )
 
 if TYPE_CHECKING:
     from fate_moe.engine.engine import Engine
-    from fate_moe.engine.load import load
+    from fate_moe.engine.load import Loaded, load
     from fate_moe.engine.prepare import plan
     from fate_moe.engine.report import Report
 
@@ -42,9 +43,11 @@ __all__ = [
     "DiskSpaceError",
     "Engine",
     "FateError",
+    "Loaded",
     "OffloadConfig",
     "Report",
     "StoreError",
+    "UnsupportedCallError",
     "UnsupportedModelError",
     "__version__",
     "load",
@@ -54,6 +57,7 @@ __all__ = [
 # torch and transformers take seconds to import; `fate --help` and `import fate_moe` must not wait for them.
 _LAZY = {
     "Engine": "fate_moe.engine.engine",
+    "Loaded": "fate_moe.engine.load",
     "Report": "fate_moe.engine.report",
     "load": "fate_moe.engine.load",
     "plan": "fate_moe.engine.prepare",

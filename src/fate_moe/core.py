@@ -214,9 +214,6 @@ class Patcher(Protocol):
     def record(self, change: Callable[[], Any]) -> None:
         """Call ``change``, a library's own function, and list the parts of modules that it replaced."""
 
-    def change(self, what: str, became: str, undo: Callable[[], None]) -> None:
-        """Note a change that a library's own call made, and what takes it back."""
-
 
 class PrecisionPolicy(Protocol):
     """Decides how many bits of each expert a pass uses; more bits that are in the slot are used too, missing ones are read.

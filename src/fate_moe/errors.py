@@ -4,6 +4,7 @@ FateError
 ├── ConfigError            an option that does not exist or cannot be read
 ├── BudgetError            the memory budget is too small; names the smallest that works
 ├── ClosedModelError       a model is used after its engine was closed
+├── UnsupportedCallError   a loaded model is asked for what it cannot do; says what to do instead
 ├── DiskSpaceError         a conversion would not fit on the disk
 ├── CheckpointError        the source checkpoint is missing, torn or malformed
 │   └── UnsupportedModelError   it is whole, but of a kind this engine does not run
@@ -22,6 +23,7 @@ __all__ = [
     "DiskSpaceError",
     "FateError",
     "StoreError",
+    "UnsupportedCallError",
     "UnsupportedModelError",
 ]
 
@@ -47,6 +49,10 @@ class ClosedModelError(FateError):
 
     def __init__(self, message: str = "this model has been closed; load it again") -> None:
         super().__init__(message)
+
+
+class UnsupportedCallError(FateError):
+    """A call that a loaded model cannot serve: its experts are in the store, not in its parameters. Says what to do instead."""
 
 
 class DiskSpaceError(FateError):

@@ -15,6 +15,7 @@ from fate_moe.kernels.cpu import SlotExperts
 from fate_moe.memory.residency import Lease, Residency
 from fate_moe.memory.view_selector import ViewSelector
 from fate_moe.predict.prefetcher import Prefetcher
+from fate_moe.turns import Turn
 
 __all__ = ["ExpertRuntime", "rows_by_expert"]
 
@@ -32,7 +33,7 @@ def rows_by_expert(index: torch.Tensor, num_experts: int) -> dict[int, list[int]
 
 
 class ExpertRuntime:
-    """Runs the experts of a model whose experts live elsewhere. One inference thread; not re-entrant.
+    """Runs the experts of a model whose experts live elsewhere. A pass is run by one thread, which holds ``passing``.
 
     A layer runs by ``enter`` and ``compute`` (any number of tokens, before and after the family's own router) or by ``begin`` and
     ``run`` (one token after routing, for layers with ``has_fused`` experts). Both write the same journal while somebody observes.
@@ -55,6 +56,7 @@ class ExpertRuntime:
     ) -> None:
         """``num_experts`` by layer. ``check``: after each pass, raise RuntimeError if the residency's tables do not agree."""
         self.residency = residency
+        self.passing = Turn()
         self.view_selector = view_selector
         self._prefetcher = Prefetcher(residency, predictor, len(routers), look_ahead=look_ahead)
         self._routers = routers
@@ -70,14 +72,16 @@ class ExpertRuntime:
 
         Raises ConfigError if another observer is there.
         """
-        if self._journal is not None:
-            raise ConfigError("this model is observed already; leave the other `with ... observe(...)` first")
-        self._journal = journal = Journal(observer, self.residency)
+        with self.passing:
+            if self._journal is not None:
+                raise ConfigError("this model is observed already; leave the other `with ... observe(...)` first")
+            self._journal = journal = Journal(observer, self.residency)
         try:
             yield
         finally:
-            self._journal = None
-            journal.close()
+            with self.passing:
+                self._journal = None
+                journal.close()
 
     def embedded(self, embeddings: torch.Tensor) -> None:
         """A forward pass begins on these ``embeddings`` [..., hidden]: layer 0 may be read ahead."""
@@ -162,6 +166,11 @@ class ExpertRuntime:
         """Whether ``layer`` may run by ``begin`` and ``run``: all its experts have fused kernels."""
         return self._slots.has_fused(layer, experts)
 
+    def cut_short(self) -> None:
+        """The pass under way has failed or was interrupted: give back what it holds."""
+        self._claim = None
+        self.residency.forget_leases()
+
     def _finish(self, layer: int, chosen: Sequence[int]) -> None:
         """``layer`` has run the distinct experts ``chosen``."""
         if self._journal is not None:
@@ -186,7 +195,3 @@ class ExpertRuntime:
         lease = self.residency.acquire([ExpertId(layer, expert) for expert in rows], counts, len(index), sections=sections)
         self._claim = (layer, index, rows, lease)
         return rows, lease
-
-    def close(self) -> None:
-        """Stop the reads; the model cannot run afterwards."""
-        self.residency.close()

@@ -62,7 +62,7 @@ def test_a_plan_made_under_a_setting_is_the_same(setting: str, checkpoint: Calla
     assert made.dense_bytes == plan(checkpoint("olmoe"), ram="4GiB").dense_bytes
 
 
-@pytest.mark.parametrize("setting", ["default dtype", "inference"])
+@pytest.mark.parametrize("setting", ["default dtype", "default device", "inference"])
 def test_a_pass_under_a_harmless_setting_is_the_same(setting: str, loaded: Callable[..., Any]) -> None:
     model = loaded("qwen3_moe")
     wanted = model(IDS).logits
@@ -70,10 +70,9 @@ def test_a_pass_under_a_harmless_setting_is_the_same(setting: str, loaded: Calla
         assert torch.equal(model(IDS).logits, wanted)
 
 
-@pytest.mark.parametrize(("setting", "said"), [("autocast", "changes this model's numbers"), ("default device", "is meta")])
-def test_a_pass_under_a_harmful_setting_is_refused(setting: str, said: str, loaded: Callable[..., Any]) -> None:
+def test_a_pass_under_autocast_is_refused(loaded: Callable[..., Any]) -> None:
     model = loaded("qwen3_moe")
-    with SETTINGS[setting](), pytest.raises(ConfigError, match=said):
+    with SETTINGS["autocast"](), pytest.raises(ConfigError, match="changes this model's numbers"):
         model(IDS)
     model(IDS)
 

@@ -63,8 +63,8 @@ def test_description_counts_layers() -> None:
     patches = Patches(found)
     for layer in found.layers:
         patches.replace(layer, "forward", torch.relu)
-    patches.change("config.experts", "fate", lambda: None)
-    assert patches.describe() == "layers.*.forward: relu (2 times)\nconfig.experts: fate"
+    patches.replace(found, "label", "ours")
+    assert patches.describe() == "layers.*.forward: relu (2 times)\nlabel: str"
 
 
 def test_another_moment_for_a_hook_is_refused() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 import pytest
 
 from fate_moe.core import ExpertId, Lookup
-from fate_moe.errors import CorruptExpertError, StoreError
+from fate_moe.errors import ClosedModelError, CorruptExpertError, StoreError
 from fate_moe.memory.residency import Lease, Residency
 from fate_moe.memory.slots import SlotArena
 from fate_moe.registry import POLICIES, make_policy
@@ -279,7 +279,7 @@ def test_closing_wakes_who_waits_and_refuses_who_comes(make: Make) -> None:
         try:
             for _ in lease.batches():
                 pass
-        except RuntimeError as error:
+        except ClosedModelError as error:
             failures.append(error)
 
     waiting = threading.Thread(target=wait)
@@ -293,6 +293,6 @@ def test_closing_wakes_who_waits_and_refuses_who_comes(make: Make) -> None:
         thread.join(10)
         assert not thread.is_alive()
     assert len(failures) == 1
-    with pytest.raises(RuntimeError, match="closed"):
+    with pytest.raises(ClosedModelError, match="closed"):
         residency.acquire(layer(0, 0))
     assert residency.prefetch(layer(0, 0)) == 0

@@ -1,14 +1,13 @@
-"""The transformers adapter: one experts function for all families, one pre-hook on each MoE block."""
+"""The transformers adapter: one forward for all families' experts, one pre-hook on each MoE block."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from fate_moe.adapter.families import NOT_ENTERED, entrance, find_router
 from fate_moe.adapter.kv_cache import make_room
@@ -17,19 +16,19 @@ from fate_moe.core import Patcher, Router
 from fate_moe.errors import BudgetError
 from fate_moe.runtime import ExpertRuntime
 
-__all__ = ["attach", "limit_context", "refuse_longer", "routers_of", "use_experts_function"]
+__all__ = ["attach", "limit_context", "refuse_longer", "routers_of"]
 
 _log = logging.getLogger(__name__)
-_IMPLEMENTATION = "fate"
 
 
-def _experts_forward(experts: Any, hidden_states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """What transformers calls instead of a family's own: (experts module, hidden [T, H], top-k index and weights [T, k])."""
-    runtime: ExpertRuntime = experts.fate_runtime
-    return runtime.compute(experts.fate_layer, experts, hidden_states, index, weights)
+def _experts_forward(experts: Any) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+    """A forward instead of the family's own, whatever ``set_experts_implementation`` chooses."""
 
+    def forward(hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+        runtime: ExpertRuntime = experts.fate_runtime
+        return runtime.compute(experts.fate_layer, experts, hidden_states, top_k_index, top_k_weights)
 
-ALL_EXPERTS_FUNCTIONS[_IMPLEMENTATION] = _experts_forward
+    return forward
 
 
 def routers_of(model: Any, stacks: Sequence[ExpertStack], patcher: Patcher) -> list[Router | None]:
@@ -44,29 +43,18 @@ def routers_of(model: Any, stacks: Sequence[ExpertStack], patcher: Patcher) -> l
 
 def attach(model: Any, stacks: Sequence[ExpertStack], runtime: ExpertRuntime, patcher: Patcher) -> None:
     """Let ``model`` run its experts through ``runtime``. The experts' own parameters stay on the meta device."""
-    use_experts_function(model, _IMPLEMENTATION, patcher)
     for stack in stacks:
         for name in (stack.name, *stack.twins):
             experts = model.get_submodule(name)
             patcher.replace(experts, "fate_runtime", runtime)
             patcher.replace(experts, "fate_layer", stack.layer)
+            patcher.replace(experts, "forward", _experts_forward(experts))
             block = entrance(model.get_submodule(name.rpartition(".")[0]))
             patcher.hook(block, "before", _entering(runtime, stack.layer), with_kwargs=True)
     if (embeddings := model.get_input_embeddings()) is not None:
         patcher.hook(embeddings, "after", _embedded(runtime))
     if isinstance(model.get_output_embeddings(), nn.Linear):
         patcher.hook(model.get_output_embeddings(), "before", _with_own_strides)
-
-
-def use_experts_function(model: Any, name: str, patcher: Patcher) -> None:
-    """Let ``model`` run its experts by the function ``name`` of transformers' ALL_EXPERTS_FUNCTIONS."""
-    before = model.config._experts_implementation
-    model.set_experts_implementation(name)
-
-    def undo() -> None:
-        model.set_experts_implementation(before)
-
-    patcher.change("config._experts_implementation", name, undo)
 
 
 def _with_own_strides(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

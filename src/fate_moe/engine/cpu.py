@@ -15,6 +15,7 @@ from fate_moe.config import OffloadConfig
 from fate_moe.core import EvictionPolicy, ExpertId, ExpertSource
 from fate_moe.engine.attach import attach, limit_context, routers_of
 from fate_moe.engine.budget import Plan
+from fate_moe.engine.calls import Calls
 from fate_moe.engine.engine import Engine
 from fate_moe.engine.patches import Patches
 from fate_moe.engine.prepare import Prepared
@@ -53,10 +54,12 @@ class CpuEngine(Engine):
         config: OffloadConfig,
         patches: Patches,
         runtime: ExpertRuntime,
+        calls: Calls,
         keep_learned: Callable[[], None],
     ) -> None:
         self.model, self.plan, self.config, self.patches, self.runtime = model, plan, config, patches, runtime
-        self._keep_learned = keep_learned
+        self.calls = calls
+        self.end_with(runtime, runtime.residency.close, keep_learned)
 
     def report(self) -> Report:
         runtime, plan, config = self.runtime, self.plan, self.config
@@ -78,10 +81,6 @@ class CpuEngine(Engine):
 
     def observe(self, observer: Observer) -> AbstractContextManager[None]:
         return self.runtime.observe(observer)
-
-    def stop(self) -> None:
-        self.runtime.close()
-        self._keep_learned()
 
 
 class CpuParts:
@@ -112,8 +111,12 @@ class CpuParts:
         self._arena = arena = SlotArena(*((one.num_slots, one.slot_bytes) for one in plan.slots))
         self._layouts = layouts = [store.manifest.layouts_of(stack.layer) for stack in self._stacks]
         blob_bytes = {ExpertId(layer, expert): one.length for layer, row in enumerate(layouts) for expert, one in enumerate(row)}
-        self._policy = policy
-        self._residency = Residency(source or DiskSource(store), arena, policy, blob_bytes=blob_bytes, io_threads=config.io_threads)
+        self._policy, source = policy, source or DiskSource(store)
+        try:
+            self._residency = Residency(source, arena, policy, blob_bytes=blob_bytes, io_threads=config.io_threads)
+        except BaseException:
+            source.close()
+            raise
 
     def make_prediction(self) -> None:
         """The predictor, with all that there is to predict from."""
@@ -159,7 +162,8 @@ class CpuParts:
 
     def engine(self, keep_learned: Callable[[], None]) -> CpuEngine:
         """What becomes ``model.fate``."""
-        return CpuEngine(self._model, self._plan, self._config, self._patches, self.runtime, keep_learned)
+        calls = Calls(self.runtime.passing, self.runtime.cut_short)
+        return CpuEngine(self._model, self._plan, self._config, self._patches, self.runtime, calls, keep_learned)
 
     def abandon(self) -> None:
         """A step failed: stop what earlier ones started."""

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from fate_moe import switches
 from fate_moe.config import OffloadConfig
 from fate_moe.core import EvictionPolicy, ExpertSource
 from fate_moe.engine.attach import limit_context
+from fate_moe.engine.calls import Calls
 from fate_moe.engine.cuda_attach import attach_device, router_weights
 from fate_moe.engine.cuda_decode import CapturedDecode
 from fate_moe.engine.device_budget import VRAM_RESERVE_BYTES, DevicePlan
@@ -61,11 +63,12 @@ class CudaEngine(Engine):
         patches: Patches,
         experts: DeviceExperts,
         decode: CapturedDecode | None,
+        calls: Calls,
         keep_learned: Callable[[], None],
     ) -> None:
         self.model, self.plan, self.config, self.patches = model, plan, config, patches
-        self.experts, self.decode = experts, decode
-        self._keep_learned = keep_learned
+        self.experts, self.decode, self.calls = experts, decode, calls
+        self.end_with(experts, partial(_stop, experts.state), keep_learned)
         self._last_report: Report | None = None  # of a closed engine
 
     def report(self) -> Report:
@@ -93,10 +96,8 @@ class CudaEngine(Engine):
     def observe(self, observer: Observer) -> AbstractContextManager[None]:
         raise ConfigError("passes on a GPU cannot be observed; omit vram and device to observe them on the CPU")
 
-    def stop(self) -> None:
-        self._last_report = self.report()  # the device has ended its work: nothing reads host memory any more
-        self.experts.state.close()
-        self._keep_learned()
+    def last_report(self) -> None:
+        self._last_report = self.report()
 
 
 class CudaParts:
@@ -192,7 +193,7 @@ class CudaParts:
         """What becomes ``model.fate``. Statistics are kept only where the host tier used them."""
         assert self._experts is not None
         keep = keep_learned if self._plan.reads_disk else lambda: None
-        return CudaEngine(self._model, self._plan, self._config, self._patches, self._experts, self._decode, keep)
+        return CudaEngine(self._model, self._plan, self._config, self._patches, self._experts, self._decode, Calls(), keep)
 
     def abandon(self) -> None:
         """A step failed: stop what earlier ones started."""
@@ -268,6 +269,12 @@ def _layouts(prepared: Prepared) -> list[DeviceLayout]:
     return [
         device_layout(manifest.layouts[0], stack.output_rows_first(), prepared.model.get_submodule(stack.name)) for stack in stacks
     ]
+
+
+def _stop(state: DeviceState) -> None:
+    if state.device.type == "cuda":
+        torch.cuda.synchronize(state.device)  # what was enqueued reads host memory
+    state.close()
 
 
 @contextmanager

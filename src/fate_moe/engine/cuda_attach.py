@@ -1,26 +1,23 @@
-"""The transformers adapter of the GPU tier: one experts function for all families, as a custom operator that a graph can
-capture."""
+"""The transformers adapter of the GPU tier: one forward for all families' experts, an operator that a graph can capture."""
 
 from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from fate_moe.adapter.families import ROUTER_NAMES
 from fate_moe.adapter.meta_model import ExpertStack
 from fate_moe.core import Patcher
-from fate_moe.engine.attach import use_experts_function
+from fate_moe.errors import UnsupportedCallError
 from fate_moe.gpu.experts import DeviceExperts
 
 __all__ = ["attach_device", "router_weights"]
 
-_IMPLEMENTATION = "fate-device"
 _numbers = itertools.count()
 _attached: weakref.WeakValueDictionary[int, DeviceExperts] = weakref.WeakValueDictionary()
 
@@ -36,23 +33,27 @@ def _(hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, number: 
     return torch.empty_like(hidden)
 
 
-def _experts_forward(experts: Any, hidden_states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    result: torch.Tensor = torch.ops.fate_moe.device_experts(hidden_states, index, weights, experts.fate_number, experts.fate_layer)
-    return result
+def _experts_forward(number: int, stack: ExpertStack) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+    def forward(hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+        if top_k_index.shape[-1] != stack.top_k:  # tables and kernels have room for so many
+            raise UnsupportedCallError(
+                f"{stack.block} chose {top_k_index.shape[-1]} experts for a token instead of {stack.top_k}; on a GPU their number "
+                "cannot change after loading: change it in the store's config.json, or load without vram and device"
+            )
+        result: torch.Tensor = torch.ops.fate_moe.device_experts(hidden_states, top_k_index, top_k_weights, number, stack.layer)
+        return result
 
-
-ALL_EXPERTS_FUNCTIONS[_IMPLEMENTATION] = _experts_forward
+    return forward
 
 
 def attach_device(model: Any, stacks: Sequence[ExpertStack], experts: DeviceExperts, patcher: Patcher) -> None:
-    """Let ``model`` run its experts through ``experts``, which must outlive it. Their own parameters stay on the meta device."""
-    use_experts_function(model, _IMPLEMENTATION, patcher)
+    """Let ``model`` run its experts through ``experts``. Their own parameters stay on the meta device."""
     number = next(_numbers)
     _attached[number] = experts
     for stack in stacks:
         module = model.get_submodule(stack.name)
-        patcher.replace(module, "fate_number", number)
-        patcher.replace(module, "fate_layer", stack.layer)
+        patcher.replace(module, "fate_experts", experts)  # the operator finds it by number, weakly
+        patcher.replace(module, "forward", _experts_forward(number, stack))
 
 
 def router_weights(model: Any, stacks: Sequence[ExpertStack]) -> list[torch.Tensor | None]:

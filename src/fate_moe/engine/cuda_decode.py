@@ -7,19 +7,23 @@ every other pass (a prompt, a batch, beams, another cache) runs transformers' la
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
 
 import torch
 from transformers import StaticCache
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
+from fate_moe.adapter.contract import is_experts
 from fate_moe.core import Patcher
 from fate_moe.engine.attach import refuse_longer
+from fate_moe.errors import UnsupportedCallError
 from fate_moe.gpu.experts import DeviceExperts
 from fate_moe.layers.cuda_path_step import PathStep
 from fate_moe.layers.cuda_step import FusedStep
+from fate_moe.layers.modules import ModuleSnapshot
 
 __all__ = ["CapturedDecode"]
 
@@ -49,6 +53,13 @@ class CapturedDecode:
         self._step = (PathStep if paths else FusedStep)(model, experts, self.cache)
         self._graph = graph and model.device.type == "cuda" and length > 2
         self._held = 0  # tokens in the cache
+        self._lent = False  # the cache was given away with a result
+        self._writing: bool | None = None  # whether the generate() that has the cache may take the step; None: none has it
+        base = model.model
+        layers = [
+            base.get_submodule(name) for name, _ in base.named_modules() if name.startswith("layers.") and name.count(".") < 4
+        ]
+        self._snapshot = ModuleSnapshot([model, base, *(part for part in layers if not is_experts(part))])
         self.steps = 0
         patcher.replace(model, "forward", _in_place_of(self._forward, self._pass))
         patcher.replace(model, "generate", _in_place_of(self._generate, self._write))
@@ -72,23 +83,39 @@ class CapturedDecode:
             self._step.step()
 
     def _write(self, inputs: torch.Tensor | None = None, *args: Any, **options: Any) -> Any:
-        """``model.generate``: with our cache where it is one sequence without padding and nobody brings a cache."""
+        """``model.generate``: with our cache where it is one sequence without padding, nobody brings a cache.
+
+        A call within such a call (a streamer's, a logits processor's) has another.
+        """
         prompt = inputs if inputs is not None else options.get("input_ids")
         mask = options.get("attention_mask")
-        own = "past_key_values" not in options and options.get("use_cache", True) and not args
+        own = options.get("past_key_values") is None and not args and self._writing is None
         if own and prompt is not None and prompt.shape[0] == 1 and (mask is None or bool(mask.all())) and self._alone(options):
+            self._take_back_cache()
             self.cache.reset()
             self._held = 0
             options["past_key_values"] = self.cache
             options.setdefault("disable_compile", True)
-        result = self._generate(inputs, *args, **options)
-        self._tell_cache()
-        if isinstance(self._step, PathStep):
-            self._step.keep()
-        return result
+            self._writing = self._is_unchanged()
+            try:
+                result = self._generate(inputs, *args, **options)
+            finally:
+                self._writing = None
+            self._tell_cache()
+            self._lent = getattr(result, "past_key_values", None) is self.cache
+            if isinstance(self._step, PathStep):
+                self._step.keep()
+            return result
+        return self._generate(inputs, *args, **options)
+
+    def _take_back_cache(self) -> None:
+        """Before another sequence is written: whoever was given the cache with an earlier one finds that it is gone."""
+        if self._lent:
+            lent, self.cache, self._lent = self.cache, copy.copy(self.cache), False
+            lent.layers = _Gone()
 
     def _tell_cache(self) -> None:
-        """transformers' count of the tokens in the cache, which the fused step leaves behind."""
+        """transformers' count of the tokens in the cache, which the fused step does not keep."""
         for layer in self.cache.layers:
             layer.cumulative_length.fill_(self._held)
 
@@ -104,7 +131,15 @@ class CapturedDecode:
         special = any(
             chosen(name) is not None for name in ("cache_implementation", "prompt_lookup_num_tokens", "prefill_chunk_size")
         )
-        return not several and not special and options.get("assistant_model") is None
+        plain = chosen("use_cache") is not False and options.get("inputs_embeds") is None
+        return plain and not several and not special and options.get("assistant_model") is None
+
+    def _may_step(self) -> bool:
+        return self._is_unchanged() if self._writing is None else self._writing
+
+    def _is_unchanged(self) -> bool:
+        """Whether the model's modules are those that the step was made from: no adapters, hooks or other parts."""
+        return not any(self._snapshot.hooks) and self._snapshot.same()
 
     def _inputs(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """``prepare_inputs_for_generation``: the fused step wants no mask and no positions."""
@@ -120,7 +155,9 @@ class CapturedDecode:
         if inputs is not None:
             past = self._held if ours else _held_by(kwargs.get("past_key_values"))
             refuse_longer(inputs.shape[0] * (inputs.shape[1] + past), self._length, self._bytes_per_token)
-        if ours and self._held and input_ids is not None and input_ids.shape == (1, 1) and not _wants_more(kwargs):
+        one = ours and self._held and input_ids is not None and input_ids.shape == (1, 1)
+        if one and not args and not _wants_more(kwargs, self._model.config) and self._may_step():
+            assert input_ids is not None
             return self._decode(input_ids)
         if ours:
             self._tell_cache()
@@ -150,12 +187,39 @@ def _in_place_of(method: Callable[..., Any], ours: Callable[..., Any]) -> Callab
     return call
 
 
+class _Gone:
+    """The layers of a cache that another sequence has been written to since."""
+
+    def __getattr__(self, name: str) -> Any:
+        self._refuse()
+
+    def __len__(self) -> int:
+        self._refuse()
+
+    def __iter__(self) -> Iterator[Any]:
+        self._refuse()
+
+    def __getitem__(self, index: int) -> Any:
+        self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        raise UnsupportedCallError(
+            "these past_key_values were given with an earlier result, and a later generate() uses their memory; pass a cache of "
+            "your own (past_key_values=DynamicCache()) to go on with several sequences"
+        )
+
+
 def _held_by(cache: Any) -> int:
     return int(cache.get_seq_length()) if cache is not None else 0
 
 
-def _wants_more(kwargs: dict[str, Any]) -> bool:
-    """Whether a pass is asked for what the fused step does not give."""
-    return any(kwargs.get(name) for name in ("output_hidden_states", "output_attentions", "output_router_logits")) or (
-        kwargs.get("labels") is not None
-    )
+def _wants_more(kwargs: dict[str, Any], config: Any) -> bool:
+    """Whether a pass is asked for what the fused step does not give, or given what it does not read."""
+
+    def said(name: str) -> Any:
+        value = kwargs.get(name)
+        return getattr(config, name, None) if value is None else value
+
+    more = any(said(name) for name in ("output_hidden_states", "output_attentions", "output_router_logits"))
+    given = any(kwargs.get(name) is not None for name in ("labels", "position_ids", "attention_mask", "inputs_embeds"))
+    return more or given or said("return_dict") is False

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
+import logging
+import os
+import threading
+import weakref
 from abc import abstractmethod
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from fate_moe.config import OffloadConfig
 from fate_moe.engine.budget import Plan
+from fate_moe.engine.calls import Calls
 from fate_moe.engine.device_budget import DevicePlan
 from fate_moe.engine.patches import Patches
 from fate_moe.engine.report import Report
@@ -17,16 +25,19 @@ from fate_moe.errors import ClosedModelError
 if TYPE_CHECKING:
     from fate_moe.journal import Observer
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "collect_lost_engines"]
+
+_log = logging.getLogger(__name__)
+_PATIENCE = 10.0  # seconds, at the end of the program, for the pass that a daemon thread runs
 
 
 @runtime_checkable
 class Engine(Protocol):
     """Owns what a model runs on: its plan, weights, expert slots, threads and every change made to the model.
 
-    ``plan`` says where the budget went, ``config`` how the model was asked to run, ``patches`` what was changed in it. One thread
-    runs the model at a time; ``report`` may be called from any thread and at any time, also after ``close``. As a context manager
-    an engine closes itself:
+    ``plan`` says where the budget went, ``config`` how the model was asked to run, ``patches`` what was changed in it. Calls from
+    several threads take turns (``calls``). ``report`` and ``observe`` may be called from any thread at any time, ``report`` after
+    ``close`` too. As a context manager an engine closes itself; so it does when the model is deleted, and when the program ends:
 
     >>> with model.fate:
     ...     model.generate(**inputs)
@@ -36,7 +47,9 @@ class Engine(Protocol):
     config: OffloadConfig
     patches: Patches
     model: Any
-    closed: bool = False
+    calls: Calls
+    _end: weakref.finalize[..., Any]
+    _ended: bool = False
 
     @abstractmethod
     def report(self) -> Report:
@@ -49,20 +62,48 @@ class Engine(Protocol):
         Raises ConfigError where this engine cannot be observed, or while another observer is.
         """
 
-    @abstractmethod
-    def stop(self) -> None:
-        """Stop threads, close files, give slots back, keep what was learned. Called once, by ``close``."""
+    @property
+    def closed(self) -> bool:
+        """Whether ``close`` was called."""
+        return self.calls.closed
+
+    def end_with(self, runs: Any, stop: Callable[[], None], keep_learned: Callable[[], None]) -> None:
+        """What ends an engine: ``stop`` (threads, files, slots), then ``keep_learned``, once; neither may refer to ``runs``, which
+        runs the experts: when that is garbage the engine ends without ``close``."""
+        self._end = weakref.finalize(runs, _end, stop, keep_learned, os.getpid())
+        self._end.atexit = False  # _close_all does it, with the turn
+        _open.add(self)
+
+    def last_report(self) -> None:
+        """Called by ``close`` before the engine ends: what ``report`` needs afterwards."""
+        return
 
     def close(self) -> None:
-        """Stop, and undo every change to the model, which raises ClosedModelError from then on. May be called again."""
-        if self.closed:
+        """Stop, and undo every change to the model, which raises ClosedModelError from then on. May be called again.
+
+        A pass that another thread runs is awaited; the ``generate`` that it belongs to raises ClosedModelError at its next one.
+        """
+        self.calls.closed = True  # the next pass of a generate that is under way raises
+        if self.calls.is_forked:  # whose turn it is, is known to threads of the parent
+            self._undo()
             return
-        self.closed = True
+        with self.calls.passing:
+            self._undo()
+
+    def _undo(self) -> None:
+        if self._ended:
+            return
+        self._ended = True
+        _open.discard(self)
         try:
-            self.stop()
+            if not self.calls.is_forked:
+                self.last_report()
+                self._end()
         finally:
             self.patches.undo()
-            for name in ("forward", "generate"):
+            for module in self.model.modules():
+                self.patches.replace(module, "forward", _refuse)
+            for name in ("generate", "save_pretrained", "push_to_hub", "state_dict"):
                 self.patches.replace(self.model, name, _refuse)
             self.patches.replace(self.model, "fate", self)
 
@@ -75,3 +116,43 @@ class Engine(Protocol):
 
 def _refuse(*args: Any, **kwargs: Any) -> Any:
     raise ClosedModelError
+
+
+_open: weakref.WeakSet[Engine] = weakref.WeakSet()  # engines that nobody closed
+
+
+def collect_lost_engines() -> None:
+    """End engines whose models were dropped without ``close``, whatever their memory is needed for next."""
+    if _open:
+        gc.collect()
+
+
+def _end(stop: Callable[[], None], keep_learned: Callable[[], None], process: int) -> None:
+    """Not in a child that was forked after loading: its threads are not here, and the parent learns."""
+    if process != os.getpid():
+        return
+
+    def end() -> None:
+        try:
+            stop()
+        finally:
+            keep_learned()
+
+    if threading.current_thread().name.startswith("fate-"):  # the garbage collector runs in any thread: this may be one to join
+        threading.Thread(target=end).start()
+    else:
+        end()
+
+
+@atexit.register
+def _close_all() -> None:
+    """At the end of the program: threads end and what was learned is kept.
+
+    The turns are kept too, so that a daemon thread that calls a model does not meet a closed one: it waits until the process ends.
+    """
+    for engine in list(_open):
+        if not engine.calls.is_forked and engine.calls.passing.acquire(_PATIENCE):
+            try:
+                engine._end()
+            except Exception as error:
+                _log.warning("closing a model at the end of the program failed: %s", error)

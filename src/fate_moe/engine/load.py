@@ -6,17 +6,19 @@ import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from fate_moe.config import OffloadConfig
 from fate_moe.core import EvictionPolicy, ExpertSource
 from fate_moe.engine.budget import Plan
 from fate_moe.engine.cpu import CpuParts
 from fate_moe.engine.device_budget import DevicePlan
-from fate_moe.engine.engine import Engine
+from fate_moe.engine.engine import Engine, collect_lost_engines
 from fate_moe.engine.neutral import neutral, refuse_settings
 from fate_moe.engine.patches import Patches
 from fate_moe.engine.prepare import Prepared, load_generation_config, load_tokenizer, prepare, store_for
+from fate_moe.engine.refusals import refuse_what_needs_parameters, say_sizes
 from fate_moe.errors import ConfigError
 from fate_moe.gpu.device import find_gpu
 from fate_moe.kernels.selfcheck import check_numbers
@@ -29,13 +31,30 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["build", "load"]
+__all__ = ["Loaded", "build", "load"]
 
 _log = logging.getLogger(__name__)
 
 
+class Loaded(NamedTuple):
+    """A model and its tokenizer. ``with`` closes the model at the end:
+
+    >>> with load("path-or-id") as (model, tokenizer):
+    ...     model.generate(**tokenizer("Once upon a time", return_tensors="pt"))
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    def __enter__(self) -> Loaded:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.model.fate.close()
+
+
 @neutral()
-def load(model: str | Path | None = None, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(model: str | Path | None = None, **options: Any) -> Loaded:
     """A transformers model whose experts stream from disk, and its tokenizer.
 
     ``model`` is a store, a Hugging Face checkpoint folder, a GGUF file or a hub id (converted on first use into ``$FATE_HOME``);
@@ -45,8 +64,11 @@ def load(model: str | Path | None = None, **options: Any) -> tuple[PreTrainedMod
     config = OffloadConfig.from_options(options)
     if config.on_gpu:
         find_gpu()  # before anything is converted
+    collect_lost_engines()
     prepared = prepare(store_for(model, config.precision, config.dense_precision))
-    return build(prepared, prepared.plan(config), config), load_tokenizer(prepared.store.path)
+    plan = prepared.plan(config)
+    tokenizer = load_tokenizer(prepared.store.path)  # its files may be missing, and weights take longer
+    return Loaded(build(prepared, plan, config), tokenizer)
 
 
 class Parts(Protocol):
@@ -69,6 +91,7 @@ class Parts(Protocol):
     def abandon(self) -> None: ...
 
 
+@neutral()
 def build(
     prepared: Prepared,
     plan: Plan | DevicePlan,
@@ -88,6 +111,8 @@ def build(
     model, path = prepared.model, prepared.store.path
     patches = Patches(model)
     parts = _parts(prepared, plan, config, patches, device)
+    engine: Engine | None = None
+    sizes = model.num_parameters(), model.num_parameters(exclude_embeddings=True)
     try:
         with parts.guard():
             # Weights: everything that stays resident.
@@ -102,15 +127,20 @@ def build(
             # Prediction: what is read ahead.
             parts.make_prediction()
 
-            # Patches: the model's experts, layers and limits become ours.
+            # Patches: the model's experts, layers and limits become ours; calls take turns.
             parts.patch()
             refuse_settings(model, patches)
             engine = parts.engine(lambda: _keep_learned(policy, path))
+            refuse_what_needs_parameters(model, prepared.stacks, path, patches)
+            say_sizes(model, sizes, plan.dense_bytes + plan.expert_cache_bytes, patches)
+            engine.calls.guard(model, prepared.stacks, patches)
             patches.replace(model, "fate", engine)
             store_used(path)
     except BaseException:
-        parts.abandon()
-        patches.undo()
+        try:
+            (parts.abandon if engine is None else engine.close)()
+        finally:
+            patches.undo()
         raise
     return model  # type: ignore[no-any-return]
 

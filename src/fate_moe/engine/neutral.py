@@ -40,8 +40,6 @@ def refuse_settings(model: Any, patcher: Patcher) -> None:
     def refuse(module: nn.Module, args: tuple[Any, ...]) -> None:
         if torch.is_autocast_enabled(kind):
             raise ConfigError(f"torch.autocast({kind!r}) changes this model's numbers; run it outside, or with enabled=False")
-        if (default := torch.get_default_device()).type not in ("cpu", kind):
-            raise ConfigError(f"torch's default device is {default}, and this model's tensors are made on {kind}; unset it")
         if kind == "cpu" and fp32_precision() == "bf16":
             raise ConfigError("torch.set_float32_matmul_precision('medium') changes this model's numbers; set it to 'highest'")
 

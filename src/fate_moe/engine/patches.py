@@ -85,10 +85,6 @@ class Patches:
                     table[name] = old.get(name)
                     self.replace(module, name, value)
 
-    def change(self, what: str, became: str, undo: Callable[[], None]) -> None:
-        """Note a change that a library's own call made (``model.set_experts_implementation``), and what takes it back."""
-        self._made.append(Patch(what, became, undo))
-
     def describe(self) -> str:
         """The changes for people, one line a kind: equal changes of numbered layers are counted, not repeated."""
         counts: dict[tuple[str, str], int] = {}

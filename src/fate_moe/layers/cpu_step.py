@@ -114,7 +114,9 @@ class CpuStep:
             buffers.setdefault(name, torch.empty(size, dtype=torch.bfloat16))
         rows = buffers.setdefault("rows", torch.empty(0))
         if len(rows) < stack.top_k:
-            buffers["rows"], buffers["weights"] = torch.empty(stack.top_k, self.hidden), torch.empty(stack.top_k)
+            buffers["rows"], buffers["weights"] = (
+                torch.empty(size, dtype=torch.float32) for size in ((stack.top_k, self.hidden), (stack.top_k,))
+            )
         self.buffers = buffers
         inner = [layer.self_attn, *([shared] if shared is not None else [])]
         self._snapshot = ModuleSnapshot([layer, self.block, *inner], hooked=[self.block])

@@ -211,7 +211,7 @@ def _layer(model: Any, plain: PlainLayer, cache: Any) -> _Layer:
     return _Layer(
         norm=block.input_layernorm.weight,
         qkv=joined(parts),
-        qkv_bias=torch.cat([part.bias for part in parts]) if plain.attention.qkv_bias else None,
+        qkv_bias=_with_views([part.bias for part in parts]) if plain.attention.qkv_bias else None,
         q_norm=attention.q_norm.weight if with_norms else None,
         k_norm=attention.k_norm.weight if with_norms else None,
         out=joined([attention.o_proj]),
@@ -236,7 +236,7 @@ def _routers(
         blocks.append(block.get_submodule(layer.router_name).weight)
         if layer.shared is not None and layer.shared.gate is not None:
             blocks.append(block.get_submodule(layer.shared.gate).weight)
-    whole = torch.cat(blocks)
+    whole = _with_views(blocks)
     made: list[tuple[torch.Tensor, torch.Tensor | None]] = []
     for number, gate in enumerate([*fitted[1:], None]):
         own = whole[number * rows : (number + 1) * rows]
@@ -244,8 +244,20 @@ def _routers(
             made.append((whole[number * rows : (number + 2) * rows], None))
         else:
             weight, bias = gate[:, :-1].to(own), gate[:, -1].to(own)
-            made.append((torch.cat([own, weight]), torch.nn.functional.pad(bias, (rows, 0))))
+            both = torch.cat([own, weight])
+            parts = blocks[number * (len(blocks) // len(layers)) :][: len(blocks) // len(layers)]
+            for part, view in zip(parts, both[:rows].split([len(part) for part in parts]), strict=True):
+                part.data = view
+            made.append((both, torch.nn.functional.pad(bias, (rows, 0))))
     return made
+
+
+def _with_views(parameters: Sequence[torch.Tensor]) -> torch.Tensor:
+    """``parameters`` as one tensor, of which they become views: what is changed in place is changed in both."""
+    whole = torch.cat([parameter.data for parameter in parameters])
+    for parameter, view in zip(parameters, whole.split([len(parameter) for parameter in parameters]), strict=True):
+        parameter.data = view
+    return whole
 
 
 def _shape(matrix: Matrix) -> tuple[int, int]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from operator import itemgetter
+from types import NoneType
 from typing import Any
 
 import torch
@@ -153,9 +155,11 @@ def _norm(name: str, module: nn.Module, norm: Norm, dtype: torch.dtype, generato
     if weight is None or weight.dtype not in DTYPES:
         return None
     original, size, address, weight_dtype = module.forward, len(weight), weight.data_ptr(), DTYPES[weight.dtype]
+    settings = _Settings([module])
 
     def forward(x: torch.Tensor) -> Any:
-        if not _few(x, size, MAX_ROWS) or weight.data_ptr() != address or module._parameters["weight"] is not weight:
+        changed = weight.data_ptr() != address or module._parameters.get("weight") is not weight or not settings.same()
+        if changed or not _few(x, size, MAX_ROWS):
             return original(x)
         out = torch.empty_like(x)
         native.rms_norm(x.data_ptr(), DTYPES[x.dtype], x.numel() // size, size, address, weight_dtype, norm.eps, out.data_ptr())
@@ -204,16 +208,34 @@ class _Activation:
         return torch.as_tensor(self.act_fn(gate) * up)
 
 
+class _Settings:
+    """What modules say in plain attributes (eps, top_k, scaling, training), as it was when kernels were told."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._said: list[tuple[Any, Any, Any]] = []
+        for module in modules:
+            said = vars(module)
+            names = [key for key, value in said.items() if key[0] != "_" and isinstance(value, (bool, int, float, str, NoneType))]
+            if names:
+                get = itemgetter(*names)
+                self._said.append((get, said, get(said)))
+
+    def same(self) -> bool:
+        return all(get(said) == found for get, said, found in self._said)
+
+
 class ModuleSnapshot:
-    """Some modules and the modules in them, as they were found: adapters replace parts, hooks want the family's own forward, and
-    ``model.to`` moves numbers away from the addresses that the extension was given."""
+    """Some modules and the modules in them, as they were found: adapters replace parts, hooks want the family's own forward, users
+    change what a module says, and numbers may move away from the addresses that the extension was given."""
 
     def __init__(self, owners: Sequence[nn.Module], hooked: Sequence[nn.Module] = ()) -> None:
-        """``hooked``: those whose pre-hooks are ours."""
+        """``hooked``: those that have pre-hooks of ours."""
         self._places = [(owner._modules, name, part) for owner in owners for name, part in owner.named_children()]
         parts = {part for _, _, part in self._places}
         self.hooks: list[Any] = [part._forward_hooks for part in parts]
         self.hooks += [part._forward_pre_hooks for part in parts if part not in hooked]
+        self._hooked = [(part, len(part._forward_pre_hooks)) for part in hooked]
+        self._settings = _Settings({*parts, *owners})
         self._numbers = [
             (part._parameters, name, tensor, tensor.data_ptr())
             for part in {*parts, *owners}
@@ -225,8 +247,13 @@ class ModuleSnapshot:
     def same(self) -> bool:
         """Whether all parts and their numbers are where they were."""
         with torch._C.DisableTorchFunctionSubclass():
-            numbers = all(held[name] is tensor and tensor.data_ptr() == at for held, name, tensor, at in self._numbers)
-        return numbers and all(modules[name] is part for modules, name, part in self._places)
+            numbers = all(held.get(name) is tensor and tensor.data_ptr() == at for held, name, tensor, at in self._numbers)
+        return (
+            numbers
+            and all(modules.get(name) is part for modules, name, part in self._places)
+            and all(len(part._forward_pre_hooks) == count for part, count in self._hooked)
+            and self._settings.same()
+        )
 
 
 def _mlp(name: str, module: Any, mlp: Mlp, dtype: torch.dtype, exact: bool, generator: torch.Generator) -> Accelerated | None:

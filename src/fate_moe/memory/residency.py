@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from fate_moe.core import EvictionPolicy, ExpertId, ExpertSource, Lookup
+from fate_moe.errors import ClosedModelError
 from fate_moe.memory.slots import SlotArena
 from fate_moe.memory.table import WHOLE, SlotTable
 from fate_moe.memory.transfer import TransferQueue
@@ -72,11 +73,11 @@ class Residency:
 
         The experts are distinct and of one layer, chosen for ``counts`` of ``num_tokens`` tokens (None: for all of them). Experts
         of their layer are no longer protected; prefetches still queued for it are cancelled. ``sections``: the blobs of which the
-        first so many are enough. Raises RuntimeError after ``close``.
+        first so many are enough. Raises ClosedModelError after ``close``.
         """
         with self._lock:
             if self._closed:
-                raise RuntimeError("this model has been closed; load it again")
+                raise ClosedModelError
             lease = Lease(self, self._table.route(experts, counts, num_tokens, sections), sections or {})
             self._table.lock(experts)
             for expert, found in lease.lookups.items():
@@ -139,7 +140,7 @@ class Residency:
                 self._arrival.wait()
 
     def close(self) -> None:
-        """Wait for the reads under way, stop the threads, close the source. Waiting leases raise RuntimeError."""
+        """Wait for the reads under way, stop the threads, close the source. Waiting leases raise ClosedModelError."""
         with self._arrival:
             self._closed = True
         self._queue.close()
@@ -179,7 +180,7 @@ class Residency:
                 began = time.perf_counter()
                 while not lease.arrived:
                     if self._closed:
-                        raise RuntimeError("the model was closed while an expert was awaited")
+                        raise ClosedModelError
                     self._arrival.wait()
                 self.counters.stall_seconds += time.perf_counter() - began
             expert, error = lease.arrived.popleft()
@@ -200,6 +201,16 @@ class Residency:
                         del self._waiting[expert]
                         self._queue.withdraw(expert)
             self._queue.slot_freed()
+
+    def forget_leases(self) -> None:
+        """A pass was cut short, wherever it was (Ctrl-C comes at any line): nothing is locked or awaited any more."""
+        with self._arrival:
+            self._table.unlock_all()
+            self._waiting.clear()
+            for expert in self._queue.demands():
+                self._queue.withdraw(expert)
+            self._queue.slot_freed()
+            self._arrival.notify_all()
 
     # --- the reading threads; the lock is held but for the read itself ---
 
@@ -278,8 +289,8 @@ class Lease:
 
     Iterate ``batches`` or ``arrivals`` once, to the end or until ``release``. Both give ``(expert, slot)``: those that were
     resident first, in the order asked for, then the others as they arrive. Both raise the source's error (StoreError,
-    CorruptExpertError) at an expert that cannot be read, and RuntimeError if the residency is closed meanwhile; ``release`` still
-    has to be called.
+    CorruptExpertError) at an expert that cannot be read, and ClosedModelError if the residency is closed meanwhile; ``release``
+    still has to be called.
     """
 
     def __init__(self, residency: Residency, lookups: dict[ExpertId, Lookup], wanted: Mapping[ExpertId, int]) -> None:

@@ -113,6 +113,10 @@ class SlotTable:
             if count:
                 locks[expert] = count
 
+    def unlock_all(self) -> None:
+        """Nobody uses any expert any more."""
+        self._locks.clear()
+
     def expect(self, experts: Sequence[ExpertId]) -> list[int]:
         """``experts`` are predicted: those resident are protected until their layer is routed. Returns the indices of the missing.
 

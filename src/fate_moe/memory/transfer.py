@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from fate_moe.core import ExpertId
+from fate_moe.errors import ConfigError
 
 __all__ = ["TransferQueue"]
 
@@ -39,8 +40,14 @@ class TransferQueue:
         self._most_prefetching = num_threads - 1
         self._closed = False
         self._threads = [threading.Thread(target=self._run, name=f"fate-read-{n}", daemon=True) for n in range(num_threads)]
-        for thread in self._threads:
-            thread.start()
+        try:
+            for thread in self._threads:
+                thread.start()
+        except RuntimeError as error:
+            self.close()
+            raise ConfigError(
+                f"the system does not start {num_threads} threads ({error}); lower --io-threads or raise the limit (ulimit -u)"
+            ) from error
 
     def demand(self, expert: ExpertId) -> None:
         """Queue a demand read; a queued prefetch of the same expert becomes one."""
@@ -97,7 +104,8 @@ class TransferQueue:
             self._prefetches.clear()
             self._work.notify_all()
         for thread in self._threads:
-            thread.join()
+            if thread.ident is not None:  # it was started
+                thread.join()
 
     def _run(self) -> None:
         with self._work:

@@ -107,6 +107,12 @@ def load_dense(store: Store, exclude: str | None = None) -> dict[str, torch.Tens
         raise StoreError(f"{path} is damaged ({error}); {_AGAIN}") from error
 
 
+def check_dense(store: Store) -> None:
+    """Raise StoreError when the bytes of dense.safetensors differ from their checksum, or cannot be read."""
+    memory = memoryview(anonymous_buffer(_CHUNK_BYTES))
+    _checked_read(store.path / "dense.safetensors", store.manifest.dense_bytes, store.manifest.dense_checksum, memory, reuse=True)
+
+
 def _view(buffer: object, entry: TensorEntry) -> torch.Tensor:
     dtype = TORCH_DTYPES[entry.dtype]
     if entry.length == 0:
@@ -134,19 +140,16 @@ def verify(store: Store, progress: bool | None = None) -> None:
                     advance(len(blob))
 
 
-def check_dense(store: Store) -> None:
-    """Read dense.safetensors and compare it with its checksum. Raises StoreError where it differs or cannot be read."""
-    manifest = store.manifest
-    memory = memoryview(anonymous_buffer(_CHUNK_BYTES))
-    _checked_read(store.path / "dense.safetensors", manifest.dense_bytes, manifest.dense_checksum, memory, reuse=True)
-
-
 def open_file(path: Path, direct: bool = True) -> DirectFile:
     """Open a file of a store for reading. Raises StoreError when it cannot be opened."""
     try:
         return DirectFile(path, direct)
     except OSError as error:
-        advice = {errno.EMFILE: "raise `ulimit -n`", errno.ENFILE: "close other programs", errno.EACCES: "check its permissions"}
+        advice = {
+            errno.EMFILE: "close what is not used (model.fate.close()), or raise the limit (ulimit -n)",
+            errno.ENFILE: "close other programs",
+            errno.EACCES: "check its permissions",
+        }
         raise StoreError(f"{path} cannot be opened ({error.strerror}); {advice.get(error.errno or 0, _AGAIN)}") from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fate_moe.core import SLOT_ALIGNMENT, ExpertId
+from fate_moe.io.direct import DirectFile
 from fate_moe.machine import allow_open_files
 from fate_moe.store.open import Store, check_section, open_file, read_blob
 
@@ -20,7 +21,13 @@ class DiskSource:
         """Opens every shard. Raises StoreError naming one that cannot be opened."""
         self.store = store
         allow_open_files(len(store.manifest.shard_bytes))
-        self._files = {shard: open_file(store.path / shard, direct) for shard in store.manifest.shard_bytes}
+        self._files: dict[str, DirectFile] = {}
+        try:
+            for shard in store.manifest.shard_bytes:
+                self._files[shard] = open_file(store.path / shard, direct)
+        except BaseException:
+            self.close()
+            raise
         self._states = {shard: file.state() for shard, file in self._files.items()}
         self._verified: set[tuple[ExpertId, int]] = set()  # (expert, section)
 

@@ -181,6 +181,7 @@ void bind_layers(nb::module_& m) {
 }  // namespace
 
 NB_MODULE(_native, m) {
+  nb::set_leak_warnings(false);  // at exit a traceback or a global may still hold what the interpreter never frees
   m.doc() = "Expert kernels on raw addresses; use fate_moe.kernels.cpu.";
   m.def("instruction_sets", &names, "What this processor can run, best first.");
   m.def("instruction_set", [] { return std::string(chosen->name); }, "What is used.");

@@ -1,0 +1,121 @@
+"""How calls come in: one at a time, from threads too, and only what a model whose experts are elsewhere can do."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from fate_moe.adapter.meta_model import ExpertStack
+from fate_moe.core import Patcher
+from fate_moe.errors import ClosedModelError, UnsupportedCallError
+from fate_moe.turns import Turn
+
+__all__ = ["Calls", "holders", "usual_device"]
+
+_EAGER = "fate-moe runs its layers in an extension: there is nothing to compile"
+
+
+class Calls:
+    """Lets calls of one model take turns.
+
+    A whole ``generate`` is one turn, so that sequences do not mix; a forward pass outside of it is one. The thread whose turn it is
+    may call the model again between two passes (a streamer, a logits processor). ``passing`` is held during a pass and by whoever
+    changes what a pass uses: so ``close`` waits for a pass, not for a whole ``generate``, which ends at its next pass.
+    """
+
+    def __init__(self, passing: Turn | None = None, cut_short: Callable[[], None] = lambda: None) -> None:
+        """``passing``: the turn of a pass, where something else knows it too. ``cut_short`` is called after a pass that raised."""
+        self.turn, self.passing, self._cut_short = Turn(), passing or Turn(), cut_short
+        self.closed = False
+        self._process = os.getpid()
+
+    @property
+    def is_forked(self) -> bool:
+        """Whether this is a child of the process that loaded the model: the reading threads are not here."""
+        return os.getpid() != self._process
+
+    def guard(self, model: Any, stacks: Sequence[ExpertStack], patcher: Patcher) -> None:
+        """Let ``model``'s generate and forward take turns, and those of the modules that hold all its layers. Comes last: what is
+        called in a turn is what they are now."""
+        patcher.replace(model, "generate", self._in_turn(model.generate, self._generating))
+        for module in _above_layers(model, stacks):
+            forward = self._in_turn(module.forward, self._passing)
+            patcher.replace(module, "forward", torch.compiler.disable(forward, reason=_EAGER))  # type: ignore[no-untyped-call]
+
+    def _in_turn(self, method: Callable[..., Any], turn: Callable[[], Any]) -> Callable[..., Any]:
+        @functools.wraps(method)  # transformers looks at the signature
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with turn():
+                return method(*args, **kwargs)
+
+        return call
+
+    @contextmanager
+    def _generating(self) -> Iterator[None]:
+        self._check()
+        with self.turn:
+            self._check()  # closed while it waited
+            yield
+
+    @contextmanager
+    def _passing(self) -> Iterator[None]:
+        self._check()
+        _refuse_tracing()
+        with self.turn, self.passing, usual_device():
+            self._check()
+            try:
+                yield
+            except BaseException:
+                self._cut_short()
+                raise
+
+    def _check(self) -> None:
+        if self.closed:
+            raise ClosedModelError
+        if self.is_forked:
+            raise UnsupportedCallError(
+                "this process was forked after the model was loaded, and the threads that read experts stayed in its parent; load "
+                "the model in the child, or start the child first"
+            )
+
+
+def _above_layers(model: nn.Module, stacks: Sequence[ExpertStack]) -> list[nn.Module]:
+    """``model`` and the modules inside it in which all its MoE layers lie, those that can be called."""
+    first, *others = [stack.name.split(".") for stack in stacks]
+    found = [model]
+    for end in range(1, len(first)):
+        if all(name[:end] == first[:end] for name in others):
+            found.append(model.get_submodule(".".join(first[:end])))
+    return [module for module in found if not isinstance(module, (nn.ModuleList, nn.ModuleDict))]
+
+
+def holders(model: nn.Module, stacks: Sequence[ExpertStack]) -> list[nn.Module]:
+    """The modules of ``model`` that hold experts, the experts' own last."""
+    names = {""}
+    for stack in stacks:
+        for name in (stack.name, *stack.twins):
+            parts = name.split(".")
+            names |= {".".join(parts[:end]) for end in range(1, len(parts) + 1)}
+    return [model.get_submodule(name) for name in sorted(names, key=lambda name: (name.count(".") + bool(name), name))]
+
+
+def usual_device() -> Any:
+    """A context in which torch allocates in RAM where no device is given, whatever ``set_default_device`` chose: kernels are given
+    the addresses."""
+    return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+
+
+def _refuse_tracing() -> None:
+    """Raise UnsupportedCallError where torch records operations instead of computing: it would not see the kernels."""
+    if torch._C._get_tracing_state() is not None or torch.compiler.is_exporting():
+        raise UnsupportedCallError("a loaded model cannot be traced or exported; export the checkpoint with transformers instead")
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise UnsupportedCallError(
+            "torch.func's transforms (vmap, jvp, grad) do not go through a loaded model; give it a batch, and use autograd"
+        )
