@@ -17,6 +17,7 @@ from fate_moe.adapter.meta_model import ExpertStack
 from fate_moe.core import Patcher
 from fate_moe.engine.attach import use_experts_function
 from fate_moe.gpu.experts import DeviceExperts
+from fate_moe.layers.frozen import freeze_experts
 
 __all__ = ["attach_device", "router_weights"]
 
@@ -53,6 +54,7 @@ def attach_device(model: Any, stacks: Sequence[ExpertStack], experts: DeviceExpe
         module = model.get_submodule(stack.name)
         patcher.replace(module, "fate_number", number)
         patcher.replace(module, "fate_layer", stack.layer)
+        freeze_experts(module, patcher)
 
 
 def router_weights(model: Any, stacks: Sequence[ExpertStack]) -> list[torch.Tensor | None]:

@@ -99,6 +99,30 @@ class SlotExperts:
             weights = self._weights(layer, expert, slot, hidden.dtype, kernels[expert], planes.get(expert))
             outputs[chosen] = expert_mlp(experts, weights, x).to(outputs.dtype)
 
+    def gradients(
+        self,
+        layer: int,
+        experts: Any,
+        expert: int,
+        slot: int,
+        tokens: torch.Tensor,
+        hidden: torch.Tensor,
+        weights: torch.Tensor,
+        gradient: torch.Tensor,
+        num_planes: int | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What one expert gives back: [n, hidden] with respect to the rows of ``hidden`` [num_tokens, hidden] at ``tokens`` [n], and
+        [n] to its routing ``weights`` [n], from the ``gradient`` [num_tokens, hidden] of the weighted sum.
+
+        The gradient is that of the numbers of its weights (``num_planes`` as in ``run``) in the dtype of ``hidden``.
+        """
+        numbers = self._weights(layer, expert, slot, hidden.dtype, self._kernels_of(layer, experts)[expert], num_planes)
+        x, of_sum = hidden[tokens].detach().requires_grad_(), gradient[tokens]
+        with torch.enable_grad():
+            y = expert_mlp(experts, numbers, x)
+        (of_x,) = torch.autograd.grad(y, x, (of_sum * weights.unsqueeze(1)).to(y.dtype))
+        return of_x, (y.detach().float() * of_sum.float()).sum(1).to(weights.dtype)
+
     def has_fused(self, layer: int, experts: Any) -> bool:
         """Whether ``run_token`` can run ``layer``: all its experts have a fused kernel; ``experts`` is the transformers module."""
         return all(kernel is not None and kernel.whole is not None for kernel in set(self._kernels_of(layer, experts)))
