@@ -113,8 +113,8 @@ class ExpertRuntime:
         """The weighted sum of the chosen experts' outputs, [num_tokens, hidden].
 
         ``experts`` is the transformers module, ``hidden`` [num_tokens, hidden], ``index`` and ``routing_weights``
-        [num_tokens, top_k]. Differentiable once with respect to ``hidden`` and ``routing_weights``: backward reads the experts again.
-        Raises StoreError if an expert cannot be read whole.
+        [num_tokens, top_k]. Differentiable once with respect to ``hidden`` and ``routing_weights``; backward reads the experts
+        again. Raises StoreError if an expert cannot be read whole.
         """
         refuse_transforms()
         forward = partial(self._compute, layer, experts, index)

@@ -136,10 +136,9 @@ def test_a_layer_that_differs_from_what_was_recognised_is_refused_loudly(
         if part == "scaling":  # of the accelerated attention, which the layer uses
             attention = found.attention
             layer = model.get_submodule(found.path)
-            layer.fate_accelerated = None
             weights = [modules.weight_of(getattr(layer.self_attn, f"{name}_proj")) for name in "qkvo"]
             heads = attention.heads, attention.kv_heads, attention.head_dim
-            layer.self_attn.fate_accelerated = native.Attention.make(*weights, *heads, 8 * attention.scaling, 0, 0, 0, 0.0)
+            layer.self_attn.forward.of = native.Attention.make(*weights, *heads, 8 * attention.scaling, 0, 0, 0, 0.0)
             return found
         return replace(found, input_norm=replace(found.input_norm, eps=1.0), post_norm=replace(found.post_norm, eps=1.0))
 

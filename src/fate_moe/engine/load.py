@@ -18,6 +18,7 @@ from fate_moe.engine.patches import Patches
 from fate_moe.engine.prepare import Prepared, load_generation_config, load_tokenizer, prepare, store_for
 from fate_moe.errors import ConfigError
 from fate_moe.gpu.device import find_gpu
+from fate_moe.kernels.modes import usual_modes
 from fate_moe.memory.decayed import Decayed
 from fate_moe.registry import make_policy
 from fate_moe.store.home import store_used
@@ -32,6 +33,7 @@ __all__ = ["build", "load"]
 _log = logging.getLogger(__name__)
 
 
+@usual_modes()
 def load(model: str | Path | None = None, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A transformers model whose experts stream from disk, and its tokenizer.
 
@@ -66,6 +68,7 @@ class Parts(Protocol):
     def abandon(self) -> None: ...
 
 
+@usual_modes()
 def build(
     prepared: Prepared,
     plan: Plan | DevicePlan,

@@ -25,7 +25,7 @@ def find_activation(experts: Any) -> Any:
     if getattr(experts, "has_post_expert_norm", False):
         return None
     generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(1, 2 * _NUM_PROBES, generator=generator) * 6  # beyond the families' limits (7) too
+    probe = torch.randn(1, 2 * _NUM_PROBES, generator=generator, dtype=torch.float32) * 6  # beyond the families' limits (7) too
     try:
         want = experts._apply_gate(probe) if experts.has_gate else experts.act_fn(probe)
     except (RuntimeError, TypeError, AttributeError):

@@ -23,10 +23,11 @@ def flows(*tensors: torch.Tensor) -> bool:
 
 
 def refuse_transforms() -> None:
-    """Raise ConfigError within torch.func's transforms and forward-mode differentiation, which kernels and files know nothing of."""
+    """Raise ConfigError within torch.func's transforms and forward-mode differentiation, which kernels know nothing of."""
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         raise ConfigError(
-            "torch.func, vmap and forward-mode differentiation do not work through this model; use backward() or torch.autograd.grad"
+            "torch.func, vmap and forward-mode differentiation do not work through this model; use backward() or "
+            "torch.autograd.grad"
         )
 
 
@@ -41,13 +42,13 @@ def frozen(
     ``gradients(gradient, remembered, *inputs)`` gives the inputs' gradients; ``remembered`` is the second thing that ``compute``
     returned. Without ``keep`` the inputs are not kept for it, and not given. A second derivative raises ConfigError.
     """
-    result: torch.Tensor = _Frozen.apply(compute, gradients, keep, *inputs)
+    result: torch.Tensor = _Frozen.apply(compute, gradients, keep, *inputs)  # type: ignore[no-untyped-call]
     return result
 
 
 class _Frozen(torch.autograd.Function):
     @staticmethod
-    @torch.amp.custom_fwd(device_type="cpu")  # backward runs under the autocast of forward
+    @torch.amp.custom_fwd(device_type="cpu")  # type: ignore[untyped-decorator]  # backward runs under the autocast of forward
     def forward(ctx: Any, compute: Any, gradients: Any, keep: bool, *inputs: torch.Tensor) -> torch.Tensor:
         result, ctx.remembered = compute(*inputs)
         ctx.gradients = gradients
@@ -56,7 +57,7 @@ class _Frozen(torch.autograd.Function):
         return result  # type: ignore[no-any-return]
 
     @staticmethod
-    @torch.amp.custom_bwd(device_type="cpu")
+    @torch.amp.custom_bwd(device_type="cpu")  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         if torch.is_grad_enabled():
             raise ConfigError("gradients of gradients cannot be had through this model; leave create_graph=True out")

@@ -49,8 +49,8 @@ def _numbers(parts: dict[str, torch.Tensor], layout: BlobLayout, cols: int, dtyp
 class QuantizedLinear(nn.Linear):
     """``nn.Linear`` on a quantized weight: few rows with int8 activations by group (``exact``: fp32), many through torch's GEMM.
 
-    ``blob`` uint8 holds ``weight`` [out, in] in ``layout``; nothing is copied. Gradients with respect to x are those of the weight's
-    numbers (kernels/gradients.py). Another parameter in place of ``weight`` is honoured, at torch's speed.
+    ``blob`` uint8 holds ``weight`` [out, in] in ``layout``; nothing is copied. Gradients with respect to x are those of the
+    weight's numbers (kernels/gradients.py). Another parameter in place of ``weight`` is honoured, at torch's speed.
     """
 
     def __init__(

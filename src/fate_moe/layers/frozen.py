@@ -37,14 +37,14 @@ class FrozenWeight(nn.Parameter):
     def __new__(
         cls, shape: Sequence[int], dtype: torch.dtype, device: str, numbers: Callable[[], torch.Tensor], refusal: str
     ) -> FrozenWeight:
-        made: FrozenWeight = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=device)  # type: ignore[attr-defined]
+        made: FrozenWeight = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=torch.device(device))
         made.numbers, made.refusal = numbers, refusal
         return made
 
     def __init__(self, *args: Any) -> None:
         """All is done by ``__new__``."""
 
-    def __repr__(self, *args: Any, **kwargs: Any) -> str:
+    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
         return f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
     def __deepcopy__(self, memo: Any) -> Any:
@@ -70,12 +70,12 @@ class FrozenWeight(nn.Parameter):
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         one = args[0]
-        if func is torch.ops.aten.copy_.default and isinstance(one, FrozenWeight) and not one.is_meta:
-            if one.shape == args[1].shape and torch.equal(one, args[1].to(one)):
-                return one  # load_state_dict of a whole checkpoint
+        copied = func is torch.ops.aten.copy_.default and isinstance(one, FrozenWeight) and not one.is_meta
+        if copied and one.shape == args[1].shape and torch.equal(one, args[1].to(one)):
+            return one  # load_state_dict of a whole checkpoint
         if func in _COPIED or (func is _CONVERTED and (one.is_meta or kwargs.get("device") in (None, one.device))):
             return cls(one.shape, kwargs.get("dtype") or one.dtype, str(one.device), one.numbers, one.refusal)
         for at, declared in enumerate(func._schema.arguments):

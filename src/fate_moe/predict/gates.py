@@ -119,7 +119,7 @@ def _product(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Callable
     def product(x: torch.Tensor) -> torch.Tensor:
         if x.dtype not in (torch.float32, torch.bfloat16) or not x.is_contiguous():
             x = x.float().contiguous()
-        out = torch.empty(len(x), rows)
+        out = torch.empty(len(x), rows, dtype=torch.float32)
         native.linear(place, weight.data_ptr(), 0, x.data_ptr(), DTYPES[x.dtype], len(x), out.data_ptr(), fp32, True, 1)
         return out if bias is None else out.add_(bias)
 
