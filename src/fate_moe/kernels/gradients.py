@@ -59,6 +59,7 @@ class _Frozen(torch.autograd.Function):
     @staticmethod
     @torch.amp.custom_bwd(device_type="cpu")  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        refuse_transforms()  # is_grads_batched
         if torch.is_grad_enabled():
             raise ConfigError("gradients of gradients cannot be had through this model; leave create_graph=True out")
         return None, None, None, *ctx.gradients(gradient, ctx.remembered, *ctx.saved_tensors)

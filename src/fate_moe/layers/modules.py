@@ -21,7 +21,7 @@ from fate_moe.adapter.families import ROUTER_NAMES
 from fate_moe.adapter.kv_cache import RoomyLayer, make_room
 from fate_moe.core import Patcher
 from fate_moe.kernels.activations import find_activation
-from fate_moe.kernels.gradients import flows
+from fate_moe.kernels.gradients import flows, refuse_transforms
 from fate_moe.kernels.native import BF16, DTYPES, native
 from fate_moe.kernels.plain_layer import Attention, Mlp, Norm
 from fate_moe.layers.dense import MAX_ROWS, QuantizedLinear
@@ -128,6 +128,7 @@ class SmallWeight(nn.Parameter):
 
 def _few(x: torch.Tensor, cols: int, max_rows: int) -> bool:
     """Whether ``x`` [..., cols] is something for the extension."""
+    refuse_transforms()
     return (
         x.numel() <= max_rows * cols
         and x.dtype in (torch.bfloat16, torch.float32)

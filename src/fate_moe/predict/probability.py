@@ -83,7 +83,7 @@ class ProbabilityPredictor:
         if ahead > self._look_ahead or (ahead > 1 and len(router_input) > 1):
             return []
         scored = self._scorer.scores(layer, router_input, ahead)
-        scores = None if scored is None else scored.numpy(force=True).astype(np.float32, copy=False)
+        scores = None if scored is None else scored.float().numpy(force=True)
         far = None if self._forecast is None else self._forecast.scores(layer, router_input, ahead)
         if len(router_input) > 1:
             return [] if scores is None else self._predict_many(layer, scores)
