@@ -16,7 +16,9 @@ from fate_moe.adapter.families import ROUTER_NAMES
 from fate_moe.adapter.meta_model import ExpertStack
 from fate_moe.core import Patcher
 from fate_moe.engine.attach import use_experts_function
+from fate_moe.errors import ConfigError
 from fate_moe.gpu.experts import DeviceExperts
+from fate_moe.kernels.gradients import flows, refuse_transforms
 from fate_moe.layers.frozen import freeze_experts
 
 __all__ = ["attach_device", "router_weights"]
@@ -38,6 +40,9 @@ def _(hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, number: 
 
 
 def _experts_forward(experts: Any, hidden_states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    refuse_transforms()
+    if flows(hidden_states, weights):
+        raise ConfigError("experts on a GPU give no gradients; train on the CPU (without vram), or generate under torch.no_grad()")
     result: torch.Tensor = torch.ops.fate_moe.device_experts(hidden_states, index, weights, experts.fate_number, experts.fate_layer)
     return result
 

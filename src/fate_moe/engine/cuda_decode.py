@@ -2,7 +2,7 @@
 replay a token.
 
 The model keeps one static KV cache, of one sequence, that ``generate`` is given. A pass of one token over it is the fused step;
-every other pass (a prompt, a batch, beams, another cache) runs transformers' layers.
+every other pass (a prompt, a batch, beams, another cache, a model with adapters or hooks) runs transformers' layers.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ import torch
 from transformers import StaticCache
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
+from fate_moe.adapter.contract import is_experts
 from fate_moe.core import Patcher
 from fate_moe.engine.attach import refuse_longer
 from fate_moe.gpu.experts import DeviceExperts
 from fate_moe.layers.cuda_path_step import PathStep
 from fate_moe.layers.cuda_step import FusedStep
+from fate_moe.layers.snapshot import ModuleSnapshot
 
 __all__ = ["CapturedDecode"]
 
@@ -47,6 +49,8 @@ class CapturedDecode:
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.cache.early_initialization(1, config.num_key_value_heads, dim, model.dtype, model.device)
         self._step = (PathStep if paths else FusedStep)(model, experts, self.cache)
+        self._snapshot = ModuleSnapshot([module for module in model.modules() if not is_experts(module)])
+        self._checked = False  # for the call of generate() that is under way
         self._graph = graph and model.device.type == "cuda" and length > 2
         self._held = 0  # tokens in the cache
         self.steps = 0
@@ -81,7 +85,11 @@ class CapturedDecode:
             self._held = 0
             options["past_key_values"] = self.cache
             options.setdefault("disable_compile", True)
-        result = self._generate(inputs, *args, **options)
+        self._checked = self._snapshot.same()
+        try:
+            result = self._generate(inputs, *args, **options)
+        finally:
+            self._checked = False
         self._tell_cache()
         if isinstance(self._step, PathStep):
             self._step.keep()
@@ -120,7 +128,8 @@ class CapturedDecode:
         if inputs is not None:
             past = self._held if ours else _held_by(kwargs.get("past_key_values"))
             refuse_longer(inputs.shape[0] * (inputs.shape[1] + past), self._length, self._bytes_per_token)
-        if ours and self._held and input_ids is not None and input_ids.shape == (1, 1) and not _wants_more(kwargs):
+        one = ours and self._held and input_ids is not None and input_ids.shape == (1, 1) and not _wants_more(kwargs)
+        if one and self._is_unchanged():
             return self._decode(input_ids)
         if ours:
             self._tell_cache()
@@ -128,6 +137,11 @@ class CapturedDecode:
         if ours:
             self._held += inputs.shape[1]  # type: ignore[union-attr]
         return result
+
+    def _is_unchanged(self) -> bool:
+        """Whether the model is what the step was made from: no adapters, hooks or other settings. In generate() modules are looked
+        at once, hooks at every token."""
+        return not self._snapshot.hooked() and (self._checked or self._snapshot.same())
 
     def _decode(self, input_ids: torch.Tensor) -> Any:
         step = self._step

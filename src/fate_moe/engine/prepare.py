@@ -19,6 +19,7 @@ from fate_moe.engine.budget import Footprint, Plan, footprint, make_plan
 from fate_moe.engine.device_budget import DevicePlan, make_device_plan
 from fate_moe.errors import CheckpointError, StoreError
 from fate_moe.gpu.device import find_gpu
+from fate_moe.kernels.modes import usual_modes
 from fate_moe.registry import PRESETS
 from fate_moe.store.convert import convert
 from fate_moe.store.dense import default_dense_precision
@@ -115,6 +116,7 @@ def _name_of(model: str | Path | None) -> str:
     return Path(str(model)).resolve().name if Path(str(model)).exists() else str(model).replace("/", "--")
 
 
+@usual_modes()
 def prepare(path: Path) -> Prepared:
     """Open the store at ``path`` and build its model without weights. Raises StoreError where they do not belong together."""
     store = open_store(path)

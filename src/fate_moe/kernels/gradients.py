@@ -22,9 +22,13 @@ def flows(*tensors: torch.Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-def refuse_transforms() -> None:
-    """Raise ConfigError within torch.func's transforms and forward-mode differentiation, which kernels know nothing of."""
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+def refuse_transforms(*tensors: torch.Tensor) -> None:
+    """Raise ConfigError within torch.func's transforms and forward-mode differentiation, which kernels know nothing of.
+
+    ``tensors`` may be those of ``is_grads_batched``, which torch does not count as a transform.
+    """
+    batched = any(torch._C._functorch.is_legacy_batchedtensor(tensor) for tensor in tensors)
+    if batched or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         raise ConfigError(
             "torch.func, vmap and forward-mode differentiation do not work through this model; use backward() or "
             "torch.autograd.grad"
@@ -59,7 +63,7 @@ class _Frozen(torch.autograd.Function):
     @staticmethod
     @torch.amp.custom_bwd(device_type="cpu")  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        refuse_transforms()  # is_grads_batched
+        refuse_transforms(gradient)  # is_grads_batched
         if torch.is_grad_enabled():
             raise ConfigError("gradients of gradients cannot be had through this model; leave create_graph=True out")
         return None, None, None, *ctx.gradients(gradient, ctx.remembered, *ctx.saved_tensors)

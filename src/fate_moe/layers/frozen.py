@@ -37,7 +37,9 @@ class FrozenWeight(nn.Parameter):
     def __new__(
         cls, shape: Sequence[int], dtype: torch.dtype, device: str, numbers: Callable[[], torch.Tensor], refusal: str
     ) -> FrozenWeight:
-        made: FrozenWeight = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=torch.device(device))
+        # What lies beneath, where torch is made to look past this class (other.data = weight), is NaN rather than no memory.
+        nothing = torch.full((), torch.nan, dtype=dtype, device=device).expand(*shape)
+        made: FrozenWeight = torch.Tensor._make_subclass(cls, nothing, False)
         made.numbers, made.refusal = numbers, refusal
         return made
 
