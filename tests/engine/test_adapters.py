@@ -1,4 +1,4 @@
-"""PEFT adapters on a loaded model: the text is transformers' with the same adapter, after training, switching, saving and merging."""
+"""PEFT adapters on a loaded model: the text is that of transformers with the same adapter; trained, switched, saved, merged."""
 
 from __future__ import annotations
 

@@ -326,14 +326,14 @@ def test_transforms_are_refused(loaded: Callable[..., Any]) -> None:
 
     def dual() -> None:
         with forward_ad.dual_level():
-            model(inputs_embeds=forward_ad.make_dual(embeds, embeds))
+            model(inputs_embeds=forward_ad.make_dual(embeds, embeds))  # type: ignore[no-untyped-call]
 
     for transformed in (
         lambda: torch.func.grad(score)(embeds[0]),
         lambda: vmap(score)(embeds),
         lambda: vmap(lambda one: model(one[None]).logits.sum())(TOKENS),
         lambda: jvp(score, (embeds[0],), (embeds[0],)),
-        lambda: torch.autograd.functional.jacobian(score, embeds[0], vectorize=True),
+        lambda: torch.autograd.functional.jacobian(score, embeds[0], vectorize=True),  # type: ignore[no-untyped-call]
         dual,
     ):
         with pytest.raises(ConfigError, match=r"torch\.func, vmap and forward-mode differentiation"):

@@ -234,21 +234,22 @@ def test_a_copied_module_has_its_own_weight(pair: tuple[Any, Any, torch.Tensor])
             assert float(outputs[1].float().std()) < 1e-3 * float(outputs[0].float().std())
 
 
-@pytest.mark.parametrize("edit", ["mul_", "copy_", "setitem", "init"])
+EDITS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "mul_": lambda weight: weight.mul_(2),
+    "copy_": lambda weight: weight.copy_(torch.ones(weight.shape)),
+    "setitem": lambda weight: weight.__setitem__(0, 0),
+    "init": nn.init.normal_,
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
 def test_an_edit_of_what_is_not_in_memory_is_refused(pair: tuple[Any, Any, torch.Tensor], edit: str) -> None:
     experts = pair[0].get_submodule(f"{LAYER}.mlp.experts").down_proj
     weights = [experts, experts.data, pair[0].get_input_embeddings().weight.data]
     projection = pair[0].get_submodule(f"{LAYER}.self_attn.q_proj").weight
     for weight in [*weights, *([projection.data, projection.detach()] if type(projection) is type(experts) else [])]:
         with pytest.raises(ConfigError, match=r"cannot be changed"), torch.no_grad():
-            if edit == "mul_":
-                weight.mul_(2)
-            elif edit == "copy_":
-                weight.copy_(torch.ones(weight.shape))
-            elif edit == "setitem":
-                weight[0] = 0
-            else:
-                nn.init.normal_(weight)
+            EDITS[edit](weight)
 
 
 def test_gradient_mode_changes_no_bit(pair: tuple[Any, Any, torch.Tensor]) -> None:

@@ -63,8 +63,8 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
             self.lazy_initialization(key_states, value_states)
         count = key_states.shape[-2]
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad or self.has_gradients()):
-            states: tuple[Any, Any] = super().update(key_states, value_states, *args, **kwargs)
-            return states  # in memory of their own: backward needs what was there before
+            own: tuple[Any, Any] = super().update(key_states, value_states, *args, **kwargs)
+            return own  # in memory of their own: backward needs what was there before
         past, *buffers = self.reserve(count, key_states, value_states)
         for buffer, states in zip(buffers, (key_states, value_states), strict=True):
             buffer[:, :, past : past + count] = states

@@ -128,8 +128,8 @@ class CapturedDecode:
         if inputs is not None:
             past = self._held if ours else _held_by(kwargs.get("past_key_values"))
             refuse_longer(inputs.shape[0] * (inputs.shape[1] + past), self._length, self._bytes_per_token)
-        one = ours and self._held and input_ids is not None and input_ids.shape == (1, 1) and not _wants_more(kwargs)
-        if one and self._is_unchanged():
+        one = ours and self._held and inputs is not None and inputs.shape == (1, 1) and not _wants_more(kwargs)
+        if one and input_ids is not None and self._is_unchanged():
             return self._decode(input_ids)
         if ours:
             self._tell_cache()

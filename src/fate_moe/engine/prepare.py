@@ -59,6 +59,7 @@ class Prepared:
         return _plan(self.footprint(), config)
 
 
+@usual_modes()
 def plan(model: str | Path | None = None, **options: Any) -> Plan | DevicePlan:
     """What ``load`` with the same arguments would do with the budget; converts and loads nothing.
 

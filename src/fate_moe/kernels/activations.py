@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fate_moe.kernels.modes import usual_modes
 from fate_moe.kernels.native import native
 
 __all__ = ["find_activation"]
@@ -17,6 +18,7 @@ _NUM_PROBES = 96
 
 
 @torch.no_grad()
+@usual_modes()
 def find_activation(experts: Any) -> Any:
     """The extension's Gate that does what ``experts._apply_gate`` (or ``act_fn``, without a gate) does; None if there is none.
 

@@ -57,6 +57,7 @@ class QuantizedLinear(nn.Linear):
         self, blob: torch.Tensor, layout: BlobLayout, shape: tuple[int, int], like: nn.Linear, dtype: torch.dtype, exact: bool
     ) -> None:
         nn.Module.__init__(self)
+        self.training = like.training
         self._blob = blob
         self._layout = layout
         self._parts = views(layout, blob)
@@ -148,6 +149,7 @@ class StoredEmbedding(nn.Embedding):
 
     def __init__(self, rows: StoredRows, shape: tuple[int, int], dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
+        self.training = False
         self.num_embeddings, self.embedding_dim = shape
         self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, None, 2.0, False, False
         self._rows = rows
