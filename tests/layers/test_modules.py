@@ -149,9 +149,8 @@ def test_a_layer_that_differs_from_what_was_recognised_is_refused_loudly(
             layer = model.get_submodule(found.path)
             weights = [modules.weight_of(getattr(layer.self_attn, f"{name}_proj")) for name in "qkvo"]
             heads = attention.heads, attention.kv_heads, attention.head_dim
-            layer.self_attn.forward = Mistaken(
-                layer.self_attn.forward, native.Attention.make(*weights, *heads, 8 * attention.scaling, 0, 0, 0, 0.0)
-            )
+            wrong = native.Attention.make(*weights, *heads, 8 * attention.scaling, 0, 0, 0, 0.0)
+            layer.self_attn.forward = Mistaken(layer.self_attn.forward, wrong)
             return found
         return replace(found, input_norm=replace(found.input_norm, eps=1.0), post_norm=replace(found.post_norm, eps=1.0))
 
