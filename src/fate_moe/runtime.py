@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from fate_moe.core import ExpertId, Predictor, Router, Routing
 from fate_moe.errors import ConfigError
 from fate_moe.journal import Journal, Observer
 from fate_moe.kernels.cpu import SlotExperts
+from fate_moe.kernels.gradients import flows, frozen, refuse_transforms
 from fate_moe.memory.residency import Lease, Residency
 from fate_moe.memory.view_selector import ViewSelector
 from fate_moe.predict.prefetcher import Prefetcher
@@ -85,17 +87,24 @@ class ExpertRuntime:
 
     def embedded(self, embeddings: torch.Tensor) -> None:
         """A forward pass begins on these ``embeddings`` [..., hidden]: layer 0 may be read ahead."""
-        flat = embeddings.reshape(-1, embeddings.shape[-1])
+        refuse_transforms()
+        flat = embeddings.detach().reshape(-1, embeddings.shape[-1])
         if self._journal is not None:
             self._journal.embedded(flat)
         self._prefetcher.embedded(flat)
 
-    def enter(self, layer: int, router_input: torch.Tensor) -> None:
-        """MoE block ``layer`` is about to run on ``router_input`` [..., hidden]: start its reads, then those of the next block."""
-        hidden = router_input.reshape(-1, router_input.shape[-1])
+    def enter(self, layer: int, router_input: torch.Tensor, training: bool = False) -> None:
+        """MoE block ``layer`` is about to run on ``router_input`` [..., hidden]: start its reads, then those of the next block.
+
+        ``training``: its router may draw random numbers (dropout), so no router is asked early and reads begin with ``compute``.
+        """
+        refuse_transforms()
+        hidden = router_input.detach().reshape(-1, router_input.shape[-1])
         if self._journal is not None:
             self._journal.entered(layer, hidden)
         self._prefetcher.entered(layer, hidden.shape[0])
+        if training:
+            return
         route = self._routers[layer]
         if route is not None:
             routing = route(hidden)
@@ -108,22 +117,69 @@ class ExpertRuntime:
         """The weighted sum of the chosen experts' outputs, [num_tokens, hidden].
 
         ``experts`` is the transformers module, ``hidden`` [num_tokens, hidden], ``index`` and ``routing_weights``
-        [num_tokens, top_k]. Raises StoreError if an expert cannot be read whole.
+        [num_tokens, top_k]. Differentiable once with respect to ``hidden`` and ``routing_weights``; backward reads the experts
+        again. Raises StoreError if an expert cannot be read whole.
         """
+        refuse_transforms()
+        forward = partial(self._compute, layer, experts, index)
+        if not flows(hidden, routing_weights):
+            return forward(hidden, routing_weights)[0]
+        return frozen(forward, partial(self._gradients, layer, experts, index), hidden, routing_weights)
+
+    def _compute(
+        self, layer: int, experts: Any, index: torch.Tensor, hidden: torch.Tensor, routing_weights: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[int, int | None]]:
+        """``compute``, and with how many planes each expert was computed."""
         rows, lease = self._acquire(layer, index, routing_weights)
         if self._journal is not None:
             self._journal.routed(layer, index, routing_weights, lease.lookups, self._prefetcher.predicted.get(layer, ()))
         outputs = self._slots.outputs(layer, experts, hidden, index.numel())  # by (token, choice)
+        num_planes: dict[int, int | None] = {}
         try:
             for arrived in lease.batches():
                 ready = [(expert.expert, slot) for expert, slot in arrived]
                 planes = {expert.expert: self.view_selector.num_planes(expert) for expert, _ in arrived}
                 self._slots.run(layer, experts, ready, rows, hidden, outputs, planes)
+                num_planes |= planes
         finally:
             lease.release()
             self._claim = None
         self._finish(layer, list(rows))
-        return self._slots.combine(outputs, routing_weights.reshape(index.shape), hidden)
+        return self._slots.combine(outputs, routing_weights.reshape(index.shape), hidden), num_planes
+
+    def _gradients(
+        self,
+        layer: int,
+        experts: Any,
+        index: torch.Tensor,
+        gradient: torch.Tensor,
+        num_planes: dict[int, int | None],
+        hidden: torch.Tensor,
+        routing_weights: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of ``compute``'s result: with respect to ``hidden`` and to ``routing_weights``, from its own [num_tokens, hidden].
+
+        By (token, choice) row and summed in routing order, as forward, so that they do not depend on the number of slots either.
+        """
+        if self._claim is not None:  # of a forward pass that was cut short: its slots may be all there are
+            self._claim[3].release()
+            self._claim = None
+        rows = rows_by_expert(index, self._num_experts[layer])
+        weights = routing_weights.reshape(-1)
+        by_row, of_weights = hidden.new_zeros(index.numel(), hidden.shape[1]), torch.zeros_like(weights)
+        counts = [len(chosen) for chosen in rows.values()]
+        lease = self.residency.acquire([ExpertId(layer, expert) for expert in rows], counts, len(index))
+        try:
+            for arrived in lease.batches():
+                for (_, expert), slot in arrived:
+                    planes, chosen = num_planes[expert], torch.tensor(rows[expert])
+                    by_row[chosen], of_weights[chosen] = self._slots.gradients(
+                        layer, experts, expert, slot, chosen // index.shape[1], hidden, weights[chosen], gradient, planes
+                    )
+        finally:
+            lease.release()
+        summed = by_row.view(*index.shape, -1).sum(1, dtype=_sums(hidden)).to(hidden.dtype)
+        return summed.view(hidden.shape), of_weights.view(routing_weights.shape)
 
     def begin(self, layer: int, hidden: torch.Tensor, chosen: Sequence[int], weights: torch.Tensor) -> Lease:
         """``enter`` for one token after routing: ``hidden`` [1, hidden] goes to the experts ``chosen`` of ``layer``.
@@ -195,3 +251,8 @@ class ExpertRuntime:
         lease = self.residency.acquire([ExpertId(layer, expert) for expert in rows], counts, len(index), sections=sections)
         self._claim = (layer, index, rows, lease)
         return rows, lease
+
+
+def _sums(x: torch.Tensor) -> torch.dtype:
+    """In which dtype numbers like ``x`` are summed."""
+    return torch.promote_types(x.dtype, torch.float32)

@@ -55,7 +55,7 @@ def test_links_lead_somewhere() -> None:
     assert [target for target in targets if not (ROOT / target).exists()] == []
 
 
-@pytest.mark.parametrize("guide", ["python", "policy"])
+@pytest.mark.parametrize("guide", ["python", "policy", "adapters"])
 def test_the_guides_code_runs(guide: str) -> None:
     """Each Python block by itself, with the embedded model."""
     if "Engine" not in fate_moe.__all__:

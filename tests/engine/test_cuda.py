@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from fate_moe.core import ExpertId
 from fate_moe.engine.prepare import prepare, store_for
-from fate_moe.errors import BudgetError, ClosedModelError, CorruptExpertError, UnsupportedModelError
+from fate_moe.errors import BudgetError, ClosedModelError, ConfigError, CorruptExpertError, UnsupportedModelError
 from fate_moe.gpu.dense import ByteLinear
 from fate_moe.gpu.link import Link, save_link
 from fate_moe.kernels.native import native
@@ -219,3 +219,33 @@ def test_gates_fitted_to_the_model_are_used(checkpoint: Callable[[str], Path], l
         model.fate.close()
     finally:
         (store / GATES).unlink()
+
+
+def test_adapters_and_hooks_are_honoured(checkpoint: Callable[[str], Path]) -> None:
+    """The fused step stands back for what it was not made from, and comes back afterwards."""
+    from peft import LoraConfig
+
+    from tests.support.training import adapted, reference
+
+    pair = simulated_gpu(store_for(checkpoint("qwen2_moe"), "lossless")), reference(checkpoint("qwen2_moe"))
+    decode = pair[0].fate.decode
+
+    def same(steps: int) -> bool:
+        before = decode.steps
+        got, want = map(tokens, pair)
+        return got == want and decode.steps == before + steps
+
+    handles = [model.model.layers[1].mlp.register_forward_hook(lambda module, args, output: output * 5) for model in pair]
+    assert same(0)
+    for handle in handles:
+        handle.remove()
+    pair[0].eval()
+    assert same(2)
+    trained = [adapted(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"])) for model in pair]
+    assert same(0)
+    with pytest.raises(ConfigError, match="give no gradients; train on the CPU"):
+        trained[0](PROMPT, labels=PROMPT)
+    for model in trained:
+        model.merge_and_unload()
+    assert same(2)
+    pair[0].fate.close()

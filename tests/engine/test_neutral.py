@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from fate_moe.engine.neutral import neutral
 from fate_moe.engine.prepare import plan, store_for
 from fate_moe.errors import ConfigError
+from fate_moe.kernels.modes import neutral
 from tests.support.engines import load_model
 
 IDS = torch.tensor([[3, 4, 5, 6]])

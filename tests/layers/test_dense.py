@@ -35,7 +35,7 @@ def a_linear(precision: str, rows: int, cols: int, exact: bool) -> tuple[Quantiz
     plain.weight.data = torch.randn(rows, cols, generator=generator)
     layout = blob_layout(precision, {"weight": (rows, cols)}, "F32")
     made = QuantizedLinear(encode_dense(layout, plain.weight.data, minmax), layout, (rows, cols), plain, torch.float32, exact)
-    plain.weight.data = made.weight
+    plain.weight.data = made.weight.clone()
     return made, plain
 
 

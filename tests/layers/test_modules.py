@@ -22,6 +22,7 @@ from fate_moe.layers import modules
 from fate_moe.layers.cpu_step import CpuStep
 from fate_moe.layers.modules import SmallWeight, accelerate, accelerated_by
 from fate_moe.layers.plain import recognise
+from fate_moe.layers.snapshot import StandIn
 from fate_moe.memory.precision import Budget, PrefillPopularity, RoutingWeighted
 from fate_moe.predict.prefetcher import Prefetcher
 from fate_moe.store import dense
@@ -122,6 +123,16 @@ def test_how_experts_are_weighed_is_read_from_the_router(tmp_path: Path, normali
     loaded.fate.close()
 
 
+class Mistaken(StandIn):
+    """Does what ``original`` does, and says that it is another thing."""
+
+    def __init__(self, original: Any, of: Any) -> None:
+        self.original, self.of = original, of
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.original(*args, **kwargs)
+
+
 @pytest.mark.parametrize("part", ["router", "scaling", "eps"])
 def test_a_layer_that_differs_from_what_was_recognised_is_refused_loudly(
     store_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, part: str
@@ -136,10 +147,10 @@ def test_a_layer_that_differs_from_what_was_recognised_is_refused_loudly(
         if part == "scaling":  # of the accelerated attention, which the layer uses
             attention = found.attention
             layer = model.get_submodule(found.path)
-            layer.fate_accelerated = None
             weights = [modules.weight_of(getattr(layer.self_attn, f"{name}_proj")) for name in "qkvo"]
             heads = attention.heads, attention.kv_heads, attention.head_dim
-            layer.self_attn.fate_accelerated = native.Attention.make(*weights, *heads, 8 * attention.scaling, 0, 0, 0, 0.0)
+            wrong = native.Attention.make(*weights, *heads, 8 * attention.scaling, 0, 0, 0, 0.0)
+            layer.self_attn.forward = Mistaken(layer.self_attn.forward, wrong)
             return found
         return replace(found, input_norm=replace(found.input_norm, eps=1.0), post_norm=replace(found.post_norm, eps=1.0))
 

@@ -6,6 +6,7 @@ floating one with a column for each expert the scores; what it wants besides hid
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 from collections.abc import Callable, Sequence
@@ -115,20 +116,28 @@ class _Remembering:
 
     def __init__(self, forward: Callable[..., Any]) -> None:
         self._forward = self.__wrapped__ = forward  # what inspect.signature looks at
-        self._asked: tuple[torch.Tensor, int, Any] | None = None
+        self._asked: tuple[torch.Tensor, int, Any, Any] | None = None
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return copy.deepcopy(self._forward, memo)  # a copied router has its own weights
+
+    def _router(self) -> Any:
+        """What tells a router with another weight (an adapter registers one for the time of a call)."""
+        router = getattr(self._forward, "__self__", None)
+        return router and (type(router), *map(id, router._parameters.values()))
 
     def ask(self, hidden: torch.Tensor, others: dict[str, torch.Tensor]) -> Any:
         """The router's answer, remembered unless it depends on ``others`` too."""
         answer = self._forward(hidden, **others)
-        self._asked = None if others else (hidden, _version(hidden), answer)
+        self._asked = None if others else (hidden, _version(hidden), self._router(), answer)
         return answer
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         asked, self._asked = self._asked, None
         if asked is not None and len(args) == 1 and not kwargs and not torch.is_grad_enabled():
-            hidden, (known, version, answer) = args[0], asked
+            hidden, (known, version, router, answer) = args[0], asked
             same = hidden.data_ptr() == known.data_ptr() and hidden.shape == known.shape and hidden.stride() == known.stride()
-            if same and hidden.dtype == known.dtype and _version(hidden) == version:
+            if same and hidden.dtype == known.dtype and _version(hidden) == version and self._router() == router:
                 return answer
         return self._forward(*args, **kwargs)
 

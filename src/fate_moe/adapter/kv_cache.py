@@ -28,7 +28,7 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
 
     @property
     def keys(self) -> torch.Tensor | None:
-        return self._set[0] if self._room is None else self._room[0][:, :, : self._length]
+        return self._set[0] if self._room is None else self._filled(self._room[0])
 
     @keys.setter
     def keys(self, keys: torch.Tensor | None) -> None:
@@ -36,11 +36,15 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
 
     @property
     def values(self) -> torch.Tensor | None:
-        return self._set[1] if self._room is None else self._room[1][:, :, : self._length]
+        return self._set[1] if self._room is None else self._filled(self._room[1])
 
     @values.setter
     def values(self, values: torch.Tensor | None) -> None:
         self._put(1, values)
+
+    def _filled(self, buffer: torch.Tensor) -> torch.Tensor:
+        """The tokens that were filled: never written again, so autograd, which may keep them, need not notice what comes behind."""
+        return buffer.data[:, :, : self._length]
 
     def _put(self, which: int, states: torch.Tensor | None) -> None:
         if self._room is not None:
@@ -58,6 +62,9 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         count = key_states.shape[-2]
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad or self.has_gradients()):
+            own: tuple[Any, Any] = super().update(key_states, value_states, *args, **kwargs)
+            return own  # in memory of their own: backward needs what was there before
         past, *buffers = self.reserve(count, key_states, value_states)
         for buffer, states in zip(buffers, (key_states, value_states), strict=True):
             buffer[:, :, past : past + count] = states
@@ -70,7 +77,8 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         ``like``: new keys and values, for their shapes; may be left out where something is cached already.
         """
         past = self.get_seq_length()
-        if self._room is None or self._room[0].shape[2] < past + count:
+        frozen = self._room is not None and self._room[0].is_inference() and not torch.is_inference_mode_enabled()
+        if self._room is None or frozen or self._room[0].shape[2] < past + count:
             old: Any = (self.keys, self.values)
             wanted, shapes = past + count, like or old
             most = max(wanted, self._max_tokens // max(1, shapes[0].shape[0]))
@@ -84,6 +92,10 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
     def extend(self, count: int) -> None:
         """``count`` tokens were written to the reserved buffers behind the others."""
         self._length += count
+
+    def has_gradients(self) -> bool:
+        """Whether what is cached is part of what somebody trains."""
+        return torch.is_grad_enabled() and any(states is not None and states.requires_grad for states in self._set)
 
     def holds_one(self, dtype: torch.dtype) -> bool:
         """Whether this is one sequence's, in ``dtype``, with something in it."""

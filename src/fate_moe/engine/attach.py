@@ -14,6 +14,7 @@ from fate_moe.adapter.kv_cache import make_room
 from fate_moe.adapter.meta_model import ExpertStack
 from fate_moe.core import Patcher, Router
 from fate_moe.errors import BudgetError
+from fate_moe.layers.frozen import freeze_experts
 from fate_moe.runtime import ExpertRuntime
 
 __all__ = ["attach", "limit_context", "refuse_longer", "routers_of"]
@@ -49,6 +50,7 @@ def attach(model: Any, stacks: Sequence[ExpertStack], runtime: ExpertRuntime, pa
             patcher.replace(experts, "fate_runtime", runtime)
             patcher.replace(experts, "fate_layer", stack.layer)
             patcher.replace(experts, "forward", _experts_forward(experts))
+            freeze_experts(experts, patcher)
             block = entrance(model.get_submodule(name.rpartition(".")[0]))
             patcher.hook(block, "before", _entering(runtime, stack.layer), with_kwargs=True)
     if (embeddings := model.get_input_embeddings()) is not None:
@@ -72,7 +74,7 @@ def _embedded(runtime: ExpertRuntime) -> Any:
 
 def _entering(runtime: ExpertRuntime, layer: int) -> Any:
     def enter(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        runtime.enter(layer, args[0] if args else next(iter(kwargs.values())))
+        runtime.enter(layer, args[0] if args else next(iter(kwargs.values())), block.training)
 
     return enter
 

@@ -15,6 +15,8 @@ from fate_moe.adapter.meta_model import ExpertStack
 from fate_moe.core import Patcher
 from fate_moe.errors import UnsupportedCallError
 from fate_moe.gpu.experts import DeviceExperts
+from fate_moe.kernels.gradients import flows, refuse_transforms
+from fate_moe.layers.frozen import freeze_experts
 
 __all__ = ["attach_device", "router_weights"]
 
@@ -35,6 +37,11 @@ def _(hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, number: 
 
 def _experts_forward(number: int, stack: ExpertStack) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
     def forward(hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+        refuse_transforms()
+        if flows(hidden_states, top_k_weights):
+            raise UnsupportedCallError(
+                "experts on a GPU give no gradients; train on the CPU (without vram), or generate under torch.no_grad()"
+            )
         if top_k_index.shape[-1] != stack.top_k:  # tables and kernels have room for so many
             raise UnsupportedCallError(
                 f"{stack.block} chose {top_k_index.shape[-1]} experts for a token instead of {stack.top_k}; on a GPU their number "
@@ -54,6 +61,7 @@ def attach_device(model: Any, stacks: Sequence[ExpertStack], experts: DeviceExpe
         module = model.get_submodule(stack.name)
         patcher.replace(module, "fate_experts", experts)  # the operator finds it by number, weakly
         patcher.replace(module, "forward", _experts_forward(number, stack))
+        freeze_experts(module, patcher)
 
 
 def router_weights(model: Any, stacks: Sequence[ExpertStack]) -> list[torch.Tensor | None]:

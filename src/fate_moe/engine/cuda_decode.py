@@ -2,7 +2,7 @@
 replay a token.
 
 The model keeps one static KV cache, of one sequence, that ``generate`` is given. A pass of one token over it is the fused step;
-every other pass (a prompt, a batch, beams, another cache) runs transformers' layers.
+every other pass (a prompt, a batch, beams, another cache, a model with adapters or hooks) runs transformers' layers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fate_moe.errors import UnsupportedCallError
 from fate_moe.gpu.experts import DeviceExperts
 from fate_moe.layers.cuda_path_step import PathStep
 from fate_moe.layers.cuda_step import FusedStep
-from fate_moe.layers.modules import ModuleSnapshot
+from fate_moe.layers.snapshot import ModuleSnapshot
 
 __all__ = ["CapturedDecode"]
 
@@ -55,11 +55,7 @@ class CapturedDecode:
         self._held = 0  # tokens in the cache
         self._lent = False  # the cache was given away with a result
         self._writing: bool | None = None  # whether the generate() that has the cache may take the step; None: none has it
-        base = model.model
-        layers = [
-            base.get_submodule(name) for name, _ in base.named_modules() if name.startswith("layers.") and name.count(".") < 4
-        ]
-        self._snapshot = ModuleSnapshot([model, base, *(part for part in layers if not is_experts(part))])
+        self._snapshot = ModuleSnapshot([module for module in model.modules() if not is_experts(module)])
         self.steps = 0
         patcher.replace(model, "forward", _in_place_of(self._forward, self._pass))
         patcher.replace(model, "generate", _in_place_of(self._generate, self._write))
@@ -138,8 +134,8 @@ class CapturedDecode:
         return self._is_unchanged() if self._writing is None else self._writing
 
     def _is_unchanged(self) -> bool:
-        """Whether the model's modules are those that the step was made from: no adapters, hooks or other parts."""
-        return not any(self._snapshot.hooks) and self._snapshot.same()
+        """Whether the model is what the step was made from: no adapters, hooks or other settings. In generate() asked once."""
+        return not self._snapshot.hooked() and self._snapshot.same()
 
     def _inputs(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """``prepare_inputs_for_generation``: the fused step wants no mask and no positions."""

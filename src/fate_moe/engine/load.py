@@ -15,12 +15,13 @@ from fate_moe.engine.budget import Plan
 from fate_moe.engine.cpu import CpuParts
 from fate_moe.engine.device_budget import DevicePlan
 from fate_moe.engine.engine import Engine, collect_lost_engines
-from fate_moe.engine.neutral import neutral, refuse_settings
+from fate_moe.engine.neutral import refuse_settings
 from fate_moe.engine.patches import Patches
 from fate_moe.engine.prepare import Prepared, load_generation_config, load_tokenizer, prepare, store_for
 from fate_moe.engine.refusals import refuse_what_needs_parameters, say_sizes
 from fate_moe.errors import ConfigError
 from fate_moe.gpu.device import find_gpu
+from fate_moe.kernels.modes import neutral
 from fate_moe.kernels.selfcheck import check_numbers
 from fate_moe.memory.decayed import Decayed
 from fate_moe.registry import make_policy

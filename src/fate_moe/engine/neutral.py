@@ -1,9 +1,10 @@
-"""Settings of torch that a caller may have changed and that would change numbers: set aside while loading, refused in a pass."""
+"""Settings of torch that a caller may have changed and that would change numbers: refused in a pass.
+
+kernels/modes.py sets such settings aside while a model is loaded.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,24 +14,7 @@ from fate_moe.core import Patcher
 from fate_moe.errors import ConfigError
 from fate_moe.kernels.selfcheck import fp32_precision
 
-__all__ = ["neutral", "refuse_settings"]
-
-
-@contextmanager
-def neutral() -> Iterator[None]:
-    """torch's own default dtype and device, no autocast, no inference mode."""
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with (
-            torch.device("cpu"),
-            torch.autocast("cpu", enabled=False),
-            torch.autocast("cuda", enabled=False),
-            torch.inference_mode(False),
-        ):
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
+__all__ = ["refuse_settings"]
 
 
 def refuse_settings(model: Any, patcher: Patcher) -> None:

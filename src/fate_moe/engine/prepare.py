@@ -20,10 +20,10 @@ from fate_moe.checkpoints.source import Checkpoint, resolve_checkpoint
 from fate_moe.config import OffloadConfig
 from fate_moe.engine.budget import Footprint, Plan, footprint, make_plan
 from fate_moe.engine.device_budget import DevicePlan, make_device_plan
-from fate_moe.engine.neutral import neutral
 from fate_moe.engine.tokenizer import has_tokenizer, load_tokenizer
 from fate_moe.errors import CheckpointError, StoreError
 from fate_moe.gpu.device import find_gpu
+from fate_moe.kernels.modes import neutral
 from fate_moe.kernels.selfcheck import check_numbers
 from fate_moe.registry import PRESETS
 from fate_moe.store.companions import refresh_companions
@@ -152,6 +152,7 @@ def _name_of(model: str | Path | None) -> str:
     return plain.encode()[:_MOST_NAME_BYTES].decode(errors="ignore")
 
 
+@neutral()
 def prepare(path: Path) -> Prepared:
     """Open the store at ``path`` and build its model without weights. Raises StoreError where they do not belong together."""
     store = open_store(path)

@@ -36,6 +36,7 @@ class ByteLinear(nn.Module):
         self, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, cols: int, bias: Any, dtype: torch.dtype
     ) -> None:
         super().__init__()
+        self.training = False
         self.codes, self.scale, self.zero = codes, scale, zero
         self.out_features, self.in_features = codes.shape[0], cols
         self.bias = bias

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fate_moe.kernels.modes import neutral
 from fate_moe.kernels.native import native
 
 __all__ = ["find_activation"]
@@ -17,6 +18,7 @@ _NUM_PROBES = 96
 
 
 @torch.no_grad()
+@neutral()
 def find_activation(experts: Any) -> Any:
     """The extension's Gate that does what ``experts._apply_gate`` (or ``act_fn``, without a gate) does; None if there is none.
 
@@ -25,7 +27,7 @@ def find_activation(experts: Any) -> Any:
     if getattr(experts, "has_post_expert_norm", False):
         return None
     generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(1, 2 * _NUM_PROBES, generator=generator) * 6  # beyond the families' limits (7) too
+    probe = torch.randn(1, 2 * _NUM_PROBES, generator=generator, dtype=torch.float32) * 6  # beyond the families' limits (7) too
     try:
         want = experts._apply_gate(probe) if experts.has_gate else experts.act_fn(probe)
     except (RuntimeError, TypeError, AttributeError):

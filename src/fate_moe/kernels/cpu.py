@@ -52,6 +52,7 @@ class SlotExperts:
         self._shapes = shapes
         self._exact = exact
         self._kernels: dict[int, tuple[_LayerKernel | None, ...]] = {}  # by expert
+        self._gates: dict[int, Any] = {}  # what the layers' kernels take for the activation
         self._views: dict[tuple[int, int], dict[str, torch.Tensor]] = {}  # making them costs 10 us a part, so they are kept
 
     def outputs(self, layer: int, experts: Any, hidden: torch.Tensor, num_rows: int) -> torch.Tensor:
@@ -76,6 +77,10 @@ class SlotExperts:
         more of the blob than that. ``experts`` is the transformers module.
         """
         kernels = self._kernels_of(layer, experts)
+        if self._gates[layer] != _gate(experts) or any(
+            part._forward_hooks or part._forward_pre_hooks for part in experts.children()
+        ):
+            kernels = (None,) * len(kernels)  # somebody changed or watches the activation since
         top_k = len(outputs) // len(hidden)
         planes = num_planes or {}
         by_kernel: dict[tuple[_LayerKernel, bool], list[tuple[int, int]]] = {}  # one, unless a layer has several precisions; tiled?
@@ -98,6 +103,30 @@ class SlotExperts:
             x = hidden if len(hidden) == 1 else hidden[chosen // top_k]
             weights = self._weights(layer, expert, slot, hidden.dtype, kernels[expert], planes.get(expert))
             outputs[chosen] = expert_mlp(experts, weights, x).to(outputs.dtype)
+
+    def gradients(
+        self,
+        layer: int,
+        experts: Any,
+        expert: int,
+        slot: int,
+        tokens: torch.Tensor,
+        hidden: torch.Tensor,
+        weights: torch.Tensor,
+        gradient: torch.Tensor,
+        num_planes: int | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What one expert gives back: [n, hidden] with respect to the rows of ``hidden`` [num_tokens, hidden] at ``tokens`` [n],
+        and [n] to its routing ``weights`` [n], from the ``gradient`` [num_tokens, hidden] of the weighted sum.
+
+        The gradient is that of the numbers of its weights (``num_planes`` as in ``run``) in the dtype of ``hidden``.
+        """
+        numbers = self._weights(layer, expert, slot, hidden.dtype, self._kernels_of(layer, experts)[expert], num_planes)
+        x, of_sum = hidden[tokens].detach().requires_grad_(), gradient[tokens]
+        with torch.enable_grad():
+            y = expert_mlp(experts, numbers, x)
+        (of_x,) = torch.autograd.grad(y, x, (of_sum * weights.unsqueeze(1)).to(y.dtype))
+        return of_x, (y.detach().float() * of_sum.float()).sum(1).to(weights.dtype)
 
     def has_fused(self, layer: int, experts: Any) -> bool:
         """Whether ``run_token`` can run ``layer``: all its experts have a fused kernel; ``experts`` is the transformers module."""
@@ -223,6 +252,7 @@ class SlotExperts:
             for found in made.values():
                 if isinstance(found, str):
                     _warn_once(found)
+            self._gates[layer] = _gate(experts)
             self._kernels[layer] = tuple(None if isinstance(found := made[layout], str) else found for layout in layouts)
         return self._kernels[layer]
 
@@ -258,6 +288,12 @@ def layer_kernel(layout: BlobLayout, shapes: dict[str, tuple[int, ...]], experts
     gate = find_activation(experts) if {up, "down_proj"} == set(places) else None
     whole = native.ExpertPlace.make(places[up], places["down_proj"], gate) if gate is not None else None
     return _LayerKernel(places, whole, len(layout.plane_widths) or BF16)
+
+
+def _gate(experts: Any) -> tuple[Any, ...]:
+    """What makes the activation of ``experts`` what it is."""
+    settings = ("act_fn", "alpha", "limit", "swiglu_alpha", "swiglu_limit")
+    return type(experts)._apply_gate, *(getattr(experts, name, None) for name in settings)
 
 
 _warned: set[str] = set()

@@ -21,8 +21,9 @@ from fate_moe.adapter.meta_model import ExpertStack
 from fate_moe.core import Patcher
 from fate_moe.kernels.native import DTYPES, native
 from fate_moe.kernels.plain_layer import PlainLayer
-from fate_moe.layers.modules import ModuleSnapshot, accelerated_by, room_in, warn_of_difference, weight_of
+from fate_moe.layers.modules import accelerated_by, room_in, warn_of_difference, weight_of
 from fate_moe.layers.plain import NotPlain, cpu_reasons, recognise
+from fate_moe.layers.snapshot import ModuleSnapshot, StandIn
 from fate_moe.runtime import ExpertRuntime
 
 __all__ = ["join_layers"]
@@ -94,7 +95,7 @@ def _missing_kernels(model: Any, plain: PlainLayer, stack: ExpertStack, runtime:
     return reasons
 
 
-class CpuStep:
+class CpuStep(StandIn):
     """A plain layer's forward: one token in four calls, else the layer's own."""
 
     def __init__(
@@ -112,21 +113,21 @@ class CpuStep:
         size = (1, self.hidden)
         for name in ("residual", "normed", "shared"):
             buffers.setdefault(name, torch.empty(size, dtype=torch.bfloat16))
-        rows = buffers.setdefault("rows", torch.empty(0))
+        rows = buffers.setdefault("rows", torch.empty(0, dtype=torch.float32))
         if len(rows) < stack.top_k:
             buffers["rows"], buffers["weights"] = (
                 torch.empty(size, dtype=torch.float32) for size in ((stack.top_k, self.hidden), (stack.top_k,))
             )
         self.buffers = buffers
         inner = [layer.self_attn, *([shared] if shared is not None else [])]
-        self._snapshot = ModuleSnapshot([layer, self.block, *inner], hooked=[self.block])
+        self._snapshot = ModuleSnapshot([layer, self.block, self.experts, *inner])
         self.ready = True  # set for each pass of the decoder
         router = weight_of(self.block.get_submodule(plain.router_name))
         gate = native.Weight.make(router.place, 0, 0, 0)  # address 0: none
         if plain.shared is not None and plain.shared.gate is not None:
             gate = weight_of(self.block.get_submodule(plain.shared.gate))
         norms = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
-        self._of = native.Layer.make(
+        self.of = native.Layer.make(
             norms[0].data_ptr(), norms[1].data_ptr(), DTYPES[norms[0].dtype], plain.input_norm.eps, accelerated_by(layer.self_attn),
             router, gate, plain.router.top_k, plain.router.normalize,
         )  # fmt: skip
@@ -149,7 +150,7 @@ class CpuStep:
             or angles[0].dtype != torch.bfloat16
             or angles[0].numel() != self.plain.attention.head_dim
             or not self.ready
-            or any(self._snapshot.hooks)  # transformers adds some in the midst of a pass, to record outputs
+            or self._snapshot.hooked()  # transformers adds some in the midst of a pass, to record outputs
         ):
             return self.original(hidden_states, *args, **kwargs)
         return self._run(hidden_states.contiguous(), angles[0].contiguous(), angles[1].contiguous(), room)
@@ -160,7 +161,7 @@ class CpuStep:
         residual, weights, shared = (self.buffers[name].data_ptr() for name in ("residual", "weights", "shared"))
         past, keys, values = room.reserve(1)
         chosen, factor = native.layer(
-            self._of, x.data_ptr(), cos.data_ptr(), sin.data_ptr(), keys.data_ptr(), values.data_ptr(), past, keys.shape[2],
+            self.of, x.data_ptr(), cos.data_ptr(), sin.data_ptr(), keys.data_ptr(), values.data_ptr(), past, keys.shape[2],
             residual, normed.data_ptr(), weights, exact, threads,
         )  # fmt: skip
         room.extend(1)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
+from torch.nn.functional import embedding, linear
 
 from fate_moe.core import BlobLayout
+from fate_moe.kernels.gradients import flows, frozen, refuse_transforms
 from fate_moe.kernels.native import DTYPES, PLANES, WIDTHS, matrix_place, native
 from fate_moe.kernels.reference import dequantize
+from fate_moe.layers.frozen import FrozenWeight
 from fate_moe.quant.blob import views
 from fate_moe.quant.choices import GROUP_SIZES
 from fate_moe.store.rows import StoredRows
@@ -21,6 +24,11 @@ __all__ = ["QuantizedLinear", "StoredEmbedding"]
 # where the processor has them, else for torch's GEMM.
 MAX_ROWS = 8
 _TILE_BYTES = 8 << 20
+_QUANTIZED = (
+    "a quantized weight cannot be changed, trained, copied or merged into: train adapters beside it, or convert with "
+    "dense_precision='lossless' (--dense-precision lossless)"
+)
+_ON_DISK = "the embedding's rows stay in the store, where they cannot be changed, trained or copied; train an adapter beside it"
 
 
 def _numbers(parts: dict[str, torch.Tensor], layout: BlobLayout, cols: int, dtype: torch.dtype) -> torch.Tensor:
@@ -38,21 +46,25 @@ def _numbers(parts: dict[str, torch.Tensor], layout: BlobLayout, cols: int, dtyp
     return dequantize(planes, scale, zero, cols=cols, group_size=layout.group_size, widths=layout.plane_widths).to(dtype)
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(nn.Linear):
     """``nn.Linear`` on a quantized weight: few rows with int8 activations by group (``exact``: fp32), many through torch's GEMM.
 
-    ``blob`` uint8 holds ``weight`` [out, in] in ``layout``; nothing is copied.
+    ``blob`` uint8 holds ``weight`` [out, in] in ``layout``; nothing is copied. Gradients with respect to x are those of the
+    weight's numbers (kernels/gradients.py). Another parameter in place of ``weight`` is honoured, at torch's speed.
     """
 
     def __init__(
         self, blob: torch.Tensor, layout: BlobLayout, shape: tuple[int, int], like: nn.Linear, dtype: torch.dtype, exact: bool
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
+        self.training = like.training
         self._blob = blob
         self._layout = layout
-        self._dtype = dtype
         self._parts = views(layout, blob)
         self.out_features, self.in_features = shape
+        self.weight = self._own = FrozenWeight(
+            shape, dtype, "cpu", partial(_numbers, self._parts, layout, shape[1], dtype), _QUANTIZED
+        )
         self.bias = like.bias
         self._exact = exact
         place = matrix_place(layout, "weight", shape) if native is not None else "no extension"
@@ -61,34 +73,52 @@ class QuantizedLinear(nn.Module):
         self._tiles = self._cut() if self.place is not None else []
 
     @property
-    def weight(self) -> torch.Tensor:
-        """The numbers, made anew; for code that looks at them."""
-        return _numbers(self._parts, self._layout, self.in_features, self._dtype)
+    def is_own(self) -> bool:
+        """Whether ``weight`` is still that of the blob."""
+        return self._parameters.get("weight") is self._own
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., out] of ``x`` [..., in], in x's dtype."""
+        if not self.is_own:
+            return linear(x, self.weight, self.bias)
+        refuse_transforms()
         rows = x.reshape(-1, self.in_features)
-        if self.place is None or x.dtype not in (torch.float32, torch.bfloat16):
-            return linear(x, self.weight.to(x.dtype), self.bias)
-        if len(rows) <= MAX_ROWS:
-            rows = rows.contiguous()
-            out = torch.empty(len(rows), self.out_features, dtype=x.dtype)
-            dtype, threads = DTYPES[x.dtype], torch.get_num_threads()
-            native.linear(
-                self.place, self.address, PLANES, rows.data_ptr(), dtype, len(rows), out.data_ptr(), dtype, self._exact, threads
-            )
-        elif x.dtype == torch.bfloat16 and native.has_tiles():
-            rows = rows.contiguous()
-            out = torch.empty(len(rows), self.out_features, dtype=x.dtype)
-            threads = torch.get_num_threads()
-            native.linear_tiled(
-                self.place, self.address, PLANES, rows.data_ptr(), len(rows), out.data_ptr(), DTYPES[x.dtype], threads
-            )
+        if flows(x):
+            out = frozen(lambda rows: (self._product(rows), x.dtype), self._gradients, rows, keep=False)
         else:
-            out = torch.cat([linear(rows, self._tile(place, count, x.dtype)) for place, count in self._tiles], dim=1)
+            out = self._product(rows)
         if self.bias is not None:
             out += self.bias
         return out.view(*x.shape[:-1], self.out_features)
+
+    def _product(self, rows: torch.Tensor) -> torch.Tensor:
+        """[n, out] of ``rows`` [n, in], without the bias."""
+        dtype = rows.dtype
+        if self.place is None or dtype not in (torch.float32, torch.bfloat16):
+            return linear(rows, self._own.numbers().to(dtype))
+        rows, threads = rows.contiguous(), torch.get_num_threads()
+        out = torch.empty(len(rows), self.out_features, dtype=dtype)
+        to = out.data_ptr(), DTYPES[dtype]
+        if len(rows) <= MAX_ROWS:
+            native.linear(self.place, self.address, PLANES, rows.data_ptr(), DTYPES[dtype], len(rows), *to, self._exact, threads)
+        elif dtype == torch.bfloat16 and native.has_tiles():
+            native.linear_tiled(self.place, self.address, PLANES, rows.data_ptr(), len(rows), *to, threads)
+        else:
+            first = 0
+            for place, count in self._tiles:
+                out[:, first : first + count] = linear(rows, self._tile(place, count, dtype))
+                first += count
+        return out
+
+    def _gradients(self, gradient: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor]:
+        """[n, in] with respect to rows of ``dtype``, from the product's [n, out]: tile by tile, summed in fp32."""
+        if not self._tiles or dtype not in (torch.float32, torch.bfloat16):
+            return (gradient.to(dtype) @ self._own.numbers().to(dtype),)
+        summed, first = torch.zeros(len(gradient), self.in_features, dtype=torch.float32), 0
+        for place, count in self._tiles:
+            summed += gradient[:, first : first + count].to(dtype) @ self._tile(place, count, dtype)
+            first += count
+        return (summed.to(dtype),)
 
     def _tile(self, place: Any, count: int, dtype: torch.dtype) -> torch.Tensor:
         tile = torch.empty(count, self.in_features, dtype=dtype)
@@ -110,26 +140,27 @@ class QuantizedLinear(nn.Module):
         return tiles
 
 
-class StoredEmbedding(nn.Module):
+class StoredEmbedding(nn.Embedding):
     """``nn.Embedding`` [num, dim] whose rows are read from the store, quantized or not, and become numbers when they are asked for.
 
     A token costs three reads, the first time of the disk, then of the page cache. Qwen1.5-MoE's embedding would take 306 MiB of the
-    budget as int8, room for 65 of its experts.
+    budget as int8, room for 65 of its experts. Another parameter in place of ``weight`` is honoured.
     """
 
     def __init__(self, rows: StoredRows, shape: tuple[int, int], dtype: torch.dtype) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
+        self.training = False
         self.num_embeddings, self.embedding_dim = shape
+        self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, None, 2.0, False, False
         self._rows = rows
-        self._dtype = dtype
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """The numbers, made anew; for code that looks at them."""
-        return self._of(list(range(self.num_embeddings)))
+        everything = list(range(self.num_embeddings))
+        self.weight = self._own = FrozenWeight(shape, dtype, "cpu", lambda: self._of(everything), _ON_DISK)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """[..., dim] in the model's dtype. Raises IndexError for an id outside the vocabulary."""
+        if self._parameters.get("weight") is not self._own:
+            return embedding(ids, self.weight)
+        refuse_transforms()
         if ids.numel() == 1 and 0 <= (token := int(ids)) < self.num_embeddings:
             return self._of([token]).view(*ids.shape, self.embedding_dim)
         different, place = torch.unique(ids, return_inverse=True)
@@ -139,4 +170,5 @@ class StoredEmbedding(nn.Module):
 
     def _of(self, ids: list[int]) -> torch.Tensor:
         parts, layout = self._rows.read(ids), self._rows.layout
-        return parts["weight"].to(self._dtype) if layout is None else _numbers(parts, layout, self.embedding_dim, self._dtype)
+        dtype = self._own.dtype
+        return parts["weight"].to(dtype) if layout is None else _numbers(parts, layout, self.embedding_dim, dtype)

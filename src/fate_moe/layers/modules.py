@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from operator import itemgetter
-from types import NoneType
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,13 +21,15 @@ from fate_moe.adapter.families import ROUTER_NAMES
 from fate_moe.adapter.kv_cache import RoomyLayer, make_room
 from fate_moe.core import Patcher
 from fate_moe.kernels.activations import find_activation
+from fate_moe.kernels.gradients import flows, refuse_transforms
 from fate_moe.kernels.native import BF16, DTYPES, native
 from fate_moe.kernels.plain_layer import Attention, Mlp, Norm
 from fate_moe.layers.dense import MAX_ROWS, QuantizedLinear
 from fate_moe.layers.plain import attention_reasons, recognise_attention, recognise_mlp, recognise_norm
+from fate_moe.layers.snapshot import ModuleSnapshot, StandIn
 from fate_moe.switches import fuse
 
-__all__ = ["ModuleSnapshot", "SmallWeight", "accelerate", "accelerated_by", "is_near", "room_in", "warn_of_difference", "weight_of"]
+__all__ = ["SmallWeight", "accelerate", "accelerated_by", "is_near", "room_in", "warn_of_difference", "weight_of"]
 
 _log = logging.getLogger(__name__)
 
@@ -39,7 +39,6 @@ _PROBE_TOKENS = 6
 _NEAR = 0.02  # of the norm: int8 activations and bf16 roundings give 0.01, another rope or scaling more than 0.1
 
 Forward = Callable[..., Any]
-Accelerated = tuple[Forward, Any]  # a forward, and what ``accelerated_by`` gives
 
 
 @torch.no_grad()
@@ -58,8 +57,7 @@ def accelerate(model: Any, exact: bool, patcher: Patcher) -> Counter[str]:
             continue
         kind, accelerated = _accelerated(name, module, model, exact, generator)
         if accelerated is not None:
-            patcher.replace(module, "forward", accelerated[0])
-            patcher.replace(module, "fate_accelerated", accelerated[1])
+            patcher.replace(module, "forward", accelerated)
             found[kind] += 1
         weight = module._parameters.get("weight")
         small = weight is not None and weight.dim() == 2 and weight.dtype == torch.bfloat16 and 0 < weight.numel() <= _SMALL
@@ -70,13 +68,12 @@ def accelerate(model: Any, exact: bool, patcher: Patcher) -> Counter[str]:
 
 
 def accelerated_by(module: nn.Module) -> Any:
-    """What ``accelerate`` gave ``module``: a norm's eps, the extension's Mlp or Attention; None if nothing."""
-    return getattr(module, "fate_accelerated", None)
+    """What the forward that ``accelerate`` gave ``module`` is made of: a norm's eps, the extension's Mlp or Attention; or None."""
+    forward = vars(module).get("forward")
+    return forward.of if isinstance(forward, StandIn) else None
 
 
-def _accelerated(
-    name: str, module: nn.Module, model: Any, exact: bool, generator: torch.Generator
-) -> tuple[str, Accelerated | None]:
+def _accelerated(name: str, module: nn.Module, model: Any, exact: bool, generator: torch.Generator) -> tuple[str, StandIn | None]:
     children = {child for child, _ in module.named_children()}
     weight = module._parameters.get("weight")
     if not children and weight is not None and weight.dim() == 1:
@@ -119,9 +116,9 @@ class SmallWeight(nn.Parameter):
             x, own = args[0], vars(args[1])  # a tensor's own properties would come back here
             cols = own.get("cols", 0)
             with torch._C.DisableTorchFunctionSubclass():
-                moved = args[1].data_ptr() != own.get("address")
+                usable = args[1].data_ptr() == own.get("address") and not flows(args[1])
             few = x.dtype == torch.bfloat16 and x.numel() <= MAX_ROWS * cols and x.is_contiguous() and not x.requires_grad
-            if few and not moved:
+            if few and usable:
                 out, count = x.new_empty(*x.shape[:-1], own["rows"]), x.numel() // cols
                 native.linear(own["place"], own["address"], BF16, x.data_ptr(), 1, count, out.data_ptr(), 1, True, 1)
                 return out
@@ -131,6 +128,7 @@ class SmallWeight(nn.Parameter):
 
 def _few(x: torch.Tensor, cols: int, max_rows: int) -> bool:
     """Whether ``x`` [..., cols] is something for the extension."""
+    refuse_transforms()
     return (
         x.numel() <= max_rows * cols
         and x.dtype in (torch.bfloat16, torch.float32)
@@ -150,30 +148,34 @@ def _difference(got: torch.Tensor, want: torch.Tensor) -> str:
     return f"the kernel's result differs from it by {distance:.1%} of its norm"
 
 
-def _norm(name: str, module: nn.Module, norm: Norm, dtype: torch.dtype, generator: torch.Generator) -> Accelerated | None:
+class _Norm(StandIn):
+    def __init__(self, module: nn.Module, weight: nn.Parameter, norm: Norm) -> None:
+        self.original, self.of = module.forward, norm.eps
+        self._size, self._weight, self._snapshot = len(weight), (weight.data_ptr(), DTYPES[weight.dtype]), ModuleSnapshot([module])
+
+    def __call__(self, x: torch.Tensor) -> Any:
+        size = self._size
+        if not _few(x, size, MAX_ROWS) or not self._snapshot.same():
+            return self.original(x)
+        out = torch.empty_like(x)
+        native.rms_norm(x.data_ptr(), DTYPES[x.dtype], x.numel() // size, size, *self._weight, self.of, out.data_ptr())
+        return out
+
+
+def _norm(name: str, module: nn.Module, norm: Norm, dtype: torch.dtype, generator: torch.Generator) -> StandIn | None:
     weight = module._parameters["weight"]
     if weight is None or weight.dtype not in DTYPES:
         return None
-    original, size, address, weight_dtype = module.forward, len(weight), weight.data_ptr(), DTYPES[weight.dtype]
-    settings = _Settings([module])
-
-    def forward(x: torch.Tensor) -> Any:
-        changed = weight.data_ptr() != address or module._parameters.get("weight") is not weight or not settings.same()
-        if changed or not _few(x, size, MAX_ROWS):
-            return original(x)
-        out = torch.empty_like(x)
-        native.rms_norm(x.data_ptr(), DTYPES[x.dtype], x.numel() // size, size, address, weight_dtype, norm.eps, out.data_ptr())
-        return out
-
+    forward = _Norm(module, weight, norm)
     for scale in (1e-3, 1.0, 30.0):  # a small one, where eps matters
-        x = (scale * torch.randn(3, size, generator=generator)).to(dtype)
-        want, got = original(x), forward(x)
+        x = (scale * torch.randn(3, len(weight), generator=generator)).to(dtype)
+        want, got = forward.original(x), forward(x)
         if want.dtype != got.dtype:  # its weight is of another dtype than the model: the kernel gives the input's
             return None
         if (got.float() - want.float()).abs().max() > 4 * torch.finfo(dtype).eps * want.abs().max():
             warn_of_difference(name, _difference(got, want))
             return None
-    return forward, norm.eps
+    return forward
 
 
 def weight_of(layer: Any) -> Any:
@@ -208,82 +210,74 @@ class _Activation:
         return torch.as_tensor(self.act_fn(gate) * up)
 
 
-class _Settings:
-    """What modules say in plain attributes (eps, top_k, scaling, training), as it was when kernels were told."""
+class _Mlp(StandIn):
+    def __init__(self, module: nn.Module, of: Any, size: int, exact: bool) -> None:
+        self.original, self.of, self._size, self._exact = module.forward, of, size, exact
+        self._snapshot = ModuleSnapshot([module])
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._said: list[tuple[Any, Any, Any]] = []
-        for module in modules:
-            said = vars(module)
-            names = [key for key, value in said.items() if key[0] != "_" and isinstance(value, (bool, int, float, str, NoneType))]
-            if names:
-                get = itemgetter(*names)
-                self._said.append((get, said, get(said)))
-
-    def same(self) -> bool:
-        return all(get(said) == found for get, said, found in self._said)
+    def __call__(self, x: torch.Tensor) -> Any:
+        if not _few(x, self._size, MAX_ROWS) or self._snapshot.hooked() or not self._snapshot.same():
+            return self.original(x)
+        out, num_rows = torch.empty_like(x), x.numel() // self._size
+        native.mlp(self.of, x.data_ptr(), DTYPES[x.dtype], num_rows, out.data_ptr(), self._exact, torch.get_num_threads())
+        return out
 
 
-class ModuleSnapshot:
-    """Some modules and the modules in them, as they were found: adapters replace parts, hooks want the family's own forward, users
-    change what a module says, and numbers may move away from the addresses that the extension was given."""
-
-    def __init__(self, owners: Sequence[nn.Module], hooked: Sequence[nn.Module] = ()) -> None:
-        """``hooked``: those that have pre-hooks of ours."""
-        self._places = [(owner._modules, name, part) for owner in owners for name, part in owner.named_children()]
-        parts = {part for _, _, part in self._places}
-        self.hooks: list[Any] = [part._forward_hooks for part in parts]
-        self.hooks += [part._forward_pre_hooks for part in parts if part not in hooked]
-        self._hooked = [(part, len(part._forward_pre_hooks)) for part in hooked]
-        self._settings = _Settings({*parts, *owners})
-        self._numbers = [
-            (part._parameters, name, tensor, tensor.data_ptr())
-            for part in {*parts, *owners}
-            if not is_experts(part)
-            for name, tensor in part._parameters.items()
-            if tensor is not None
-        ]
-
-    def same(self) -> bool:
-        """Whether all parts and their numbers are where they were."""
-        with torch._C.DisableTorchFunctionSubclass():
-            numbers = all(held.get(name) is tensor and tensor.data_ptr() == at for held, name, tensor, at in self._numbers)
-        return (
-            numbers
-            and all(modules.get(name) is part for modules, name, part in self._places)
-            and all(len(part._forward_pre_hooks) == count for part, count in self._hooked)
-            and self._settings.same()
-        )
-
-
-def _mlp(name: str, module: Any, mlp: Mlp, dtype: torch.dtype, exact: bool, generator: torch.Generator) -> Accelerated | None:
+def _mlp(name: str, module: Any, mlp: Mlp, dtype: torch.dtype, exact: bool, generator: torch.Generator) -> StandIn | None:
     weights = [weight_of(getattr(module, part)) for part in ("gate_proj", "up_proj", "down_proj")]
     if any(weight is None for weight in weights):
         return None
     activation = find_activation(_Activation(module.act_fn, mlp.limit))
     if activation is None:
         return None
-    original, size = module.forward, module.gate_proj.in_features
-    of, snapshot = native.Mlp.make(*weights, activation), ModuleSnapshot([module])
+    size = module.gate_proj.in_features
     if module.down_proj.out_features != size or module.up_proj.in_features != size:
         return None
-
-    def forward(x: torch.Tensor) -> Any:
-        if not _few(x, size, MAX_ROWS) or any(snapshot.hooks) or not snapshot.same():
-            return original(x)
-        out = torch.empty_like(x)
-        native.mlp(of, x.data_ptr(), DTYPES[x.dtype], x.numel() // size, out.data_ptr(), exact, torch.get_num_threads())
-        return out
-
+    forward = _Mlp(module, native.Mlp.make(*weights, activation), size, exact)
     x = torch.randn(2, size, generator=generator).to(dtype)
-    got, want = forward(x), original(x)
+    got, want = forward(x), forward.original(x)
     if not is_near(got, want):
         warn_of_difference(name, _difference(got, want))
         return None
-    return forward, of
+    return forward
 
 
-def _attention(name: str, module: Any, attention: Attention, exact: bool, generator: torch.Generator) -> Accelerated | None:
+class _Attention(StandIn):
+    def __init__(self, module: Any, of: Any, index: int, head_dim: int, exact: bool) -> None:
+        self.original, self.of, self._config = module.forward, of, module.config
+        self._size, self._dim, self._index, self._exact = module.q_proj.in_features, head_dim, index, exact
+        self._snapshot = ModuleSnapshot([module])
+
+    def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        layer = room_in(kwargs.get("past_key_values"), self._index)
+        angles = kwargs.get("position_embeddings")
+        if (
+            layer is None
+            or angles is None
+            or args
+            or kwargs.get("attention_mask") is not None
+            or kwargs.get("output_attentions")
+            or hidden_states.numel() != self._size
+            or hidden_states.dtype != torch.bfloat16
+            or hidden_states.requires_grad
+            or self._snapshot.hooked()
+            or not self._snapshot.same()
+        ):
+            return self.original(hidden_states, *args, **kwargs)
+        cos, sin = angles
+        if cos.numel() != self._dim or cos.dtype != torch.bfloat16:
+            return self.original(hidden_states, *args, **kwargs)
+        past, keys, values = layer.reserve(1)
+        out = torch.empty_like(hidden_states)
+        where = keys.data_ptr(), values.data_ptr(), past, keys.shape[2]
+        hidden, cos, sin = hidden_states.contiguous(), cos.contiguous(), sin.contiguous()
+        angle, threads = (cos.data_ptr(), sin.data_ptr()), torch.get_num_threads()
+        native.attention(self.of, hidden.data_ptr(), 1, *angle, *where, out.data_ptr(), self._exact, threads)
+        layer.extend(1)
+        return out, None
+
+
+def _attention(name: str, module: Any, attention: Attention, exact: bool, generator: torch.Generator) -> StandIn | None:
     weights = [weight_of(getattr(module, part)) for part in ("q_proj", "k_proj", "v_proj", "o_proj")]
     size, dim, index = module.q_proj.in_features, attention.head_dim, attention.index
     config = module.config
@@ -295,52 +289,22 @@ def _attention(name: str, module: Any, attention: Attention, exact: bool, genera
     addresses, norm_dtype = [norm.weight.data_ptr() for norm in norms] or [0, 0], DTYPES[norms[0].weight.dtype] if norms else 0
     eps = attention.qk_norm.eps if attention.qk_norm is not None else 0.0
     of = native.Attention.make(*weights, attention.heads, attention.kv_heads, dim, attention.scaling, *addresses, norm_dtype, eps)
-    original, snapshot = module.forward, ModuleSnapshot([module])
-
-    def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        layer = room_in(kwargs.get("past_key_values"), index)
-        angles = kwargs.get("position_embeddings")
-        if (
-            layer is None
-            or angles is None
-            or args
-            or kwargs.get("attention_mask") is not None
-            or kwargs.get("output_attentions")
-            or hidden_states.numel() != size
-            or hidden_states.dtype != torch.bfloat16
-            or hidden_states.requires_grad
-            or config._attn_implementation != "sdpa"
-            or any(snapshot.hooks)
-            or not snapshot.same()
-        ):
-            return original(hidden_states, *args, **kwargs)
-        cos, sin = angles
-        if cos.numel() != dim or cos.dtype != torch.bfloat16:
-            return original(hidden_states, *args, **kwargs)
-        past, keys, values = layer.reserve(1)
-        out = torch.empty_like(hidden_states)
-        native.attention(
-            of, hidden_states.contiguous().data_ptr(), 1, cos.contiguous().data_ptr(), sin.contiguous().data_ptr(), keys.data_ptr(),
-            values.data_ptr(), past, keys.shape[2], out.data_ptr(), exact, torch.get_num_threads(),
-        )  # fmt: skip
-        layer.extend(1)
-        return out, None
-
+    forward = _Attention(module, of, index, dim, exact)
     try:
-        difference = _attention_difference(original, forward, size, dim, index, generator)
+        difference = _attention_difference(forward.original, forward, size, dim, index, generator)
     except Exception as error:  # whatever a family's attention makes of this call
         difference = f"it cannot be called with a token and a cache ({error})"
     if difference is not None:
         warn_of_difference(name, difference)
         return None
-    return forward, of
+    return forward
 
 
 def room_in(cache: Any, index: int) -> RoomyLayer | None:
-    """Layer ``index`` of ``cache``, if it is one of ours with one sequence of bf16 in it."""
+    """Layer ``index`` of ``cache``, if it is one of ours with one sequence of bf16 in it, which nobody trains (prefix tuning)."""
     layers = getattr(cache, "layers", ())
     layer = layers[index] if index < len(layers) else None
-    return layer if type(layer) is RoomyLayer and layer.holds_one(torch.bfloat16) else None
+    return layer if type(layer) is RoomyLayer and layer.holds_one(torch.bfloat16) and not layer.has_gradients() else None
 
 
 def _attention_difference(

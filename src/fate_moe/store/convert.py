@@ -24,6 +24,7 @@ from fate_moe.core import PRECISIONS
 from fate_moe.errors import CheckpointError, ConfigError, DiskSpaceError, StoreError
 from fate_moe.io.files import Journal, atomic_file, locked_folder, require_space, sync_folder
 from fate_moe.io.progress import Advance, progress_bar
+from fate_moe.kernels.modes import neutral
 from fate_moe.quant.blob import encode
 from fate_moe.quant.choices import GROUP_SIZES
 from fate_moe.quant.dtypes import dtype_name
@@ -49,6 +50,7 @@ class Moments(Protocol):
         """Second moments fp32 [in, in] of the inputs of an expert with parameters ``tensors``, by matrix name."""
 
 
+@neutral()
 def convert(
     source: str | Path,
     destination: str | Path,

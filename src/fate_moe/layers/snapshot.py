@@ -1,0 +1,99 @@
+"""What a forward of ours was made from, and whether the module is still that; people change modules after loading."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+from fate_moe.adapter.contract import is_experts
+from fate_moe.layers.frozen import FrozenWeight
+
+__all__ = ["ModuleSnapshot", "StandIn"]
+
+_GLOBAL_HOOKS = [
+    torch_module._global_forward_hooks,
+    torch_module._global_forward_pre_hooks,
+    torch_module._global_backward_hooks,
+    torch_module._global_backward_pre_hooks,
+]
+_NO_SETTINGS = {"gradient_checkpointing"}  # its modules see to it themselves
+
+
+class StandIn:
+    """A forward of ours in place of a module's ``original``; ``of`` is what the extension knows of the module.
+
+    A copy of the module gets the original back: ours has the addresses of the numbers that it was made from.
+    """
+
+    original: Callable[..., Any]
+    of: Any
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return copy.deepcopy(self.original, memo)
+
+
+class ModuleSnapshot:
+    """Modules and the modules in them, as they were found: adapters replace parts, hooks want the family's own forward, people set
+    attributes, train weights and put forwards of their own, and ``model.to`` moves numbers away from the addresses that the
+    extension was given."""
+
+    def __init__(self, owners: Sequence[nn.Module]) -> None:
+        """Of ``owners`` the hooks do not count, as their forward is what is replaced (but those that are in others)."""
+        self._places = [(owner._modules, name, part) for owner in owners for name, part in owner.named_children()]
+        parts = list(dict.fromkeys(part for _, _, part in self._places))
+        self._hooks: list[Any] = list(_GLOBAL_HOOKS)
+        for part in parts:
+            self._hooks += [part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks]
+        self._counts = list(map(len, self._hooks))  # some are ours
+        modules = list(dict.fromkeys([*owners, *parts]))
+        self._numbers = [
+            (part._parameters, name, tensor, _address(tensor))
+            for part in modules
+            if not is_experts(part)
+            for name, tensor in part._parameters.items()
+            if tensor is not None
+        ]
+        self._code = [(part, type(part), type(part).forward) for part in modules]
+        forwards = [(vars(part), "forward") for part in parts]
+        settings = [(vars(module), name) for module in modules for name in _settings(module)]
+        self._where = forwards + settings
+        self._found = [held.get(name) for held, name in self._where]
+        configs = {id(config): config for module in modules if (config := getattr(module, "config", None)) is not None}
+        self._implementations = [(config, config._attn_implementation) for config in configs.values()]
+
+    def hooked(self) -> bool:
+        """Whether somebody hooked one of the parts since; transformers does in the midst of a pass, to record outputs."""
+        return list(map(len, self._hooks)) != self._counts
+
+    def same(self) -> bool:
+        """Whether all parts, their code, settings and numbers are what and where they were, and none is being trained."""
+        with torch._C.DisableTorchFunctionSubclass():
+            for held, name, tensor, at in self._numbers:
+                if held.get(name) is not tensor or _address(tensor) != at:
+                    return False
+            if torch.is_grad_enabled() and any(tensor.requires_grad for _, _, tensor, _ in self._numbers):
+                return False
+        return (
+            all(modules.get(name) is part for modules, name, part in self._places)
+            and [held.get(name) for held, name in self._where] == self._found
+            and all(part.__class__ is kind and kind.forward is forward for part, kind, forward in self._code)
+            and all(config._attn_implementation == said for config, said in self._implementations)
+        )
+
+
+def _address(tensor: torch.Tensor) -> int:
+    return 0 if isinstance(tensor, FrozenWeight) else tensor.data_ptr()
+
+
+def _settings(module: nn.Module) -> list[str]:
+    """Names of the attributes that forwards read: numbers, flags and names."""
+    return [
+        name
+        for name, value in vars(module).items()
+        if name[0] != "_" and name not in _NO_SETTINGS and isinstance(value, bool | int | float | str | None)
+    ]
