@@ -36,7 +36,8 @@ def test_what_is_public_is_what_is_exported() -> None:
 
 def test_load_says_what_it_gives() -> None:
     assert inspect.signature(fate_moe.load).return_annotation == "Loaded"
-    assert fate_moe.Loaded.__annotations__ == {"model": "PreTrainedModel", "tokenizer": "PreTrainedTokenizerBase"}
+    said = {name: kind.__forward_arg__ for name, kind in fate_moe.Loaded.__annotations__.items()}
+    assert said == {"model": "PreTrainedModel", "tokenizer": "PreTrainedTokenizerBase"}
 
 
 def test_unknown_attribute() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,18 @@ def replace_projection(model: Any) -> None:
     attention.q_proj = new
 
 
+def set_in_layers(part: str, name: str, value: float) -> Callable[[Any], None]:
+    def change(model: Any) -> None:
+        for layer in model.model.layers:
+            setattr(layer.get_submodule(part), name, value)
+
+    return change
+
+
+def add_to_head(model: Any) -> None:
+    model.lm_head = nn.Sequential(model.lm_head, nn.Tanhshrink())
+
+
 def swap_layers(model: Any) -> None:
     layers = model.model.layers
     layers[0], layers[1] = layers[1], layers[0]
@@ -35,23 +48,23 @@ def swap_layers(model: Any) -> None:
 
 
 def prune(model: Any) -> None:
-    from torch.nn.utils import prune as pruning
+    pruning: Any = importlib.import_module("torch.nn.utils.prune")
 
     pruning.l1_unstructured(model.model.layers[0].self_attn.q_proj, "weight", 0.7)
     pruning.l1_unstructured(model.model.layers[1].input_layernorm, "weight", 0.5)
 
 
 CHANGES: dict[str, Callable[[Any], Any]] = {
-    "top_k": lambda m: [setattr(layer.mlp.gate, "top_k", 1) for layer in m.model.layers],
-    "eps": lambda m: [setattr(layer.input_layernorm, "variance_epsilon", 5.0) for layer in m.model.layers],
-    "scaling": lambda m: [setattr(layer.self_attn, "scaling", 3.0) for layer in m.model.layers],
+    "top_k": set_in_layers("mlp.gate", "top_k", 1),
+    "eps": set_in_layers("input_layernorm", "variance_epsilon", 5.0),
+    "scaling": set_in_layers("self_attn", "scaling", 3.0),
     "layers swapped": swap_layers,
     "hook before a block": lambda m: m.model.layers[0].mlp.register_forward_pre_hook(lambda module, args: (-args[0],)),
     "hook after attention": lambda m: m.model.layers[0].self_attn.register_forward_hook(
         lambda mod, args, out: (-3 * out[0], out[1])
     ),
     "projection replaced": replace_projection,
-    "head replaced": lambda m: setattr(m, "lm_head", nn.Sequential(m.lm_head, nn.Tanhshrink())),
+    "head replaced": add_to_head,
     "pruned": prune,
     "norm in place": lambda m: m.model.layers[0].input_layernorm.weight.data.mul_(-0.5),
     "projection in place": lambda m: m.model.layers[0].self_attn.q_proj.weight.data.mul_(-2),

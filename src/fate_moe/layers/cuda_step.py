@@ -246,7 +246,7 @@ def _routers(
             weight, bias = gate[:, :-1].to(own), gate[:, -1].to(own)
             both = torch.cat([own, weight])
             parts = blocks[number * (len(blocks) // len(layers)) :][: len(blocks) // len(layers)]
-            for part, view in zip(parts, both[:rows].split([len(part) for part in parts]), strict=True):
+            for part, view in zip(parts, torch.split(both[:rows], [len(part) for part in parts]), strict=True):
                 part.data = view
             made.append((both, torch.nn.functional.pad(bias, (rows, 0))))
     return made
@@ -255,7 +255,8 @@ def _routers(
 def _with_views(parameters: Sequence[torch.Tensor]) -> torch.Tensor:
     """``parameters`` as one tensor, of which they become views: what is changed in place is changed in both."""
     whole = torch.cat([parameter.data for parameter in parameters])
-    for parameter, view in zip(parameters, whole.split([len(parameter) for parameter in parameters]), strict=True):
+    sizes = [len(parameter) for parameter in parameters]
+    for parameter, view in zip(parameters, torch.split(whole, sizes), strict=True):
         parameter.data = view
     return whole
 
