@@ -44,7 +44,7 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
 
     def _filled(self, buffer: torch.Tensor) -> torch.Tensor:
         """The tokens that were filled: never written again, so autograd, which may keep them, need not notice what comes behind."""
-        return buffer.data[:, :, : self._length]
+        return (buffer if buffer.is_inference() else buffer.data)[:, :, : self._length]
 
     def _put(self, which: int, states: torch.Tensor | None) -> None:
         if self._room is not None:

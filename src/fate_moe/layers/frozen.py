@@ -38,8 +38,9 @@ class FrozenWeight(nn.Parameter):
         cls, shape: Sequence[int], dtype: torch.dtype, device: str, numbers: Callable[[], torch.Tensor], refusal: str
     ) -> FrozenWeight:
         # What lies beneath, where torch is made to look past this class (other.data = weight), is NaN rather than no memory.
-        nothing = torch.full((), torch.nan, dtype=dtype, device=device).expand(*shape)
-        made: FrozenWeight = torch.Tensor._make_subclass(cls, nothing, False)
+        with torch.inference_mode(False):  # detach() in inference mode wants one that has versions
+            nothing = torch.full((), torch.nan, dtype=dtype, device=device).expand(*shape)
+            made: FrozenWeight = torch.Tensor._make_subclass(cls, nothing, False)
         made.numbers, made.refusal = numbers, refusal
         return made
 
