@@ -13,10 +13,10 @@ import json
 import time
 from collections.abc import Callable
 from statistics import median
-from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.functional import linear, silu
 
 from benchmarks.facts import memory_bandwidth
@@ -29,7 +29,8 @@ from fate_moe.store.format import blob_layout
 
 # hidden, one expert's inner size, experts a token, experts a layer
 SHAPES = {"Qwen1.5-MoE": (2048, 1408, 4, 60), "Qwen3-30B-A3B": (2048, 768, 8, 128), "Mixtral": (4096, 14336, 2, 8)}
-EXPERTS = SimpleNamespace(
+EXPERTS: Any = nn.Module()
+vars(EXPERTS).update(
     has_gate=True, act_fn=silu, _apply_gate=lambda x: silu(x[..., : x.shape[-1] // 2]) * x[..., x.shape[-1] // 2 :]
 )
 GROUP_SIZE = 64  # the default

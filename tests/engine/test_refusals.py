@@ -64,7 +64,7 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "trace": (lambda m: UNTYPED.jit.trace(m, PROMPT, strict=False), "cannot be traced or exported"),
     "script": (lambda m: torch.jit.script(m), "cannot be copied"),
-    "vmap": (lambda m: torch.func.vmap(lambda ids: m(ids).logits)(PROMPT.unsqueeze(1)), "transforms"),
+    "vmap": (lambda m: torch.func.vmap(lambda ids: m(ids).logits)(PROMPT.unsqueeze(1)), "vmap"),
 }
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -162,7 +161,9 @@ def an_experts_module(gated: bool, act: Any, limit: float = math.inf, interleave
         shown = value * torch.sigmoid(alpha * value) if act is None else act(value)
         return shown * (up.clamp(-limit, limit) + offset)
 
-    return SimpleNamespace(has_gate=gated, act_fn=act, _apply_gate=apply_gate, limit=limit, alpha=numbers.get("alpha", 1.0))
+    module: Any = torch.nn.Module()
+    vars(module).update(has_gate=gated, act_fn=act, _apply_gate=apply_gate, limit=limit, alpha=numbers.get("alpha", 1.0))
+    return module
 
 
 FAMILIES = {

@@ -14,6 +14,7 @@ from torch import nn
 from fate_moe.adapter.meta_model import ExpertStack
 from fate_moe.core import Patcher
 from fate_moe.errors import ClosedModelError, UnsupportedCallError
+from fate_moe.kernels.gradients import refuse_transforms
 from fate_moe.turns import Turn
 
 __all__ = ["Calls", "holders", "usual_device"]
@@ -115,7 +116,4 @@ def _refuse_tracing() -> None:
     """Raise UnsupportedCallError where torch records operations instead of computing: it would not see the kernels."""
     if torch._C._get_tracing_state() is not None or torch.compiler.is_exporting():
         raise UnsupportedCallError("a loaded model cannot be traced or exported; export the checkpoint with transformers instead")
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        raise UnsupportedCallError(
-            "torch.func's transforms (vmap, jvp, grad) do not go through a loaded model; give it a batch, and use autograd"
-        )
+    refuse_transforms()

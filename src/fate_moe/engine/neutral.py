@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from fate_moe.core import Patcher
@@ -22,8 +21,6 @@ def refuse_settings(model: Any, patcher: Patcher) -> None:
     kind = model.device.type
 
     def refuse(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if torch.is_autocast_enabled(kind):
-            raise ConfigError(f"torch.autocast({kind!r}) changes this model's numbers; run it outside, or with enabled=False")
         if kind == "cpu" and fp32_precision() == "bf16":
             raise ConfigError("torch.set_float32_matmul_precision('medium') changes this model's numbers; set it to 'highest'")
 

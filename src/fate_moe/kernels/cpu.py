@@ -293,7 +293,7 @@ def layer_kernel(layout: BlobLayout, shapes: dict[str, tuple[int, ...]], experts
 def _gate(experts: Any) -> tuple[Any, ...]:
     """What makes the activation of ``experts`` what it is."""
     settings = ("act_fn", "alpha", "limit", "swiglu_alpha", "swiglu_limit")
-    return type(experts)._apply_gate, *(getattr(experts, name, None) for name in settings)
+    return getattr(type(experts), "_apply_gate", None), *(getattr(experts, name, None) for name in settings)
 
 
 _warned: set[str] = set()

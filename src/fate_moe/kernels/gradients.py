@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from fate_moe.errors import ConfigError
+from fate_moe.errors import UnsupportedCallError
 
 __all__ = ["flows", "frozen", "refuse_transforms"]
 
@@ -23,13 +23,13 @@ def flows(*tensors: torch.Tensor) -> bool:
 
 
 def refuse_transforms(*tensors: torch.Tensor) -> None:
-    """Raise ConfigError within torch.func's transforms and forward-mode differentiation, which kernels know nothing of.
+    """Raise UnsupportedCallError within torch.func's transforms and forward-mode differentiation, which kernels know nothing of.
 
     ``tensors`` may be those of ``is_grads_batched``, which torch does not count as a transform.
     """
     batched = any(torch._C._functorch.is_legacy_batchedtensor(tensor) for tensor in tensors)
     if batched or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        raise ConfigError(
+        raise UnsupportedCallError(
             "torch.func, vmap and forward-mode differentiation do not work through this model; use backward() or "
             "torch.autograd.grad"
         )
@@ -44,7 +44,7 @@ def frozen(
     """The first of what ``compute(*inputs)`` returns, differentiable once by ``gradients``.
 
     ``gradients(gradient, remembered, *inputs)`` gives the inputs' gradients; ``remembered`` is the second thing that ``compute``
-    returned. Without ``keep`` the inputs are not kept for it, and not given. A second derivative raises ConfigError.
+    returned. Without ``keep`` the inputs are not kept for it, and not given. A second derivative raises UnsupportedCallError.
     """
     result: torch.Tensor = _Frozen.apply(compute, gradients, keep, *inputs)  # type: ignore[no-untyped-call]
     return result
@@ -65,5 +65,5 @@ class _Frozen(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         refuse_transforms(gradient)  # is_grads_batched
         if torch.is_grad_enabled():
-            raise ConfigError("gradients of gradients cannot be had through this model; leave create_graph=True out")
+            raise UnsupportedCallError("gradients of gradients cannot be had through this model; leave create_graph=True out")
         return None, None, None, *ctx.gradients(gradient, ctx.remembered, *ctx.saved_tensors)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from fate_moe.core import Patcher
-from fate_moe.errors import ConfigError
+from fate_moe.errors import UnsupportedCallError
 
 __all__ = ["FrozenWeight", "freeze_experts"]
 
@@ -27,8 +27,8 @@ _CONVERTED = torch.ops.aten._to_copy.default
 class FrozenWeight(nn.Parameter):
     """Has shape, dtype and device of a weight; ``numbers`` makes its numbers anew for whoever computes with it.
 
-    Changing it or asking for its gradient raises ConfigError with ``refusal``, so that no library edits a copy and takes it for the
-    weight (merging an adapter, initializing one from the weight). Put another Parameter in its place to change a weight.
+    Changing it or asking for its gradient raises UnsupportedCallError with ``refusal``: no library is to edit a copy and take it for
+    the weight (merging an adapter, initializing one from the weight). Put another Parameter in its place to change a weight.
     """
 
     numbers: Callable[[], torch.Tensor]
@@ -51,10 +51,10 @@ class FrozenWeight(nn.Parameter):
         return f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
     def __deepcopy__(self, memo: Any) -> Any:
-        raise ConfigError(self.refusal)
+        raise UnsupportedCallError(self.refusal)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise ConfigError(self.refusal)
+        raise UnsupportedCallError(self.refusal)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -63,12 +63,12 @@ class FrozenWeight(nn.Parameter):
         if isinstance(first, FrozenWeight):
             if name == "requires_grad_" or (name == "__set__" and of == "requires_grad"):
                 if args[1] if len(args) > 1 else (kwargs or {}).get("requires_grad", True):
-                    raise ConfigError(first.refusal)
+                    raise UnsupportedCallError(first.refusal)
             elif name == "__set__" and of == "data":
                 if not (isinstance(args[1], FrozenWeight) and args[1].numbers is first.numbers):
-                    raise ConfigError(first.refusal)  # but model.to(dtype) may
+                    raise UnsupportedCallError(first.refusal)  # but model.to(dtype) may
             elif name == "__setitem__":  # would write to the numbers that were made for it
-                raise ConfigError(first.refusal)
+                raise UnsupportedCallError(first.refusal)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
@@ -84,7 +84,7 @@ class FrozenWeight(nn.Parameter):
         for at, declared in enumerate(func._schema.arguments):
             value = args[at] if at < len(args) else kwargs.get(declared.name)
             if isinstance(value, FrozenWeight) and declared.alias_info is not None and declared.alias_info.is_write:
-                raise ConfigError(value.refusal)
+                raise UnsupportedCallError(value.refusal)
         args, kwargs = tree_map(_made, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -111,4 +111,4 @@ def freeze_experts(experts: nn.Module, patcher: Patcher) -> None:
 
 
 def _no_numbers() -> torch.Tensor:
-    raise ConfigError(_EXPERTS)
+    raise UnsupportedCallError(_EXPERTS)
