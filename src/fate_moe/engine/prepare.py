@@ -114,9 +114,14 @@ def store_for(model: str | Path | None, precision: str, dense_precision: str | N
             identity = store_identity(checkpoint, options)
         found = _find_store(checkpoint, name, options, identity) or stores_home() / f"{name}-{precision}-{identity[:8]}"
     if not is_store(found):
-        _log.warning("converting %s to %s (once; experts as %s)", name, found, precision)
         check_numbers()
-        convert(path, found, precision, dense_precision=options.dense)
+        convert(
+            path,
+            found,
+            precision,
+            dense_precision=options.dense,
+            beginning=lambda: _log.warning("converting %s to %s (once; experts as %s)", name, found, precision),
+        )
     elif path.is_dir() or not has_tokenizer(found):  # a GGUF file holds its tokenizer, and the identity covers it
         refresh_companions(checkpoint, found)
     return found

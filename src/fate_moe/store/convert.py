@@ -62,6 +62,7 @@ def convert(
     precision_rules: PrecisionRules | None = None,
     calibration: Moments | None = None,
     progress: bool | None = None,
+    beginning: Callable[[], None] = lambda: None,
 ) -> Path:
     """Convert the checkpoint ``source`` (a folder, a GGUF file or a hub id) into the store ``destination`` and return its path.
 
@@ -70,7 +71,7 @@ def convert(
     the same source at ``destination`` is left unchanged. ``solver`` and ``group_size`` apply to quantized precisions.
     ``precision_rules`` set other precisions for layers or single experts. ``calibration`` gives the inputs for which codes are
     chosen. ``dense_precision`` is that of all other matrices (None: int8 if ``precision`` is quantized). ``progress`` draws a bar
-    on stderr (None: if stderr is a terminal).
+    on stderr (None: if stderr is a terminal). ``beginning`` is called once the checkpoint was accounted for, before anything is written.
 
     Raises CheckpointError or UnsupportedModelError for the source, StoreError when ``destination`` holds something else,
     DiskSpaceError when the store does not fit, ConfigError for an unknown precision, solver or group size.
@@ -97,6 +98,7 @@ def convert(
     if not _is_vacant(destination) and _is_done(destination, store_identity(checkpoint, options, progress)):
         return destination
     plan = plan_conversion(checkpoint, precision, group_size, dense, precision_rules)  # first: it refuses before all bytes are read
+    beginning()
     identity = store_identity(checkpoint, options, progress)
     work = destination.with_name(destination.name + ".partial")
     with locked_folder(work):
