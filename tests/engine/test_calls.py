@@ -26,17 +26,24 @@ pytestmark = pytest.mark.slow
 PROMPTS = [PROMPT, PROMPT.flip(1), PROMPT + 9]
 
 
-@pytest.fixture(params=["cpu", "cuda"])
-def model(request: pytest.FixtureRequest, checkpoint: Callable[[str], Path]) -> Any:
-    """A running model on the CPU, and on a simulated GPU; with fewer slots than experts."""
-    store = store_for(checkpoint("qwen2_moe"), "lossless")
-    running = load_model(store, expert_cache="30%") if request.param == "cpu" else simulated_gpu(store, 8)
+@pytest.fixture
+def model(checkpoint: Callable[[str], Path]) -> Any:
+    """A running model with fewer slots than experts."""
+    running = load_model(store_for(checkpoint("qwen2_moe"), "lossless"), expert_cache="30%")
     yield running
     running.fate.close()
 
 
-def alone(model: Any, prompts: list[torch.Tensor]) -> list[Any]:
-    return [write(model, prompt, 4).tolist() for prompt in prompts]
+@pytest.fixture
+def on_gpu(checkpoint: Callable[[str], Path]) -> Any:
+    """The same on a simulated GPU, on which a token takes seconds."""
+    running = simulated_gpu(store_for(checkpoint("qwen2_moe"), "lossless"), 8)
+    yield running
+    running.fate.close()
+
+
+def alone(model: Any, prompts: list[torch.Tensor], num: int = 4) -> list[Any]:
+    return [write(model, prompt, num).tolist() for prompt in prompts]
 
 
 class Within(BaseStreamer):  # type: ignore[misc]
@@ -61,12 +68,48 @@ def test_threads_wait_their_turn_and_each_writes_what_it_would_alone(model: Any)
         thread.start()
     while any(thread.is_alive() for thread in threads):
         assert model.fate.report().experts.lookups > 0  # from any thread, at any time
+        threads[0].join(0.001)
     assert [got[i] for i in range(len(PROMPTS))] == want
 
     async def gathered() -> list[Any]:
         return await asyncio.gather(*(asyncio.to_thread(write, model, prompt, 4) for prompt in PROMPTS))
 
     assert [one.tolist() for one in asyncio.run(gathered())] == want
+
+
+def test_calls_take_turns_on_a_gpu(on_gpu: Any) -> None:
+    """It has one captured cache: a call from another thread waits, one from within has a cache of its own, and close ends both."""
+    (want, beside), prompts = alone(on_gpu, PROMPTS[:2], 2), PROMPTS[:2]
+    begun, got, raised = threading.Event(), list[Any](), list[BaseException]()
+    inner = Within(lambda: begun.set() or (write(on_gpu, prompts[1], 1).tolist() if not inner.results else None))
+
+    def run() -> None:
+        got.append(write(on_gpu, prompts[0], 2, streamer=inner).tolist())
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    begun.wait(60)
+    assert write(on_gpu, prompts[1], 2).tolist() == beside
+    thread.join()
+    assert got == [want]
+    assert inner.results[0] == [beside[0][:-1]]
+
+    def run_until_closed() -> None:
+        try:
+            write(on_gpu, num=18, streamer=Within(closing.set))
+        except ClosedModelError as error:
+            raised.append(error)
+
+    closing = threading.Event()
+    thread = threading.Thread(target=run_until_closed)
+    thread.start()
+    closing.wait(60)
+    on_gpu.fate.close()
+    thread.join(60)
+    assert len(raised) == 1
+    for call in (on_gpu.generate, on_gpu, on_gpu.model.layers[0].mlp):
+        with pytest.raises(ClosedModelError):
+            call(PROMPT)
 
 
 def test_forward_passes_of_threads_do_not_mix(model: Any) -> None:

@@ -21,13 +21,13 @@ from tests.support.engines import load_model, simulated_gpu
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module", params=["cpu", "cuda"])
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """One model for all: what is refused leaves it as it was."""
     from tests.support.checkpoints import tiny_checkpoint
 
     store = store_for(tiny_checkpoint("qwen2_moe", tmp_path_factory.mktemp("refusals") / "qwen2_moe"), "lossless")
-    running = load_model(store) if request.param == "cpu" else simulated_gpu(store)
+    running = load_model(store)
     running.store = store
     yield running
     running.fate.close()
@@ -77,6 +77,16 @@ def test_refused(name: str, model: Any) -> None:
     with torch.no_grad(), pytest.raises(UnsupportedCallError, match=said):
         call(model)
     assert write(model, num=2).tolist() == before
+
+
+def test_the_same_is_refused_on_a_gpu(checkpoint: Callable[[str], Path]) -> None:
+    model = simulated_gpu(store_for(checkpoint("qwen2_moe"), "lossless"))
+    for name in set(REFUSED) - {"trace", "script", "vmap"}:
+        call, said = REFUSED[name]
+        with pytest.raises(UnsupportedCallError, match=said):
+            call(model)
+    assert model.to("cpu").to(torch.float32) is model
+    model.fate.close()
 
 
 def test_saving_leaves_no_folder_of_configurations(model: Any, tmp_path: Path) -> None:
