@@ -15,6 +15,7 @@ from fate_moe.engine.report import Report
 from fate_moe.errors import ClosedModelError
 
 if TYPE_CHECKING:
+    from fate_moe.engine.activity import Activity
     from fate_moe.journal import Observer
 
 __all__ = ["Engine"]
@@ -48,6 +49,10 @@ class Engine(Protocol):
 
         Raises ConfigError where this engine cannot be observed, or while another observer is.
         """
+
+    def activity(self) -> Activity | None:
+        """Looks at this engine from another thread while it runs; None where single experts cannot be seen."""
+        return None
 
     @abstractmethod
     def stop(self) -> None:
