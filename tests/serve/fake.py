@@ -83,7 +83,7 @@ class FakeEngine:
         self._resident = dict.fromkeys(self._random.sample(self._all, self.plan.num_slots))
         self._favourites = [self._random.sample(range(size), size) for size in sizes]
         self._uses, self._missed, self.counters = array("q", bytes(8 * total)), list[ExpertId](), Counters()
-        self.started = self.stopped = 0
+        self.started = self.stopped = self.looks = 0
 
     def step(self) -> None:
         """One token."""
@@ -115,6 +115,7 @@ class FakeEngine:
         self.stopped += 1
 
     def look(self) -> Look:
+        self.looks += 1
         missed, self._missed = self._missed, []
         return Look(self._uses[:], missed, list(self._resident), replace(self.counters))
 
@@ -143,7 +144,9 @@ class FakeServer:
         async def key(request: Request, call_next: Any) -> Any:
             guarded = request.url.path.startswith(("/v1", "/live", "/props"))
             if guarded and self.api_key and request.headers.get("authorization") != f"Bearer {self.api_key}":
-                return JSONResponse({"error": {"message": "Invalid API key.", "type": "authentication_error", "code": "invalid_api_key"}}, 401)
+                return JSONResponse(
+                    {"error": {"message": "Invalid API key.", "type": "authentication_error", "code": "invalid_api_key"}}, 401
+                )
             return await call_next(request)
 
         @app.get("/health")
@@ -172,7 +175,9 @@ class FakeServer:
             text = body["messages"][-1]["content"]
             if "too long" in text:
                 message = "This model's maximum context length is 4096 tokens, and the prompt has 5000."
-                return JSONResponse({"error": {"message": message, "type": "invalid_request_error", "code": "context_length_exceeded"}}, 400)
+                return JSONResponse(
+                    {"error": {"message": message, "type": "invalid_request_error", "code": "context_length_exceeded"}}, 400
+                )
             return EventSourceResponse(self._answer(text))
 
         app.include_router(page_router())

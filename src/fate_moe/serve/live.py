@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fate_moe.core import Counters, ExpertId
+from fate_moe.core import Counters
 from fate_moe.machine import resident_memory
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ _log = logging.getLogger(__name__)
 MOST_WATCHERS = 16
 _PERIOD = 0.15  # seconds between two looks while something runs
 _IDLE_PERIODS = 7  # after so many looks that saw nothing new, one tick
+_SHARE = 100  # at most one part in so many of a core's time is for looking
 _DEVICE_PERIOD = 1.0  # where a look waits for a device
 _WINDOW = 3.0  # seconds that rates are of; longer for a model that writes fewer than _FEW tokens meanwhile
 _LONGEST, _FEW = 15.0, 6
@@ -68,6 +69,7 @@ class Live:
         self._rates = _Rates()
         self._watchers: set[asyncio.Queue[Event | None]] = set()
         self._sampler: asyncio.Task[None] | None = None
+        self._measured = -1.0, 0  # when, and how much
 
     @property
     def num_watchers(self) -> int:
@@ -132,13 +134,19 @@ class Live:
         facts |= news
         facts |= self._rates.facts()
         facts |= {
-            "memory_bytes": resident_memory(),
+            "memory_bytes": self._memory(now),
             "budget_bytes": self._engine.plan.budget_bytes,
             "slots_used": slots_used,
             "running": load.running,
             "queue": load.queue,
         }
         return Event("tick", _dumps(facts))
+
+    def _memory(self, now: float) -> int:
+        """Resident bytes, not older than half a second: the kernel takes its time to say."""
+        if now - self._measured[0] > 0.5:
+            self._measured = now, resident_memory()
+        return self._measured[1]
 
     def _start(self) -> None:
         if self._activity is not None:
@@ -164,6 +172,7 @@ class Live:
     async def _sample_for_ever(self) -> None:
         quiet = _IDLE_PERIODS  # the first tick comes at once
         while True:
+            began = time.thread_time()
             event = self.tick() if self._activity is not None else await asyncio.to_thread(self.tick)
             quiet = 0 if event is not None else quiet + 1
             if event is None and quiet >= _IDLE_PERIODS:
@@ -171,7 +180,7 @@ class Live:
             if event is not None:
                 for events in self._watchers:
                     self._send(events, event)
-            await asyncio.sleep(self._period)
+            await asyncio.sleep(max(self._period, _SHARE * (time.thread_time() - began)))
 
     @staticmethod
     def _send(events: asyncio.Queue[Event | None], event: Event) -> None:
@@ -206,7 +215,8 @@ class _Layers:
             news["missed"] = [[*expert, count] for expert, count in Counter(look.missed).items()]
         if look.resident is not None:
             resident = np.zeros_like(self.resident)
-            resident[[self._index(expert) for expert in look.resident]] = True
+            first = self._first
+            resident[[first[layer] + expert for layer, expert in look.resident]] = True
             layers = np.unique(self._layer[resident != self.resident])
             self.resident = resident
             if len(layers):
@@ -221,9 +231,6 @@ class _Layers:
         """Base64 of a bit an expert of ``layer``, the first in the lowest bit of the first byte; set: resident."""
         own = self.resident[self._first[layer] : self._first[layer + 1]]
         return base64.b64encode(np.packbits(own, bitorder="little").tobytes()).decode()
-
-    def _index(self, expert: ExpertId) -> int:
-        return int(self._first[expert[0]]) + expert[1]
 
 
 class _Sample(NamedTuple):
