@@ -69,8 +69,10 @@ class FifoScheduler(Scheduler):
         self._load, self._on_loaded, self._on_finished = load, on_loaded, on_finished
         self._waiting: deque[_Ticket] = deque()
         self._current: _Ticket | None = None
+        self._generation: Generation | None = None
+        self._generated = 0  # tokens of requests that ended
         self._changed = threading.Condition()  # reentrant: ending a request may cancel another
-        self._is_closed = False
+        self._is_closed = self._is_loaded = False
         self._thread = threading.Thread(target=self._run, name="fate-inference", daemon=True)
         self._thread.start()
 
@@ -81,6 +83,12 @@ class FifoScheduler(Scheduler):
     @property
     def running(self) -> int:
         return int(self._current is not None)
+
+    @property
+    def generated_tokens(self) -> int:
+        """Tokens that were generated so far, those of the running request among them."""
+        generation = self._generation
+        return self._generated + (generation.tokens if generation is not None else 0)
 
     def submit(self, request: Request) -> _Ticket:
         ticket = _Ticket(request, self._end_cancelled)
@@ -106,11 +114,12 @@ class FifoScheduler(Scheduler):
             self._is_closed = True
             self._changed.notify_all()
             self._changed.wait_for(lambda: not self._waiting and self._current is None, max(0.0, deadline - time.monotonic()))
-            for ticket in (*self._waiting, *([self._current] if self._current else [])):
-                ticket.cancel()
+            for left in (*self._waiting, *([self._current] if self._current else [])):
+                left.cancel()
             self._drop_cancelled()
             self._changed.notify_all()
-        self._thread.join()
+        if self._is_loaded:  # loading cannot be told to stop; the thread ends with the process
+            self._thread.join()
 
     def _drop_cancelled(self) -> None:
         """Under the lock: end waiting requests that were cancelled, and tell the others where they stand."""
@@ -133,13 +142,14 @@ class FifoScheduler(Scheduler):
     def _run(self) -> None:
         try:
             loaded = self._load()
+            self._is_loaded = True
             self._on_loaded(loaded)
         except Exception as error:
             self._on_loaded(error)
             with self._changed:
                 self._is_closed = True
-                for ticket in self._waiting:
-                    self._end(ticket, Finished("error", Usage(len(ticket.request.prompt), 0), message=str(error)))
+                for left in self._waiting:
+                    self._end(left, Finished("error", Usage(len(left.request.prompt), 0), message=str(error)))
                 self._waiting.clear()
             return
         while (ticket := self._next()) is not None:
@@ -166,6 +176,7 @@ class FifoScheduler(Scheduler):
         request = ticket.request
         seed = request.sampling.seed if request.sampling.seed is not None else secrets.randbits(63)
         generation = Generation(model, tokenizer, request, ticket.deliver, lambda: ticket.is_cancelled, ticket.submitted)
+        self._generation = generation
         try:
             return generation.run(seed)
         except CancelledError:
@@ -175,3 +186,6 @@ class FifoScheduler(Scheduler):
         except Exception as error:
             _log.exception("a request failed")
             return generation.finished("error", f"{type(error).__name__}: {error}")
+        finally:
+            self._generation = None
+            self._generated += generation.tokens

@@ -48,7 +48,7 @@ class Generation:
         self._eos = set() if request.ignore_eos else eos_ids(model, tokenizer)
         context = request.prompt[-_CONTEXT_TOKENS:] if request.continues else ()
         self._text = TextStream(decoder(tokenizer, not request.keep_special), request.stop, context)
-        self._tokens = 0
+        self.tokens = 0  # generated so far
         self._first_at = self._last_at = self._began
         self._logits: torch.Tensor | None = None  # [vocab], of the latest place, as the model gave them
         self._prompt: tuple[TokenRecord, ...] = ()
@@ -82,17 +82,17 @@ class Generation:
         prompt_tokens = len(self._request.prompt)
         traffic = self._model.fate.report().experts.since(self._counters)
         now = time.perf_counter()
-        prompt_seconds = (self._first_at if self._tokens else now) - self._began
+        prompt_seconds = (self._first_at if self.tokens else now) - self._began
         decode_seconds = self._last_at - self._first_at
         return Finished(
             reason,
-            Usage(prompt_tokens, self._tokens),
+            Usage(prompt_tokens, self.tokens),
             Timings(
                 queued_seconds=self._queued_seconds,
                 prompt_seconds=prompt_seconds,
                 decode_seconds=decode_seconds,
                 prompt_tokens_per_second=prompt_tokens / prompt_seconds if prompt_seconds > 0 else 0.0,
-                decode_tokens_per_second=(self._tokens - 1) / decode_seconds if decode_seconds > 0 else 0.0,
+                decode_tokens_per_second=(self.tokens - 1) / decode_seconds if decode_seconds > 0 else 0.0,
                 ready_on_time=traffic.ready_on_time,
                 bytes_read=traffic.bytes_read,
                 stall_seconds=traffic.stall_seconds,
@@ -114,10 +114,10 @@ class Generation:
         if self._ended or self._text.stopped is not None:  # on a GPU, generate() may look one token later
             return True
         now = time.perf_counter()
-        if not self._tokens:
+        if not self.tokens:
             self._first_at = now
         self._last_at = now
-        self._tokens += 1
+        self.tokens += 1
         if token in self._eos:
             self._ended = True
             return True
@@ -137,7 +137,7 @@ class Generation:
         def entering(done: int) -> Callable[..., None]:
             def enter(module: Any, args: tuple[Any, ...]) -> None:
                 nonlocal told
-                if self._tokens:
+                if self.tokens:
                     return
                 if self._is_cancelled():
                     raise CancelledError
@@ -171,7 +171,7 @@ class _Follow(StoppingCriteria):  # type: ignore[misc]
 
 
 class _Penalties(LogitsProcessor):  # type: ignore[misc]
-    """OpenAI's: score - frequency * count - presence * (count > 0), where count is of what came after the first ``prompt_tokens``."""
+    """OpenAI's: score - frequency * count - presence * (count > 0), counted after the first ``prompt_tokens``."""
 
     def __init__(self, prompt_tokens: int, presence: float, frequency: float) -> None:
         self._prompt_tokens, self._presence, self._frequency = prompt_tokens, presence, frequency
@@ -238,4 +238,4 @@ def decoder(tokenizer: Any, skip_special: bool) -> Decode:
 def _decoder_layers(model: Any) -> Sequence[Any]:
     """The modules that run one after the other while a prompt is read; empty where they are not to be found."""
     layers = getattr(model.get_decoder(), "layers", None)
-    return layers if isinstance(layers, torch.nn.ModuleList) else ()
+    return list(layers) if isinstance(layers, torch.nn.ModuleList) else []
