@@ -28,7 +28,9 @@ ORDER = [
     {"config", "trace"},
     {"layers"},
     {"engine"},
+    {"schedule"},
     {"tools"},
+    {"serve"},
     {"cli", "__init__"},
     {"__main__"},
 ]

@@ -3,6 +3,7 @@
 ============  =============================  ===================================================================================
 variable      values                         meaning
 ============  =============================  ===================================================================================
+FATE_API_KEY  any text                       what clients of ``fate serve`` must send, where no option gives a key
 FATE_HOME     a folder                       where converted stores and measurements live; default: ~/.cache/fate
 FATE_LOG      debug, info, warning           what the command ``fate`` says on stderr; -v is info, -vv debug; default: warning
 FATE_KERNELS  portable, avx2, avx512, amx,   which CPU kernels run; read when ``fate_moe.kernels.native`` is first imported;
@@ -24,9 +25,21 @@ from pathlib import Path
 
 from fate_moe.errors import ConfigError
 
-__all__ = ["KERNELS", "NAMES", "cache_home", "check", "check_each_pass", "fuse", "kernels", "log_level", "misspelt", "use_native"]
+__all__ = [
+    "KERNELS",
+    "NAMES",
+    "api_key",
+    "cache_home",
+    "check",
+    "check_each_pass",
+    "fuse",
+    "kernels",
+    "log_level",
+    "misspelt",
+    "use_native",
+]
 
-NAMES = ("FATE_CHECK", "FATE_FUSE", "FATE_HOME", "FATE_KERNELS", "FATE_LOG", "FATE_NATIVE")
+NAMES = ("FATE_API_KEY", "FATE_CHECK", "FATE_FUSE", "FATE_HOME", "FATE_KERNELS", "FATE_LOG", "FATE_NATIVE")
 # What FATE_KERNELS may say, and what the extension calls it.
 KERNELS = {
     "portable": "portable",
@@ -37,6 +50,11 @@ KERNELS = {
     "neon-dot": "neon-dot",
 }
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING}
+
+
+def api_key() -> str | None:
+    """What clients of ``fate serve`` must send (FATE_API_KEY); None where it is unset or empty."""
+    return os.environ.get("FATE_API_KEY", "").strip() or None
 
 
 def cache_home() -> Path:

@@ -12,13 +12,13 @@ import sys
 import traceback
 
 from fate_moe import __version__, switches
-from fate_moe.cli import doctor, families, listing, quality, stores, text, traces
+from fate_moe.cli import doctor, families, listing, quality, serve, stores, text, traces
 from fate_moe.cli.options import add_verbosity
 from fate_moe.errors import FateError
 
 __all__ = ["build_parser", "main"]
 
-GROUPS = (text, stores, listing, families, quality, traces, doctor)
+GROUPS = (text, serve, stores, listing, families, quality, traces, doctor)
 
 
 def main(argv: list[str] | None = None) -> int:
