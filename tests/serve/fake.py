@@ -20,6 +20,7 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from fate_moe.core import Counters, ExpertId
 from fate_moe.engine.activity import Look
+from fate_moe.serve.errors import ApiError, add_error_handlers
 from fate_moe.serve.live import Live, Load
 from fate_moe.serve.page import live_router, page_router
 
@@ -39,8 +40,8 @@ ATTACK = """<script>window.attacked = 1</script><img src=x onerror="window.attac
 # <b onclick="window.attacked=13">heading</b>
 """
 
-TOUR = """A Mixture-of-Experts layer holds many small networks, the **experts**. A *router* picks a few of them for each token, so most of \
-the weights rest at any moment.
+TOUR = """A Mixture-of-Experts layer holds many small networks, the **experts**. A *router* picks a few of them for each token, \
+so most of the weights rest at any moment.
 
 ## Why that helps
 
@@ -132,7 +133,7 @@ class FakeServer:
         self.requests: list[dict[str, Any]] = []
         self.cancelled = 0
         self.generated = self.running = 0
-        self.loading: float | None = None  # or the progress
+        self.loading: float | None = None  # or the seconds since it began
         self.script = {"attack": ATTACK, "tour": TOUR}
         self.live = Live(self.engine, lambda: Load(self.generated, self.running, 0))  # type: ignore[arg-type]
         self.app = self._app()
@@ -152,7 +153,7 @@ class FakeServer:
         @app.get("/health")
         async def health() -> Any:
             if self.loading is not None:
-                return JSONResponse({"status": "loading", "progress": self.loading}, 503)
+                return JSONResponse({"status": "loading", "seconds": self.loading}, 503)
             return {"status": "ok"}
 
         @app.get("/props")
@@ -161,11 +162,11 @@ class FakeServer:
                 "model": "fake-moe-8x7b",
                 "context_length": 4096,
                 "budget_bytes": self.engine.plan.budget_bytes,
-                "layers": len(self.engine.num_experts),
-                "experts": self.engine.num_experts,
+                "num_layers": len(self.engine.num_experts),
+                "experts_per_layer": self.engine.num_experts,
                 "chat_template": "model",
                 "version": "0",
-                "sampling": {"temperature": 0.7, "top_p": 0.95, "top_k": 40},
+                "sampling_defaults": {"temperature": 0.7, "top_p": 0.95, "top_k": 40},
             }
 
         @app.post("/v1/chat/completions")
@@ -180,8 +181,14 @@ class FakeServer:
                 )
             return EventSourceResponse(self._answer(text))
 
+        def live() -> Live:
+            if self.loading is not None:
+                raise ApiError("the model is being loaded; try again soon", status=503)
+            return self.live
+
         app.include_router(page_router())
-        app.include_router(live_router(lambda: None if self.loading is not None else self.live))
+        app.include_router(live_router(live))
+        add_error_handlers(app)
         return app
 
     async def _answer(self, message: str) -> AsyncIterator[ServerSentEvent]:
@@ -192,14 +199,14 @@ class FakeServer:
         try:
             if "queue" in message:
                 for position in (2, 1):
-                    yield ServerSentEvent(comment=f"queued {position}")
+                    yield ServerSentEvent(comment=f"queued, {position} ahead")
                     await asyncio.sleep(0.4)
             if "queue" in message or "slow" in message:
                 for done in range(0, 513, 64):
-                    yield ServerSentEvent(comment=f"reading {done}/512")
+                    yield ServerSentEvent(comment=f"reading the prompt, {done} of 512 tokens")
                     await asyncio.sleep(0.1)
             if "think" in message:
-                for word in "The user wants a tour. I begin with the router.".split(" "):
+                for word in ("The", "user", "wants", "a", "tour."):
                     yield self._chunk({"reasoning_content": word + " "})
                     await asyncio.sleep(self.delay)
             position = 0
@@ -210,10 +217,10 @@ class FakeServer:
                 self.generated += 1
                 self.engine.step()
                 await asyncio.sleep(self.delay)
-            timings = {"predicted_per_second": 1 / self.delay, "experts_ready_on_time": 0.93, "bytes_read": 5 << 20}
+            timings = {"decode_tokens_per_second": 1 / max(self.delay, 0.001), "ready_on_time": 0.93, "bytes_read": 5 << 20}
             usage = {"prompt_tokens": 12, "completion_tokens": 80, "total_tokens": 92}
-            yield ServerSentEvent(json.dumps({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}))
-            yield ServerSentEvent(json.dumps({"choices": [], "usage": usage, "timings": timings}))
+            yield ServerSentEvent(json.dumps({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}], "timings": timings}))
+            yield ServerSentEvent(json.dumps({"choices": [], "usage": usage}))
             yield ServerSentEvent("[DONE]")
         except asyncio.CancelledError:
             self.cancelled += 1

@@ -53,7 +53,7 @@ def test_shape_and_ticks_add_up_to_what_the_engine_did() -> None:
         engine = FakeEngine([8, 3, 17])
         live = live_of(engine, load_of(engine))
         engine.step()  # before anybody watches
-        async with aclosing(live.watch()) as events:  # type: ignore[type-var]
+        async with aclosing(live.watch()) as events:
             shape = await take(events, "shape")
             assert shape["experts"] == [8, 3, 17]
             assert (shape["layers"], shape["slots"], shape["observable"]) == (3, 14, True)
@@ -72,7 +72,7 @@ def test_shape_and_ticks_add_up_to_what_the_engine_did() -> None:
             assert {ExpertId(layer, expert) for layer, row in enumerate(resident) for expert in row} == set(look.resident or ())
             assert missed == engine.counters.misses - misses_before
             assert tick["slots_used"] == len(look.resident or ())
-            assert 0 < tick["memory_bytes"]
+            assert tick["memory_bytes"] > 0
             assert tick["budget_bytes"] == 4 << 30
 
     asyncio.run(main())
@@ -82,7 +82,7 @@ def test_rates_are_of_the_tokens_and_not_of_the_prompt() -> None:
     async def main() -> None:
         engine, load = FakeEngine([4]), [Load(0, 0, 0)]
         live = live_of(engine, lambda: load[0])
-        async with aclosing(live.watch()) as events:  # type: ignore[type-var]
+        async with aclosing(live.watch()) as events:
             idle = await take(events, "tick")
             assert [idle[name] for name in ("tokens_per_second", "ready_on_time", "bytes_per_token", "stall_share")] == 4 * [None]
             load[0] = Load(0, 1, 2)
@@ -120,12 +120,12 @@ def test_watchers_share_one_sampler_and_nothing_runs_without_them() -> None:
         ticks = [await take(stream, "tick", lambda facts: "used" in facts) for stream in streams]
         assert all(tick == ticks[0] for tick in ticks)
         for stream in streams:
-            await stream.aclose()  # type: ignore[attr-defined]
+            await stream.aclose()
         assert (live.num_watchers, engine.stopped) == (0, 1)
         looks = engine.looks
         await asyncio.sleep(5 * FAST)
         assert engine.looks == looks, "nobody watches"
-        async with aclosing(live.watch()) as events:  # type: ignore[type-var]
+        async with aclosing(live.watch()) as events:
             assert (await take(events, "shape"))["used"] == [engine.look().uses.tolist()[:4], engine.look().uses.tolist()[4:]]
 
     asyncio.run(main())
@@ -144,7 +144,7 @@ def test_a_slow_watcher_is_sent_the_whole_state_and_holds_nobody_up() -> None:
         shape = await take(slow, "shape")
         assert sum(shape["used"][0]) >= 16
         for stream in (slow, quick):
-            await stream.aclose()  # type: ignore[attr-defined]
+            await stream.aclose()
 
     asyncio.run(main())
 
@@ -166,7 +166,7 @@ def test_an_engine_whose_experts_cannot_be_seen_gives_rates() -> None:
     async def main() -> None:
         engine = FakeEngine([4], observable=False)
         live = Live(engine, load_of(engine), period=FAST)  # type: ignore[arg-type]
-        async with aclosing(live.watch()) as events:  # type: ignore[type-var]
+        async with aclosing(live.watch()) as events:
             shape = await take(events, "shape")
             assert (shape["observable"], shape["experts"]) == (False, [])
             await take(events, "tick")
@@ -191,7 +191,7 @@ def generate(model: Any, tokenizer: Any) -> list[int]:
 @pytest.mark.slow
 @pytest.mark.skipif(native is None, reason="the extension is not built")
 def test_watching_changes_no_token() -> None:
-    """The same tokens with two watchers as with none; what they were told is what the engine counted; reports meanwhile are whole."""
+    """The same tokens with two watchers as with none; they are told what the engine counted; reports meanwhile are whole."""
     model, tokenizer = fate_moe.load(
         None, context_length=128, expert_cache="40%", policy="lru", predictor="cross-layer-probability"
     )
@@ -213,7 +213,7 @@ def test_watching_changes_no_token() -> None:
                 for layer, expert, count in tick.get("used", []):
                     used[layer, expert] += count
             for stream in streams:
-                await stream.aclose()  # type: ignore[attr-defined]
+                await stream.aclose()
             return answer, used, ticks
 
         watched, used, ticks = asyncio.run(watch())

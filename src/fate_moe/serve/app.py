@@ -10,7 +10,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from starlette.concurrency import run_in_threadpool
 
 import fate_moe
-from fate_moe.serve import native, openai_chat, openai_completions
+from fate_moe.serve import native, openai_chat, openai_completions, page
 from fate_moe.serve.errors import add_error_handlers
 from fate_moe.serve.guards import Guard, RequestLog
 from fate_moe.serve.service import Service
@@ -31,6 +31,7 @@ def build_app(service: Service) -> FastAPI:
     app.state.service = service
     for part in (native, openai_chat, openai_completions):
         app.include_router(part.router)
+    page.mount(app, service)
     add_error_handlers(app)
     options = service.options
     # The last one added is the first that a request meets.

@@ -12,7 +12,7 @@ import json
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -75,13 +75,13 @@ class Live:
     def num_watchers(self) -> int:
         return len(self._watchers)
 
-    def watch(self) -> AsyncIterator[Event]:
+    def watch(self) -> AsyncGenerator[Event, None]:
         """``shape`` first, then ticks, until the consumer leaves or ``close``. Raises TooManyWatchersError."""
         if len(self._watchers) >= MOST_WATCHERS:
             raise TooManyWatchersError(f"{MOST_WATCHERS} pages watch already; close one of them")
         return self._watch()
 
-    async def _watch(self) -> AsyncIterator[Event]:
+    async def _watch(self) -> AsyncGenerator[Event, None]:
         events: asyncio.Queue[Event | None] = asyncio.Queue(_BEHIND)
         self._watchers.add(events)
         try:

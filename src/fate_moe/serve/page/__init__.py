@@ -1,18 +1,21 @@
-"""The web page: plain HTML, CSS and JavaScript modules, sent as they lie here."""
+"""The web page: plain HTML, CSS and JavaScript modules, sent as they lie here, and the stream that feeds its map."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
 from pathlib import Path
-from typing import Any
 
-from fastapi import APIRouter, FastAPI, HTTPException
+from fastapi import APIRouter, FastAPI
 from fastapi.responses import FileResponse
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
-from fate_moe.serve.live import Live, TooManyWatchersError
+from fate_moe.serve.errors import ApiError
+from fate_moe.serve.live import Event, Live, Load, TooManyWatchersError
+from fate_moe.serve.service import Service
 
-__all__ = ["ASSETS", "SECURITY_HEADERS", "live_router", "page_router"]
+__all__ = ["ASSETS", "SECURITY_HEADERS", "live_router", "mount", "page_router"]
 
 _FOLDER = Path(__file__).parent
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
@@ -28,42 +31,65 @@ SECURITY_HEADERS = {
 }
 
 
+def mount(app: FastAPI, service: Service) -> None:
+    """Add ``/``, ``/assets/NAME`` and ``/live`` to ``app``. Streams end when ``service`` stops."""
+    made: list[tuple[Live, asyncio.Task[None]]] = []
+
+    def live() -> Live:
+        card = service.model()
+        if not made:
+            scheduler = service.scheduler
+            view = Live(card.model.fate, lambda: Load(scheduler.generated_tokens, scheduler.running, scheduler.waiting))
+
+            async def end() -> None:
+                await service.stopping.wait()
+                view.close()
+
+            made.append((view, asyncio.get_running_loop().create_task(end())))
+        return made[0][0]
+
+    app.include_router(page_router())
+    app.include_router(live_router(live))
+
+
 def page_router() -> APIRouter:
     """``/`` and ``/assets/NAME``. They hold no secret and need no key: the page asks for one."""
     router = APIRouter(include_in_schema=False)
 
-    @router.get("/")
+    @router.api_route("/", methods=["GET", "HEAD"])
     async def page() -> FileResponse:
         return _file("index.html")
 
-    @router.get("/assets/{name}")
+    @router.api_route("/assets/{name}", methods=["GET", "HEAD"])
     async def asset(name: str) -> FileResponse:
-        if name not in ASSETS:
-            raise HTTPException(404, "There is no such file.")
         return _file(name)
 
     return router
 
 
-def live_router(live: Callable[[], Live | None]) -> APIRouter:
-    """``/live``; ``live`` gives the loaded model's, or None while there is none."""
+def live_router(live: Callable[[], Live]) -> APIRouter:
+    """``/live``; ``live`` gives the loaded model's, called in the event loop, or raises ApiError."""
     router = APIRouter()
 
-    @router.get("/live")
+    @router.get("/live", response_class=EventSourceResponse)
     async def watch() -> EventSourceResponse:
-        """Server-sent events: what the experts do (``shape``, then ``tick``)."""
-        view = live()
-        if view is None:
-            raise HTTPException(503, "The model is loading.", {"Retry-After": "1"})
+        """What the experts do, as server-sent events: ``shape``, then ``tick`` several times a second."""
         try:
-            events = view.watch()
+            events = live().watch()
         except TooManyWatchersError as error:
-            raise HTTPException(429, str(error), {"Retry-After": "5"}) from None
-        return EventSourceResponse(ServerSentEvent(data=data, event=event) async for event, data in events)
+            raise ApiError(str(error), status=429, code="too_many_watchers") from None
+        return EventSourceResponse(_sent(events), sep="\n")
 
     return router
 
 
+async def _sent(events: AsyncGenerator[Event, None]) -> AsyncIterator[ServerSentEvent]:
+    async with aclosing(events) as open_events:
+        async for event, data in open_events:
+            yield ServerSentEvent(data, event=event, sep="\n")
+
+
 def _file(name: str) -> FileResponse:
-    path = ASSETS[name]
+    if (path := ASSETS.get(name)) is None:
+        raise ApiError(f"there is no /assets/{name}", status=404, code="unknown_url")
     return FileResponse(path, media_type=_TYPES[path.suffix], headers=SECURITY_HEADERS)

@@ -87,14 +87,15 @@ export async function* events(path, options) {
   }
 }
 
-// An answer as it comes: {queued}, {read: [done, total]}, {text}, {reasoning}, {finish}, {usage, timings}.
+// An answer as it comes: {queued}, {read: [done, total]}, {text}, {reasoning}, {finish}, {counted}.
 export async function* answer(body, signal) {
   const options = { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body), signal };
   let whole = false;
   for await (const part of events("/v1/chat/completions", options)) {
     if (part.comment !== undefined) {
-      const queued = /queue\D*(\d+)/i.exec(part.comment);
-      const read = /(?:read|prompt)\D*(\d+)\D+(\d+)/i.exec(part.comment);
+      // "queued, 2 ahead", "queued, next", "reading the prompt, 64 of 512 tokens"
+      const queued = /^queued\D*(\d*)/.exec(part.comment);
+      const read = /^reading\D*(\d+)\D+(\d+)/.exec(part.comment);
       if (read) yield { read: [Number(read[1]), Number(read[2])] };
       else if (queued) yield { queued: Number(queued[1]) };
       continue;
@@ -109,7 +110,7 @@ export async function* answer(body, signal) {
     if (choice?.delta?.reasoning_content) yield { reasoning: choice.delta.reasoning_content };
     if (choice?.delta?.content) yield { text: choice.delta.content };
     if (choice?.finish_reason) yield { finish: choice.finish_reason };
-    if (chunk.usage || chunk.timings) yield { usage: chunk.usage, timings: chunk.timings ?? chunk.usage?.timings };
+    if (chunk.usage || chunk.timings) yield { counted: { ...chunk.usage, ...chunk.timings } };
   }
   if (!whole && !signal?.aborted) throw new ApiError("The connection was lost before the answer was whole.", 0);
 }

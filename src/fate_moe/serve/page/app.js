@@ -248,7 +248,7 @@ async function connect() {
   attempts = 0;
   hideBanner();
   const model = String(props.model ?? "").split("/").at(-1);
-  const budget = props.budget_bytes ?? props.budget;
+  const budget = props.budget_bytes;
   setStatus("ready", [model || "Ready", typeof budget === "number" && `${bytes(budget)} of memory`].filter(Boolean).join(" · "));
   document.title = model ? `${model} – fate` : "fate";
   settings.setDefaults(props);
@@ -262,8 +262,13 @@ function notConnected(error) {
     return askKey();
   }
   if (error.status === 503) {
-    const progress = typeof error.body?.progress === "number" ? ` ${Math.round(100 * error.body.progress)} %` : "";
-    setStatus("wait", `Loading the model${progress}`);
+    const { status, error: why, seconds: since } = error.body ?? {};
+    if (status === "error") {
+      setStatus("lost", "The model could not be loaded");
+      banner(String(why));
+      return retry(LONGEST_WAIT);
+    }
+    setStatus("wait", status === "stopping" ? "The server is stopping" : `Loading the model${since ? `, ${Math.round(since)} s` : ""}`);
     return retry(1);
   }
   const seconds = Math.min(LONGEST_WAIT, 2 ** attempts++);

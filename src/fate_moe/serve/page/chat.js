@@ -111,6 +111,7 @@ export class Chat {
     let saved = performance.now();
     const began = performance.now();
     let failure = null;
+    let counted = {};
     try {
       for await (const part of answer({ messages: sent, stream: true, stream_options: { include_usage: true }, ...this.hooks.parameters() }, request.signal)) {
         if (part.queued !== undefined) view.wait(part.queued > 0 ? `In the queue, ${part.queued} before this one` : "Starting");
@@ -121,7 +122,7 @@ export class Chat {
           message.content += part.text;
           speaker.add(part.text);
         } else if (part.finish) message.finish = part.finish;
-        else if (part.usage || part.timings) message.stats = statistics(part);
+        else if (part.counted) counted = { ...counted, ...part.counted };
         if (part.text || part.reasoning) {
           view.draw(() => shown() && this.toEnd());
           if (performance.now() - saved > SAVE) {
@@ -135,6 +136,7 @@ export class Chat {
       else failure = error;
     }
     if (failure) message.error = failure.message;
+    message.stats = statistics(counted);
     view.finish();
     speaker.end(failure ? `The answer failed: ${failure.message}` : message.stopped ? "Stopped." : "The answer is complete.");
     if (this.request === request) {
@@ -177,14 +179,9 @@ function answered(messages) {
   return messages.filter((message, at) => !failed(at) && !(message.role === "user" && failed(at + 1)));
 }
 
-function statistics({ usage, timings = {} }) {
-  const pick = (...names) => names.map((name) => timings[name]).find((value) => typeof value === "number");
-  const speed = pick("predicted_per_second", "decode_tokens_per_second", "tokens_per_second");
-  const ready = pick("experts_ready_on_time", "ready_on_time");
-  const read = pick("bytes_read");
-  const count = usage?.completion_tokens;
+function statistics({ completion_tokens: tokens, decode_tokens_per_second: speed, ready_on_time: ready, bytes_read: read }) {
   return [
-    count !== undefined && `${count} tokens`,
+    tokens !== undefined && `${tokens} tokens`,
     speed !== undefined && `${speed.toFixed(1)} a second`,
     ready !== undefined && `${percent(ready)} of experts ready on time`,
     read !== undefined && `${megabytes(read)} MB read`,

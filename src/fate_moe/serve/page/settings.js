@@ -60,7 +60,7 @@ export class SettingsDialog {
 
   // What the server takes where a field is empty.
   setDefaults(props) {
-    const defaults = props.sampling ?? props.sampling_defaults ?? {};
+    const defaults = props.sampling_defaults ?? {};
     for (const [name, field] of this.fields) {
       const value = defaults[name];
       field.placeholder = typeof value === "number" ? String(value) : "auto";
