@@ -141,6 +141,9 @@ class FakeServer:
     def _app(self) -> FastAPI:
         app = FastAPI()
 
+        def loading() -> ApiError:
+            return ApiError("the model is being loaded; try again soon", status=503, code="model_loading")
+
         @app.middleware("http")
         async def key(request: Request, call_next: Any) -> Any:
             guarded = request.url.path.startswith(("/v1", "/live", "/props"))
@@ -171,6 +174,8 @@ class FakeServer:
 
         @app.post("/v1/chat/completions")
         async def chat(request: Request) -> Any:
+            if self.loading is not None:
+                raise loading()
             body = await request.json()
             self.requests.append(body)
             text = body["messages"][-1]["content"]
@@ -183,7 +188,7 @@ class FakeServer:
 
         def live() -> Live:
             if self.loading is not None:
-                raise ApiError("the model is being loaded; try again soon", status=503)
+                raise loading()
             return self.live
 
         app.include_router(page_router())

@@ -87,8 +87,29 @@ export async function* events(path, options) {
   }
 }
 
-// An answer as it comes: {queued}, {read: [done, total]}, {text}, {reasoning}, {finish}, {counted}.
+const pause = (milliseconds, signal) =>
+  new Promise((resolve, reject) => {
+    const timer = setTimeout(resolve, milliseconds);
+    signal.addEventListener("abort", () => {
+      clearTimeout(timer);
+      reject(signal.reason);
+    });
+  });
+
+// An answer as it comes: {loading}, {queued}, {read: [done, total]}, {text}, {reasoning}, {finish}, {counted}.
 export async function* answer(body, signal) {
+  for (;;) {
+    try {
+      return yield* stream(body, signal);
+    } catch (error) {
+      if (error.code !== "model_loading") throw error; // nothing has come then: ask again
+      yield { loading: true };
+      await pause(1000, signal);
+    }
+  }
+}
+
+async function* stream(body, signal) {
   const options = { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body), signal };
   let whole = false;
   for await (const part of events("/v1/chat/completions", options)) {

@@ -114,7 +114,8 @@ export class Chat {
     let counted = {};
     try {
       for await (const part of answer({ messages: sent, stream: true, stream_options: { include_usage: true }, ...this.hooks.parameters() }, request.signal)) {
-        if (part.queued !== undefined) view.wait(part.queued > 0 ? `In the queue, ${part.queued} before this one` : "Starting");
+        if (part.loading) view.wait("Waiting for the model to be loaded");
+        else if (part.queued !== undefined) view.wait(part.queued > 0 ? `In the queue, ${part.queued} before this one` : "Starting");
         else if (part.read) view.wait("Reading the prompt", part.read);
         else if (part.reasoning) message.reasoning = (message.reasoning ?? "") + part.reasoning;
         else if (part.text) {
