@@ -35,8 +35,8 @@ class Ticket(Protocol):
 class Scheduler(Protocol):
     """Serves requests in an order that starves none. A request's text depends on the request alone, not on others beside it.
 
-    ``waiting`` and ``running`` count requests, ``generated_tokens`` all tokens so far. ``submit`` is called in an event loop, returns
-    at once, and raises QueueFullError or StoppedError. ``close`` takes no more requests, lets those that were taken end for
+    ``waiting`` and ``running`` count requests, ``generated_tokens`` all tokens so far. ``submit`` is called in an event loop,
+    returns at once, and raises QueueFullError or StoppedError. ``close`` takes no more requests, lets those that were taken end for
     ``drain_seconds``, cancels the others and returns when nothing runs; it blocks.
     """
 
