@@ -206,12 +206,26 @@ def test_watching_changes_no_token() -> None:
             answer: list[int] = []
             thread = threading.Thread(target=lambda: answer.extend(generate(model, tokenizer)))
             thread.start()
+            resident = dict(enumerate(shape["resident"]))
             ticks = 0
+
+            def update(tick: Any) -> None:
+                resident.update((int(layer), bits) for layer, bits in tick.get("resident", {}).items())
+
             while thread.is_alive() or sum(used.values()) < sum(engine.report().uses_by_bits.values()):
                 tick = await take(streams[0], "tick")
                 ticks += 1
+                update(tick)
                 for layer, expert, count in tick.get("used", []):
                     used[layer, expert] += count
+            engine.runtime.residency.wait_idle()
+            there = set(engine.runtime.residency.resident())
+
+            def is_there(tick: Any) -> bool:
+                update(tick)
+                return {(layer, expert) for layer, bits in resident.items() for expert in resident_in(bits)} == there
+
+            await take(streams[0], "tick", is_there)
             for stream in streams:
                 await stream.aclose()
             return answer, used, ticks

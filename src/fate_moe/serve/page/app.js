@@ -143,10 +143,12 @@ document.addEventListener("keydown", (event) => {
   else chat.stop();
 });
 
+// Whether the model has no chat template: it was made to go on with a text.
+const isPlain = () => props?.chat_template === "plain";
+
 function showExamples() {
-  const plain = typeof props?.chat_template === "string" && props.chat_template !== "model";
   $("examples").replaceChildren(
-    ...(plain ? BEGINNINGS : EXAMPLES).map((text) =>
+    ...(isPlain() ? BEGINNINGS : EXAMPLES).map((text) =>
       make("li", {}, make("button", { type: "button", onclick: () => ($("message").value = text) && (fit(), send()) }, text)),
     ),
   );
@@ -300,9 +302,10 @@ function found({ experts, slots }) {
   if (!total) return;
   const fits = slots >= total;
   $("empty-title").textContent = fits ? "A model of many experts" : "A model bigger than its memory";
-  $("empty-text").textContent = fits
+  const continues = isPlain() ? " It was not taught to converse: it goes on with what you write." : "";
+  $("empty-text").textContent = (fits
     ? `All of its ${total} experts fit into memory. Start the server with a smaller --ram to see them come and go.`
-    : `Its ${total} experts rest on disk, and ${slots} of them fit into memory at a time. Each token needs a few in every layer; those that are missing are read. Write something and watch them move.`;
+    : `Its ${total} experts rest on disk, and ${slots} of them fit into memory at a time. Each token needs a few in every layer; those that are missing are read. Write something and watch them move.`) + continues;
 }
 
 function askKey() {

@@ -3,8 +3,9 @@
 import { reducedMotion } from "./dom.js";
 
 const LEVELS = 24; // shades between resting and just used
+const ALARMS = 8; // and between that and just missed
 const HALF_LIFE = 420; // milliseconds
-const MISS_HALF_LIFE = 280;
+const MISS_HALF_LIFE = 160;
 const FAINT = 0.02;
 const SMALLEST = 2.4; // CSS pixels of a cell, before a layer is folded into several lines
 const LARGEST = 22;
@@ -15,7 +16,8 @@ const parse = (text) => {
   const hex = text.trim().slice(1);
   return [0, 2, 4].map((at) => parseInt(hex.slice(at, at + 2), 16));
 };
-const mix = (a, b, share) => `rgb(${a.map((from, i) => Math.round(from + (b[i] - from) * share)).join(" ")})`;
+const mix = (a, b, share) => a.map((from, i) => from + (b[i] - from) * share);
+const css = (colour) => `rgb(${colour.map(Math.round).join(" ")})`;
 
 export class ExpertMap {
   constructor(canvas, tell) {
@@ -91,11 +93,11 @@ export class ExpertMap {
     const [disk, resident, used, missed, ground, ink] = ["disk", "resident", "used", "missed", "panel", "ink"].map((name) =>
       parse(style.getPropertyValue(`--${name}`)),
     );
-    const shades = (from, to) => Array.from({ length: LEVELS + 1 }, (_, level) => mix(from, to, level / LEVELS));
-    this.shades = [shades(disk, used), shades(resident, used)];
-    this.alarms = [shades(disk, missed), shades(resident, missed)];
-    this.ground = mix(ground, ground, 0);
-    this.ink = mix(ink, ink, 0);
+    const steps = (from, to, most) => Array.from({ length: most + 1 }, (_, level) => mix(from, to, level / most));
+    // By residency, heat and alarm: a miss flashes over what the cell is besides.
+    this.shades = [disk, resident].map((base) => steps(base, used, LEVELS).map((warm) => steps(warm, missed, ALARMS).map(css)));
+    this.ground = css(ground);
+    this.ink = css(ink);
     this.draw();
   }
 
@@ -152,8 +154,8 @@ export class ExpertMap {
         const wide = edges[expert - fold * perLine + 1] - x - gap;
         const y = top + fold * height;
         const miss = alarm[index] > FAINT;
-        const shade = (miss ? this.alarms : this.shades)[this.resident[index]];
-        context.fillStyle = shade[Math.round(LEVELS * (miss ? alarm[index] : heat[index]) ** 0.7)];
+        const warm = this.shades[this.resident[index]][Math.round(LEVELS * heat[index] ** 0.7)];
+        context.fillStyle = warm[Math.round(ALARMS * alarm[index])];
         context.fillRect(x, y, wide, height - (gap || seam));
         if (miss && gap && alarm[index] > 0.3) {
           context.fillStyle = this.ground; // a hole: told apart without colours
