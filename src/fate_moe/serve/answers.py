@@ -17,7 +17,7 @@ from fate_moe.serve.errors import ApiError
 from fate_moe.serve.parsing import Delta, PlainReader, Reader, Reasoning, Text, ToolArguments, ToolOpened
 from fate_moe.serve.service import Service
 
-__all__ = ["Answer", "Answers", "Call", "ClientGoneError", "Done", "Plan", "Said", "Waiting", "collect", "now"]
+__all__ = ["Answer", "Answers", "Call", "ClientGoneError", "Done", "Plan", "Said", "Waiting", "collect", "collected", "now"]
 
 
 class ClientGoneError(Exception):
@@ -70,6 +70,7 @@ class Answers:
     def __init__(self, service: Service, plans: Sequence[Plan]) -> None:
         self.status = "queued"
         self._plans = plans
+        self._log = service.log_texts
         self._tickets: list[Ticket] = []
         try:
             for plan in plans:
@@ -97,6 +98,7 @@ class Answers:
     async def _one(self, index: int) -> AsyncIterator[Event]:
         plan, ticket = self._plans[index], self._tickets[index]
         reader, calls, ended = plan.reader(), 0, False
+        texts: list[str] | None = [] if self._log is not None else None
         async for event in ticket:
             if isinstance(event, Queued):
                 self.status = f"queued, {event.position} ahead" if event.position else "queued, next"
@@ -106,6 +108,8 @@ class Answers:
                 yield Waiting(self.status)
             elif isinstance(event, Piece) and not ended:
                 self.status = "writing"
+                if texts is not None:
+                    texts.append(event.text)
                 deltas = reader.feed(event.text)
                 if plan.single_call and (found := _end_of_first_call(deltas, calls)) is not None:
                     deltas, ended = deltas[:found], True
@@ -114,6 +118,8 @@ class Answers:
                 if deltas or event.tokens:
                     yield Said(index, deltas, event.tokens)
             elif isinstance(event, Finished):
+                if self._log is not None and texts is not None:
+                    self._log(plan.request, "".join(texts))
                 if event.reason == "error":
                     raise ApiError(f"generating failed: {event.message}", status=500, code="generation_failed")
                 if event.reason == "cancelled" and not ended:
@@ -201,20 +207,27 @@ class Answer:
 
 
 async def collect(request: HttpRequest, answers: Answers) -> list[Answer]:
-    """All of ``answers``, whole. Raises ClientGoneError, and ends the work, as soon as the client of ``request`` leaves."""
+    """All of ``answers``, whole. Raises what ``collected`` raises."""
     whole: dict[int, Answer] = {}
+    async for event in collected(request, answers):
+        if isinstance(event, Said):
+            whole.setdefault(event.index, Answer()).add(event)
+        elif isinstance(event, Done):
+            whole.setdefault(event.index, Answer()).done = event
+    return [whole[index] for index in sorted(whole)]
+
+
+async def collected(request: HttpRequest, answers: Answers) -> AsyncIterator[Event]:
+    """The events of ``answers`` for a client that does not stream. Raises ClientGoneError, and ends the work, as soon as the
+    client of ``request`` leaves."""
     async with _ended_by_disconnect(request, answers) as is_gone:
         try:
             async for event in answers.events():
-                if isinstance(event, Said):
-                    whole.setdefault(event.index, Answer()).add(event)
-                elif isinstance(event, Done):
-                    whole.setdefault(event.index, Answer()).done = event
+                yield event
         except ApiError:
             if is_gone():
                 raise ClientGoneError from None
             raise
-    return [whole[index] for index in sorted(whole)]
 
 
 @asynccontextmanager

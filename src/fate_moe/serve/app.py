@@ -10,7 +10,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from starlette.concurrency import run_in_threadpool
 
 import fate_moe
-from fate_moe.serve import native, openai_chat, openai_completions, page
+from fate_moe.serve import anthropic_messages, native, openai_chat, openai_completions, page, responses
 from fate_moe.serve.errors import add_error_handlers
 from fate_moe.serve.guards import Guard, RequestLog
 from fate_moe.serve.service import Service
@@ -29,7 +29,7 @@ def build_app(service: Service) -> FastAPI:
 
     app = FastAPI(title="fate serve", version=fate_moe.__version__, lifespan=lifespan, redirect_slashes=False)
     app.state.service = service
-    for part in (native, openai_chat, openai_completions):
+    for part in (native, openai_chat, openai_completions, responses, anthropic_messages):
         app.include_router(part.router)
     page.mount(app, service)
     add_error_handlers(app)

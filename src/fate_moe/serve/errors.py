@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -98,7 +99,7 @@ def _api_error(request: Request, error: Exception) -> ApiError:
 def _invalid(request: Request, error: RequestValidationError) -> ApiError:
     """The first thing that is wrong with a body, by its name."""
     first = _most_telling(error.errors())
-    where = [str(part) for part in first["loc"][1:] if not _is_branch(part)]
+    where = _path(first["loc"][1:])
     name = ".".join(where)
     if first["type"] == "json_invalid":
         return ApiError(f"the body is no JSON: {first['ctx']['error']}", code="invalid_json")
@@ -112,15 +113,27 @@ def _invalid(request: Request, error: RequestValidationError) -> ApiError:
         return ApiError(f"unknown parameter '{name}'", name, "unknown_parameter")
     if first["type"] == "missing":
         return ApiError(f"'{name}' is missing", name, "missing_required_parameter")
+    if first["type"] == "union_tag_invalid":
+        return unsupported(name, f"is of the type {first['ctx']['tag'][:40]!r}, which is not supported")
     message = str(first["msg"]).removeprefix("Value error, ")
     return ApiError(f"'{name}': {message[:1].lower()}{message[1:]}", name, "invalid_value")
 
 
-def _is_branch(part: Any) -> bool:
-    """Whether this step of a location names a member of a union in pydantic's words, not a key of the client's."""
-    return isinstance(part, str) and ("[" in part or part in ("str", "int", "float", "bool", "dict") or part[:1].isupper())
+def _path(location: Sequence[Any]) -> list[str]:
+    """Where in the client's JSON an error is: without pydantic's names for the members of unions."""
+    path = [
+        str(part)
+        for part in location
+        if not (isinstance(part, str) and ("[" in part or part in ("str", "int", "float", "bool", "dict") or part[:1].isupper()))
+    ]
+    # The tag of a union whose members have a type.
+    if path[:1] == ["response_format"]:
+        del path[1:2]
+    if path[:1] == ["input"]:
+        del path[2:3]
+    return path
 
 
 def _most_telling(errors: Any) -> Any:
-    """Of the errors of a union's members the one that got furthest."""
-    return max(errors, key=lambda one: (one["type"] == "json_invalid", len(one["loc"]), one["type"] not in ("literal_error",)))
+    """Of the errors of a union's members the one that got furthest; of several, the first."""
+    return max(errors, key=lambda one: (one["type"] == "json_invalid", len(one["loc"])))

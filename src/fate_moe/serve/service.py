@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from fastapi import Depends, Request
 
 from fate_moe.schedule.fifo import FifoScheduler
+from fate_moe.schedule.request import Request as TextRequest
 from fate_moe.schedule.scheduler import Scheduler
 from fate_moe.serve.card import ModelCard
 from fate_moe.serve.errors import ApiError
@@ -59,6 +60,14 @@ class Service:
 
         service._scheduler = FifoScheduler(load, options.queue, loaded, service.metrics.finished)
         return service
+
+    @property
+    def log_texts(self) -> Callable[[TextRequest, str], None] | None:
+        """Writes a prompt and its answer to the log; None unless that was asked for."""
+        if not self.options.log_prompts:
+            return None
+        card = self.model()
+        return lambda request, text: _log.warning("prompt: %r\nanswer: %r", card.decode(list(request.prompt)), text)
 
     @property
     def scheduler(self) -> Scheduler:
