@@ -6,9 +6,13 @@ import asyncio
 import base64
 import json
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
+from types import SimpleNamespace
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import anyio
 import pytest
@@ -18,7 +22,10 @@ import fate_moe
 from fate_moe.core import ExpertId
 from fate_moe.kernels.native import native
 from fate_moe.serve.live import MOST_WATCHERS, Event, Live, Load, TooManyWatchersError
+from fate_moe.serve.options import ServeOptions
+from fate_moe.serve.service import Service
 from tests.serve.fake import FakeEngine
+from tests.support.serving import Script, Scripted, running
 
 FAST = 0.005  # seconds between two looks
 
@@ -176,6 +183,26 @@ def test_an_engine_whose_experts_cannot_be_seen_gives_rates() -> None:
             assert tick["slots_used"] is None
 
     asyncio.run(main())
+
+
+def test_watchers_are_limited_and_do_not_hold_up_the_end_of_the_server() -> None:
+    engine = FakeEngine([4])
+    card = SimpleNamespace(model=SimpleNamespace(fate=engine))
+    service = Service(ServeOptions(drain_seconds=20), Scripted(Script([])), card)  # type: ignore[arg-type]
+    with ExitStack() as streams:
+        with running(service) as url:
+            opened = [streams.enter_context(urlopen(f"{url}/live", timeout=10)) for _ in range(MOST_WATCHERS)]
+            assert [stream.readline() for stream in opened] == MOST_WATCHERS * [b"event: shape\n"]
+            with pytest.raises(HTTPError) as refused:
+                urlopen(f"{url}/live", timeout=10)
+            with refused.value as answer:
+                assert answer.code == 429
+                assert json.load(answer)["error"]["code"] == "too_many_watchers"
+                assert answer.headers["Retry-After"]
+            began = time.monotonic()
+        assert time.monotonic() - began < 10
+        assert all(stream.read() is not None for stream in opened), "each stream has an end"
+        assert engine.stopped == 1
 
 
 # --- a real engine ---

@@ -195,6 +195,33 @@ def test_an_answer_streams_and_the_map_lights_up(open_page: Callable[..., Page])
     assert "Stopped" in page.inner_text(".message.theirs:last-child .note")
 
 
+def test_a_real_model_answers_and_its_experts_are_seen(open_page: Callable[..., Page], url: str) -> None:
+    """The embedded model behind the real server: the page and the server agree on every name."""
+    page = open_page(url)
+    connected(page)
+    assert "embedded" in page.inner_text("#status")
+    assert "was not taught to converse" in page.inner_text("#empty-text")
+    page.click("#tune")
+    page.fill("#s-max_tokens", "24")
+    page.fill("#s-seed", "1")
+    page.fill("#s-top_k", "20")
+    page.fill("#s-min_p", "0.01")
+    page.fill("#s-repetition_penalty", "1.05")
+    page.fill("#s-presence_penalty", "0.1")
+    page.fill("#s-frequency_penalty", "0.1")
+    page.click("#settings .primary")
+    send(page, "Once upon a time there was a little girl")
+    until(page, "Number(document.getElementById('map').dataset.seen) > 40")
+    wait_for_end(page)
+    assert last_answer(page)
+    assert re.search(r"\d+ tokens . [\d.]+ a second . \d+ % of experts ready on time . [\d.]+ MB read", page.inner_text(".stats"))
+    until(page, "document.querySelector('[data-chart=ready_on_time] b').textContent !== '\u2013'")
+    text = last_answer(page)
+    page.click("[aria-label='Answer again']")
+    wait_for_end(page)
+    assert last_answer(page) == text, "the same seed"
+
+
 def test_stopping_ends_the_work_on_the_server(open_page: Callable[..., Page], server: Running) -> None:
     page = open_page()
     before = server.fake.cancelled

@@ -306,7 +306,7 @@ class MessageView {
     this.note?.remove();
     const note =
       message.error ??
-      (message.stopped ? "Stopped" : message.finish === "length" ? "Ended at the greatest length (max tokens)" : message.finish && !message.content && !message.reasoning ? "The model had nothing to say" : null);
+      (message.stopped ? "Stopped" : message.finish === "length" ? "Cut at the length limit (max tokens)" : message.finish && !message.content && !message.reasoning ? "The model had nothing to say" : null);
     if (note) {
       this.note = make("p", { class: message.error ? "note error" : "note", role: message.error ? "alert" : null }, note);
       this.body.append(this.note);
