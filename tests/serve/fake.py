@@ -134,7 +134,7 @@ class FakeServer:
         self.cancelled = 0
         self.generated = self.running = 0
         self.loading: float | None = None  # or the seconds since it began
-        self.script = {"attack": ATTACK, "tour": TOUR}
+        self.script = {"attack": ATTACK, "tour": TOUR, "short": "Yes, *indeed*."}
         self.live = Live(self.engine, lambda: Load(self.generated, self.running, 0))  # type: ignore[arg-type]
         self.app = self._app()
 
