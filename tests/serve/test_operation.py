@@ -43,7 +43,7 @@ def test_the_key_is_asked_for_everywhere_but_where_it_cannot_be() -> None:
         refused = client.post(CHAT, json=ASK, headers={"Authorization": "Bearer wrong"})
         assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
         assert refused.headers["WWW-Authenticate"] == "Bearer"
-        anthropic = client.post("/v1/messages", json={}, headers={"x-api-key": "wrong\xe9"})
+        anthropic = client.post("/v1/messages", json={}, headers={"x-api-key": b"wrong\xe9"})
         assert (anthropic.status_code, anthropic.json()["error"]["type"]) == (401, "authentication_error")
         for headers in ({"Authorization": "Bearer sesame"}, {"authorization": "bearer  sesame"}, {"x-api-key": "sesame"}):
             assert client.post(CHAT, json=ASK, headers=headers).status_code == 200
@@ -131,15 +131,12 @@ def test_a_client_that_leaves_cancels_its_work(path: str, stream: bool) -> None:
         body = json.dumps({**bodies[path], "stream": stream}).encode()
         host = client.base_url
         with socket.create_connection((host.host, host.port)) as connection:
-            head = (
-                f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-            )
-            connection.sendall(head.encode() + body)
+            head = (f"POST {path} HTTP/1.1", "Host: localhost", "Content-Type: application/json", f"Content-Length: {len(body)}")
+            connection.sendall("\r\n".join((*head, "", "")).encode() + body)
             wait_for(lambda: scheduler.tickets)
             if stream:
                 connection.recv(100)
-        wait_for(lambda: all(ticket.ended for ticket in scheduler.tickets))
-        assert all(ticket.is_cancelled for ticket in scheduler.tickets)
+        wait_for(lambda: all(ticket.is_cancelled for ticket in scheduler.tickets))
 
 
 def test_a_stream_says_where_it_waits_and_that_it_lives() -> None:
@@ -185,7 +182,12 @@ def test_what_does_not_end_in_time_is_cut_off() -> None:
     scheduler = Scripted(ENDLESS)
     service = Service(ServeOptions(drain_seconds=1), scheduler, qwen_like_card(TOKENIZER))
     with running(service) as url, httpx2.Client(base_url=url, timeout=20) as client:
-        thread = threading.Thread(target=lambda: pytest.raises(httpx2.TransportError, client.post, CHAT, json=ASK))
+
+        def ask() -> None:
+            with pytest.raises(httpx2.TransportError):
+                client.post(CHAT, json=ASK)
+
+        thread = threading.Thread(target=ask)
         thread.start()
         wait_for(lambda: scheduler.running)
     thread.join(10)
@@ -218,8 +220,8 @@ def test_two_servers_on_a_port() -> None:
 
 
 def test_addresses_that_cannot_be_had() -> None:
-    with pytest.raises(ConfigError, match="cannot listen on no.such.host.invalid"):
-        bind(ServeOptions(host="no.such.host.invalid"))
+    with pytest.raises(ConfigError, match="cannot listen on no-such-host"):
+        bind(ServeOptions(host="no-such-host.invalid"))
     with pytest.raises(ConfigError, match="between 0 and 65535"):
         ServeOptions(port=70000)
     listener, url = bind(ServeOptions(host="::1", port=0))

@@ -107,7 +107,7 @@ class Scripted(Scheduler):
 
     @property
     def running(self) -> int:
-        return sum(not ticket.ended for ticket in self.tickets)
+        return sum(not ticket.ended and not ticket.is_cancelled for ticket in self.tickets)
 
     def submit(self, request: Request) -> Ticket:
         if self.running >= self.capacity:

@@ -183,7 +183,7 @@ class FifoScheduler(Scheduler):
             return generation.finished("cancelled")
         except FateError as error:
             return generation.finished("error", str(error))
-        except Exception as error:
+        except BaseException as error:  # a panic of a library in Rust is no Exception; the thread outlives it
             _log.exception("a request failed")
             return generation.finished("error", f"{type(error).__name__}: {error}")
         finally:

@@ -13,7 +13,7 @@ from fate_moe.schedule.generation import eos_ids, sampling_defaults
 __all__ = ["ModelCard"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ModelCard:
     """``name`` is what clients call the model. ``tokenizer`` is the routes' own copy: they encode while the inference thread
     decodes. ``context_length`` is for prompt and answer together."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import llguidance
 import llguidance.hf
@@ -20,24 +22,40 @@ __all__ = ["Constraint", "call_grammar", "constraint", "json_grammar"]
 
 # Without it a model may write white space for ever.
 _COMPACT = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}}
+_tokenizers: WeakKeyDictionary[ModelCard, llguidance.LLTokenizer] = WeakKeyDictionary()
 
 
 class Constraint(LogitsProcessor):  # type: ignore[misc]
     """Leaves only tokens with which ``grammar`` can go on; follows one text, whose first ``prompt_tokens`` it does not judge."""
 
     def __init__(self, tokenizer: llguidance.LLTokenizer, grammar: str, prompt_tokens: int) -> None:
-        self._matcher = llguidance.LLMatcher(tokenizer, grammar)
+        with _no_panic():
+            self._matcher = llguidance.LLMatcher(tokenizer, grammar)
         self._seen = prompt_tokens
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         tokens = input_ids[0, self._seen :].tolist()
         self._seen += len(tokens)
-        self._matcher.consume_tokens(tokens)
-        if self._matcher.is_error():
-            raise ValueError(f"the grammar failed: {self._matcher.get_error()}")
-        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        with _no_panic():
+            self._matcher.consume_tokens(tokens)
+            if self._matcher.is_error():
+                raise ValueError(f"the grammar failed: {self._matcher.get_error()}")
+            bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         allowed = np.unpackbits(bits, bitorder="little", count=scores.shape[-1]).astype(bool)
         return scores.masked_fill_(~torch.from_numpy(allowed).to(scores.device), float("-inf"))
+
+
+@contextmanager
+def _no_panic() -> Iterator[None]:
+    """llguidance is Rust: what it did not think of (a long schema in another script, in 1.9) is a panic, which is no Exception."""
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"llguidance cannot read this grammar: {error}") from error
 
 
 def json_grammar(schema: Mapping[str, Any]) -> str:
@@ -61,21 +79,28 @@ def constraint(card: ModelCard, grammar: str, prompt_tokens: int, param: str) ->
     """What makes a Request's constraint. Raises ApiError, naming ``param``, where the grammar cannot be."""
     if not card.eos_ids:
         raise ApiError(f"'{param}' needs a model that can end a text; this one has no such token", param)
-    tokenizer = _tokenizer(id(card), card)
-    if error := llguidance.LLMatcher.validate_grammar(grammar, tokenizer):
-        reason = error.strip().splitlines()[0]
+    tokenizer = _tokenizer(card)
+    try:
+        with _no_panic():
+            error = llguidance.LLMatcher.validate_grammar(grammar, tokenizer)
+    except ValueError as panic:
+        error = str(panic)
+    if error and not error.startswith("WARNING"):
+        reason = error.strip().splitlines()[0][:300]
         raise ApiError(f"'{param}': this schema cannot be followed: {reason}", param, "invalid_json_schema")
     return functools.partial(Constraint, tokenizer, grammar, prompt_tokens)
 
 
-@functools.lru_cache(maxsize=1)
-def _tokenizer(key: int, card: ModelCard) -> llguidance.LLTokenizer:
-    """Takes about a second for a large vocabulary."""
+def _tokenizer(card: ModelCard) -> llguidance.LLTokenizer:
+    """Made once a model: that takes about a second for a large vocabulary."""
     with card.lock:
-        try:
-            return llguidance.hf.from_tokenizer(card.tokenizer, n_vocab=card.vocab_size, eos_token=sorted(card.eos_ids))
-        except Exception as error:
-            raise ApiError(f"this model's tokenizer cannot be constrained: {error}", code="unsupported_model") from error
+        if card not in _tokenizers:
+            try:
+                made = llguidance.hf.from_tokenizer(card.tokenizer, n_vocab=card.vocab_size, eos_token=sorted(card.eos_ids))
+            except Exception as error:
+                raise ApiError(f"this model's tokenizer cannot be constrained: {error}", code="unsupported_model") from error
+            _tokenizers[card] = made
+        return _tokenizers[card]
 
 
 def _parameters(function: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -98,7 +98,7 @@ class Service:
             self._scheduler.close(drain_seconds)
 
 
-def _service(request: Request) -> Service:
+async def _service(request: Request) -> Service:  # not async, it would run in a thread
     service: Service = request.app.state.service
     return service
 
