@@ -443,6 +443,7 @@ def test_the_map_tells_about_a_cell_and_has_a_text(open_page: Callable[..., Page
         page.keyboard.press(key)
     assert page.inner_text("#cell").startswith("Layer 2, expert 31: ")
     page.click("#as-text summary")
+    page.wait_for_selector("#as-text tbody tr")
     rows = page.locator("#as-text tbody tr")
     assert rows.count() == 24
     assert re.match(r"0\s+\d+ of 32\s+\d", rows.first.inner_text())
