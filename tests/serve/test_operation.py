@@ -43,7 +43,7 @@ def test_the_key_is_asked_for_everywhere_but_where_it_cannot_be() -> None:
         refused = client.post(CHAT, json=ASK, headers={"Authorization": "Bearer wrong"})
         assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
         assert refused.headers["WWW-Authenticate"] == "Bearer"
-        anthropic = client.post("/v1/messages", json={}, headers={"x-api-key": b"wrong\xe9"})
+        anthropic = client.post("/v1/messages", json={}, headers={b"x-api-key": b"wrong\xe9"})
         assert (anthropic.status_code, anthropic.json()["error"]["type"]) == (401, "authentication_error")
         for headers in ({"Authorization": "Bearer sesame"}, {"authorization": "bearer  sesame"}, {"x-api-key": "sesame"}):
             assert client.post(CHAT, json=ASK, headers=headers).status_code == 200
