@@ -17,6 +17,14 @@ test: $(VENV)/.installed-dev
 test-fast: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 -m "not slow" tests
 
+# Debian's Chromium, for tests/serve/test_page_browser.py (skipped where there is none). Playwright's own download is not used.
+.PHONY: browser
+browser:
+	command -v chromium || command -v chromium-browser || command -v google-chrome || \
+	  { test "$$(id -u)" = 0 && command -v apt-get && \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium; } || \
+	  echo "The page is not tested in a browser: Chromium is not installed"
+
 # The families with the lowest and with the newest transformers that pyproject.toml admits; the next make brings the pinned one back.
 FAMILY_TESTS := tests/adapter/test_families.py tests/engine/test_parity.py tests/layers/test_plain.py
 LOWEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\).*/\1/p' pyproject.toml)

@@ -29,7 +29,9 @@ ORDER = [
     {"config", "trace"},
     {"layers"},
     {"engine"},
+    {"schedule"},
     {"tools"},
+    {"serve"},
     {"cli", "__init__"},
     {"__main__"},
 ]

@@ -63,7 +63,7 @@ class ExpertRuntime:
         self._prefetcher = Prefetcher(residency, predictor, len(routers), look_ahead=look_ahead)
         self._routers = routers
         self._slots = slots
-        self._num_experts = num_experts
+        self.num_experts = num_experts
         self._claim: tuple[int, torch.Tensor, dict[int, list[int]], Lease] | None = None
         self._journal: Journal | None = None  # while somebody observes
         self._check = check
@@ -245,7 +245,7 @@ class ExpertRuntime:
             if held_layer == layer and torch.equal(held_index, index):
                 return rows, lease
             lease.release()  # a forward pass that was cut short, or a router whose real call differs from ours
-        rows = rows_by_expert(index, self._num_experts[layer])
+        rows = rows_by_expert(index, self.num_experts[layer])
         counts = None if len(index) == 1 else [len(chosen) for chosen in rows.values()]
         sections = self.view_selector.sections(layer, rows, weighing, self._prefetcher.affordable(len(index)))
         lease = self.residency.acquire([ExpertId(layer, expert) for expert in rows], counts, len(index), sections=sections)

@@ -3,6 +3,7 @@
 ============  =============================  ===================================================================================
 variable      values                         meaning
 ============  =============================  ===================================================================================
+FATE_API_KEY  any text                       what clients of ``fate serve`` must send, where no option gives a key
 FATE_HOME     a folder                       where converted stores and measurements live; default: ~/.cache/fate if it is there,
                                              else ``fate`` in $XDG_CACHE_HOME or ~/.cache
 FATE_LOG      debug, info, warning           what the command ``fate`` says on stderr; -v is info, -vv debug; default: warning
@@ -28,6 +29,7 @@ from fate_moe.errors import ConfigError
 __all__ = [
     "KERNELS",
     "NAMES",
+    "api_key",
     "cache_home",
     "check",
     "check_each_pass",
@@ -39,7 +41,7 @@ __all__ = [
     "use_native",
 ]
 
-NAMES = ("FATE_CHECK", "FATE_FUSE", "FATE_HOME", "FATE_KERNELS", "FATE_LOG", "FATE_NATIVE")
+NAMES = ("FATE_API_KEY", "FATE_CHECK", "FATE_FUSE", "FATE_HOME", "FATE_KERNELS", "FATE_LOG", "FATE_NATIVE")
 # What FATE_KERNELS may say, and what the extension calls it.
 KERNELS = {
     "portable": "portable",
@@ -54,6 +56,11 @@ _OF_LIBRARIES = (
     *("FATE_KERNELS", "FATE_NATIVE"),
 )
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING}
+
+
+def api_key() -> str | None:
+    """What clients of ``fate serve`` must send (FATE_API_KEY); None where it is unset or empty."""
+    return os.environ.get("FATE_API_KEY", "").strip() or None
 
 
 def cache_home() -> Path:

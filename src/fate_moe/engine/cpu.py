@@ -13,6 +13,7 @@ from fate_moe import switches
 from fate_moe.adapter.families import linear_routers, norms_of
 from fate_moe.config import OffloadConfig
 from fate_moe.core import EvictionPolicy, ExpertId, ExpertSource
+from fate_moe.engine.activity import Activity
 from fate_moe.engine.attach import attach, limit_context, routers_of
 from fate_moe.engine.budget import Plan
 from fate_moe.engine.calls import Calls
@@ -81,6 +82,9 @@ class CpuEngine(Engine):
 
     def observe(self, observer: Observer) -> AbstractContextManager[None]:
         return self.runtime.observe(observer)
+
+    def activity(self) -> Activity:
+        return Activity(self.runtime.residency, self.runtime.view_selector, self.runtime.num_experts)
 
 
 class CpuParts:

@@ -23,6 +23,7 @@ from fate_moe.engine.report import Report
 from fate_moe.errors import ClosedModelError
 
 if TYPE_CHECKING:
+    from fate_moe.engine.activity import Activity
     from fate_moe.journal import Observer
 
 __all__ = ["Engine", "collect_lost_engines"]
@@ -61,6 +62,10 @@ class Engine(Protocol):
 
         Raises ConfigError where this engine cannot be observed, or while another observer is.
         """
+
+    def activity(self) -> Activity | None:
+        """Looks at this engine from another thread while it runs; None where single experts cannot be seen."""
+        return None
 
     @property
     def closed(self) -> bool:

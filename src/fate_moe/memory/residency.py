@@ -44,6 +44,8 @@ class Residency:
         self.read_seconds = 0.0
         # If a list: every read that ended, whether it was a demand read, when it began and ended (perf_counter).
         self.journal: list[tuple[ExpertId, bool, float, float]] | None = None
+        # If a deque: every lookup that missed, in order.
+        self.missed: deque[ExpertId] | None = None
         self._source = source
         self._arena = arena
         self._lock = threading.Lock()
@@ -85,6 +87,8 @@ class Residency:
                     self._waiting.setdefault(expert, []).append(lease)
                     if found is _MISS:
                         self._queue.demand(expert)
+                        if self.missed is not None:
+                            self.missed.append(expert)
             if experts:
                 self._queue.cancel_prefetches(experts[0].layer)
             self._queue.slot_freed()
@@ -121,6 +125,11 @@ class Residency:
     def is_ready(self, expert: ExpertId) -> bool:
         """Whether ``expert`` is resident."""
         return self._table.is_resident(expert)
+
+    def resident(self) -> list[ExpertId]:
+        """All experts that are resident now."""
+        with self._lock:
+            return self._table.resident()
 
     def slot_of(self, expert: ExpertId) -> int:
         """The slot of an expert that is resident or of which more is being read; it stays the same while a lease holds the expert.

@@ -239,6 +239,11 @@ class SlotTable:
         """How many experts are in flight."""
         return len(self._in_flight)
 
+    def resident(self) -> list[ExpertId]:
+        """The experts that are resident."""
+        in_flight = self._in_flight
+        return [expert for expert in self._slots if expert not in in_flight]
+
     def slots(self) -> dict[ExpertId, int]:
         """The slot of every expert that is resident or in flight; a copy."""
         return dict(self._slots)

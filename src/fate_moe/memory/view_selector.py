@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
@@ -21,8 +22,9 @@ class ViewSelector:
 
     def __init__(self, policy: PrecisionPolicy | None, layouts: Sequence[Sequence[BlobLayout]], residency: Residency) -> None:
         """``layouts`` by layer and expert."""
-        self._used: Counter[tuple[ExpertId, int]] = Counter()  # how often an expert was computed with so many bits
-        self._whole: list[Counter[int]] = [Counter() for _ in layouts]  # and with all of them, by layer
+        self._short: Counter[tuple[ExpertId, int]] = Counter()  # how often an expert was computed with so many bits, not all
+        self._whole = array("q", bytes(8 * sum(map(len, layouts))))  # how often with all of them, by layer and expert
+        self._first = list(accumulate(map(len, layouts), initial=0))  # of a layer's experts among all
         self.policy = policy
         self._residency = residency
         # By expert: the bits that a read of all sections up to a plane's brings; scales and zeros are the section before planes.
@@ -58,21 +60,34 @@ class ViewSelector:
         """The planes that ``expert``'s slot holds now (None: all); counts as one use."""
         held = self._residency.held(expert)
         views = self._views[expert.layer][expert.expert]
-        self._used[expert, views[-1] if held == WHOLE else views[held - 2]] += 1
-        return None if held == WHOLE else held - 1
+        if held != WHOLE:
+            self._short[expert, views[held - 2]] += 1
+            return held - 1
+        self._whole[self._first[expert.layer] + expert.expert] += 1
+        return None
 
     def count_whole(self, layer: int, experts: Sequence[int]) -> None:
         """Each of ``experts`` was computed once with all its bits."""
-        self._whole[layer].update(experts)
+        first, whole = self._first[layer], self._whole
+        for expert in experts:
+            whole[first + expert] += 1
 
     @property
     def used(self) -> Counter[tuple[ExpertId, int]]:
-        """How often each expert was computed with so many bits."""
-        used = self._used.copy()
-        for layer, (counts, views) in enumerate(zip(self._whole, self._views, strict=True)):
-            for expert, count in counts.items():
-                used[ExpertId(layer, expert), views[expert][-1]] += count
+        """How often each expert was computed with so many bits. From any thread, also while the model runs."""
+        used, whole = self._short.copy(), iter(self._whole.tolist())
+        for layer, of_layer in enumerate(self._views):
+            for expert, views in enumerate(of_layer):
+                if count := next(whole):
+                    used[ExpertId(layer, expert), views[-1]] += count
         return used
+
+    def uses(self) -> array[int]:
+        """How often each expert was computed, layer after layer; a copy, cheap enough to be taken every few tokens."""
+        uses = self._whole[:]
+        for (expert, _), count in self._short.copy().items():
+            uses[self._first[expert.layer] + expert.expert] += count
+        return uses
 
     def by_bits(self) -> dict[int, int]:
         """Uses by bits, over all experts."""

@@ -1,0 +1,232 @@
+"""What the server costs beside ``generate()``, and how it holds out under many clients who leave when they like.
+
+    python -m benchmarks.serving overhead             first byte and time per token, against generate() in the same process
+    python -m benchmarks.serving soak --clients 50 --seconds 300
+
+Both use the embedded model, a real server on loopback and OpenAI's streams. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import statistics
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx2
+import torch
+
+import fate_moe
+from fate_moe.machine import resident_memory
+from fate_moe.serve.options import ServeOptions
+from fate_moe.serve.server import Server, bind
+from fate_moe.serve.service import Service
+
+__all__ = ["Overhead", "Soak", "overhead", "serving", "soak"]
+
+PROMPTS = ("It was a dark night, and", "The captain looked at", "She opened the letter", "In the morning the")
+
+
+@contextmanager
+def serving(queue: int = 64, **options: Any) -> Iterator[tuple[str, Service]]:
+    """The embedded model behind a server in a thread: its URL, and the service."""
+    service = Service.loading(ServeOptions(queue=queue), "embedded", lambda: fate_moe.load(context_length=512, **options))
+    while service.card is None:
+        if service.failure is not None:
+            raise RuntimeError(service.failure)
+        time.sleep(0.01)
+    listener, url = bind(ServeOptions(port=0))
+    server = Server(service)
+    thread = threading.Thread(target=lambda: server.run(sockets=[listener]), daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    card = service.card
+    try:
+        yield url, service
+    finally:
+        server.should_exit = True
+        thread.join()
+        card.model.fate.close()
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """Medians of wall clock, in milliseconds; the server's are what a client sees."""
+
+    generate_first_ms: float
+    server_first_ms: float
+    generate_token_ms: float
+    server_token_ms: float
+
+    @property
+    def request_ms(self) -> float:
+        """What the server adds to the first token."""
+        return self.server_first_ms - self.generate_first_ms
+
+    @property
+    def token_ms(self) -> float:
+        """What it adds to each of the others."""
+        return self.server_token_ms - self.generate_token_ms
+
+
+def overhead(url: str, service: Service, rounds: int = 15, tokens: int = 64) -> Overhead:
+    """Alternately a text by ``generate()`` and the same by the server, so that both see the same machine."""
+    card = service.card
+    assert card is not None
+    ours: list[tuple[float, float]] = []
+    theirs: list[tuple[float, float]] = []
+    prompt = card.encode(PROMPTS[0], special=True)
+    body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True, "ignore_eos": True}
+    with httpx2.Client(base_url=url, timeout=120) as client:
+        for number in range(rounds + 2):
+            direct, served = _generate(card.model, prompt, tokens), _first_and_last(client, body)
+            if number >= 2:  # the first ones fill caches
+                theirs.append(direct)
+                ours.append(served)
+
+    def first(found: list[tuple[float, float]]) -> float:
+        return statistics.median(one[0] for one in found) * 1e3
+
+    def each(found: list[tuple[float, float]]) -> float:
+        return statistics.median((one[1] - one[0]) / (tokens - 1) for one in found) * 1e3
+
+    return Overhead(first(theirs), first(ours), each(theirs), each(ours))
+
+
+def _generate(model: Any, prompt: list[int], tokens: int) -> tuple[float, float]:
+    """Seconds to the first and to the last token of ``generate()``."""
+    from transformers import StoppingCriteriaList
+
+    times: list[float] = []
+
+    def follow(input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        times.append(time.perf_counter())
+        return torch.tensor([False])
+
+    inputs = torch.tensor([prompt])
+    began = time.perf_counter()
+    with torch.inference_mode():
+        model.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            do_sample=False,
+            pad_token_id=0,
+            stopping_criteria=StoppingCriteriaList([follow]),
+        )
+    return times[0] - began, times[-1] - began
+
+
+def _first_and_last(client: httpx2.Client, body: dict[str, Any]) -> tuple[float, float]:
+    began, times = time.perf_counter(), list[float]()
+    with client.stream("POST", "/v1/completions", json=body) as answer:
+        for line in answer.iter_lines():
+            if line.startswith("data: {"):
+                times.append(time.perf_counter())
+    return times[0] - began, times[-2] - began  # the last event says only that it ended
+
+
+@dataclass(frozen=True)
+class Soak:
+    """``wrong`` are answers that ended and are not the text that a lone client got; memory in bytes."""
+
+    finished: int
+    left: int
+    refused: int
+    wrong: int
+    memory_before: int
+    memory_after: int
+    peak_bytes: int
+    budget_bytes: int
+
+
+def soak(url: str, service: Service, clients: int, seconds: float, tokens: int = 24, seeds: int = 3) -> Soak:
+    """``clients`` at once for ``seconds``; half of their requests are dropped at a random moment."""
+    jobs = [(prompt, seed) for prompt in PROMPTS for seed in range(seeds)]
+    card = service.card
+    assert card is not None
+
+    async def run() -> Soak:
+        limits = httpx2.Limits(max_connections=clients)
+        async with httpx2.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
+            alone = {job: await _text(client, job, tokens, None) for job in jobs}
+            before, counts = resident_memory(), {"finished": 0, "left": 0, "refused": 0, "wrong": 0}
+            until = time.monotonic() + seconds
+
+            async def one(number: int) -> None:
+                source = random.Random(number)
+                while time.monotonic() < until:
+                    job = source.choice(jobs)
+                    patience = source.uniform(0, 2.0) if source.random() < 0.5 else None
+                    try:
+                        text = await _text(client, job, tokens, patience)
+                    except TimeoutError:
+                        counts["left"] += 1
+                        continue
+                    if text is None:
+                        counts["refused"] += 1
+                        await asyncio.sleep(0.2)
+                        continue
+                    counts["finished"] += 1
+                    counts["wrong"] += text != alone[job]
+
+            await asyncio.gather(*(one(number) for number in range(clients)))
+        report = card.model.fate.report()
+        return Soak(**counts, memory_before=before, memory_after=resident_memory(), peak_bytes=report.peak_bytes, budget_bytes=report.budget_bytes)  # fmt: skip  # noqa: E501
+
+    return asyncio.run(run())
+
+
+async def _text(client: httpx2.AsyncClient, job: tuple[str, int], tokens: int, patience: float | None) -> str | None:
+    """The text of a stream; None where the queue is full. Raises TimeoutError, and hangs up, after ``patience`` seconds."""
+    prompt, seed = job
+    body = {"prompt": prompt, "seed": seed, "max_tokens": tokens, "stream": True}
+
+    async def read() -> str | None:
+        async with client.stream("POST", "/v1/completions", json=body) as answer:
+            if answer.status_code == 429:
+                return None
+            answer.raise_for_status()
+            text = ""
+            async for event in _events(answer):
+                text += event["choices"][0]["text"]
+            return text
+
+    return await asyncio.wait_for(read(), patience)
+
+
+async def _events(answer: httpx2.Response) -> AsyncIterator[Any]:
+    async for line in answer.aiter_lines():
+        if line.startswith("data: {"):
+            yield json.loads(line.removeprefix("data: "))
+
+
+def main() -> None:
+    """Run one of both from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("overhead", "soak"))
+    parser.add_argument("--clients", type=int, default=50)
+    parser.add_argument("--seconds", type=float, default=300)
+    parser.add_argument("--threads", type=int, help="of torch; default: its own")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    with serving(queue=2 * arguments.clients) as (url, service):
+        if arguments.what == "overhead":
+            found = overhead(url, service)
+            print(json.dumps({**found.__dict__, "request_ms": found.request_ms, "token_ms": found.token_ms}))
+        else:
+            print(json.dumps(soak(url, service, arguments.clients, arguments.seconds).__dict__))
+
+
+if __name__ == "__main__":
+    main()

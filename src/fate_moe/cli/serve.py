@@ -1,0 +1,134 @@
+"""The verb that serves: HTTP APIs and a page for one model."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+from pathlib import Path
+from typing import Any
+
+from fate_moe import switches
+from fate_moe.cli.net import say
+from fate_moe.cli.options import (
+    MODEL_HELP,
+    add_offload_options,
+    model_name,
+    offload_config,
+    quiet_transformers,
+    require_gpu,
+)
+from fate_moe.cli.parser import count, file_path, number, size
+from fate_moe.errors import ConfigError
+from fate_moe.units import parse_size
+
+__all__ = ["add_verbs"]
+
+_EXTRA = ("fastapi", "uvicorn", "sse_starlette", "prometheus_client", "llguidance")
+# Tokens of context where nobody says: enough for a conversation; an agent wants more, which costs expert slots.
+_CONTEXT_LENGTH = 8192
+
+
+def add_verbs(verbs: Any) -> None:
+    """Add this group's verbs to the parser's ``verbs``."""
+    serve = verbs.add_parser(
+        "serve",
+        help="serve a model over HTTP",
+        description="Serve a model to clients of OpenAI's and Anthropic's APIs, and a page that shows the experts at work. Needs "
+        "pip install 'fate-moe[serve]'.",
+    )
+    serve.add_argument("model", nargs="?", type=model_name, help=MODEL_HELP)
+    group = serve.add_argument_group("server")
+    group.add_argument("--host", default="127.0.0.1", help="address to listen on; default: %(default)s, this machine alone")
+    group.add_argument("--port", type=count(0, 65535), default=8000, help="0: any that is free; default: %(default)s")
+    group.add_argument("--name", help="what clients call the model; default: its own name")
+    key = group.add_mutually_exclusive_group()
+    key.add_argument("--api-key", metavar="KEY", help="what clients must send; others see it in the list of processes, so better:")
+    key.add_argument("--api-key-file", type=file_path, metavar="FILE", help="a file with the key; or set FATE_API_KEY")
+    group.add_argument("--cors", action="append", metavar="ORIGIN", help="a site whose pages may call; '*': all; may be repeated")
+    group.add_argument(
+        "--queue", type=count(0, 1 << 20), default=64, metavar="N", help="requests that may wait; default: %(default)s"
+    )
+    group.add_argument(
+        "--max-body", type=size(parse_size), default="16MiB", metavar="SIZE", help="of a request; default: %(default)s"
+    )
+    group.add_argument(
+        "--drain-seconds",
+        type=number(0, 86400),
+        default=30.0,
+        metavar="N",
+        help="for answers to end after SIGTERM; default: %(default)s",
+    )
+    group.add_argument("--log-requests", action="store_true", help="a line on stderr for each request, without its contents")
+    group.add_argument("--log-prompts", action="store_true", help="prompts and answers on stderr too")
+    serve.set_defaults(verb=_serve)
+    add_offload_options(serve, gpu=True)
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    for package in _EXTRA:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise ConfigError(f"fate serve needs {package}, which cannot be imported; pip install 'fate-moe[serve]'") from error
+    from fate_moe.serve.options import ServeOptions, is_loopback
+    from fate_moe.serve.server import bind, run
+
+    options = ServeOptions(
+        host=arguments.host,
+        port=arguments.port,
+        api_key=_api_key(arguments),
+        cors=tuple(arguments.cors or ()),
+        queue=arguments.queue,
+        max_body=parse_size(arguments.max_body),
+        log_requests=arguments.log_requests or arguments.log_prompts,
+        log_prompts=arguments.log_prompts,
+        drain_seconds=arguments.drain_seconds,
+    )
+    offload_config(arguments, _CONTEXT_LENGTH)  # what is misspelt is said before anything is bound
+    listener, url = bind(options)
+    if not is_loopback(options.host) and options.api_key is None:
+        say(f"warning: whoever reaches {options.host} may use this server; give --api-key-file, or --host 127.0.0.1")
+    say(f"fate serve: {url} (loading; Ctrl-C ends)")
+    require_gpu(arguments)
+
+    def ready() -> None:
+        say(f"ready: {url}/v1")
+
+    run(options, listener, arguments.name or _name_of(arguments.model), lambda: _load(arguments), ready)
+
+
+def _api_key(arguments: argparse.Namespace) -> str | None:
+    """The key that clients must send: from an option, a file or the environment. Raises ConfigError for a file without one."""
+    if arguments.api_key_file is not None:
+        try:
+            key: str = arguments.api_key_file.read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is no text"
+            raise ConfigError(f"the api key file {arguments.api_key_file} cannot be read: {reason}") from error
+        if not key:
+            raise ConfigError(f"the api key file {arguments.api_key_file} is empty")
+        return key
+    return arguments.api_key if arguments.api_key is not None else switches.api_key()
+
+
+def _name_of(model: str | None) -> str:
+    """What clients call the model: the last part of its path, a hub id as it is."""
+    if model is None:
+        return "embedded"
+    return Path(model).resolve().name if os.path.exists(model) else model
+
+
+def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """(model, tokenizer); in the inference thread."""
+    quiet_transformers()
+    from fate_moe.engine.load import build
+    from fate_moe.engine.prepare import load_tokenizer, prepare, store_for
+
+    prepared = prepare(store_for(arguments.model, arguments.precision, arguments.dense_precision))
+    longest = getattr(prepared.model.config.get_text_config(), "max_position_embeddings", None)
+    context = min(longest, _CONTEXT_LENGTH) if isinstance(longest, int) else _CONTEXT_LENGTH
+    config = offload_config(arguments, context)
+    plan = prepared.plan(config)
+    say(plan.line())
+    return build(prepared, plan, config), load_tokenizer(prepared.store.path)

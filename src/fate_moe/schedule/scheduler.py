@@ -1,0 +1,54 @@
+"""The seam between those who ask for text and what makes it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+from fate_moe.errors import FateError
+from fate_moe.schedule.request import Event, Request
+
+__all__ = ["QueueFullError", "Scheduler", "StoppedError", "Ticket"]
+
+
+class QueueFullError(FateError):
+    """As many requests wait as may wait; try again later."""
+
+
+class StoppedError(FateError):
+    """The scheduler takes no more requests: it is shutting down."""
+
+
+class Ticket(Protocol):
+    """One submitted request. Iterate over it once, in the event loop that submitted it: events come in order, ``Finished`` is the
+    last, and it always comes.
+
+    ``cancel`` ends the request within one token, also while it waits or its prompt is read; ``Finished("cancelled")`` follows. It
+    may be called from any thread, again, and after the end.
+    """
+
+    def __aiter__(self) -> AsyncIterator[Event]: ...
+
+    def cancel(self) -> None: ...
+
+
+class Scheduler(Protocol):
+    """Serves requests in an order that starves none. A request's text depends on the request alone, not on others beside it.
+
+    ``waiting`` and ``running`` count requests, ``generated_tokens`` all tokens so far. ``submit`` is called in an event loop,
+    returns at once, and raises QueueFullError or StoppedError. ``close`` takes no more requests, lets those that were taken end for
+    ``drain_seconds``, cancels the others and returns when nothing runs; it blocks.
+    """
+
+    @property
+    def waiting(self) -> int: ...
+
+    @property
+    def running(self) -> int: ...
+
+    @property
+    def generated_tokens(self) -> int: ...
+
+    def submit(self, request: Request) -> Ticket: ...
+
+    def close(self, drain_seconds: float = 0.0) -> None: ...

@@ -1,0 +1,254 @@
+"""From requests to what their answers say, whatever API they are told in."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from fastapi import Request as HttpRequest
+
+from fate_moe.schedule.request import Finished, Piece, Queued, Reading, Request, TokenRecord
+from fate_moe.schedule.scheduler import Ticket
+from fate_moe.serve.errors import ApiError
+from fate_moe.serve.parsing import Delta, PlainReader, Reader, Reasoning, Text, ToolArguments, ToolOpened
+from fate_moe.serve.service import Service
+
+__all__ = ["Answer", "Answers", "Call", "ClientGoneError", "Done", "Plan", "Said", "Waiting", "collect", "collected", "now"]
+
+
+class ClientGoneError(Exception):
+    """Nobody waits for the answer any more."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One text to generate, and how it is read. ``single_call``: the answer ends after its first call of a tool."""
+
+    request: Request
+    reader: Callable[[], Reader] = PlainReader
+    single_call: bool = False
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Nothing yet; ``status`` says why."""
+
+    status: str
+
+
+@dataclass(frozen=True)
+class Said:
+    """Answer number ``index`` goes on; ``tokens`` are those that became whole, with their log probabilities."""
+
+    index: int
+    deltas: Sequence[Delta]
+    tokens: Sequence[TokenRecord] = ()
+
+
+@dataclass(frozen=True)
+class Done:
+    """Answer number ``index`` is complete."""
+
+    index: int
+    reason: Literal["stop", "length", "tool_calls"]
+    finished: Finished
+
+
+Event: TypeAlias = "Waiting | Said | Done"
+
+
+class Answers:
+    """The answers to ``plans``, which are submitted at once: QueueFullError is raised here, before anything was sent.
+
+    ``events`` is iterated over once. ``cancel`` ends all of them; it may be called at any time.
+    """
+
+    def __init__(self, service: Service, plans: Sequence[Plan]) -> None:
+        self.status = "queued"
+        self._plans = plans
+        self._log = service.log_texts
+        self._tickets: list[Ticket] = []
+        try:
+            for plan in plans:
+                self._tickets.append(service.scheduler.submit(plan.request))
+        except Exception:
+            self.cancel()
+            raise
+
+    def cancel(self) -> None:
+        for ticket in self._tickets:
+            ticket.cancel()
+
+    async def events(self) -> AsyncIterator[Event]:
+        """What the answers say, in the order in which it is said. Raises ApiError where one of them fails."""
+        try:
+            if len(self._tickets) == 1:
+                async for event in self._one(0):
+                    yield event
+                return
+            async for event in _merge([self._one(index) for index in range(len(self._tickets))]):
+                yield event
+        finally:
+            self.cancel()
+
+    async def _one(self, index: int) -> AsyncIterator[Event]:
+        plan, ticket = self._plans[index], self._tickets[index]
+        reader, calls, ended = plan.reader(), 0, False
+        texts: list[str] | None = [] if self._log is not None else None
+        async for event in ticket:
+            if isinstance(event, Queued):
+                self.status = f"queued, {event.position} ahead" if event.position else "queued, next"
+                yield Waiting(self.status)
+            elif isinstance(event, Reading):
+                self.status = f"reading the prompt, {event.done} of {event.total} tokens"
+                yield Waiting(self.status)
+            elif isinstance(event, Piece) and not ended:
+                self.status = "writing"
+                if texts is not None:
+                    texts.append(event.text)
+                deltas = reader.feed(event.text)
+                if plan.single_call and (found := _end_of_first_call(deltas, calls)) is not None:
+                    deltas, ended = deltas[:found], True
+                    ticket.cancel()
+                calls += sum(isinstance(delta, ToolOpened) for delta in deltas)
+                if deltas or event.tokens:
+                    yield Said(index, deltas, event.tokens)
+            elif isinstance(event, Finished):
+                if self._log is not None and texts is not None:
+                    self._log(plan.request, "".join(texts))
+                if event.reason == "error":
+                    raise ApiError(f"generating failed: {event.message}", status=500, code="generation_failed")
+                if event.reason == "cancelled" and not ended:
+                    raise ApiError("the server is shutting down", status=503, code="shutting_down")
+                if not ended and (deltas := reader.finish()):
+                    calls += sum(isinstance(delta, ToolOpened) for delta in deltas)
+                    yield Said(index, deltas)
+                reason: Literal["stop", "length"] = "length" if event.reason == "length" else "stop"
+                yield Done(index, "tool_calls" if calls and reason == "stop" else reason, event)
+
+
+def _end_of_first_call(deltas: Sequence[Delta], calls: int) -> int | None:
+    """How many of ``deltas`` belong to the answer up to the end of its first call; None: it goes on."""
+    for at, delta in enumerate(deltas):
+        if isinstance(delta, ToolOpened):
+            calls += 1
+        if calls > 1 or (calls == 1 and isinstance(delta, Text) and not delta.text.isspace()):
+            return at
+    return None
+
+
+async def _merge(streams: Sequence[AsyncIterator[Event]]) -> AsyncIterator[Event]:
+    """The events of all ``streams`` as they come."""
+    queue: asyncio.Queue[Event | BaseException | None] = asyncio.Queue()
+
+    async def pump(stream: AsyncIterator[Event]) -> None:
+        try:
+            async for event in stream:
+                queue.put_nowait(event)
+            queue.put_nowait(None)
+        except ApiError as error:
+            queue.put_nowait(error)
+
+    tasks = [asyncio.create_task(pump(stream)) for stream in streams]
+    try:
+        left = len(tasks)
+        while left:
+            event = await queue.get()
+            if isinstance(event, BaseException):
+                raise event
+            if event is None:
+                left -= 1
+            else:
+                yield event
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+@dataclass
+class Call:
+    """A call of a tool; ``arguments`` are JSON."""
+
+    id: str
+    name: str
+    arguments: str = ""
+
+
+class Answer:
+    """An answer that is whole: what a client that does not stream gets."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self.reasoning = ""
+        self.calls: list[Call] = []
+        self.tokens: list[TokenRecord] = []
+        self.done: Done | None = None
+
+    def add(self, said: Said) -> None:
+        self.tokens += said.tokens
+        for delta in said.deltas:
+            if isinstance(delta, Text):
+                self.text += delta.text
+            elif isinstance(delta, Reasoning):
+                self.reasoning += delta.text
+            elif isinstance(delta, ToolOpened):
+                self.calls.append(Call(delta.id, delta.name))
+            elif isinstance(delta, ToolArguments):
+                self.calls[delta.index].arguments += delta.text
+
+    @property
+    def end(self) -> Done:
+        assert self.done is not None
+        return self.done
+
+
+async def collect(request: HttpRequest, answers: Answers) -> list[Answer]:
+    """All of ``answers``, whole. Raises what ``collected`` raises."""
+    whole: dict[int, Answer] = {}
+    async for event in collected(request, answers):
+        if isinstance(event, Said):
+            whole.setdefault(event.index, Answer()).add(event)
+        elif isinstance(event, Done):
+            whole.setdefault(event.index, Answer()).done = event
+    return [whole[index] for index in sorted(whole)]
+
+
+async def collected(request: HttpRequest, answers: Answers) -> AsyncIterator[Event]:
+    """The events of ``answers`` for a client that does not stream. Raises ClientGoneError, and ends the work, as soon as the
+    client of ``request`` leaves."""
+    async with _ended_by_disconnect(request, answers) as is_gone:
+        try:
+            async for event in answers.events():
+                yield event
+        except ApiError:
+            if is_gone():
+                raise ClientGoneError from None
+            raise
+
+
+@asynccontextmanager
+async def _ended_by_disconnect(request: HttpRequest, answers: Answers) -> AsyncIterator[Callable[[], bool]]:
+    """Meanwhile a client that leaves cancels ``answers``."""
+    gone = False
+
+    async def watch() -> None:
+        nonlocal gone
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        gone = True
+        answers.cancel()
+
+    task = asyncio.create_task(watch())
+    try:
+        yield lambda: gone
+    finally:
+        task.cancel()
+
+
+def now() -> int:
+    """Seconds since 1970, as the APIs stamp their answers."""
+    return int(time.time())

@@ -1,0 +1,173 @@
+"""What OpenAI's two older APIs share: sampling parameters, limits, usage, log probabilities."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, StringConstraints
+
+from fate_moe.schedule.request import Finished, Sampling, TokenRecord
+from fate_moe.serve.card import ModelCard
+from fate_moe.serve.errors import ApiError, unsupported
+from fate_moe.serve.wire import Body
+
+__all__ = [
+    "GREEDY_BELOW",
+    "SamplingBody",
+    "StreamOptions",
+    "check_model",
+    "new_id",
+    "room_for",
+    "usage_of",
+]
+
+# Logits divided by less overflow; so low a temperature takes the likeliest token anyway.
+GREEDY_BELOW = 1e-4
+_MOST_STOPS = 16
+StopString = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+
+
+class StreamOptions(Body):
+    """How a stream ends."""
+
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
+
+
+class SamplingBody(Body):
+    """Parameters that mean the same in all of OpenAI's APIs, and those that vLLM and llama-server added."""
+
+    model: str | None = None
+    temperature: float | None = Field(None, ge=0, le=100)
+    top_p: float | None = Field(None, ge=0, le=1)
+    top_k: int | None = Field(None, ge=-1, le=1 << 30)
+    min_p: float | None = Field(None, ge=0, le=1)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
+    stop: StopString | list[StopString] | None = None
+    ignore_eos: bool | None = None
+    n: int | None = Field(None, ge=1, le=16)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    # Of no effect on the answer here, as in the APIs: who asks, and how it is billed or kept.
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    store: Literal[False] | None = None
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Stop strings. Raises ApiError for too many."""
+        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        if len(stops) > _MOST_STOPS:
+            raise ApiError(f"'stop' takes at most {_MOST_STOPS} strings", "stop", "invalid_value")
+        return stops
+
+    @property
+    def includes_usage(self) -> bool:
+        """Whether a stream ends with its usage. Raises ApiError for stream_options without a stream."""
+        if self.stream_options is not None and not self.stream:
+            raise ApiError("'stream_options' needs 'stream': true", "stream_options", "invalid_value")
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def sampling(self, card: ModelCard, index: int = 0) -> Sampling:
+        """Of answer number ``index``: with a seed, each has its own. Raises ApiError for tokens that the model does not have."""
+        bias = {}
+        for name, value in (self.logit_bias or {}).items():
+            if not name.isascii() or not name.isdigit() or len(name) > 9 or int(name) >= card.vocab_size:
+                raise ApiError(f"'logit_bias': there is no token {name[:20]!r}", "logit_bias", "invalid_value")
+            bias[int(name)] = value
+        seed = self.seed if self.seed is None else (self.seed + index + (1 << 63)) % (1 << 64) - (1 << 63)
+        temperature = self.temperature
+        return Sampling(
+            temperature=0.0 if temperature is not None and temperature < GREEDY_BELOW else temperature,
+            top_p=self.top_p,
+            top_k=None if self.top_k is None else max(0, self.top_k),
+            min_p=self.min_p,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            repetition_penalty=self.repetition_penalty,
+            logit_bias=bias,
+            seed=seed,
+        )
+
+
+def check_model(card: ModelCard, model: str | None) -> None:
+    """Raise ApiError where a client asks for a model that is not served."""
+    if model is not None and model != card.name:
+        raise ApiError(f"the model '{model}' is not served here; '{card.name}' is", "model", "model_not_found", 404)
+
+
+def room_for(card: ModelCard, prompt_tokens: int, wanted: int | None, param: str) -> int:
+    """How many tokens may be generated: ``wanted`` (None: all), or as many as the context has left.
+
+    Raises ApiError where the prompt alone fills the context.
+    """
+    if prompt_tokens == 0:
+        raise ApiError(f"'{param}' has no tokens", param, "invalid_value")
+    room = card.context_length - prompt_tokens
+    if room < 1 and wanted != 0:
+        raise ApiError(
+            f"this model's context is {card.context_length} tokens, and the prompt takes {prompt_tokens}; shorten it, or start the "
+            "server with a larger --context-length",
+            param,
+            "context_length_exceeded",
+        )
+    if room < 0:
+        raise ApiError(
+            f"this model's context is {card.context_length} tokens, and the prompt takes {prompt_tokens}",
+            param,
+            "context_length_exceeded",
+        )
+    return room if wanted is None else min(room, wanted)
+
+
+def usage_of(ends: Sequence[Finished]) -> dict[str, Any]:
+    """OpenAI's usage of all answers to one prompt."""
+    prompt = ends[0].usage.prompt_tokens if ends else 0
+    completion = sum(end.usage.completion_tokens for end in ends)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(end.usage.cached_tokens for end in ends)},
+    }
+
+
+def token_text(card: ModelCard, token: int) -> str:
+    """A token alone, as log probabilities show it: a part of a character is a replacement character."""
+    return card.decode([token])
+
+
+def chat_logprobs(card: ModelCard, tokens: Sequence[TokenRecord]) -> dict[str, Any]:
+    """The log probabilities of a chat answer's tokens."""
+
+    def one(token: int, logprob: float | None) -> dict[str, Any]:
+        text = token_text(card, token)
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+    return {
+        "content": [
+            {**one(record.token, record.logprob), "top_logprobs": [one(*choice) for choice in record.top]} for record in tokens
+        ],
+        "refusal": None,
+    }
+
+
+def refuse_unless(condition: bool, param: str, why: str) -> None:
+    """Raise ApiError where a parameter cannot be honoured."""
+    if not condition:
+        raise unsupported(param, why)
+
+
+def new_id(prefix: str) -> str:
+    """A name for an answer."""
+    return f"{prefix}-{uuid.uuid4().hex}"

@@ -1,0 +1,49 @@
+"""How the server is run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fate_moe.errors import ConfigError
+
+__all__ = ["ServeOptions", "is_loopback"]
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """``api_key``: what a client must send (None: nothing). ``cors``: origins whose pages may call, "*" for all. ``queue``:
+    requests that may wait. ``max_body``: bytes of a request. ``log_requests``: a line for each request on stderr; ``log_prompts``:
+    with prompt and answer. ``drain_seconds``: how long answers may take to end after SIGTERM. ``keep_alive_seconds``: silence on a
+    stream after which a comment says that the server is alive.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = None
+    cors: tuple[str, ...] = ()
+    queue: int = 64
+    max_body: int = 16 << 20
+    log_requests: bool = False
+    log_prompts: bool = False
+    drain_seconds: float = 30.0
+    keep_alive_seconds: float = 5.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"the port must be between 0 and 65535, not {self.port}")
+        for name, least in (("queue", 1), ("max_body", 1), ("drain_seconds", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        if self.api_key is not None and not self.api_key.strip():
+            raise ConfigError("the api key is empty; give one, or none")
+
+    @property
+    def allowed_hosts(self) -> tuple[str, ...]:
+        """Names by which a browser may call this server; empty: any. Without a key, a page of another site could otherwise reach a
+        loopback server through a name that it lets point there (DNS rebinding)."""
+        return ("localhost", "127.0.0.1", "[::1]") if self.api_key is None and is_loopback(self.host) else ()
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach ``host``."""
+    return host in ("localhost", "::1") or host.startswith("127.")

@@ -1,0 +1,123 @@
+"""Listening, signals, and an orderly end: uvicorn does the HTTP."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from sse_starlette.sse import AppStatus
+
+from fate_moe.errors import ConfigError, FateError
+from fate_moe.serve.app import build_app
+from fate_moe.serve.options import ServeOptions
+from fate_moe.serve.service import Service
+
+__all__ = ["Server", "bind", "run"]
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def bind(options: ServeOptions) -> tuple[socket.socket, str]:
+    """A listening socket and its URL, before anything is loaded. Raises ConfigError where the address cannot be had."""
+    host, port = options.host, options.port
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(2048)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(f"{host}:{port} is in use, perhaps by another fate serve; stop it, or give another --port") from error
+        if error.errno == errno.EACCES:
+            raise ConfigError(f"port {port} is reserved for the administrator; give a --port from 1024 on") from error
+        raise ConfigError(f"cannot listen on {host}: {error.strerror or error}; give another --host") from error
+    shown = f"[{host}]" if ":" in host else host
+    return listener, f"http://{shown}:{listener.getsockname()[1]}"
+
+
+class Server(uvicorn.Server):
+    """uvicorn that drains when it is told to end: no new connections, answers under way go on for ``drain_seconds``. A second
+    signal ends it at once."""
+
+    def __init__(self, service: Service) -> None:
+        options = service.options
+        self._service = service
+        # sse-starlette would cut streams off at the first signal.
+        AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]
+        super().__init__(
+            uvicorn.Config(
+                build_app(service),
+                log_config=None,
+                log_level="warning",
+                access_log=False,
+                lifespan="on",
+                ws="none",
+                server_header=False,
+                timeout_graceful_shutdown=max(1, round(options.drain_seconds)),
+            )
+        )
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """As uvicorn's, but the process goes on to its end instead of dying of the signal."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            self.force_exit = self.should_exit
+            self.should_exit = True
+
+        before = {number: signal.signal(number, stop) for number in _SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._service.stopping.set()
+        await super().shutdown(sockets)
+
+
+def run(
+    options: ServeOptions, listener: socket.socket, name: str, load: Callable[[], tuple[Any, Any]], on_ready: Callable[[], None]
+) -> None:
+    """Serve on ``listener`` until a signal comes; ``load`` runs meanwhile. Raises what ``load`` raises, when all is closed."""
+    failed: list[Exception] = []
+    server: Server | None = None
+
+    def loaded(error: Exception | None) -> None:
+        if error is None:
+            on_ready()
+            return
+        failed.append(error)
+        if server is not None:
+            server.should_exit = True
+
+    service = Service.loading(options, name, load, loaded)
+    server = Server(service)
+    server.should_exit = bool(failed)
+    try:
+        server.run(sockets=[listener])
+    finally:
+        service.close()
+        if service.card is not None:
+            service.card.model.fate.close()
+    if failed:
+        if isinstance(failed[0], FateError | OSError):
+            raise failed[0]
+        raise FateError(f"the model could not be loaded: {type(failed[0]).__name__}: {failed[0]}") from failed[0]
+    if service.card is None:  # a model that is half loaded, in a thread that cannot be told to stop
+        sys.stderr.flush()
+        os._exit(0)

@@ -1,0 +1,22 @@
+"""The server under load, in short; ``benchmarks/serving.py`` does it at length."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.serving import overhead, serving, soak
+
+pytestmark = pytest.mark.slow
+
+
+def test_clients_that_come_and_go_get_what_a_lone_client_gets() -> None:
+    with serving(queue=8, expert_cache="25%") as (url, service):
+        found = soak(url, service, clients=10, seconds=6, tokens=6, seeds=1)
+        assert found.wrong == 0
+        assert found.finished > 0
+        assert found.left > 0
+        assert found.memory_after < found.memory_before + (64 << 20)
+        assert service.scheduler.running == service.scheduler.waiting == 0
+        measured = overhead(url, service, rounds=2, tokens=8)
+    assert measured.server_first_ms > 0
+    assert measured.server_token_ms > 0
