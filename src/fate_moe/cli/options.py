@@ -35,9 +35,14 @@ __all__ = [
     "print_table",
     "quiet_transformers",
     "require_gpu",
+    "with_demo_chat",
 ]
 
-MODEL_HELP = "checkpoint folder, GGUF file, hub id, or store (a folder, or a name as fate list shows it); none: the embedded model"
+DEMO_CHAT = "demo-chat"  # the name of tools.demo_chat's model
+MODEL_HELP = (
+    "checkpoint folder, GGUF file, hub id, or store (a folder, or a name as fate list shows it); demo-chat: a small model "
+    "that talks, built on first use; none: the embedded model"
+)
 # The version of all JSON that verbs print: a change that breaks readers raises it, a new key does not.
 JSON_SCHEMA = 1
 DEFAULTS = {field.name: field.default for field in fields(OffloadConfig)}
@@ -195,6 +200,15 @@ def model_name(text: str) -> str:
     """A model as the command line was given it, where the name of a store under $FATE_HOME becomes its path."""
     store = None if os.path.exists(text) else find_store(text)
     return text if store is None else str(store)
+
+
+def with_demo_chat(model: str | None) -> str | None:
+    """``model``, or where it is "demo-chat" and no such store is there yet: the store, built now."""
+    if model != DEMO_CHAT or os.path.exists(model):
+        return model
+    from fate_moe.tools.demo_chat import demo_chat_store
+
+    return str(demo_chat_store())
 
 
 def offload_config(arguments: argparse.Namespace, context_length: int) -> OffloadConfig:

@@ -13,6 +13,7 @@ from typing import Any
 from fate_moe import demo
 from fate_moe.cli.net import one_line, say, uninterrupted
 from fate_moe.cli.options import (
+    DEMO_CHAT,
     MODEL_HELP,
     add_offload_options,
     add_sampling_options,
@@ -22,6 +23,7 @@ from fate_moe.cli.options import (
     print_json,
     quiet_transformers,
     require_gpu,
+    with_demo_chat,
 )
 from fate_moe.cli.parser import file_path
 from fate_moe.cli.reading import Shown, argument_text, is_piped, read_stdin, read_text
@@ -93,12 +95,12 @@ def _model_and_prompt(arguments: argparse.Namespace) -> tuple[str | None, str]:
 
 
 def _names_a_model(text: str) -> bool:
-    """Whether the only argument means a model: it exists, is written as a path or a GGUF file, or looks like a hub id."""
+    """Whether the only argument means a model: it exists, or is written as a path, a GGUF file, a hub id or demo-chat."""
     try:
         exists = bool(text) and Path(text).exists()
     except (OSError, ValueError):  # too long for a name, or with a zero byte
         return False
-    return exists or bool(re.fullmatch(r"(\.{0,2}/|~/).*|[\w.-]+/[\w./-]*|\S+\.gguf", text, flags=re.DOTALL))
+    return exists or text == DEMO_CHAT or bool(re.fullmatch(r"(\.{0,2}/|~/).*|[\w.-]+/[\w./-]*|\S+\.gguf", text, flags=re.DOTALL))
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -110,7 +112,7 @@ def _run(arguments: argparse.Namespace) -> None:
     from fate_moe.tools.tokens import as_input, chat_text, num_rows, token_ids
 
     require_gpu(arguments)
-    prepared = prepare(store_for(arguments.model, arguments.precision, arguments.dense_precision))
+    prepared = prepare(store_for(with_demo_chat(arguments.model), arguments.precision, arguments.dense_precision))
     tokenizer = load_tokenizer(prepared.store.path)
     load_generation_config(prepared.model, prepared.store.path)
     text = chat_text(tokenizer, [{"role": "user", "content": prompt}]) if arguments.chat else prompt
@@ -191,7 +193,7 @@ def _chat(arguments: argparse.Namespace) -> None:
     from fate_moe.engine.prepare import load_generation_config, load_tokenizer, prepare, store_for
 
     require_gpu(arguments)
-    prepared = prepare(store_for(arguments.model, arguments.precision, arguments.dense_precision))
+    prepared = prepare(store_for(with_demo_chat(arguments.model), arguments.precision, arguments.dense_precision))
     tokenizer = load_tokenizer(prepared.store.path)
     load_generation_config(prepared.model, prepared.store.path)
     config = offload_config(arguments, OffloadConfig.context_length)

@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from benchmarks import upcycle, widen
-from benchmarks.widen import Geometry
+from benchmarks.upcycle import choose_geometry
 from fate_moe.errors import ConfigError
+from fate_moe.tools import upcycle, widen
+from fate_moe.tools.widen import Geometry
 from fate_moe.trace.routing import WINDOW, record
 
 TOKENS = torch.randint(0, 96, (2 * WINDOW + 1,), generator=torch.Generator().manual_seed(0))
@@ -177,5 +178,5 @@ def test_geometry_of_a_config(tmp_path: Path) -> None:
     names = ("hidden", "layers", "heads", "kv_heads", "experts", "top_k", "expert_width", "shared_width")
     arguments = argparse.Namespace(**dict.fromkeys(names), config=tmp_path / "config.json")
     arguments.top_k = 3
-    geometry = upcycle.choose_geometry(make_dense(torch.float32).config, arguments)
+    geometry = choose_geometry(make_dense(torch.float32).config, arguments)
     assert geometry == Geometry(128, 2, 16, 16, 8, 8, 3, 90, 2 * widen.GROUP)
