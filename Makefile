@@ -5,10 +5,14 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-lowest check docs bench native sanitize test-arm wheel clean
+.PHONY: chat demo test test-lowest check docs bench native sanitize test-arm wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fate run --expert-cache 25% --max-new-tokens 120 --seed 1
+
+# A small model that talks, built once (minutes, and 6 GB of disk for that time), and its page in a browser.
+chat: $(VENV)/.installed-serve
+	$(BIN)/fate serve demo-chat --open
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 tests
@@ -71,6 +75,10 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 
 $(VENV)/.installed-bench: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	touch $@
+
+$(VENV)/.installed-serve: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[serve,gguf]'
 	touch $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed

@@ -161,25 +161,26 @@ class ExpertRuntime:
 
         By (token, choice) row and summed in routing order, as forward, so that they do not depend on the number of slots either.
         """
-        if self._claim is not None:  # of a forward pass that was cut short: its slots may be all there are
-            self._claim[3].release()
-            self._claim = None
-        rows = rows_by_expert(index, self._num_experts[layer])
-        weights = routing_weights.reshape(-1)
-        by_row, of_weights = hidden.new_zeros(index.numel(), hidden.shape[1]), torch.zeros_like(weights)
-        counts = [len(chosen) for chosen in rows.values()]
-        lease = self.residency.acquire([ExpertId(layer, expert) for expert in rows], counts, len(index))
-        try:
-            for arrived in lease.batches():
-                for (_, expert), slot in arrived:
-                    planes, chosen = num_planes[expert], torch.tensor(rows[expert])
-                    by_row[chosen], of_weights[chosen] = self._slots.gradients(
-                        layer, experts, expert, slot, chosen // index.shape[1], hidden, weights[chosen], gradient, planes
-                    )
-        finally:
-            lease.release()
-        summed = by_row.view(*index.shape, -1).sum(1, dtype=_sums(hidden)).to(hidden.dtype)
-        return summed.view(hidden.shape), of_weights.view(routing_weights.shape)
+        with self.passing:  # backward() runs outside of the model's calls
+            if self._claim is not None:  # of a forward pass that was cut short: its slots may be all there are
+                self._claim[3].release()
+                self._claim = None
+            rows = rows_by_expert(index, self.num_experts[layer])
+            weights = routing_weights.reshape(-1)
+            by_row, of_weights = hidden.new_zeros(index.numel(), hidden.shape[1]), torch.zeros_like(weights)
+            counts = [len(chosen) for chosen in rows.values()]
+            lease = self.residency.acquire([ExpertId(layer, expert) for expert in rows], counts, len(index))
+            try:
+                for arrived in lease.batches():
+                    for (_, expert), slot in arrived:
+                        planes, chosen = num_planes[expert], torch.tensor(rows[expert])
+                        by_row[chosen], of_weights[chosen] = self._slots.gradients(
+                            layer, experts, expert, slot, chosen // index.shape[1], hidden, weights[chosen], gradient, planes
+                        )
+            finally:
+                lease.release()
+            summed = by_row.view(*index.shape, -1).sum(1, dtype=_sums(hidden)).to(hidden.dtype)
+            return summed.view(hidden.shape), of_weights.view(routing_weights.shape)
 
     def begin(self, layer: int, hidden: torch.Tensor, chosen: Sequence[int], weights: torch.Tensor) -> Lease:
         """``enter`` for one token after routing: ``hidden`` [1, hidden] goes to the experts ``chosen`` of ``layer``.

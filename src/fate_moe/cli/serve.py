@@ -17,6 +17,7 @@ from fate_moe.cli.options import (
     offload_config,
     quiet_transformers,
     require_gpu,
+    with_demo_chat,
 )
 from fate_moe.cli.parser import count, file_path, number, size
 from fate_moe.errors import ConfigError
@@ -59,6 +60,7 @@ def add_verbs(verbs: Any) -> None:
         metavar="N",
         help="for answers to end after SIGTERM; default: %(default)s",
     )
+    group.add_argument("--open", action="store_true", help="open the page in a browser once the model is there")
     group.add_argument("--log-requests", action="store_true", help="a line on stderr for each request, without its contents")
     group.add_argument("--log-prompts", action="store_true", help="prompts and answers on stderr too")
     serve.set_defaults(verb=_serve)
@@ -94,6 +96,10 @@ def _serve(arguments: argparse.Namespace) -> None:
 
     def ready() -> None:
         say(f"ready: {url}/v1")
+        if arguments.open:
+            import webbrowser
+
+            webbrowser.open(url)
 
     run(options, listener, arguments.name or _name_of(arguments.model), lambda: _load(arguments), ready)
 
@@ -125,7 +131,7 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     from fate_moe.engine.load import build
     from fate_moe.engine.prepare import load_tokenizer, prepare, store_for
 
-    prepared = prepare(store_for(arguments.model, arguments.precision, arguments.dense_precision))
+    prepared = prepare(store_for(with_demo_chat(arguments.model), arguments.precision, arguments.dense_precision))
     longest = getattr(prepared.model.config.get_text_config(), "max_position_embeddings", None)
     context = min(longest, _CONTEXT_LENGTH) if isinstance(longest, int) else _CONTEXT_LENGTH
     config = offload_config(arguments, context)

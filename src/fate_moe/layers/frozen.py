@@ -27,8 +27,8 @@ _CONVERTED = torch.ops.aten._to_copy.default
 class FrozenWeight(nn.Parameter):
     """Has shape, dtype and device of a weight; ``numbers`` makes its numbers anew for whoever computes with it.
 
-    Changing it or asking for its gradient raises UnsupportedCallError with ``refusal``: no library is to edit a copy and take it for
-    the weight (merging an adapter, initializing one from the weight). Put another Parameter in its place to change a weight.
+    Changing it or asking for its gradient raises UnsupportedCallError with ``refusal``: no library is to edit a copy and take it
+    for the weight (merging an adapter, initializing one from the weight). Put another Parameter in its place to change a weight.
     """
 
     numbers: Callable[[], torch.Tensor]

@@ -27,7 +27,10 @@ def build_app(service: Service) -> FastAPI:
         service.stopping.set()
         await run_in_threadpool(service.close)
 
-    app = FastAPI(title="fate serve", version=fate_moe.__version__, lifespan=lifespan, redirect_slashes=False)
+    # No page of the schema: FastAPI's takes its scripts from another host.
+    app = FastAPI(
+        title="fate serve", version=fate_moe.__version__, lifespan=lifespan, redirect_slashes=False, docs_url=None, redoc_url=None
+    )
     app.state.service = service
     for part in (native, openai_chat, openai_completions, responses, anthropic_messages):
         app.include_router(part.router)

@@ -71,7 +71,8 @@ def convert(
     the same source at ``destination`` is left unchanged. ``solver`` and ``group_size`` apply to quantized precisions.
     ``precision_rules`` set other precisions for layers or single experts. ``calibration`` gives the inputs for which codes are
     chosen. ``dense_precision`` is that of all other matrices (None: int8 if ``precision`` is quantized). ``progress`` draws a bar
-    on stderr (None: if stderr is a terminal). ``beginning`` is called once the checkpoint was accounted for, before anything is written.
+    on stderr (None: if stderr is a terminal). ``beginning`` is called once the
+    checkpoint was accounted for, before anything is written.
 
     Raises CheckpointError or UnsupportedModelError for the source, StoreError when ``destination`` holds something else,
     DiskSpaceError when the store does not fit, ConfigError for an unknown precision, solver or group size.
