@@ -81,7 +81,12 @@ def test_calls_take_turns_on_a_gpu(on_gpu: Any) -> None:
     """It has one captured cache: a call from another thread waits, one from within has a cache of its own, and close ends both."""
     (want, beside), prompts = alone(on_gpu, PROMPTS[:2], 2), PROMPTS[:2]
     begun, got, raised = threading.Event(), list[Any](), list[BaseException]()
-    inner = Within(lambda: begun.set() or (write(on_gpu, prompts[1], 1).tolist() if not inner.results else None))
+
+    def call_within() -> Any:
+        begun.set()
+        return write(on_gpu, prompts[1], 1).tolist() if not inner.results else None
+
+    inner = Within(call_within)
 
     def run() -> None:
         got.append(write(on_gpu, prompts[0], 2, streamer=inner).tolist())

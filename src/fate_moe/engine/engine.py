@@ -100,7 +100,7 @@ class Engine(Protocol):
                 self.last_report()
                 self._end()
         finally:
-            self.patches.undo()
+            self.patches.undo(_refuse)
             for module in self.model.modules():
                 self.patches.replace(module, "forward", _refuse)
             for name in ("generate", "save_pretrained", "push_to_hub", "state_dict"):
