@@ -82,11 +82,11 @@ def test_calls_take_turns_on_a_gpu(on_gpu: Any) -> None:
     (want, beside), prompts = alone(on_gpu, PROMPTS[:2], 2), PROMPTS[:2]
     begun, got, raised = threading.Event(), list[Any](), list[BaseException]()
 
-    def within() -> Any:
+    def call_within() -> Any:
         begun.set()
-        return None if inner.results else write(on_gpu, prompts[1], 1).tolist()
+        return write(on_gpu, prompts[1], 1).tolist() if not inner.results else None
 
-    inner = Within(within)
+    inner = Within(call_within)
 
     def run() -> None:
         got.append(write(on_gpu, prompts[0], 2, streamer=inner).tolist())

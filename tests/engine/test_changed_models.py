@@ -109,7 +109,7 @@ def test_what_is_changed_after_loading_counts(name: str, bf16: Path) -> None:
     assert (got - want).norm() < near
 
 
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("name", ["top_k", "projection replaced", "router in place"])  # each takes seconds there
 def test_what_is_changed_after_loading_counts_on_a_gpu(name: str, checkpoint: Callable[[str], Path]) -> None:
     model, twin = simulated_gpu(store_for(checkpoint("qwen2_moe"), "lossless")), reference(checkpoint("qwen2_moe"))
     for each in (model, twin):
@@ -119,10 +119,8 @@ def test_what_is_changed_after_loading_counts_on_a_gpu(name: str, checkpoint: Ca
             write(model)
         model.fate.close()
         return
-    assert write(model).tolist() == write(twin).tolist()
-    assert (model.fate.decode.steps > 0) == (
-        name.endswith("in place") or name in ("norm loaded", "experts eager", "attention eager")
-    )
+    assert write(model, num=2).tolist() == write(twin, num=2).tolist()
+    assert (model.fate.decode.steps > 0) == name.endswith("in place")
     model.fate.close()
 
 
@@ -131,10 +129,10 @@ def test_a_cache_that_was_given_away_is_not_written_over_silently(checkpoint: Ca
     model, twin = simulated_gpu(store_for(checkpoint("qwen2_moe"), "lossless")), reference(checkpoint("qwen2_moe"))
     went_on = []
     for each in (model, twin):
-        first = write(each, num=3, return_dict_in_generate=True)
+        first = write(each, num=2, return_dict_in_generate=True)
         longer = torch.cat([first.sequences, torch.tensor([[9, 11]])], 1)
-        went_on.append(write(each, longer, 3, past_key_values=first.past_key_values).tolist())
-        write(each, PROMPT.flip(1), 2)
+        went_on.append(write(each, longer, 1, past_key_values=first.past_key_values).tolist())
+        write(each, PROMPT.flip(1), 1)
         if each is model:
             with pytest.raises(UnsupportedCallError, match="were given with an earlier result"):
                 write(each, longer, 3, past_key_values=first.past_key_values)

@@ -323,12 +323,13 @@ def test_a_replaced_part_is_used(store_of: Callable[[str], Path], part: str) -> 
 
 
 def test_numbers_that_move_are_followed(store_of: Callable[[str], Path]) -> None:
-    """model.to() leaves the addresses that the extension was given."""
+    """Numbers that were put elsewhere leave the addresses that the extension was given, which may hold anything then."""
     model = load_model(store_of("qwen2_moe"))
     want = steps(model, 3)
-    model.to(torch.float32)
-    assert difference(steps(model, 3), want) <= 0.05
-    model.to(torch.bfloat16)
+    for parameter in model.parameters():
+        if parameter.device.type != "meta":
+            old, parameter.data = parameter.data, parameter.data.clone()
+            old.zero_()
     assert difference(steps(model, 3), want) <= 0.03
     model.fate.close()
 

@@ -96,6 +96,10 @@ class CudaEngine(Engine):
     def observe(self, observer: Observer) -> AbstractContextManager[None]:
         raise ConfigError("passes on a GPU cannot be observed; omit vram and device to observe them on the CPU")
 
+    def watch(self) -> None:
+        if self.decode is not None:
+            self.decode.watch()
+
     def last_report(self) -> None:
         self._last_report = self.report()
 

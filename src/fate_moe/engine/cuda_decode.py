@@ -42,7 +42,7 @@ class CapturedDecode:
         paths: bool = False,
     ) -> None:
         """``length``: tokens of KV cache, each of ``bytes_per_token``. ``paths``: experts come early by activation paths, not by
-        routers. ``record`` comes next."""
+        routers. ``record`` comes next, ``watch`` once the model is complete."""
         config = model.config
         self._model, self._experts, self._length = model, experts, length
         self._bytes_per_token = bytes_per_token
@@ -55,7 +55,6 @@ class CapturedDecode:
         self._held = 0  # tokens in the cache
         self._lent = False  # the cache was given away with a result
         self._writing: bool | None = None  # whether the generate() that has the cache may take the step; None: none has it
-        self._snapshot = ModuleSnapshot([module for module in model.modules() if not is_experts(module)])
         self.steps = 0
         patcher.replace(model, "forward", _in_place_of(self._forward, self._pass))
         patcher.replace(model, "generate", _in_place_of(self._generate, self._write))
@@ -66,6 +65,10 @@ class CapturedDecode:
         if self._graph:
             self._step.capture()
         self.cache.reset()
+
+    def watch(self) -> None:
+        """From now on notice what somebody changes in the model. Comes last, as what is changed in it for us is not meant."""
+        self._snapshot = ModuleSnapshot([module for module in self._model.modules() if not is_experts(module)])
 
     def one_token(self) -> None:
         """A step of always the same token, for measurements; ``record`` afterwards."""

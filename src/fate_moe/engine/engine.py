@@ -79,6 +79,10 @@ class Engine(Protocol):
         self._end.atexit = False  # _close_all does it, with the turn
         _open.add(self)
 
+    def watch(self) -> None:
+        """Called by ``build`` at its end: what is changed in the model from now on was not changed by us."""
+        return
+
     def last_report(self) -> None:
         """Called by ``close`` before the engine ends: what ``report`` needs afterwards."""
         return
@@ -105,7 +109,7 @@ class Engine(Protocol):
                 self.last_report()
                 self._end()
         finally:
-            self.patches.undo()
+            self.patches.undo(_refuse)
             for module in self.model.modules():
                 self.patches.replace(module, "forward", _refuse)
             for name in ("generate", "save_pretrained", "push_to_hub", "state_dict"):

@@ -135,6 +135,7 @@ def build(
             refuse_what_needs_parameters(model, prepared.stacks, path, patches)
             say_sizes(model, sizes, plan.dense_bytes + plan.expert_cache_bytes, patches)
             engine.calls.guard(model, prepared.stacks, patches)
+            engine.watch()
             patches.replace(model, "fate", engine)
             store_used(path)
     except BaseException:

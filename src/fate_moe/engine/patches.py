@@ -17,11 +17,12 @@ _TABLES = ("_parameters", "_buffers", "_modules")  # where torch keeps a module'
 
 @dataclass(frozen=True)
 class Patch:
-    """One change: ``what`` of the model (a dotted path), what it became, and the call that takes it back."""
+    """One change: ``what`` of the model (a dotted path), what it became, and the call that takes it back (its argument: see
+    ``Patches.undo``)."""
 
     what: str
     became: str
-    undo: Callable[[], None]
+    undo: Callable[[Any], None]
 
 
 class Patches:
@@ -54,8 +55,10 @@ class Patches:
         old = table.get(name, _MISSING)
         table[name] = value
 
-        def undo() -> None:
-            if old is _MISSING:
+        def undo(forward: Any) -> None:
+            if name == "forward" and forward is not None:
+                table[name] = forward
+            elif old is _MISSING:
                 table.pop(name, None)
             else:
                 table[name] = old
@@ -72,7 +75,7 @@ class Patches:
         register = module.register_forward_pre_hook if when == "before" else module.register_forward_hook
         handle = register(function, with_kwargs=with_kwargs)
         kind = "forward pre-hook" if when == "before" else "forward hook"
-        self._made.append(Patch(self._name(module) or "model", f"{kind} {_kind(function)}", handle.remove))
+        self._made.append(Patch(self._name(module) or "model", f"{kind} {_kind(function)}", lambda forward: handle.remove()))
 
     def record(self, change: Callable[[], Any]) -> None:
         """Call ``change``, a library's own function, and list the parameters, buffers and submodules that it replaced."""
@@ -95,10 +98,12 @@ class Patches:
             f"{what}: {became}" + (f" ({count} times)" if count > 1 else "") for (what, became), count in counts.items()
         )
 
-    def undo(self) -> None:
-        """Take every change back, the last one first."""
+    def undo(self, forward: Callable[..., Any] | None = None) -> None:
+        """Take every change back, the last one first.
+
+        ``forward``: what replaced forwards become, instead of what they were: at no moment does another thread find those."""
         while self._made:
-            self._made.pop().undo()
+            self._made.pop().undo(forward)
 
     def _name(self, owner: Any) -> str:
         if not isinstance(owner, nn.Module):
