@@ -101,11 +101,11 @@ def _early_and_right(model: Any) -> dict[int, bool]:
     said: dict[int, torch.Tensor] = {}
     right: dict[int, bool] = {}
 
-    def entering(layer: int, hidden: torch.Tensor) -> None:
+    def entering(layer: int, hidden: torch.Tensor, training: bool) -> None:
         route = routers[layer]
         if route is not None:
             said[layer] = route(hidden.reshape(-1, hidden.shape[-1])).experts
-        enter(layer, hidden)
+        enter(layer, hidden, training)
 
     def computing(layer: int, experts: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         right[layer] = right.get(layer, True) and layer in said and torch.equal(said[layer], index)

@@ -36,6 +36,8 @@ class ServeOptions:
                 raise ConfigError(f"{name} must be at least {least}, not {getattr(self, name)}")
         if self.api_key is not None and not self.api_key.strip():
             raise ConfigError("the api key is empty; give one, or none")
+        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable()):
+            raise ConfigError("the api key has characters that no header can hold; use letters, digits and signs of ASCII")
 
     @property
     def allowed_hosts(self) -> tuple[str, ...]:

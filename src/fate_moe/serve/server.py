@@ -41,6 +41,8 @@ def bind(options: ServeOptions) -> tuple[socket.socket, str]:
         if error.errno == errno.EACCES:
             raise ConfigError(f"port {port} is reserved for the administrator; give a --port from 1024 on") from error
         raise ConfigError(f"cannot listen on {host}: {error.strerror or error}; give another --host") from error
+    except ValueError as error:  # a name that is no name: zero bytes, labels too long
+        raise ConfigError("the --host is not the name or address of this machine; give another") from error
     shown = f"[{host}]" if ":" in host else host
     return listener, f"http://{shown}:{listener.getsockname()[1]}"
 
