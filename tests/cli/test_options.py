@@ -19,6 +19,7 @@ from fate_moe.engine import load, prepare
 from fate_moe.errors import ConfigError
 from fate_moe.gpu import device
 from fate_moe.store import convert
+from fate_moe.tools import tracing
 
 HOSTILE = (
     *("", " ", "words", "0", "-1", "1.5", "nan", "inf", "-inf", "1e400", "1e3", " 4", "0x10", "1_000", "\u0664", "\uff14GiB", "--"),
@@ -90,6 +91,7 @@ def nothing_loads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, 
     for module, name in ((prepare, "store_for"), (prepare, "plan"), (convert, "convert"), (device, "find_gpu")):
         monkeypatch.setattr(module, name, reached)
     monkeypatch.setattr(load, "build", reached)
+    monkeypatch.setattr(tracing, "store_for", reached)  # imported by then, or not
     monkeypatch.setattr("fate_moe.checkpoints.source.resolve_checkpoint", reached)
     monkeypatch.setattr(fate_moe.cli, "build_parser", lambda: PARSER)
     monkeypatch.chdir(tmp_path)

@@ -87,12 +87,11 @@ def _serve(arguments: argparse.Namespace) -> None:
         log_prompts=arguments.log_prompts,
         drain_seconds=arguments.drain_seconds,
     )
-    offload_config(arguments, _CONTEXT_LENGTH)  # what is misspelt is said before anything is bound
+    require_gpu(arguments)  # what is misspelt or missing is said before anything is bound
     listener, url = bind(options)
     if not is_loopback(options.host) and options.api_key is None:
         say(f"warning: whoever reaches {options.host} may use this server; give --api-key-file, or --host 127.0.0.1")
     say(f"fate serve: {url} (loading; Ctrl-C ends)")
-    require_gpu(arguments)
 
     def ready() -> None:
         say(f"ready: {url}/v1")
