@@ -104,7 +104,7 @@ def _serve(arguments: argparse.Namespace) -> None:
 
 
 def _api_key(arguments: argparse.Namespace) -> str | None:
-    """The key that clients must send: from an option, a file or the environment. Raises ConfigError for a file without one."""
+    """The key that clients must send: from an option, a file or FATE_API_KEY. Raises ConfigError for a file without one."""
     if arguments.api_key_file is not None:
         try:
             key: str = arguments.api_key_file.read_text().strip()
