@@ -1,12 +1,19 @@
-"""Rules of a configuration that transformers does not enforce (it warns, or computes NaN), and without which text is wrong."""
+"""Reads config.json, and checks the rules that transformers does not enforce: where one is broken it warns or computes NaN."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-__all__ = ["broken_config_rule"]
+from fate_moe.errors import CheckpointError
+from fate_moe.io.json_file import read_json
+
+__all__ = ["EXPERT_COUNTS", "broken_config_rule", "read_config"]
+
+# What families call the number of experts in a layer.
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 _COUNTS = (
     "hidden_size",
@@ -16,7 +23,6 @@ _COUNTS = (
     "num_key_value_heads",
     "max_position_embeddings",
 )
-_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
 _MOST_LAYERS = 10_000  # more than any model has, and few enough to build
 _EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "layernorm_epsilon")
 # Of rope_parameters; each is absent, None, or a number above zero.
@@ -34,6 +40,18 @@ _ROPE_NUMBERS = (
 _ROPE_LISTS = ("short_factor", "long_factor")
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """The content of ``folder``'s config.json. Raises CheckpointError if it is missing, unreadable or no JSON object."""
+    path = folder / "config.json"
+    try:
+        config = read_json(path)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder} has no config.json; give the folder of a Hugging Face checkpoint") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} holds no JSON object but {type(config).__name__}; take the config.json of the checkpoint")
+    return config
+
+
 def broken_config_rule(config: Any) -> str | None:
     """The first rule that ``config`` (transformers' object) or a part of it breaks, in words, or None."""
     return next(_broken(config, ""), None)
@@ -44,7 +62,7 @@ def _broken(config: Any, where: str) -> Iterator[str]:
         value = _entry(config, name)
         if value is not None and not isinstance(value, list | tuple | dict) and not _is_number(value, above=0):
             yield f"{where}{name} is {value!r}, and a number above 0 is expected"
-    for name in _EXPERT_COUNTS:
+    for name in (*EXPERT_COUNTS, "num_experts_per_tok"):
         value = _entry(config, name)
         if value is not None and not isinstance(value, list | tuple) and (type(value) is not int or value < 0):
             yield f"{where}{name} is {value!r}, and a whole number is expected"

@@ -16,10 +16,10 @@ from safetensors import safe_open
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from fate_moe.adapter.config_rules import broken_config_rule
+from fate_moe.adapter.config_rules import broken_config_rule, read_config
 from fate_moe.adapter.contract import broken_rule, is_experts, lookalikes
 from fate_moe.errors import CheckpointError, UnsupportedModelError
-from fate_moe.io.json_file import read_json, unmarked_json
+from fate_moe.io.json_file import unmarked_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,19 +75,10 @@ def build_meta_model(folder: str | Path) -> PreTrainedModel:
     import transformers
     from transformers.initialization import no_init_weights
 
-    path = Path(folder) / "config.json"
-    try:
-        raw = read_json(path)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{folder} has no config.json; give the folder of a Hugging Face checkpoint") from error
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}); check its permissions and the disk") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} {error}") from error
-    family = raw.get("model_type") if isinstance(raw, dict) else None
+    path, raw = Path(folder) / "config.json", read_config(Path(folder))
+    family = raw.get("model_type")
     if not isinstance(family, str):
-        what = f"no model_type ({family!r})" if isinstance(raw, dict) else f"no JSON object but {type(raw).__name__}"
-        raise CheckpointError(f"{path} holds {what}; take the config.json of the checkpoint")
+        raise CheckpointError(f"{path} holds no model_type ({family!r}); take the config.json of the checkpoint")
     if family not in transformers.CONFIG_MAPPING:
         remote = "auto_map" in raw
         hint = (

@@ -14,7 +14,7 @@ from fate_moe.errors import CheckpointError
 from fate_moe.io.json_file import read_json, what_it_is
 from fate_moe.io.tensorfile import TensorEntry, read_header
 
-__all__ = ["SAME_PLACE", "WeightFiles", "find_weights", "has_weights", "some"]
+__all__ = ["SAME_PLACE", "WeightFiles", "find_index", "find_weights", "has_weights", "some"]
 
 SAME_PLACE = "take config.json and weights from the same place"
 
@@ -68,6 +68,14 @@ def find_weights(folder: Path) -> WeightFiles:
     return WeightFiles(files, entries, unread, {name: why for name, why in absent.items() if name not in entries})
 
 
+def find_index(folder: Path) -> Path | None:
+    """The file that says which shard holds a tensor, under its usual name or, if there is one such file, a similar one."""
+    path, others = folder / _INDEX, sorted(folder.glob("*.safetensors.index*.json"))
+    if path.is_file():
+        return path
+    return others[0] if len(others) == 1 else None
+
+
 def has_weights(folder: Path) -> bool:
     """Whether there is anything that ``find_weights`` would read: a configuration alone is enough for a plan."""
     return any(folder.glob("*.safetensors")) or ((folder / _INDEX).is_file() and any(folder.glob("*/*.safetensors")))
@@ -80,18 +88,9 @@ def some(names: list[str], most: int = 3) -> str:
 
 def _index(folder: Path) -> tuple[Path | None, dict[str, str]]:
     """The index and its map from tensors to files; (None, {}) without one."""
-    path = folder / _INDEX
-    if not path.is_file():
-        others = sorted(folder.glob("*.safetensors.index*.json"))
-        if len(others) != 1:
-            return None, {}
-        path = others[0]
-    try:
-        content = read_json(path)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}); check its permissions and the disk") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} {error}") from error
+    if (path := find_index(folder)) is None:
+        return None, {}
+    content = read_json(path)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{path} is damaged (it has no weight_map); fetch it again")

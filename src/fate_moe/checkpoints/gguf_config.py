@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from fate_moe.adapter.config_rules import EXPERT_COUNTS
 from fate_moe.checkpoints.gguf_metadata import Metadata
 from fate_moe.checkpoints.gguf_names import check_blocks
 from fate_moe.checkpoints.gguf_rope import rope_parameters
@@ -43,7 +44,7 @@ _COUNTS: dict[str, tuple[str, ...]] = {
     "attention.sliding_window": ("sliding_window",),
     "attention.q_lora_rank": ("q_lora_rank",),
     "attention.kv_lora_rank": ("kv_lora_rank",),
-    "expert_count": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+    "expert_count": EXPERT_COUNTS,
     "expert_used_count": ("num_experts_per_tok", "moe_k"),
     "expert_group_count": ("n_group",),
     "expert_group_used_count": ("topk_group",),

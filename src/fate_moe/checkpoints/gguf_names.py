@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fate_moe.adapter.config_rules import EXPERT_COUNTS
 from fate_moe.checkpoints.files import some
 from fate_moe.checkpoints.gguf_rope import TABLES
 from fate_moe.errors import CheckpointError, ConfigError
@@ -27,8 +28,6 @@ _BLOCK = re.compile(r"^blk\.(\d+)\.")
 
 # Architectures whose query and key rows llama.cpp's converter interleaves for its rotary positions.
 _INTERLEAVED = ("llama", "granitemoe")
-
-
 # Architectures whose routers may lack the bias that transformers' model always has; without it llama.cpp adds nothing.
 _BIAS_IS_OPTIONAL = ("deepseek2", "dots1", "ernie4_5-moe")
 # What a file may hold besides the model's parameters, and why it is not read.
@@ -163,8 +162,7 @@ def _lone_experts(block: str, matrix: str, config: Any) -> Source:
 
 
 def _num_experts(config: Any) -> int:
-    names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-    return int(next(value for name in names if (value := getattr(config, name, None))))
+    return int(next(value for name in EXPERT_COUNTS if (value := getattr(config, name, None))))
 
 
 def _expert_source(block: str, architecture: str, matrix: str, kind: str, names: Collection[str]) -> Source:

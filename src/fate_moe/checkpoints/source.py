@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fate_moe.checkpoints.files import find_weights, some
+from fate_moe.adapter.config_rules import read_config
+from fate_moe.checkpoints.files import SAME_PLACE, find_weights, some
 from fate_moe.checkpoints.gguf_file import looks_like_gguf
 from fate_moe.checkpoints.mxfp4 import BLOCKS, SCALES, dequantize_mxfp4, mxfp4_shape
 from fate_moe.checkpoints.packed import PACKED_METHODS, Packed, find_packed
 from fate_moe.errors import CheckpointError, UnsupportedModelError
 from fate_moe.io.direct import drop_from_page_cache
-from fate_moe.io.json_file import parse_json, read_json, unmarked_json, what_it_is
+from fate_moe.io.json_file import parse_json, unmarked_json, what_it_is
 from fate_moe.quant.dtypes import TORCH_DTYPES
 
 __all__ = ["COMPANIONS", "Checkpoint", "resolve_checkpoint"]
@@ -243,7 +244,7 @@ class Checkpoint:
             for name in self._packed:
                 self._packed[name].check(self._shape_in_file, self._dtype_in_file, group_size)
         except ValueError as error:
-            raise CheckpointError(f"{self.folder}: {name}: {error}; take config.json and weights from the same place") from error
+            raise CheckpointError(f"{self.folder}: {name}: {error}; {SAME_PLACE}") from error
 
     def _shape_in_file(self, name: str) -> tuple[int, ...]:
         return self._entries[name][1].shape
@@ -282,17 +283,7 @@ def dequantize_blocks(weights: Tensor, scale: Tensor, block: tuple[int, int]) ->
 def _quantization(folder: Path) -> dict[str, Any]:
     """config.json's ``quantization_config``, {} if absent. Raises UnsupportedModelError for a method that is not supported."""
     path = folder / "config.json"
-    try:
-        config: Any = read_json(path)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{folder} has no config.json; give the folder of a Hugging Face checkpoint") from error
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}); check its permissions and the disk") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} holds no JSON object but {type(config).__name__}; take the config.json of the checkpoint")
-    quantization = config.get("quantization_config") or {}
+    quantization = read_config(folder).get("quantization_config") or {}
     if not isinstance(quantization, dict):
         raise CheckpointError(f"{path}: quantization_config is {quantization!r}, not an object; take the checkpoint's own file")
     if quantization and quantization.get("quant_method") not in ("fp8", "mxfp4", *PACKED_METHODS):

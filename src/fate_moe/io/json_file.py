@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fate_moe.errors import CheckpointError
+
 __all__ = ["parse_json", "read_json", "unmarked_json", "what_it_is"]
 
 # UTF-32 first: its little-endian mark begins with UTF-16's.
@@ -20,12 +22,25 @@ _MARKS = (
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file. Raises OSError; ValueError with the line and what to do, fit to follow "PATH "."""
-    return parse_json(path.read_bytes())
+    """The content of a checkpoint's JSON file. Raises CheckpointError with the file, the line and what to do.
+
+    FileNotFoundError passes: the caller knows what a missing file means.
+    """
+    try:
+        return parse_json(path.read_bytes())
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}); check its permissions and the disk") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} {error}") from error
 
 
 def parse_json(data: bytes, unique: bool = True) -> Any:
-    """The value that ``data`` writes. Raises ValueError as ``read_json``, if ``unique`` also for a key that has two values."""
+    """The value of the JSON text ``data``. Raises ValueError, worded to follow the file's name, with the line and what to do.
+
+    ``unique``: a key that has two different values is an error too.
+    """
     if reason := what_it_is(data):
         raise ValueError(reason)
     text = _decoded(data)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fate_moe.adapter.config_rules import read_config
+from fate_moe.checkpoints.files import find_index
 from fate_moe.checkpoints.source import Checkpoint
 from fate_moe.errors import CheckpointError
 from fate_moe.io.digests import KnownDigests
-from fate_moe.io.json_file import read_json
 from fate_moe.io.progress import progress_bar
 from fate_moe.quant.solver import DEFAULT_SOLVER
 from fate_moe.store.format import FORMAT_VERSION
@@ -95,18 +95,14 @@ def _digests() -> KnownDigests:
 
 
 def _identity(checkpoint: Checkpoint, options: StoreOptions, digests: list[str | None]) -> str:
-    path = checkpoint.folder / "config.json"
-    try:
-        config = json.dumps(stored_config(read_json(path)), sort_keys=True)
-    except ValueError as error:
-        raise CheckpointError(f"{path} {error}") from error
+    config = json.dumps(stored_config(read_config(checkpoint.folder)), sort_keys=True)
     return _digest(["content", *_told(options, config, [*digests, *_index(checkpoint.folder)])])
 
 
 def _index(folder: Path) -> list[str]:
     """The index, which decides whose tensor counts where two files have one of a name."""
-    path = folder / "model.safetensors.index.json"
-    return [hashlib.sha256(path.read_bytes()).hexdigest()] if os.path.isfile(path) else []
+    path = find_index(folder)
+    return [hashlib.sha256(path.read_bytes()).hexdigest()] if path is not None else []
 
 
 def _told(options: StoreOptions, config: str, files: Iterable[object]) -> list[object]:
