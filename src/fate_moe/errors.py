@@ -73,3 +73,11 @@ class StoreError(FateError):
 
 class CorruptExpertError(StoreError):
     """The bytes of one expert differ from their checksum; names file, layer and expert."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of another library's ``error``, or its type's name if it has no text, to quote in a message.
+
+    Not in ``__all__``, which lists the errors that are public.
+    """
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -15,7 +15,6 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,7 @@ from fate_moe.checkpoints.gguf_metadata import Metadata
 from fate_moe.checkpoints.gguf_names import find_sources, why_unread
 from fate_moe.checkpoints.gguf_rope import TABLES
 from fate_moe.checkpoints.source import COMPANIONS, Checkpoint
-from fate_moe.errors import CheckpointError, ConfigError, UnsupportedModelError
+from fate_moe.errors import CheckpointError, ConfigError, UnsupportedModelError, first_line
 
 __all__ = ["NO_TOKENIZER", "GgufCheckpoint", "config_folder", "find_gguf", "open_checkpoint"]
 
@@ -76,8 +75,6 @@ class GgufCheckpoint(Checkpoint):
 
     ``unread`` names the file's tensors that make no parameter, and why they need not.
     """
-
-    unread: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, path: Path) -> None:
         """Reads everything except the weights. Raises CheckpointError for damaged or missing files, metadata or tensors,
@@ -164,8 +161,7 @@ class GgufCheckpoint(Checkpoint):
         return super().companions()
 
     def _say_no_tokenizer(self, error: Exception) -> None:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        said = f"{self.files[0].name} has none that transformers {_transformers_version()} reads ({reason})"
+        said = f"{self.files[0].name} has none that transformers {_transformers_version()} reads ({first_line(error)})"
         (self.folder / NO_TOKENIZER).write_text(said)
         _log.warning("no tokenizer: %s; put the model's tokenizer.json and tokenizer_config.json into the store", said)
 

@@ -29,7 +29,7 @@ from transformers.core_model_loading import (
 )
 
 from fate_moe.checkpoints.files import SAME_PLACE
-from fate_moe.errors import CheckpointError
+from fate_moe.errors import CheckpointError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -131,9 +131,8 @@ class Recipe:
         try:
             made = converter.convert(self.first, model=model, config=model.config)[target]
         except Exception as error:  # torch raises several types for wrong shapes
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             sources = ", ".join(names[0] for names in self.sources.values())
-            raise CheckpointError(f"{target} cannot be made from {sources} ...: {reason}; {SAME_PLACE}") from error
+            raise CheckpointError(f"{target} cannot be made from {sources} ...: {first_line(error)}; {SAME_PLACE}") from error
         return made[0] if isinstance(made, list) else made  # type: ignore[no-any-return]
 
 

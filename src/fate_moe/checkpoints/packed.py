@@ -27,13 +27,13 @@ PACKED_METHODS = ("gptq", "awq", "compressed-tensors")
 
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 # By method: the tensor that marks a packed weight, and all tensors that belong to it (last parts of their names).
-# Of these parts, those that hold codes in words of 32 bits.
-_WORDS = {"qweight", "qzeros", "weight_packed", "weight_zero_point"}
 _LEAVES = {
     "gptq": ("qweight", ("qweight", "qzeros", "scales", "g_idx")),
     "awq": ("qweight", ("qweight", "qzeros", "scales")),
     "compressed-tensors": ("weight_packed", ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")),
 }
+# Of these parts, those that hold codes in words of 32 bits.
+_WORDS = {"qweight", "qzeros", "weight_packed", "weight_zero_point"}
 
 
 @dataclass(frozen=True)

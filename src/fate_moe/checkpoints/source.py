@@ -17,7 +17,7 @@ from fate_moe.checkpoints.files import SAME_PLACE, find_weights, some
 from fate_moe.checkpoints.gguf_file import looks_like_gguf
 from fate_moe.checkpoints.mxfp4 import BLOCKS, SCALES, dequantize_mxfp4, mxfp4_shape
 from fate_moe.checkpoints.packed import PACKED_METHODS, Packed, find_packed
-from fate_moe.errors import CheckpointError, UnsupportedModelError
+from fate_moe.errors import CheckpointError, UnsupportedModelError, first_line
 from fate_moe.io.direct import drop_from_page_cache
 from fate_moe.io.json_file import parse_json, unmarked_json, what_it_is
 from fate_moe.quant.dtypes import TORCH_DTYPES
@@ -70,9 +70,8 @@ def resolve_checkpoint(name: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(name), allow_patterns=list(_DOWNLOADED), ignore_patterns=list(_SKIPPED)))
     except Exception as error:  # offline, no such model, gated, disk full: the hub's message says which
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"{name} is not a folder and cannot be downloaded from the hub ({reason}); check the name and the connection"
+            f"{name} is not a folder and cannot be downloaded from the hub ({first_line(error)}); check the name and the connection"
         ) from error
 
 

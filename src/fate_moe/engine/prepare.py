@@ -21,7 +21,7 @@ from fate_moe.config import OffloadConfig
 from fate_moe.engine.budget import Footprint, Plan, footprint, make_plan
 from fate_moe.engine.device_budget import DevicePlan, make_device_plan
 from fate_moe.engine.tokenizer import has_tokenizer, load_tokenizer
-from fate_moe.errors import CheckpointError, StoreError
+from fate_moe.errors import CheckpointError, StoreError, first_line
 from fate_moe.gpu.device import find_gpu
 from fate_moe.kernels.modes import neutral
 from fate_moe.kernels.selfcheck import check_numbers
@@ -29,7 +29,7 @@ from fate_moe.registry import PRESETS
 from fate_moe.store.companions import refresh_companions
 from fate_moe.store.convert import convert
 from fate_moe.store.dense import default_dense_precision
-from fate_moe.store.format import blob_layout
+from fate_moe.store.format import AGAIN, blob_layout
 from fate_moe.store.home import identity_of, stores_home
 from fate_moe.store.identity import StoreOptions, known_identity, older_identity, store_identity
 from fate_moe.store.learned import gates_bytes
@@ -41,8 +41,6 @@ __all__ = ["Prepared", "is_store", "load_generation_config", "load_tokenizer", "
 _log = logging.getLogger(__name__)
 
 _MOST_NAME_BYTES = 100
-
-_AGAIN = "delete the store and convert the checkpoint again"
 
 
 @dataclass(frozen=True)
@@ -171,7 +169,7 @@ def prepare(path: Path) -> Prepared:
     for stack in stacks:
         shapes, layouts = stack.output_rows_first(), set(manifest.layouts_of(stack.layer))
         if any(one != blob_layout(one.precision, shapes, manifest.dtype, one.group_size, one.plane_widths) for one in layouts):
-            raise StoreError(f"{path}: fate.json lays {stack.name} out in another way than this model needs; {_AGAIN}")
+            raise StoreError(f"{path}: fate.json lays {stack.name} out in another way than this model needs; {AGAIN}")
     return Prepared(store, model, stacks)
 
 
@@ -183,8 +181,4 @@ def load_generation_config(model: Any, store: Path) -> None:
             model.generation_config = GenerationConfig.from_dict(options)
             model.generation_config.validate()
         except Exception as error:  # whatever a torn or hostile file makes transformers raise
-            raise StoreError(f"{path} cannot be read ({_first_line(error)}); copy it from the checkpoint again") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise StoreError(f"{path} cannot be read ({first_line(error)}); copy it from the checkpoint again") from error

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoTokenizer
 
 from fate_moe.checkpoints.gguf import NO_TOKENIZER
-from fate_moe.errors import CheckpointError
+from fate_moe.errors import CheckpointError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,7 +37,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # type: ignore[no-any-return]
     except Exception as error:  # whatever hostile tokenizer files make transformers raise
-        reason = next(_reasons(path), None) or f"({_first_line(error)}); {_COPY} again"
+        reason = next(_reasons(path), None) or f"({first_line(error)}); {_COPY} again"
         raise CheckpointError(f"{path}: its tokenizer cannot be loaded: {reason}") from error
 
 
@@ -59,7 +59,3 @@ def _reasons(path: Path) -> Iterator[str]:
         for pattern, package in (("*.model", "sentencepiece"), ("*.tiktoken", "tiktoken"), ("tekken.json", "mistral_common")):
             if any(path.glob(pattern)) and importlib.util.find_spec(package) is None:
                 yield f"it needs the package {package} (pip install {package}), or a tokenizer.json"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -14,12 +14,12 @@ from fate_moe.errors import StoreError
 from fate_moe.kernels.reference import dequantize
 from fate_moe.layers.dense import QuantizedLinear, StoredEmbedding
 from fate_moe.quant.blob import views
+from fate_moe.store.format import AGAIN
 from fate_moe.store.open import Store
 from fate_moe.store.rows import StoredRows
 
 __all__ = ["fill", "fill_device", "leave_on_disk"]
 
-_AGAIN = "delete the store and convert the checkpoint again"
 # Elements of a quantized matrix that become numbers at a time: in fp32, with copies, about 16 bytes each (16 Mi of them ran a GPU's
 # smallest budget out of memory).
 _AT_ONCE = 1 << 20
@@ -99,13 +99,13 @@ def _place(
         owner = modules.get(owner_name, nn.Module())
         placeholder = owner._buffers.get(leaf, owner._parameters.get(leaf))
         if placeholder is None:
-            raise StoreError(f"{path}: dense.safetensors has {name}, which the model does not have; {_AGAIN}")
+            raise StoreError(f"{path}: dense.safetensors has {name}, which the model does not have; {AGAIN}")
         if name in quantized and tensor.dtype == torch.uint8 and len(tensor) == quantized[name].length:
             blobs[owner_name] = tensor  # once its bias is there
             continue
         if placeholder.shape != tensor.shape:
             found, wanted = tuple(tensor.shape), tuple(placeholder.shape)
-            raise StoreError(f"{path}: {name} is {found} in dense.safetensors, config.json means {wanted}; {_AGAIN}")
+            raise StoreError(f"{path}: {name} is {found} in dense.safetensors, config.json means {wanted}; {AGAIN}")
         patcher.replace(owner, leaf, tensor if leaf in owner._buffers else nn.Parameter(tensor, requires_grad=False))
     return blobs
 
@@ -117,7 +117,7 @@ def _finish(model: Any, path: Path, patcher: Patcher) -> None:
     for module_name, module in model.named_modules():
         for leaf, value in module._parameters.items():
             if value is not None and value.device.type == "meta" and module not in experts:
-                raise StoreError(f"{path}: dense.safetensors lacks {module_name}.{leaf}; {_AGAIN}")
+                raise StoreError(f"{path}: dense.safetensors lacks {module_name}.{leaf}; {AGAIN}")
 
 
 def _put(model: Any, path: str, module: nn.Module, patcher: Patcher) -> None:

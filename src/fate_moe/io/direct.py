@@ -13,11 +13,17 @@ from typing import BinaryIO
 
 from fate_moe.core import SLOT_ALIGNMENT
 
-__all__ = ["DirectFile", "anonymous_buffer", "drop_from_page_cache"]
+__all__ = ["DirectFile", "anonymous_buffer", "drop_from_page_cache", "file_state"]
 
 _log = logging.getLogger(__name__)
 _fallback_logged = threading.Event()
 _O_DIRECT = getattr(os, "O_DIRECT", 0)  # Linux only; elsewhere reads are buffered
+
+
+def file_state(fd: int) -> tuple[int, int]:
+    """(size, time of the last write in ns) of an open file. While they stay, its bytes are taken to be unchanged."""
+    status = os.fstat(fd)
+    return status.st_size, status.st_mtime_ns
 
 
 class DirectFile:
@@ -67,9 +73,8 @@ class DirectFile:
         return done
 
     def state(self) -> tuple[int, int]:
-        """(size, time of the last write in ns): another one tells that its bytes may have changed since."""
-        status = os.fstat(self._fd)
-        return status.st_size, status.st_mtime_ns
+        """See ``file_state``."""
+        return file_state(self._fd)
 
     def close(self) -> None:
         """Close the file; further reads fail."""

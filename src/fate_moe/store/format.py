@@ -14,9 +14,10 @@ from fate_moe.errors import StoreError
 from fate_moe.io.checked import checksum, count, file_name, items, require, text
 from fate_moe.quant.dtypes import TORCH_DTYPES
 
-__all__ = ["FORMAT_VERSION", "ExpertEntry", "LayerEntry", "Manifest", "blob_layout"]
+__all__ = ["AGAIN", "FORMAT_VERSION", "ExpertEntry", "LayerEntry", "Manifest", "blob_layout"]
 
 FORMAT_VERSION = 1
+AGAIN = "delete the store and convert the checkpoint again"
 
 # Parts and sections start on multiples of a cache line, which is also the widest vector load.
 PART_ALIGNMENT = 64
@@ -161,18 +162,16 @@ class Manifest:
             if type(version) is not int:
                 raise ValueError("format_version is not a number")
         except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise StoreError(f"{where} is damaged ({error!r}); delete the store and convert the checkpoint again") from error
+            raise StoreError(f"{where} is damaged ({error!r}); {AGAIN}") from error
         if version != FORMAT_VERSION:
-            advice = (
-                "update fate-moe to read it" if version > FORMAT_VERSION else "delete the store and convert the checkpoint again"
-            )
+            advice = "update fate-moe to read it" if version > FORMAT_VERSION else AGAIN
             raise StoreError(
                 f"{where}: the store has format version {version}, and this fate-moe reads version {FORMAT_VERSION}; {advice}"
             )
         try:
             return _manifest(data)
         except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-            raise StoreError(f"{where} is damaged ({error}); delete the store and convert the checkpoint again") from error
+            raise StoreError(f"{where} is damaged ({error}); {AGAIN}") from error
 
 
 def blob_layout(

@@ -18,14 +18,12 @@ from fate_moe.io.direct import DirectFile, anonymous_buffer
 from fate_moe.io.progress import progress_bar
 from fate_moe.io.tensorfile import TensorEntry, data_start, parse_header, read_header
 from fate_moe.quant.dtypes import TORCH_DTYPES
-from fate_moe.store.format import Manifest
+from fate_moe.store.format import AGAIN, Manifest
 
 __all__ = ["Store", "check_blob", "check_dense", "check_section", "load_dense", "open_store", "verify"]
 
 # Large enough for the full bandwidth of a disk, small enough to stay in the processor's cache for the checksum.
 _CHUNK_BYTES = 4 << 20
-
-_AGAIN = "delete the store and convert the checkpoint again"
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ def open_store(path: str | Path) -> Store:
         for number, (expert, index) in enumerate(zip(layer.experts, layer.layouts, strict=True)):
             entry = entries[layer.shard].get(f"{layer.name}.{number}")
             if entry is None or (entry.offset, entry.length) != (expert.offset, store.manifest.layouts[index].length):
-                raise StoreError(f"{path / layer.shard}: {layer.name} expert {number} is not where fate.json says; {_AGAIN}")
+                raise StoreError(f"{path / layer.shard}: {layer.name} expert {number} is not where fate.json says; {AGAIN}")
     return store
 
 
@@ -69,12 +67,12 @@ def _header(path: Path, num_bytes: int) -> dict[str, TensorEntry]:
     try:
         actual = path.stat().st_size
         if actual != num_bytes:
-            raise StoreError(f"{path} has {actual} bytes, fate.json says {num_bytes}; the file is incomplete, {_AGAIN}")
+            raise StoreError(f"{path} has {actual} bytes, fate.json says {num_bytes}; the file is incomplete, {AGAIN}")
         return read_header(path)
     except OSError as error:
-        raise StoreError(f"{path} cannot be read ({error.strerror}); {_AGAIN}") from error
+        raise StoreError(f"{path} cannot be read ({error.strerror}); {AGAIN}") from error
     except ValueError as error:
-        raise StoreError(f"{path} is damaged ({error}); {_AGAIN}") from error
+        raise StoreError(f"{path} is damaged ({error}); {AGAIN}") from error
 
 
 def load_dense(store: Store, exclude: str | None = None) -> dict[str, torch.Tensor]:
@@ -104,7 +102,7 @@ def load_dense(store: Store, exclude: str | None = None) -> dict[str, torch.Tens
             raise ValueError("its header changed while it was read")
         return {name: _view(buffer, entry) for name, entry in entries.items() if name != exclude}
     except (ValueError, KeyError) as error:
-        raise StoreError(f"{path} is damaged ({error}); {_AGAIN}") from error
+        raise StoreError(f"{path} is damaged ({error}); {AGAIN}") from error
 
 
 def check_dense(store: Store) -> None:
@@ -150,7 +148,7 @@ def open_file(path: Path, direct: bool = True) -> DirectFile:
             errno.ENFILE: "close other programs",
             errno.EACCES: "check its permissions",
         }
-        raise StoreError(f"{path} cannot be opened ({error.strerror}); {advice.get(error.errno or 0, _AGAIN)}") from error
+        raise StoreError(f"{path} cannot be opened ({error.strerror}); {advice.get(error.errno or 0, AGAIN)}") from error
 
 
 def read_blob(store: Store, file: DirectFile, expert: ExpertId, blob: memoryview, start: int = 0) -> None:
@@ -160,9 +158,9 @@ def read_blob(store: Store, file: DirectFile, expert: ExpertId, blob: memoryview
     try:
         got = file.read(blob, offset)
     except OSError as error:
-        raise StoreError(f"{where} cannot be read ({error.strerror}); check the disk, then {_AGAIN}") from error
+        raise StoreError(f"{where} cannot be read ({error.strerror}); check the disk, then {AGAIN}") from error
     if got < len(blob):
-        raise StoreError(f"{where} ends after {got} of {len(blob)} bytes; the file is incomplete, {_AGAIN}")
+        raise StoreError(f"{where} ends after {got} of {len(blob)} bytes; the file is incomplete, {AGAIN}")
 
 
 def check_blob(store: Store, expert: ExpertId, blob: memoryview) -> None:
@@ -177,7 +175,7 @@ def check_section(store: Store, expert: ExpertId, blob: memoryview, number: int)
     checksum = store.manifest.layers[expert.layer].experts[expert.expert].checksums[number]
     if xxhash.xxh3_64_hexdigest(blob[section.offset : section.offset + section.length]) != checksum:
         where = f"{store.shard_of(expert)}: layer {expert.layer} expert {expert.expert}"
-        raise CorruptExpertError(f"{where}: section {section.name} differs from its checksum; {_AGAIN}")
+        raise CorruptExpertError(f"{where}: section {section.name} differs from its checksum; {AGAIN}")
 
 
 def _checked_read(
@@ -202,8 +200,8 @@ def _checked_read(
             except OSError as error:
                 raise StoreError(f"{path} cannot be read ({error.strerror}); check the disk") from error
             if got < length:
-                raise StoreError(f"{path} ends after {start + got} of {num_bytes} bytes; the file is incomplete, {_AGAIN}")
+                raise StoreError(f"{path} ends after {start + got} of {num_bytes} bytes; the file is incomplete, {AGAIN}")
             digest.update(room[:length])
             done(start, start + length)
     if digest.hexdigest() != checksum:
-        raise StoreError(f"{path}: its bytes differ from their checksum; {_AGAIN}")
+        raise StoreError(f"{path}: its bytes differ from their checksum; {AGAIN}")

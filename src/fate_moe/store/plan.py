@@ -116,8 +116,7 @@ class ConversionPlan:
         return {name: QuantizedMatrix(*(part[name] for part in parts)) for name in targets}
 
     def _is_packed(self, recipe: Recipe) -> bool:
-        names = [name for sources in recipe.sources.values() for name in sources]
-        return recipe.merges and self.checkpoint.packed_names.issuperset(names)
+        return recipe.merges and self.checkpoint.packed_names.issuperset(recipe.all_sources)
 
     def make_expert(
         self,
@@ -305,7 +304,7 @@ def _check_dense(tensor: DenseTensor, model: PreTrainedModel, checkpoint: Checkp
 
 def _experts_dtype(checkpoint: Checkpoint, recipes: dict[str, Recipe], routed: set[str]) -> torch.dtype:
     """The one dtype that holds all experts without loss."""
-    sources = [name for target in routed for names in recipes[target].sources.values() for name in names]
+    sources = [name for target in routed for name in recipes[target].all_sources]
     dtype = checkpoint.dtype(sources[0])
     for name in sources:
         dtype = torch.promote_types(dtype, checkpoint.dtype(name))

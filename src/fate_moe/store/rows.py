@@ -10,13 +10,13 @@ import torch
 
 from fate_moe.core import BlobLayout
 from fate_moe.errors import StoreError
+from fate_moe.io.direct import file_state
 from fate_moe.io.tensorfile import read_header
 from fate_moe.quant.dtypes import TORCH_DTYPES
+from fate_moe.store.format import AGAIN
 from fate_moe.store.open import Store, check_dense
 
 __all__ = ["StoredRows"]
-
-_AGAIN = "delete the store and convert the checkpoint again"
 
 
 class StoredRows:
@@ -33,14 +33,14 @@ class StoredRows:
             entry = read_header(self.path)[name]
             file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         except KeyError as error:
-            raise StoreError(f"{self.path} lacks {name}; {_AGAIN}") from error
+            raise StoreError(f"{self.path} lacks {name}; {AGAIN}") from error
         except (OSError, ValueError) as error:
-            raise StoreError(f"{self.path} cannot be read ({error}); {_AGAIN}") from error
-        self._store, self._file, self._state = store, file, _state(file)
+            raise StoreError(f"{self.path} cannot be read ({error}); {AGAIN}") from error
+        self._store, self._file, self._state = store, file, file_state(file)
         weakref.finalize(self, os.close, file)
         self.layout = layout if layout and (entry.dtype, entry.length) == ("U8", layout.length) else None
         if self.layout is None and entry.shape != shape:
-            raise StoreError(f"{self.path}: {name} has shape {entry.shape}; config.json expects {shape}; {_AGAIN}")
+            raise StoreError(f"{self.path}: {name} has shape {entry.shape}; config.json expects {shape}; {AGAIN}")
         parts = [(part.name, part.dtype, part.shape, part.offset) for part in self.layout.parts] if self.layout else []
         self._parts = [
             (part, TORCH_DTYPES[dtype], tuple(part_shape[1:]), entry.offset + offset)
@@ -57,7 +57,7 @@ class StoredRows:
             for place, row in enumerate(ids):
                 self._fill(memory[place * length : (place + 1) * length], offset + row * length)
             parts[name] = rows
-        if (state := _state(self._file)) != self._state:
+        if (state := file_state(self._file)) != self._state:
             check_dense(self._store)
             self._state = state
         return parts
@@ -68,9 +68,4 @@ class StoredRows:
         except OSError as error:
             raise StoreError(f"{self.path} cannot be read ({error.strerror}); check the disk") from error
         if got < len(row):
-            raise StoreError(f"{self.path} ends before byte {offset + len(row)}; the file is incomplete, {_AGAIN}")
-
-
-def _state(file: int) -> tuple[int, int]:
-    status = os.fstat(file)
-    return status.st_size, status.st_mtime_ns
+            raise StoreError(f"{self.path} ends before byte {offset + len(row)}; the file is incomplete, {AGAIN}")

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fate_moe.errors import CheckpointError, ConfigError
+from fate_moe.errors import CheckpointError, ConfigError, first_line
 
 __all__ = ["as_input", "chat_text", "first_tokens", "num_rows", "token_ids"]
 
@@ -32,7 +32,9 @@ def token_ids(tokenizer: Any, text: str, rows: int, *, special: bool = True) -> 
     try:
         ids = [int(token) for token in tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]]
     except Exception as error:
-        raise CheckpointError(f"the model's tokenizer fails on this text ({_reason(error)}); check its tokenizer files") from error
+        raise CheckpointError(
+            f"the model's tokenizer fails on this text ({first_line(error)}); check its tokenizer files"
+        ) from error
     if ids and not 0 <= min(ids) <= max(ids) < rows:
         wrong = next(token for token in ids if not 0 <= token < rows)
         name = tokenizer.convert_ids_to_tokens(wrong)
@@ -69,7 +71,7 @@ def chat_text(tokenizer: Any, messages: Sequence[dict[str, str]]) -> str:
             with _time_limit(TEMPLATE_SECONDS):
                 text = tokenizer.apply_chat_template(list(attempt), add_generation_prompt=True, tokenize=False)
         except Exception as error:
-            reasons.append(_reason(error))
+            reasons.append(first_line(error))
             continue
         if isinstance(text, str) and said in text:
             return text
@@ -102,7 +104,3 @@ def _time_limit(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
