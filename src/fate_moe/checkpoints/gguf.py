@@ -28,7 +28,7 @@ from fate_moe.checkpoints.gguf_file import GgufFile, GgufTensor, gguf_package, r
 from fate_moe.checkpoints.gguf_metadata import Metadata
 from fate_moe.checkpoints.gguf_names import find_sources, why_unread
 from fate_moe.checkpoints.gguf_rope import TABLES
-from fate_moe.checkpoints.source import COMPANIONS, Checkpoint
+from fate_moe.checkpoints.source import COMPANIONS, Checkpoint, has_tokenizer
 from fate_moe.errors import CheckpointError, ConfigError, UnsupportedModelError, first_line
 
 __all__ = ["NO_TOKENIZER", "GgufCheckpoint", "config_folder", "find_gguf", "open_checkpoint"]
@@ -153,10 +153,10 @@ class GgufCheckpoint(Checkpoint):
         try:
             AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(self.folder)
         except Exception as error:  # none in the file, or not readable by transformers
-            beside = [file for pattern in COMPANIONS[1:] for file in path.parent.glob(pattern)]
-            for file in beside:
-                shutil.copy(file, self.folder)
-            if not any(file.name.startswith(("tokenizer", "vocab")) for file in beside):
+            for pattern in COMPANIONS[1:]:
+                for file in path.parent.glob(pattern):
+                    shutil.copy(file, self.folder)
+            if not has_tokenizer(self.folder):
                 self._say_no_tokenizer(error)
         return super().companions()
 

@@ -22,7 +22,7 @@ from fate_moe.io.direct import drop_from_page_cache
 from fate_moe.io.json_file import parse_json, unmarked_json, what_it_is
 from fate_moe.quant.dtypes import TORCH_DTYPES
 
-__all__ = ["COMPANIONS", "Checkpoint", "resolve_checkpoint"]
+__all__ = ["COMPANIONS", "Checkpoint", "has_tokenizer", "resolve_checkpoint"]
 
 # Files that are copied into the store unchanged, so that it runs without its checkpoint.
 COMPANIONS = (
@@ -38,6 +38,8 @@ COMPANIONS = (
     "merges.txt",
     "chat_template*",
 )
+# Those that hold a vocabulary; a tokenizer has at least one of them.
+_VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
 # Files to download. Some repositories hold the same weights again in other formats, in subfolders.
 _DOWNLOADED = ("*.safetensors", "*.safetensors.index.json", *COMPANIONS)
 _SKIPPED = ("*/*", "consolidated*")
@@ -73,6 +75,11 @@ def resolve_checkpoint(name: str | Path) -> Path:
         raise CheckpointError(
             f"{name} is not a folder and cannot be downloaded from the hub ({first_line(error)}); check the name and the connection"
         ) from error
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether ``folder`` has a tokenizer's vocabulary."""
+    return any(True for pattern in _VOCABULARIES for _ in folder.glob(pattern))
 
 
 class Checkpoint:

@@ -15,19 +15,19 @@ from transformers import GenerationConfig
 from fate_moe import demo
 from fate_moe.adapter.meta_model import ExpertStack, build_meta_model, expert_stacks
 from fate_moe.adapter.sampling import read_generation_config
-from fate_moe.checkpoints.gguf import open_checkpoint
-from fate_moe.checkpoints.source import Checkpoint, resolve_checkpoint
+from fate_moe.checkpoints.gguf import find_gguf, open_checkpoint
+from fate_moe.checkpoints.source import Checkpoint, has_tokenizer, resolve_checkpoint
 from fate_moe.config import OffloadConfig
 from fate_moe.engine.budget import Footprint, Plan, footprint, make_plan
 from fate_moe.engine.device_budget import DevicePlan, make_device_plan
-from fate_moe.engine.tokenizer import has_tokenizer, load_tokenizer
+from fate_moe.engine.tokenizer import load_tokenizer
 from fate_moe.errors import CheckpointError, StoreError, first_line
 from fate_moe.gpu.device import find_gpu
 from fate_moe.kernels.modes import neutral
 from fate_moe.kernels.selfcheck import check_numbers
 from fate_moe.registry import PRESETS
 from fate_moe.store.companions import refresh_companions
-from fate_moe.store.convert import convert
+from fate_moe.store.convert import write_store
 from fate_moe.store.dense import default_dense_precision
 from fate_moe.store.format import AGAIN, blob_layout
 from fate_moe.store.home import identity_of, stores_home
@@ -95,6 +95,7 @@ def is_store(path: str | Path) -> bool:
     return os.path.exists(Path(path) / "fate.json")
 
 
+@neutral()
 def store_for(model: str | Path | None, precision: str, dense_precision: str | None = None) -> Path:
     """The store of ``model``, converted into the cache folder on first use (with a message).
 
@@ -105,22 +106,19 @@ def store_for(model: str | Path | None, precision: str, dense_precision: str | N
         return Path(model)
     path = resolve_checkpoint(model if model is not None else demo.MODEL)
     options = StoreOptions(precision, dense_precision or default_dense_precision(precision))
-    checkpoint, name = open_checkpoint(path), _name_of(model)
-    if not (found := _find_store(checkpoint, name, options, None)):  # of an earlier version: no weights need to be read
+    checkpoint, name, conversion = open_checkpoint(path), _name_of(model), None
+    if not (found := _find_store(checkpoint, name, options, None)):  # one of an earlier version needs no weights to be read
         if (identity := known_identity(checkpoint, options)) is None:
-            plan_conversion(checkpoint, precision, dense_precision=options.dense)  # refuses before gigabytes are read
+            # Planned before gigabytes are read: a checkpoint that is refused is refused at once.
+            conversion = plan_conversion(checkpoint, precision, dense_precision=options.dense)
             identity = store_identity(checkpoint, options)
         found = _find_store(checkpoint, name, options, identity) or stores_home() / f"{name}-{precision}-{identity[:8]}"
     if not is_store(found):
         check_numbers()
-        convert(
-            path,
-            found,
-            precision,
-            dense_precision=options.dense,
-            beginning=lambda: _log.warning("converting %s to %s (once; experts as %s)", name, found, precision),
-        )
-    elif path.is_dir() or not has_tokenizer(found):  # a GGUF file holds its tokenizer, and the identity covers it
+        conversion = conversion or plan_conversion(checkpoint, precision, dense_precision=options.dense)
+        _log.warning("converting %s to %s (once; experts as %s)", name, found, precision)
+        write_store(conversion, found, options, path)
+    elif find_gguf(path) is None or not has_tokenizer(found):  # a GGUF file holds its tokenizer, and the identity covers it
         refresh_companions(checkpoint, found)
     return found
 

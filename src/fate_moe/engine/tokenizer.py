@@ -11,21 +11,15 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoTokenizer
 
 from fate_moe.checkpoints.gguf import NO_TOKENIZER
+from fate_moe.checkpoints.source import has_tokenizer
 from fate_moe.errors import CheckpointError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["has_tokenizer", "load_tokenizer"]
+__all__ = ["load_tokenizer"]
 
-# Each of these alone, or with others, is a vocabulary.
-_VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
 _COPY = "copy tokenizer.json and tokenizer_config.json (or tokenizer.model) from where the model was published"
-
-
-def has_tokenizer(path: Path) -> bool:
-    """Whether the folder ``path`` has a vocabulary."""
-    return any(True for pattern in _VOCABULARIES for _ in path.glob(pattern))
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:

@@ -36,7 +36,7 @@ from fate_moe.store.mixed_precision import PrecisionRules
 from fate_moe.store.open import open_store
 from fate_moe.store.plan import ConversionPlan, ShardPlan, check_finite, plan_conversion, tensor_bytes
 
-__all__ = ["Moments", "convert"]
+__all__ = ["Moments", "convert", "write_store"]
 
 _log = logging.getLogger(__name__)
 
@@ -62,7 +62,6 @@ def convert(
     precision_rules: PrecisionRules | None = None,
     calibration: Moments | None = None,
     progress: bool | None = None,
-    beginning: Callable[[], None] = lambda: None,
 ) -> Path:
     """Convert the checkpoint ``source`` (a folder, a GGUF file or a hub id) into the store ``destination`` and return its path.
 
@@ -71,8 +70,7 @@ def convert(
     the same source at ``destination`` is left unchanged. ``solver`` and ``group_size`` apply to quantized precisions.
     ``precision_rules`` set other precisions for layers or single experts. ``calibration`` gives the inputs for which codes are
     chosen. ``dense_precision`` is that of all other matrices (None: int8 if ``precision`` is quantized). ``progress`` draws a bar
-    on stderr (None: if stderr is a terminal). ``beginning`` is called once the
-    checkpoint was accounted for, before anything is written.
+    on stderr (None: if stderr is a terminal).
 
     Raises CheckpointError or UnsupportedModelError for the source, StoreError when ``destination`` holds something else,
     DiskSpaceError when the store does not fit, ConfigError for an unknown precision, solver or group size.
@@ -99,17 +97,32 @@ def convert(
     if not _is_vacant(destination) and _is_done(destination, store_identity(checkpoint, options, progress)):
         return destination
     plan = plan_conversion(checkpoint, precision, group_size, dense, precision_rules)  # first: it refuses before all bytes are read
-    beginning()
-    identity = store_identity(checkpoint, options, progress)
+    return write_store(plan, destination, options, source, calibration=calibration, progress=progress)
+
+
+@neutral()
+def write_store(
+    plan: ConversionPlan,
+    destination: Path,
+    options: StoreOptions,
+    source: str | Path,
+    *,
+    calibration: Moments | None = None,
+    progress: bool | None = None,
+) -> Path:
+    """Carry out ``plan``, which was made with ``options``; ``source`` is what ``convert`` was given. Otherwise as ``convert``."""
+    identity = store_identity(plan.checkpoint, options, progress)
+    if _is_done(destination, identity):
+        return destination
     work = destination.with_name(destination.name + ".partial")
     with locked_folder(work):
         if _is_done(destination, identity):  # the conversion that held the lock wrote it
             work.rmdir()
             return destination
         if not _is_complete(work, identity):
-            title = str(source) if not Path(source).is_dir() else folder.resolve().name
+            title = str(source) if not Path(source).is_dir() else Path(source).resolve().name
             try:
-                _fill(work, plan, title, dense, SOLVERS[solver], calibration, identity, progress)
+                _fill(work, plan, title, options, calibration, identity, progress)
             except CheckpointError:  # no further attempt can succeed
                 _discard(work, plan)
                 raise
@@ -160,13 +173,12 @@ def _fill(
     work: Path,
     plan: ConversionPlan,
     title: str,
-    dense: str,
-    solver: Solver,
+    options: StoreOptions,
     calibration: Moments | None,
     identity: str,
     progress: bool | None,
 ) -> None:
-    journal = Journal(work, identity)
+    journal, solver = Journal(work, identity), SOLVERS[options.solver]
     copied = {path.name: plan.checkpoint.read_companion(path) for path in plan.checkpoint.companions()}
     sizes = {"dense.safetensors": plan.dense_bytes} | {shard.name: shard.num_bytes for shard in plan.shards}
     remaining = sum(num_bytes for name, num_bytes in sizes.items() if journal.finished(name) is None)
@@ -191,7 +203,7 @@ def _fill(
     for name, data in copied.items():
         with atomic_file(work / name) as file:
             file.write(data)
-    manifest = _manifest(plan, title, dense, identity, dense_checksum, checksums)
+    manifest = _manifest(plan, title, options.dense, identity, dense_checksum, checksums)
     with atomic_file(work / "fate.json") as file:
         file.write(manifest.to_json().encode())
 
