@@ -122,7 +122,7 @@ class _Remembering:
         return copy.deepcopy(self._forward, memo)  # a copied router has its own weights
 
     def _router(self) -> Any:
-        """What tells a router with another weight (an adapter registers one for the time of a call)."""
+        """The identity of the router's weights, which an adapter may replace for the time of one call."""
         router = getattr(self._forward, "__self__", None)
         return router and (type(router), *map(id, router._parameters.values()))
 

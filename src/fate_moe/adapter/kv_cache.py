@@ -43,7 +43,10 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         self._put(1, values)
 
     def _filled(self, buffer: torch.Tensor) -> torch.Tensor:
-        """The tokens that were filled: never written again, so autograd, which may keep them, need not notice what comes behind."""
+        """The part that holds tokens, as a view without autograd's version counter.
+
+        It is never written again, so a write behind it must not make autograd reject a view that it saved for backward.
+        """
         return (buffer if buffer.is_inference() else buffer.data)[:, :, : self._length]
 
     def _put(self, which: int, states: torch.Tensor | None) -> None:
@@ -64,7 +67,7 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         count = key_states.shape[-2]
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad or self.has_gradients()):
             own: tuple[Any, Any] = super().update(key_states, value_states, *args, **kwargs)
-            return own  # in memory of their own: backward needs what was there before
+            return own  # new tensors: backward needs the earlier ones unchanged
         past, *buffers = self.reserve(count, key_states, value_states)
         for buffer, states in zip(buffers, (key_states, value_states), strict=True):
             buffer[:, :, past : past + count] = states
@@ -94,7 +97,7 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         self._length += count
 
     def has_gradients(self) -> bool:
-        """Whether what is cached is part of what somebody trains."""
+        """Whether gradients are computed for cached keys or values."""
         return torch.is_grad_enabled() and any(states is not None and states.requires_grad for states in self._set)
 
     def holds_one(self, dtype: torch.dtype) -> bool:

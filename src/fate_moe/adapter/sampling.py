@@ -12,7 +12,7 @@ from fate_moe.units import Range
 
 __all__ = ["GREEDY_BELOW", "RANGES", "check_generation_config", "read_generation_config"]
 
-# A temperature that is smaller divides scores by so little that they overflow: it means the likeliest token.
+# A smaller temperature would make the scores overflow; it is taken as greedy decoding.
 GREEDY_BELOW = 1e-5
 _COUNT = Range(0, (1 << 31) - 1, whole=True)
 _SHARE = Range(0, 1)
@@ -64,7 +64,7 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "token_healing": (False,),
     "use_mtp": (False,),
 }
-# What says how to compute, not what: the engine has a KV cache and kernels of its own.
+# Options that choose caches and kernels, of which the engine has its own, or the form of the output.
 _IGNORED = (
     "cache_config",
     "cache_implementation",
@@ -83,7 +83,7 @@ _IGNORED = (
 
 
 def read_generation_config(path: Path, num_rows: int) -> dict[str, Any]:
-    """The options in the generation_config.json ``path`` as ``generate()`` is to have them; ``num_rows``: the model's tokens.
+    """The options for ``generate()`` in the generation_config.json ``path``; ``num_rows`` is the size of the vocabulary.
 
     Options about caches and compilation are dropped, a temperature of 0 becomes greedy decoding. Raises StoreError, naming
     file and field, for values without a meaning and for options that this engine does not have.

@@ -1,6 +1,6 @@
 """Which files of a checkpoint folder hold its weights, and which of them holds which tensor. Only headers are read.
 
-``model.safetensors.index.json`` decides where a tensor is; without an index every tensor must stand in one file alone.
+``model.safetensors.index.json`` decides where a tensor is; without an index no tensor may be in two files.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 class WeightFiles:
     """The weights of a folder.
 
-    ``entries``: by tensor name, its file and its place there. ``unread``: "FILE: TENSOR" of copies and of files that are not part
-    of the model, and why. ``absent``: tensors that some file or the index names and that are not read, and why.
+    ``entries`` maps a tensor's name to its file and its place there. ``unread`` says why a copy, or a file that is not part of the
+    model, is not read, by "FILE: TENSOR". ``absent`` says why a tensor that a file or the index names cannot be read, by its name.
     """
 
     files: list[Path]
@@ -186,7 +186,7 @@ def _header(path: Path) -> dict[str, TensorEntry]:
 
 
 def _place(folder: Path, index: Path | None, name: str, paths: list[Path], said: str | None) -> Path:
-    """Which of ``paths``, all of which have ``name``, counts; ``said`` is the index's word."""
+    """The file from which ``name`` is read: one of ``paths``, which all have it. ``said`` is the file that the index names."""
     if said is None and len(paths) == 1:
         return paths[0]
     if said is None:
@@ -202,7 +202,7 @@ def _place(folder: Path, index: Path | None, name: str, paths: list[Path], said:
 
 
 def _account_stray(path: Path, where: str, unread: dict[str, str], absent: dict[str, str]) -> None:
-    """A file beside the weights: it is not read. What the model needs and only this file has is refused with its name."""
+    """Add ``path``, a file that is not read, to ``unread``, and each tensor that only it has to ``absent``."""
     try:
         header = read_header(path)
     except (OSError, ValueError):

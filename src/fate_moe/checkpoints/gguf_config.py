@@ -61,7 +61,7 @@ _NUMBERS: dict[str, tuple[str, ...]] = {
     "logit_scale": ("logits_scaling",),
     "expert_weights_scale": ("routed_scaling_factor",),
 }
-# What llama.cpp does not run without: always, and where transformers' config has the setting.
+# Keys that llama.cpp requires: of every file, and of families whose transformers config has the setting.
 _REQUIRED = (
     "context_length",
     "embedding_length",
@@ -88,7 +88,7 @@ _DEFAULTS = {
     "moe_layer_start_index": 0,
 }
 _ALWAYS: dict[str, dict[str, Any]] = {"qwen3_moe": {"norm_topk_prob": True}}
-# The router's function of each family, by llama.cpp's number. A file may leave it out where it is marked so.
+# The function that turns router scores into weights, by llama.cpp's number; softmax for families that are not listed.
 _SOFTMAX, _SIGMOID, _SOFTMAX_OF_CHOSEN = 1, 2, 3
 _GATING = {
     "deepseek_v3": _SIGMOID,
@@ -98,7 +98,7 @@ _GATING = {
     "minimax_m2": _SIGMOID,
 }
 _GATING_REQUIRED = ("dots1", "minimax_m2")
-# Keys that say a tensor's size again: the tensor, and the dimension.
+# Keys that repeat a tensor's size: the tensor, and the dimension.
 _SIZES: dict[str, tuple[str, int]] = {
     "attention.q_lora_rank": ("attn_q_a.weight", 0),
     "embedding_length": ("attn_norm.weight", 0),
@@ -220,7 +220,11 @@ def special_tokens(fields: Mapping[str, Any], vocab_size: int) -> dict[str, int 
 
 
 def _put_heads(known: Mapping[str, Any], config: dict[str, Any], metadata: Metadata, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Sizes of the attention's heads, with llama.cpp's defaults. Rotary buffers are made by them, so absurd ones end here."""
+    """Sizes of the attention's heads, with llama.cpp's defaults.
+
+    Raises CheckpointError for sizes that do not match the tensors, before the model allocates rotary buffers of these sizes, and
+    UnsupportedModelError for values of another size than keys.
+    """
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     config["num_key_value_heads"] = metadata.count("attention.head_count_kv") or heads
     if "kv_lora_rank" in known:

@@ -1,4 +1,4 @@
-"""The metadata of a GGUF file, read key by key: what is never asked for is found out and refused."""
+"""The metadata of a GGUF file. It keeps account of the keys that are read, so that any other key can be refused."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ __all__ = ["Metadata"]
 # Keys of an architecture that change no number here, and why.
 _WITHOUT_EFFECT = {
     "attention.layer_norm_epsilon": "every supported family normalises by the root mean square, which has its own key",
-    "rope.dimension_sections": "they part positions of images; a text's are all equal",
+    "rope.dimension_sections": "for positions in images; in a text the positions of all sections are equal",
     "rope.scaling.finetuned": "says how the model was trained",
     "tensor_data_layout": "a note of the converter; the order of rows is the architecture's",
 }
-# Keys that stand for "nothing special" at these values; at any other they ask for what no supported family does. Zero, false and an
-# empty text are llama.cpp's own defaults, but for attention.causal.
+# Keys that have no effect at these values, and at any other ask for what no supported family does. So do zero, false and an empty
+# text, which are llama.cpp's defaults, for all keys but attention.causal.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
     "expert_group_count": (1,),
@@ -38,8 +38,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 class Metadata:
     """The fields of one architecture, without its prefix. Each method marks its key as used.
 
-    Where llama.cpp takes one value for a layer, all layers must have the same. All raise CheckpointError for a value of the wrong
-    kind, UnsupportedModelError for values that differ between layers.
+    A key may have a list with a value for each layer; these must be equal. All methods raise CheckpointError for a value of the
+    wrong kind, UnsupportedModelError for values that differ between layers.
     """
 
     def __init__(self, fields: Mapping[str, Any], architecture: str) -> None:

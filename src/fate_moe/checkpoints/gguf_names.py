@@ -44,7 +44,7 @@ _FURTHER = "predicts further tokens (MTP), which is not used"
 class Source:
     """``parts`` are tensors of the file (experts: [experts, ...], or [1, ...] for one); ``join`` makes the parameter from them.
 
-    ``num_experts``: each of the stacks that ``join`` takes is that many parts, one an expert, as files of 2023 have them.
+    ``num_experts``, if not 0: ``parts`` are single experts' tensors, as in files of 2023, and ``join`` takes stacks of that many.
     """
 
     parts: tuple[str, ...]
@@ -180,7 +180,7 @@ def _expert_source(block: str, architecture: str, matrix: str, kind: str, names:
 
 
 def _part_of_qkv(tensors: list[Tensor], matrix: str, heads: dict[str, int]) -> Tensor:
-    """The rows of ``matrix`` (q, k or v) of the three below one another, all of whose heads have as many rows."""
+    """The rows of ``matrix`` (q, k or v) in a fused [q; k; v]. All heads have the same number of rows."""
     (tensor,) = tensors
     sizes = [tensor.shape[0] // sum(heads.values()) * count for count in heads.values()]
     return torch.split(tensor, sizes)["qkv".index(matrix)]

@@ -1,8 +1,8 @@
 """Rotary positions of a GGUF file as transformers' ``rope_parameters``.
 
-llama.cpp turns pair i of a head at position p by p / (base^(2i/n) * factor * table_i), times attn_factor in length; YaRN mixes both
-ends. ``table`` is a tensor of the file, with which Llama 3's scaling and LongRoPE are stored. transformers' longrope is the same
-formula, with the same table for every length where llama.cpp has only one.
+llama.cpp rotates pair i of a head at position p by the angle p / (base^(2i/n) * factor * table_i) and multiplies the result by
+attn_factor. ``table`` is a tensor of the file, in which Llama 3's scaling and LongRoPE are stored. transformers' longrope is the
+same formula; where the file has one table, it is both the long and the short one. YaRN has a formula of its own (``_yarn``).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["TABLES", "rope_parameters"]
 _ALWAYS, _LONG, _SHORT = TABLES = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 # The architectures for which llama.cpp applies these tensors.
 _WITH_TABLES = ("llama", "granitemoe")
-# Families that turn only a part of each head if they are told so; their classes' default is a half.
+# Families that can rotate only a part of each head; transformers' default for them is a half.
 _PARTIAL = ("glm4_moe", "minimax_m2")
 _DEFAULT_BASE = 10000.0  # llama.cpp's, for a file without rope.freq_base
 

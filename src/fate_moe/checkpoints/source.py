@@ -89,8 +89,8 @@ class Checkpoint:
     ``X_scales``, as in gpt-oss) appear as plain bf16 tensors ``X``; packed weights (see ``checkpoints.packed``) in their scales'
     dtype. Scales do not appear. ``read_packed`` returns the codes.
 
-    ``unread`` says of each tensor that the reader itself leaves out ("TENSOR", or "FILE: TENSOR" of a copy) why; ``absent`` of each
-    tensor that is named somewhere and cannot be read, why not and what to do.
+    ``unread`` says why the reader itself leaves a tensor out, by "TENSOR", or "FILE: TENSOR" for a copy. ``absent`` says why a
+    tensor that a file or the index names cannot be read, and what to do.
     """
 
     packed_names: frozenset[str] = frozenset()  # the tensors that ``read_packed`` can read

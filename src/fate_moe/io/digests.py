@@ -1,4 +1,4 @@
-"""Digests of whole files, and a list of those that are known, so that a file that did not change is read once."""
+"""Digests of whole files, with a list on disk of those already made, so that an unchanged file is not read again."""
 
 from __future__ import annotations
 

@@ -147,9 +147,8 @@ class Journal:
         if same and valid:
             self._data = data
         elif not same:
-            for path in sorted(
-                folder.iterdir(), key=lambda path: path == self.path
-            ):  # the journal last, so that a killed process repeats this
+            # The journal last, so that a killed process repeats this.
+            for path in sorted(folder.iterdir(), key=lambda path: path == self.path):
                 path.unlink()
 
     def finished(self, name: str) -> Any:

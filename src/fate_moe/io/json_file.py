@@ -65,7 +65,7 @@ def unmarked_json(data: bytes) -> bytes:
 
 
 def what_it_is(data: bytes) -> str | None:
-    """What stands in a file's place, and the remedy, if ``data`` begins as the usual substitutes of a download do; else None."""
+    """What ``data`` is instead of the file, and the remedy, if it begins as a Git LFS pointer or a web page does; else None."""
     begin = data[:64].lstrip().lower()
     if begin.startswith(b"version https://git-lfs"):
         return "is a Git LFS pointer instead of the file; run git lfs pull in its folder"

@@ -1,4 +1,4 @@
-"""The files beside a store's weights follow the checkpoint's: an edited template, tokenizer or configuration is taken over."""
+"""Keeps the files beside a store's weights (configuration, tokenizer, chat template) equal to the checkpoint's."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _log = logging.getLogger(__name__)
 
 
 def refresh_companions(checkpoint: Checkpoint, store: Path) -> None:
-    """Copy into ``store`` each file that goes with the weights and that the checkpoint has in another form or the store lacks.
+    """Copy each of the checkpoint's companion files into ``store`` where the store's copy differs or is missing.
 
-    The store must be of this checkpoint's identity, so that a different config.json says only how the model is run. A file that the
-    checkpoint does not have is left. Raises CheckpointError when a file cannot be read, StoreError when it cannot be copied.
+    The store must have this checkpoint's identity: its config.json then differs only in how the model is run. A file that the
+    checkpoint does not have stays. Raises CheckpointError when a file cannot be read, StoreError when it cannot be copied.
     """
     for path in checkpoint.companions():
         data = checkpoint.read_companion(path)

@@ -56,7 +56,7 @@ class Manifest:
     ``precision`` is that of most experts (in a mixed store some layouts have another); ``dtype`` is the experts' dtype in the
     checkpoint (BF16, F16, F32). ``dense_bytes`` and ``shard_bytes`` are file lengths. ``dense_checksum`` covers all of
     dense.safetensors, whose matrices have ``dense_precision`` (see store/dense.py). ``identity`` differs between stores of other
-    sources or conversion options. ``unread`` says of each tensor of the checkpoint that the store does not have why.
+    sources or conversion options. ``unread`` says why a tensor of the checkpoint is not in the store, by its name.
     """
 
     format_version: int
@@ -144,7 +144,7 @@ class Manifest:
         if self.dense_precision == "lossless":
             del facts["dense_precision"]
         del facts["unread"]
-        if self.unread:  # names by reason: a reason has up to thousands
+        if self.unread:  # in the file by reason: thousands of names may share one
             facts["unread"] = {reason: [] for reason in self.unread.values()}
             for name, reason in self.unread.items():
                 facts["unread"][reason].append(name)

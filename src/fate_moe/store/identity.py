@@ -1,4 +1,4 @@
-"""What a store is made of, as a digest: equal for a checkpoint and its copies, different once other bytes would be stored."""
+"""The identity of a store: a digest that copies of a checkpoint share, and that differs where other bytes would be stored."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _SHOWN_BYTES = 1 << 30  # from here on a progress bar shows that files are read
 
 
 class StoreOptions(NamedTuple):
-    """What a conversion is told. ``calibration`` is the digest of the text's moments, "" without one."""
+    """The options of a conversion that decide what is stored. ``calibration`` is the digest of the text, "" without one."""
 
     precision: str
     dense: str = "lossless"

@@ -79,7 +79,7 @@ class ShardPlan:
 class ConversionPlan:
     """Everything that a conversion writes. ``dense`` is in the order of the tensors in ``dense_header``.
 
-    ``unread`` says of each tensor of the checkpoint that is not read why.
+    ``unread`` says why a tensor of the checkpoint is not read, by its name.
     """
 
     checkpoint: Checkpoint
