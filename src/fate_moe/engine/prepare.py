@@ -117,7 +117,7 @@ def store_for(model: str | Path | None, precision: str, dense_precision: str | N
         check_numbers()
         conversion = conversion or plan_conversion(checkpoint, precision, dense_precision=options.dense)
         _log.warning("converting %s to %s (once; experts as %s)", name, found, precision)
-        write_store(conversion, found, options, path)
+        write_store(conversion, found, options, path if model is None else model)
     elif find_gguf(path) is None or not has_tokenizer(found):  # a GGUF file holds its tokenizer, and the identity covers it
         refresh_companions(checkpoint, found)
     return found
