@@ -179,7 +179,8 @@ class ExpertRuntime:
                         )
             finally:
                 lease.release()
-            summed = by_row.view(*index.shape, -1).sum(1, dtype=_sums(hidden)).to(hidden.dtype)
+            wide = torch.promote_types(hidden.dtype, torch.float32)
+            summed = by_row.view(*index.shape, -1).sum(1, dtype=wide).to(hidden.dtype)
             return summed.view(hidden.shape), of_weights.view(routing_weights.shape)
 
     def begin(self, layer: int, hidden: torch.Tensor, chosen: Sequence[int], weights: torch.Tensor) -> Lease:
@@ -252,8 +253,3 @@ class ExpertRuntime:
         lease = self.residency.acquire([ExpertId(layer, expert) for expert in rows], counts, len(index), sections=sections)
         self._claim = (layer, index, rows, lease)
         return rows, lease
-
-
-def _sums(x: torch.Tensor) -> torch.dtype:
-    """In which dtype numbers like ``x`` are summed."""
-    return torch.promote_types(x.dtype, torch.float32)

@@ -76,6 +76,12 @@ def test_default_beside_int4_experts(checkpoint: Callable[[str], Path], tmp_path
     assert (got - want).norm() < 0.05 * want.norm()
 
 
+def test_a_weight_is_one_parameter() -> None:
+    made, plain = a_linear("int8", 8, 64, exact=True)
+    assert list(made.state_dict()) == list(plain.state_dict())
+    assert made.load_state_dict(plain.state_dict()).missing_keys == []
+
+
 def test_law_one(checkpoint: Callable[[str], Path], tmp_path: Path, small_counts: None) -> None:
     store = convert(checkpoint("qwen2_moe"), tmp_path / "store", "int8", dense_precision="int4")
     whole, half = (load_model(store, expert_cache=size) for size in ("100%", "40%"))

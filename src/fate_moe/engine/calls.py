@@ -1,4 +1,4 @@
-"""How calls come in: one at a time, from threads too, and only what a model whose experts are elsewhere can do."""
+"""Calls of a loaded model: threads take turns, and what cannot be computed is refused."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,11 +14,12 @@ from torch import nn
 
 from fate_moe.adapter.meta_model import ExpertStack
 from fate_moe.core import Patcher
-from fate_moe.errors import ClosedModelError, UnsupportedCallError
+from fate_moe.errors import ClosedModelError, ConfigError, UnsupportedCallError
 from fate_moe.kernels.gradients import refuse_transforms
+from fate_moe.kernels.selfcheck import fp32_precision
 from fate_moe.turns import Turn
 
-__all__ = ["Calls", "holders", "usual_device"]
+__all__ = ["Calls"]
 
 _EAGER = "fate-moe runs its layers in an extension: there is nothing to compile"
 
@@ -31,7 +33,7 @@ class Calls:
     """
 
     def __init__(self, passing: Turn | None = None, cut_short: Callable[[], None] = lambda: None) -> None:
-        """``passing``: the turn of a pass, where something else knows it too. ``cut_short`` is called after a pass that raised."""
+        """``passing``: the turn of a pass, where another object uses it too. ``cut_short`` is called after a pass that raised."""
         self.turn, self.passing, self._cut_short = Turn(), passing or Turn(), cut_short
         self.closed = False
         self._process = os.getpid()
@@ -42,11 +44,14 @@ class Calls:
         return os.getpid() != self._process
 
     def guard(self, model: Any, stacks: Sequence[ExpertStack], patcher: Patcher) -> None:
-        """Let ``model``'s generate and forward take turns, and those of the modules that hold all its layers. Comes last: what is
-        called in a turn is what they are now."""
+        """Let ``model``'s generate and forward take turns, and the forwards of the modules that hold all its layers.
+
+        Comes after all other changes: it wraps the methods that it finds.
+        """
         patcher.replace(model, "generate", self._in_turn(model.generate, self._generating))
+        passing = partial(self._passing, model.device.type)
         for module in _above_layers(model, stacks):
-            forward = self._in_turn(module.forward, self._passing)
+            forward = self._in_turn(module.forward, passing)
             patcher.replace(module, "forward", torch.compiler.disable(forward, reason=_EAGER))  # type: ignore[no-untyped-call]
 
     def _in_turn(self, method: Callable[..., Any], turn: Callable[[], Any]) -> Callable[..., Any]:
@@ -65,10 +70,11 @@ class Calls:
             yield
 
     @contextmanager
-    def _passing(self) -> Iterator[None]:
+    def _passing(self, device: str) -> Iterator[None]:
         self._check()
         _refuse_tracing()
-        with self.turn, self.passing, usual_device():
+        _refuse_rounded_products(device)
+        with self.turn, self.passing, _in_ram():
             self._check()
             try:
                 yield
@@ -87,7 +93,7 @@ class Calls:
 
 
 def _above_layers(model: nn.Module, stacks: Sequence[ExpertStack]) -> list[nn.Module]:
-    """``model`` and the modules inside it in which all its MoE layers lie, those that can be called."""
+    """``model`` and the modules inside it that contain all its MoE layers and can be called."""
     first, *others = [stack.name.split(".") for stack in stacks]
     found = [model]
     for end in range(1, len(first)):
@@ -96,19 +102,8 @@ def _above_layers(model: nn.Module, stacks: Sequence[ExpertStack]) -> list[nn.Mo
     return [module for module in found if not isinstance(module, (nn.ModuleList, nn.ModuleDict))]
 
 
-def holders(model: nn.Module, stacks: Sequence[ExpertStack]) -> list[nn.Module]:
-    """The modules of ``model`` that hold experts, the experts' own last."""
-    names = {""}
-    for stack in stacks:
-        for name in (stack.name, *stack.twins):
-            parts = name.split(".")
-            names |= {".".join(parts[:end]) for end in range(1, len(parts) + 1)}
-    return [model.get_submodule(name) for name in sorted(names, key=lambda name: (name.count(".") + bool(name), name))]
-
-
-def usual_device() -> Any:
-    """A context in which torch allocates in RAM where no device is given, whatever ``set_default_device`` chose: kernels are given
-    the addresses."""
+def _in_ram() -> Any:
+    """A context in which tensors made without a device are in RAM, whatever ``set_default_device`` chose: kernels get addresses."""
     return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
@@ -117,3 +112,9 @@ def _refuse_tracing() -> None:
     if torch._C._get_tracing_state() is not None or torch.compiler.is_exporting():
         raise UnsupportedCallError("a loaded model cannot be traced or exported; export the checkpoint with transformers instead")
     refuse_transforms()
+
+
+def _refuse_rounded_products(device: str) -> None:
+    """Raise ConfigError under a setting of torch that changes the numbers of a model on the CPU (loading has set it aside)."""
+    if device == "cpu" and fp32_precision() == "bf16":
+        raise ConfigError("torch.set_float32_matmul_precision('medium') changes this model's numbers; set it to 'highest'")

@@ -96,11 +96,11 @@ class CudaEngine(Engine):
     def observe(self, observer: Observer) -> AbstractContextManager[None]:
         raise ConfigError("passes on a GPU cannot be observed; omit vram and device to observe them on the CPU")
 
-    def watch(self) -> None:
+    def note_model(self) -> None:
         if self.decode is not None:
-            self.decode.watch()
+            self.decode.note_model()
 
-    def last_report(self) -> None:
+    def keep_report(self) -> None:
         self._last_report = self.report()
 
 

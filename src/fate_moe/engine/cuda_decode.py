@@ -42,7 +42,7 @@ class CapturedDecode:
         paths: bool = False,
     ) -> None:
         """``length``: tokens of KV cache, each of ``bytes_per_token``. ``paths``: experts come early by activation paths, not by
-        routers. ``record`` comes next, ``watch`` once the model is complete."""
+        routers. ``record`` comes next, ``note_model`` once the model is complete."""
         config = model.config
         self._model, self._experts, self._length = model, experts, length
         self._bytes_per_token = bytes_per_token
@@ -66,8 +66,8 @@ class CapturedDecode:
             self._step.capture()
         self.cache.reset()
 
-    def watch(self) -> None:
-        """From now on notice what somebody changes in the model. Comes last, as what is changed in it for us is not meant."""
+    def note_model(self) -> None:
+        """Remember the model as it is now, so that later changes are noticed. Comes after all changes of the engine's own."""
         self._snapshot = ModuleSnapshot([module for module in self._model.modules() if not is_experts(module)])
 
     def one_token(self) -> None:
@@ -121,16 +121,10 @@ class CapturedDecode:
     def _alone(self, options: dict[str, Any]) -> bool:
         """Whether ``options`` of generate() mean one sequence, one token after the other, in a cache of the usual kind."""
         config = options.get("generation_config") or self._model.generation_config
-
-        def chosen(name: str) -> Any:
-            value = options.get(name)
-            return getattr(config, name, None) if value is None else value
-
-        several = any((chosen(name) or 1) > 1 for name in ("num_beams", "num_return_sequences"))
-        special = any(
-            chosen(name) is not None for name in ("cache_implementation", "prompt_lookup_num_tokens", "prefill_chunk_size")
-        )
-        plain = chosen("use_cache") is not False and options.get("inputs_embeds") is None
+        several = any((_option(options, config, name) or 1) > 1 for name in ("num_beams", "num_return_sequences"))
+        kinds = ("cache_implementation", "prompt_lookup_num_tokens", "prefill_chunk_size")
+        special = any(_option(options, config, name) is not None for name in kinds)
+        plain = _option(options, config, "use_cache") is not False and options.get("inputs_embeds") is None
         return plain and not several and not special and options.get("assistant_model") is None
 
     def _may_step(self) -> bool:
@@ -214,11 +208,12 @@ def _held_by(cache: Any) -> int:
 
 def _wants_more(kwargs: dict[str, Any], config: Any) -> bool:
     """Whether a pass is asked for what the fused step does not give, or given what it does not read."""
-
-    def said(name: str) -> Any:
-        value = kwargs.get(name)
-        return getattr(config, name, None) if value is None else value
-
-    more = any(said(name) for name in ("output_hidden_states", "output_attentions", "output_router_logits"))
+    more = any(_option(kwargs, config, name) for name in ("output_hidden_states", "output_attentions", "output_router_logits"))
     given = any(kwargs.get(name) is not None for name in ("labels", "position_ids", "attention_mask", "inputs_embeds"))
-    return more or given or said("return_dict") is False
+    return more or given or _option(kwargs, config, "return_dict") is False
+
+
+def _option(given: dict[str, Any], config: Any, name: str) -> Any:
+    """What a call says of an option, else what ``config`` says."""
+    value = given.get(name)
+    return getattr(config, name, None) if value is None else value

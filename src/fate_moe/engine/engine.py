@@ -73,18 +73,21 @@ class Engine(Protocol):
         return self.calls.closed
 
     def end_with(self, runs: Any, stop: Callable[[], None], keep_learned: Callable[[], None]) -> None:
-        """What ends an engine: ``stop`` (threads, files, slots), then ``keep_learned``, once; neither may refer to ``runs``, which
-        runs the experts: when that is garbage the engine ends without ``close``."""
+        """Called by ``__init__``: when the engine ends, call ``stop`` (threads, files, slots), then ``keep_learned``, once.
+
+        It ends by ``close``, with the program, or when ``runs``, the object that runs the experts, is garbage; so neither function
+        may refer to ``runs``.
+        """
         self._end = weakref.finalize(runs, _end, stop, keep_learned, os.getpid())
         self._end.atexit = False  # _close_all does it, with the turn
         _open.add(self)
 
-    def watch(self) -> None:
-        """Called by ``build`` at its end: what is changed in the model from now on was not changed by us."""
+    def note_model(self) -> None:
+        """Called by ``build`` after its last change to what the model computes: later changes are the user's."""
         return
 
-    def last_report(self) -> None:
-        """Called by ``close`` before the engine ends: what ``report`` needs afterwards."""
+    def keep_report(self) -> None:
+        """Called by ``close`` before the engine ends: keep what ``report`` could not read afterwards."""
         return
 
     def close(self) -> None:
@@ -106,7 +109,7 @@ class Engine(Protocol):
         _open.discard(self)
         try:
             if not self.calls.is_forked:
-                self.last_report()
+                self.keep_report()
                 self._end()
         finally:
             self.patches.undo(_refuse)

@@ -15,7 +15,6 @@ from fate_moe.engine.budget import Plan
 from fate_moe.engine.cpu import CpuParts
 from fate_moe.engine.device_budget import DevicePlan
 from fate_moe.engine.engine import Engine, collect_lost_engines
-from fate_moe.engine.neutral import refuse_settings
 from fate_moe.engine.patches import Patches
 from fate_moe.engine.prepare import Prepared, load_generation_config, load_tokenizer, prepare, store_for
 from fate_moe.engine.refusals import refuse_what_needs_parameters, say_sizes
@@ -130,12 +129,11 @@ def build(
 
             # Patches: the model's experts, layers and limits become ours; calls take turns.
             parts.patch()
-            refuse_settings(model, patches)
             engine = parts.engine(lambda: _keep_learned(policy, path))
             refuse_what_needs_parameters(model, prepared.stacks, path, patches)
             say_sizes(model, sizes, plan.dense_bytes + plan.expert_cache_bytes, patches)
             engine.calls.guard(model, prepared.stacks, patches)
-            engine.watch()
+            engine.note_model()
             patches.replace(model, "fate", engine)
             store_used(path)
     except BaseException:

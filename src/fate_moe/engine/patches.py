@@ -101,7 +101,8 @@ class Patches:
     def undo(self, forward: Callable[..., Any] | None = None) -> None:
         """Take every change back, the last one first.
 
-        ``forward``: what replaced forwards become, instead of what they were: at no moment does another thread find those."""
+        ``forward``: what replaced forwards become instead of the originals, which no other thread may call in between.
+        """
         while self._made:
             self._made.pop().undo(forward)
 

@@ -15,10 +15,9 @@ from torch import nn
 from fate_moe.adapter.contract import is_experts
 from fate_moe.adapter.meta_model import ExpertStack
 from fate_moe.core import Patcher
-from fate_moe.engine.calls import holders
 from fate_moe.errors import UnsupportedCallError
 
-__all__ = ["refuse_what_needs_parameters"]
+__all__ = ["refuse_what_needs_parameters", "say_sizes"]
 
 _SAVE = (
     "save_pretrained cannot write a loaded model: its experts are in the store. Copy the checkpoint that it was made from, or "
@@ -47,7 +46,7 @@ def refuse_what_needs_parameters(model: Any, stacks: Sequence[ExpertStack], stor
     for name in ("_replicate_for_data_parallel", "__prepare_scriptable__"):
         patcher.replace(model, name, refused(_COPY))
     ours = set(model.modules())
-    for module in holders(model, stacks):
+    for module in _holders(model, stacks):
         patcher.replace(module, "_apply", _only_if_nothing_changes(module, model.dtype, model.device, ours))
         patcher.replace(module, "__getstate__", refused(_COPY))
         patcher.replace(module, "state_dict", _inner_state(model, module, refused(_SAVE.replace("save_pretrained", "state_dict"))))
@@ -55,8 +54,10 @@ def refuse_what_needs_parameters(model: Any, stacks: Sequence[ExpertStack], stor
 
 
 def say_sizes(model: Any, num_parameters: tuple[int, int], memory_bytes: int, patcher: Patcher) -> None:
-    """What transformers counts in parameters, of which some are in the store: ``num_parameters`` with embeddings and without them,
-    and the bytes that the model takes in memory."""
+    """Let the model's own methods count weights that are in the store too, and the memory that it takes.
+
+    ``num_parameters``: with embeddings and without them.
+    """
     count = model.num_parameters
 
     def counted(only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
@@ -64,6 +65,16 @@ def say_sizes(model: Any, num_parameters: tuple[int, int], memory_bytes: int, pa
 
     patcher.replace(model, "num_parameters", counted)
     patcher.replace(model, "get_memory_footprint", lambda return_buffers=True: memory_bytes)
+
+
+def _holders(model: nn.Module, stacks: Sequence[ExpertStack]) -> list[nn.Module]:
+    """The modules of ``model`` that contain experts, the experts' own modules last."""
+    names = {""}
+    for stack in stacks:
+        for name in (stack.name, *stack.twins):
+            parts = name.split(".")
+            names |= {".".join(parts[:end]) for end in range(1, len(parts) + 1)}
+    return [model.get_submodule(name) for name in sorted(names, key=lambda name: (name.count(".") + bool(name), name))]
 
 
 def _unless_adapter(model: Any, method: Callable[..., Any], refuse: Callable[..., Any]) -> Callable[..., Any]:

@@ -17,8 +17,8 @@ _ACTIVATIONS = range(5)  # silu, gelu, gelu (tanh), relu, relu squared: csrc/ops
 _NUM_PROBES = 96
 
 
-@torch.no_grad()
 @neutral()
+@torch.no_grad()  # within: neutral() would end it
 def find_activation(experts: Any) -> Any:
     """The extension's Gate that does what ``experts._apply_gate`` (or ``act_fn``, without a gate) does; None if there is none.
 

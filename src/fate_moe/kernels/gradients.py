@@ -1,4 +1,4 @@
-"""Gradients through weights that stay as they are: a product by our kernels forward, by the weights' numbers, made again, backward.
+"""Gradients through frozen weights: kernels run the forward pass, the backward pass expands the weights again and uses torch.
 
 The rule for all of them: the gradient is that of the numbers that stand for the weights, in the dtype of the input. What a kernel
 rounds on the way forward (int8 activations) counts as not rounded (straight-through). Nothing of the weights is kept in between.

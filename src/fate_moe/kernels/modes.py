@@ -12,9 +12,9 @@ __all__ = ["neutral"]
 
 @contextmanager
 def neutral() -> Iterator[None]:
-    """Within it torch is as it starts: fp32 and the CPU by default, no inference mode, no autocast.
+    """Within it torch is as it starts: fp32 and the CPU by default, no autocast, no inference mode (so no ``no_grad`` either).
 
-    Kernels are given addresses of tensors made here, and modules made in inference mode could never be trained beside.
+    Kernels are given addresses of tensors made here, and what is made in inference mode can never take part in training.
     """
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)

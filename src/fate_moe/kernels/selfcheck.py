@@ -26,6 +26,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 
 from fate_moe.errors import ConfigError, FateError
 from fate_moe.io.files import atomic_file
+from fate_moe.kernels.modes import neutral
 from fate_moe.kernels.native import BF16, DTYPES, INT8, PLANES, native
 from fate_moe.kernels.reference import dequantize, linear_quantized
 from fate_moe.machine import usable_cpus
@@ -64,7 +65,7 @@ def check_numbers() -> None:
             _known.add(key)
             return
         if wrong := wrong_numbers():
-            _go_round(wrong)
+            _work_around(wrong)
         key = _conditions()
         _known.add(key)
         _keep(key)
@@ -73,7 +74,7 @@ def check_numbers() -> None:
 def wrong_numbers() -> list[str]:
     """What is computed wrongly here, a phrase each; [] if all is right. Takes a few tenths of a second."""
     wrong = []
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
+    with torch.random.fork_rng(devices=[]), neutral(), torch.no_grad():
         torch.manual_seed(0)
         for what, dtype, compute in _checks():
             try:
@@ -225,8 +226,8 @@ def _openmp_team(threads: int) -> tuple[int, str]:
     return min(threads, max(1, limit)), f"OMP_THREAD_LIMIT={limit}"
 
 
-def _go_round(wrong: list[str]) -> None:
-    """Find a way in which numbers are right. Raises ConfigError where there is none."""
+def _work_around(wrong: list[str]) -> None:
+    """Change torch's settings so that numbers are right, with a warning. Raises ConfigError where nothing helps."""
     settings = ", ".join(settings_in_force()) or "none"
     if fp32_precision() in ("bf16", "tf32"):
         with warnings.catch_warnings(action="ignore"):  # torch would have one of its two ways to set this used alone

@@ -115,9 +115,8 @@ class CpuStep(StandIn):
             buffers.setdefault(name, torch.empty(size, dtype=torch.bfloat16))
         rows = buffers.setdefault("rows", torch.empty(0, dtype=torch.float32))
         if len(rows) < stack.top_k:
-            buffers["rows"], buffers["weights"] = (
-                torch.empty(size, dtype=torch.float32) for size in ((stack.top_k, self.hidden), (stack.top_k,))
-            )
+            buffers["rows"] = torch.empty(stack.top_k, self.hidden, dtype=torch.float32)
+            buffers["weights"] = torch.empty(stack.top_k, dtype=torch.float32)
         self.buffers = buffers
         inner = [layer.self_attn, *([shared] if shared is not None else [])]
         self._snapshot = ModuleSnapshot([layer, self.block, self.experts, *inner])
@@ -133,8 +132,8 @@ class CpuStep(StandIn):
         )  # fmt: skip
 
     def is_unchanged(self) -> bool:
-        """Whether the layer is as it was found and the runtime can do it."""
-        return self._snapshot.same() and self.runtime.has_fused(self.stack.layer, self.experts)
+        """Whether the layer is as it was found."""
+        return self._snapshot.same()
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         room = room_in(kwargs.get("past_key_values"), self.index)
@@ -183,9 +182,6 @@ class _Pretender:
 
     def compute(self, layer: int, experts: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return (self.rows[index] * weights.float().unsqueeze(-1)).sum(1).to(hidden.dtype)
-
-    def has_fused(self, layer: int, experts: Any) -> bool:
-        return True
 
     def begin(self, layer: int, hidden: torch.Tensor, chosen: Sequence[int], weights: torch.Tensor) -> None:
         """There is nothing to wait for."""

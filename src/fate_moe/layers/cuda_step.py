@@ -236,7 +236,7 @@ def _routers(
         blocks.append(block.get_submodule(layer.router_name).weight)
         if layer.shared is not None and layer.shared.gate is not None:
             blocks.append(block.get_submodule(layer.shared.gate).weight)
-    whole = _with_views(blocks)
+    whole, per_layer = _with_views(blocks), len(blocks) // len(layers)
     made: list[tuple[torch.Tensor, torch.Tensor | None]] = []
     for number, gate in enumerate([*fitted[1:], None]):
         own = whole[number * rows : (number + 1) * rows]
@@ -244,19 +244,16 @@ def _routers(
             made.append((whole[number * rows : (number + 2) * rows], None))
         else:
             weight, bias = gate[:, :-1].to(own), gate[:, -1].to(own)
-            both = torch.cat([own, weight])
-            parts = blocks[number * (len(blocks) // len(layers)) :][: len(blocks) // len(layers)]
-            for part, view in zip(parts, torch.split(both[:rows], [len(part) for part in parts]), strict=True):
-                part.data = view
+            both = _with_views(blocks[number * per_layer : (number + 1) * per_layer], weight)
             made.append((both, torch.nn.functional.pad(bias, (rows, 0))))
     return made
 
 
-def _with_views(parameters: Sequence[torch.Tensor]) -> torch.Tensor:
-    """``parameters`` as one tensor, of which they become views: what is changed in place is changed in both."""
-    whole = torch.cat([parameter.data for parameter in parameters])
+def _with_views(parameters: Sequence[torch.Tensor], *others: torch.Tensor) -> torch.Tensor:
+    """``parameters``, then ``others``, as one tensor, of which ``parameters`` become views: an edit in place is seen in both."""
+    whole = torch.cat([*(parameter.data for parameter in parameters), *others])
     sizes = [len(parameter) for parameter in parameters]
-    for parameter, view in zip(parameters, torch.split(whole, sizes), strict=True):
+    for parameter, view in zip(parameters, torch.split(whole[: sum(sizes)], sizes), strict=True):
         parameter.data = view
     return whole
 

@@ -46,12 +46,20 @@ def _numbers(parts: dict[str, torch.Tensor], layout: BlobLayout, cols: int, dtyp
     return dequantize(planes, scale, zero, cols=cols, group_size=layout.group_size, widths=layout.plane_widths).to(dtype)
 
 
+def _set_weight(module: nn.Module, weight: FrozenWeight) -> None:
+    """``module.weight``, and as a plain attribute ``_own``: a second parameter would be a second name in ``state_dict``."""
+    module.weight = weight
+    vars(module)["_own"] = weight
+
+
 class QuantizedLinear(nn.Linear):
     """``nn.Linear`` on a quantized weight: few rows with int8 activations by group (``exact``: fp32), many through torch's GEMM.
 
     ``blob`` uint8 holds ``weight`` [out, in] in ``layout``; nothing is copied. Gradients with respect to x are those of the
     weight's numbers (kernels/gradients.py). Another parameter in place of ``weight`` is honoured, at torch's speed.
     """
+
+    _own: FrozenWeight
 
     def __init__(
         self, blob: torch.Tensor, layout: BlobLayout, shape: tuple[int, int], like: nn.Linear, dtype: torch.dtype, exact: bool
@@ -62,9 +70,8 @@ class QuantizedLinear(nn.Linear):
         self._layout = layout
         self._parts = views(layout, blob)
         self.out_features, self.in_features = shape
-        self.weight = self._own = FrozenWeight(
-            shape, dtype, "cpu", partial(_numbers, self._parts, layout, shape[1], dtype), _QUANTIZED
-        )
+        numbers = partial(_numbers, self._parts, layout, shape[1], dtype)
+        _set_weight(self, FrozenWeight(shape, dtype, "cpu", numbers, _QUANTIZED))
         self.bias = like.bias
         self._exact = exact
         place = matrix_place(layout, "weight", shape) if native is not None else "no extension"
@@ -147,6 +154,8 @@ class StoredEmbedding(nn.Embedding):
     budget as int8, room for 65 of its experts. Another parameter in place of ``weight`` is honoured.
     """
 
+    _own: FrozenWeight
+
     def __init__(self, rows: StoredRows, shape: tuple[int, int], dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
         self.training = False
@@ -154,7 +163,7 @@ class StoredEmbedding(nn.Embedding):
         self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, None, 2.0, False, False
         self._rows = rows
         everything = list(range(self.num_embeddings))
-        self.weight = self._own = FrozenWeight(shape, dtype, "cpu", lambda: self._of(everything), _ON_DISK)
+        _set_weight(self, FrozenWeight(shape, dtype, "cpu", lambda: self._of(everything), _ON_DISK))
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """[..., dim] in the model's dtype. Raises IndexError for an id outside the vocabulary."""

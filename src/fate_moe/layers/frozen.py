@@ -94,7 +94,7 @@ def _made(value: Any) -> Any:
 
 
 def freeze_experts(experts: nn.Module, patcher: Patcher) -> None:
-    """Let the parameters of ``experts``, which are on the meta device, say what is the matter when somebody uses them."""
+    """Replace the parameters of ``experts``, which are on the meta device, by some that say why they cannot be used or changed."""
     names = [name for name, value in experts._parameters.items() if value is not None]
     for name in names:
         value: Any = experts._parameters[name]

@@ -1,4 +1,4 @@
-"""What a forward of ours was made from, and whether the module is still that; people change modules after loading."""
+"""Whether modules are still what a forward of ours was made from; people change modules after loading."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ class ModuleSnapshot:
     extension was given."""
 
     def __init__(self, owners: Sequence[nn.Module]) -> None:
-        """Of ``owners`` the hooks do not count, as their forward is what is replaced (but those that are in others)."""
-        self._places = [(owner._modules, name, part) for owner in owners for name, part in owner.named_children()]
-        parts = list(dict.fromkeys(part for _, _, part in self._places))
+        """Hooks on ``owners`` do not count, unless one is in another: torch calls them around the forward that is replaced."""
+        places = [(owner._modules, name) for owner in owners for name, _ in owner.named_children()]
+        parts = list(dict.fromkeys(part for owner in owners for part in owner.children()))
         self._hooks: list[Any] = list(_GLOBAL_HOOKS)
         for part in parts:
             self._hooks += [part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks]
@@ -61,7 +61,7 @@ class ModuleSnapshot:
         self._code = [(part, type(part), type(part).forward) for part in modules]
         forwards = [(vars(part), "forward") for part in parts]
         settings = [(vars(module), name) for module in modules for name in _settings(module)]
-        self._where = forwards + settings
+        self._where: list[tuple[dict[str, Any], str]] = [*places, *forwards, *settings]
         self._found = [held.get(name) for held, name in self._where]
         configs = {id(config): config for module in modules if (config := getattr(module, "config", None)) is not None}
         self._implementations = [(config, config._attn_implementation) for config in configs.values()]
@@ -74,20 +74,20 @@ class ModuleSnapshot:
         """Whether all parts, their code, settings and numbers are what and where they were, and none is being trained."""
         with torch._C.DisableTorchFunctionSubclass():
             for held, name, tensor, at in self._numbers:
-                if held.get(name) is not tensor or _address(tensor) != at:
+                if held.get(name) is not tensor or (at is not None and tensor.data_ptr() != at):
                     return False
             if torch.is_grad_enabled() and any(tensor.requires_grad for _, _, tensor, _ in self._numbers):
                 return False
         return (
-            all(modules.get(name) is part for modules, name, part in self._places)
-            and [held.get(name) for held, name in self._where] == self._found
+            [held.get(name) for held, name in self._where] == self._found
             and all(part.__class__ is kind and kind.forward is forward for part, kind, forward in self._code)
             and all(config._attn_implementation == said for config, said in self._implementations)
         )
 
 
-def _address(tensor: torch.Tensor) -> int:
-    return 0 if isinstance(tensor, FrozenWeight) else tensor.data_ptr()
+def _address(tensor: torch.Tensor) -> int | None:
+    """Where its numbers are, if they are in memory. Asked once: telling kinds of parameters apart takes longer than the address."""
+    return None if isinstance(tensor, FrozenWeight) else tensor.data_ptr()
 
 
 def _settings(module: nn.Module) -> list[str]:

@@ -31,10 +31,8 @@ class Forecast(Scorer):
         nothing = torch.zeros(max(sizes), 1, dtype=weights[0].dtype)
         self._layer_maps = [affine(torch.cat([w[:, hidden:-1], nothing[: len(w)]], 1)) for w in weights]  # D -> one layer's experts
         self._sizes = sizes
-        self._previous = torch.zeros(len(sizes), hidden, dtype=torch.float32)  # router inputs of the previous token
-        self._current = torch.zeros(
-            len(sizes), hidden, dtype=torch.float32
-        )  # router inputs of this token, of the layers that have run
+        # Router inputs: those of the previous token, and those of this one, of the layers that have run.
+        self._previous, self._current = (torch.zeros(len(sizes), hidden, dtype=torch.float32) for _ in range(2))
         self._scores: list[torch.Tensor] = []  # [1, E] by layer, the embedding's part
         self._has_previous = False
 
