@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, modeling_gguf_pytorch_utils
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, modeling_gguf_pytorch_utils
 
 from benchmarks.upcycle import choose_geometry
 from fate_moe.errors import ConfigError
@@ -73,8 +73,8 @@ def test_the_bar_for_gguf_files_obeys_transformers_logging(
             pass
         return make_dense(torch.float32)
 
-    monkeypatch.setattr(upcycle.AutoModelForCausalLM, "from_pretrained", from_pretrained)
-    monkeypatch.setattr(upcycle.AutoTokenizer, "from_pretrained", lambda *arguments, **options: argparse.Namespace())
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *arguments, **options: argparse.Namespace())
     monkeypatch.setattr("transformers.utils.logging._tqdm_active", shown)
     upcycle.load_dense(Path("dense.gguf"))
     assert ("2/2" in capsys.readouterr().err) == shown

@@ -176,7 +176,7 @@ def _refuse_far_too_long(text: str, sampled: int, limit: int | None) -> None:
     if limit is not None and estimate > 2 * limit:
         raise ConfigError(
             f"the prompt of {len(text)} characters is about {estimate} tokens, and the context has {limit}; give a shorter prompt, "
-            "or say with --context-length that it is meant"
+            "or a larger --context-length"
         )
 
 
@@ -195,7 +195,7 @@ def _chat(arguments: argparse.Namespace) -> None:
     model = build(prepared, plan, config)
     with uninterrupted(model.fate.close):
         if not tokenizer.chat_template:
-            say("this model has no chat template: it continues the text of both of you")
+            say("this model has no chat template: it continues the conversation as plain text")
         _talk(model, tokenizer, config.context_length // _beams(arguments, model), generate_options(arguments))
         say(f"\n{model.fate.report()}")
 
