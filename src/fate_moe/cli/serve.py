@@ -19,6 +19,7 @@ from fate_moe.cli.options import (
     store_of,
 )
 from fate_moe.cli.parser import count, file_path, number, size
+from fate_moe.cli.reading import read_text
 from fate_moe.errors import ConfigError
 from fate_moe.units import parse_size
 
@@ -105,12 +106,7 @@ def _serve(arguments: argparse.Namespace) -> None:
 def _api_key(arguments: argparse.Namespace) -> str | None:
     """The key that clients must send: from an option, a file or FATE_API_KEY. Raises ConfigError for a file without one."""
     if arguments.api_key_file is not None:
-        try:
-            key: str = arguments.api_key_file.read_text().strip()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is no text"
-            raise ConfigError(f"the api key file {arguments.api_key_file} cannot be read: {reason}") from error
-        if not key:
+        if not (key := read_text(arguments.api_key_file, "the api key file").strip()):
             raise ConfigError(f"the api key file {arguments.api_key_file} is empty")
         return key
     return arguments.api_key if arguments.api_key is not None else switches.api_key()
