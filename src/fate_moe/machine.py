@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["allow_open_files", "available_memory", "peak_memory", "resident_memory", "usable_cpus"]
+__all__ = ["affinity", "allow_open_files", "available_memory", "peak_memory", "resident_memory", "usable_cpus"]
 
 _PROC = Path("/proc")
 _SPARE_FILES = 64  # what libraries open meanwhile
@@ -54,10 +54,14 @@ def available_memory(proc: Path = _PROC) -> int:
     return max(0, min(limits))
 
 
+def affinity() -> int:
+    """Processors that the scheduler may run this process on, whatever control groups say."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def usable_cpus(proc: Path = _PROC) -> int:
     """Processors that this process may keep busy: those of its affinity, or fewer where a control group has a quota of time."""
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    allowed = [float(affinity)]
+    allowed = [float(affinity())]
     for group in _groups("cpu", proc):
         with suppress(OSError, ValueError, ZeroDivisionError):
             if group.version == 2:

@@ -66,8 +66,8 @@ def api_key() -> str | None:
 def cache_home() -> Path:
     """Where converted stores live: ``$FATE_HOME``, else ``fate`` in the user's cache.
 
-    Raises ConfigError where there is no such place. What may be done there is found out by whoever writes: stores in a read-only
-    place can be loaded.
+    Raises ConfigError where there is no such place. Whether it can be written to is not checked: stores in a read-only folder can
+    be loaded.
     """
     given = os.environ.get("FATE_HOME")
     try:

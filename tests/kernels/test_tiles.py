@@ -23,7 +23,7 @@ if native is None or not native.has_tiles():
 
 
 def check_linear(kind: str, rows: int, cols: int, tokens: int, planes: int, seed: int, group: int) -> None:
-    """Error against float64 at most twice that of torch's bf16 GEMM with the same weights, in fp32 at most twice fp32's."""
+    """Error against float64 at most twice that of torch's GEMM on the same weights and in the same dtype, and one rounding more."""
     layout, blob, parts = a_blob(kind, rows, cols, seed, group)
     x = torch.randn(tokens, cols, generator=torch.Generator().manual_seed(seed)).bfloat16()
     stored = [parts[f"W.plane{i}"] for i in range(len(WIDTHS[kind]))]
@@ -42,7 +42,8 @@ def check_linear(kind: str, rows: int, cols: int, tokens: int, planes: int, seed
         native.linear_tiled(place, blob.data_ptr(), planes, x.data_ptr(), tokens, got.data_ptr(), DTYPES[dtype], 2)
         twin = linear(x.to(dtype), weights.to(dtype), bias.to(dtype))
         terms = linear(x.double().abs(), weights.double().abs(), bias.double().abs())
-        rounding = torch.finfo(dtype).eps * true.abs()  # of the result, with which the twin may be lucky
+        # Room for rounding the result to ``dtype``: the twin's results may happen to lie near numbers of that type.
+        rounding = torch.finfo(dtype).eps * true.abs()
         allowed = 2 * (twin - true).abs().max() + rounding + EPSILON * terms
         assert ((got - true).abs() <= allowed).all()
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, modeling_gguf_pytorch_utils
 
 from benchmarks.upcycle import choose_geometry
 from fate_moe.errors import ConfigError
@@ -62,6 +62,22 @@ def build(dense: LlamaForCausalLM, folder: Path, geometry: Geometry = NARROW) ->
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     return model.eval(), trace
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_the_bar_for_gguf_files_obeys_transformers_logging(
+    shown: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def from_pretrained(*arguments: Any, **options: Any) -> Any:
+        for _ in modeling_gguf_pytorch_utils.tqdm(range(2)):
+            pass
+        return make_dense(torch.float32)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *arguments, **options: argparse.Namespace())
+    monkeypatch.setattr("transformers.utils.logging._tqdm_active", shown)
+    upcycle.load_dense(Path("dense.gguf"))
+    assert ("2/2" in capsys.readouterr().err) == shown
 
 
 def logits(model: Any) -> torch.Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fate_moe.cli.options import print_json, print_table, quiet_transformers
+from fate_moe.cli.options import model_name, print_json, print_table, quiet_transformers
 from fate_moe.errors import ConfigError
 from fate_moe.io.files import is_writable
 from fate_moe.switches import cache_home
@@ -27,7 +27,7 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         "which kernels and which GPU are used, and why no better ones; with MODEL, which of its layers run in one step "
         "of our kernels, and every reason why others do not (nothing is loaded)",
     )
-    doctor.add_argument("model", nargs="?", metavar="MODEL", help="checkpoint folder, GGUF file, hub id or store")
+    doctor.add_argument("model", nargs="?", type=model_name, metavar="MODEL", help="checkpoint folder, GGUF file, hub id or store")
     doctor.add_argument("--measure", action="store_true", help="measure the link from RAM to the GPU, and save the result")
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
     doctor.set_defaults(verb=_doctor)

@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from fate_moe.adapter.sampling import GREEDY_BELOW, RANGES
@@ -23,6 +24,7 @@ __all__ = [
     "DEFAULTS",
     "JSON_SCHEMA",
     "MODEL_HELP",
+    "add_model",
     "add_offload_options",
     "add_sampling_options",
     "add_verbosity",
@@ -35,13 +37,14 @@ __all__ = [
     "print_table",
     "quiet_transformers",
     "require_gpu",
+    "store_of",
     "with_demo_chat",
 ]
 
 DEMO_CHAT = "demo-chat"  # the name of tools.demo_chat's model
 MODEL_HELP = (
     "checkpoint folder, GGUF file, hub id, or store (a folder, or a name as fate list shows it); demo-chat: a small model "
-    "that talks, built on first use; none: the embedded model"
+    "that talks, built on first use"
 )
 # The version of all JSON that verbs print: a change that breaks readers raises it, a new key does not.
 JSON_SCHEMA = 1
@@ -56,6 +59,11 @@ _SAMPLING = {
     "num_beams": "beam search: so many continuations are followed, each with KV cache of its own, and the text comes at the end",
 }
 _SAMPLES = ("temperature", "top_k", "top_p", "min_p")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The model of a verb; what is given becomes a store with ``store_of`` or ``with_demo_chat``."""
+    parser.add_argument("model", nargs="?", type=model_name, help=f"{MODEL_HELP}; none: the embedded model")
 
 
 def add_offload_options(parser: argparse.ArgumentParser, gpu: bool = False) -> None:
@@ -202,8 +210,15 @@ def model_name(text: str) -> str:
     return text if store is None else str(store)
 
 
+def store_of(arguments: argparse.Namespace) -> Path:
+    """The store of the verb's model, converted or built on first use."""
+    from fate_moe.engine.prepare import store_for
+
+    return store_for(with_demo_chat(arguments.model), arguments.precision, arguments.dense_precision)
+
+
 def with_demo_chat(model: str | None) -> str | None:
-    """``model``, or where it is "demo-chat" and no such store is there yet: the store, built now."""
+    """``model``; "demo-chat", which ``model_name`` leaves as it is until that store exists, becomes its store, built now."""
     if model != DEMO_CHAT or os.path.exists(model):
         return model
     from fate_moe.tools.demo_chat import demo_chat_store

@@ -9,12 +9,15 @@ from typing import Any
 from fate_moe.cli.net import say, uninterrupted
 from fate_moe.cli.options import (
     MODEL_HELP,
+    add_model,
     add_offload_options,
     model_name,
     offload_config,
     print_json,
     print_table,
     quiet_transformers,
+    store_of,
+    with_demo_chat,
 )
 from fate_moe.cli.parser import count, file_path
 from fate_moe.cli.reading import read_text
@@ -30,7 +33,7 @@ def add_verbs(verbs: Any) -> None:
     group = verbs.add_parser("eval", help="measure quality", description="Measure how well a model predicts text.")
     kinds = group.add_subparsers(required=True, metavar="WHAT")
     one = kinds.add_parser("perplexity", help="of a text", description="Perplexity of a text, in windows.")
-    one.add_argument("model", nargs="?", type=model_name, help=MODEL_HELP)
+    add_model(one)
     one.add_argument("--stride", type=count(), metavar="N", help="tokens from one window to the next; default: window - 1")
     one.set_defaults(verb=_perplexity)
     two = kinds.add_parser(
@@ -39,7 +42,7 @@ def add_verbs(verbs: Any) -> None:
         description="How far B's predictions are from A's. A is the reference: a store, or a checkpoint taken lossless; "
         "the options are B's.",
     )
-    two.add_argument("a", type=model_name, help="checkpoint folder, hub id or store")
+    two.add_argument("a", type=model_name, help=MODEL_HELP)
     two.add_argument("b", nargs="?", type=model_name, help="default: the same as A")
     two.set_defaults(verb=_compare)
     harness = kinds.add_parser(
@@ -74,11 +77,10 @@ def _perplexity(arguments: argparse.Namespace) -> None:
     _check_window(arguments)
     text = read_text(arguments.text, "the text")
     quiet_transformers()
-    from fate_moe.engine.prepare import store_for
     from fate_moe.io.progress import count_bar
     from fate_moe.tools.evaluate import perplexity
 
-    path = store_for(arguments.model, arguments.precision, arguments.dense_precision)
+    path = store_of(arguments)
     tokens = read_tokens(text, path, arguments.max_tokens)
     model = _open(path, offload_config(arguments, arguments.window), arguments.window)
     with uninterrupted(model.fate.close), count_bar("tokens", len(tokens)) as advance:
@@ -109,8 +111,8 @@ def _compare(arguments: argparse.Namespace) -> None:
     from fate_moe.io.progress import count_bar
     from fate_moe.tools.evaluate import compare
 
-    reference = store_for(arguments.a, "lossless")
-    path = store_for(arguments.b or arguments.a, arguments.precision, arguments.dense_precision)
+    reference = store_for(with_demo_chat(arguments.a), "lossless")
+    path = store_for(with_demo_chat(arguments.b or arguments.a), arguments.precision, arguments.dense_precision)
     tokens = read_tokens(text, reference, arguments.max_tokens)
     config = offload_config(arguments, arguments.window)
     plain = OffloadConfig(ram=config.ram, context_length=config.context_length)

@@ -11,15 +11,15 @@ from typing import Any
 from fate_moe import switches
 from fate_moe.cli.net import say
 from fate_moe.cli.options import (
-    MODEL_HELP,
+    add_model,
     add_offload_options,
-    model_name,
     offload_config,
     quiet_transformers,
     require_gpu,
-    with_demo_chat,
+    store_of,
 )
 from fate_moe.cli.parser import count, file_path, number, size
+from fate_moe.cli.reading import read_text
 from fate_moe.errors import ConfigError
 from fate_moe.units import parse_size
 
@@ -38,7 +38,7 @@ def add_verbs(verbs: Any) -> None:
         description="Serve a model to clients of OpenAI's and Anthropic's APIs, and a page that shows the experts at work. Needs "
         "pip install 'fate-moe[serve]'.",
     )
-    serve.add_argument("model", nargs="?", type=model_name, help=MODEL_HELP)
+    add_model(serve)
     group = serve.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="address to listen on; default: %(default)s, this machine alone")
     group.add_argument("--port", type=count(0, 65535), default=8000, help="0: any that is free; default: %(default)s")
@@ -106,12 +106,7 @@ def _serve(arguments: argparse.Namespace) -> None:
 def _api_key(arguments: argparse.Namespace) -> str | None:
     """The key that clients must send: from an option, a file or FATE_API_KEY. Raises ConfigError for a file without one."""
     if arguments.api_key_file is not None:
-        try:
-            key: str = arguments.api_key_file.read_text().strip()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is no text"
-            raise ConfigError(f"the api key file {arguments.api_key_file} cannot be read: {reason}") from error
-        if not key:
+        if not (key := read_text(arguments.api_key_file, "the api key file").strip()):
             raise ConfigError(f"the api key file {arguments.api_key_file} is empty")
         return key
     return arguments.api_key if arguments.api_key is not None else switches.api_key()
@@ -128,12 +123,11 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """(model, tokenizer); in the inference thread."""
     quiet_transformers()
     from fate_moe.engine.load import build
-    from fate_moe.engine.prepare import load_tokenizer, prepare, store_for
+    from fate_moe.engine.prepare import load_tokenizer, prepare
+    from fate_moe.tools.tokens import longest_text
 
-    prepared = prepare(store_for(with_demo_chat(arguments.model), arguments.precision, arguments.dense_precision))
-    longest = getattr(prepared.model.config.get_text_config(), "max_position_embeddings", None)
-    context = min(longest, _CONTEXT_LENGTH) if isinstance(longest, int) else _CONTEXT_LENGTH
-    config = offload_config(arguments, context)
+    prepared = prepare(store_of(arguments))
+    config = offload_config(arguments, min(longest_text(prepared.model) or _CONTEXT_LENGTH, _CONTEXT_LENGTH))
     plan = prepared.plan(config)
     say(plan.line())
     return build(prepared, plan, config), load_tokenizer(prepared.store.path)

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from fate_moe.cli.options import (
     DEFAULTS,
-    MODEL_HELP,
+    add_model,
     add_offload_options,
-    model_name,
     offload_config,
     print_json,
     print_table,
     quiet_transformers,
+    with_demo_chat,
 )
 from fate_moe.cli.parser import count, file_path, size
 from fate_moe.cli.reading import read_text
@@ -38,7 +38,7 @@ MIN_TOKENS = 16  # to calibrate with: an eighth of them is a text whose first to
 def add_verbs(verbs: Any) -> None:
     """Add this group's verbs to the parser's ``verbs``."""
     plan = verbs.add_parser("plan", help="show what fits where", description="Show where the budget would go; loads nothing.")
-    plan.add_argument("model", nargs="?", type=model_name, help=MODEL_HELP)
+    add_model(plan)
     plan.add_argument("--json", action="store_true", help="print one JSON object")
     plan.set_defaults(verb=_plan)
     add_offload_options(plan, gpu=True)
@@ -96,7 +96,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     from fate_moe.engine.prepare import plan
 
     config = offload_config(arguments, OffloadConfig.context_length)
-    result = plan(arguments.model, **{field.name: getattr(config, field.name) for field in fields(config)})
+    result = plan(with_demo_chat(arguments.model), **{field.name: getattr(config, field.name) for field in fields(config)})
     if arguments.json:
         print_json(result.as_dict())
     else:

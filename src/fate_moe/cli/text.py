@@ -14,16 +14,15 @@ from fate_moe import demo
 from fate_moe.cli.net import one_line, say, uninterrupted
 from fate_moe.cli.options import (
     DEMO_CHAT,
-    MODEL_HELP,
+    add_model,
     add_offload_options,
     add_sampling_options,
     generate_options,
-    model_name,
     offload_config,
     print_json,
     quiet_transformers,
     require_gpu,
-    with_demo_chat,
+    store_of,
 )
 from fate_moe.cli.parser import file_path
 from fate_moe.cli.reading import Shown, argument_text, is_piped, read_stdin, read_text
@@ -46,7 +45,7 @@ def add_verbs(verbs: Any) -> None:
         description="Continue a prompt; text streams as it is made. A single argument that is no path, hub id or store is a prompt "
         "for the embedded model. Control characters in the text are shown as signs; --json has it as it is.",
     )
-    run.add_argument("model", nargs="?", type=model_name, help=MODEL_HELP)
+    add_model(run)
     run.add_argument("prompt", nargs="?", help="the prompt; '-' reads standard input")
     given = run.add_mutually_exclusive_group()
     given.add_argument("-p", "--prompt", dest="prompt_option", metavar="TEXT", help="the prompt, whatever it looks like")
@@ -56,7 +55,7 @@ def add_verbs(verbs: Any) -> None:
     run.set_defaults(verb=_run)
 
     chat = verbs.add_parser("chat", help="talk", description="Talk with the model; /help lists the commands, /exit or Ctrl-D ends.")
-    chat.add_argument("model", nargs="?", type=model_name, help=MODEL_HELP)
+    add_model(chat)
     chat.set_defaults(verb=_chat)
     for verb in (run, chat):
         add_sampling_options(verb, 200 if verb is run else 400)
@@ -107,16 +106,16 @@ def _run(arguments: argparse.Namespace) -> None:
     arguments.model, prompt = _model_and_prompt(arguments)
     quiet_transformers()
     from fate_moe.engine.load import build
-    from fate_moe.engine.prepare import load_generation_config, load_tokenizer, prepare, store_for
+    from fate_moe.engine.prepare import load_generation_config, load_tokenizer, prepare
     from fate_moe.tools.generate import generate
-    from fate_moe.tools.tokens import as_input, chat_text, num_rows, token_ids
+    from fate_moe.tools.tokens import as_input, chat_text, longest_text, num_rows, token_ids
 
     require_gpu(arguments)
-    prepared = prepare(store_for(with_demo_chat(arguments.model), arguments.precision, arguments.dense_precision))
+    prepared = prepare(store_of(arguments))
     tokenizer = load_tokenizer(prepared.store.path)
     load_generation_config(prepared.model, prepared.store.path)
     text = chat_text(tokenizer, [{"role": "user", "content": prompt}]) if arguments.chat else prompt
-    rows, longest = num_rows(prepared.model), _longest(prepared.model)
+    rows, longest = num_rows(prepared.model), longest_text(prepared.model)
     if len(text) > 4 * _SAMPLE:
         _refuse_far_too_long(text, len(token_ids(tokenizer, text[:_SAMPLE], rows)), arguments.context_length or longest)
     inputs = as_input(token_ids(tokenizer, text, rows, special=not arguments.chat))
@@ -154,12 +153,6 @@ def _printer() -> Any:
     return lambda text: print(shown(text), end="", flush=True)
 
 
-def _longest(model: Any) -> int | None:
-    """How many tokens the model was made for, if its configuration says so."""
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return longest if isinstance(longest, int) else None
-
-
 def _beams(arguments: argparse.Namespace, model: Any) -> int:
     """How many continuations are followed at once."""
     return int(arguments.num_beams or model.generation_config.num_beams or 1)
@@ -183,17 +176,17 @@ def _refuse_far_too_long(text: str, sampled: int, limit: int | None) -> None:
     if limit is not None and estimate > 2 * limit:
         raise ConfigError(
             f"the prompt of {len(text)} characters is about {estimate} tokens, and the context has {limit}; give a shorter prompt, "
-            "or say with --context-length that it is meant"
+            "or a larger --context-length"
         )
 
 
 def _chat(arguments: argparse.Namespace) -> None:
     quiet_transformers()
     from fate_moe.engine.load import build
-    from fate_moe.engine.prepare import load_generation_config, load_tokenizer, prepare, store_for
+    from fate_moe.engine.prepare import load_generation_config, load_tokenizer, prepare
 
     require_gpu(arguments)
-    prepared = prepare(store_for(with_demo_chat(arguments.model), arguments.precision, arguments.dense_precision))
+    prepared = prepare(store_of(arguments))
     tokenizer = load_tokenizer(prepared.store.path)
     load_generation_config(prepared.model, prepared.store.path)
     config = offload_config(arguments, OffloadConfig.context_length)
@@ -202,7 +195,7 @@ def _chat(arguments: argparse.Namespace) -> None:
     model = build(prepared, plan, config)
     with uninterrupted(model.fate.close):
         if not tokenizer.chat_template:
-            say("this model has no chat template: it continues the text of both of you")
+            say("this model has no chat template: it continues the conversation as plain text")
         _talk(model, tokenizer, config.context_length // _beams(arguments, model), generate_options(arguments))
         say(f"\n{model.fate.report()}")
 

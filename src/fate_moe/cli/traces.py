@@ -10,13 +10,13 @@ from typing import Any
 
 from fate_moe.cli.net import say
 from fate_moe.cli.options import (
-    MODEL_HELP,
+    add_model,
     add_offload_options,
     draw_table,
-    model_name,
     offload_config,
     print_json,
     quiet_transformers,
+    with_demo_chat,
 )
 from fate_moe.cli.parser import count, file_path, number, size
 from fate_moe.cli.reading import check_output, read_text
@@ -43,7 +43,7 @@ _SIMULATED: dict[str, Any] = {
 def add_verbs(verbs: Any) -> None:
     """Add this group's verbs to the parser's ``verbs``."""
     trace = verbs.add_parser("trace", help="record routing", description="Record the routing of decode steps in a .npz file.")
-    trace.add_argument("model", nargs="?", type=model_name, help=MODEL_HELP)
+    add_model(trace)
     trace.add_argument(
         "--prompts",
         type=file_path,
@@ -97,7 +97,7 @@ def add_verbs(verbs: Any) -> None:
     simulate.set_defaults(verb=_simulate, **_SIMULATED)
 
     fit = verbs.add_parser("fit", help="fit gates", description="Fit gates that predict routing, and save them in the store.")
-    fit.add_argument("model", nargs="?", type=model_name, help=MODEL_HELP)
+    add_model(fit)
     fit.add_argument(
         "--text", type=file_path, required=True, help="text similar to what the model will read and write; - is standard input"
     )
@@ -164,7 +164,7 @@ def _trace(arguments: argparse.Namespace) -> None:
 
     config = offload_config(arguments, 2048)
     trace = record_routing(
-        arguments.model,
+        with_demo_chat(arguments.model),
         texts,
         config,
         new_tokens=arguments.max_new_tokens,
@@ -305,7 +305,7 @@ def _fit(arguments: argparse.Namespace) -> None:
     from fate_moe.tools.tracing import fit_gates
 
     found = fit_gates(
-        arguments.model,
+        with_demo_chat(arguments.model),
         texts,
         offload_config(arguments, 512),
         max_tokens=arguments.max_tokens,

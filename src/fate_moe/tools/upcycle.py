@@ -15,6 +15,8 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from fate_moe.errors import ConfigError
 from fate_moe.io.files import require_space
@@ -43,12 +46,26 @@ MAX_SHIFT = 2
 
 def load_dense(gguf: Path) -> tuple[Any, Any]:
     """The dense model of a GGUF file in bf16, and its tokenizer. Needs the gguf package."""
-    dense = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).eval()
+    with _gguf_bar_as_set():
+        dense = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     for parameter in dense.parameters():  # not dense.bfloat16(), which would round the rotary embedding's frequencies too
         parameter.data = parameter.data.bfloat16()
     tokenizer.model_max_length = dense.config.max_position_embeddings
     return dense, tokenizer
+
+
+@contextmanager
+def _gguf_bar_as_set() -> Iterator[None]:
+    """transformers shows its bar for tensors of GGUF files always; here it obeys disable_progress_bar(), as the others do."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    bar = reader.tqdm
+    reader.tqdm = partial(bar, disable=not logging.is_progress_bar_enabled())
+    try:
+        yield
+    finally:
+        reader.tqdm = bar
 
 
 def build(
