@@ -13,7 +13,7 @@ from fate_moe.units import Range
 __all__ = ["GREEDY_BELOW", "RANGES", "check_generation_config", "read_generation_config"]
 
 # A temperature that is smaller divides scores by so little that they overflow: it means the likeliest token.
-GREEDY_BELOW = 1e-5
+GREEDY_BELOW = 1e-4
 _COUNT = Range(0, (1 << 31) - 1, whole=True)
 _SHARE = Range(0, 1)
 RANGES = {
