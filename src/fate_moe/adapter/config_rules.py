@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["broken_config_rule"]
+__all__ = ["broken_config_rule", "longest_context"]
 
 _COUNTS = (
     "hidden_size",
@@ -32,6 +32,12 @@ _ROPE_NUMBERS = (
     "partial_rotary_factor",
 )
 _ROPE_LISTS = ("short_factor", "long_factor")
+
+
+def longest_context(config: Any) -> int | None:
+    """How many tokens the model of ``config`` (transformers' object) was made for; None where it does not say."""
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return longest if isinstance(longest, int) else None
 
 
 def broken_config_rule(config: Any) -> str | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fate_moe import demo
+from fate_moe.adapter.config_rules import longest_context
 from fate_moe.cli.net import one_line, say, uninterrupted
 from fate_moe.cli.options import (
     DEMO_CHAT,
@@ -116,7 +117,7 @@ def _run(arguments: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(prepared.store.path)
     load_generation_config(prepared.model, prepared.store.path)
     text = chat_text(tokenizer, [{"role": "user", "content": prompt}]) if arguments.chat else prompt
-    rows, longest = num_rows(prepared.model), _longest(prepared.model)
+    rows, longest = num_rows(prepared.model), longest_context(prepared.model.config)
     if len(text) > 4 * _SAMPLE:
         _refuse_far_too_long(text, len(token_ids(tokenizer, text[:_SAMPLE], rows)), arguments.context_length or longest)
     inputs = as_input(token_ids(tokenizer, text, rows, special=not arguments.chat))
@@ -152,12 +153,6 @@ def _printer() -> Any:
     """What prints each piece of a text at once."""
     shown = Shown()
     return lambda text: print(shown(text), end="", flush=True)
-
-
-def _longest(model: Any) -> int | None:
-    """How many tokens the model was made for, if its configuration says so."""
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return longest if isinstance(longest, int) else None
 
 
 def _beams(arguments: argparse.Namespace, model: Any) -> int:

@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from fate_moe.adapter.config_rules import longest_context
 from fate_moe.schedule.generation import eos_ids, sampling_defaults
 
 __all__ = ["ModelCard"]
@@ -28,9 +29,8 @@ class ModelCard:
     @classmethod
     def of(cls, name: str, model: Any, tokenizer: Any) -> ModelCard:
         """The card of a loaded model: as much context as was set aside, and as the model was made for."""
-        made_for = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         context = model.fate.config.context_length
-        return cls(name, model, copy.deepcopy(tokenizer), min(context, made_for) if isinstance(made_for, int) else context)
+        return cls(name, model, copy.deepcopy(tokenizer), min(context, longest_context(model.config) or context))
 
     @property
     def vocab_size(self) -> int:
