@@ -1,4 +1,4 @@
-"""One request through ``model.generate()``: transformers chooses the tokens; this follows them and passes on what they say."""
+"""One request through ``model.generate()``: transformers chooses the tokens, and each becomes text, and events, at once."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _PROGRESS_SECONDS = 0.1  # between two events that say how far a prompt is
 
 
 class CancelledError(Exception):
-    """Raised inside a forward pass of a prompt that nobody waits for any more."""
+    """Raised inside a forward pass of the prompt of a request that was cancelled."""
 
 
 class Generation:
-    """Runs one request. ``deliver`` gets its events but the last, ``is_cancelled`` is asked once a token and once a layer while
-    the prompt is read, ``submitted`` is when it was asked for (time.perf_counter)."""
+    """Runs one request. ``deliver`` gets its events but the last. ``is_cancelled`` is asked once a token, and once a layer while
+    the prompt is read. ``submitted`` is when the request came (time.perf_counter)."""
 
     def __init__(
         self,
@@ -110,7 +110,7 @@ class Generation:
             yield request.constraint()
 
     def _follow(self, token: int) -> bool:
-        """``token`` was chosen: pass on what it says; whether to stop after it."""
+        """``token`` was chosen: deliver its text. Returns whether to stop after it."""
         if self._ended or self._text.stopped is not None:  # on a GPU, generate() may look one token later
             return True
         now = time.perf_counter()
@@ -252,6 +252,6 @@ def decoder(tokenizer: Any, skip_special: bool) -> Decode:
 
 
 def _decoder_layers(model: Any) -> Sequence[Any]:
-    """The modules that run one after the other while a prompt is read; empty where they are not to be found."""
+    """The modules that a pass runs one after the other; empty where the model has no list of them."""
     layers = getattr(model.get_decoder(), "layers", None)
     return list(layers) if isinstance(layers, torch.nn.ModuleList) else []

@@ -49,7 +49,7 @@ class AnthropicMessage(Body):
 
 
 class AnthropicTool(Body):
-    """A tool of the client's; others run on Anthropic's machines. What only says how it is sent is accepted."""
+    """A tool that the client runs; the others run on Anthropic's machines. Fields about caching and streaming have no effect."""
 
     name: FunctionName
     description: str | None = None
@@ -70,7 +70,7 @@ class AnthropicToolChoice(Body):
 
 
 class Thinking(Body):
-    """Whether the model may think. How long, it says itself: ``budget_tokens`` is accepted and not kept."""
+    """Whether the model may think. How long is up to the model: ``budget_tokens`` is accepted and has no effect."""
 
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: int | None = None
@@ -130,7 +130,7 @@ class CountRequest(Body):
         return chosen_tool(tools, "required" if chosen.type == "any" else "none")
 
     def _thinking(self, card: ModelCard) -> dict[str, Any]:
-        """A model that cannot think may be allowed to; it is not told."""
+        """Options for the chat template; one that knows no thinking is told nothing, and permission to think is no error."""
         effort = self.output_config.effort if self.output_config is not None else None
         options = thinking_options(card, effort, "output_config.effort") if effort is not None else {}
         if self.thinking is not None and "enable_thinking" in (card.chat_template or ""):

@@ -1,4 +1,4 @@
-"""What stands before the routes: who may call, from where, and with how much."""
+"""What a request passes before the routes: key, host name, size of the body; and what counts and logs it."""
 
 from __future__ import annotations
 

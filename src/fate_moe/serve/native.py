@@ -1,4 +1,4 @@
-"""Routes that are not of OpenAI or Anthropic, in the words of llama-server and vLLM where these have them."""
+"""Routes that OpenAI and Anthropic do not have, named as in llama-server and vLLM where those have them."""
 
 from __future__ import annotations
 
