@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fate_moe
+from fate_moe import demo
+from fate_moe.engine.prepare import load_tokenizer, store_for
 from fate_moe.schedule.fifo import FifoScheduler
 from fate_moe.schedule.generation import _Penalties
 from fate_moe.schedule.request import Event, Finished, Piece, Queued, Reading, Request, Sampling, Usage
@@ -260,3 +263,20 @@ def test_a_request_that_fails_ends_and_the_next_is_served(scheduler: FifoSchedul
     bad, good = answer(scheduler, Request(PROMPT, 4, constraint=fail), Request(PROMPT, 4))
     assert (end_of(bad).reason, end_of(bad).message) == ("error", "ValueError: no such grammar")
     assert end_of(good).reason == "length"
+
+
+@pytest.mark.slow
+def test_on_a_gpu_tokens_come_from_the_fused_step(checkpoint: Callable[[str], Path]) -> None:
+    """What watches the prompt is gone from the layers when generate() looks for hooks."""
+    pytest.importorskip("triton")
+    from tests.support.engines import simulated_gpu
+
+    model = simulated_gpu(store_for(checkpoint("qwen2_moe"), "lossless"))
+    scheduler = FifoScheduler(lambda: (model, load_tokenizer(demo.MODEL)))
+    for options in ({}, {"top_logprobs": 1, "prompt_logprobs": True}):
+        before = model.fate.decode.steps
+        events = answer(scheduler, Request((3, 17, 90, 5), 4, Sampling(temperature=0), ignore_eos=True, **options))[0]  # type: ignore[arg-type]
+        assert model.fate.decode.steps == before + 3
+        assert any(isinstance(event, Reading) for event in events)
+    scheduler.close()
+    model.fate.close()

@@ -192,6 +192,10 @@ def test_completions_of_several_prompts(lenient: openai.OpenAI, service: Service
     assert several.choices[0].text == one
     assert several.usage is not None
     assert several.usage.completion_tokens == 16
+    chunks = client.completions.create(
+        **options, prompt=["The sun", "A cat"], n=2, stream=True, stream_options={"include_usage": True}
+    )
+    assert list(chunks)[-1].usage == several.usage
     nothing = client.completions.create(model="embedded", prompt="The sun", max_tokens=0, echo=True, logprobs=1)
     assert nothing.choices[0].text == "The sun"
 

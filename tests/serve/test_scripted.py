@@ -124,6 +124,18 @@ def test_a_call_that_is_none_is_text(pieces: list[str]) -> None:
         assert whole.finish_reason == "stop"
 
 
+def test_an_answer_that_says_nothing_is_the_same_whole_and_streamed() -> None:
+    with served(Script([""])) as (_, _, claude):
+        usual: Any = {"model": "qwen-like", "max_tokens": 9, "messages": ASKED}
+        with claude.messages.stream(**usual) as stream:
+            streamed = stream.get_final_message()
+        assert (
+            [block.type for block in streamed.content]
+            == [block.type for block in claude.messages.create(**usual).content]
+            == ["text"]
+        )
+
+
 def test_the_template_is_told_of_tools_and_thinking() -> None:
     with served(Script(["ok"])) as (scheduler, client, claude):
         chat(client, tools=TOOLS)

@@ -10,7 +10,7 @@ from typing import Any
 from fate_moe.errors import CheckpointError
 from fate_moe.io.json_file import read_json
 
-__all__ = ["EXPERT_COUNTS", "broken_config_rule", "read_config"]
+__all__ = ["EXPERT_COUNTS", "broken_config_rule", "longest_context", "read_config"]
 
 # What families call the number of experts in a layer.
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -50,6 +50,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} holds no JSON object but {type(config).__name__}; take the config.json of the checkpoint")
     return config
+
+
+def longest_context(config: Any) -> int | None:
+    """How many tokens the model of ``config`` (transformers' object) was made for; None where it does not say."""
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return longest if isinstance(longest, int) else None
 
 
 def broken_config_rule(config: Any) -> str | None:

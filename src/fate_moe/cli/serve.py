@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fate_moe import switches
+from fate_moe.adapter.config_rules import longest_context
 from fate_moe.cli.net import say
 from fate_moe.cli.options import (
     add_model,
@@ -21,6 +22,7 @@ from fate_moe.cli.options import (
 from fate_moe.cli.parser import count, file_path, number, size
 from fate_moe.cli.reading import read_text
 from fate_moe.errors import ConfigError
+from fate_moe.serve.options import ServeOptions, is_loopback
 from fate_moe.units import parse_size
 
 __all__ = ["add_verbs"]
@@ -40,27 +42,36 @@ def add_verbs(verbs: Any) -> None:
     )
     add_model(serve)
     group = serve.add_argument_group("server")
-    group.add_argument("--host", default="127.0.0.1", help="address to listen on; default: %(default)s, this machine alone")
-    group.add_argument("--port", type=count(0, 65535), default=8000, help="0: any that is free; default: %(default)s")
+    group.add_argument("--host", default=ServeOptions.host, help="address to listen on; default: %(default)s, this machine alone")
+    group.add_argument("--port", type=count(0, 65535), default=ServeOptions.port, help="0: any that is free; default: %(default)s")
     group.add_argument("--name", help="what clients call the model; default: its own name")
     key = group.add_mutually_exclusive_group()
-    key.add_argument("--api-key", metavar="KEY", help="what clients must send; others see it in the list of processes, so better:")
-    key.add_argument("--api-key-file", type=file_path, metavar="FILE", help="a file with the key; or set FATE_API_KEY")
+    key.add_argument("--api-key", metavar="KEY", help="what clients must send; users of this machine see it in the process list")
+    key.add_argument(
+        "--api-key-file",
+        type=file_path,
+        metavar="FILE",
+        help="a file with the key, which hides it from them; so does the variable FATE_API_KEY",
+    )
     group.add_argument("--cors", action="append", metavar="ORIGIN", help="a site whose pages may call; '*': all; may be repeated")
     group.add_argument(
-        "--queue", type=count(0, 1 << 20), default=64, metavar="N", help="requests that may wait; default: %(default)s"
+        "--queue",
+        type=count(0, 1 << 20),
+        default=ServeOptions.queue,
+        metavar="N",
+        help="requests that may wait; default: %(default)s",
     )
     group.add_argument(
-        "--max-body", type=size(parse_size), default="16MiB", metavar="SIZE", help="of a request; default: %(default)s"
+        "--max-body", type=size(parse_size), default="16MiB", metavar="SIZE", help="the largest request; default: %(default)s"
     )
     group.add_argument(
         "--drain-seconds",
         type=number(0, 86400),
-        default=30.0,
+        default=ServeOptions.drain_seconds,
         metavar="N",
-        help="for answers to end after SIGTERM; default: %(default)s",
+        help="how long answers may take to end after SIGTERM; default: %(default)s",
     )
-    group.add_argument("--open", action="store_true", help="open the page in a browser once the model is there")
+    group.add_argument("--open", action="store_true", help="open the page in a browser once the model is loaded")
     group.add_argument("--log-requests", action="store_true", help="a line on stderr for each request, without its contents")
     group.add_argument("--log-prompts", action="store_true", help="prompts and answers on stderr too")
     serve.set_defaults(verb=_serve)
@@ -73,7 +84,6 @@ def _serve(arguments: argparse.Namespace) -> None:
             importlib.import_module(package)
         except ImportError as error:
             raise ConfigError(f"fate serve needs {package}, which cannot be imported; pip install 'fate-moe[serve]'") from error
-    from fate_moe.serve.options import ServeOptions, is_loopback
     from fate_moe.serve.server import bind, run
 
     options = ServeOptions(
@@ -124,10 +134,9 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     quiet_transformers()
     from fate_moe.engine.load import build
     from fate_moe.engine.prepare import load_tokenizer, prepare
-    from fate_moe.tools.tokens import longest_text
 
     prepared = prepare(store_of(arguments))
-    config = offload_config(arguments, min(longest_text(prepared.model) or _CONTEXT_LENGTH, _CONTEXT_LENGTH))
+    config = offload_config(arguments, min(longest_context(prepared.model.config) or _CONTEXT_LENGTH, _CONTEXT_LENGTH))
     plan = prepared.plan(config)
     say(plan.line())
     return build(prepared, plan, config), load_tokenizer(prepared.store.path)

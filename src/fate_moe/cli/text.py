@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fate_moe import demo
+from fate_moe.adapter.config_rules import longest_context
 from fate_moe.cli.net import one_line, say, uninterrupted
 from fate_moe.cli.options import (
     DEMO_CHAT,
@@ -108,14 +109,14 @@ def _run(arguments: argparse.Namespace) -> None:
     from fate_moe.engine.load import build
     from fate_moe.engine.prepare import load_generation_config, load_tokenizer, prepare
     from fate_moe.tools.generate import generate
-    from fate_moe.tools.tokens import as_input, chat_text, longest_text, num_rows, token_ids
+    from fate_moe.tools.tokens import as_input, chat_text, num_rows, token_ids
 
     require_gpu(arguments)
     prepared = prepare(store_of(arguments))
     tokenizer = load_tokenizer(prepared.store.path)
     load_generation_config(prepared.model, prepared.store.path)
     text = chat_text(tokenizer, [{"role": "user", "content": prompt}]) if arguments.chat else prompt
-    rows, longest = num_rows(prepared.model), longest_text(prepared.model)
+    rows, longest = num_rows(prepared.model), longest_context(prepared.model.config)
     if len(text) > 4 * _SAMPLE:
         _refuse_far_too_long(text, len(token_ids(tokenizer, text[:_SAMPLE], rows)), arguments.context_length or longest)
     inputs = as_input(token_ids(tokenizer, text, rows, special=not arguments.chat))

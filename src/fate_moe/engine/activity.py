@@ -1,7 +1,7 @@
 """What the experts of a running model do, looked at from another thread.
 
 The journal (journal.py) records every pass and costs the inference thread time. This reads what the engine counts anyway, so a
-model that is looked at runs as one that is not: only the experts that missed are written down meanwhile.
+model that is watched takes the same path as one that is not: only the experts that missed are recorded meanwhile.
 """
 
 from __future__ import annotations
@@ -49,11 +49,15 @@ class Activity:
         """Nothing is written down any more."""
         self._residency.missed = None
 
+    def resident(self) -> list[ExpertId]:
+        """The experts in slots. May be called from any thread, at any time."""
+        return self._residency.resident()
+
     def look(self) -> Look:
         """What there is now. Takes a copy of the counts, and the residency's lock where reads have changed what is resident."""
         counters = replace(self._residency.counters)
         seen = (counters.misses + counters.prefetched, counters.bytes_read)
-        resident = None if seen == self._seen else self._residency.resident()
+        resident = None if seen == self._seen else self.resident()
         self._seen = seen
         pending = self._residency.missed
         missed = [pending.popleft() for _ in range(len(pending))] if pending else []

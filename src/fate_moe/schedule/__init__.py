@@ -1,1 +1,1 @@
-"""Requests for text, and who is served when. No HTTP here: ``serve`` translates."""
+"""Requests for text, and the order in which they run. No HTTP: ``serve`` translates."""

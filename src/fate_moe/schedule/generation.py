@@ -1,4 +1,4 @@
-"""One request through ``model.generate()``: transformers chooses the tokens; this follows them and passes on what they say."""
+"""One request through ``model.generate()``: transformers chooses the tokens, and each becomes text, and events, at once."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _PROGRESS_SECONDS = 0.1  # between two events that say how far a prompt is
 
 
 class CancelledError(Exception):
-    """Raised inside a forward pass of a prompt that nobody waits for any more."""
+    """Raised inside a forward pass of the prompt of a request that was cancelled."""
 
 
 class Generation:
-    """Runs one request. ``deliver`` gets its events but the last, ``is_cancelled`` is asked once a token and once a layer while
-    the prompt is read, ``submitted`` is when it was asked for (time.perf_counter)."""
+    """Runs one request. ``deliver`` gets its events but the last. ``is_cancelled`` is asked once a token, and once a layer while
+    the prompt is read. ``submitted`` is when the request came (time.perf_counter)."""
 
     def __init__(
         self,
@@ -110,7 +110,7 @@ class Generation:
             yield request.constraint()
 
     def _follow(self, token: int) -> bool:
-        """``token`` was chosen: pass on what it says; whether to stop after it."""
+        """``token`` was chosen: deliver its text. Returns whether to stop after it."""
         if self._ended or self._text.stopped is not None:  # on a GPU, generate() may look one token later
             return True
         now = time.perf_counter()
@@ -129,16 +129,19 @@ class Generation:
 
     @contextmanager
     def _watched_prompt(self) -> Iterator[None]:
-        """Meanwhile each decoder layer says how far the prompt is, and looks whether anybody still waits; tokens pass freely."""
+        """While the prompt is read, each decoder layer reports the progress, and ends the pass once the request is cancelled.
+
+        The layers have hooks during the prompt's passes only: on a GPU, ``generate()`` looks for hooks when it starts and decodes
+        through the fused step only if it finds none. The model's own hooks do not count.
+        """
         layers = _decoder_layers(self._model)
         total = len(self._request.prompt)
         told = float("-inf")
+        in_layers: list[Any] = []
 
         def entering(done: int) -> Callable[..., None]:
             def enter(module: Any, args: tuple[Any, ...]) -> None:
                 nonlocal told
-                if self.tokens:
-                    return
                 if self._is_cancelled():
                     raise CancelledError
                 if (now := time.perf_counter()) - told > _PROGRESS_SECONDS:
@@ -147,12 +150,22 @@ class Generation:
 
             return enter
 
-        handles = [layer.register_forward_pre_hook(entering(total * index // len(layers))) for index, layer in enumerate(layers)]
+        def before(module: Any, args: tuple[Any, ...]) -> None:
+            if not self.tokens:
+                for index, layer in enumerate(layers):
+                    in_layers.append(layer.register_forward_pre_hook(entering(total * index // len(layers))))
+
+        def after(*_: Any) -> None:
+            while in_layers:
+                in_layers.pop().remove()
+
+        handles = [self._model.register_forward_pre_hook(before), self._model.register_forward_hook(after)]
         if self._request.top_logprobs is not None:
             handles.append(self._model.register_forward_hook(self._keep_logits))
         try:
             yield
         finally:
+            after()
             for handle in handles:
                 handle.remove()
 
@@ -171,13 +184,16 @@ class _Follow(StoppingCriteria):  # type: ignore[misc]
 
 
 class _Penalties(LogitsProcessor):  # type: ignore[misc]
-    """OpenAI's: score - frequency * count - presence * (count > 0), counted after the first ``prompt_tokens``."""
+    """OpenAI's: score - frequency * count - presence * (count > 0), of one text, counted after its first ``prompt_tokens``."""
 
     def __init__(self, prompt_tokens: int, presence: float, frequency: float) -> None:
-        self._prompt_tokens, self._presence, self._frequency = prompt_tokens, presence, frequency
+        self._presence, self._frequency = presence, frequency
+        self._seen, self._counts = prompt_tokens, Counter[int]()
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        counts = Counter(input_ids[0, self._prompt_tokens :].tolist())
+        counts, tokens = self._counts, input_ids[0, self._seen :].tolist()
+        self._seen += len(tokens)
+        counts.update(tokens)
         if counts:
             index = torch.tensor(list(counts), device=scores.device)
             number = torch.tensor(list(counts.values()), device=scores.device, dtype=scores.dtype)
@@ -236,6 +252,6 @@ def decoder(tokenizer: Any, skip_special: bool) -> Decode:
 
 
 def _decoder_layers(model: Any) -> Sequence[Any]:
-    """The modules that run one after the other while a prompt is read; empty where they are not to be found."""
+    """The modules that a pass runs one after the other; empty where the model has no list of them."""
     layers = getattr(model.get_decoder(), "layers", None)
     return list(layers) if isinstance(layers, torch.nn.ModuleList) else []

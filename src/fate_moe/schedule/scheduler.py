@@ -1,4 +1,4 @@
-"""The seam between those who ask for text and what makes it."""
+"""What a scheduler does: requests go in, events come out."""
 
 from __future__ import annotations
 

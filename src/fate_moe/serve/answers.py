@@ -1,4 +1,4 @@
-"""From requests to what their answers say, whatever API they are told in."""
+"""Requests go to the scheduler, and its events become those of answers: what all APIs are made of."""
 
 from __future__ import annotations
 

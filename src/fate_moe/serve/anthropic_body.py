@@ -10,8 +10,8 @@ from fate_moe.schedule.request import Sampling
 from fate_moe.serve.card import ModelCard
 from fate_moe.serve.conversation import Conversation, thinking_options
 from fate_moe.serve.errors import ApiError, unsupported
-from fate_moe.serve.messages import FunctionName
-from fate_moe.serve.openai_common import GREEDY_BELOW, StopString
+from fate_moe.serve.messages import FunctionName, chosen_tool, unlike_names
+from fate_moe.serve.openai_common import MOST_STOPS, StopString, greedy_if_tiny
 from fate_moe.serve.wire import Body
 
 __all__ = ["CountRequest", "MessagesRequest"]
@@ -49,7 +49,7 @@ class AnthropicMessage(Body):
 
 
 class AnthropicTool(Body):
-    """A tool of the client's; others run on Anthropic's machines. What only says how it is sent is accepted."""
+    """A tool that the client runs; the others run on Anthropic's machines. Fields about caching and streaming have no effect."""
 
     name: FunctionName
     description: str | None = None
@@ -70,7 +70,7 @@ class AnthropicToolChoice(Body):
 
 
 class Thinking(Body):
-    """Whether the model may think. How long, it says itself: ``budget_tokens`` is accepted and not kept."""
+    """Whether the model may think. How long is up to the model: ``budget_tokens`` is accepted and has no effect."""
 
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: int | None = None
@@ -105,9 +105,7 @@ class CountRequest(Body):
 
     def conversation(self, card: ModelCard) -> Conversation:
         """What is asked for. Raises ApiError for what does not go together."""
-        tools = [_tool(tool) for tool in self.tools or ()]
-        if len({tool["function"]["name"] for tool in tools}) < len(tools):
-            raise ApiError("'tools': there are two of one name", "tools", "invalid_value")
+        tools = unlike_names([_tool(tool) for tool in self.tools or ()])
         choice, tool = self._choice(tools)
         config = self.output_config
         return Conversation(
@@ -124,21 +122,15 @@ class CountRequest(Body):
         )
 
     def _choice(self, tools: list[dict[str, Any]]) -> tuple[Literal["none", "auto", "forced"], str | None]:
-        names = [tool["function"]["name"] for tool in tools]
-        kind = self.tool_choice.type if self.tool_choice is not None else "auto"
-        if kind in ("any", "tool") and not tools:
-            raise ApiError("'tool_choice' needs 'tools'", "tool_choice", "invalid_value")
-        if kind == "tool":
-            name = self.tool_choice.name if self.tool_choice is not None else None
-            if name not in names:
-                raise ApiError(f"'tool_choice': there is no tool '{name}'", "tool_choice.name", "invalid_value")
-            return "forced", name
-        if kind == "any":
-            return "forced", names[0] if len(names) == 1 else None
-        return ("auto" if kind == "auto" and tools else "none"), None
+        chosen = self.tool_choice
+        if chosen is None or chosen.type == "auto":
+            return chosen_tool(tools, None)
+        if chosen.type == "tool":
+            return chosen_tool(tools, None, _required(chosen.name, "tool_choice.name"))
+        return chosen_tool(tools, "required" if chosen.type == "any" else "none")
 
     def _thinking(self, card: ModelCard) -> dict[str, Any]:
-        """A model that cannot think may be allowed to; it is not told."""
+        """Options for the chat template; one that knows no thinking is told nothing, and permission to think is no error."""
         effort = self.output_config.effort if self.output_config is not None else None
         options = thinking_options(card, effort, "output_config.effort") if effort is not None else {}
         if self.thinking is not None and "enable_thinking" in (card.chat_template or ""):
@@ -161,16 +153,15 @@ class MessagesRequest(CountRequest):
     temperature: float | None = Field(None, ge=0, le=1)
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=0, le=1 << 30)
-    stop_sequences: list[StopString] | None = Field(None, max_length=16)
+    stop_sequences: list[StopString] | None = Field(None, max_length=MOST_STOPS)
     stream: bool | None = None
     # Of no effect on the answer, here as there.
     metadata: dict[str, Any] | None = None
     service_tier: Literal["auto", "standard_only"] | None = None
 
     def conversation(self, card: ModelCard) -> Conversation:
-        temperature = self.temperature
         asked = super().conversation(card)
-        sampling = Sampling(0.0 if temperature is not None and temperature < GREEDY_BELOW else temperature, self.top_p, self.top_k)
+        sampling = Sampling(greedy_if_tiny(self.temperature), self.top_p, self.top_k)
         more = {"samplings": [sampling], "max_tokens": self.max_tokens, "stop": tuple(self.stop_sequences or ())}
         return Conversation(**{**asked.__dict__, **more})
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -11,11 +10,12 @@ from sse_starlette import ServerSentEvent
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
-from fate_moe.serve.answers import Answers, ClientGoneError, Done, Said, Waiting, collected
+from fate_moe.serve.answers import Answers, ClientGoneError, Done, Said, Waiting
 from fate_moe.serve.anthropic_body import CountRequest, MessagesRequest
-from fate_moe.serve.blocks import Block, Blocks
+from fate_moe.serve.blocks import Block, Blocks, collect_blocks
 from fate_moe.serve.conversation import plan
 from fate_moe.serve.errors import ApiError, error_body
+from fate_moe.serve.messages import parsed_arguments
 from fate_moe.serve.openai_common import check_model, new_id
 from fate_moe.serve.prompt import render
 from fate_moe.serve.service import Serving
@@ -38,17 +38,10 @@ async def messages(request: Request, body: MessagesRequest, service: Serving) ->
     if body.stream:
         events = _stream(answers, head, len(plans[0].request.prompt), own_stops)
         return event_stream(events, answers.cancel, lambda: answers.status, service.options.keep_alive_seconds)
-    blocks, done = Blocks(), None
     try:
-        async for event in collected(request, answers):
-            if isinstance(event, Said):
-                for _ in blocks.feed(event):
-                    pass
-            elif isinstance(event, Done):
-                done = event
+        blocks, done = await collect_blocks(request, answers)
     except ClientGoneError:
         return Response(status_code=499)
-    assert done is not None
     end = done.finished
     return JSONResponse(
         {
@@ -128,11 +121,8 @@ def _delta(block: Block, text: str) -> dict[str, Any]:
 
 def _object(arguments: str) -> dict[str, Any]:
     """A call's arguments; of one that was cut off, what there is under the key of a text."""
-    try:
-        value = json.loads(arguments or "{}")
-    except (ValueError, RecursionError):
-        value = None
-    return value if isinstance(value, dict) else {"text": arguments}
+    value = parsed_arguments(arguments)
+    return value if isinstance(value, dict) else {"text": value}
 
 
 def _stop(done: Done, own_stops: tuple[str, ...]) -> dict[str, Any]:

@@ -6,11 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
+from fastapi import Request as HttpRequest
+
 from fate_moe.schedule.request import TokenRecord
-from fate_moe.serve.answers import Said
+from fate_moe.serve.answers import Answers, Done, Said, collected
 from fate_moe.serve.parsing import Delta, Reasoning, Text, ToolArguments, ToolOpened
 
-__all__ = ["Block", "Blocks", "Step"]
+__all__ = ["Block", "Blocks", "Step", "collect_blocks"]
 
 
 @dataclass
@@ -74,3 +76,16 @@ class Blocks:
             return ()
         self._is_open = False
         return (("close", self.blocks[-1], ""),)
+
+
+async def collect_blocks(request: HttpRequest, answers: Answers) -> tuple[Blocks, Done]:
+    """The only one of ``answers``, whole, for a client that does not stream. Raises what ``collected`` raises."""
+    blocks, done = Blocks(), None
+    async for event in collected(request, answers):
+        if isinstance(event, Said):
+            list(blocks.feed(event))
+        elif isinstance(event, Done):
+            list(blocks.end())
+            done = event
+    assert done is not None
+    return blocks, done

@@ -8,8 +8,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from fate_moe.adapter.config_rules import longest_context
 from fate_moe.schedule.generation import eos_ids, sampling_defaults
-from fate_moe.tools.tokens import longest_text
 
 __all__ = ["ModelCard"]
 
@@ -30,7 +30,7 @@ class ModelCard:
     def of(cls, name: str, model: Any, tokenizer: Any) -> ModelCard:
         """The card of a loaded model: as much context as was set aside, and as the model was made for."""
         context = model.fate.config.context_length
-        return cls(name, model, copy.deepcopy(tokenizer), min(context, longest_text(model) or context))
+        return cls(name, model, copy.deepcopy(tokenizer), min(context, longest_context(model.config) or context))
 
     @property
     def vocab_size(self) -> int:

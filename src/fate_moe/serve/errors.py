@@ -17,7 +17,7 @@ __all__ = ["ApiError", "add_error_handlers", "error_body", "error_response", "un
 
 _log = logging.getLogger(__name__)
 
-# Parameters that the APIs have and this server does not honour: told apart from misspelt ones.
+# Parameters that the APIs have and this server does not: the error says so, instead of "unknown".
 _KNOWN = {
     *("audio", "function_call", "functions", "modalities", "moderation", "prediction", "web_search_options", "best_of"),
     *("background", "conversation", "max_tool_calls", "previous_response_id", "prompt", "truncation", "context_management"),

@@ -1,4 +1,4 @@
-"""What stands before the routes: who may call, from where, and with how much."""
+"""What a request passes before the routes: key, host name, size of the body; and what counts and logs it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fate_moe.serve.errors import ApiError, error_response
 __all__ = ["Guard", "RequestLog"]
 
 # Open without a key: a load balancer asks for health, and a page has to load before it can ask for the key.
-_OPEN = ("/health", "/", "/assets/", "/favicon.ico")
+_OPEN = ("/health", "/", "/favicon.ico")  # and /assets/
 
 _log = logging.getLogger("fate_moe.serve.requests")
 

@@ -1,7 +1,7 @@
 """What the page shows while a model runs: which experts are used, resident and missed, and rates; as server-sent events.
 
 One sampler looks at the engine a few times a second while somebody watches, and all watchers are sent the same text. It reads
-counters that are kept anyway (engine/activity.py), from the event loop: no pass of the model knows of it.
+counters that are kept anyway (engine/activity.py), from the event loop: nothing is added to the passes of the model.
 """
 
 from __future__ import annotations

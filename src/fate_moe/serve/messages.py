@@ -11,7 +11,18 @@ from pydantic import Field, StringConstraints
 from fate_moe.serve.errors import ApiError, unsupported
 from fate_moe.serve.wire import Body
 
-__all__ = ["Message", "Tool", "ToolChoice", "chosen_tool", "to_template", "tool_dicts"]
+__all__ = [
+    "FunctionName",
+    "Message",
+    "NamedTool",
+    "Tool",
+    "ToolChoice",
+    "chosen_tool",
+    "parsed_arguments",
+    "to_template",
+    "tool_dicts",
+    "unlike_names",
+]
 
 FunctionName = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 
@@ -110,12 +121,9 @@ def _one(message: Message, where: str) -> dict[str, Any]:
             {
                 "id": call.id,
                 "type": "function",
-                "function": {
-                    "name": call.function.name,
-                    "arguments": _arguments(call, f"{where}.tool_calls.{number}.function.arguments"),
-                },
+                "function": {"name": call.function.name, "arguments": parsed_arguments(call.function.arguments)},
             }
-            for number, call in enumerate(message.tool_calls)
+            for call in message.tool_calls
         ]
     if message.role == "tool":
         if message.tool_call_id is None:
@@ -143,37 +151,47 @@ def _text(message: Message, where: str) -> str:
     return "\n".join(texts)
 
 
-def _arguments(call: ToolCall, where: str) -> Any:
-    """Templates want an object; what a model got wrong stays text."""
+def parsed_arguments(text: str) -> dict[str, Any] | str:
+    """The arguments of a call: the object that templates want, or the text where a model wrote no JSON object."""
     try:
-        value = json.loads(call.function.arguments or "{}")
+        value = json.loads(text or "{}")
     except (ValueError, RecursionError):
-        return call.function.arguments
-    return value if isinstance(value, dict) else call.function.arguments
+        return text
+    return value if isinstance(value, dict) else text
 
 
 def tool_dicts(tools: Sequence[Tool] | None) -> list[dict[str, Any]]:
     """Tools as templates and grammars take them. Raises ApiError for two of one name."""
-    found: dict[str, dict[str, Any]] = {}
-    for tool in tools or ():
-        if tool.function.name in found:
-            raise ApiError(f"'tools': there are two of the name '{tool.function.name}'", "tools", "invalid_value")
-        found[tool.function.name] = tool.model_dump(exclude_none=True)
-    return list(found.values())
+    return unlike_names([tool.model_dump(exclude_none=True) for tool in tools or ()])
 
 
-def chosen_tool(tools: Sequence[dict[str, Any]], choice: ToolChoice | None) -> tuple[Literal["none", "auto", "forced"], str | None]:
-    """Whether tools are to be called, and which one (None: any). Raises ApiError for a choice that is none."""
-    if choice is None:
+def unlike_names(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """``tools``, if no two of them have the same name; else raises ApiError."""
+    names = [tool["function"]["name"] for tool in tools]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise ApiError(f"'tools': there are two of the name '{name}'", "tools", "invalid_value")
+    return tools
+
+
+def chosen_tool(
+    tools: Sequence[dict[str, Any]], choice: Literal["none", "auto", "required"] | None, named: str | None = None
+) -> tuple[Literal["none", "auto", "forced"], str | None]:
+    """Whether tools are to be called, and which one (None: any). ``named``: the request names the tool, whatever ``choice``.
+
+    Raises ApiError for a choice that ``tools`` do not offer.
+    """
+    if named is None and choice is None:
         return ("auto" if tools else "none"), None
-    if choice == "none":
+    if named is None and choice == "none":
         return "none", None
     if not tools:
         raise ApiError("'tool_choice' needs 'tools'", "tool_choice", "invalid_value")
-    if choice == "auto":
-        return "auto", None
+    names = [tool["function"]["name"] for tool in tools]
+    if named is not None:
+        if named not in names:
+            raise ApiError(f"'tool_choice': there is no tool '{named}'", "tool_choice", "invalid_value")
+        return "forced", named
     if choice == "required":
-        return "forced", tools[0]["function"]["name"] if len(tools) == 1 else None
-    if choice.function.name not in [tool["function"]["name"] for tool in tools]:
-        raise ApiError(f"'tool_choice': there is no tool '{choice.function.name}'", "tool_choice", "invalid_value")
-    return "forced", choice.function.name
+        return "forced", names[0] if len(names) == 1 else None
+    return "auto", None

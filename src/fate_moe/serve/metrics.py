@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter as Count
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -23,7 +23,7 @@ _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5
 
 
 class Metrics:
-    """One server's metrics. ``finished`` is called in the inference thread, all else in the event loop."""
+    """One server's metrics. ``finished`` is called in the inference thread, ``answered`` in the event loop, ``text`` in any."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -99,18 +99,11 @@ class _Engine:
         if report.vram_budget_bytes:
             yield _gauge("fate_vram_budget_bytes", "Memory of the GPU that may be taken.", report.vram_budget_bytes)
             yield _gauge("fate_vram_peak_bytes", "The most of it that was taken so far.", report.vram_peak_bytes)
-        if (resident := _resident_by_layer(card.model.fate)) is not None:
+        if (activity := card.model.fate.activity()) is not None:
             slots = GaugeMetricFamily("fate_expert_slots", "Experts in memory, by MoE layer.", labels=["layer"])
-            for layer, number in sorted(resident.items()):
+            for layer, number in sorted(Count(expert.layer for expert in activity.resident()).items()):
                 slots.add_metric([str(layer)], number)
             yield slots
-
-
-def _resident_by_layer(engine: Any) -> Count[int] | None:
-    """How many experts of each layer have a slot; None where the engine does not say."""
-    residency = getattr(getattr(engine, "runtime", None), "residency", None)
-    resident = getattr(residency, "resident", None)
-    return None if resident is None else Count(expert.layer for expert in resident())
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:

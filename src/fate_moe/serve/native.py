@@ -1,4 +1,4 @@
-"""Routes that are not of OpenAI or Anthropic, in the words of llama-server and vLLM where these have them."""
+"""Routes that OpenAI and Anthropic do not have, named as in llama-server and vLLM where those have them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
 import fate_moe
-from fate_moe.serve.errors import ApiError
 from fate_moe.serve.openai_common import check_model
 from fate_moe.serve.prompt import PLAIN_STOP, PLAIN_TEMPLATE, plain_prompt, template_kind, tools_by_system_message
 from fate_moe.serve.service import Service, Serving
@@ -120,8 +119,9 @@ async def tokenize(body: TokenizeRequest, service: Serving) -> dict[str, Any]:
     tokens = await run_in_threadpool(card.encode, body.content, bool(body.add_special))
     if not body.with_pieces:
         return {"tokens": tokens, "count": len(tokens), "max_model_len": card.context_length}
+    pieces = await run_in_threadpool(lambda: [card.decode([token]) for token in tokens])
     return {
-        "tokens": [{"id": token, "piece": card.decode([token])} for token in tokens],
+        "tokens": [{"id": token, "piece": piece} for token, piece in zip(tokens, pieces, strict=True)],
         "count": len(tokens),
         "max_model_len": card.context_length,
     }
@@ -132,7 +132,4 @@ async def detokenize(body: DetokenizeRequest, service: Serving) -> dict[str, Any
     """The text of token ids."""
     card = service.model()
     check_model(card, body.model)
-    try:
-        return {"content": (await run_in_threadpool(plain_prompt, card, body.tokens, "tokens")).text}
-    except ApiError:
-        raise
+    return {"content": (await run_in_threadpool(plain_prompt, card, body.tokens, "tokens")).text}

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
 from pydantic import Field
-from sse_starlette import ServerSentEvent
 from starlette.responses import JSONResponse, Response
 
-from fate_moe.serve.answers import Answer, Answers, ClientGoneError, Done, Said, Waiting, collect, now
+from fate_moe.serve.answers import Answer, Answers, ClientGoneError, Done, Said, collect, now
 from fate_moe.serve.card import ModelCard
 from fate_moe.serve.conversation import Conversation, plan, thinking_options
-from fate_moe.serve.errors import ApiError, error_body
-from fate_moe.serve.messages import Message, Tool, ToolChoice, chosen_tool, to_template, tool_dicts
-from fate_moe.serve.openai_common import SamplingBody, chat_logprobs, check_model, new_id, usage_of
+from fate_moe.serve.errors import ApiError
+from fate_moe.serve.messages import Message, NamedTool, Tool, ToolChoice, chosen_tool, to_template, tool_dicts
+from fate_moe.serve.openai_common import SamplingBody, chat_logprobs, check_model, chunk_stream, new_id, usage_of
 from fate_moe.serve.parsing import Reasoning, Text, ToolArguments, ToolOpened
 from fate_moe.serve.service import Serving
-from fate_moe.serve.wire import Body, JsonRoute, comment, event_stream, sse
+from fate_moe.serve.wire import Body, JsonRoute, event_stream
 
 __all__ = ["router"]
 
@@ -78,7 +77,8 @@ class ChatRequest(SamplingBody):
         if self.top_logprobs is not None and not self.logprobs:
             raise ApiError("'top_logprobs' needs 'logprobs': true", "top_logprobs", "invalid_value")
         tools = tool_dicts(self.tools)
-        choice, tool = chosen_tool(tools, self.tool_choice)
+        named = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
+        choice, tool = chosen_tool(tools, self.tool_choice if isinstance(self.tool_choice, str) else None, named)
         return Conversation(
             messages=to_template(self.messages),
             samplings=[self.sampling(card, index) for index in range(self.n or 1)],
@@ -114,7 +114,8 @@ async def chat_completions(request: Request, body: ChatRequest, service: Serving
     answers = Answers(service, await plan(card, body.conversation(card)))
     head = {"id": new_id("chatcmpl"), "created": now(), "model": card.name}
     if body.stream:
-        events = _stream(card, answers, head, bool(body.logprobs), includes_usage)
+        head["object"] = "chat.completion.chunk"
+        events = chunk_stream(answers, head, _chunks(card, bool(body.logprobs)), usage_of if includes_usage else None)
         return event_stream(events, answers.cancel, lambda: answers.status, service.options.keep_alive_seconds)
     try:
         whole = await collect(request, answers)
@@ -148,40 +149,26 @@ def _choice(card: ModelCard, index: int, answer: Answer, logprobs: bool) -> dict
     }
 
 
-async def _stream(
-    card: ModelCard, answers: Answers, head: dict[str, Any], logprobs: bool, includes_usage: bool
-) -> AsyncIterator[ServerSentEvent]:
-    head = {**head, "object": "chat.completion.chunk"}
-    usage: dict[str, Any] = {"usage": None} if includes_usage else {}
-    ends: list[Done] = []
+def _chunks(card: ModelCard, logprobs: bool) -> Callable[[Said | Done], Iterator[dict[str, Any]]]:
+    """What turns events into chunks of the stream, for one request."""
     begun: set[int] = set()
 
-    def chunk(index: int, delta: dict[str, Any], reason: str | None = None, **more: Any) -> ServerSentEvent:
-        choice = {"index": index, "delta": delta, "logprobs": more.pop("logprobs", None), "finish_reason": reason}
-        return sse({**head, "choices": [choice], **usage, **more})
+    def chunk(index: int, delta: dict[str, Any], reason: str | None = None, said: Any = None, **more: Any) -> dict[str, Any]:
+        return {"choices": [{"index": index, "delta": delta, "logprobs": said, "finish_reason": reason}], **more}
 
-    try:
-        async for event in answers.events():
-            if isinstance(event, Waiting):
-                yield comment(event.status)
-                continue
-            if event.index not in begun:
-                begun.add(event.index)
-                yield chunk(event.index, {"role": "assistant", "content": ""})
-            if isinstance(event, Done):
-                ends.append(event)
-                yield chunk(event.index, {}, event.reason, timings=event.finished.timings.as_dict())
-                continue
-            said = chat_logprobs(card, event.tokens) if logprobs and event.tokens else None
-            deltas = _deltas(event)
-            for delta in deltas or ([{}] if said else []):
-                yield chunk(event.index, delta, logprobs=said)
-                said = None
-        if includes_usage:
-            yield sse({**head, "choices": [], "usage": usage_of([end.finished for end in ends])})
-        yield sse("[DONE]")
-    except ApiError as error:
-        yield sse(error_body("/v1/chat/completions", error))
+    def chunks(event: Said | Done) -> Iterator[dict[str, Any]]:
+        if event.index not in begun:
+            begun.add(event.index)
+            yield chunk(event.index, {"role": "assistant", "content": ""})
+        if isinstance(event, Done):
+            yield chunk(event.index, {}, event.reason, timings=event.finished.timings.as_dict())
+            return
+        said = chat_logprobs(card, event.tokens) if logprobs and event.tokens else None
+        for delta in _deltas(event) or ([{}] if said else []):
+            yield chunk(event.index, delta, said=said)
+            said = None
+
+    return chunks
 
 
 def _deltas(said: Said) -> Sequence[dict[str, Any]]:

@@ -1,31 +1,36 @@
-"""What OpenAI's two older APIs share: sampling parameters, limits, usage, log probabilities."""
+"""What all APIs share (checks, limits, ids), and what OpenAI's two older ones do (sampling parameters, usage, streams)."""
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints
+from sse_starlette import ServerSentEvent
 
+from fate_moe.adapter.sampling import GREEDY_BELOW
 from fate_moe.schedule.request import Finished, Sampling, TokenRecord
+from fate_moe.serve.answers import Answers, Done, Said, Waiting
 from fate_moe.serve.card import ModelCard
-from fate_moe.serve.errors import ApiError, unsupported
-from fate_moe.serve.wire import Body
+from fate_moe.serve.errors import ApiError, error_body
+from fate_moe.serve.wire import Body, comment, sse
 
 __all__ = [
-    "GREEDY_BELOW",
+    "MOST_STOPS",
     "SamplingBody",
-    "StreamOptions",
+    "StopString",
+    "chat_logprobs",
     "check_model",
+    "chunk_stream",
+    "greedy_if_tiny",
     "new_id",
     "room_for",
+    "token_text",
     "usage_of",
 ]
 
-# Logits divided by less overflow; so low a temperature takes the likeliest token anyway.
-GREEDY_BELOW = 1e-4
-_MOST_STOPS = 16
+MOST_STOPS = 16
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 
 
@@ -67,8 +72,8 @@ class SamplingBody(Body):
     def stops(self) -> tuple[str, ...]:
         """Stop strings. Raises ApiError for too many."""
         stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        if len(stops) > _MOST_STOPS:
-            raise ApiError(f"'stop' takes at most {_MOST_STOPS} strings", "stop", "invalid_value")
+        if len(stops) > MOST_STOPS:
+            raise ApiError(f"'stop' takes at most {MOST_STOPS} strings", "stop", "invalid_value")
         return stops
 
     @property
@@ -86,9 +91,8 @@ class SamplingBody(Body):
                 raise ApiError(f"'logit_bias': there is no token {name[:20]!r}", "logit_bias", "invalid_value")
             bias[int(name)] = value
         seed = self.seed if self.seed is None else (self.seed + index + (1 << 63)) % (1 << 64) - (1 << 63)
-        temperature = self.temperature
         return Sampling(
-            temperature=0.0 if temperature is not None and temperature < GREEDY_BELOW else temperature,
+            temperature=greedy_if_tiny(self.temperature),
             top_p=self.top_p,
             top_k=None if self.top_k is None else max(0, self.top_k),
             min_p=self.min_p,
@@ -98,6 +102,11 @@ class SamplingBody(Body):
             logit_bias=bias,
             seed=seed,
         )
+
+
+def greedy_if_tiny(temperature: float | None) -> float | None:
+    """``temperature``, or 0 where it is so low that dividing by it would overflow."""
+    return 0.0 if temperature is not None and temperature < GREEDY_BELOW else temperature
 
 
 def check_model(card: ModelCard, model: str | None) -> None:
@@ -162,10 +171,30 @@ def chat_logprobs(card: ModelCard, tokens: Sequence[TokenRecord]) -> dict[str, A
     }
 
 
-def refuse_unless(condition: bool, param: str, why: str) -> None:
-    """Raise ApiError where a parameter cannot be honoured."""
-    if not condition:
-        raise unsupported(param, why)
+async def chunk_stream(
+    answers: Answers,
+    head: dict[str, Any],
+    chunks: Callable[[Said | Done], Iterable[dict[str, Any]]],
+    usage: Callable[[Sequence[Finished]], dict[str, Any]] | None,
+) -> AsyncIterator[ServerSentEvent]:
+    """The stream of a chat or a completion: comments while nothing is said, then ``chunks``, each with ``head``, then one with the
+    ``usage`` of all answers, in order (None: no such chunk), and [DONE]. An error ends it early."""
+    every = head if usage is None else {**head, "usage": None}
+    ends: dict[int, Finished] = {}
+    try:
+        async for event in answers.events():
+            if isinstance(event, Waiting):
+                yield comment(event.status)
+                continue
+            if isinstance(event, Done):
+                ends[event.index] = event.finished
+            for chunk in chunks(event):
+                yield sse({**every, **chunk})
+        if usage is not None:
+            yield sse({**head, "choices": [], "usage": usage([ends[index] for index in sorted(ends)])})
+        yield sse("[DONE]")
+    except ApiError as error:
+        yield sse(error_body("/v1/completions", error))
 
 
 def new_id(prefix: str) -> str:

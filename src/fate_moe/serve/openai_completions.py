@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
 from pydantic import Field
-from sse_starlette import ServerSentEvent
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
 from fate_moe.schedule.request import Finished, TokenRecord
 from fate_moe.schedule.request import Request as TextRequest
-from fate_moe.serve.answers import Answer, Answers, ClientGoneError, Done, Plan, Waiting, collect, now
+from fate_moe.serve.answers import Answer, Answers, ClientGoneError, Done, Plan, Said, collect, now
 from fate_moe.serve.card import ModelCard
-from fate_moe.serve.errors import ApiError, error_body, unsupported
-from fate_moe.serve.openai_common import SamplingBody, check_model, new_id, room_for, token_text, usage_of
+from fate_moe.serve.errors import ApiError, unsupported
+from fate_moe.serve.openai_common import SamplingBody, check_model, chunk_stream, new_id, room_for, token_text, usage_of
 from fate_moe.serve.parsing import Text
 from fate_moe.serve.prompt import Prompt, plain_prompt
 from fate_moe.serve.service import Serving
-from fate_moe.serve.wire import JsonRoute, comment, event_stream, sse
+from fate_moe.serve.wire import JsonRoute, event_stream
 
 __all__ = ["router"]
 
@@ -88,7 +88,8 @@ async def completions(request: Request, body: CompletionRequest, service: Servin
     echoed = [prompt.text if body.echo else "" for prompt in prompts for _ in range(body.n or 1)]
     head = {"id": new_id("cmpl"), "object": "text_completion", "created": now(), "model": card.name}
     if body.stream:
-        events = _stream(card, answers, head, echoed, body.logprobs, includes_usage)
+        usage = functools.partial(_usage, n=body.n or 1) if includes_usage else None
+        events = chunk_stream(answers, head, _chunks(card, echoed, body.logprobs), usage)
         return event_stream(events, answers.cancel, lambda: answers.status, service.options.keep_alive_seconds)
     try:
         whole = await collect(request, answers)
@@ -116,40 +117,24 @@ def _choice(card: ModelCard, index: int, answer: Answer, echoed: str, top: int |
     }
 
 
-async def _stream(
-    card: ModelCard, answers: Answers, head: dict[str, Any], echoed: Sequence[str], top: int | None, includes_usage: bool
-) -> AsyncIterator[ServerSentEvent]:
-    usage: dict[str, Any] = {"usage": None} if includes_usage else {}
-    ends: list[Done] = []
+def _chunks(card: ModelCard, echoed: Sequence[str], top: int | None) -> Callable[[Said | Done], Iterator[dict[str, Any]]]:
+    """What turns events into chunks of the stream, for one request."""
     sent = [0] * len(echoed)  # characters of each text
 
-    def chunk(index: int, text: str, tokens: Sequence[TokenRecord], reason: str | None = None, **more: Any) -> ServerSentEvent:
+    def chunk(index: int, text: str, tokens: Sequence[TokenRecord], reason: str | None = None, **more: Any) -> dict[str, Any]:
         logprobs = None if top is None or not tokens else _logprobs(card, tokens, sent[index])
         sent[index] += len(text)
-        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
-        return sse({**head, "choices": [choice], **usage, **more})
+        return {"choices": [{"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}], **more}
 
-    try:
-        async for event in answers.events():
-            if isinstance(event, Waiting):
-                yield comment(event.status)
-                continue
-            if isinstance(event, Done):
-                ends.append(event)
-                if echoed[event.index] and not sent[event.index]:
-                    yield chunk(event.index, echoed[event.index], ())
-                yield chunk(event.index, "", (), event.reason, timings=event.finished.timings.as_dict())
-                continue
-            if echoed[event.index] and not sent[event.index]:
-                yield chunk(event.index, echoed[event.index], ())
-            text = "".join(delta.text for delta in event.deltas if isinstance(delta, Text))
-            yield chunk(event.index, text, event.tokens)
-        if includes_usage:
-            number = max(1, len(echoed))
-            yield sse({**head, "choices": [], "usage": _usage([end.finished for end in ends], number)})
-        yield sse("[DONE]")
-    except ApiError as error:
-        yield sse(error_body("/v1/completions", error))
+    def chunks(event: Said | Done) -> Iterator[dict[str, Any]]:
+        if echoed[event.index] and not sent[event.index]:
+            yield chunk(event.index, echoed[event.index], ())
+        if isinstance(event, Done):
+            yield chunk(event.index, "", (), event.reason, timings=event.finished.timings.as_dict())
+        else:
+            yield chunk(event.index, "".join(delta.text for delta in event.deltas if isinstance(delta, Text)), event.tokens)
+
+    return chunks
 
 
 def _usage(ends: Sequence[Finished], n: int) -> dict[str, Any]:

@@ -13,8 +13,8 @@ __all__ = ["ServeOptions", "is_loopback"]
 class ServeOptions:
     """``api_key``: what a client must send (None: nothing). ``cors``: origins whose pages may call, "*" for all. ``queue``:
     requests that may wait. ``max_body``: bytes of a request. ``log_requests``: a line for each request on stderr; ``log_prompts``:
-    with prompt and answer. ``drain_seconds``: how long answers may take to end after SIGTERM. ``keep_alive_seconds``: silence on a
-    stream after which a comment says that the server is alive.
+    with prompt and answer. ``drain_seconds``: how long answers may take to end after SIGTERM. ``keep_alive_seconds``: between two
+    comments on a stream that say what it waits for and keep the connection open.
     """
 
     host: str = "127.0.0.1"

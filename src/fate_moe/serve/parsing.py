@@ -1,4 +1,4 @@
-"""What a model wrote, told apart: text, reasoning, calls of tools. The only place that knows how transformers parses answers.
+"""Splits what a model wrote into text, reasoning and calls of tools. The only place that knows how transformers parses answers.
 
 ``transformers.cli.serving.utils`` and ``transformers.utils.chat_parsing`` are private and move between minor versions. Where they
 are missing, or fail on what a model wrote, the text is passed on as it is.

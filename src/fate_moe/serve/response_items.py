@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
 from fate_moe.serve.errors import ApiError, unsupported
-from fate_moe.serve.messages import FunctionName
+from fate_moe.serve.messages import FunctionName, parsed_arguments, unlike_names
 from fate_moe.serve.wire import Body
 
 __all__ = ["Item", "ResponseTool", "as_messages", "as_tools"]
@@ -97,9 +96,7 @@ class ResponseTool(Body):
 
 def as_tools(tools: Sequence[ResponseTool]) -> list[dict[str, Any]]:
     """As templates and grammars take them. Raises ApiError for two of one name."""
-    if len({tool.name for tool in tools}) < len(tools):
-        raise ApiError("'tools': there are two of one name", "tools", "invalid_value")
-    return [{"type": "function", "function": tool.model_dump(exclude_none=True, exclude={"type"})} for tool in tools]
+    return unlike_names([{"type": "function", "function": tool.model_dump(exclude_none=True, exclude={"type"})} for tool in tools])
 
 
 def as_messages(given: str | Sequence[Any], instructions: str | None) -> list[dict[str, Any]]:
@@ -121,9 +118,8 @@ def as_messages(given: str | Sequence[Any], instructions: str | None) -> list[di
         if isinstance(item, ReasoningItem) and turn is not None:
             turn["reasoning_content"] = turn.get("reasoning_content", "") + _text(item.content or (), f"{where}.content")
         elif isinstance(item, CallItem) and turn is not None:
-            turn.setdefault("tool_calls", []).append(
-                {"id": item.call_id, "type": "function", "function": {"name": item.name, "arguments": _object(item.arguments)}}
-            )
+            function = {"name": item.name, "arguments": parsed_arguments(item.arguments)}
+            turn.setdefault("tool_calls", []).append({"id": item.call_id, "type": "function", "function": function})
         elif isinstance(item, CallOutputItem):
             messages.append({"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output, f"{where}.output")})
         elif isinstance(item, MessageItem):
@@ -147,11 +143,3 @@ def _text(content: str | Sequence[InputPart], where: str) -> str:
             raise ApiError(f"'{where}.{number}.text' is missing", f"{where}.{number}.text", "missing_required_parameter")
         texts.append(text)
     return "\n".join(texts)
-
-
-def _object(arguments: str) -> Any:
-    try:
-        value = json.loads(arguments or "{}")
-    except (ValueError, RecursionError):
-        return arguments
-    return value if isinstance(value, dict) else arguments

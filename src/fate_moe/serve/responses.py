@@ -11,13 +11,13 @@ from sse_starlette import ServerSentEvent
 from starlette.responses import JSONResponse, Response
 
 from fate_moe.schedule.request import Finished, Sampling
-from fate_moe.serve.answers import Answers, ClientGoneError, Done, Said, Waiting, collected, now
-from fate_moe.serve.blocks import Block, Blocks, Step
+from fate_moe.serve.answers import Answers, ClientGoneError, Done, Said, Waiting, now
+from fate_moe.serve.blocks import Block, Blocks, Step, collect_blocks
 from fate_moe.serve.card import ModelCard
 from fate_moe.serve.conversation import Conversation, plan, thinking_options
 from fate_moe.serve.errors import ApiError
-from fate_moe.serve.messages import NamedFunction, NamedTool, ToolChoice, chosen_tool
-from fate_moe.serve.openai_common import GREEDY_BELOW, chat_logprobs, check_model, new_id
+from fate_moe.serve.messages import chosen_tool
+from fate_moe.serve.openai_common import chat_logprobs, check_model, greedy_if_tiny, new_id
 from fate_moe.serve.response_items import Item, ResponseTool, as_messages, as_tools
 from fate_moe.serve.service import Serving
 from fate_moe.serve.wire import Body, JsonRoute, comment, event_stream, sse
@@ -102,21 +102,14 @@ class ResponseRequest(Body):
     def conversation(self, card: ModelCard) -> Conversation:
         """What is asked for. Raises ApiError for what does not go together."""
         tools = as_tools(self.tools or ())
-        chosen: ToolChoice | None
-        if isinstance(self.tool_choice, ChosenFunction):
-            chosen = NamedTool(function=NamedFunction(name=self.tool_choice.name))
-        else:
-            chosen = self.tool_choice
-        choice, tool = chosen_tool(tools, chosen)
+        named = self.tool_choice.name if isinstance(self.tool_choice, ChosenFunction) else None
+        choice, tool = chosen_tool(tools, self.tool_choice if isinstance(self.tool_choice, str) else None, named)
         form = self.text.format if self.text is not None else None
         if form is not None and form.type == "json_schema" and form.schema_ is None:
             raise ApiError("'text.format.schema' is missing", "text.format.schema", "missing_required_parameter")
-        temperature = self.temperature
         return Conversation(
             messages=as_messages(self.input, self.instructions),
-            samplings=[
-                Sampling(0.0 if temperature is not None and temperature < GREEDY_BELOW else temperature, self.top_p, seed=self.seed)
-            ],
+            samplings=[Sampling(greedy_if_tiny(self.temperature), self.top_p, seed=self.seed)],
             max_tokens=self.max_output_tokens,
             tools=tools,
             choice=choice,
@@ -161,14 +154,7 @@ async def responses(request: Request, body: ResponseRequest, service: Serving) -
     if body.stream:
         return event_stream(_stream(answers, whole), answers.cancel, lambda: answers.status, service.options.keep_alive_seconds)
     try:
-        async for event in collected(request, answers):
-            if isinstance(event, Said):
-                for _ in whole.blocks.feed(event):
-                    pass
-            elif isinstance(event, Done):
-                for _ in whole.blocks.end():
-                    pass
-                whole.done = event
+        whole.blocks, whole.done = await collect_blocks(request, answers)
     except ClientGoneError:
         return Response(status_code=499)
     return JSONResponse(whole.response())

@@ -13,7 +13,7 @@ import torch
 
 from fate_moe.errors import CheckpointError, ConfigError, first_line
 
-__all__ = ["as_input", "chat_text", "first_tokens", "longest_text", "num_rows", "token_ids"]
+__all__ = ["as_input", "chat_text", "first_tokens", "num_rows", "token_ids"]
 
 TEMPLATE_SECONDS = 10.0  # that a chat template may take; one that is whole takes milliseconds
 _CHARACTERS_PER_TOKEN = 16  # more than texts have on average: a first guess
@@ -22,12 +22,6 @@ _CHARACTERS_PER_TOKEN = 16  # more than texts have on average: a first guess
 def num_rows(model: Any) -> int:
     """How many tokens ``model`` (it may be on the meta device) has embeddings of."""
     return int(model.get_input_embeddings().weight.shape[0])
-
-
-def longest_text(model: Any) -> int | None:
-    """How many tokens ``model`` was made for, if its configuration says so."""
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return longest if isinstance(longest, int) else None
 
 
 def token_ids(tokenizer: Any, text: str, rows: int, *, special: bool = True) -> list[int]:
