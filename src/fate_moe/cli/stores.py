@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -10,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from fate_moe.cli.options import (
     DEFAULTS,
+    DEMO_CHAT,
     add_model,
     add_offload_options,
     offload_config,
     print_json,
     print_table,
     quiet_transformers,
-    with_demo_chat,
 )
 from fate_moe.cli.parser import count, file_path, size
 from fate_moe.cli.reading import read_text
@@ -96,7 +97,9 @@ def _plan(arguments: argparse.Namespace) -> None:
     from fate_moe.engine.prepare import plan
 
     config = offload_config(arguments, OffloadConfig.context_length)
-    result = plan(with_demo_chat(arguments.model), **{field.name: getattr(config, field.name) for field in fields(config)})
+    if arguments.model == DEMO_CHAT and not os.path.exists(DEMO_CHAT):  # a plan converts nothing
+        raise ConfigError(f"{DEMO_CHAT} is not built yet, so it has no plan; fate run {DEMO_CHAT} builds it")
+    result = plan(arguments.model, **{field.name: getattr(config, field.name) for field in fields(config)})
     if arguments.json:
         print_json(result.as_dict())
     else:
