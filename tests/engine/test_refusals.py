@@ -15,6 +15,7 @@ from torch import nn
 
 from fate_moe.engine.prepare import store_for
 from fate_moe.errors import UnsupportedCallError
+from fate_moe.store.convert import convert
 from tests.support.calls import PROMPT, reference, write
 from tests.support.engines import load_model, simulated_gpu
 
@@ -108,15 +109,17 @@ def test_what_changes_nothing_passes(model: Any) -> None:
 
 
 def test_sizes_are_the_models(
-    checkpoint: Callable[[str], Path], loaded: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Quantized matrices and an embedding on the disk are no parameters, and count as such."""
     monkeypatch.setattr("fate_moe.store.dense.MIN_QUANTIZED_ELEMENTS", 1 << 11)
-    twin, model = reference(checkpoint("qwen2_moe")), loaded("qwen2_moe", "int4", expert_cache="50%")
+    twin = reference(checkpoint("qwen2_moe"))
+    model = load_model(convert(checkpoint("qwen2_moe"), tmp_path / "store", "int4"), expert_cache="50%")
     for exclude in (False, True):
         assert model.num_parameters(exclude_embeddings=exclude) == twin.num_parameters(exclude_embeddings=exclude)
     plan = model.fate.plan
     assert model.get_memory_footprint() == plan.dense_bytes + plan.expert_cache_bytes < twin.get_memory_footprint()
+    model.fate.close()
 
 
 def test_modules_that_are_added_are_moved(loaded: Callable[..., Any]) -> None:

@@ -173,7 +173,7 @@ def test_a_failure_is_an_error_in_each_apis_shape() -> None:
 def test_seeds_of_several_answers_and_sampling_reach_the_scheduler() -> None:
     with served(Script(["ok"])) as (scheduler, client, _):
         options = {"top_k": -1, "min_p": 0.2, "repetition_penalty": 1.3}
-        chat(client, n=3, seed=5, temperature=0.00001, top_p=0.4, frequency_penalty=1, extra_body=options)
+        chat(client, n=3, seed=5, temperature=0.000001, top_p=0.4, frequency_penalty=1, extra_body=options)
         samplings = [request.sampling for request in scheduler.requests]
         assert [sampling.seed for sampling in samplings] == [5, 6, 7]
         one = samplings[0]
