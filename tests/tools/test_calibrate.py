@@ -114,8 +114,9 @@ def test_view_losses(checkpoint: Callable[[str], Path]) -> None:
 
 
 @pytest.mark.slow
-def test_calibrate_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_calibrate_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The store records the losses of its views, and policies choose by them."""
+    monkeypatch.setattr("fate_moe.quant.compensate.DESCENTS", 0)  # which take most of the time
     options = ["--calibrate", str(BOOKS), "--calibrate-tokens", "256", "--solver", "minmax"]
     assert main(["convert", str(demo.MODEL), str(tmp_path / "store"), "--precision", "int4", *options]) == 0
     assert "2-bit view: +" in capsys.readouterr().out
@@ -141,8 +142,9 @@ def test_auto_bits_needs_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.slow
-def test_auto_bits_on_the_command_line(tmp_path: Path) -> None:
+def test_auto_bits_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The experts fit the size, and the remainder upgrades some layers but not all."""
+    monkeypatch.setattr("fate_moe.quant.compensate.DESCENTS", 0)  # which take most of the time
     limit = 30 << 20  # all of the embedded model's INT8 experts take about 38 MiB, INT4 20 MiB
     options = ["--auto-bits", "30MiB", "--calibrate", str(BOOKS), "--calibrate-tokens", "64", "--solver", "minmax"]
     assert main(["convert", str(demo.MODEL), str(tmp_path / "store"), "--precision", "int4", *options]) == 0

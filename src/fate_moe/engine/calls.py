@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from fate_moe.adapter.meta_model import ExpertStack
 from fate_moe.core import Patcher
 from fate_moe.errors import ClosedModelError, ConfigError, UnsupportedCallError
 from fate_moe.kernels.gradients import refuse_transforms
+from fate_moe.kernels.modes import in_ram
 from fate_moe.kernels.selfcheck import fp32_precision
 from fate_moe.turns import Turn
 
@@ -74,7 +75,7 @@ class Calls:
         self._check()
         _refuse_tracing()
         _refuse_rounded_products(device)
-        with self.turn, self.passing, _in_ram():
+        with self.turn, self.passing, in_ram():
             self._check()
             try:
                 yield
@@ -100,11 +101,6 @@ def _above_layers(model: nn.Module, stacks: Sequence[ExpertStack]) -> list[nn.Mo
         if all(name[:end] == first[:end] for name in others):
             found.append(model.get_submodule(".".join(first[:end])))
     return [module for module in found if not isinstance(module, (nn.ModuleList, nn.ModuleDict))]
-
-
-def _in_ram() -> Any:
-    """A context in which tensors made without a device are in RAM, whatever ``set_default_device`` chose: kernels get addresses."""
-    return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
 def _refuse_tracing() -> None:

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 
-__all__ = ["neutral"]
+__all__ = ["in_ram", "neutral"]
+
+
+def in_ram() -> AbstractContextManager[Any]:
+    """A context in which tensors made without a device are in RAM, whatever ``set_default_device`` chose: kernels get addresses.
+
+    Where they are there anyway it is empty: in torch's own context every operation costs a call of Python.
+    """
+    return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
 @contextmanager
@@ -20,7 +29,7 @@ def neutral() -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
     try:
         with (
-            torch.device("cpu"),
+            in_ram(),
             torch.autocast("cpu", enabled=False),
             torch.autocast("cuda", enabled=False),
             torch.inference_mode(False),
