@@ -7,8 +7,10 @@
 // Before loops over registers: compilers keep arrays of them in registers only where such loops are unrolled early.
 #if defined(__clang__)
 #define FATE_UNROLL _Pragma("unroll")
+#define FATE_UNROLL16 _Pragma("unroll")
 #else
 #define FATE_UNROLL _Pragma("GCC unroll 8")
+#define FATE_UNROLL16 _Pragma("GCC unroll 16")
 #endif
 
 // In loops that must become vectors, and in all that runs for each block: what a compiler inlines by itself depends on the file's size
@@ -41,7 +43,7 @@ struct Matrix {
 struct Token {
   const int8_t* q;     // [padded * group] where padded is groups rounded up to a multiple of 16; zero beyond cols
   const float* scale;  // [padded]
-  const float* sum;    // [padded]: the group's sum of x as the product sees it
+  const float* sum;    // [padded]: the sum of the group's q, or of its x with exact activations
   const float* x;      // [padded * group] fp32, zero beyond cols (exact activations and bf16 weights)
   float* out;          // [rows]: what the product writes
 };
@@ -80,7 +82,7 @@ struct Ops {
   const char* name;
   // out[row] of each token for rows [begin, end), bias included.
   void (*product)(const Matrix&, const Token* tokens, int64_t num_tokens, int64_t begin, int64_t end);
-  // One token's groups of `group` values: int8 codes, scale = amax / 127, and scale * sum of codes. Blocked: in the order in which this
+  // One token's groups of `group` values: int8 codes, scale = amax / 127, and the sum of codes. Blocked: in the order in which this
   // instruction set reads planes (see loops.inc), else as they come (kInt8).
   void (*quantize)(const float* x, int64_t groups, int64_t group, bool blocked, int8_t* q, float* scale, float* sum);
   // Sums of x in each group, for exact activations.
