@@ -108,9 +108,7 @@ def test_what_changes_nothing_passes(model: Any) -> None:
     assert write(model, num=2).tolist() == before
 
 
-def test_sizes_are_the_models(
-    checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sizes_are_the_models(checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Quantized matrices and an embedding on the disk are no parameters, and count as such."""
     monkeypatch.setattr("fate_moe.store.dense.MIN_QUANTIZED_ELEMENTS", 1 << 11)
     twin = reference(checkpoint("qwen2_moe"))

@@ -12,7 +12,16 @@ from fate_moe.core import BlobLayout
 from fate_moe.kernels.plain_layer import Attention, Mlp, Norm, PlainLayer, Router
 from fate_moe.quant.planes import unpack
 
-__all__ = ["decoder_layer", "dequantize", "expert_mlp", "expert_weights", "fused", "linear_quantized", "quantize_activations", "rms_norm"]
+__all__ = [
+    "decoder_layer",
+    "dequantize",
+    "expert_mlp",
+    "expert_weights",
+    "fused",
+    "linear_quantized",
+    "quantize_activations",
+    "rms_norm",
+]
 
 Weights = Mapping[str, torch.Tensor]
 # (hidden [T, H], expert indices [T, top_k], their weights [T, top_k]) -> [T, H], as transformers calls its experts.
@@ -52,7 +61,7 @@ def quantize_activations(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor
     grouped = pad(x, (0, -cols % group_size)).view(len(x), -1, group_size)
     amax = grouped.abs().amax(2)
     finite = amax.isfinite()
-    inverse = torch.where(finite & (amax >= 1e-30), 127 / amax, 0.0)
+    inverse = torch.where(finite & (amax >= 1e-30), torch.full_like(amax, 127) / amax, 0.0)  # 127 / amax would round twice
     codes = torch.where(finite.unsqueeze(2), grouped * inverse.unsqueeze(2), 0.0).round()
     return codes, torch.where(finite, amax / 127, torch.nan)
 

@@ -187,6 +187,14 @@ inline float middle(Kind kind);
 
 #include "loops.inc"
 
+}  // namespace
+}  // namespace fate
+
+#include "panels512.h"
+
+namespace fate {
+namespace {
+
 // Codes i .. i + 15 of group g, from a block's parts in memory.
 template <Kind kind, int64_t G>
 inline __m128i sixteen(const uint8_t* parts, int64_t g, int64_t i) {
@@ -272,9 +280,15 @@ inline void expand_codes(const Matrix& m, int64_t at, const Codes& codes, int64_
   for (int64_t i = 0; i < G * n; i += 16) store_bf16(out + i, to_bf16(_mm512_load_ps(values + i)));
 }
 
-const Ops kOps = {"avx512-vnni", product, quantize, sum_groups, apply, expand, to_float, from_float, combine};
+const Many kMany = {pack, product_of_many<multiply_dots>, [] {}};
+const Ops kOps = {"avx512-vnni", product, quantize, sum_groups, apply, expand, to_float, from_float, combine, &kMany};
 
 }  // namespace
+
+const Many* many_by_tiles() {
+  static const Many many = {pack, product_of_many<multiply_tiles>, end_tiles};
+  return &many;
+}
 
 const Ops* avx512_ops() {
   __builtin_cpu_init();

@@ -2,7 +2,7 @@
 #pragma once
 #include <immintrin.h>
 
-#include "ops.h"
+#include "panels.h"
 
 namespace fate {
 namespace {
@@ -129,6 +129,12 @@ inline Codes decode_some(const Matrix& m, int64_t at, int64_t n) {
   return codes_of<kind, G>(_mm512_maskz_loadu_epi32(two, m.planes[0] + at * (G / 4)),
                            kind == Kind::kPlanes1 ? none : _mm256_maskz_loadu_epi32(one, m.planes[1] + at * (G / 8)),
                            kind == Kind::kPlanes3 ? _mm256_maskz_loadu_epi32(one, m.planes[2] + at * (G / 8)) : none);
+}
+
+// y of 16 rows (registers) and 16 tokens, after one more group with sums D: as `terms` and `add_chain` of loops.inc.
+inline __m512 add_group(__m512 y, __m512i sums, const float* scale, const float* offset, __m512 sum, __m512 of_token) {
+  const __m512 w = _mm512_fmadd_ps(_mm512_set1_ps(*scale), _mm512_cvtepi32_ps(sums), _mm512_mul_ps(_mm512_set1_ps(*offset), sum));
+  return _mm512_fmadd_ps(of_token, w, y);
 }
 
 }  // namespace
