@@ -16,7 +16,7 @@ from fate_moe.core import BlobLayout
 from fate_moe.kernels.activations import find_activation
 from fate_moe.kernels.cpu import SlotExperts
 from fate_moe.kernels.native import BF16, DTYPES, matrix_place, native
-from fate_moe.kernels.reference import dequantize, expert_mlp, expert_weights, linear_quantized, quantize_activations
+from fate_moe.kernels.reference import dequantize, expert_mlp, expert_weights, linear_quantized
 from fate_moe.quant.blob import encode, views
 from fate_moe.quant.choices import GROUP_SIZES
 from fate_moe.store.format import blob_layout

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from fate_moe.adapter.meta_model import ExpertStack, parameter_dtypes
@@ -45,8 +44,8 @@ class Footprint:
     ``dense_bytes`` are resident; ``row_bytes``, the embedding of which tokens' rows are read, stay on disk. On a GPU all of them
     take ``device_bytes``: quantized matrices a byte a weight, the embedding and all others as numbers of the model's dtype, routers
     twice (the step has them beside one another). A layer's experts have ``inner_bytes_per_token`` between up and down. A prompt
-    has ``scratch_bytes`` whatever its length, for what is kept of a pass over experts; with exact activations ``exact_scratch_bytes``:
-    an expert of many tokens is written out as numbers.
+    has ``scratch_bytes`` whatever its length, for what is kept of a pass over experts; with exact activations it has
+    ``exact_scratch_bytes``: an expert of many tokens is written out as numbers.
     """
 
     family: str

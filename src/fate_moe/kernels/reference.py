@@ -69,8 +69,8 @@ def quantize_activations(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor
 def fused(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
     """a * b + c of fp32 tensors (broadcast), rounded once, as the instruction does.
 
-    The product is exact in fp64. Its sum with c is rounded to odd there (Boldo and Melquiond, "Emulation of FMA and correctly rounded
-    sums", 2008), so that the second rounding, to fp32, is that of the exact value.
+    The product is exact in fp64. Its sum with c is rounded to odd there (Boldo and Melquiond, "Emulation of FMA and correctly
+    rounded sums", 2008), so that the second rounding, to fp32, is that of the exact value.
     """
     product, addend = a.double() * b.double(), c.double()
     total = product + addend
@@ -95,8 +95,8 @@ def linear_quantized(
 ) -> torch.Tensor:
     """``x`` fp32 [T, C] times a quantized matrix [R, C] (see ``dequantize``): fp32 [T, R].
 
-    x is rounded to int8 first, in the weights' groups: x ~ sx * xq. Then, with the exact integer sum D = q . xq of a group, and groups
-    in ascending order::
+    x is rounded to int8 first, in the weights' groups: x ~ sx * xq. Then, with the exact integer sum D = q . xq of a group, and
+    groups in ascending order::
 
         w = fma(scale, D, (scale * middle - zero) * sum(xq))
         y = fma(sx, w, y)

@@ -27,7 +27,7 @@ from fate_moe.errors import ConfigError, FateError
 from fate_moe.io.files import atomic_file
 from fate_moe.kernels.modes import neutral
 from fate_moe.kernels.native import BF16, DTYPES, INT8, PLANES, native
-from fate_moe.kernels.reference import dequantize, linear_quantized
+from fate_moe.kernels.reference import linear_quantized
 from fate_moe.machine import affinity, usable_cpus
 from fate_moe.quant.planes import pack
 from fate_moe.switches import cache_home, library_settings
