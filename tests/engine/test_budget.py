@@ -96,17 +96,17 @@ def test_footprint_by_hand(checkpoint: Callable[[str], Path]) -> None:
 
 
 def test_a_written_out_expert_is_counted(checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the prompt's length: one expert as numbers, or the packed tokens of a pass where there are matrix tiles."""
+    """Whatever the prompt's length: a pass over experts, or with exact activations or without kernels one expert as numbers."""
     model = build_meta_model(checkpoint("qwen2_moe")).bfloat16()
     stacks = expert_stacks(model)
-    shapes = stacks[0].parameters.values()
-    numbers = sum(rows * cols for rows, cols in shapes)
-    expected = {False: 2 * numbers, True: 256 * 2 * 2 * max(cols for _, cols in shapes)}
-    config = OffloadConfig(ram="64GiB", context_length=16)
-    for tiles, scratch in expected.items():
-        monkeypatch.setattr("fate_moe.engine.budget.native", SimpleNamespace(has_tiles=lambda tiles=tiles: tiles))
-        needs = footprint(model, stacks, "int4")
-        assert needs.scratch_bytes == scratch
+    (wide, hidden), (_, inner) = stacks[0].parameters.values()
+    numbers = wide * hidden + hidden * inner
+    monkeypatch.setattr("fate_moe.engine.budget.native", SimpleNamespace())
+    needs = footprint(model, stacks, "int4")
+    assert needs.scratch_bytes == 256 * (4 * max(wide, hidden) + 3 * (hidden + inner))
+    assert needs.exact_scratch_bytes == 2 * numbers
+    for exact, scratch in ((False, needs.scratch_bytes), (True, needs.exact_scratch_bytes)):
+        config = OffloadConfig(ram="64GiB", context_length=16, exact_activations=exact)
         assert make_plan(needs, config).activation_bytes == 16 * needs.activation_bytes_per_token + scratch
     monkeypatch.setattr("fate_moe.engine.budget.native", None)
     assert footprint(model, stacks, "int4").scratch_bytes == 2 * numbers

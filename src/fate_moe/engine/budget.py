@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from fate_moe.adapter.meta_model import ExpertStack, parameter_dtypes
@@ -34,7 +33,7 @@ RESERVE_BYTES = 56 << 20
 SPREAD_BYTES = 8 << 20
 # "auto" takes so much of the free memory; the rest is for other programs.
 AUTO_FRACTION = 0.8
-PASS_TOKENS = 256  # that are packed at a time for matrix tiles (csrc/tiles.cpp: kMostTokens)
+PASS_ROWS = 256  # (token, expert) that are computed at a time (csrc/products.cpp: kMostRows)
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,8 @@ class Footprint:
     ``dense_bytes`` are resident; ``row_bytes``, the embedding of which tokens' rows are read, stay on disk. On a GPU all of them
     take ``device_bytes``: quantized matrices a byte a weight, the embedding and all others as numbers of the model's dtype, routers
     twice (the step has them beside one another). A layer's experts have ``inner_bytes_per_token`` between up and down. A prompt
-    has ``scratch_bytes`` whatever its length: an expert of many tokens is written out as numbers, or its tokens are packed.
+    has ``scratch_bytes`` whatever its length, for what is kept of a pass over experts; with exact activations it has
+    ``exact_scratch_bytes``: an expert of many tokens is written out as numbers.
     """
 
     family: str
@@ -60,6 +60,7 @@ class Footprint:
     device_bytes: int
     inner_bytes_per_token: int
     scratch_bytes: int
+    exact_scratch_bytes: int
 
     @property
     def slot_bytes(self) -> int:
@@ -207,7 +208,8 @@ def footprint(
         num_layers=len(stacks),
         device_bytes=sum(on_device.values()) + sum(stack.num_experts for stack in stacks) * text.hidden_size * itemsize,
         inner_bytes_per_token=top_k * max(shape[0] for stack in stacks for shape in stack.output_rows_first().values()) * itemsize,
-        scratch_bytes=_scratch_bytes(model, stacks, precision),
+        scratch_bytes=_scratch_bytes(model, stacks, precision, exact=False),
+        exact_scratch_bytes=_scratch_bytes(model, stacks, precision, exact=True),
     )
 
 
@@ -221,7 +223,8 @@ def make_plan(needs: Footprint, config: OffloadConfig) -> Plan:
     budget = int(free * AUTO_FRACTION) if config.ram == "auto" else parse_amount(config.ram, free)
     runtime = resident_memory() + RESERVE_BYTES
     kv = needs.kv_bytes_per_token * config.context_length
-    activations = needs.activation_bytes_per_token * config.context_length + needs.scratch_bytes
+    activations = needs.activation_bytes_per_token * config.context_length
+    activations += needs.exact_scratch_bytes if config.exact_activations else needs.scratch_bytes
     fixed = runtime + needs.dense_bytes + kv + activations
     smallest_slots = fewest(needs.slots, needs.min_slots)
     if config.expert_cache is None:
@@ -262,18 +265,19 @@ def _describe(slots: tuple[SlotClass, ...]) -> str:
     return f"{first[0]} expert slots of {first[1]}" + "".join(f" and {number} of {size}" for number, size in others)
 
 
-def _scratch_bytes(model: PreTrainedModel, stacks: list[ExpertStack], precision: str) -> int:
-    """What a layer's prompt takes beside activations (kernels/cpu.py, csrc/tiles.cpp)."""
+def _scratch_bytes(model: PreTrainedModel, stacks: list[ExpertStack], precision: str, exact: bool) -> int:
+    """What a layer's prompt takes beside activations (kernels/cpu.py, csrc/products.cpp)."""
     if precision == "lossless":
         return 0  # multiplied where it lies
     shapes = [stack.output_rows_first() for stack in stacks]
     expanded: int = max(sum(math.prod(shape) for shape in shape_of.values()) for shape_of in shapes) * model.dtype.itemsize
     modules = {type(module): module for module in (model.get_submodule(stack.name) for stack in stacks)}
-    if native is None or not native.has_tiles() or model.dtype != torch.bfloat16 or None in map(find_activation, modules.values()):
+    if native is None or exact or None in map(find_activation, modules.values()):
         return expanded
-    matrices = [shape for shape_of in shapes for shape in shape_of.values() if len(shape) == 2]
-    widest: int = max(cols for _, cols in matrices)
-    return PASS_TOKENS * 2 * widest * 2  # its tokens and their inner values
+    matrices = [[shape for shape in shape_of.values() if len(shape) == 2] for shape_of in shapes]
+    # Of each row what the first matrix gives in fp32, and the inputs of both in 8 bits with their scales, as they come and packed.
+    widest: int = max(4 * max(rows for rows, _ in both) + 3 * sum(cols for _, cols in both) for both in matrices)
+    return PASS_ROWS * widest
 
 
 def _kv_bytes_per_token(text: Any, itemsize: int) -> int:

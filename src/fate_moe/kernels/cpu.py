@@ -18,7 +18,8 @@ __all__ = ["SlotExperts", "layer_kernel"]
 
 _log = logging.getLogger(__name__)
 
-# Up to this many tokens an expert's rows are multiplied as they lie; more pay for writing them out as numbers for a GEMM.
+# Without int8 activations, up to this many tokens an expert's rows are multiplied as they lie; more pay for torch's GEMM, and for
+# writing quantized weights out as numbers before it.
 MOST_TOKENS = 8
 
 Ready = Sequence[tuple[int, int]]  # (expert's index in its layer, slot)
@@ -27,9 +28,9 @@ Ready = Sequence[tuple[int, int]]  # (expert's index in its layer, slot)
 class SlotExperts:
     """Runs experts on their tokens straight from the slots' bytes. One thread at a time.
 
-    Few tokens: one call of the extension for all ready experts, with int8 activations in groups as wide as the weights' (``exact``:
-    fp32). Many: each expert is written out as numbers in the model's dtype, a few rows at a time where the processor has matrix
-    tiles (bf16), else whole for torch's GEMM. An output depends on its own token alone, not on the others in the call.
+    One call of the extension for all ready experts, with int8 activations in groups as wide as the weights': the same bits for one
+    token and for many. With fp32 activations (``exact``, or weights that are not quantized) many tokens of an expert go through
+    torch's GEMM. An output depends on its own token alone, not on the others in the call.
     """
 
     def __init__(
@@ -83,21 +84,21 @@ class SlotExperts:
             kernels = (None,) * len(kernels)  # somebody changed or watches the activation since
         top_k = len(outputs) // len(hidden)
         planes = num_planes or {}
-        by_kernel: dict[tuple[_LayerKernel, bool], list[tuple[int, int]]] = {}  # one, unless a layer has several precisions; tiled?
+        by_kernel: dict[_LayerKernel, list[tuple[int, int]]] = {}  # one, unless a layer has several precisions
         others = []
         for expert, slot in ready:
-            kernel, tiled = kernels[expert], len(rows[expert]) > MOST_TOKENS
+            kernel, many = kernels[expert], len(rows[expert]) > MOST_TOKENS
             if (
                 kernel is None
                 or kernel.whole is None
                 or hidden.dtype not in DTYPES
-                or (tiled and not (kernel.tiled and hidden.dtype == torch.bfloat16))
+                or (many and (self._exact or kernel.num_planes == BF16))
             ):
                 others.append((expert, slot))
             else:
-                by_kernel.setdefault((kernel, tiled), []).append((expert, slot))
-        for (kernel, tiled), items in by_kernel.items():
-            self._fused(kernel, items, rows, hidden, outputs, top_k, planes, tiled)
+                by_kernel.setdefault(kernel, []).append((expert, slot))
+        for kernel, items in by_kernel.items():
+            self._fused(kernel, items, rows, hidden, outputs, top_k, planes)
         for expert, slot in others:
             chosen = torch.tensor(rows[expert])
             x = hidden if len(hidden) == 1 else hidden[chosen // top_k]
@@ -201,7 +202,6 @@ class SlotExperts:
         outputs: torch.Tensor,
         top_k: int,
         planes: Mapping[int, int | None],
-        tiled: bool,
     ) -> None:
         hidden = hidden.contiguous()
         starts: list[int] = [0]
@@ -211,12 +211,8 @@ class SlotExperts:
             starts.append(len(choices))
         addresses = [self._addresses[slot] for _, slot in ready]
         counts = [planes.get(expert) or kernel.num_planes for expert, _ in ready]
-        where, threads = (addresses, counts, starts, choices, hidden.data_ptr()), torch.get_num_threads()
-        if tiled:
-            native.experts_tiled(kernel.whole, *where, len(hidden), top_k, outputs.data_ptr(), threads)
-        else:
-            dtype = DTYPES[hidden.dtype]
-            native.experts(kernel.whole, *where, dtype, len(hidden), top_k, outputs.data_ptr(), self._exact, threads)
+        where, dtype = (addresses, counts, starts, choices, hidden.data_ptr()), DTYPES[hidden.dtype]
+        native.experts(kernel.whole, *where, dtype, len(hidden), top_k, outputs.data_ptr(), self._exact, torch.get_num_threads())
 
     def _weights(
         self, layer: int, expert: int, slot: int, dtype: torch.dtype, kernel: _LayerKernel | None, num_planes: int | None
@@ -265,11 +261,6 @@ class _LayerKernel:
         self.places = places
         self.whole = whole
         self.num_planes = num_planes
-
-    @property
-    def tiled(self) -> bool:
-        """Whether many tokens go through matrix tiles."""
-        return self.whole is not None and self.num_planes != BF16 and bool(native.has_tiles())
 
 
 def layer_kernel(layout: BlobLayout, shapes: dict[str, tuple[int, ...]], experts: Any) -> _LayerKernel | str:

@@ -12,7 +12,16 @@ from fate_moe.core import BlobLayout
 from fate_moe.kernels.plain_layer import Attention, Mlp, Norm, PlainLayer, Router
 from fate_moe.quant.planes import unpack
 
-__all__ = ["decoder_layer", "dequantize", "expert_mlp", "expert_weights", "linear_quantized", "quantize_activations", "rms_norm"]
+__all__ = [
+    "decoder_layer",
+    "dequantize",
+    "expert_mlp",
+    "expert_weights",
+    "fused",
+    "linear_quantized",
+    "quantize_activations",
+    "rms_norm",
+]
 
 Weights = Mapping[str, torch.Tensor]
 # (hidden [T, H], expert indices [T, top_k], their weights [T, top_k]) -> [T, H], as transformers calls its experts.
@@ -52,9 +61,25 @@ def quantize_activations(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor
     grouped = pad(x, (0, -cols % group_size)).view(len(x), -1, group_size)
     amax = grouped.abs().amax(2)
     finite = amax.isfinite()
-    inverse = torch.where(finite & (amax >= 1e-30), 127 / amax, 0.0)
+    inverse = torch.where(finite & (amax >= 1e-30), torch.full_like(amax, 127) / amax, 0.0)  # 127 / amax would round twice
     codes = torch.where(finite.unsqueeze(2), grouped * inverse.unsqueeze(2), 0.0).round()
     return codes, torch.where(finite, amax / 127, torch.nan)
+
+
+def fused(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    """a * b + c of fp32 tensors (broadcast), rounded once, as the instruction does.
+
+    The product is exact in fp64. Its sum with c is rounded to odd there (Boldo and Melquiond, "Emulation of FMA and correctly
+    rounded sums", 2008), so that the second rounding, to fp32, is that of the exact value.
+    """
+    product, addend = a.double() * b.double(), c.double()
+    total = product + addend
+    back = total - product
+    error = (product - (total - back)) + (addend - back)  # Knuth's TwoSum: exact
+    toward = torch.nextafter(total, torch.where(error > 0, torch.inf, -torch.inf).to(total.dtype))
+    even = (total.view(torch.int64) & 1) == 0
+    inexact = (error != 0) & error.isfinite()
+    return torch.where(inexact & even, toward, total).float()
 
 
 def linear_quantized(
@@ -70,21 +95,31 @@ def linear_quantized(
 ) -> torch.Tensor:
     """``x`` fp32 [T, C] times a quantized matrix [R, C] (see ``dequantize``): fp32 [T, R].
 
-    x is rounded to int8 first, in the weights' groups, unless ``exact`` (then xq = x and sx = 1). Scales are applied to each
-    group's sums, not to weights: y = sum over groups of (scale * sx) * (q . xq) + (scale * middle - zero) * (sx * sum(xq)).
+    x is rounded to int8 first, in the weights' groups: x ~ sx * xq. Then, with the exact integer sum D = q . xq of a group, and
+    groups in ascending order::
+
+        w = fma(scale, D, (scale * middle - zero) * sum(xq))
+        y = fma(sx, w, y)
+
+    Every kernel gives these bits, for any number of rows of x. With ``exact`` (x as it is) sums are taken in another order by each
+    instruction set, and this is the definition within their error.
     """
     used = len(widths) if num_planes is None else num_planes
     rows, groups = scale.shape
     codes = unpack(planes[:used], widths, group_size, used).view(rows, groups, group_size).float()
-    if exact:
-        q = pad(x, (0, -x.shape[1] % group_size)).view(len(x), groups, group_size)
-        sx = torch.ones(len(x), groups)
-    else:
-        q, sx = quantize_activations(x, group_size)
-    products = torch.einsum("rgk,tgk->trg", codes, q)  # of integers: at most 128 * 255 * 127, exact in fp32
     middle = (2 ** sum(widths[used:]) - 1) / 2
     offset = scale.float() * middle - zero.float()
-    y: torch.Tensor = (scale.float() * sx.unsqueeze(1) * products).sum(2) + (sx * q.sum(2)) @ offset.T
+    if exact:
+        q = pad(x, (0, -x.shape[1] % group_size)).view(len(x), groups, group_size)
+        products = torch.einsum("rgk,tgk->trg", codes, q)
+        return (scale.float() * products).sum(2) + q.sum(2) @ offset.T  # type: ignore[no-any-return]
+    q, sx = quantize_activations(x, group_size)
+    products = torch.einsum("rgk,tgk->trg", codes, q)  # of integers: at most 128 * 255 * 127, exact in fp32
+    sums = q.sum(2).unsqueeze(1)
+    w = fused(scale.float(), products, offset * sums)  # [T, R, G]
+    y = torch.zeros(len(x), rows)
+    for group in range(groups):
+        y = fused(sx[:, group].unsqueeze(1), w[:, :, group], y)
     return y
 
 

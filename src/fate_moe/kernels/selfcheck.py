@@ -27,7 +27,7 @@ from fate_moe.errors import ConfigError, FateError
 from fate_moe.io.files import atomic_file
 from fate_moe.kernels.modes import neutral
 from fate_moe.kernels.native import BF16, DTYPES, INT8, PLANES, native
-from fate_moe.kernels.reference import dequantize, linear_quantized
+from fate_moe.kernels.reference import linear_quantized
 from fate_moe.machine import affinity, usable_cpus
 from fate_moe.quant.planes import pack
 from fate_moe.switches import cache_home, library_settings
@@ -118,11 +118,9 @@ def _checks() -> Iterator[tuple[str, torch.dtype, Callable[[], tuple[torch.Tenso
     used = native.instruction_set()
     for kind, widths in ((PLANES, (2, 1, 1)), (INT8, (8,))):
         for exact in (False, True):
-            for rows in (1, 5):
+            for rows in (1, 5, 19):
                 what = f"the {used} kernels, int{sum(widths)}{' exact' if exact else ''}, {rows} rows"
                 yield what, torch.float32, partial(_kernel, kind, widths, rows, exact)
-        if native.has_tiles():
-            yield f"the {used} tiles, int{sum(widths)}", torch.bfloat16, partial(_kernel, kind, widths, 19, True, tiled=True)
     yield f"the {used} kernels, bfloat16", torch.float32, _bf16_kernel
 
 
@@ -154,7 +152,7 @@ def _rounding() -> tuple[torch.Tensor, torch.Tensor]:
     return x.bfloat16(), ((bits + 0x7FFF + (bits >> 16 & 1)) & -0x10000).view(torch.float32)
 
 
-def _kernel(kind: int, widths: tuple[int, ...], rows: int, exact: bool, tiled: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+def _kernel(kind: int, widths: tuple[int, ...], rows: int, exact: bool) -> tuple[torch.Tensor, torch.Tensor]:
     out, cols, group = 37, 200, 64
     planes = pack(torch.randint(0, 1 << sum(widths), (out, cols), dtype=torch.uint8), group, widths)
     scale, zero = (torch.rand(out, -(-cols // group), dtype=torch.float32).half() for _ in range(2))
@@ -162,10 +160,6 @@ def _kernel(kind: int, widths: tuple[int, ...], rows: int, exact: bool, tiled: b
     place = native.Place.make(kind, out, cols, places, scale_at, zero_at, -1, 0, group)
     x = torch.randn(rows, cols, dtype=torch.float32)
     got, threads = torch.full((rows, out), math.nan, dtype=torch.float32), torch.get_num_threads()
-    if tiled:
-        x = x.bfloat16()
-        native.linear_tiled(place, memory.data_ptr(), PLANES, x.data_ptr(), rows, got.data_ptr(), DTYPES[got.dtype], threads)
-        return got, x.double() @ dequantize(planes, scale, zero, cols=cols, group_size=group, widths=widths).double().T
     native.linear(
         place, memory.data_ptr(), PLANES, x.data_ptr(), DTYPES[x.dtype], rows, got.data_ptr(), DTYPES[got.dtype], exact, threads
     )

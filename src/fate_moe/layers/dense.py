@@ -20,8 +20,8 @@ from fate_moe.store.rows import StoredRows
 
 __all__ = ["QuantizedLinear", "StoredEmbedding"]
 
-# Up to this many rows of x are multiplied as the weights lie; for more, weights are written out tile by tile: for matrix tiles
-# where the processor has them, else for torch's GEMM.
+# With exact activations up to this many rows of x are multiplied as the weights lie; for more, weights are written out tile by tile
+# for torch's GEMM.
 MAX_ROWS = 8
 _TILE_BYTES = 8 << 20
 _QUANTIZED = (
@@ -53,7 +53,7 @@ def _set_weight(module: nn.Module, weight: FrozenWeight) -> None:
 
 
 class QuantizedLinear(nn.Linear):
-    """``nn.Linear`` on a quantized weight: few rows with int8 activations by group (``exact``: fp32), many through torch's GEMM.
+    """``nn.Linear`` on a quantized weight, with int8 activations by group (``exact``: fp32, and many rows through torch's GEMM).
 
     ``blob`` uint8 holds ``weight`` [out, in] in ``layout``; nothing is copied. Gradients with respect to x are those of the
     weight's numbers (kernels/gradients.py). Another parameter in place of ``weight`` is honoured, at torch's speed.
@@ -106,10 +106,8 @@ class QuantizedLinear(nn.Linear):
         rows, threads = rows.contiguous(), torch.get_num_threads()
         out = torch.empty(len(rows), self.out_features, dtype=dtype)
         to = out.data_ptr(), DTYPES[dtype]
-        if len(rows) <= MAX_ROWS:
+        if not self._exact or len(rows) <= MAX_ROWS:
             native.linear(self.place, self.address, PLANES, rows.data_ptr(), DTYPES[dtype], len(rows), *to, self._exact, threads)
-        elif dtype == torch.bfloat16 and native.has_tiles():
-            native.linear_tiled(self.place, self.address, PLANES, rows.data_ptr(), len(rows), *to, threads)
         else:
             first = 0
             for place, count in self._tiles:

@@ -188,11 +188,18 @@ void check_products(const Ops& ops, Kind kind, int64_t group) {
       bool right = true;
       for (size_t i = 0; i < made.error.size(); ++i) right = right && made.error[i] <= 2 * most + made.rounding[i];
       check(right, ops.name, what);
+      if (!exact && kind != Kind::kBf16) check(plain.out == made.out, ops.name, what + ", portable's bits");
       const std::vector<float> last(x.end() - cols, x.end());  // a token's result does not depend on its company
       const Products alone = product_of(ops, example, last, 1, exact);
       check(!std::memcmp(alone.out.data(), &made.out[made.out.size() - 7], 7 * 4), ops.name, what + ", the last one alone");
     }
     if (kind == Kind::kBf16) continue;
+    const int64_t many = 5 + cols % 40;  // rows of the matrix and tokens to the edge of what is theirs
+    std::vector<float> plain_out(size_t(many * 7)), out(plain_out.size());
+    const std::vector<float> rows = numbers(many * cols);
+    run_linear(*portable_ops(), example.m, rows.data(), Dtype::kF32, many, plain_out.data(), Dtype::kF32, false, 2);
+    run_linear(ops, example.m, rows.data(), Dtype::kF32, many, out.data(), Dtype::kF32, false, 2);
+    check(plain_out == out, ops.name, "product of" + matrix + ", " + std::to_string(many) + " tokens, portable's bits");
     for (const Dtype dtype : {Dtype::kF32, Dtype::kBf16}) {
       std::vector<char> want(size_t(7 * cols * size_of(dtype))), got(want.size());
       portable_ops()->expand(example.m, 0, 7, want.data(), dtype);
@@ -270,7 +277,7 @@ void check_threads(const Ops& ops) {
 
 int main(int count, char** wanted) {
   std::vector<const Ops*> found;
-  for (const Ops* ops : {avx512_ops(), avx2_ops(), neon_dot_ops(), neon_ops(), portable_ops()})
+  for (const Ops* ops : {amx_ops(), avx512_ops(), avx2_ops(), neon_dot_ops(), neon_ops(), portable_ops()})
     if (ops) found.push_back(ops);
   for (int i = 1; i < count; ++i)
     check(size_t(i) <= found.size() && !std::strcmp(found[size_t(i - 1)]->name, wanted[i]), wanted[i], "is not there");

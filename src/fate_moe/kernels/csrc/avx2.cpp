@@ -103,36 +103,110 @@ inline __m256i pairs(__m256i codes, __m256i q) {  // 8-bit codes to 255: 16-bit 
 
 inline __m256i load_q(const int8_t* q) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q)); }
 
-inline __m256 two(float low, float high) {
-  return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_set1_ps(low)), _mm_set1_ps(high), 1);
+// Lane l of the result, element i: the sum of the four numbers in lane l of p[i].
+inline __m256i add_fours(const __m256i* p) {
+  const __m256i a = _mm256_add_epi32(_mm256_unpacklo_epi32(p[0], p[1]), _mm256_unpackhi_epi32(p[0], p[1]));
+  const __m256i b = _mm256_add_epi32(_mm256_unpacklo_epi32(p[2], p[3]), _mm256_unpackhi_epi32(p[2], p[3]));
+  return _mm256_add_epi32(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
 }
 
-// The factors of a block's groups where sums of four products lie.
-template <int64_t G>
-inline __m256 spread(const float* factors) {
-  if constexpr (G == 32)
-    return _mm256_permutevar8x32_ps(_mm256_castps128_ps256(_mm_load_ps(factors)), _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3));
-  return G == 64 ? two(factors[0], factors[1]) : _mm256_set1_ps(factors[0]);
-}
-
+// The sums of 8 groups in their order, from what products of blocks (planes) or of groups (int8) leave in lanes.
 template <Kind kind, int64_t G>
-FATE_INLINE void dot(Sums& sums, const Codes& codes, const int8_t* q, const float* factors) {
-  if constexpr (kind == Kind::kInt8) {
-    constexpr int parts = G / 32;
-    FATE_UNROLL
-    for (int g = 0; g < kBlock<G>; ++g) {
-      __m256i products = pairs(codes.part[parts * g], load_q(q + G * g));
-      FATE_UNROLL
-      for (int i = 1; i < parts; ++i) products = _mm256_add_epi32(products, pairs(codes.part[parts * g + i], load_q(q + G * g + 32 * i)));
-      sums = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products), _mm256_set1_ps(factors[g]), sums);
-    }
-    return;
+FATE_INLINE __m256i eight_sums(const __m256i* p) {
+  if constexpr (kind != Kind::kInt8 && G == 32) {  // four groups of two numbers
+    const __m256 x = _mm256_castsi256_ps(p[0]), y = _mm256_castsi256_ps(p[1]);
+    const __m256i sums = _mm256_add_epi32(_mm256_castps_si256(_mm256_shuffle_ps(x, y, 0x88)), _mm256_castps_si256(_mm256_shuffle_ps(x, y, 0xdd)));
+    return _mm256_permute4x64_epi64(sums, 0xd8);
+  } else if constexpr (kind != Kind::kInt8 && G == 64) {  // two groups, a lane each
+    return _mm256_permutevar8x32_epi32(add_fours(p), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+  } else {
+    const __m256i x = add_fours(p), y = add_fours(p + 4);
+    return _mm256_add_epi32(_mm256_permute2x128_si256(x, y, 0x20), _mm256_permute2x128_si256(x, y, 0x31));
   }
+}
+
+inline __m256i multiply_codes(const Codes& codes, const int8_t* q) {
   __m256i sixteen = _mm256_maddubs_epi16(codes.part[0], load_q(q));  // at most 4 * 2 * 15 * 127 in 16 bits
   FATE_UNROLL
   for (int j = 1; j < 4; ++j) sixteen = _mm256_add_epi16(sixteen, _mm256_maddubs_epi16(codes.part[j], load_q(q + 32 * j)));
-  const __m256i products = _mm256_madd_epi16(sixteen, _mm256_set1_epi16(1));
-  sums = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products), spread<G>(factors), sums);
+  return _mm256_madd_epi16(sixteen, _mm256_set1_epi16(1));
+}
+
+template <Kind kind, int64_t G, int T>
+FATE_INLINE void group_sums(const Matrix& m, int64_t at, int64_t n, const Token* tokens, int64_t first, int32_t (*out)[64]) {
+  constexpr int64_t blocks = 8 / kBlock<G>;  // of 8 groups
+  const auto store = [](int32_t* to, __m256i sums) { _mm256_store_si256(reinterpret_cast<__m256i*>(to), sums); };
+  for (int64_t g = 0; g < n; g += 8) {
+    if constexpr (kind == Kind::kInt8) {
+      FATE_UNROLL
+      for (int t = 0; t < T; ++t) {
+        __m256i p[8];
+        FATE_UNROLL
+        for (int64_t i = 0; i < 8; ++i) {
+          p[i] = _mm256_setzero_si256();
+          if (g + i >= n) continue;
+          const uint8_t* const from = m.planes[0] + (at + g + i) * G;
+          const int8_t* const q = tokens[t].q + (first + g + i) * G;
+          FATE_UNROLL
+          for (int64_t j = 0; j < G; j += 32) p[i] = _mm256_add_epi32(p[i], pairs(load32(from + j), load_q(q + j)));
+        }
+        store(out[t] + g, eight_sums<kind, G>(p));
+      }
+    } else {
+      __m256i p[T][blocks];
+      FATE_UNROLL
+      for (int64_t b = 0; b < blocks; ++b) {
+        const int64_t group = g + b * kBlock<G>, rest = n - group;
+        if (rest <= 0) {
+          for (int t = 0; t < T; ++t) p[t][b] = _mm256_setzero_si256();
+          continue;
+        }
+        const Codes codes = rest >= kBlock<G> ? decode<kind, G>(m, at + group) : decode_some<kind, G>(m, at + group, rest);
+        FATE_UNROLL
+        for (int t = 0; t < T; ++t) p[t][b] = multiply_codes(codes, tokens[t].q + (first + group) * G);
+      }
+      FATE_UNROLL
+      for (int t = 0; t < T; ++t) store(out[t] + g, eight_sums<kind, G>(p[t]));
+    }
+  }
+}
+
+// 8 x 8 numbers, rows for columns.
+inline void transpose(__m256* rows) {
+  __m256 a[8], b[8];
+  FATE_UNROLL
+  for (int i = 0; i < 8; i += 2) {
+    a[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
+    a[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+  }
+  FATE_UNROLL
+  for (int i = 0; i < 8; i += 4) {
+    b[i] = _mm256_shuffle_ps(a[i], a[i + 2], 0x44);
+    b[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xee);
+    b[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+    b[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xee);
+  }
+  FATE_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    rows[i] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
+    rows[i + 4] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
+  }
+}
+
+inline void add_chain(const float* w, int64_t stride, int64_t n, const float* a, float* sums) {
+  for (int64_t row = 0; row < 16; row += 8) {
+    __m256 sum = _mm256_load_ps(sums + row);
+    for (int64_t g = 0; g < n; g += 8) {
+      __m256 rows[8];
+      FATE_UNROLL
+      for (int r = 0; r < 8; ++r) rows[r] = _mm256_load_ps(w + (row + r) * stride + g);
+      transpose(rows);
+      FATE_UNROLL
+      for (int i = 0; i < 8; ++i)
+        if (g + i < n) sum = _mm256_fmadd_ps(_mm256_set1_ps(a[g + i]), rows[i], sum);
+    }
+    _mm256_store_ps(sums + row, sum);
+  }
 }
 
 inline __m256 numbers(const uint8_t* codes) {

@@ -22,35 +22,106 @@ inline void add_products(Sums& sums, const float* a, const float* b, int64_t n) 
 
 inline __m512 two(float low, float high) { return _mm512_insertf32x8(_mm512_set1_ps(low), _mm256_set1_ps(high), 1); }
 
-// The factors of a block's groups where dpbusd leaves their sums: in 16 / kBlock lanes each.
-template <int64_t G>
-inline __m512 spread(const float* factors) {
-  if constexpr (G == 32) {
-    const __m512i two_of_each = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
-    return _mm512_permutexvar_ps(two_of_each, _mm512_castps256_ps512(_mm256_load_ps(factors)));
-  } else if constexpr (G == 64) {
-    const __m512i four_of_each = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
-    return _mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_load_ps(factors)), four_of_each);
-  } else {
-    return two(factors[0], factors[1]);
+// Lane l of the result, element i: the sum of the four numbers in lane l of p[i].
+inline __m512i add_fours(const __m512i* p) {
+  const __m512i a = _mm512_add_epi32(_mm512_unpacklo_epi32(p[0], p[1]), _mm512_unpackhi_epi32(p[0], p[1]));
+  const __m512i b = _mm512_add_epi32(_mm512_unpacklo_epi32(p[2], p[3]), _mm512_unpackhi_epi32(p[2], p[3]));
+  return _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+}
+
+inline __m512i add_lanes(__m512i x, __m512i y) {  // of neighbours: x0 + x1, x2 + x3, y0 + y1, y2 + y3
+  return _mm512_add_epi32(_mm512_shuffle_i32x4(x, y, 0x88), _mm512_shuffle_i32x4(x, y, 0xdd));
+}
+
+// The sums of 16 groups in their order, from what products of blocks (planes) or of groups (int8) leave in lanes.
+template <Kind kind, int64_t G>
+FATE_INLINE __m512i sixteen_sums(const __m512i* p) {
+  if constexpr (kind == Kind::kInt8 && G == 32) {  // a register has two groups
+    const __m512i order = _mm512_set_epi32(15, 11, 14, 10, 13, 9, 12, 8, 7, 3, 6, 2, 5, 1, 4, 0);
+    return _mm512_permutexvar_epi32(order, add_lanes(add_fours(p), add_fours(p + 4)));
+  } else if constexpr (kind == Kind::kInt8) {
+    return add_lanes(add_lanes(add_fours(p), add_fours(p + 4)), add_lanes(add_fours(p + 8), add_fours(p + 12)));
+  } else if constexpr (G == 32) {  // eight groups of two numbers
+    const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    return _mm512_add_epi32(_mm512_permutex2var_epi32(p[0], even, p[1]),
+                            _mm512_permutex2var_epi32(p[0], _mm512_or_si512(even, _mm512_set1_epi32(1)), p[1]));
+  } else if constexpr (G == 64) {  // four groups, a lane each
+    const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+    return _mm512_permutexvar_epi32(order, add_fours(p));
+  } else {  // two groups, two lanes each
+    const __m512i order = _mm512_set_epi32(15, 11, 14, 10, 13, 9, 12, 8, 7, 3, 6, 2, 5, 1, 4, 0);
+    return _mm512_permutexvar_epi32(order, add_lanes(add_fours(p), add_fours(p + 4)));
   }
 }
 
-template <Kind kind, int64_t G>
-FATE_INLINE void dot(Sums& sums, const Codes& codes, const int8_t* q, const float* factors) {
-  if constexpr (kind == Kind::kInt8) {
-    FATE_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const __m512i products = _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes.part[i], _mm512_loadu_si512(q + 64 * i));
-      const __m512 factor = G == 32 ? two(factors[2 * i], factors[2 * i + 1]) : _mm512_set1_ps(factors[64 * i / G]);
-      sums = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products), factor, sums);
-    }
-    return;
-  }
-  __m512i products = _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes.part[0], _mm512_loadu_si512(q));
+template <Kind kind>
+FATE_INLINE __m512i multiply_codes(const Codes& codes, const int8_t* q) {
+  __m512i sums = _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes.part[0], _mm512_loadu_si512(q));
   FATE_UNROLL
-  for (int j = 1; j < 4; ++j) products = _mm512_dpbusd_epi32(products, codes.part[j], _mm512_loadu_si512(q + 64 * j));
-  sums = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products), spread<G>(factors), sums);
+  for (int j = 1; j < 4; ++j) sums = _mm512_dpbusd_epi32(sums, codes.part[j], _mm512_loadu_si512(q + 64 * j));
+  return sums;
+}
+
+template <Kind kind, int64_t G, int T>
+FATE_INLINE void group_sums(const Matrix& m, int64_t at, int64_t n, const Token* tokens, int64_t first, int32_t (*out)[64]) {
+  constexpr int64_t blocks = 16 / kBlock<G>;  // of 16 groups
+  for (int64_t g = 0; g < n; g += 16) {
+    const bool whole = g + 16 <= n;
+    if constexpr (kind == Kind::kInt8) {
+      constexpr int64_t parts = G == 128 ? 2 : 1, count = G == 32 ? 8 : 16;  // registers of a sum, sums
+      FATE_UNROLL
+      for (int t = 0; t < T; ++t) {
+        __m512i p[16];
+        for (int64_t i = 0; i < count; ++i) {
+          p[i] = _mm512_setzero_si512();
+          FATE_UNROLL
+          for (int64_t j = 0; j < parts; ++j) {
+            const int64_t byte = 64 * (parts * i + j), rest = (n - g) * G - byte;
+            if (rest <= 0) continue;
+            const uint8_t* const from = m.planes[0] + (at + g) * G + byte;
+            const __m512i codes = rest >= 64 ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi8((1ull << rest) - 1, from);
+            p[i] = _mm512_dpbusd_epi32(p[i], codes, _mm512_loadu_si512(tokens[t].q + (first + g) * G + byte));
+          }
+        }
+        _mm512_store_si512(out[t] + g, sixteen_sums<kind, G>(p));
+      }
+    } else {
+      __m512i p[T][blocks];
+      FATE_UNROLL
+      for (int64_t b = 0; b < blocks; ++b) {
+        const int64_t group = g + b * kBlock<G>, rest = n - group;
+        if (!whole && rest <= 0) {
+          for (int t = 0; t < T; ++t) p[t][b] = _mm512_setzero_si512();
+          continue;
+        }
+        const Codes codes = whole || rest >= kBlock<G> ? decode<kind, G>(m, at + group) : decode_some<kind, G>(m, at + group, rest);
+        FATE_UNROLL
+        for (int t = 0; t < T; ++t) p[t][b] = multiply_codes<kind>(codes, tokens[t].q + (first + group) * G);
+      }
+      FATE_UNROLL
+      for (int t = 0; t < T; ++t) _mm512_store_si512(out[t] + g, sixteen_sums<kind, G>(p[t]));
+    }
+  }
+}
+
+inline void add_chain(const float* w, int64_t stride, int64_t n, const float* a, float* sums) {
+  __m512 sum = _mm512_load_ps(sums);
+  for (int64_t g = 0; g < n; g += 16) {
+    __m512i rows[16];
+    FATE_UNROLL16
+    for (int r = 0; r < 16; ++r) rows[r] = _mm512_load_si512(w + r * stride + g);
+    transpose(rows);
+    if (g + 16 <= n) {
+      FATE_UNROLL16
+      for (int i = 0; i < 16; ++i) sum = _mm512_fmadd_ps(_mm512_set1_ps(a[g + i]), _mm512_castsi512_ps(rows[i]), sum);
+    } else {
+      alignas(64) float rest[16][16];
+      FATE_UNROLL16
+      for (int i = 0; i < 16; ++i) _mm512_store_si512(rest[i], rows[i]);
+      for (int64_t i = 0; i < n - g; ++i) sum = _mm512_fmadd_ps(_mm512_set1_ps(a[g + i]), _mm512_load_ps(rest[i]), sum);
+    }
+  }
+  _mm512_store_ps(sums, sum);
 }
 
 template <int lane>
@@ -114,26 +185,15 @@ void expand_codes(const Matrix& m, int64_t at, const Codes& codes, int64_t n, ui
 
 inline float middle(Kind kind);
 
-// As in loops.inc, with nothing between conversion and use: rows of a few hundred bytes leave no time for three passes over them.
-#define FATE_OWN_FACTORS
-template <Kind kind, bool exact, int T>
-FATE_INLINE void factors(const uint16_t* scales, const uint16_t* zeros, int64_t count, const Token* tokens, int64_t first, Sums* sums,
-                    float* scale, float (*factor)[kMostGroups]) {
-  for (int64_t g = 0; g < count; g += 16) {
-    const __mmask16 some = __mmask16(count - g < 16 ? (1u << (count - g)) - 1 : 0xffff);
-    const __m512 s = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(some, scales + g));
-    const __m512 z = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(some, zeros + g));
-    const __m512 offset = _mm512_sub_ps(_mm512_mul_ps(s, _mm512_set1_ps(middle(kind))), z);
-    if constexpr (exact) _mm512_store_ps(scale + g, s);
-    FATE_UNROLL
-    for (int t = 0; t < T; ++t) {
-      sums[t] = _mm512_fmadd_ps(offset, _mm512_loadu_ps(tokens[t].sum + first + g), sums[t]);
-      if constexpr (!exact) _mm512_store_ps(factor[t] + g, _mm512_mul_ps(s, _mm512_loadu_ps(tokens[t].scale + first + g)));
-    }
-  }
-}
-
 #include "loops.inc"
+
+}  // namespace
+}  // namespace fate
+
+#include "panels512.h"
+
+namespace fate {
+namespace {
 
 // Codes i .. i + 15 of group g, from a block's parts in memory.
 template <Kind kind, int64_t G>
@@ -220,9 +280,15 @@ inline void expand_codes(const Matrix& m, int64_t at, const Codes& codes, int64_
   for (int64_t i = 0; i < G * n; i += 16) store_bf16(out + i, to_bf16(_mm512_load_ps(values + i)));
 }
 
-const Ops kOps = {"avx512-vnni", product, quantize, sum_groups, apply, expand, to_float, from_float, combine};
+const Many kMany = {pack, product_of_many<multiply_dots>, [] {}};
+const Ops kOps = {"avx512-vnni", product, quantize, sum_groups, apply, expand, to_float, from_float, combine, &kMany};
 
 }  // namespace
+
+const Many* many_by_tiles() {
+  static const Many many = {pack, product_of_many<multiply_tiles>, end_tiles};
+  return &many;
+}
 
 const Ops* avx512_ops() {
   __builtin_cpu_init();

@@ -9,7 +9,7 @@
 namespace fate {
 namespace {
 
-constexpr int64_t kRows = 8;
+constexpr int64_t kRows = 16;
 constexpr int kPatience = 1 << 12;  // looks between two looks at the clock
 
 uint64_t look(const uint64_t* word) { return __atomic_load_n(word, __ATOMIC_ACQUIRE); }

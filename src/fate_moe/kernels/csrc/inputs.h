@@ -41,22 +41,28 @@ inline int64_t row_bytes(const Matrix& m) {
   return m.groups * (m.group * bits / 8 + 4);
 }
 
-// Rows of one task, a multiple of 8.
-inline int64_t rows_of_task(const Matrix& m) { return std::max<int64_t>(1, kTaskBytes / (8 * std::max<int64_t>(1, row_bytes(m)))) * 8; }
+// Rows of one task, a multiple of 16: so many chains run side by side.
+inline int64_t rows_of_task(const Matrix& m) { return std::max<int64_t>(1, kTaskBytes / (16 * std::max<int64_t>(1, row_bytes(m)))) * 16; }
 
 // The inputs of one product: fp32 values padded to whole groups, and what `product` needs of them.
 class Inputs {
  public:
-  // For `count` tokens and matrices whose groups are all of `group` weights.
-  void resize(int64_t count, int64_t cols, int64_t group) {
+  // For `count` tokens and matrices whose groups are all of `group` weights. Without `values` a token's x has to be finished by the
+  // thread that has written it, before it writes another's: only what integer products need is kept.
+  void resize(int64_t count, int64_t cols, int64_t group, bool values = true) {
     cols_ = cols, group_ = group, groups_ = (groups_of(cols, group) + 15) / 16 * 16;  // padded to whole blocks and registers
-    x_ = values_.of<float>(count * groups_ * group);
+    kept_ = values;
+    if (values) x_ = values_.of<float>(count * groups_ * group);
     q_ = codes_.of<int8_t>(count * groups_ * group);
     scale_ = scales_.of<float>(count * groups_);
     sum_ = sums_.of<float>(count * groups_);
   }
 
-  float* x(int64_t i) const { return x_ + i * groups_ * group_; }
+  float* x(int64_t i) const {
+    if (kept_) return x_ + i * groups_ * group_;
+    static thread_local Scratch own;
+    return own.of<float>(groups_ * group_);
+  }
 
   // After x(i)'s first cols values are written.
   void finish(const Ops& ops, int64_t i, Kind kind, bool integers) const { finish(ops, i, kind, integers, 0, cols_); }
@@ -76,14 +82,43 @@ class Inputs {
   }
 
   Token token(int64_t i, bool integers, float* out) const {
-    return {q_ + i * groups_ * group_, integers ? scale_ + i * groups_ : nullptr, sum_ + i * groups_, x(i), out};
+    return {q_ + i * groups_ * group_, integers ? scale_ + i * groups_ : nullptr, sum_ + i * groups_, kept_ ? x(i) : nullptr, out};
   }
+
+  int64_t padded_groups() const { return groups_; }
 
  private:
   int64_t cols_ = 0, group_ = kGroup, groups_ = 0;
+  bool kept_ = true;
   Scratch values_, codes_, scales_, sums_;
   float *x_ = nullptr, *scale_ = nullptr, *sum_ = nullptr;
   int8_t* q_ = nullptr;
+};
+
+// Tokens of a pass, 16 side by side, for products with many.
+class PackedInputs {
+ public:
+  void resize(int64_t num_tiles, const Inputs& inputs, int64_t group) {
+    group_ = group, groups_ = inputs.padded_groups();
+    q_ = codes_.of<int8_t>(num_tiles * groups_ * group * kTile);
+    factors_ = floats_.of<float>(2 * num_tiles * groups_ * kTile);
+  }
+
+  void pack(const Ops& ops, int64_t i, const Token* tokens, int64_t num_tokens, Kind kind) const {
+    float* const scale = factors_ + 2 * i * groups_ * kTile;
+    ops.many->pack(tokens, num_tokens, groups_, group_, kind != Kind::kInt8, q_ + i * groups_ * group_ * kTile, scale, scale + groups_ * kTile);
+  }
+
+  TokenTile tile(int64_t i) const {
+    const float* const scale = factors_ + 2 * i * groups_ * kTile;
+    return {q_ + i * groups_ * group_ * kTile, scale, scale + groups_ * kTile};
+  }
+
+ private:
+  int64_t group_ = kGroup, groups_ = 0;
+  Scratch codes_, floats_;
+  int8_t* q_ = nullptr;
+  float* factors_ = nullptr;
 };
 
 inline int64_t size_of(Dtype dtype) { return dtype == Dtype::kF32 ? 4 : 2; }

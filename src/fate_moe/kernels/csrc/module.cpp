@@ -61,26 +61,11 @@ void experts(const ExpertPlace& place, std::vector<uint64_t> addresses, std::vec
   run_experts(*chosen, place, batch, exact, num_threads);
 }
 
-void experts_tiled(const ExpertPlace& place, std::vector<uint64_t> addresses, std::vector<int> num_planes, std::vector<int64_t> starts,
-                   std::vector<int64_t> choices, uintptr_t x, int64_t num_tokens, int64_t top_k, uintptr_t out, int num_threads) {
-  const Batch batch = {std::move(addresses), std::move(num_planes), std::move(starts), std::move(choices),
-                       reinterpret_cast<const void*>(x), Dtype::kBf16, num_tokens, top_k, reinterpret_cast<float*>(out)};
-  const nb::gil_scoped_release release;
-  run_experts_tiled(*chosen, place, batch, num_threads);
-}
-
 void linear(const Place& place, uintptr_t address, int num_planes, uintptr_t x, int x_dtype, int64_t num_tokens, uintptr_t out,
             int out_dtype, bool exact, int num_threads) {
   const nb::gil_scoped_release release;
   run_linear(*chosen, place.at(address, num_planes), reinterpret_cast<const void*>(x), Dtype(x_dtype), num_tokens,
              reinterpret_cast<void*>(out), Dtype(out_dtype), exact, num_threads);
-}
-
-void linear_tiled(const Place& place, uintptr_t address, int num_planes, uintptr_t x, int64_t num_tokens, uintptr_t out, int out_dtype,
-                  int num_threads) {
-  const nb::gil_scoped_release release;
-  run_linear_tiled(*chosen, place.at(address, num_planes), reinterpret_cast<const void*>(x), num_tokens, reinterpret_cast<void*>(out),
-                   Dtype(out_dtype), num_threads);
 }
 
 void expand(const Place& place, uintptr_t address, int num_planes, uintptr_t out, int dtype, int num_threads) {
@@ -202,10 +187,7 @@ NB_MODULE(_native, m) {
     return std::make_unique<HostCompute>(*chosen, place, arena, blob_bytes, mail, exact, num_threads);
   });
   m.def("experts", &experts);
-  m.def("experts_tiled", &experts_tiled);
-  m.def("has_tiles", [] { return chosen->tiles != nullptr; }, "Whether what is used has matrix tiles (tiled products).");
   m.def("linear", &linear);
-  m.def("linear_tiled", &linear_tiled);
   m.def("expand", &expand);
   m.def("combine", &combine);
   m.def("activate", &activate_rows);

@@ -160,16 +160,42 @@ inline int32x4_t products_of_bytes(const uint8x16_t* codes, const int8_t* q) {  
   return vaddq_s32(products_of<count>(low, q), vshlq_n_s32(products_of<count>(high, q), 4));
 }
 
-template <Kind kind, int64_t G>
-FATE_INLINE void dot(Sums& sums, const Codes<G>& codes, const int8_t* q, const float* factors) {
-  if constexpr (kind == Kind::kInt8) {
-    for (int64_t g = 0; g < kBlock<G>; ++g)
-      sums = vfmaq_n_f32(sums, vcvtq_f32_s32(products_of_bytes<G / 16>(codes.part + g * G / 16, q + g * G)), factors[g]);
-  } else if constexpr (G == 32) {
-    const float32x4_t factor = vcombine_f32(vdup_n_f32(factors[0]), vdup_n_f32(factors[1]));
-    sums = vfmaq_f32(sums, vcvtq_f32_s32(products_apart(codes.part, q)), factor);
-  } else {
-    sums = vfmaq_n_f32(sums, vcvtq_f32_s32(products_of<G / 16>(codes.part, q)), factors[0]);
+template <Kind kind, int64_t G, int T>
+FATE_INLINE void group_sums(const Matrix& m, int64_t at, int64_t n, const Token* tokens, int64_t first, int32_t (*out)[64]) {
+  for (int64_t g = 0; g < n; g += kBlock<G>) {
+    const bool whole = g + kBlock<G> <= n;
+    const Codes<G> codes = whole ? decode<kind, G>(m, at + g) : decode_some<kind, G>(m, at + g, n - g);
+    FATE_UNROLL
+    for (int t = 0; t < T; ++t) {
+      const int8_t* const q = tokens[t].q + (first + g) * G;
+      int32_t* const to = out[t] + g;
+      if constexpr (kind == Kind::kInt8) {
+        for (int64_t i = 0; i < kBlock<G>; ++i) to[i] = vaddvq_s32(products_of_bytes<G / 16>(codes.part + i * G / 16, q + i * G));
+      } else if constexpr (G == 32) {
+        const int32x4_t sums = products_apart(codes.part, q);
+        vst1_s32(to, vpadd_s32(vget_low_s32(sums), vget_high_s32(sums)));
+      } else {
+        to[0] = vaddvq_s32(products_of<G / 16>(codes.part, q));
+      }
+    }
+  }
+}
+
+// Four rows and four groups at a time.
+inline void add_chain(const float* w, int64_t stride, int64_t n, const float* a, float* sums) {
+  for (int64_t row = 0; row < 16; row += 4) {
+    float32x4_t sum = vld1q_f32(sums + row);
+    for (int64_t g = 0; g < n; g += 4) {
+      const float* const from = w + row * stride + g;
+      const float32x4x2_t first = vtrnq_f32(vld1q_f32(from), vld1q_f32(from + stride));
+      const float32x4x2_t second = vtrnq_f32(vld1q_f32(from + 2 * stride), vld1q_f32(from + 3 * stride));
+      const float32x4_t columns[4] = {vcombine_f32(vget_low_f32(first.val[0]), vget_low_f32(second.val[0])),
+                                      vcombine_f32(vget_low_f32(first.val[1]), vget_low_f32(second.val[1])),
+                                      vcombine_f32(vget_high_f32(first.val[0]), vget_high_f32(second.val[0])),
+                                      vcombine_f32(vget_high_f32(first.val[1]), vget_high_f32(second.val[1]))};
+      for (int64_t i = 0; i < 4 && g + i < n; ++i) sum = vfmaq_n_f32(sum, columns[i], a[g + i]);
+    }
+    vst1q_f32(sums + row, sum);
   }
 }
 

@@ -7,8 +7,10 @@
 // Before loops over registers: compilers keep arrays of them in registers only where such loops are unrolled early.
 #if defined(__clang__)
 #define FATE_UNROLL _Pragma("unroll")
+#define FATE_UNROLL16 _Pragma("unroll")
 #else
 #define FATE_UNROLL _Pragma("GCC unroll 8")
+#define FATE_UNROLL16 _Pragma("GCC unroll 16")
 #endif
 
 // In loops that must become vectors, and in all that runs for each block: what a compiler inlines by itself depends on the file's size
@@ -41,7 +43,7 @@ struct Matrix {
 struct Token {
   const int8_t* q;     // [padded * group] where padded is groups rounded up to a multiple of 16; zero beyond cols
   const float* scale;  // [padded]
-  const float* sum;    // [padded]: the group's sum of x as the product sees it
+  const float* sum;    // [padded]: the sum of the group's q, or of its x with exact activations
   const float* x;      // [padded * group] fp32, zero beyond cols (exact activations and bf16 weights)
   float* out;          // [rows]: what the product writes
 };
@@ -54,33 +56,31 @@ struct ActivationSpec {
   float alpha, limit, up_offset;
 };
 
-constexpr int64_t kTile = 16;  // tokens, and matrix rows, of a matrix tile
+constexpr int64_t kTile = 16;      // tokens side by side, and matrix rows, of a product with many tokens
+constexpr int64_t kMostTiles = 16;  // of tokens in one such product
 
-// Products with many tokens by matrix tiles. Tokens come packed, 16 to a tile, as bf16 in the order in which `blocked` planes (else
-// natural order) are written out; weights are written out as bf16, a few hundred columns at a time, and meet them in the near cache.
-struct Tiles {
-  // A packed tile has packed_size(cols) bf16 numbers. rows[t] is a token's [cols] of bf16; those after num_tokens become zeros.
-  void (*pack)(const uint16_t* const* rows, int64_t num_tokens, int64_t cols, bool blocked, uint16_t* tile);
-  // Two runs of 16 rows of the matrix (first[i] + step * r, beyond the last row the last one) times num_tiles tiles of tokens:
-  // out [16 rows][2 runs][16 * num_tiles tokens]. The rows `ahead` of these are what soon follows.
-  void (*multiply)(const Matrix&, const int64_t* first, int64_t step, int64_t ahead, const uint16_t* tokens, int64_t num_tiles,
-                   float* out);
-  // 16 columns k .. k + 15 of one tile, k a multiple of 16, from inner values [16][16], row r at inner + r * stride.
-  void (*pack_columns)(const float* inner, int64_t stride, int64_t k, bool blocked, uint16_t* tile);
-  // [num_tokens <= 16][16] out of [16][16]: row r at from + r * stride; outs[t][r] for r < num_rows.
-  void (*turn)(const float* from, int64_t stride, int64_t num_rows, int64_t num_tokens, float* const* outs);
-  // Before and after a thread's calls of multiply.
-  void (*begin)();
-  void (*end)();
+// 16 tokens side by side. A group's values are in natural order, four of each token in turn.
+struct TokenTile {
+  const int8_t* q;     // [padded * group / 4][16][4] where padded is groups rounded up to a multiple of 16; zeros where there is no token
+  const float* scale;  // [padded][16]
+  const float* sum;    // [padded][16]
 };
 
-inline int64_t packed_size(int64_t cols) { return (cols + 255) / 256 * 256 * kTile; }
+// Products with many tokens, with int8 activations: the bits of `product`.
+struct Many {
+  // A tile of up to 16 tokens; their q are `blocked` or in natural order.
+  void (*pack)(const Token* tokens, int64_t num_tokens, int64_t groups, int64_t group, bool blocked, int8_t* q, float* scale, float* sum);
+  // outs[t][row] for rows [begin, end), at most 16, bias included, of up to kMostTiles * 16 tokens.
+  void (*product)(const Matrix&, const TokenTile* tiles, int64_t num_tokens, float* const* outs, int64_t begin, int64_t end);
+  // After a thread's last product.
+  void (*end)();
+};
 
 struct Ops {
   const char* name;
   // out[row] of each token for rows [begin, end), bias included.
   void (*product)(const Matrix&, const Token* tokens, int64_t num_tokens, int64_t begin, int64_t end);
-  // One token's groups of `group` values: int8 codes, scale = amax / 127, and scale * sum of codes. Blocked: in the order in which this
+  // One token's groups of `group` values: int8 codes, scale = amax / 127, and the sum of codes. Blocked: in the order in which this
   // instruction set reads planes (see loops.inc), else as they come (kInt8).
   void (*quantize)(const float* x, int64_t groups, int64_t group, bool blocked, int8_t* q, float* scale, float* sum);
   // Sums of x in each group, for exact activations.
@@ -93,7 +93,7 @@ struct Ops {
   void (*from_float)(const float* in, int64_t n, void* out, Dtype dtype);
   // out[i] = sum over j (in order) of weights[j] * rows[j * n + i].
   void (*combine)(const float* rows, const float* weights, int64_t num_rows, int64_t n, float* out);
-  const Tiles* tiles;  // null without matrix tiles
+  const Many* many;  // null where rows of tokens go through `product`, four at a time
 };
 
 // Calls act(group) with the group size as a constant, so that inner loops know it.

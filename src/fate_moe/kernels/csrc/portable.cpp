@@ -59,11 +59,22 @@ inline Codes<G> decode_some(const Matrix& m, int64_t at, int64_t) {  // blocks o
   return decode<kind, G>(m, at);
 }
 
-template <Kind kind, int64_t G>
-inline void dot(Sums& sums, const Codes<G>& codes, const int8_t* q, const float* factors) {
-  int32_t products = 0;
-  for (int i = 0; i < G; ++i) products += int32_t(codes.code[i]) * q[i];
-  sums.lane[0] += factors[0] * float(products);
+template <Kind kind, int64_t G, int T>
+inline void group_sums(const Matrix& m, int64_t at, int64_t n, const Token* tokens, int64_t first, int32_t (*out)[64]) {
+  for (int64_t g = 0; g < n; ++g) {
+    const Codes<G> codes = decode<kind, G>(m, at + g);
+    for (int t = 0; t < T; ++t) {
+      const int8_t* q = tokens[t].q + (first + g) * G;
+      int32_t sum = 0;
+      for (int i = 0; i < G; ++i) sum += int32_t(codes.code[i]) * q[i];
+      out[t][g] = sum;
+    }
+  }
+}
+
+inline void add_chain(const float* w, int64_t stride, int64_t n, const float* a, float* sums) {
+  for (int64_t g = 0; g < n; ++g)
+    for (int64_t r = 0; r < 16; ++r) sums[r] = __builtin_fmaf(a[g], w[r * stride + g], sums[r]);
 }
 
 template <Kind kind, int64_t G>

@@ -37,15 +37,9 @@ struct Batch {
 
 void run_experts(const Ops&, const ExpertPlace&, const Batch&, bool exact, int num_threads);
 
-// The same for many tokens an expert, by matrix tiles (ops.tiles): x is bf16, and so are the weights and inner values that meet.
-void run_experts_tiled(const Ops&, const ExpertPlace&, const Batch&, int num_threads);
-
 // out [num_tokens, rows] of out_dtype = x [num_tokens, cols] times the matrix.
 void run_linear(const Ops&, const Matrix&, const void* x, Dtype x_dtype, int64_t num_tokens, void* out, Dtype out_dtype, bool exact,
                 int num_threads);
-
-// The same by matrix tiles: x is bf16.
-void run_linear_tiled(const Ops&, const Matrix&, const void* x, int64_t num_tokens, void* out, Dtype out_dtype, int num_threads);
 
 // The matrix as numbers of dtype, [rows, cols].
 void run_expand(const Ops&, const Matrix&, void* out, Dtype dtype, int num_threads);

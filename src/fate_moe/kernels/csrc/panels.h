@@ -1,0 +1,27 @@
+// Weights of 16 rows as bytes, for products with many tokens on AVX-512: between avx512.cpp, which writes them out, and amx.cpp.
+#pragma once
+#include "ops.h"
+
+namespace fate {
+
+constexpr int64_t kStepBytes = 64;            // of a row or of a token: a step is one, half or two steps' groups
+constexpr int64_t kPanelSteps = 32;           // written out at a time: 2048 columns, 32 KiB
+constexpr int64_t kPanelGroups = kPanelSteps * 2;  // of 32
+
+struct alignas(64) Panel {
+  uint8_t code[kPanelSteps][kTile][kStepBytes];  // in natural order
+  float scale[kTile][kPanelGroups], offset[kTile][kPanelGroups];
+};
+
+// The chains of a panel's 16 rows and of num_tiles * 16 tokens for `count` groups of `group`, the tokens' from `first` on; sums are
+// [row][token] by tile.
+using MultiplyPanel = void (*)(int64_t group, const Panel&, const TokenTile* tiles, int64_t num_tiles, int64_t first, int64_t count,
+                               float (*sums)[kTile][kTile]);
+
+// By matrix tiles (amx.cpp).
+void multiply_tiles(int64_t group, const Panel&, const TokenTile* tiles, int64_t num_tiles, int64_t first, int64_t count,
+                    float (*sums)[kTile][kTile]);
+void end_tiles();
+const Many* many_by_tiles();  // (avx512.cpp)
+
+}  // namespace fate
