@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,10 @@ from tests.support.checkpoints import tiny_checkpoint
 from tests.support.engines import load_model
 
 torch.set_num_threads(1)  # two workers on two cores
+if find_spec("triton") is not None:
+    from tests.support.interpreter import quicken
+
+    quicken()
 
 
 @pytest.fixture(scope="session", autouse=True)
