@@ -15,11 +15,11 @@ chat: $(VENV)/.installed-serve
 	$(BIN)/fate serve demo-chat --open
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 tests
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests
 
 .PHONY: test-fast test-newest
 test-fast: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 -m "not slow" tests
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" tests
 
 # Debian's Chromium, for tests/serve/test_page_browser.py (skipped where there is none). Playwright's own download is not used.
 .PHONY: browser
@@ -35,13 +35,13 @@ LOWEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\).*/\1/p' pyproject.toml)
 test-lowest: $(VENV)/.installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'transformers==$(LOWEST).*'
 	rm -f $(VENV)/.installed $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 $(FAMILY_TESTS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(FAMILY_TESTS)
 
 NEWEST := $(shell sed -n 's/.*"\(transformers>=[^"]*\)".*/\1/p' pyproject.toml)
 test-newest: $(VENV)/.installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy only-if-needed '$(NEWEST)'
 	rm -f $(VENV)/.installed $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 $(FAMILY_TESTS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(FAMILY_TESTS)
 
 # Formatting, lint, and types of sources, tests, examples, recipes and benchmarks.
 check: $(VENV)/.installed-dev

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # GPU kernels run on the CPU; read when triton is first imported
+# Two workers on two cores: threads of the processes that tests start would wait for each other longer than they compute.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -16,7 +19,11 @@ from fate_moe.engine.prepare import store_for
 from tests.support.checkpoints import tiny_checkpoint
 from tests.support.engines import load_model
 
-torch.set_num_threads(1)  # two workers on two cores
+torch.set_num_threads(1)
+if find_spec("triton") is not None:
+    from tests.support.interpreter import quicken
+
+    quicken()
 
 
 @pytest.fixture(scope="session", autouse=True)

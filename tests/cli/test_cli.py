@@ -104,7 +104,7 @@ def test_plan_and_inspect(store: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 @pytest.mark.slow
 def test_convert_int4_and_run_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["convert", str(demo.MODEL), str(tmp_path / "int4"), "--precision", "int4"]) == 0
+    assert main(["convert", str(demo.MODEL), str(tmp_path / "int4"), "--precision", "int4", "--solver", "minmax"]) == 0
     assert "experts" in capsys.readouterr().out
     assert main(["run", str(tmp_path / "int4"), "Once upon a time", "--max-new-tokens", "8", "--json"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])

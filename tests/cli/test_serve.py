@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 @contextmanager
 def serving(*options: str, **variables: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """``fate serve`` with the embedded model, ready; with its URL."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(fate_moe.__file__).parents[1]), "OMP_NUM_THREADS": "1", **variables}
+    environment = {**os.environ, "PYTHONPATH": str(Path(fate_moe.__file__).parents[1]), **variables}
     command = [sys.executable, "-m", "fate_moe", "serve", "--port", "0", "--expert-cache", "25%", *options]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     try:

@@ -156,6 +156,7 @@ def test_a_quota_of_processor_time_gives_fewer_threads(
 ) -> None:
     monkeypatch.setattr(selfcheck, "usable_cpus", lambda: 1)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1}, raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     with caplog.at_level(logging.INFO):
         check_numbers()
     assert torch.get_num_threads() == 1

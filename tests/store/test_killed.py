@@ -35,9 +35,9 @@ def children(checkpoint: Callable[[str], Path]) -> Iterator[Children]:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """56 MB in 5 layers: long enough to be killed in the middle."""
+    """28 MB in 5 layers: long enough to be killed in the middle."""
     folder = tmp_path_factory.mktemp("large") / "checkpoint"
-    sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 224, "num_local_experts": 16, "num_hidden_layers": 5}
+    sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 224, "num_local_experts": 8, "num_hidden_layers": 5}
     return tiny_checkpoint("mixtral", folder, **sizes)
 
 
@@ -142,8 +142,10 @@ def test_a_damaged_journal_is_ignored(checkpoint: Callable[[str], Path], tmp_pat
     assert snapshot(convert(checkpoint("mixtral"), tmp_path / "store")) == expected
 
 
-def test_two_conversions_at_once_make_one_store(large: Path, children: Children, tmp_path: Path) -> None:
-    other = Children(large)
+def test_two_conversions_at_once_make_one_store(
+    large: Path, checkpoint: Callable[[str], Path], children: Children, tmp_path: Path
+) -> None:
+    other = Children(checkpoint("mixtral"))
     for each in (children, other):
         each.start(large, tmp_path / "store")
     assert [each.wait()["status"] for each in (children, other)] == [0, 0]
