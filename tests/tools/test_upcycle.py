@@ -7,6 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from benchmarks.upcycle import choose_geometry
 from fate_moe.errors import ConfigError
+from fate_moe.quant.solver import minmax
 from fate_moe.tools import upcycle, widen
 from fate_moe.tools.widen import Geometry
 from fate_moe.trace.routing import WINDOW, record
@@ -80,6 +82,21 @@ def test_the_bar_for_gguf_files_obeys_transformers_logging(
     assert ("2/2" in capsys.readouterr().err) == shown
 
 
+def test_a_gguf_file_is_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[str] = []
+    monkeypatch.setattr(gguf, "GGUFReader", parsed.append)
+
+    def from_pretrained(folder: Path, gguf_file: str, **options: Any) -> Any:
+        gguf.GGUFReader(str(folder / gguf_file))
+        return make_dense(torch.float32)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", from_pretrained)
+    upcycle.load_dense(Path("dense.gguf"))
+    assert parsed == ["dense.gguf"]
+    assert gguf.GGUFReader == parsed.append
+
+
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
         found: torch.Tensor = model(TOKENS[None, :64]).logits
@@ -115,6 +132,28 @@ def test_nothing_is_lost_in_bf16(tmp_path: Path) -> None:
     model, _ = build(dense, tmp_path, dataclasses.replace(NARROW, hidden=192))
     assert all(tensor.dtype == torch.bfloat16 for tensor in load_file(tmp_path / "model-00001-of-00003.safetensors").values())
     assert_same(model, dense)
+
+
+def test_weights_of_four_bits_are_the_same_in_int4(tmp_path: Path) -> None:
+    """In groups of 32, as GGUF's Q4_1 has them: those of the neurons stay whole, and no two experts are the same."""
+    dense = make_dense(torch.float32, hidden_size=64, num_attention_heads=8, intermediate_size=192)
+    for layer in dense.model.layers:
+        for matrix in layer.mlp.children():
+            if isinstance(matrix, torch.nn.Linear):
+                codes, scale, zero = minmax(matrix.weight.detach(), 4, 32)
+                matrix.weight.data = (codes.unflatten(1, (-1, 32)) * scale.float()[..., None] - zero.float()[..., None]).flatten(1)
+    geometry = dataclasses.replace(NARROW, hidden=64, heads=8, expert_width=128, shared_width=64)
+    upcycle.build(dense, geometry, TOKENS, tmp_path, seed=1, together=32)
+    tensors = load_file(tmp_path / "model-00001-of-00003.safetensors")
+    for part in ("gate", "up", "down"):
+        experts = [tensors[f"model.layers.0.mlp.experts.{number}.{part}_proj.weight"] for number in range(geometry.experts)]
+        assert len({expert.numpy().tobytes() for expert in experts}) == geometry.experts
+        for expert in experts:
+            codes, scale, zero = minmax(expert, 4, 32)
+            again = (codes.unflatten(1, (-1, 32)) * scale.float()[..., None] - zero.float()[..., None]).flatten(1)
+            torch.testing.assert_close(again, expert, rtol=0, atol=0.03 * float(scale.max()))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, experts_implementation="eager").eval()
+    torch.testing.assert_close(logits(model), logits(dense), rtol=1e-3, atol=1e-3)
 
 
 def test_experts_differ_and_do_not_mix(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from fate_moe import demo
 from fate_moe.adapter.sampling import GREEDY_BELOW, RANGES
 from fate_moe.cli.net import one_line
 from fate_moe.cli.parser import Number, count
@@ -41,10 +42,9 @@ __all__ = [
     "with_demo_chat",
 ]
 
-DEMO_CHAT = "demo-chat"  # the name of tools.demo_chat's model
 MODEL_HELP = (
-    "checkpoint folder, GGUF file, hub id, or store (a folder, or a name as fate list shows it); demo-chat: a small model "
-    "that talks, built on first use"
+    "checkpoint folder, GGUF file, hub id, or store (a folder, or a name as fate list shows it); "
+    f"{demo.CHAT}: a small model that talks, built on first use"
 )
 # The version of all JSON that verbs print: a change that breaks readers raises it, a new key does not.
 JSON_SCHEMA = 1
@@ -219,7 +219,7 @@ def store_of(arguments: argparse.Namespace) -> Path:
 
 def with_demo_chat(model: str | None) -> str | None:
     """``model``; "demo-chat", which ``model_name`` leaves as it is until that store exists, becomes its store, built now."""
-    if model != DEMO_CHAT or os.path.exists(model):
+    if model != demo.CHAT or os.path.exists(model):
         return model
     from fate_moe.tools.demo_chat import demo_chat_store
 

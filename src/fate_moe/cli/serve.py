@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
-from pathlib import Path
 from typing import Any
 
 from fate_moe import switches
@@ -23,6 +21,7 @@ from fate_moe.cli.parser import count, file_path, number, size
 from fate_moe.cli.reading import read_text
 from fate_moe.errors import ConfigError
 from fate_moe.serve.options import ServeOptions, is_loopback
+from fate_moe.store.home import source_name
 from fate_moe.units import parse_size
 
 __all__ = ["add_verbs"]
@@ -110,7 +109,7 @@ def _serve(arguments: argparse.Namespace) -> None:
 
             webbrowser.open(url)
 
-    run(options, listener, arguments.name or _name_of(arguments.model), lambda: _load(arguments), ready)
+    run(options, listener, arguments.name or source_name(arguments.model), lambda: _load(arguments), ready)
 
 
 def _api_key(arguments: argparse.Namespace) -> str | None:
@@ -120,13 +119,6 @@ def _api_key(arguments: argparse.Namespace) -> str | None:
             raise ConfigError(f"the api key file {arguments.api_key_file} is empty")
         return key
     return arguments.api_key if arguments.api_key is not None else switches.api_key()
-
-
-def _name_of(model: str | None) -> str:
-    """What clients call the model: the last part of its path, a hub id as it is."""
-    if model is None:
-        return "embedded"
-    return Path(model).resolve().name if os.path.exists(model) else model
 
 
 def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:

@@ -9,9 +9,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fate_moe import demo
 from fate_moe.cli.options import (
     DEFAULTS,
-    DEMO_CHAT,
     add_model,
     add_offload_options,
     offload_config,
@@ -97,8 +97,8 @@ def _plan(arguments: argparse.Namespace) -> None:
     from fate_moe.engine.prepare import plan
 
     config = offload_config(arguments, OffloadConfig.context_length)
-    if arguments.model == DEMO_CHAT and not os.path.exists(DEMO_CHAT):  # a plan converts nothing
-        raise ConfigError(f"{DEMO_CHAT} is not built yet, so it has no plan; fate run {DEMO_CHAT} builds it")
+    if arguments.model == demo.CHAT and not os.path.exists(demo.CHAT):  # a plan converts nothing
+        raise ConfigError(f"{demo.CHAT} is not built yet, so it has no plan; fate run {demo.CHAT} builds it")
     result = plan(arguments.model, **{field.name: getattr(config, field.name) for field in fields(config)})
     if arguments.json:
         print_json(result.as_dict())

@@ -14,7 +14,6 @@ from fate_moe import demo
 from fate_moe.adapter.config_rules import longest_context
 from fate_moe.cli.net import one_line, say, uninterrupted
 from fate_moe.cli.options import (
-    DEMO_CHAT,
     add_model,
     add_offload_options,
     add_sampling_options,
@@ -100,7 +99,7 @@ def _names_a_model(text: str) -> bool:
         exists = bool(text) and Path(text).exists()
     except (OSError, ValueError):  # too long for a name, or with a zero byte
         return False
-    return exists or text == DEMO_CHAT or bool(re.fullmatch(r"(\.{0,2}/|~/).*|[\w.-]+/[\w./-]*|\S+\.gguf", text, flags=re.DOTALL))
+    return exists or text == demo.CHAT or bool(re.fullmatch(r"(\.{0,2}/|~/).*|[\w.-]+/[\w./-]*|\S+\.gguf", text, flags=re.DOTALL))
 
 
 def _run(arguments: argparse.Namespace) -> None:

@@ -30,7 +30,7 @@ from fate_moe.store.companions import refresh_companions
 from fate_moe.store.convert import write_store
 from fate_moe.store.dense import default_dense_precision
 from fate_moe.store.format import AGAIN, blob_layout
-from fate_moe.store.home import identity_of, stores_home
+from fate_moe.store.home import identity_of, source_name, stores_home
 from fate_moe.store.identity import StoreOptions, known_identity, older_identity, store_identity
 from fate_moe.store.learned import gates_bytes
 from fate_moe.store.open import Store, open_store
@@ -140,15 +140,9 @@ def _find_store(checkpoint: Checkpoint, name: str, options: StoreOptions, identi
     return begun[0].with_suffix("") if begun else None
 
 
-def _source_of(model: str | Path | None) -> str:
-    if model is None:
-        return "embedded"
-    return Path(model).resolve().name if os.path.exists(model) else str(model)
-
-
 def _name_of(model: str | Path | None) -> str:
     """A name for a folder, short enough with all that is added to it: the checkpoint's folder or hub id in plain characters."""
-    plain = re.sub(r"^\.|/", "--", _source_of(model))
+    plain = re.sub(r"^\.|/", "--", source_name(model))
     plain = "".join(letter if letter.isprintable() else "_" for letter in plain)
     return plain.encode()[:_MOST_NAME_BYTES].decode(errors="ignore")
 

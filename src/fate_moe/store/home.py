@@ -21,6 +21,7 @@ __all__ = [
     "find_store",
     "identity_of",
     "remove_store",
+    "source_name",
     "store_used",
     "stored_models",
     "stores_home",
@@ -68,6 +69,13 @@ def find_store(name: str) -> Path | None:
         return None
     path = stores_home() / name
     return path if os.path.isdir(path) and _is_ours(path) else None  # os.path: a name may be too long
+
+
+def source_name(model: str | Path | None) -> str:
+    """What a model is called: the last part of its path, a hub id as it is, "embedded" for None."""
+    if model is None:
+        return "embedded"
+    return Path(model).resolve().name if os.path.exists(model) else str(model)
 
 
 def identity_of(path: Path) -> str | None:

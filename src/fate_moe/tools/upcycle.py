@@ -16,7 +16,7 @@ import copy
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +46,9 @@ MAX_SHIFT = 2
 
 def load_dense(gguf: Path) -> tuple[Any, Any]:
     """The dense model of a GGUF file in bf16, and its tokenizer. Needs the gguf package."""
-    with _gguf_bar_as_set():
+    with _gguf_reading():
         dense = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     for parameter in dense.parameters():  # not dense.bfloat16(), which would round the rotary embedding's frequencies too
         parameter.data = parameter.data.bfloat16()
     tokenizer.model_max_length = dense.config.max_position_embeddings
@@ -56,16 +56,21 @@ def load_dense(gguf: Path) -> tuple[Any, Any]:
 
 
 @contextmanager
-def _gguf_bar_as_set() -> Iterator[None]:
-    """transformers shows its bar for tensors of GGUF files always; here it obeys disable_progress_bar(), as the others do."""
+def _gguf_reading() -> Iterator[None]:
+    """transformers parses a GGUF file anew for the configuration, the weights and the tokenizer, seconds each: here once.
+
+    It shows its bar for the file's tensors always; here that obeys disable_progress_bar(), as the others do.
+    """
+    import gguf
     from transformers import modeling_gguf_pytorch_utils as reader
 
-    bar = reader.tqdm
+    parse, bar = gguf.GGUFReader, reader.tqdm
+    gguf.GGUFReader = cache(parse)  # transformers imports it where it is used
     reader.tqdm = partial(bar, disable=not logging.is_progress_bar_enabled())
     try:
         yield
     finally:
-        reader.tqdm = bar
+        gguf.GGUFReader, reader.tqdm = parse, bar
 
 
 def build(
@@ -75,11 +80,14 @@ def build(
     folder: Path,
     seed: int,
     advance: Callable[[int], None] = lambda num_layers: None,
+    *,
+    together: int = 1,
 ) -> Trace:
     """Write the checkpoint (without tokenizer) of ``dense``, a LlamaForCausalLM, in its dtype; returns their routing.
 
     Routers are made on the first half of ``tokens`` [N], the returned routing is of the second. ``advance`` is called with 1 for
-    each shard written. Raises ConfigError for too few tokens, DiskSpaceError.
+    each shard written. ``together`` consecutive neurons stay together, with one sign, so that weights that were quantized in groups
+    of that size are again; it divides the widths. Raises ConfigError for too few tokens, DiskSpaceError.
     """
     needed = geometry.num_parameters(dense.config.vocab_size) * dense.dtype.itemsize
     folder.mkdir(parents=True, exist_ok=True)
@@ -93,7 +101,7 @@ def build(
     routers = torch.stack([make_routers(x[:half][~starts[:half]], geometry.experts, generator) for x in inputs]).to(dense.dtype)
     (folder / "config.json").write_text(json.dumps(moe_config(dense, geometry), indent=1))
     dense.generation_config.save_pretrained(folder)
-    write_shards(folder, parts(deep, geometry, routers, generator), geometry.layers + 1, advance)
+    write_shards(folder, parts(deep, geometry, routers, generator, together), geometry.layers + 1, advance)
     chosen = (inputs[:, half:] @ routers.float().mT).topk(geometry.top_k).indices
     return Trace(inputs[:, half:], chosen, routers.float(), starts[half:], loss)
 
@@ -139,7 +147,9 @@ def moe_config(dense: Any, geometry: Geometry) -> dict[str, Any]:
     }
 
 
-def parts(dense: Any, geometry: Geometry, routers: Tensor, generator: torch.Generator) -> Iterator[dict[str, Tensor]]:
+def parts(
+    dense: Any, geometry: Geometry, routers: Tensor, generator: torch.Generator, together: int = 1
+) -> Iterator[dict[str, Tensor]]:
     """The checkpoint's tensors, a layer at a time, embedding and head last."""
     hidden = geometry.hidden
     for number, layer in enumerate(dense.model.layers):
@@ -148,7 +158,7 @@ def parts(dense: Any, geometry: Geometry, routers: Tensor, generator: torch.Gene
             tensors[f"{name}.weight"] = widen.norm(getattr(layer, name).weight.detach(), hidden)
         tensors["mlp.gate.weight"] = widen.around(routers[number], geometry.experts, hidden, generator)
         tensors["mlp.shared_expert_gate.weight"] = torch.zeros(1, hidden, dtype=dense.dtype)
-        tensors |= {f"mlp.{name}": value for name, value in ffn(layer.mlp, geometry, generator).items()}
+        tensors |= {f"mlp.{name}": value for name, value in ffn(layer.mlp, geometry, generator, together).items()}
         yield {f"model.layers.{number}.{name}": value for name, value in tensors.items()}
     embedding = dense.model.embed_tokens.weight.detach()
     rest = {"model.embed_tokens.weight": widen.around(embedding, len(embedding), hidden, None)}
@@ -158,7 +168,7 @@ def parts(dense: Any, geometry: Geometry, routers: Tensor, generator: torch.Gene
     yield rest
 
 
-def ffn(dense: Any, geometry: Geometry, generator: torch.Generator) -> dict[str, Tensor]:
+def ffn(dense: Any, geometry: Geometry, generator: torch.Generator, together: int = 1) -> dict[str, Tensor]:
     """Shared and routed experts of one layer, one tensor each, as Qwen2-MoE publishes them."""
     gate, up, down = (p.weight.detach() for p in (dense.gate_proj, dense.up_proj, dense.down_proj))  # [F, D] twice, [D, F]
     by_neuron = down.T.contiguous()  # [F, D]
@@ -172,17 +182,22 @@ def ffn(dense: Any, geometry: Geometry, generator: torch.Generator) -> dict[str,
         tensors[f"{expert}.up_proj.weight"] = widen.around(weights[1], width, geometry.hidden, generator)
         tensors[f"{expert}.down_proj.weight"] = widen.around(weights[2], geometry.hidden, width, None)
 
-    order = torch.randperm(len(gate), generator=generator)
+    order = shuffled(len(gate), together, generator)
     unscaled = torch.ones(len(gate) - routed, 1, dtype=gate.dtype)
     add("shared_expert", order[routed:], unscaled, geometry.shared_width)
     tensors["shared_expert.down_proj.weight"] *= 2  # its gate's weight is zero, and the sigmoid of zero one half
     for expert in range(geometry.experts):
-        neurons = order[torch.randperm(routed, generator=generator)]
+        neurons = order[shuffled(routed, together, generator)]
         shifts = torch.randint(-MAX_SHIFT, MAX_SHIFT + 1, (-(-routed // GROUP),), generator=generator)
-        signs = torch.randint(0, 2, (routed,), generator=generator) * 2 - 1
-        factor = signs * torch.exp2(shifts).repeat_interleave(GROUP)[:routed]
+        signs = torch.randint(0, 2, (routed // together,), generator=generator) * 2 - 1
+        factor = signs.repeat_interleave(together) * torch.exp2(shifts).repeat_interleave(GROUP)[:routed]
         add(f"experts.{expert}", neurons, factor[:, None].to(gate.dtype), geometry.expert_width)
     return tensors
+
+
+def shuffled(count: int, together: int, generator: torch.Generator) -> Tensor:
+    """The numbers below ``count`` in random order, those of each ``together`` consecutive ones side by side."""
+    return (torch.randperm(count // together, generator=generator)[:, None] * together + torch.arange(together)).flatten()
 
 
 def write_shards(folder: Path, shards: Iterator[dict[str, Tensor]], count: int, advance: Callable[[int], None]) -> None:
