@@ -100,11 +100,9 @@ def test_a_model_that_cannot_be_loaded_ends_the_server(tmp_path: Path) -> None:
     assert "Traceback" not in found.stderr
 
 
-def test_a_budget_that_is_too_small_ends_the_server() -> None:
-    command = [sys.executable, "-m", "fate_moe", "serve", "--port", "0", "--ram", "1MiB"]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert found.returncode == 1
-    assert "budget" in found.stderr.splitlines()[-1]
+def test_a_budget_that_is_too_small_ends_the_server(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--port", "0", "--ram", "1MiB"]) == 1
+    assert "budget" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_where_the_key_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,8 +133,7 @@ def test_options_without_a_meaning(options: list[str], word: str, capsys: pytest
     assert word in capsys.readouterr().err
 
 
-def test_beyond_loopback_without_a_key_there_is_a_warning(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "fate_moe", "serve", str(tmp_path), "--port", "0", "--host", "0.0.0.0"]
+def test_beyond_loopback_without_a_key_there_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for more, warns in (([], True), (["--api-key", "k"], False)):
-        found = subprocess.run([*command, *more], capture_output=True, text=True, timeout=120)
-        assert ("warning: whoever reaches 0.0.0.0 may use this server" in found.stderr) == warns
+        assert main(["serve", str(tmp_path), "--port", "0", "--host", "0.0.0.0", *more]) == 1
+        assert ("warning: whoever reaches 0.0.0.0 may use this server" in capsys.readouterr().err) == warns

@@ -79,7 +79,8 @@ def test_threads_wait_their_turn_and_each_writes_what_it_would_alone(model: Any)
 
 def test_calls_take_turns_on_a_gpu(on_gpu: Any) -> None:
     """It has one captured cache: a call from another thread waits, one from within has a cache of its own, and close ends both."""
-    (want, beside), prompts = alone(on_gpu, PROMPTS[:2], 2), PROMPTS[:2]
+    prompts = [prompt[:, :2] for prompt in PROMPTS[:2]]
+    want, beside = alone(on_gpu, prompts, 2)
     begun, got, raised = threading.Event(), list[Any](), list[BaseException]()
 
     def call_within() -> Any:
@@ -101,7 +102,7 @@ def test_calls_take_turns_on_a_gpu(on_gpu: Any) -> None:
 
     def run_until_closed() -> None:
         try:
-            write(on_gpu, num=18, streamer=Within(closing.set))
+            write(on_gpu, prompts[0], num=18, streamer=Within(closing.set))
         except ClosedModelError as error:
             raised.append(error)
 

@@ -109,7 +109,8 @@ def _serve(arguments: argparse.Namespace) -> None:
 
             webbrowser.open(url)
 
-    run(options, listener, arguments.name or source_name(arguments.model), lambda: _load(arguments), ready)
+    with listener:
+        run(options, listener, arguments.name or source_name(arguments.model), lambda: _load(arguments), ready)
 
 
 def _api_key(arguments: argparse.Namespace) -> str | None:

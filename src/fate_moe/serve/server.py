@@ -31,10 +31,12 @@ def bind(options: ServeOptions) -> tuple[socket.socket, str]:
     host, port = options.host, options.port
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(2048)
+        with contextlib.ExitStack() as unless_it_listens:
+            listener = unless_it_listens.enter_context(socket.socket(family, kind, protocol))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(2048)
+            unless_it_listens.pop_all()
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise ConfigError(f"{host}:{port} is in use, perhaps by another fate serve; stop it, or give another --port") from error
