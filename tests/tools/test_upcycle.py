@@ -141,7 +141,9 @@ def test_weights_of_four_bits_are_the_same_in_int4(tmp_path: Path) -> None:
         for matrix in layer.mlp.children():
             if isinstance(matrix, torch.nn.Linear):
                 codes, scale, zero = minmax(matrix.weight.detach(), 4, 32)
-                matrix.weight.data = (codes.unflatten(1, (-1, 32)) * scale.float()[..., None] - zero.float()[..., None]).flatten(1)
+                matrix.weight.data = (codes.view(len(codes), -1, 32) * scale.float()[..., None] - zero.float()[..., None]).flatten(
+                    1
+                )
     geometry = dataclasses.replace(NARROW, hidden=64, heads=8, expert_width=128, shared_width=64)
     upcycle.build(dense, geometry, TOKENS, tmp_path, seed=1, together=32)
     tensors = load_file(tmp_path / "model-00001-of-00003.safetensors")
@@ -150,7 +152,7 @@ def test_weights_of_four_bits_are_the_same_in_int4(tmp_path: Path) -> None:
         assert len({expert.numpy().tobytes() for expert in experts}) == geometry.experts
         for expert in experts:
             codes, scale, zero = minmax(expert, 4, 32)
-            again = (codes.unflatten(1, (-1, 32)) * scale.float()[..., None] - zero.float()[..., None]).flatten(1)
+            again = (codes.view(len(codes), -1, 32) * scale.float()[..., None] - zero.float()[..., None]).flatten(1)
             torch.testing.assert_close(again, expert, rtol=0, atol=0.03 * float(scale.max()))
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, experts_implementation="eager").eval()
     torch.testing.assert_close(logits(model), logits(dense), rtol=1e-3, atol=1e-3)
