@@ -16,8 +16,10 @@ import statistics
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import get_context
 from typing import Any
 
 import httpx2
@@ -78,16 +80,17 @@ class Overhead:
 
 
 def overhead(url: str, service: Service, rounds: int = 15, tokens: int = 64) -> Overhead:
-    """Alternately a text by ``generate()`` and the same by the server, so that both see the same machine."""
+    """Alternately a text by ``generate()`` and the same by the server, so that both see the same machine; the client, whose own
+    work is not the server's, is another process."""
     card = service.card
     assert card is not None
     ours: list[tuple[float, float]] = []
     theirs: list[tuple[float, float]] = []
     prompt = card.encode(PROMPTS[0], special=True)
     body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True, "ignore_eos": True}
-    with httpx2.Client(base_url=url, timeout=120) as client:
+    with ProcessPoolExecutor(1, get_context("spawn")) as client:
         for number in range(rounds + 2):
-            direct, served = _generate(card.model, prompt, tokens), _first_and_last(client, body)
+            direct, served = _generate(card.model, prompt, tokens), client.submit(_first_and_last, url, body).result()
             if number >= 2:  # the first ones fill caches
                 theirs.append(direct)
                 ours.append(served)
@@ -126,12 +129,15 @@ def _generate(model: Any, prompt: list[int], tokens: int) -> tuple[float, float]
     return times[0] - began, times[-1] - began
 
 
-def _first_and_last(client: httpx2.Client, body: dict[str, Any]) -> tuple[float, float]:
-    began, times = time.perf_counter(), list[float]()
-    with client.stream("POST", "/v1/completions", json=body) as answer:
-        for line in answer.iter_lines():
-            if line.startswith("data: {"):
-                times.append(time.perf_counter())
+def _first_and_last(url: str, body: dict[str, Any]) -> tuple[float, float]:
+    """Seconds to the first and to the last token of an answer, the connection being open."""
+    with httpx2.Client(base_url=url, timeout=120) as client:
+        client.get("/health")
+        began, times = time.perf_counter(), list[float]()
+        with client.stream("POST", "/v1/completions", json=body) as answer:
+            for line in answer.iter_lines():
+                if line.startswith("data: {"):
+                    times.append(time.perf_counter())
     return times[0] - began, times[-2] - began  # the last event says only that it ended
 
 
