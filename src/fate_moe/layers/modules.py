@@ -7,6 +7,7 @@ gradients. At load time each module is compared with it once: a module that diff
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -36,6 +37,7 @@ _log = logging.getLogger(__name__)
 # Unquantized matrices up to so many weights are multiplied by the extension: oneDNN is slow on a router's few rows in bf16.
 _SMALL = 1 << 20
 _PROBE_TOKENS = 6
+_MOST_SPREAD = 4.0  # standard deviation of a query's scores in a trial
 _NEAR = 0.02  # of the norm: int8 activations and bf16 roundings give 0.01, another rope or scaling more than 0.1
 
 Forward = Callable[..., Any]
@@ -279,7 +281,7 @@ class _Attention(StandIn):
 
 def _attention(name: str, module: Any, attention: Attention, exact: bool, generator: torch.Generator) -> StandIn | None:
     weights = [weight_of(getattr(module, part)) for part in ("q_proj", "k_proj", "v_proj", "o_proj")]
-    size, dim, index = module.q_proj.in_features, attention.head_dim, attention.index
+    dim, index = attention.head_dim, attention.index
     config = module.config
     if any(weight is None for weight in weights) or getattr(config, "_attn_implementation", "") != "sdpa" or index < 0:
         return None
@@ -291,7 +293,8 @@ def _attention(name: str, module: Any, attention: Attention, exact: bool, genera
     of = native.Attention.make(*weights, attention.heads, attention.kv_heads, dim, attention.scaling, *addresses, norm_dtype, eps)
     forward = _Attention(module, of, index, dim, exact)
     try:
-        difference = _attention_difference(forward.original, forward, size, dim, index, generator)
+        x = _probe_inputs(module, attention, generator)
+        difference = _attention_difference(forward.original, forward, x, dim, index, generator)
     except Exception as error:  # whatever a family's attention makes of this call
         difference = f"it cannot be called with a token and a cache ({error})"
     if difference is not None:
@@ -307,12 +310,23 @@ def room_in(cache: Any, index: int) -> RoomyLayer | None:
     return layer if type(layer) is RoomyLayer and layer.holds_one(torch.bfloat16) and not layer.has_gradients() else None
 
 
+def _probe_inputs(module: Any, attention: Attention, generator: torch.Generator) -> torch.Tensor:
+    """[1, _PROBE_TOKENS, hidden] of bf16, such that scores differ enough to show another rope or scaling, and not so much that a
+    softmax makes roundings of bf16 large."""
+    x = (2 * torch.randn(1, _PROBE_TOKENS, module.q_proj.in_features, generator=generator)).bfloat16()
+    if attention.qk_norm is not None:
+        return x  # scores do not depend on the size of x
+    queries, keys = (part(x)[0].float().view(_PROBE_TOKENS, -1, attention.head_dim) for part in (module.q_proj, module.k_proj))
+    keys = keys.repeat_interleave(attention.heads // attention.kv_heads, 1)
+    spread = float((torch.einsum("thd,shd->hts", queries, keys) * attention.scaling).std(-1).max())
+    return x * min(1.0, math.sqrt(_MOST_SPREAD / max(spread, 1e-30)))
+
+
 def _attention_difference(
-    original: Forward, forward: Forward, size: int, dim: int, index: int, generator: torch.Generator
+    original: Forward, forward: Forward, x: torch.Tensor, dim: int, index: int, generator: torch.Generator
 ) -> str | None:
-    """Several tokens by the family's own forward, then one more by each of the two: how output, key or value
+    """Several tokens of ``x`` by the family's own forward, then the last by each of the two: how output, key or value
     differ, if they do."""
-    x = (2 * torch.randn(1, _PROBE_TOKENS, size, generator=generator)).bfloat16()
     angles = 3 * torch.rand(1, _PROBE_TOKENS, dim // 2, generator=generator).repeat(1, 1, 2)
     results = []
     for attend in (original, forward):
