@@ -4,9 +4,9 @@
 
 namespace fate {
 
-constexpr int64_t kStepBytes = 64;            // of a row or of a token: a step is one, half or two steps' groups
-constexpr int64_t kPanelSteps = 32;           // written out at a time: 2048 columns, 32 KiB
-constexpr int64_t kPanelGroups = kPanelSteps * 2;  // of 32
+constexpr int64_t kStepBytes = 64;   // columns of a step: a group of 64, two of 32, or half of one of 128
+constexpr int64_t kPanelSteps = 32;  // written out at a time: 2048 columns of 16 rows, 32 KiB
+constexpr int64_t kPanelGroups = kPanelSteps * 2;  // the most groups of a panel, of 32
 
 struct alignas(64) Panel {
   uint8_t code[kPanelSteps][kTile][kStepBytes];  // in natural order

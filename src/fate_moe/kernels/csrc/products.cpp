@@ -24,7 +24,7 @@ namespace {
 
 // Rows of one pass: bounds what is kept of their inner values, and makes reading a matrix again for the next pass cheap beside it.
 constexpr int64_t kMostRows = kMostTiles * kTile;
-// From so many tokens on, they are packed side by side: then 16 of them take as long as this number of rows.
+// From so many tokens on they are packed side by side: a tile of 16 takes about as long as so many by `product`.
 constexpr int64_t kManyTokens = 6;
 
 // One expert's choices [begin, end), or a dense layer's tokens, of one pass; `tile` is the first of theirs if they are many, else -1.
