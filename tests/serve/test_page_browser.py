@@ -387,6 +387,13 @@ def test_settings_are_sent_and_kept(open_page: Callable[..., Page], server: Runn
     assert sampling == {"temperature": 0, "top_k": 7, "seed": 42, "max_tokens": 99, "min_p": 0.05}
 
 
+def has_conversations(page: Page, titles: list[str]) -> None:
+    """Waits for it: what a dialog asked for is done when it has closed."""
+    from playwright.sync_api import expect
+
+    expect(page.locator("#conversations .go")).to_have_text(titles)
+
+
 def test_conversations_persist_and_can_be_renamed_deleted_and_exported(open_page: Callable[..., Page]) -> None:
     page = open_page()
     for text in ("short first", "short second"):
@@ -394,7 +401,7 @@ def test_conversations_persist_and_can_be_renamed_deleted_and_exported(open_page
         send(page, text)
         wait_for_end(page)
     page.reload()
-    assert page.locator("#conversations .go").all_inner_texts() == ["short second", "short first"]
+    has_conversations(page, ["short second", "short first"])
     assert page.inner_text(".said") == "short second"
     page.click("#conversations li:nth-child(2) .go")
     assert page.inner_text(".said") == "short first"
@@ -410,9 +417,9 @@ def test_conversations_persist_and_can_be_renamed_deleted_and_exported(open_page
     page.hover("#conversations li.chosen")
     page.click("#conversations li.chosen [aria-label^=Delete]")
     page.click("#confirm [value=yes]")
-    assert page.locator("#conversations .go").all_inner_texts() == ["short second"]
+    has_conversations(page, ["short second"])
     page.reload()
-    assert page.locator("#conversations .go").all_inner_texts() == ["short second"]
+    has_conversations(page, ["short second"])
 
 
 def test_the_theme_follows_the_system_until_one_is_chosen(open_page: Callable[..., Page]) -> None:
