@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.installed
 	$(BIN)/fate run --expert-cache 25% --max-new-tokens 120 --seed 1
 
-# A small model that talks, built once (two to three minutes on two cores, and 3.5 GB of disk for that time), and its page in a browser.
+# A small model that talks, built once (about three minutes, and 3.5 GB of disk for that time), and its page in a browser.
 chat: $(VENV)/.installed-serve
 	$(BIN)/fate serve demo-chat --open
 

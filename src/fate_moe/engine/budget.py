@@ -194,7 +194,8 @@ def footprint(
     at_once = min(top_k, *(stack.num_experts for stack in stacks))
     inner = max(_width(text, "intermediate_size"), *(shape[0] for stack in stacks for shape in stack.parameters.values()))
     # One layer's transients per token at prefill: residual, norm in fp32, q k v o (about 8 hidden vectors), the experts' outputs by
-    # (token, choice) and their weighted copy, and the widest MLP three times.
+    # (token, choice) and their weighted copy, and the widest MLP three times. The experts' inputs in 8 bits take less than q k v o,
+    # which are gone by then.
     activation = text.hidden_size * (8 * itemsize + 8 + top_k * (itemsize + 4)) + 3 * inner * itemsize
     return Footprint(
         family=model.config.model_type,
