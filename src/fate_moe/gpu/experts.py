@@ -40,7 +40,11 @@ class DeviceExperts:
         self.state = state
         device, tables = state.device, state.tables
         widest = max(padded(layout.width) for layout in state.layouts)
-        self._inner = torch.zeros(MAX_DECODE_TOKENS * state.top_k, widest, dtype=torch.float32, device=device)
+        # By choice row: inner values, how many programs have left theirs, and what down reads.
+        rows = MAX_DECODE_TOKENS * state.top_k
+        self._values = torch.zeros(rows, widest, dtype=torch.float32, device=device)
+        self._values_arrived = torch.zeros(rows, widest // 64, dtype=torch.int32, device=device)
+        self._inner = torch.zeros(rows, widest, dtype=torch.float32, device=device)
         self._logits = torch.zeros(MAX_DECODE_TOKENS, tables.num_experts, dtype=torch.float32, device=device)
         lists = torch.zeros(3, tables.num_experts + 1, 2, dtype=torch.int32, device=device)
         self._demand = lists[0]  # pairs (blob, slot); the last row's first entry is their number
@@ -49,7 +53,6 @@ class DeviceExperts:
         self._requested = False  # the residency step may have requested rows from the host that nobody collects yet
         self._listed = False  # the residency step listed prefetches that are not enqueued yet
         self._arriving: Any = None  # the mark of prefetches that the main lane has not waited for
-        self._exact = all(router is None or router.dtype == torch.float32 for router in state.routers)
         self._prefill = Prefill(state)
 
     def compute(self, layer: int, hidden: torch.Tensor, index: torch.Tensor, routing_weights: torch.Tensor) -> torch.Tensor:
@@ -174,6 +177,7 @@ class DeviceExperts:
             options.half_life, num_experts=tables.num_experts, num_rows=index.numel(), cols=cols,
             PLANES=state.layouts[layer].planes, FREQUENCY=options.eviction != "recency",
             E=triton.next_power_of_2(tables.num_experts), R=triton.next_power_of_2(index.numel()), BLOCK=1024, num_warps=4,
+            enable_fp_fusion=False,
         )  # fmt: skip
 
     def _look_ahead(self, layer: int, hidden: torch.Tensor) -> None:
@@ -201,9 +205,10 @@ class DeviceExperts:
         state, layout = self.state, self.state.layouts[layer]
         block, groups, warps = gate_up_tile(layout)
         gate_up_kernel[(tokens * state.top_k, triton.cdiv(padded(layout.width), block))](
-            state.pool.bytes, state.slots, state.pending, state.staged, self._inner, state.pool.slot_bytes, *layout.gate_up,
+            state.pool.bytes, state.slots, state.pending, state.staged, self._values, self._values_arrived, self._inner,
+            state.pool.slot_bytes, *layout.gate_up,
             top_k=state.top_k, cols=layout.cols, width=layout.width, DTYPE=layout.dtype, PLANES=layout.planes,
-            EXACT=self._exact, ACT=layout.activation, PHASE=phase, BN=block, GB=groups, num_warps=warps,
+            ACT=layout.activation, PHASE=phase, BN=block, GB=groups, num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
 
     def _down(
@@ -215,24 +220,22 @@ class DeviceExperts:
             state.pool.bytes, state.slots, state.pending, self._inner,
             self._inner if host_compute is None else host_compute.outside, routing_weights, out, out, state.pool.slot_bytes,
             *layout.down, top_k=state.top_k, cols=layout.cols, width=layout.width,
-            DTYPE=layout.dtype, PLANES=layout.planes, EXACT=self._exact, RESIDUAL=add, HOST=host_compute is not None,
-            KP=choices, BN=block, GB=groups, num_warps=warps,
+            DTYPE=layout.dtype, PLANES=layout.planes, RESIDUAL=add, HOST=host_compute is not None,
+            KP=choices, BN=block, GB=groups, num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
 
 
 def gate_up_tile(layout: DeviceLayout) -> tuple[int, int, int]:
     """(gate rows and up rows of a program, groups at once, warps)."""
-    if layout.planes in (0, 8):
-        return 4, min(32, triton.next_power_of_2(padded(layout.cols) // 64)), 4
-    return 16, min(32, triton.next_power_of_2(padded(layout.cols) // 64)), 8
+    if layout.planes:
+        return 16, 4, 8
+    return 4, min(32, triton.next_power_of_2(padded(layout.cols) // 64)), 4
 
 
 def down_tile(layout: DeviceLayout, top_k: int) -> tuple[int, int, int, int]:
-    """(choices, rounded up; output rows of a program; groups at once; warps): a tile of 32 rows, one per choice and output.
-
-    Four groups at once: 7.2 us for 8 experts of Qwen3-30B-A3B on an H200 where 16 take 10.0, of which they leave four idle; 32 at
-    once take 111 for 4 INT8 experts of Qwen1.5-MoE.
-    """
+    """(choices, rounded up; output rows of a program; groups at once; warps): a tile of 64 rows (32 of unquantized
+    experts), one per choice and output."""
     choices = triton.next_power_of_2(top_k)
-    groups = min(4, triton.next_power_of_2(padded(layout.width) // 64))
-    return choices, max(1, 32 // choices), groups, 4
+    if layout.planes:
+        return choices, max(1, 64 // choices), 4, 8
+    return choices, max(1, 32 // choices), min(4, triton.next_power_of_2(padded(layout.width) // 64)), 4

@@ -16,25 +16,38 @@ import triton.language as tl
 
 from fate_moe.core import Need
 from fate_moe.gpu.host import View
-from fate_moe.gpu.state import DeviceState
+from fate_moe.gpu.layout import DeviceLayout
+from fate_moe.gpu.state import DeviceState, padded
 from fate_moe.gpu.streams import Lane
 from fate_moe.kernels.triton_grouped import grouped_kernel, tiles_kernel
+from fate_moe.kernels.triton_prompt import combine_kernel, down_prompt_kernel, gate_up_prompt_kernel
+from fate_moe.kernels.triton_quantize import quantize_rows_kernel
 
 __all__ = ["Prefill", "dot_dtype"]
 
 # With fewer choices than this per expert of a layer, too many experts are not chosen at all to copy any before the router has run.
 _AHEAD_CHOICES = 4
+_COMBINED, _QUANTIZED = 1024, 16  # columns and groups of a program
+
+
+class _Rows(NamedTuple):
+    """Inputs of a product: numbers [rows, cols], or (``quantize_rows_kernel``) codes int8 [rows, padded cols] with scales and sums
+    fp32 [groups, rows]."""
+
+    values: torch.Tensor
+    scales: torch.Tensor
+    sums: torch.Tensor
 
 
 class _Pass(NamedTuple):
     """One layer's tokens: ``order`` [choices] the choices by expert, ``starts`` [experts + 1] where each expert's begin in it, the
-    tokens ``hidden`` [T, hidden], and by choice ``inner`` [choices, width] and ``outputs`` [choices, hidden] to write to."""
+    tokens' ``hidden`` states, and by choice ``inner`` and ``outputs`` fp32 [choices, hidden] to write to."""
 
     layer: int
     starts: torch.Tensor
     order: torch.Tensor
-    hidden: torch.Tensor
-    inner: torch.Tensor
+    hidden: _Rows
+    inner: _Rows
     outputs: torch.Tensor
 
 
@@ -68,9 +81,9 @@ class Prefill:
         by_expert, order = torch.sort(flat, stable=True)
         starts = torch.searchsorted(by_expert, self._names)  # of each expert's rows in ``order``, and the last one's end
         layout = state.layouts[layer]
-        inner = hidden.new_empty(tokens * top_k, layout.width)
-        outputs = hidden.new_zeros(tokens * top_k, layout.cols)  # rows without an expert stay 0
-        rows = _Pass(layer, starts, order, hidden, inner, outputs)
+        inner = _empty_rows(layout, tokens * top_k, layout.width, hidden)
+        outputs = torch.zeros(tokens * top_k, layout.cols, device=hidden.device)  # rows without an expert stay 0
+        rows = _Pass(layer, starts, order, _rows(layout, hidden), inner, outputs)
         if all(quota == num_experts for quota in state.tables.quotas[layer : layer + 2]):  # nothing comes, nothing comes early
             self._run_residents(rows)
         else:
@@ -78,8 +91,12 @@ class Prefill:
             if state.options.overlap:  # enqueued before the host knows what is missing
                 self._run_residents(rows)
             self._run_missing(rows)
-        weighted = outputs.view(tokens, top_k, -1) * routing_weights.reshape(tokens, top_k, 1)
-        return weighted.sum(1).to(hidden.dtype)
+        out = torch.empty_like(hidden)
+        combine_kernel[(tokens, triton.cdiv(layout.cols, _COMBINED))](
+            outputs, routing_weights.contiguous(), out, cols=layout.cols, top_k=top_k, BLOCK=_COMBINED, num_warps=4,
+            enable_fp_fusion=False,
+        )  # fmt: skip
+        return out
 
     def _run_missing(self, rows: _Pass) -> None:
         """Stream and compute what has no slot (without overlap residents too), and begin with the next layer's."""
@@ -176,14 +193,14 @@ class Prefill:
             (slot, first + start, min(block, count - start)) for slot, first, count in placed for start in range(0, count, block)
         ]
         if tiles:
-            table = torch.tensor(tiles, dtype=torch.int32).to(rows.hidden.device, non_blocking=True)
+            table = torch.tensor(tiles, dtype=torch.int32).to(rows.outputs.device, non_blocking=True)
             self._multiply(rows, planes, table)
 
     def _run_residents(self, rows: _Pass) -> None:
         """Compute the experts that have a slot; which these are, the device looks up itself."""
         tables, block = self._state.tables, self._block(rows.order)
         most = rows.order.numel() // block + tables.quotas[rows.layer]
-        table = torch.zeros(most, 3, dtype=torch.int32, device=rows.hidden.device)
+        table = torch.zeros(most, 3, dtype=torch.int32, device=rows.outputs.device)
         tiles_kernel[(1,)](
             rows.starts, tables.slot_of[rows.layer], table, num_experts=tables.num_experts, BM=block,
             E=triton.next_power_of_2(tables.num_experts), num_warps=4,
@@ -195,18 +212,60 @@ class Prefill:
         return 16 if order.numel() <= 16 * self._state.tables.num_experts else 64
 
     def _multiply(self, rows: _Pass, planes: int, table: torch.Tensor) -> None:
-        """``grouped_kernel`` twice over the tiles in ``table``."""
+        """Both products of the tiles in ``table``, from the first ``planes`` of the weights."""
         state, layout, block = self._state, self._state.layouts[rows.layer], self._block(rows.order)
+        choices, pool = rows.order.numel(), state.pool
+        if planes:
+            wide, warps, stages = prompt_tile(block)
+            gate_up_prompt_kernel[(table.shape[0], triton.cdiv(layout.width, 64))](
+                pool.bytes, table, rows.order, *rows.hidden, *rows.inner, len(rows.hidden.values), choices, pool.slot_bytes,
+                *layout.gate_up, top_k=state.top_k, cols=layout.cols, width=layout.width, PLANES=planes, ACT=layout.activation,
+                BM=block, num_warps=warps, num_stages=stages, enable_fp_fusion=False,
+            )  # fmt: skip
+            down_prompt_kernel[(table.shape[0], triton.cdiv(layout.cols, wide))](
+                pool.bytes, table, rows.order, *rows.inner, rows.outputs, choices, pool.slot_bytes, *layout.down,
+                cols=layout.cols, width=layout.width, PLANES=planes, BM=block, BN=wide, num_warps=warps, num_stages=stages,
+                enable_fp_fusion=False,
+            )  # fmt: skip
+            return
+        hidden, inner = rows.hidden.values, rows.inner.values
         for source, out, offsets, cols, width, activation in (
-            (rows.hidden, rows.inner, layout.gate_up, layout.cols, layout.width, layout.activation),
-            (rows.inner, rows.outputs, layout.down, layout.width, layout.cols, ""),
+            (hidden, inner, layout.gate_up, layout.cols, layout.width, layout.activation),
+            (inner, rows.outputs, layout.down, layout.width, layout.cols, ""),
         ):
             grouped_kernel[(table.shape[0], triton.cdiv(width, 64))](
-                state.pool.bytes, table, rows.order, source, out, state.pool.slot_bytes, *offsets,
-                top_k=state.top_k, cols=cols, rows=width, DTYPE=layout.dtype,
-                DOT=dot_dtype(rows.hidden.dtype, rows.hidden.device), PLANES=planes,
-                ACT=activation, BM=block, BN=64, GB=4, num_warps=4,
+                pool.bytes, table, rows.order, source, out, pool.slot_bytes, offsets[0],
+                top_k=state.top_k, cols=cols, rows=width, DTYPE=layout.dtype, DOT=dot_dtype(hidden.dtype, hidden.device),
+                ACT=activation, BM=block, BN=64, BK=64, num_warps=4, enable_fp_fusion=False,
             )  # fmt: skip
+
+
+def _empty_rows(layout: DeviceLayout, rows: int, cols: int, like: torch.Tensor) -> _Rows:
+    """Room for ``rows`` inputs of a product of ``cols`` columns, on ``like``'s device and, of unquantized experts, in its dtype."""
+    if not layout.planes:
+        values = like.new_empty(rows, cols)
+        return _Rows(values, values, values)
+    groups = padded(cols) // 64
+    scales, sums = (torch.empty(groups, rows, device=like.device) for _ in range(2))
+    return _Rows(torch.empty(rows, groups * 64, dtype=torch.int8, device=like.device), scales, sums)
+
+
+def _rows(layout: DeviceLayout, hidden: torch.Tensor) -> _Rows:
+    """``hidden`` [T, cols] as input of ``layout``'s first product."""
+    if not layout.planes:
+        return _Rows(hidden, hidden, hidden)
+    tokens, cols = hidden.shape
+    made = _empty_rows(layout, tokens, cols, hidden)
+    quantize_rows_kernel[(tokens, triton.cdiv(len(made.scales), _QUANTIZED))](
+        hidden, *made, tokens, cols=cols, groups=len(made.scales), PLANES=layout.planes, BG=_QUANTIZED, num_warps=4,
+        enable_fp_fusion=False,
+    )  # fmt: skip
+    return made
+
+
+def prompt_tile(block: int) -> tuple[int, int, int]:
+    """(rows of a program of down, warps, stages) for tiles of ``block`` choices."""
+    return 128, 4, 2
 
 
 def dot_dtype(dtype: torch.dtype, device: torch.device) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fate_moe.kernels.triton_experts import staged_index
+from fate_moe.kernels.triton_quantize import stage
 
 __all__ = ["attend_kernel", "combine_kernel", "matvec_kernel"]
 
@@ -88,7 +88,7 @@ def matvec_kernel(
                 if tl.program_id(0) == 0:
                     tl.store(normed + k, xs.to(kind), mask=k < cols)
                 if tl.program_id(0) == 1:
-                    tl.store(staged + staged_index(k, groups, STAGE_PLANES), xs, mask=k < cols)
+                    stage(staged, xs, start, groups, STAGE_PLANES, BK)
         at = n[:, None] * cols + k[None, :]
         if CODES:
             total += _codes_dot(weight, scale, zero, n, n < rows, xs, start, groups, BN, BK)

@@ -1,16 +1,11 @@
 """Decode on the GPU: the chosen experts' MLP for a few tokens, straight from their slots in the VRAM pool, in two launches.
 
-Twin: ``kernels/reference.py: expert_mlp``, expert by expert. Weights are never written out dequantized.
+Twins: ``reference.linear_quantized`` and ``reference.expert_mlp``; quantized experts give the twin's bits. Weights are never written
+out dequantized: a group's integer sum is made of its planes one by one, D = 4 (h . x) + (2 m + l) . x, four products at a time.
 
-int4: a thread owns one group of 64 codes of one row. It holds the group's h plane as four 32-bit words and its m and l planes as
-two words each, and makes *two* codes at once: elements 32 places apart in m and l sit 16 bits apart, so one shift and one mask
-bring both into the halves of one register; OR 0x4300 makes each half the bf16 number 128 + q, which as the upper half of a
-register is the same number in fp32: about 3.5 integer operations and one product per weight. Scale and zero come once per group:
-sum((scale * q - zero) * x) = scale * sum(q * x) - zero * sum(x), and with EXACT the 128 is taken off each weight, else off the
-sum: an error of 1e-6, nothing beside bf16 activations (4e-3), for a seventh of the instructions.
-
-Activations are *staged*: fp32 in the order in which threads ask for them, [16 (4j + c), groups, 4 (w)] for element 64g + 16j + 4w
-+ c, so that a warp's load of one (j, c) is 512 contiguous bytes.
+Tiles of quantized rows are [rows, lanes], lanes along a row's bytes: of planes four groups at a time (a row's 64 neighbouring bytes of
+the 2-bit plane), of one-byte codes one group. So whole sectors are read, and the chain that adds a row's groups in order is made in
+registers: each group's term is handed to all lanes of its row, and these do the same additions.
 """
 
 from __future__ import annotations
@@ -18,115 +13,178 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["down_kernel", "gate_up_kernel", "stage_token", "staged_index"]
+from fate_moe.kernels.triton_activations import activate
+from fate_moe.kernels.triton_quantize import dot4, quantize_groups, store_group, to_float
+
+__all__ = ["down_kernel", "gate_up_kernel"]
 
 
 @triton.jit
-def staged_index(element, groups: tl.constexpr, PLANES: tl.constexpr):
-    """Where element ``64g + 16j + 4w + c`` of an activation lies in its staged form (for weights without planes: where it was)."""
-    if PLANES == 0 or PLANES == 8:
-        return element
-    g = element // 64
-    j = element % 64 // 16
-    w = element % 16 // 4
-    c = element % 4
-    return ((4 * j + c) * groups + g) * 4 + w
-
-
-@triton.jit
-def stage_token(hidden, staged, token, cols: tl.constexpr, groups: tl.constexpr, PLANES: tl.constexpr, BLOCK: tl.constexpr):
-    """Write the staged form of row ``token`` of ``hidden`` [T, cols]; what pads the last group is 0."""
-    for start in tl.static_range(0, groups * 64, BLOCK):
-        element = start + tl.arange(0, BLOCK)
-        value = tl.load(hidden + token * cols + element, mask=element < cols, other=0.0).to(tl.float32)
-        place = token * (groups * 64) + staged_index(element, groups, PLANES)
-        tl.store(staged + place, value, mask=element < groups * 64)
-
-
-@triton.jit
-def _int4_groups(
-    blob,
-    row,
-    row_mask,
-    x,
-    start,
-    scale_at,
-    zero_at,
-    h_at,
-    m_at,
-    l_at,
-    groups: tl.constexpr,
-    PLANES: tl.constexpr,
-    EXACT: tl.constexpr,
-    ROWS: tl.constexpr,
-    GB: tl.constexpr,
-):
-    """GB groups' part of ``_int4_dot``, from group ``start`` on."""
-    # A code cut short stands for the middle of its bin: 0.5 above the 3-bit view's lower edge, 1.5 above the 2-bit view's.
-    off: tl.constexpr = 128.0 if PLANES == 3 else (127.5 if PLANES == 2 else 126.5)
-    g = start + tl.arange(0, GB)[:, None]
-    word = start * 4 + tl.arange(0, GB * 4)[:, None]
-    if groups % GB == 0:
-        mask = row_mask
-        word_mask = row_mask
-        x_mask = word >= 0
-    else:
-        mask = row_mask & (g < groups)
-        x_mask = word < groups * 4
-        word_mask = row_mask & x_mask
-    at = row * groups + g  # [GB, ROWS]: which group of the matrix
-    h = tl.load((blob + h_at).to(tl.pointer_type(tl.uint32)) + (row * (groups * 4) + word), mask=word_mask, other=0)
-    h = tl.reshape(h, (GB, 4, ROWS))
-    if PLANES > 1:
-        m_words = (blob + m_at).to(tl.pointer_type(tl.uint32)) + at * 2
-        m0 = tl.load(m_words, mask=mask, other=0)  # elements 0..31 of the group
-        m1 = tl.load(m_words + 1, mask=mask, other=0)
-    if PLANES > 2:
-        l_words = (blob + l_at).to(tl.pointer_type(tl.uint32)) + at * 2
-        l0 = tl.load(l_words, mask=mask, other=0)
-        l1 = tl.load(l_words + 1, mask=mask, other=0)
-        # Bits b, b + 1 = 2m + l of element b: of even b in `even`, of odd b (one place lower) in `odd`.
-        even0, odd0 = ((m0 << 1) & 0xAAAAAAAA) | (l0 & 0x55555555), (m0 & 0xAAAAAAAA) | ((l0 >> 1) & 0x55555555)
-        even1, odd1 = ((m1 << 1) & 0xAAAAAAAA) | (l1 & 0x55555555), (m1 & 0xAAAAAAAA) | ((l1 >> 1) & 0x55555555)
-    elif PLANES > 1:
-        even0, odd0 = (m0 << 1) & 0xAAAAAAAA, m0 & 0xAAAAAAAA
-        even1, odd1 = (m1 << 1) & 0xAAAAAAAA, m1 & 0xAAAAAAAA
+def _factors(blob, at, mask, scale_at, zero_at):
+    """Scales and zeros fp32 of groups ``at`` of a matrix."""
     scale = tl.load((blob + scale_at).to(tl.pointer_type(tl.float16)) + at, mask=mask, other=0.0).to(tl.float32)
     zero = tl.load((blob + zero_at).to(tl.pointer_type(tl.float16)) + at, mask=mask, other=0.0).to(tl.float32)
-    w = tl.arange(0, 4)[None, :, None]
-    dot = tl.zeros((GB, 4, ROWS), tl.float32)
-    x_sum = tl.zeros((GB, 4, 1), tl.float32)
-    for c in tl.static_range(4):
-        u = ((h << 2) if c == 0 else (h >> (8 * c - 2))) & 0x3FC
-        t = u | (u << 14)  # h of j = 0 and 1 at bits 2 and 18, of j = 2 and 3 four places higher
-        q01 = (t & 0x000C000C) | 0x43004300
-        q23 = ((t >> 4) & 0x000C000C) | 0x43004300
-        if PLANES > 1:
-            shift = (4 * w + c // 2 * 2).to(tl.uint32)
-            if c % 2 == 0:
-                q01 |= (even0[:, None, :] >> shift) & 0x00030003
-                q23 |= (even1[:, None, :] >> shift) & 0x00030003
-            else:
-                q01 |= (odd0[:, None, :] >> shift) & 0x00030003
-                q23 |= (odd1[:, None, :] >> shift) & 0x00030003
-        for j in tl.static_range(4):
-            q = q01 if j < 2 else q23
-            half = (q << 16) if j % 2 == 0 else (q & 0xFFFF0000)
-            xs = _staged_tile(x, (4 * j + c) * groups * 4 + word, x_mask, GB)
-            value = half.to(tl.float32, bitcast=True)
-            if EXACT:
-                value -= off
-            dot += value * xs
-            x_sum += xs
-    if not EXACT:
-        dot -= off * x_sum
-    return tl.sum(scale * tl.sum(dot, axis=1) - zero * tl.sum(x_sum, axis=1), axis=0)
+    return scale, zero
 
 
 @triton.jit
-def _int4_dot(
+def _lane(values, lane, k):
+    """[ROWS, 1]: lane ``k`` of ``values`` fp32 [ROWS, GB]. Of bits among zeros, a sum is a copy."""
+    bits = tl.where(lane == k, values.to(tl.int32, bitcast=True), 0)
+    return tl.sum(bits, axis=1)[:, None].to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _plane(plane, row, row_mask, first, groups: tl.constexpr, GB: tl.constexpr, N: tl.constexpr):
+    """int32 [ROWS, GB, N]: N words of a plane for each of the groups ``first`` .. + GB of rows ``row`` [ROWS, 1]."""
+    n = tl.arange(0, GB * N)[None, :]
+    at = plane.to(tl.pointer_type(tl.int32)) + (row * (groups * N) + first * N + n)
+    if groups % GB == 0:
+        words = tl.load(at, mask=row_mask, other=0)
+    else:
+        words = tl.load(at, mask=row_mask & (first + n // N < groups), other=0)
+    return tl.reshape(words, (words.shape[0], GB, N))
+
+
+@triton.jit
+def _words(words, first, GB: tl.constexpr, N: tl.constexpr):
+    """int32 [ROWS, GB, N]: N words of each of GB neighbouring groups of an activation, the first at ``words`` [ROWS, 1] + ``first``.
+
+    Beyond the last group these are some words of the same activation; its scale is taken for 0 there.
+    """
+    some = tl.load(words + (first + tl.arange(0, GB * N)[None, :]))
+    return tl.reshape(some, (some.shape[0], GB, N))
+
+
+@triton.jit
+def _activation(words, first, groups: tl.constexpr, GB: tl.constexpr):
+    """All words of the groups ``first`` .. + GB of the activation at ``words`` [ROWS, 1]: four of [ROWS, GB, 4], eight of [ROWS, GB, 2]."""
+    bits = words + 16 * groups
+    return (
+        _words(words, first * 4, GB, 4),
+        _words(words, (groups + first) * 4, GB, 4),
+        _words(words, (2 * groups + first) * 4, GB, 4),
+        _words(words, (3 * groups + first) * 4, GB, 4),
+        _words(bits, first * 2, GB, 2),
+        _words(bits, (groups + first) * 2, GB, 2),
+        _words(bits, (2 * groups + first) * 2, GB, 2),
+        _words(bits, (3 * groups + first) * 2, GB, 2),
+        _words(bits, (4 * groups + first) * 2, GB, 2),
+        _words(bits, (5 * groups + first) * 2, GB, 2),
+        _words(bits, (6 * groups + first) * 2, GB, 2),
+        _words(bits, (7 * groups + first) * 2, GB, 2),
+    )
+
+
+@triton.jit
+def _int4_terms(
     blob,
     row,
+    row_mask,
+    xs,
+    x_sum,
+    first,
+    scale_at,
+    zero_at,
+    h_at,
+    m_at,
+    l_at,
+    groups: tl.constexpr,
+    PLANES: tl.constexpr,
+    GB: tl.constexpr,
+):
+    """[ROWS, GB] fp32: w of the groups ``first`` .. + GB of rows ``row`` [ROWS, 1] and the ``_activation`` ``xs``."""
+    middle: tl.constexpr = 0.0 if PLANES == 3 else (0.5 if PLANES == 2 else 1.5)
+    h = _plane(blob + h_at, row, row_mask, first, groups, GB, 4)
+    total = tl.zeros_like(h)
+    for j in tl.static_range(4):
+        total = dot4((h >> (2 * j)) & 0x03030303, xs[j], total)
+    D = tl.sum(total, axis=2) << 2
+    if PLANES > 1:
+        m = _plane(blob + m_at, row, row_mask, first, groups, GB, 2)
+        if PLANES > 2:
+            low = _plane(blob + l_at, row, row_mask, first, groups, GB, 2)
+            # Bits b, b + 1 = 2 m + l of element b: of even b in `even`, of odd b (one place lower) in `odd`.
+            even, odd = ((m << 1) & -0x55555556) | (low & 0x55555555), (m & -0x55555556) | ((low >> 1) & 0x55555555)
+        else:
+            even, odd = (m << 1) & -0x55555556, m & -0x55555556
+        rest = tl.zeros_like(m)
+        for s in tl.static_range(0, 8, 2):
+            rest = dot4((even >> s) & 0x03030303, xs[4 + s], rest)
+            rest = dot4((odd >> s) & 0x03030303, xs[5 + s], rest)
+        D += tl.sum(rest, axis=2)
+    g = first + tl.arange(0, GB)[None, :]
+    mask = row_mask & (g < groups) if groups % GB != 0 else row_mask & (g >= 0)
+    scale, zero = _factors(blob, row * groups + g, mask, scale_at, zero_at)
+    return tl.fma(scale, to_float(D), (scale * middle - zero) * x_sum)
+
+
+@triton.jit
+def _int4_step(
+    y,
+    y_up,
+    blob,
+    row,
+    up_row,
+    row_mask,
+    words,
+    first,
+    scale_at,
+    zero_at,
+    h_at,
+    m_at,
+    l_at,
+    groups: tl.constexpr,
+    PLANES: tl.constexpr,
+    BOTH: tl.constexpr,
+    GB: tl.constexpr,
+):
+    """The chains ``y`` and ``y_up`` [ROWS, GB], each the same in all lanes, GB groups further."""
+    lane = tl.arange(0, GB)[None, :]
+    factors = words.to(tl.pointer_type(tl.float32)) + 32 * groups
+    g = first + lane
+    x_sum = tl.load(factors + (groups + g), mask=(g < groups) & (row >= 0), other=0.0)
+    xs = _activation(words, first, groups, GB)
+    w = _int4_terms(blob, row, row_mask, xs, x_sum, first, scale_at, zero_at, h_at, m_at, l_at, groups, PLANES, GB)
+    if BOTH:
+        w_up = _int4_terms(blob, up_row, row_mask, xs, x_sum, first, scale_at, zero_at, h_at, m_at, l_at, groups, PLANES, GB)
+    for k in tl.static_range(GB):
+        each = factors + (first + k + tl.zeros_like(lane))
+        if groups % GB == 0:
+            a = tl.load(each)
+        else:  # beyond the last group 0: a chain stays as it is
+            a = tl.load(each, mask=first + k < groups, other=0.0)
+        y = tl.fma(a, tl.broadcast_to(_lane(w, lane, k), a.shape), y)
+        if BOTH:
+            y_up = tl.fma(a, tl.broadcast_to(_lane(w_up, lane, k), a.shape), y_up)
+    return y, y_up
+
+
+@triton.jit
+def _int8_step(y, y_up, blob, row, up_row, row_mask, words, g, scale_at, zero_at, codes_at, groups: tl.constexpr, BOTH: tl.constexpr):
+    """The chains ``y`` and ``y_up`` [ROWS, 1] group ``g`` of one-byte codes further; lanes are the group's 16 words."""
+    word = tl.arange(0, 16)[None, :]
+    factors = words.to(tl.pointer_type(tl.float32)) + 32 * groups + g
+    a, x_sum = tl.load(factors), tl.load(factors + groups)
+    xs = tl.load(words + (g * 16 + word))
+    codes = (blob + codes_at).to(tl.pointer_type(tl.int32))
+    q = tl.load(codes + row * (groups * 16) + (g * 16 + word), mask=row_mask, other=0)
+    D = tl.sum(dot4(q, xs, tl.zeros_like(q)), axis=1)[:, None]
+    scale, zero = _factors(blob, row * groups + g, row_mask, scale_at, zero_at)
+    y = tl.fma(a, tl.fma(scale, to_float(D), (0.0 - zero) * x_sum), y)
+    if BOTH:
+        q = tl.load(codes + up_row * (groups * 16) + (g * 16 + word), mask=row_mask, other=0)
+        D = tl.sum(dot4(q, xs, tl.zeros_like(q)), axis=1)[:, None]
+        scale, zero = _factors(blob, up_row * groups + g, row_mask, scale_at, zero_at)
+        y_up = tl.fma(a, tl.fma(scale, to_float(D), (0.0 - zero) * x_sum), y_up)
+    return y, y_up
+
+
+@triton.jit
+def _products(
+    blob,
+    row,
+    up_row,
     row_mask,
     x,
     scale_at,
@@ -136,34 +194,36 @@ def _int4_dot(
     l_at,
     groups: tl.constexpr,
     PLANES: tl.constexpr,
-    EXACT: tl.constexpr,
+    BOTH: tl.constexpr,
     ROWS: tl.constexpr,
     GB: tl.constexpr,
 ):
-    """[ROWS] fp32: rows ``row`` [1, ROWS] of a matrix of planes 2+1+1 times the staged activation at ``x``.
+    """[ROWS] fp32: quantized rows ``row`` [ROWS, 1] times the staged activations at ``x`` [ROWS, 1], and with BOTH rows ``up_row``,
+    which spares the second reading of the activation.
 
-    ``blob`` points to the first byte of the rows' blob; it and ``x`` are one pointer, or one per row [1, ROWS]. Groups are the
-    first dimension of every tile: where nothing else decides, Triton lets the first one run along the threads of a warp.
+    ``blob`` [ROWS, 1] points to the first byte of the rows' blob.
     """
-    total = tl.zeros((ROWS,), tl.float32)
+    words = x.to(tl.pointer_type(tl.int32))
+    if PLANES == 8:
+        y = tl.zeros((ROWS, 1), tl.float32)
+        y_up = tl.zeros((ROWS, 1), tl.float32)
+        for g in tl.range(0, groups, loop_unroll_factor=4):
+            y, y_up = _int8_step(y, y_up, blob, row, up_row, row_mask, words, g, scale_at, zero_at, h_at, groups, BOTH)
+        return tl.reshape(y, (ROWS,)), tl.reshape(y_up, (ROWS,))
+    y = tl.zeros((ROWS, GB), tl.float32)
+    y_up = tl.zeros((ROWS, GB), tl.float32)
     if groups <= 16 * GB:
-        for start in tl.static_range(0, groups, GB):
-            total += _int4_groups(
-                blob, row, row_mask, x, start, scale_at, zero_at, h_at, m_at, l_at, groups, PLANES, EXACT, ROWS, GB
-            )
+        for first in tl.static_range(0, groups, GB):
+            y, y_up = _int4_step(
+                y, y_up, blob, row, up_row, row_mask, words, first, scale_at, zero_at, h_at, m_at, l_at, groups, PLANES, BOTH, GB
+            )  # fmt: skip
     else:  # unrolled, the 56 steps of Mixtral's down would take minutes to compile
-        for start in range(0, groups, GB):
-            total += _int4_groups(
-                blob, row, row_mask, x, start, scale_at, zero_at, h_at, m_at, l_at, groups, PLANES, EXACT, ROWS, GB
-            )
-    return total
-
-
-@triton.jit
-def _staged_tile(x, place, mask, GB: tl.constexpr):
-    """[GB, 4, 1] (or ROWS, as ``x`` has): four neighbouring elements of each of GB groups."""
-    values = tl.load(x + place, mask=mask, other=0.0)
-    return tl.reshape(values, (GB, 4, values.shape[1]))
+        for first in tl.range(0, groups, GB, loop_unroll_factor=4):
+            y, y_up = _int4_step(
+                y, y_up, blob, row, up_row, row_mask, words, first, scale_at, zero_at, h_at, m_at, l_at, groups, PLANES, BOTH, GB
+            )  # fmt: skip
+    lane = tl.arange(0, GB)[None, :]
+    return tl.reshape(_lane(y, lane, 0), (ROWS,)), tl.reshape(_lane(y_up, lane, 0), (ROWS,))
 
 
 @triton.jit
@@ -179,8 +239,10 @@ def _dense_dot(
     ROWS: tl.constexpr,
     GB: tl.constexpr,
 ):
-    """As ``_int4_dot`` for unquantized rows of ``cols`` numbers of ``DTYPE``; ``x`` is then in plain order, padded to whole
-    groups."""
+    """[ROWS] fp32: unquantized rows ``row`` [1, ROWS] of ``cols`` numbers of ``DTYPE`` times the staged activation at ``x``.
+
+    ``blob`` points to the first byte of the rows' blob; it and ``x`` are one pointer, or one per row [1, ROWS].
+    """
     total = tl.zeros((ROWS,), tl.float32)
     for start in tl.static_range(0, groups * 64, GB * 64):
         element = start + tl.arange(0, GB * 64)[:, None]
@@ -191,49 +253,13 @@ def _dense_dot(
 
 
 @triton.jit
-def _int8_dot(
-    blob,
-    row,
-    row_mask,
-    x,
-    scale_at,
-    zero_at,
-    codes_at,
-    groups: tl.constexpr,
-    ROWS: tl.constexpr,
-    GB: tl.constexpr,
-):
-    """As ``_int4_dot`` for rows of one byte a code; ``x`` is in plain order, padded to whole groups."""
-    total = tl.zeros((ROWS,), tl.float32)
-    for start in tl.static_range(0, groups, GB):
-        g = start + tl.arange(0, GB)[:, None]
-        element = start * 64 + tl.arange(0, GB * 64)[:, None]
-        inside = element < groups * 64
-        xs = tl.load(x + element, mask=inside, other=0.0)  # [GB * 64, 1 or ROWS]
-        codes = tl.load(blob + codes_at + row * (groups * 64) + element, mask=row_mask & inside, other=0).to(tl.float32)
-        at = row * groups + g
-        mask = row_mask & (g < groups)
-        scale = tl.load((blob + scale_at).to(tl.pointer_type(tl.float16)) + at, mask=mask, other=0.0).to(tl.float32)
-        zero = tl.load((blob + zero_at).to(tl.pointer_type(tl.float16)) + at, mask=mask, other=0.0).to(tl.float32)
-        dot = tl.sum(tl.reshape(codes * xs, (GB, 64, ROWS)), axis=1)
-        x_sum = tl.sum(tl.reshape(xs, (GB, 64, xs.shape[1])), axis=1)
-        total += tl.sum(scale * dot - zero * x_sum, axis=0)
-    return total
-
-
-@triton.jit
-def _activate(gate, up, ACT: tl.constexpr):
-    if ACT == "silu":
-        return gate * tl.sigmoid(gate) * up
-    return 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476)) * up  # gelu
-
-
-@triton.jit
 def gate_up_kernel(
     pool,
     slots,
     pending,
     staged,
+    values,
+    arrived,
     inner,
     slot_bytes,
     scale_at,
@@ -246,7 +272,6 @@ def gate_up_kernel(
     width: tl.constexpr,
     DTYPE: tl.constexpr,
     PLANES: tl.constexpr,
-    EXACT: tl.constexpr,
     ACT: tl.constexpr,
     PHASE: tl.constexpr,
     BN: tl.constexpr,
@@ -256,7 +281,10 @@ def gate_up_kernel(
 
     ``slots`` int32 [rows], -1 where a row has no expert (its inner is 0); ``pending`` int32 [rows]: PHASE 0 computes the rows whose
     expert is there, 1 those whose expert is being copied when the residency step ends, 2 all (above 1: the host computes them).
-    ``width`` is the experts' inner size; PLANES 0 means unquantized, 8 one byte a code.
+    ``width`` is the experts' inner size; PLANES 0 means unquantized, 8 one byte a code; GB: groups at once.
+
+    Of quantized experts BN divides 64: programs leave their numbers in ``values`` fp32 [rows, padded width], and the one that comes
+    last to a group (``arrived`` int32 [rows, groups] counts them, over all launches) quantizes it. No program waits for another.
     """
     r = tl.program_id(0)
     slot = tl.load(slots + r)
@@ -269,22 +297,38 @@ def gate_up_kernel(
         n = tl.program_id(1) * BN + tl.arange(0, BN)
         if slot >= 0:
             blob = pool + slot.to(tl.int64) * slot_bytes
-            i = tl.arange(0, 2 * BN)[None, :]
-            place = tl.program_id(1) * BN + i % BN
-            row = tl.where(i < BN, place, place + width)  # gate rows, then up rows
             x = staged + (r // top_k) * (groups * 64)
             if PLANES == 0:
-                y = _dense_dot(blob, row, place < width, x, scale_at, cols, groups, DTYPE, 2 * BN, GB)
-            elif PLANES == 8:
-                y = _int8_dot(blob, row, place < width, x, scale_at, zero_at, h_at, groups, 2 * BN, GB)
+                i = tl.arange(0, 2 * BN)[None, :]
+                place = tl.program_id(1) * BN + i % BN
+                row = tl.where(i < BN, place, place + width)  # gate rows, then up rows
+                both = _dense_dot(blob, row, place < width, x, scale_at, cols, groups, DTYPE, 2 * BN, GB)
+                gate, up = tl.split(tl.trans(tl.reshape(both, (2, BN))))
             else:
-                y = _int4_dot(blob, row, place < width, x, scale_at, zero_at, h_at, m_at, l_at, groups, PLANES, EXACT, 2 * BN, GB)
-            gate, up = tl.split(tl.trans(tl.reshape(y, (2, BN))))
-            value = _activate(gate, up, ACT)
+                row = n[:, None]
+                each = tl.zeros_like(row)
+                every = tl.full((BN, 1), True, tl.int1) if width % BN == 0 else row < width
+                gate, up = _products(
+                    blob + each, row, row + width, every, x + each, scale_at, zero_at, h_at, m_at, l_at, groups, PLANES, True, BN, GB
+                )  # fmt: skip
+            value = activate(gate, up, ACT)
         else:
             value = tl.zeros((BN,), tl.float32)
         value = tl.where(n < width, value, 0.0)
-        tl.store(inner + r * (inner_groups * 64) + staged_index(n, inner_groups, PLANES), value, mask=n < inner_groups * 64)
+        to = inner + r * (inner_groups * 64)
+        if PLANES == 0:
+            tl.store(to + n, value, mask=n < inner_groups * 64)
+        else:
+            tl.store(values + r * (inner_groups * 64) + n, value)
+            tl.debug_barrier()  # all of this program's numbers before its count
+            g = tl.program_id(1) // (64 // BN)
+            count = tl.atomic_add(arrived + r * inner_groups + g, 1, sem="acq_rel")
+            if count % (64 // BN) == 64 // BN - 1:
+                k = tl.arange(0, 64)[None, :]
+                whole = tl.load(values + r * (inner_groups * 64) + g * 64 + k, cache_modifier=".cg")
+                codes, scale, total = quantize_groups(whole)
+                at = g + tl.zeros((1, 1), tl.int32)
+                store_group(to, codes, scale, total, at, at < inner_groups, inner_groups, PLANES)
 
 
 @triton.jit
@@ -308,14 +352,14 @@ def down_kernel(
     width: tl.constexpr,
     DTYPE: tl.constexpr,
     PLANES: tl.constexpr,
-    EXACT: tl.constexpr,
     RESIDUAL: tl.constexpr,
     HOST: tl.constexpr,
     KP: tl.constexpr,
     BN: tl.constexpr,
     GB: tl.constexpr,
 ):
-    """out[t] = sum over choices of routing weight times down(inner): no atomics, one order of summation. Grid (tokens, cols / BN).
+    """out[t] = the sum of routing weight times down(inner) over choices, in routing order (``reference.combine``). Grid (tokens,
+    cols / BN).
 
     One tile holds BN output rows of all ``top_k`` experts (KP is the next power of two). ``out`` [T, cols] in its own dtype; with
     RESIDUAL plus ``residual`` [T, cols], which it may be. With HOST the rows with ``pending`` 2 or more are taken as they are from
@@ -323,9 +367,9 @@ def down_kernel(
     """
     token = tl.program_id(0)
     inner_groups: tl.constexpr = (width + 63) // 64
-    i = tl.arange(0, KP * BN)[None, :]
-    choice = i // BN
-    row = tl.program_id(1) * BN + i % BN
+    i = tl.arange(0, KP * BN)[None, :] if PLANES == 0 else tl.arange(0, KP * BN)[:, None]
+    choice = i % KP
+    row = tl.program_id(1) * BN + i // KP
     chosen = choice < top_k
     slot = tl.load(slots + token * top_k + choice, mask=chosen, other=-1)
     mask = (slot >= 0) & (row < cols)
@@ -333,19 +377,23 @@ def down_kernel(
     x = inner + (token * top_k + tl.minimum(choice, top_k - 1)) * (inner_groups * 64)
     if PLANES == 0:
         y = _dense_dot(blob, row, mask, x, scale_at, width, inner_groups, DTYPE, KP * BN, GB)
-    elif PLANES == 8:
-        y = _int8_dot(blob, row, mask, x, scale_at, zero_at, h_at, inner_groups, KP * BN, GB)
     else:
-        y = _int4_dot(blob, row, mask, x, scale_at, zero_at, h_at, m_at, l_at, inner_groups, PLANES, EXACT, KP * BN, GB)
-    k = tl.arange(0, KP)
-    routed = tl.load(routing_weights + token * top_k + k, mask=k < top_k, other=0.0).to(tl.float32)
+        y, _ = _products(
+            blob, row, row, mask, x, scale_at, zero_at, h_at, m_at, l_at, inner_groups, PLANES, False, KP * BN, GB
+        )  # fmt: skip
+    y = tl.reshape(y, (BN, KP))
     n = tl.program_id(1) * BN + tl.arange(0, BN)
-    y = tl.reshape(y, (KP, BN))
+    k = tl.arange(0, KP)[None, :]
     if HOST:
         r = token * top_k + k
         elsewhere = tl.load(pending + r, mask=k < top_k, other=0) > 1
-        y += tl.load(outside + r[:, None] * cols + n[None, :], mask=elsewhere[:, None] & (n < cols)[None, :], other=0.0)
-    total = tl.sum(y * routed[:, None], axis=0)
+        there = tl.load(outside + r * cols + n[:, None], mask=elsewhere & (n < cols)[:, None], other=0.0)
+        y = tl.where(elsewhere, there, y)
+    total = tl.zeros((BN, 1), tl.float32)
+    for c in tl.static_range(top_k):
+        routed = tl.load(routing_weights + token * top_k + c).to(tl.float32)
+        total = tl.fma(routed + tl.zeros_like(total), _lane(y, k, c), total)
+    total = tl.reshape(total, (BN,))
     if RESIDUAL:
         total = total.to(out.dtype.element_ty).to(tl.float32)
         total += tl.load(residual + token * cols + n, mask=n < cols, other=0.0).to(tl.float32)

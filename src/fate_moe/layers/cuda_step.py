@@ -194,6 +194,7 @@ class FusedStep:
             self._eps, cols=cols, rows=rows, CODES=codes, NORM=norm is not None, BIAS=bias is not None,
             RESIDUAL=residual is not None, GATE=gate is not None, SILU=silu, STAGE=stage,
             STAGE_PLANES=self._experts.state.layouts[0].planes, BN=block, BK=wide, num_warps=warps,
+            enable_fp_fusion=False,
         )  # fmt: skip
 
 

@@ -1,0 +1,127 @@
+"""The experts' kernels alone on this GPU: are they the twin's to the bit, and how long do they take?
+
+    PYTHONPATH=src python -m benchmarks.gpu_kernels [--models Qwen3-30B-A3B ...] [--precisions int4 int8] [--json FILE]
+
+One layer of a published geometry with random weights, all resident. Decode reads other experts in every launch, so that none is in
+the second-level cache. The last line is one JSON; exit code 1 if any number differs from the twin's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from benchmarks.gpu_measure import captured, milliseconds
+from benchmarks.gpu_model import GEOMETRIES, RandomModel
+from fate_moe.gpu.experts import DeviceExperts
+from fate_moe.gpu.options import DeviceOptions
+from fate_moe.kernels import reference
+from fate_moe.quant.blob import views
+from fate_moe.store.format import PLANE_WIDTHS
+
+ROUNDS = 16
+PROMPT = 512
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=GEOMETRIES, default=["Qwen3-30B-A3B", "Qwen1.5-MoE-A2.7B"])
+    parser.add_argument("--precisions", nargs="+", choices=["int4", "int8"], default=["int4", "int8"])
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    found: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+    for name in arguments.models:
+        for precision in arguments.precisions:
+            random = RandomModel.make(name, num_layers=1, length=64, precision=precision)
+            experts = random.experts(1.0, DeviceOptions())
+            row = {"differ": list(differences(random, experts)), **decode(random, experts), **prompt(random, experts)}
+            found[f"{name} {precision}"] = row
+            print(name, precision, row, flush=True)
+            random.close()
+            del random, experts
+            torch.cuda.empty_cache()
+    print(json.dumps(found))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=1))
+    return int(any(row["differ"] for row in found.values() if isinstance(row, dict)))
+
+
+def differences(random: RandomModel, experts: DeviceExperts) -> Iterator[str]:
+    """Where the device's sums are not the twin's."""
+    num_experts, top_k = random.stacks[0].num_experts, random.model.config.num_experts_per_tok
+    for tokens in (1, 3, 17, 40):
+        x = torch.randn(tokens, random.model.config.hidden_size, device="cuda", dtype=torch.bfloat16)
+        index = torch.stack([torch.randperm(min(num_experts, 2 * top_k), device="cuda")[:top_k] for _ in range(tokens)])
+        weights = torch.rand(tokens, top_k, device="cuda").to(torch.bfloat16)
+        got = experts.compute(0, x, index, weights).cpu()
+        want = twin(random, x.cpu(), index.cpu(), weights.cpu())
+        if not torch.equal(got, want):
+            yield f"{tokens} tokens: {int((got != want).sum())} of {got.numel()}, by up to {(got - want).abs().max().item():.1e}"
+
+
+def twin(random: RandomModel, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """[T, hidden] in x's dtype by ``kernels/reference.py``."""
+    rows = torch.zeros(*index.shape, x.shape[1])
+    for expert in index.unique().tolist():
+        parts = views(random.layout, random.arena.blob(expert))
+        token, choice = (index == expert).nonzero(as_tuple=True)
+        gate, up = product(random, parts, "gate_up_proj", x[token].float()).chunk(2, dim=-1)
+        rows[token, choice] = product(random, parts, "down_proj", reference.silu(gate) * up)
+    return reference.combine(rows, weights.float()).to(x.dtype)
+
+
+def product(random: RandomModel, parts: dict[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:
+    widths = PLANE_WIDTHS[random.layout.precision]
+    planes = [parts[f"{name}.plane{i}"] for i in range(len(widths))]
+    scale, zero = parts[f"{name}.scale"], parts[f"{name}.zero"]
+    return reference.linear_quantized(x, planes, scale, zero, group_size=random.layout.group_size, widths=widths)
+
+
+def decode(random: RandomModel, experts: DeviceExperts) -> dict[str, Any]:
+    """Microseconds of one token's two launches, and how fast they read."""
+    state, layout, top_k = experts.state, experts.state.layouts[0], random.model.config.num_experts_per_tok
+    hidden = torch.randn(1, layout.cols, device="cuda", dtype=torch.bfloat16)
+    index = torch.arange(top_k, device="cuda")[None]
+    weights = torch.rand(1, top_k, device="cuda").to(torch.bfloat16)
+    out = torch.empty_like(hidden)
+    experts.compute(0, hidden, index, weights)
+    order = torch.randperm(state.tables.num_experts, device="cuda")
+    some = [order[start : start + top_k].int().contiguous() for start in range(0, len(order) - top_k + 1, top_k)]
+    kept = state.slots
+
+    def all_of(launch: Callable[[], None]) -> Callable[[], None]:
+        def run() -> None:
+            for slots in some:
+                state.slots = slots
+                launch()
+
+        return run
+
+    times = {}
+    for name, launch in (
+        ("gate_up", lambda: experts._gate_up(0, 1, 2)),
+        ("down", lambda: experts._down(0, weights, out, False)),
+    ):
+        times[name] = round(milliseconds(captured(all_of(launch), ROUNDS)) * 1e3 / ROUNDS / len(some), 2)
+    state.slots = kept
+    read = top_k * random.layout.length
+    return {**times, "GB/s": round(read / (times["gate_up"] + times["down"]) / 1e3)}
+
+
+def prompt(random: RandomModel, experts: DeviceExperts) -> dict[str, Any]:
+    """Microseconds of a layer's experts for PROMPT tokens."""
+    state, top_k = experts.state, random.model.config.num_experts_per_tok
+    hidden = torch.randn(PROMPT, random.model.config.hidden_size, device="cuda", dtype=torch.bfloat16)
+    index = torch.stack([torch.randperm(state.tables.num_experts, device="cuda")[:top_k] for _ in range(PROMPT)])
+    weights = torch.rand(PROMPT, top_k, device="cuda").to(torch.bfloat16)
+    return {"prompt": round(milliseconds(captured(lambda: experts.compute(0, hidden, index, weights), 4)) * 250)}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
