@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention, silu
 
-from fate_moe.kernels.native import BF16, DTYPES, matrix_place, native
+from fate_moe.kernels.elementary import combine, fused
+from fate_moe.kernels.native import BF16, matrix_place, native
 from tests.kernels.test_cpu import SETS, a_blob
+from tests.support.bits import assert_same
 
 if native is None:
     pytest.skip("the extension is not built", allow_module_level=True)
@@ -36,17 +38,6 @@ def matrix(rows: int, cols: int, generator: torch.Generator) -> tuple[torch.Tens
 def assert_near(got: torch.Tensor, want: torch.Tensor, epsilon: float) -> None:
     """Within two roundings of the largest number (sums of products that nearly cancel included)."""
     assert (got.double() - want).abs().max() <= 2 * epsilon * want.abs().max()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("size", [1, 17, 96])
-def test_rms_norm(instructions: str, dtype: torch.dtype, size: int) -> None:
-    generator = torch.Generator().manual_seed(size)
-    x, weight = torch.randn(3, size, generator=generator).to(dtype), torch.randn(size, generator=generator).bfloat16()
-    out = torch.empty_like(x)
-    native.rms_norm(x.data_ptr(), DTYPES[dtype], 3, size, weight.data_ptr(), 1, 1e-3, out.data_ptr())
-    exact = x.double()
-    assert_near(out, weight.double() * exact / (exact.square().mean(-1, keepdim=True) + 1e-3).sqrt(), torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize(("hidden", "inner"), [(64, 32), (70, 100), (128, 2500)])
@@ -146,5 +137,7 @@ def test_layer_end(instructions: str, shared: bool) -> None:
     out = torch.empty_like(residual)
     address = beside.data_ptr() if shared else 0
     native.layer_end(residual.data_ptr(), rows.data_ptr(), weights.data_ptr(), 3, address, 0.25, 70, out.data_ptr())
-    want = residual.double() + weights.double() @ rows.double() + (0.25 * beside.double() if shared else 0)
-    assert_near(out, want, BF16_EPSILON)
+    summed = combine(rows.unsqueeze(0), weights.unsqueeze(0))
+    if shared:
+        summed = fused(0.25, beside, summed)
+    assert_same(out, (summed + residual.float()).bfloat16())

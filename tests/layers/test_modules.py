@@ -372,7 +372,7 @@ def test_an_unusual_norm_keeps_its_own_forward() -> None:
     model = TwoNorms()
     patches = Patches(model)
     assert accelerate(model, False, patches) == {"norms": 1}
-    assert accelerated_by(model.usual) == 1e-6
+    assert accelerated_by(model.usual) == Norm(1e-6)
     assert accelerated_by(model.unusual) is None
     patches.undo()
     assert vars(model.usual).keys() == vars(CopiedNorm()).keys()

@@ -127,8 +127,8 @@ class CpuStep(StandIn):
             gate = weight_of(self.block.get_submodule(plain.shared.gate))
         norms = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
         self.of = native.Layer.make(
-            norms[0].data_ptr(), norms[1].data_ptr(), DTYPES[norms[0].dtype], plain.input_norm.eps, accelerated_by(layer.self_attn),
-            router, gate, plain.router.top_k, plain.router.normalize,
+            norms[0].data_ptr(), norms[1].data_ptr(), DTYPES[norms[0].dtype], plain.input_norm.eps, plain.input_norm.rounds_first,
+            accelerated_by(layer.self_attn), router, gate, plain.router.top_k, plain.router.normalize,
         )  # fmt: skip
 
     def is_unchanged(self) -> bool:

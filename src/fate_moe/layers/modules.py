@@ -70,7 +70,7 @@ def accelerate(model: Any, exact: bool, patcher: Patcher) -> Counter[str]:
 
 
 def accelerated_by(module: nn.Module) -> Any:
-    """What the forward that ``accelerate`` gave ``module`` is made of: a norm's eps, the extension's Mlp or Attention; or None."""
+    """What the forward that ``accelerate`` gave ``module`` is made of: a Norm, the extension's Mlp or Attention; or None."""
     forward = vars(module).get("forward")
     return forward.of if isinstance(forward, StandIn) else None
 
@@ -152,7 +152,7 @@ def _difference(got: torch.Tensor, want: torch.Tensor) -> str:
 
 class _Norm(StandIn):
     def __init__(self, module: nn.Module, weight: nn.Parameter, norm: Norm) -> None:
-        self.original, self.of = module.forward, norm.eps
+        self.original, self.of = module.forward, norm
         self._size, self._weight, self._snapshot = len(weight), (weight.data_ptr(), DTYPES[weight.dtype]), ModuleSnapshot([module])
 
     def __call__(self, x: torch.Tensor) -> Any:
@@ -160,7 +160,9 @@ class _Norm(StandIn):
         if not _few(x, size, MAX_ROWS) or not self._snapshot.same():
             return self.original(x)
         out = torch.empty_like(x)
-        native.rms_norm(x.data_ptr(), DTYPES[x.dtype], x.numel() // size, size, *self._weight, self.of, out.data_ptr())
+        native.rms_norm(
+            x.data_ptr(), DTYPES[x.dtype], x.numel() // size, size, *self._weight, self.of.eps, self.of.rounds_first, out.data_ptr()
+        )
         return out
 
 

@@ -231,8 +231,8 @@ def cpu_reasons(plain: PlainLayer, dtype: torch.dtype) -> list[str]:
         reasons.append("FATE_FUSE=0 turns whole layers off")
     if dtype != torch.bfloat16:
         reasons.append(f"the model is in {_named(dtype)}; whole layers run in bfloat16")
-    if plain.input_norm.eps != plain.post_norm.eps:
-        reasons.append("its two norms have different eps")
+    if plain.input_norm != plain.post_norm:
+        reasons.append("its two norms differ")
     return reasons
 
 

@@ -34,17 +34,6 @@ void multiply_to(const Ops& ops, const Rows& task, const Matrix& m, const Inputs
   }
 }
 
-float mean_square(const float* x, int64_t n) {
-  float lanes[16] = {};
-  int64_t i = 0;
-  for (; i + 16 <= n; i += 16)
-    for (int64_t j = 0; j < 16; ++j) lanes[j] += x[i + j] * x[i + j];
-  float sum = 0.0f;
-  for (const float lane : lanes) sum += lane;
-  for (; i < n; ++i) sum += x[i] * x[i];
-  return sum / float(n);
-}
-
 // exp(x) for x <= 0 (Cody and Waite's reduction, Taylor to the sixth power: 1e-7); written so that compilers vectorize it.
 inline float exponential(float x) {
   x = x > -87.0f ? x : -87.0f;
@@ -82,16 +71,10 @@ void softmax(float* x, int64_t n, float scaling) {
 // A head's values, normalized if there is a weight, then turned by the angle of its position.
 void turn(const Ops& ops, const Attention& a, float* head, const void* norm, const float* cos, const float* sin, float* scratch) {
   if (norm) {
-    const float factor = 1.0f / std::sqrt(mean_square(head, a.dim) + a.eps);
     ops.to_float(norm, a.norm_dtype, a.dim, scratch);
-    for (int64_t i = 0; i < a.dim; ++i) head[i] *= factor * scratch[i];
+    ops.steps->normalize(head, scratch, a.dim, a.eps, false, head);
   }
-  const int64_t half = a.dim / 2;
-  for (int64_t i = 0; i < half; ++i) {
-    scratch[i] = head[i] * cos[i] - head[half + i] * sin[i];
-    scratch[half + i] = head[half + i] * cos[half + i] + head[i] * sin[half + i];
-  }
-  std::copy(scratch, scratch + a.dim, head);
+  ops.steps->turn(head, a.dim, cos, sin);
 }
 
 }  // namespace
@@ -103,21 +86,30 @@ Matrix Weight::matrix() const {
 }
 
 void run_rms_norm(const Ops& ops, const void* x, Dtype dtype, int64_t num_tokens, int64_t n, const void* weight, Dtype weight_dtype,
-                  float eps, void* out) {
+                  float eps, bool rounds_first, void* out) {
   static thread_local Scratch scratch;
   float *const values = scratch.of<float>(2 * n), *const factors = values + n;
   ops.to_float(weight, weight_dtype, n, factors);
   for (int64_t t = 0; t < num_tokens; ++t) {
     ops.to_float(at(x, dtype, t * n), dtype, n, values);
-    const float factor = 1.0f / std::sqrt(mean_square(values, n) + eps);
-    for (int64_t i = 0; i < n; ++i) values[i] *= factor;
-    if (dtype != Dtype::kF32) {
-      ops.from_float(values, n, at(out, dtype, t * n), dtype);
-      ops.to_float(at(out, dtype, t * n), dtype, n, values);
-    }
-    for (int64_t i = 0; i < n; ++i) values[i] *= factors[i];
+    ops.steps->normalize(values, factors, n, eps, rounds_first && dtype == Dtype::kBf16, values);
     ops.from_float(values, n, at(out, dtype, t * n), dtype);
   }
+}
+
+void run_route(const Ops& ops, float* logits, int64_t num_experts, int64_t top_k, bool normalize, int64_t* chosen, float* weights) {
+  ops.steps->softmax(logits, num_experts);
+  float sum = 0.0f;
+  for (int64_t k = 0; k < top_k; ++k) {
+    int64_t best = -1;
+    float most = -2.0f;
+    for (int64_t i = 0; i < num_experts; ++i) {
+      const float value = logits[i] == logits[i] ? logits[i] : -1.0f;  // NaN after all numbers
+      if (value > most && std::find(chosen, chosen + k, i) == chosen + k) best = i, most = value;
+    }
+    chosen[k] = best, weights[k] = logits[best], sum += weights[k];
+  }
+  for (int64_t k = 0; normalize && k < top_k; ++k) weights[k] /= sum;
 }
 
 void run_mlp(const Ops& ops, const Mlp& mlp, const void* x, Dtype dtype, int64_t num_tokens, void* out, bool exact, int num_threads) {
@@ -305,7 +297,7 @@ float run_layer(const Ops& ops, const Layer& layer, const void* x, const void* c
   Phases phases(num_threads);
   auto work = [&] {
     phases.each(0, 1, [&](int64_t) {
-      run_rms_norm(ops, x, bf16, 1, hidden, layer.norm, layer.norm_dtype, layer.eps, normed);
+      run_rms_norm(ops, x, bf16, 1, hidden, layer.norm, layer.norm_dtype, layer.eps, layer.rounds_first, normed);
       ops.to_float(normed, bf16, hidden, of_token.x(0));
       attending.begin(cos, sin, bf16);
     });
@@ -315,7 +307,7 @@ float run_layer(const Ops& ops, const Layer& layer, const void* x, const void* c
       ops.to_float(x, bf16, hidden, before);
       for (int64_t i = 0; i < hidden; ++i) sum[i] += before[i];
       ops.from_float(sum, hidden, residual, bf16);
-      run_rms_norm(ops, residual, bf16, 1, hidden, layer.post_norm, layer.norm_dtype, layer.eps, normed);
+      run_rms_norm(ops, residual, bf16, 1, hidden, layer.post_norm, layer.norm_dtype, layer.eps, layer.rounds_first, normed);
       ops.to_float(normed, bf16, hidden, of_routed.x(0));
       of_routed.finish(ops, 0, Kind::kBf16, false);
     });
@@ -327,17 +319,10 @@ float run_layer(const Ops& ops, const Layer& layer, const void* x, const void* c
   run_phases(num_threads, work);
 
   // As families have it: logits in bf16, probabilities in fp32, weights in bf16.
-  float most = -INFINITY, sum = 0.0f, of_chosen = 0.0f;
-  for (int64_t i = 0; i < router.rows; ++i) most = std::max(most, logits[i] = rounded(ops, logits[i]));
-  for (int64_t i = 0; i < router.rows; ++i) sum += logits[i] = std::exp(logits[i] - most);
-  for (int64_t k = 0; k < layer.top_k; ++k) {
-    int64_t best = 0;
-    for (int64_t i = 1; i < router.rows; ++i)
-      if (logits[i] > logits[best]) best = i;
-    chosen[k] = best, weights[k] = logits[best] / sum, of_chosen += weights[k], logits[best] = -1.0f;
-  }
-  for (int64_t k = 0; k < layer.top_k; ++k) weights[k] = rounded(ops, layer.normalize ? weights[k] / of_chosen : weights[k]);
-  return layer.shared_gate.address ? rounded(ops, 1.0f / (1.0f + std::exp(-rounded(ops, logits[router.rows])))) : 1.0f;
+  for (int64_t i = 0; i < router.rows; ++i) logits[i] = rounded(ops, logits[i]);
+  run_route(ops, logits, router.rows, layer.top_k, layer.normalize, chosen, weights);
+  for (int64_t k = 0; k < layer.top_k; ++k) weights[k] = rounded(ops, weights[k]);
+  return layer.shared_gate.address ? rounded(ops, ops.steps->sigmoid(rounded(ops, logits[router.rows]))) : 1.0f;
 }
 
 void run_layer_end(const Ops& ops, const void* residual, const float* rows, const float* weights, int64_t num_rows,
@@ -347,10 +332,10 @@ void run_layer_end(const Ops& ops, const void* residual, const float* rows, cons
   ops.combine(rows, weights, num_rows, n, sum);
   if (shared) {
     ops.to_float(shared, Dtype::kBf16, n, other);
-    for (int64_t i = 0; i < n; ++i) sum[i] += factor * other[i];
+    ops.steps->add(factor, other, n, sum);
   }
   ops.to_float(residual, Dtype::kBf16, n, other);
-  for (int64_t i = 0; i < n; ++i) sum[i] += other[i];
+  ops.steps->add(1.0f, other, n, sum);
   ops.from_float(sum, n, out, Dtype::kBf16);
 }
 

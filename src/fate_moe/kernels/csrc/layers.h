@@ -30,9 +30,13 @@ struct Attention {
   float eps;
 };
 
-// out [num_tokens, n] of dtype, as x: weight times x / sqrt(mean of x squared + eps), rounded to dtype before the weight too.
+// out [num_tokens, n] of dtype, as x: x / sqrt(mean of x squared + eps), with `rounds_first` rounded to dtype, times weight.
 void run_rms_norm(const Ops&, const void* x, Dtype dtype, int64_t num_tokens, int64_t n, const void* weight, Dtype weight_dtype,
-                  float eps, void* out);
+                  float eps, bool rounds_first, void* out);
+
+// Of one token's logits (overwritten) the top_k experts, likeliest first, of equal ones the lowest index, and their softmax, with
+// `normalize` divided by their sum.
+void run_route(const Ops&, float* logits, int64_t num_experts, int64_t top_k, bool normalize, int64_t* chosen, float* weights);
 
 // out [num_tokens, down.rows] of dtype, as x [num_tokens, gate.cols].
 void run_mlp(const Ops&, const Mlp&, const void* x, Dtype dtype, int64_t num_tokens, void* out, bool exact, int num_threads);
@@ -47,6 +51,7 @@ struct Layer {
   const void *norm, *post_norm;  // [hidden] of norm_dtype
   Dtype norm_dtype;
   float eps;
+  bool rounds_first;  // as in run_rms_norm
   Attention attention;
   Weight router;       // bf16 [experts, hidden]
   Weight shared_gate;  // bf16 [1, hidden], address 0 where there is none
@@ -60,7 +65,8 @@ struct Layer {
 float run_layer(const Ops&, const Layer&, const void* x, const void* cos, const void* sin, void* keys, void* values, int64_t length,
                 int64_t room, void* residual, void* normed, int64_t* chosen, float* weights, bool exact, int num_threads);
 
-// What comes after: out bf16 [n] = residual + the sum of weights[j] * rows[j] + factor * shared (null: without), in this order.
+// What comes after: y = the weighted sum of rows (Ops::combine), y = fma(factor, shared, y) unless shared is null, out bf16 [n] = y +
+// residual, rounded once.
 void run_layer_end(const Ops&, const void* residual, const float* rows, const float* weights, int64_t num_rows, const void* shared,
                    float factor, int64_t n, void* out);
 

@@ -89,9 +89,25 @@ uint64_t read_memory(uintptr_t address, int64_t num_bytes, int num_threads) {
   return read_all(reinterpret_cast<const void*>(address), num_bytes, num_threads);
 }
 
-void rms_norm(uintptr_t x, int dtype, int64_t num_tokens, int64_t n, uintptr_t weight, int weight_dtype, float eps, uintptr_t out) {
+void rms_norm(uintptr_t x, int dtype, int64_t num_tokens, int64_t n, uintptr_t weight, int weight_dtype, float eps, bool rounds_first,
+              uintptr_t out) {
   run_rms_norm(*chosen, reinterpret_cast<const void*>(x), Dtype(dtype), num_tokens, n, reinterpret_cast<const void*>(weight),
-               Dtype(weight_dtype), eps, reinterpret_cast<void*>(out));
+               Dtype(weight_dtype), eps, rounds_first, reinterpret_cast<void*>(out));
+}
+
+std::vector<int64_t> route(uintptr_t logits, int64_t num_experts, int64_t top_k, bool normalize, uintptr_t weights) {
+  std::vector<int64_t> experts(static_cast<size_t>(top_k));
+  run_route(*chosen, reinterpret_cast<float*>(logits), num_experts, top_k, normalize, experts.data(), reinterpret_cast<float*>(weights));
+  return experts;
+}
+
+// Steps one by one, for tests: in place.
+void turn(uintptr_t head, int64_t n, uintptr_t cos, uintptr_t sin) {
+  chosen->steps->turn(reinterpret_cast<float*>(head), n, reinterpret_cast<const float*>(cos), reinterpret_cast<const float*>(sin));
+}
+
+void sigmoids(uintptr_t x, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) reinterpret_cast<float*>(x)[i] = chosen->steps->sigmoid(reinterpret_cast<float*>(x)[i]);
 }
 
 void mlp(const Mlp& of, uintptr_t x, int dtype, int64_t num_tokens, uintptr_t out, bool exact, int num_threads) {
@@ -151,14 +167,17 @@ void bind_layers(nb::module_& m) {
                          reinterpret_cast<const void*>(k_norm), Dtype(norm_dtype), eps};
       });
   nb::class_<Layer>(m, "Layer")
-      .def_static("make", [](uintptr_t norm, uintptr_t post_norm, int norm_dtype, float eps, const Attention& attention,
-                             const Weight& router, const Weight& shared_gate, int64_t top_k, bool normalize) {
-        return Layer{reinterpret_cast<const void*>(norm), reinterpret_cast<const void*>(post_norm), Dtype(norm_dtype), eps, attention,
+      .def_static("make", [](uintptr_t norm, uintptr_t post_norm, int norm_dtype, float eps, bool rounds_first,
+                             const Attention& attention, const Weight& router, const Weight& shared_gate, int64_t top_k, bool normalize) {
+        return Layer{reinterpret_cast<const void*>(norm), reinterpret_cast<const void*>(post_norm), Dtype(norm_dtype), eps, rounds_first, attention,
                      router, shared_gate, top_k, normalize};
       });
   m.def("layer", &layer);
   m.def("layer_end", &layer_end);
   m.def("rms_norm", &rms_norm);
+  m.def("route", &route);
+  m.def("turn", &turn);
+  m.def("sigmoid", &sigmoids);
   m.def("mlp", &mlp);
   m.def("attention", &attention);
 }

@@ -1,0 +1,14 @@
+// A layer's steps in plain C++.
+#include "steps.h"
+
+#define FATE_PLAIN_LANES
+#include "lanes.h"
+
+namespace fate {
+namespace {
+#include "steps.inc"
+}  // namespace
+
+const Steps kPortableSteps = {normalize, softmax, one_sigmoid, turn, add, nullptr};
+
+}  // namespace fate
