@@ -17,7 +17,17 @@ struct Queries {
   float scaling, cap;             // cap * tanh(score / cap) where cap is not 0
   const float* sinks;             // [heads]: scores of no position; or null
   const uint16_t *keys, *values;  // bf16 [first + num_tokens][dim]
+  float* scratch;                 // [attend_floats]
 };
+
+constexpr int64_t kFewRows = 8;    // up to so many the block is turned in pieces that stay in the nearest cache
+constexpr int64_t kRowFloats = 16;  // what is kept of a row beside its sums
+
+// Of a task of `num_rows` rows. (Static: no linker takes the copy of another instruction set.)
+static inline int64_t attend_floats(int64_t num_rows, int64_t dim) {
+  const int64_t padded = (dim + 15) / 16 * 16;
+  return (padded + 32 + padded) * kPositions + num_rows * (padded + kPositions + kRowFloats);
+}
 
 struct Steps {
   // y = x * f rounded to bf16 if `rounds`, with f = 1 / sqrt(mean of squares + eps); out = y * weight. May be in place.

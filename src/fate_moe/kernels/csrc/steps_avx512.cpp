@@ -7,9 +7,10 @@
 namespace fate {
 namespace {
 #include "steps.inc"
+#include "attend.inc"
 }  // namespace
 
-const Steps kAvx512Steps = {normalize, softmax, one_sigmoid, turn, add, nullptr};
+const Steps kAvx512Steps = {normalize, softmax, one_sigmoid, turn, add, attend};
 
 }  // namespace fate
 #endif

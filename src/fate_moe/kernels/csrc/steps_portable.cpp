@@ -7,8 +7,9 @@
 namespace fate {
 namespace {
 #include "steps.inc"
+#include "attend.inc"
 }  // namespace
 
-const Steps kPortableSteps = {normalize, softmax, one_sigmoid, turn, add, nullptr};
+const Steps kPortableSteps = {normalize, softmax, one_sigmoid, turn, add, attend};
 
 }  // namespace fate
