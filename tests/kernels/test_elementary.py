@@ -80,7 +80,7 @@ def test_norm(pair: torch.Tensor, dtype: torch.dtype, rounds_first: bool) -> Non
 
     def run() -> torch.Tensor:
         out = torch.empty_like(x)
-        native.rms_norm(x.data_ptr(), DTYPES[dtype], 1, len(x), weight.data_ptr(), 0, 1e-6, rounds_first, out.data_ptr())
+        native.rms_norm(x.data_ptr(), DTYPES[dtype], 1, len(x), weight.data_ptr(), 0, 1e-6, rounds_first, out.data_ptr(), 1)
         return out.float()
 
     want = elementary.normalize(x.float(), weight, 1e-6, rounds_first and dtype == torch.bfloat16)
@@ -91,12 +91,13 @@ def test_norm(pair: torch.Tensor, dtype: torch.dtype, rounds_first: bool) -> Non
 @given(numbers(lengths=st.integers(1, 70)), st.booleans(), st.data())
 @example(torch.zeros(40), True, None).via("ties go to the lowest index")
 def test_route(logits: torch.Tensor, normalize: bool, data: st.DataObject | None) -> None:
+    scale = 2.5 if normalize else 1.0
     top_k = data.draw(st.integers(1, len(logits))) if data is not None else 8
-    experts, want = elementary.route(logits.unsqueeze(0), top_k, normalize=normalize)
+    experts, want = elementary.route(logits.unsqueeze(0), top_k, normalize=normalize, scale=scale)
 
     def run() -> torch.Tensor:
         weights, overwritten = torch.empty(top_k), logits.clone()
-        chosen = native.route(overwritten.data_ptr(), len(logits), top_k, normalize, weights.data_ptr())
+        chosen = native.route(overwritten.data_ptr(), len(logits), top_k, normalize, scale, weights.data_ptr())
         assert chosen == experts[0].tolist()
         return weights
 

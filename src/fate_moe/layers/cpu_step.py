@@ -134,7 +134,8 @@ class CpuStep(StandIn):
         norms = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
         self.of = native.Layer.make(
             norms[0].data_ptr(), norms[1].data_ptr(), DTYPES[norms[0].dtype], plain.input_norm.eps, plain.input_norm.rounds_first,
-            accelerated_by(layer.self_attn), router, gate, plain.router.top_k, plain.router.normalize,
+            accelerated_by(layer.self_attn), router, gate, plain.router.top_k, plain.router.normalize, plain.router.scale,
+            plain.residual_scale,
         )  # fmt: skip
 
     def is_unchanged(self) -> bool:
@@ -177,8 +178,8 @@ class CpuStep(StandIn):
             native.mlp(self._shared, normed.data_ptr(), 1, 1, shared, exact, threads)
         self.runtime.run(layer, self.experts, lease, chosen, normed, rows[: len(chosen)])
         out = torch.empty_like(x)
-        beside = shared if self._shared is not None else 0
-        native.layer_end(residual, rows.data_ptr(), weights, 1, len(chosen), beside, factors, self.hidden, out.data_ptr(), 1)
+        beside, scale = shared if self._shared is not None else 0, self.plain.residual_scale
+        native.layer_end(residual, rows.data_ptr(), weights, 1, len(chosen), beside, factors, scale, self.hidden, out.data_ptr(), 1)
         return out
 
     def _run_many(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, room: Any) -> torch.Tensor:
@@ -205,8 +206,8 @@ class CpuStep(StandIn):
         out = torch.empty_like(x)
         beside = shared.data_ptr() if self._shared is not None else 0
         native.layer_end(
-            residual.data_ptr(), rows.data_ptr(), weights.data_ptr(), count, top_k, beside, factors.data_ptr(), self.hidden,
-            out.data_ptr(), threads,
+            residual.data_ptr(), rows.data_ptr(), weights.data_ptr(), count, top_k, beside, factors.data_ptr(),
+            self.plain.residual_scale, self.hidden, out.data_ptr(), threads,
         )  # fmt: skip
         return out
 

@@ -47,7 +47,8 @@ void run_rms_norm(const Ops& ops, const void* x, Dtype dtype, int64_t num_tokens
   run_phases(num_tokens > 4 ? num_threads : 1, work);
 }
 
-void run_route(const Ops& ops, float* logits, int64_t num_experts, int64_t top_k, bool normalize, int64_t* chosen, float* weights) {
+void run_route(const Ops& ops, float* logits, int64_t num_experts, int64_t top_k, bool normalize, float scale, int64_t* chosen,
+               float* weights) {
   ops.steps->softmax(logits, num_experts);
   float sum = 0.0f;
   for (int64_t k = 0; k < top_k; ++k) {
@@ -60,6 +61,7 @@ void run_route(const Ops& ops, float* logits, int64_t num_experts, int64_t top_k
     chosen[k] = best, weights[k] = logits[best], sum += weights[k];
   }
   for (int64_t k = 0; normalize && k < top_k; ++k) weights[k] /= sum;
+  for (int64_t k = 0; k < top_k; ++k) weights[k] *= scale;
 }
 
 void run_mlp(const Ops& ops, const Mlp& mlp, const void* x, Dtype dtype, int64_t num_tokens, void* out, bool exact, int num_threads) {
@@ -175,7 +177,7 @@ void run_pass(const Ops& ops, const Layer& layer, const void* x, int64_t num_tok
       float *const values = of_routed.x(t), *const sum = attending.result(t);
       void* const residual = at(out.residual, bf16, t * hidden);
       ops.to_float(at(x, bf16, t * hidden), bf16, hidden, values);
-      ops.steps->add(1.0f, sum, hidden, values);
+      ops.steps->add(layer.residual_scale, sum, hidden, values);
       ops.from_float(values, hidden, residual, bf16);
       ops.to_float(residual, bf16, hidden, values);
       normed(t, values, post_norm);
@@ -189,7 +191,7 @@ void run_pass(const Ops& ops, const Layer& layer, const void* x, int64_t num_tok
     phases.each(10, num_tokens, [&](int64_t t) {
       float *const scores = logits + t * width, *const weights = out.weights + t * layer.top_k;
       for (int64_t i = 0; i < router.rows; ++i) scores[i] = rounded(ops, scores[i]);
-      run_route(ops, scores, router.rows, layer.top_k, layer.normalize, out.chosen + t * layer.top_k, weights);
+      run_route(ops, scores, router.rows, layer.top_k, layer.normalize, layer.scale, out.chosen + t * layer.top_k, weights);
       for (int64_t k = 0; k < layer.top_k; ++k) weights[k] = rounded(ops, weights[k]);
       out.factors[t] = layer.shared_gate.address ? rounded(ops, ops.steps->sigmoid(rounded(ops, scores[router.rows]))) : 1.0f;
     });
@@ -212,7 +214,7 @@ void run_layer(const Ops& ops, const Layer& layer, const void* x, int64_t num_to
 }
 
 void run_layer_end(const Ops& ops, const void* residual, const float* rows, const float* weights, int64_t num_tokens, int64_t num_rows,
-                   const void* shared, const float* factors, int64_t n, void* out, int num_threads) {
+                   const void* shared, const float* factors, float residual_scale, int64_t n, void* out, int num_threads) {
   const Dtype bf16 = Dtype::kBf16;
   Phases phases(num_threads);
   auto work = [&] {
@@ -225,8 +227,8 @@ void run_layer_end(const Ops& ops, const void* residual, const float* rows, cons
         ops.steps->add(factors[t], other, n, sum);
       }
       ops.to_float(at(residual, bf16, t * n), bf16, n, other);
-      ops.steps->add(1.0f, other, n, sum);
-      ops.from_float(sum, n, at(out, bf16, t * n), bf16);
+      ops.steps->add(residual_scale, sum, n, other);
+      ops.from_float(other, n, at(out, bf16, t * n), bf16);
     });
   };
   run_phases(num_tokens > 4 ? num_threads : 1, work);

@@ -44,8 +44,9 @@ void run_rms_norm(const Ops&, const void* x, Dtype dtype, int64_t num_tokens, in
                   float eps, bool rounds_first, void* out, int num_threads);
 
 // Of one token's logits (overwritten) the top_k experts, likeliest first, of equal ones the lowest index, and their softmax, with
-// `normalize` divided by their sum.
-void run_route(const Ops&, float* logits, int64_t num_experts, int64_t top_k, bool normalize, int64_t* chosen, float* weights);
+// `normalize` divided by their sum, times scale.
+void run_route(const Ops&, float* logits, int64_t num_experts, int64_t top_k, bool normalize, float scale, int64_t* chosen,
+               float* weights);
 
 // out [num_tokens, down.rows] of dtype, as x [num_tokens, gate.cols].
 void run_mlp(const Ops&, const Mlp&, const void* x, Dtype dtype, int64_t num_tokens, void* out, bool exact, int num_threads);
@@ -66,6 +67,8 @@ struct Layer {
   Weight shared_gate;  // bf16 [1, hidden], address 0 where there is none
   int64_t top_k;
   bool normalize;  // the chosen experts' weights add up to 1
+  float scale;           // of these weights
+  float residual_scale;  // of what attention adds: fma(residual_scale, attended, x)
 };
 
 // What run_layer writes of each token; bf16 but for fp32 weights and factors.
@@ -80,8 +83,8 @@ void run_layer(const Ops&, const Layer&, const void* x, int64_t num_tokens, cons
                const LayerOut&, bool exact, int num_threads);
 
 // What comes after: y = the weighted sum of a token's rows [num_rows] (Ops::combine), y = fma(factor, shared, y) unless shared is null,
-// out bf16 [num_tokens, n] = y + residual, rounded once.
+// out bf16 [num_tokens, n] = fma(residual_scale, y, residual), rounded once more.
 void run_layer_end(const Ops&, const void* residual, const float* rows, const float* weights, int64_t num_tokens, int64_t num_rows,
-                   const void* shared, const float* factors, int64_t n, void* out, int num_threads);
+                   const void* shared, const float* factors, float residual_scale, int64_t n, void* out, int num_threads);
 
 }  // namespace fate

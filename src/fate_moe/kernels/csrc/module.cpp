@@ -96,9 +96,9 @@ void rms_norm(uintptr_t x, int dtype, int64_t num_tokens, int64_t n, uintptr_t w
                Dtype(weight_dtype), eps, rounds_first, reinterpret_cast<void*>(out), num_threads);
 }
 
-std::vector<int64_t> route(uintptr_t logits, int64_t num_experts, int64_t top_k, bool normalize, uintptr_t weights) {
+std::vector<int64_t> route(uintptr_t logits, int64_t num_experts, int64_t top_k, bool normalize, float scale, uintptr_t weights) {
   std::vector<int64_t> experts(static_cast<size_t>(top_k));
-  run_route(*chosen, reinterpret_cast<float*>(logits), num_experts, top_k, normalize, experts.data(), reinterpret_cast<float*>(weights));
+  run_route(*chosen, reinterpret_cast<float*>(logits), num_experts, top_k, normalize, scale, experts.data(), reinterpret_cast<float*>(weights));
   return experts;
 }
 
@@ -157,11 +157,11 @@ std::vector<int64_t> layer(const Layer& of, uintptr_t x, int64_t num_tokens, uin
 }
 
 void layer_end(uintptr_t residual, uintptr_t rows, uintptr_t weights, int64_t num_tokens, int64_t num_rows, uintptr_t shared,
-               uintptr_t factors, int64_t n, uintptr_t out, int num_threads) {
+               uintptr_t factors, float residual_scale, int64_t n, uintptr_t out, int num_threads) {
   const nb::gil_scoped_release release;
   run_layer_end(*chosen, reinterpret_cast<const void*>(residual), reinterpret_cast<const float*>(rows),
                 reinterpret_cast<const float*>(weights), num_tokens, num_rows, reinterpret_cast<const void*>(shared),
-                reinterpret_cast<const float*>(factors), n, reinterpret_cast<void*>(out), num_threads);
+                reinterpret_cast<const float*>(factors), residual_scale, n, reinterpret_cast<void*>(out), num_threads);
 }
 
 // The arrays in statistics.h's order, without those of the evidence where there is none.
@@ -196,9 +196,9 @@ void bind_layers(nb::module_& m) {
           nb::arg("eps") = 0.0f, nb::arg("norm_over_heads") = false, nb::arg("clip") = 0.0f, nb::arg("window") = 0);
   nb::class_<Layer>(m, "Layer")
       .def_static("make", [](uintptr_t norm, uintptr_t post_norm, int norm_dtype, float eps, bool rounds_first,
-                             const Attention& attention, const Weight& router, const Weight& shared_gate, int64_t top_k, bool normalize) {
+                             const Attention& attention, const Weight& router, const Weight& shared_gate, int64_t top_k, bool normalize, float scale, float residual_scale) {
         return Layer{reinterpret_cast<const void*>(norm), reinterpret_cast<const void*>(post_norm), Dtype(norm_dtype), eps, rounds_first, attention,
-                     router, shared_gate, top_k, normalize};
+                     router, shared_gate, top_k, normalize, scale, residual_scale};
       });
   m.def("layer", &layer);
   m.def("layer_end", &layer_end);
