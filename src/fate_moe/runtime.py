@@ -37,8 +37,9 @@ def rows_by_expert(index: torch.Tensor, num_experts: int) -> dict[int, list[int]
 class ExpertRuntime:
     """Runs the experts of a model whose experts live elsewhere. A pass is run by one thread, which holds ``passing``.
 
-    A layer runs by ``enter`` and ``compute`` (any number of tokens, before and after the family's own router) or by ``begin`` and
-    ``run`` (one token after routing, for layers with ``has_fused`` experts). Both write the same journal while somebody observes.
+    A layer runs by ``enter`` and ``compute`` (any number of tokens, before and after the family's own router), or, after routing
+    and with ``has_fused`` experts, by ``begin`` and ``run`` (one token) or ``begin_many`` and ``run_many``. All write the same
+    journal while somebody observes.
 
     Same numbers: an expert's output depends on its tokens alone and is stored by (token, choice) row; rows are reduced in routing
     order. So neither the order of arrival nor the number of slots changes a bit.
@@ -130,10 +131,17 @@ class ExpertRuntime:
         self, layer: int, experts: Any, index: torch.Tensor, hidden: torch.Tensor, routing_weights: torch.Tensor
     ) -> tuple[torch.Tensor, dict[int, int | None]]:
         """``compute``, and with how many planes each expert was computed."""
+        outputs, num_planes = self._rows(layer, experts, hidden, index, routing_weights)
+        return self._slots.combine(outputs, routing_weights.reshape(index.shape), hidden), num_planes
+
+    def _rows(
+        self, layer: int, experts: Any, hidden: torch.Tensor, index: torch.Tensor, routing_weights: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[int, int | None]]:
+        """Outputs by (token, choice), [num_tokens * top_k, hidden], and with how many planes each expert was computed."""
         rows, lease = self._acquire(layer, index, routing_weights)
         if self._journal is not None:
             self._journal.routed(layer, index, routing_weights, lease.lookups, self._prefetcher.predicted.get(layer, ()))
-        outputs = self._slots.outputs(layer, experts, hidden, index.numel())  # by (token, choice)
+        outputs = self._slots.outputs(layer, experts, hidden, index.numel())
         num_planes: dict[int, int | None] = {}
         try:
             for arrived in lease.batches():
@@ -145,7 +153,7 @@ class ExpertRuntime:
             lease.release()
             self._claim = None
         self._finish(layer, list(rows))
-        return self._slots.combine(outputs, routing_weights.reshape(index.shape), hidden), num_planes
+        return outputs, num_planes
 
     def _gradients(
         self,
@@ -219,6 +227,18 @@ class ExpertRuntime:
         if whole:
             self.view_selector.count_whole(layer, chosen)
         self._finish(layer, chosen)
+
+    def begin_many(self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> None:
+        """``begin`` for many tokens: ``hidden`` [num_tokens, hidden], ``index`` int64 and ``weights`` [num_tokens, top_k]."""
+        if self._journal is not None:
+            self._journal.entered(layer, hidden)
+        self._prefetcher.entered(layer, len(hidden))
+        self._acquire(layer, index, weights)
+        self._prefetcher.look_ahead(layer, hidden)
+
+    def run_many(self, layer: int, experts: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """``compute`` after ``begin_many``, without the sum: outputs fp32 [num_tokens * top_k, hidden] by (token, choice)."""
+        return self._rows(layer, experts, hidden, index, weights)[0]
 
     def has_fused(self, layer: int, experts: Any) -> bool:
         """Whether ``layer`` may run by ``begin`` and ``run``: all its experts have fused kernels."""

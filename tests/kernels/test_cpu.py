@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from fate_moe.core import BlobLayout
 from fate_moe.kernels.activations import find_activation
 from fate_moe.kernels.cpu import SlotExperts
+from fate_moe.kernels.elementary import combine
 from fate_moe.kernels.native import BF16, DTYPES, matrix_place, native
 from fate_moe.kernels.reference import dequantize, expert_mlp, expert_weights, linear_quantized
 from fate_moe.quant.blob import encode, views
@@ -337,9 +338,7 @@ def test_combine_is_a_weighted_sum_in_order() -> None:
     slots = SlotExperts(bytearray(4096), [0], [], [])
     for dtype, tokens in itertools.product((torch.float32, torch.bfloat16), (1, 7)):
         rows, weights = torch.randn(tokens * 3, 50, generator=generator), torch.rand(tokens, 3, generator=generator)
-        want = torch.zeros(tokens, 50)
-        for choice in range(3):
-            want += weights[:, choice : choice + 1] * rows.view(tokens, 3, 50)[:, choice]
+        want = combine(rows.view(tokens, 3, 50), weights)
         got = slots.combine(rows, weights, torch.empty(tokens, 50, dtype=dtype))
         assert torch.equal(got, want.to(dtype))
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
-from torch.nn.functional import scaled_dot_product_attention, silu
+from torch.nn.functional import silu
 
-from fate_moe.kernels.native import BF16, DTYPES, matrix_place, native
+from fate_moe.kernels.attention import attend
+from fate_moe.kernels.elementary import combine, fused, normalize, turn
+from fate_moe.kernels.native import BF16, matrix_place, native
 from tests.kernels.test_cpu import SETS, a_blob
+from tests.support.bits import assert_same
 
 if native is None:
     pytest.skip("the extension is not built", allow_module_level=True)
-
-BF16_EPSILON = torch.finfo(torch.bfloat16).eps
 
 
 @pytest.fixture(params=SETS)
@@ -36,17 +37,6 @@ def matrix(rows: int, cols: int, generator: torch.Generator) -> tuple[torch.Tens
 def assert_near(got: torch.Tensor, want: torch.Tensor, epsilon: float) -> None:
     """Within two roundings of the largest number (sums of products that nearly cancel included)."""
     assert (got.double() - want).abs().max() <= 2 * epsilon * want.abs().max()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("size", [1, 17, 96])
-def test_rms_norm(instructions: str, dtype: torch.dtype, size: int) -> None:
-    generator = torch.Generator().manual_seed(size)
-    x, weight = torch.randn(3, size, generator=generator).to(dtype), torch.randn(size, generator=generator).bfloat16()
-    out = torch.empty_like(x)
-    native.rms_norm(x.data_ptr(), DTYPES[dtype], 3, size, weight.data_ptr(), 1, 1e-3, out.data_ptr())
-    exact = x.double()
-    assert_near(out, weight.double() * exact / (exact.square().mean(-1, keepdim=True) + 1e-3).sqrt(), torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize(("hidden", "inner"), [(64, 32), (70, 100), (128, 2500)])
@@ -93,58 +83,99 @@ def test_mlp_of_quantized_matrices(instructions: str, bits: str) -> None:
     assert torch.equal(out, product(2, values, hidden))
 
 
-@pytest.mark.parametrize("length", [0, 1, 15, 40])
-@pytest.mark.parametrize("normed", [False, True])
-def test_attention(instructions: str, length: int, normed: bool) -> None:
-    heads, kv_heads, dim, hidden, room = 4, 2, 24, 70, length + 3
-    generator = torch.Generator().manual_seed(length)
-    made = [matrix(n, hidden, generator) for n in (heads * dim, kv_heads * dim, kv_heads * dim)] + [
-        matrix(hidden, heads * dim, generator)
-    ]
-    norms = [torch.rand(dim, generator=generator).bfloat16() + 1 for _ in range(2)]
-    addresses = [norm.data_ptr() if normed else 0 for norm in norms]
-    of = native.Attention.make(*(at for _, at in made), heads, kv_heads, dim, 0.3, *addresses, 1, 1e-6)
-    keys, values = (torch.randn(kv_heads, room, dim, generator=generator).bfloat16() for _ in range(2))
-    before = keys.clone(), values.clone()
-    angles = torch.rand(dim // 2, generator=generator).repeat(2) * 3
-    cos, sin, x = angles.cos(), angles.sin(), torch.randn(hidden, generator=generator)
-    out = torch.empty(hidden)
-    native.attention(
-        of,
-        x.data_ptr(),
-        0,
-        cos.data_ptr(),
-        sin.data_ptr(),
-        keys.data_ptr(),
-        values.data_ptr(),
-        length,
-        room,
-        out.data_ptr(),
-        True,
-        2,
+class OwnAttention:
+    """An attention with bf16 matrices, and the twins of its steps on what the extension's products give."""
+
+    heads, kv_heads, dim, hidden = 4, 2, 24, 70
+
+    def __init__(self, norms: str = "", turned: int = 24, clip: float = 0.0, window: int = 0) -> None:
+        generator = torch.Generator().manual_seed(0)
+        sizes = [heads * self.dim for heads in (self.heads, self.kv_heads, self.kv_heads)]
+        self.made = [matrix(rows, self.hidden, generator) for rows in sizes] + [matrix(self.hidden, sizes[0], generator)]
+        self.norms, self.turned, self.clip, self.window = norms, turned, clip, window
+        lengths = [self.dim] * 2 if norms == "head" else sizes[:2]
+        self.norm_weights = [torch.rand(length, generator=generator).bfloat16() + 0.5 for length in lengths]
+        addresses = [weight.data_ptr() if norms else 0 for weight in self.norm_weights]
+        self.of = native.Attention.make(
+            *(at for _, at in self.made), self.heads, self.kv_heads, self.dim, turned, 0.3, *addresses, 1, 1e-6, norms == "all",
+            clip, window,
+        )  # fmt: skip
+        angles = torch.rand(200, turned // 2, generator=generator).repeat(1, 2) * 3
+        self.cos, self.sin, self.x = angles.cos(), angles.sin(), torch.randn(200, self.hidden, generator=generator)
+
+    def product(self, which: int, x: torch.Tensor) -> torch.Tensor:
+        numbers, _ = self.made[which]
+        place = native.Place.make(BF16, *numbers.shape, [0], 0, 0, -1, 0)
+        x, out = x.contiguous(), torch.empty(len(x), len(numbers))
+        native.linear(place, numbers.data_ptr(), BF16, x.data_ptr(), 0, len(x), out.data_ptr(), 0, True, 1)
+        return out
+
+    def run(self, count: int, pieces: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Out of ``count`` tokens, and the cache's keys and values with room for 3 more."""
+        keys, values = (torch.full((self.kv_heads, count + 3, self.dim), math.nan, dtype=torch.bfloat16) for _ in range(2))
+        out, first = torch.empty(count, self.hidden), 0
+        for length in pieces:
+            native.attention(
+                self.of, self.x[first].data_ptr(), 0, length, self.cos[first].data_ptr(), self.sin[first].data_ptr(),
+                keys.data_ptr(), values.data_ptr(), first, count + 3, out[first].data_ptr(), True, 2,
+            )  # fmt: skip
+            first += length
+        return out, keys, values
+
+    def twin(self, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        made = []
+        for which in range(3):
+            y = self.product(which, self.x[:count])
+            if self.norms == "all" and which < 2:
+                y = normalize(y, self.norm_weights[which].float(), 1e-6)
+            if self.clip:
+                y = y.clamp(-self.clip, self.clip)
+            y = y.view(count, -1, self.dim)
+            if self.norms == "head" and which < 2:
+                y = normalize(y, self.norm_weights[which].float(), 1e-6)
+            made.append(y if which == 2 else turn(y, self.cos[:count], self.sin[:count]))
+        keys, values = made[1].bfloat16(), made[2].bfloat16()
+        attended = attend(made[0], keys, values, scaling=0.3, window=self.window or None)
+        return self.product(3, attended.flatten(1)), keys.transpose(0, 1), values.transpose(0, 1)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [{}, {"norms": "head"}, {"norms": "all", "clip": 1.5}, {"norms": "head", "clip": 1.0}, {"turned": 10}, {"window": 7}],
+    ids=lambda kind: ", ".join(kind) or "plain",
+)
+def test_attention(instructions: str, kind: dict[str, Any]) -> None:
+    """The twins of its steps one by one, and the same bits in any cut; nothing beyond the tokens is written."""
+    attention = OwnAttention(**kind)
+    want = attention.twin(75)
+    for pieces in ([75], [1, 1, 70, 3], [40, 35]):
+        out, *cache = attention.run(75, pieces)
+        assert_same(out, want[0], str(pieces))
+        for got, states in zip(cache, want[1:], strict=True):
+            assert_same(got[:, :75], states, str(pieces))
+            assert got[:, 75:].isnan().all()
+
+
+def test_passes_of_many_tokens(instructions: str) -> None:
+    """More than go through a layer at once."""
+    attention = OwnAttention()
+    attention.x, attention.cos, attention.sin = (
+        states.repeat(2, 1)[:300] for states in (attention.x, attention.cos, attention.sin)
     )
-    q, k, v = ((x.double() @ weight.double().T).view(-1, dim) for weight, _ in made[:3])
-    if normed:
-        q, k = (
-            y * (y.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * norm.double() for y, norm in zip((q, k), norms, strict=True)
-        )
-    q, k = (y * cos.double() + torch.cat([-y[:, dim // 2 :], y[:, : dim // 2]], 1) * sin.double() for y in (q, k))
-    for cache, old, new in ((keys, before[0], k), (values, before[1], v)):
-        assert_near(cache[:, length], new, BF16_EPSILON)
-        untouched = [position for position in range(room) if position != length]
-        assert torch.equal(cache[:, untouched], old[:, untouched])
-    past_keys, past_values = (cache[:, : length + 1].double().repeat_interleave(2, 0) for cache in (keys, values))
-    attended = scaled_dot_product_attention(q.view(heads, 1, dim), past_keys, past_values, scale=0.3).reshape(-1)
-    assert_near(out, attended @ made[3][0].double().T, 1e-4)
+    assert_same(attention.run(300, [300])[0], attention.run(300, [120, 180])[0])
 
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_layer_end(instructions: str, shared: bool) -> None:
     generator = torch.Generator().manual_seed(0)
-    residual, beside = (torch.randn(1, 70, generator=generator).bfloat16() for _ in range(2))
-    rows, weights = torch.randn(3, 70, generator=generator), torch.rand(3, generator=generator)
+    residual, beside = (torch.randn(2, 70, generator=generator).bfloat16() for _ in range(2))
+    rows, weights, factors = torch.randn(2, 3, 70, generator=generator), torch.rand(2, 3, generator=generator), torch.rand(2, 1)
     out = torch.empty_like(residual)
     address = beside.data_ptr() if shared else 0
-    native.layer_end(residual.data_ptr(), rows.data_ptr(), weights.data_ptr(), 3, address, 0.25, 70, out.data_ptr())
-    want = residual.double() + weights.double() @ rows.double() + (0.25 * beside.double() if shared else 0)
-    assert_near(out, want, BF16_EPSILON)
+    native.layer_end(
+        residual.data_ptr(), rows.data_ptr(), weights.data_ptr(), 2, 3, address, factors.data_ptr(), 0.75, 70, out.data_ptr(), 2
+    )
+    summed = combine(rows, weights)
+    if shared:
+        summed = fused(factors, beside, summed)
+    assert_same(out, fused(0.75, summed, residual).bfloat16())

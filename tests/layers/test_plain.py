@@ -123,8 +123,6 @@ def test_what_is_recognised_of_a_layer() -> None:
 @pytest.mark.parametrize(
     ("family", "overrides", "reason"),
     [
-        ("olmoe", {}, "normed over all heads together"),
-        ("olmoe", {"clip_qkv": 1.0}, "clipped"),
         ("mixtral", {"sliding_window": 8}, "sliding window (8 tokens)"),
         ("qwen3_moe", {"sliding_window": 8, "use_sliding_window": True}, "sliding window (8 tokens)"),
         (

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-__all__ = ["RoomyLayer", "make_room"]
+__all__ = ["RoomyLayer", "make_room", "room_for"]
 
 MIN_ROOM = 64  # tokens; else a quarter of what is there
 
@@ -19,8 +19,8 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
     batch) are ever set aside, unless so many are there.
     """
 
-    def __init__(self, max_tokens: int) -> None:
-        self._max_tokens = max_tokens
+    def __init__(self, max_tokens: int = 0) -> None:
+        self.max_tokens = max_tokens
         self._room: tuple[torch.Tensor, torch.Tensor] | None = None  # [batch, heads, room, head_dim] each; None: others are set
         self._length = 0  # of ``room``, what is filled
         self._set: list[torch.Tensor | None] = [None, None]  # without room: keys and values
@@ -84,7 +84,7 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         if self._room is None or frozen or self._room[0].shape[2] < past + count:
             old: Any = (self.keys, self.values)
             wanted, shapes = past + count, like or old
-            most = max(wanted, self._max_tokens // max(1, shapes[0].shape[0]))
+            most = max(wanted, self.max_tokens // max(1, shapes[0].shape[0]))
             length = min(most, wanted + max(MIN_ROOM, wanted // 4))
             keys, values = (torch.empty(*x.shape[:2], length, x.shape[3], dtype=self.dtype, device=self.device) for x in shapes)
             if past:
@@ -114,7 +114,36 @@ def make_room(cache: Any, max_tokens: int) -> None:
     if type(cache) is not DynamicCache or cache.offloading:
         return
     for index, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer:
-            cache.layers[index] = roomy = RoomyLayer(max_tokens)
-            for name, value in vars(layer).items():
-                setattr(roomy, name, value)
+        if type(layer) is RoomyLayer:
+            layer.max_tokens = max_tokens
+        elif type(layer) is DynamicLayer:
+            cache.layers[index] = _roomy(layer, max_tokens)
+
+
+def room_for(cache: Any, index: int, kv_heads: int, dim: int) -> RoomyLayer | None:
+    """Layer ``index`` of ``cache`` with keys and values of one sequence in bf16, made where nothing is cached yet; None if it is
+    another kind, or somebody trains what is in it (prefix tuning)."""
+    if type(cache) is not DynamicCache or cache.offloading:
+        return None
+    layers = cache.layers
+    if index == len(layers) and cache.layer_class_to_replicate is DynamicLayer:
+        layers.append(RoomyLayer())
+    if index >= len(layers):
+        return None
+    layer = layers[index]
+    if type(layer) is DynamicLayer and not layer.is_initialized:
+        layer = layers[index] = _roomy(layer, 0)
+    if type(layer) is not RoomyLayer or layer.has_gradients():
+        return None
+    if not layer.is_initialized:
+        nothing = torch.empty(1, kv_heads, 0, dim, dtype=torch.bfloat16)
+        layer.lazy_initialization(nothing, nothing)
+        layer.keys = layer.values = nothing
+    return layer if layer.holds_one(torch.bfloat16) else None
+
+
+def _roomy(layer: DynamicLayer, max_tokens: int) -> RoomyLayer:
+    roomy = RoomyLayer(max_tokens)
+    for name, value in vars(layer).items():
+        setattr(roomy, name, value)
+    return roomy

@@ -1,4 +1,7 @@
-"""The plain torch twin of every kernel: slow where a kernel exists, and the definition of what a kernel computes."""
+"""The plain torch twin of every kernel: slow where a kernel exists, and the definition of what a kernel computes.
+
+Activations, norms, softmax, routing and weighted sums are in ``elementary.py``.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import torch
 from torch.nn.functional import linear, pad
 
 from fate_moe.core import BlobLayout
+from fate_moe.kernels.elementary import fused
 from fate_moe.kernels.plain_layer import Attention, Mlp, Norm, PlainLayer, Router
 from fate_moe.quant.planes import unpack
 
@@ -64,22 +68,6 @@ def quantize_activations(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor
     inverse = torch.where(finite & (amax >= 1e-30), torch.full_like(amax, 127) / amax, 0.0)  # 127 / amax would round twice
     codes = torch.where(finite.unsqueeze(2), grouped * inverse.unsqueeze(2), 0.0).round()
     return codes, torch.where(finite, amax / 127, torch.nan)
-
-
-def fused(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-    """a * b + c of fp32 tensors (broadcast), rounded once, as the instruction does.
-
-    The product is exact in fp64. Its sum with c is rounded to odd there (Boldo and Melquiond, "Emulation of FMA and correctly
-    rounded sums", 2008), so that the second rounding, to fp32, is that of the exact value.
-    """
-    product, addend = a.double() * b.double(), c.double()
-    total = product + addend
-    back = total - product
-    error = (product - (total - back)) + (addend - back)  # Knuth's TwoSum: exact
-    toward = torch.nextafter(total, torch.where(error > 0, torch.inf, -torch.inf).to(total.dtype))
-    even = (total.view(torch.int64) & 1) == 0
-    inexact = (error != 0) & error.isfinite()
-    return torch.where(inexact & even, toward, total).float()
 
 
 def linear_quantized(

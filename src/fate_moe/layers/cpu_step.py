@@ -1,5 +1,5 @@
-"""One token through one plain decoder layer in four calls of the extension: what comes before the experts, the shared expert while
-their reads are under way, the experts, the sum.
+"""Tokens through one plain decoder layer in four calls of the extension: what comes before the experts, the shared expert while
+their reads are under way, the experts, the sum. A token's bits do not depend on how many there are in a call.
 
 ``plain.py`` says which layers these are, and the family's own forward stays for all other calls. Between two kernels the weights of
 a layer have gone through the processor's caches, and whatever runs next runs from memory. So it pays to have few steps.
@@ -16,12 +16,12 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
-from fate_moe.adapter.kv_cache import make_room
+from fate_moe.adapter.kv_cache import make_room, room_for
 from fate_moe.adapter.meta_model import ExpertStack
 from fate_moe.core import Patcher
 from fate_moe.kernels.native import DTYPES, native
 from fate_moe.kernels.plain_layer import PlainLayer
-from fate_moe.layers.modules import accelerated_by, room_in, warn_of_difference, weight_of
+from fate_moe.layers.modules import accelerated_by, is_causal, takes_many, takes_tokens, warn_of_difference, weight_of
 from fate_moe.layers.plain import NotPlain, cpu_reasons, recognise
 from fate_moe.layers.snapshot import ModuleSnapshot, StandIn
 from fate_moe.runtime import ExpertRuntime
@@ -96,7 +96,7 @@ def _missing_kernels(model: Any, plain: PlainLayer, stack: ExpertStack, runtime:
 
 
 class CpuStep(StandIn):
-    """A plain layer's forward: one token in four calls, else the layer's own."""
+    """A plain layer's forward: tokens of one sequence in four calls, else the layer's own."""
 
     def __init__(
         self, model: Any, plain: PlainLayer, stack: ExpertStack, runtime: Any, exact: bool, buffers: dict[str, torch.Tensor]
@@ -110,6 +110,10 @@ class CpuStep(StandIn):
         shared = self.block.get_submodule(plain.shared.name) if plain.shared is not None else None
         self._shared = accelerated_by(shared) if shared is not None else None
         self._exact = exact
+        projections = [layer.self_attn.get_submodule(f"{name}_proj") for name in "qkvo"]
+        if shared is not None:
+            projections += [shared.gate_proj, shared.up_proj, shared.down_proj]
+        self._many = takes_many(projections, exact)
         size = (1, self.hidden)
         for name in ("residual", "normed", "shared"):
             buffers.setdefault(name, torch.empty(size, dtype=torch.bfloat16))
@@ -117,6 +121,8 @@ class CpuStep(StandIn):
         if len(rows) < stack.top_k:
             buffers["rows"] = torch.empty(stack.top_k, self.hidden, dtype=torch.float32)
             buffers["weights"] = torch.empty(stack.top_k, dtype=torch.float32)
+            buffers["chosen"] = torch.empty(stack.top_k, dtype=torch.int64)
+            buffers["factors"] = torch.empty(1, dtype=torch.float32)
         self.buffers = buffers
         inner = [layer.self_attn, *([shared] if shared is not None else [])]
         self._snapshot = ModuleSnapshot([layer, self.block, self.experts, *inner])
@@ -127,8 +133,9 @@ class CpuStep(StandIn):
             gate = weight_of(self.block.get_submodule(plain.shared.gate))
         norms = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
         self.of = native.Layer.make(
-            norms[0].data_ptr(), norms[1].data_ptr(), DTYPES[norms[0].dtype], plain.input_norm.eps, accelerated_by(layer.self_attn),
-            router, gate, plain.router.top_k, plain.router.normalize,
+            norms[0].data_ptr(), norms[1].data_ptr(), DTYPES[norms[0].dtype], plain.input_norm.eps, plain.input_norm.rounds_first,
+            accelerated_by(layer.self_attn), router, gate, plain.router.top_k, plain.router.normalize, plain.router.scale,
+            plain.residual_scale,
         )  # fmt: skip
 
     def is_unchanged(self) -> bool:
@@ -136,32 +143,34 @@ class CpuStep(StandIn):
         return self._snapshot.same()
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        room = room_in(kwargs.get("past_key_values"), self.index)
-        angles = kwargs.get("position_embeddings")
+        x, angles, attention = hidden_states, kwargs.get("position_embeddings"), self.plain.attention
+        count, cache, mask = x.numel() // self.hidden, kwargs.get("past_key_values"), kwargs.get("attention_mask")
         if (
-            room is None
-            or angles is None
+            angles is None
             or args
-            or kwargs.get("attention_mask") is not None
-            or hidden_states.numel() != self.hidden
-            or hidden_states.dtype != torch.bfloat16
-            or hidden_states.requires_grad
-            or angles[0].dtype != torch.bfloat16
-            or angles[0].numel() != self.plain.attention.head_dim
+            or not takes_tokens(x, angles, count, attention, self._many)
             or not self.ready
             or self._snapshot.hooked()  # transformers adds some in the midst of a pass, to record outputs
         ):
             return self.original(hidden_states, *args, **kwargs)
-        return self._run(hidden_states.contiguous(), angles[0].contiguous(), angles[1].contiguous(), room)
+        room = room_for(cache, self.index, attention.kv_heads, attention.head_dim)
+        if (room is None and (cache is not None or not self._many)) or not is_causal(
+            mask, room.get_seq_length() if room else 0, count
+        ):
+            return self.original(hidden_states, *args, **kwargs)
+        run = self._run if count == 1 and room is not None else self._run_many
+        return run(x.contiguous(), angles[0].contiguous(), angles[1].contiguous(), room)
 
     def _run(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, room: Any) -> torch.Tensor:
         layer, threads, exact = self.stack.layer, torch.get_num_threads(), self._exact
         normed, rows, gates = self.buffers["normed"], self.buffers["rows"], self.buffers["weights"]
-        residual, weights, shared = (self.buffers[name].data_ptr() for name in ("residual", "weights", "shared"))
+        residual, weights, shared, experts, factors = (
+            self.buffers[name].data_ptr() for name in ("residual", "weights", "shared", "chosen", "factors")
+        )
         past, keys, values = room.reserve(1)
-        chosen, factor = native.layer(
-            self.of, x.data_ptr(), cos.data_ptr(), sin.data_ptr(), keys.data_ptr(), values.data_ptr(), past, keys.shape[2],
-            residual, normed.data_ptr(), weights, exact, threads,
+        chosen = native.layer(
+            self.of, x.data_ptr(), 1, cos.data_ptr(), sin.data_ptr(), keys.data_ptr(), values.data_ptr(), past, keys.shape[2],
+            residual, normed.data_ptr(), experts, weights, factors, exact, threads,
         )  # fmt: skip
         room.extend(1)
         lease = self.runtime.begin(layer, normed, chosen, gates)
@@ -169,8 +178,37 @@ class CpuStep(StandIn):
             native.mlp(self._shared, normed.data_ptr(), 1, 1, shared, exact, threads)
         self.runtime.run(layer, self.experts, lease, chosen, normed, rows[: len(chosen)])
         out = torch.empty_like(x)
-        beside = shared if self._shared is not None else 0
-        native.layer_end(residual, rows.data_ptr(), weights, len(chosen), beside, factor, self.hidden, out.data_ptr())
+        beside, scale = shared if self._shared is not None else 0, self.plain.residual_scale
+        native.layer_end(residual, rows.data_ptr(), weights, 1, len(chosen), beside, factors, scale, self.hidden, out.data_ptr(), 1)
+        return out
+
+    def _run_many(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, room: Any) -> torch.Tensor:
+        """As ``_run``; without ``room`` keys and values are forgotten."""
+        layer, threads, exact = self.stack.layer, torch.get_num_threads(), self._exact
+        count, top_k, attention = x.numel() // self.hidden, self.stack.top_k, self.plain.attention
+        residual, normed, shared = (torch.empty(count, self.hidden, dtype=torch.bfloat16) for _ in range(3))
+        chosen = torch.empty(count, top_k, dtype=torch.int64)
+        weights, factors = torch.empty(count, top_k, dtype=torch.float32), torch.empty(count, dtype=torch.float32)
+        if room is not None:
+            past, keys, values = room.reserve(count)
+        else:
+            past, keys, values = 0, *torch.empty(2, 1, attention.kv_heads, count, attention.head_dim, dtype=torch.bfloat16)
+        native.layer(
+            self.of, x.data_ptr(), count, cos.data_ptr(), sin.data_ptr(), keys.data_ptr(), values.data_ptr(), past, keys.shape[2],
+            residual.data_ptr(), normed.data_ptr(), chosen.data_ptr(), weights.data_ptr(), factors.data_ptr(), exact, threads,
+        )  # fmt: skip
+        if room is not None:
+            room.extend(count)
+        self.runtime.begin_many(layer, normed, chosen, weights)
+        if self._shared is not None:
+            native.mlp(self._shared, normed.data_ptr(), 1, count, shared.data_ptr(), exact, threads)
+        rows = self.runtime.run_many(layer, self.experts, normed, chosen, weights)
+        out = torch.empty_like(x)
+        beside = shared.data_ptr() if self._shared is not None else 0
+        native.layer_end(
+            residual.data_ptr(), rows.data_ptr(), weights.data_ptr(), count, top_k, beside, factors.data_ptr(),
+            self.plain.residual_scale, self.hidden, out.data_ptr(), threads,
+        )  # fmt: skip
         return out
 
 
@@ -219,7 +257,8 @@ def _difference_on(step: CpuStep, x: torch.Tensor) -> str | None:
 
     What attention adds and what the block adds are compared apart.
     """
-    dim, residuals = step.plain.attention.head_dim, []
+    attention, residuals = step.plain.attention, []
+    dim = attention.rotary_dim
     angles = torch.arange(_PROBE_TOKENS * (dim // 2)).view(1, _PROBE_TOKENS, -1).repeat(1, 1, 2) * 0.7
     outputs = []
     hook = step.post_norm.register_forward_pre_hook(lambda module, args: residuals.append(args[0].clone()))
@@ -237,7 +276,7 @@ def _difference_on(step: CpuStep, x: torch.Tensor) -> str | None:
             outputs.append(out.float())
     finally:
         hook.remove()
-    if room_in(cache, step.index) is None:
+    if room_for(cache, step.index, attention.kv_heads, attention.head_dim) is None:
         return "it keeps its keys and values in another way"
     mine, own = step.buffers["residual"].float(), residuals[1].float()
     return _apart("attention adds", mine - hidden.float(), own - hidden.float(), own) or _apart(

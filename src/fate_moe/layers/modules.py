@@ -1,15 +1,17 @@
-"""RMS norms, gated MLPs and attention with rotary halves, each run by one call of the extension where a token or a few come.
+"""RMS norms, gated MLPs and attention with rotary halves, each run by one call of the extension, for one token or many.
 
-``plain.py`` says which modules these are. The family's own forward stays for everything else: many tokens, masks, other caches,
-gradients. At load time each module is compared with it once: a module that differs keeps it, and a warning says so.
+``plain.py`` says which modules these are. The family's own forward stays for everything else: masks, other caches, gradients, many
+tokens where weights are not quantized. At load time each module is compared with it once: a module that differs keeps it, and a
+warning says so.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from transformers.cache_utils import DynamicCache
 
 from fate_moe.adapter.contract import is_experts
 from fate_moe.adapter.families import ROUTER_NAMES
-from fate_moe.adapter.kv_cache import RoomyLayer, make_room
+from fate_moe.adapter.kv_cache import make_room, room_for
 from fate_moe.core import Patcher
 from fate_moe.kernels.activations import find_activation
 from fate_moe.kernels.gradients import flows, refuse_transforms
@@ -30,7 +32,17 @@ from fate_moe.layers.plain import attention_reasons, recognise_attention, recogn
 from fate_moe.layers.snapshot import ModuleSnapshot, StandIn
 from fate_moe.switches import fuse
 
-__all__ = ["SmallWeight", "accelerate", "accelerated_by", "is_near", "room_in", "warn_of_difference", "weight_of"]
+__all__ = [
+    "SmallWeight",
+    "accelerate",
+    "accelerated_by",
+    "is_causal",
+    "is_near",
+    "takes_many",
+    "takes_tokens",
+    "warn_of_difference",
+    "weight_of",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -70,7 +82,7 @@ def accelerate(model: Any, exact: bool, patcher: Patcher) -> Counter[str]:
 
 
 def accelerated_by(module: nn.Module) -> Any:
-    """What the forward that ``accelerate`` gave ``module`` is made of: a norm's eps, the extension's Mlp or Attention; or None."""
+    """What the forward that ``accelerate`` gave ``module`` is made of: a Norm, the extension's Mlp or Attention; or None."""
     forward = vars(module).get("forward")
     return forward.of if isinstance(forward, StandIn) else None
 
@@ -128,16 +140,24 @@ class SmallWeight(nn.Parameter):
             return func(*args, **(kwargs or {}))
 
 
-def _few(x: torch.Tensor, cols: int, max_rows: int) -> bool:
+def _usable(x: torch.Tensor) -> bool:
     """Whether ``x`` [..., cols] is something for the extension."""
     refuse_transforms()
-    return (
-        x.numel() <= max_rows * cols
-        and x.dtype in (torch.bfloat16, torch.float32)
-        and x.is_contiguous()
-        and not x.requires_grad
-        and x.numel() > 0
-    )
+    return x.dtype in (torch.bfloat16, torch.float32) and x.is_contiguous() and not x.requires_grad and x.numel() > 0
+
+
+def takes_many(layers: Sequence[Any], exact: bool) -> bool:
+    """Whether the extension is to multiply many rows by ``layers``: their large matrices are quantized, activations not exact."""
+    return not exact and all(isinstance(layer, QuantizedLinear) or layer.weight.numel() <= _SMALL for layer in layers)
+
+
+def is_causal(mask: torch.Tensor | None, past: int, count: int) -> bool:
+    """Whether ``mask``, None or bool [1, 1, count, past + count], lets each of ``count`` tokens see all up to itself."""
+    if mask is None:
+        return True
+    if mask.dtype != torch.bool or mask.shape != (1, 1, count, past + count):
+        return False
+    return torch.equal(mask[0, 0], torch.ones(count, past + count, dtype=torch.bool).tril(past))
 
 
 def is_near(got: torch.Tensor, want: torch.Tensor) -> bool:
@@ -152,15 +172,19 @@ def _difference(got: torch.Tensor, want: torch.Tensor) -> str:
 
 class _Norm(StandIn):
     def __init__(self, module: nn.Module, weight: nn.Parameter, norm: Norm) -> None:
-        self.original, self.of = module.forward, norm.eps
+        self.original, self.of = module.forward, norm
         self._size, self._weight, self._snapshot = len(weight), (weight.data_ptr(), DTYPES[weight.dtype]), ModuleSnapshot([module])
 
     def __call__(self, x: torch.Tensor) -> Any:
         size = self._size
-        if not _few(x, size, MAX_ROWS) or not self._snapshot.same():
+        many = x.dtype == torch.float32 and x.numel() > MAX_ROWS * size  # nothing else of many rows is ours in fp32
+        if many or not _usable(x) or not self._snapshot.same():
             return self.original(x)
         out = torch.empty_like(x)
-        native.rms_norm(x.data_ptr(), DTYPES[x.dtype], x.numel() // size, size, *self._weight, self.of, out.data_ptr())
+        native.rms_norm(
+            x.data_ptr(), DTYPES[x.dtype], x.numel() // size, size, *self._weight, self.of.eps, self.of.rounds_first,
+            out.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
         return out
 
 
@@ -213,12 +237,13 @@ class _Activation:
 
 
 class _Mlp(StandIn):
-    def __init__(self, module: nn.Module, of: Any, size: int, exact: bool) -> None:
+    def __init__(self, module: nn.Module, of: Any, size: int, exact: bool, many: bool) -> None:
         self.original, self.of, self._size, self._exact = module.forward, of, size, exact
+        self._most = size * MAX_ROWS if not many else sys.maxsize
         self._snapshot = ModuleSnapshot([module])
 
     def __call__(self, x: torch.Tensor) -> Any:
-        if not _few(x, self._size, MAX_ROWS) or self._snapshot.hooked() or not self._snapshot.same():
+        if not _usable(x) or x.numel() > self._most or self._snapshot.hooked() or not self._snapshot.same():
             return self.original(x)
         out, num_rows = torch.empty_like(x), x.numel() // self._size
         native.mlp(self.of, x.data_ptr(), DTYPES[x.dtype], num_rows, out.data_ptr(), self._exact, torch.get_num_threads())
@@ -226,7 +251,8 @@ class _Mlp(StandIn):
 
 
 def _mlp(name: str, module: Any, mlp: Mlp, dtype: torch.dtype, exact: bool, generator: torch.Generator) -> StandIn | None:
-    weights = [weight_of(getattr(module, part)) for part in ("gate_proj", "up_proj", "down_proj")]
+    parts = [getattr(module, part) for part in ("gate_proj", "up_proj", "down_proj")]
+    weights = [weight_of(part) for part in parts]
     if any(weight is None for weight in weights):
         return None
     activation = find_activation(_Activation(module.act_fn, mlp.limit))
@@ -235,7 +261,7 @@ def _mlp(name: str, module: Any, mlp: Mlp, dtype: torch.dtype, exact: bool, gene
     size = module.gate_proj.in_features
     if module.down_proj.out_features != size or module.up_proj.in_features != size:
         return None
-    forward = _Mlp(module, native.Mlp.make(*weights, activation), size, exact)
+    forward = _Mlp(module, native.Mlp.make(*weights, activation), size, exact, takes_many(parts, exact))
     x = torch.randn(2, size, generator=generator).to(dtype)
     got, want = forward(x), forward.original(x)
     if not is_near(got, want):
@@ -245,42 +271,50 @@ def _mlp(name: str, module: Any, mlp: Mlp, dtype: torch.dtype, exact: bool, gene
 
 
 class _Attention(StandIn):
-    def __init__(self, module: Any, of: Any, index: int, head_dim: int, exact: bool) -> None:
+    def __init__(self, module: Any, of: Any, attention: Attention, exact: bool, many: bool) -> None:
         self.original, self.of, self._config = module.forward, of, module.config
-        self._size, self._dim, self._index, self._exact = module.q_proj.in_features, head_dim, index, exact
+        self._size, self._attention, self._exact, self._many = module.q_proj.in_features, attention, exact, many
         self._snapshot = ModuleSnapshot([module])
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        layer = room_in(kwargs.get("past_key_values"), self._index)
-        angles = kwargs.get("position_embeddings")
+        x, angles, attention = hidden_states, kwargs.get("position_embeddings"), self._attention
+        count = x.numel() // self._size
         if (
-            layer is None
-            or angles is None
+            angles is None
             or args
-            or kwargs.get("attention_mask") is not None
             or kwargs.get("output_attentions")
-            or hidden_states.numel() != self._size
-            or hidden_states.dtype != torch.bfloat16
-            or hidden_states.requires_grad
+            or not takes_tokens(x, angles, count, attention, self._many)
             or self._snapshot.hooked()
             or not self._snapshot.same()
         ):
             return self.original(hidden_states, *args, **kwargs)
-        cos, sin = angles
-        if cos.numel() != self._dim or cos.dtype != torch.bfloat16:
+        room = room_for(kwargs.get("past_key_values"), attention.index, attention.kv_heads, attention.head_dim)
+        if room is None or not is_causal(kwargs.get("attention_mask"), room.get_seq_length(), count):
             return self.original(hidden_states, *args, **kwargs)
-        past, keys, values = layer.reserve(1)
-        out = torch.empty_like(hidden_states)
+        past, keys, values = room.reserve(count)
+        out = torch.empty_like(x)
         where = keys.data_ptr(), values.data_ptr(), past, keys.shape[2]
-        hidden, cos, sin = hidden_states.contiguous(), cos.contiguous(), sin.contiguous()
+        hidden, cos, sin = x.contiguous(), angles[0].contiguous(), angles[1].contiguous()
         angle, threads = (cos.data_ptr(), sin.data_ptr()), torch.get_num_threads()
-        native.attention(self.of, hidden.data_ptr(), 1, *angle, *where, out.data_ptr(), self._exact, threads)
-        layer.extend(1)
+        native.attention(self.of, hidden.data_ptr(), 1, count, *angle, *where, out.data_ptr(), self._exact, threads)
+        room.extend(count)
         return out, None
 
 
+def takes_tokens(x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], count: int, attention: Attention, many: bool) -> bool:
+    """Whether ``x`` is ``count`` tokens of one sequence in bf16, with their ``angles``: one, unless ``many`` may come."""
+    return (
+        (count == 1 or (many and len(x) == 1))
+        and x.dtype == torch.bfloat16
+        and not x.requires_grad
+        and angles[0].dtype == torch.bfloat16
+        and angles[0].numel() == count * attention.rotary_dim
+    )
+
+
 def _attention(name: str, module: Any, attention: Attention, exact: bool, generator: torch.Generator) -> StandIn | None:
-    weights = [weight_of(getattr(module, part)) for part in ("q_proj", "k_proj", "v_proj", "o_proj")]
+    parts = [getattr(module, part) for part in ("q_proj", "k_proj", "v_proj", "o_proj")]
+    weights = [weight_of(part) for part in parts]
     dim, index = attention.head_dim, attention.index
     config = module.config
     if any(weight is None for weight in weights) or getattr(config, "_attn_implementation", "") != "sdpa" or index < 0:
@@ -290,24 +324,20 @@ def _attention(name: str, module: Any, attention: Attention, exact: bool, genera
         return None
     addresses, norm_dtype = [norm.weight.data_ptr() for norm in norms] or [0, 0], DTYPES[norms[0].weight.dtype] if norms else 0
     eps = attention.qk_norm.eps if attention.qk_norm is not None else 0.0
-    of = native.Attention.make(*weights, attention.heads, attention.kv_heads, dim, attention.scaling, *addresses, norm_dtype, eps)
-    forward = _Attention(module, of, index, dim, exact)
+    of = native.Attention.make(
+        *weights, attention.heads, attention.kv_heads, dim, attention.rotary_dim, attention.scaling, *addresses, norm_dtype, eps,
+        attention.norm_over_heads, attention.clip or 0.0, attention.window or 0,
+    )  # fmt: skip
+    forward = _Attention(module, of, attention, exact, takes_many(parts, exact))
     try:
         x = _probe_inputs(module, attention, generator)
-        difference = _attention_difference(forward.original, forward, x, dim, index, generator)
+        difference = _attention_difference(forward.original, forward, x, attention, generator)
     except Exception as error:  # whatever a family's attention makes of this call
         difference = f"it cannot be called with a token and a cache ({error})"
     if difference is not None:
         warn_of_difference(name, difference)
         return None
     return forward
-
-
-def room_in(cache: Any, index: int) -> RoomyLayer | None:
-    """Layer ``index`` of ``cache``, if it is one of ours with one sequence of bf16 in it, which nobody trains (prefix tuning)."""
-    layers = getattr(cache, "layers", ())
-    layer = layers[index] if index < len(layers) else None
-    return layer if type(layer) is RoomyLayer and layer.holds_one(torch.bfloat16) and not layer.has_gradients() else None
 
 
 def _probe_inputs(module: Any, attention: Attention, generator: torch.Generator) -> torch.Tensor:
@@ -323,11 +353,11 @@ def _probe_inputs(module: Any, attention: Attention, generator: torch.Generator)
 
 
 def _attention_difference(
-    original: Forward, forward: Forward, x: torch.Tensor, dim: int, index: int, generator: torch.Generator
+    original: Forward, forward: Forward, x: torch.Tensor, attention: Attention, generator: torch.Generator
 ) -> str | None:
     """Several tokens of ``x`` by the family's own forward, then the last by each of the two: how output, key or value
     differ, if they do."""
-    angles = 3 * torch.rand(1, _PROBE_TOKENS, dim // 2, generator=generator).repeat(1, 1, 2)
+    angles = 3 * torch.rand(1, _PROBE_TOKENS, attention.rotary_dim // 2, generator=generator).repeat(1, 1, 2)
     results = []
     for attend in (original, forward):
         cache = DynamicCache()
@@ -337,6 +367,6 @@ def _attention_difference(
             hidden = x[:, step].contiguous()
             out = function(hidden, position_embeddings=(cos, sin), attention_mask=None, past_key_values=cache)[0]
             make_room(cache, _PROBE_TOKENS)
-        layer = cache.layers[index]
+        layer = cache.layers[attention.index]
         results.append((out, layer.keys[:, :, -1:], layer.values[:, :, -1:]))
     return next((_difference(got, want) for want, got in zip(*results, strict=True) if not is_near(got, want)), None)

@@ -224,41 +224,25 @@ def _shared(block: nn.Module, code: BlockCode | None, reasons: list[str]) -> Sha
 
 def cpu_reasons(plain: PlainLayer, dtype: torch.dtype) -> list[str]:
     """Why the CPU cannot run ``plain`` whole in a model of ``dtype``; none if it can."""
-    reasons = _common_reasons(plain)
+    reasons = attention_reasons(plain.attention)
     if native is None:
         reasons.append(why_not() or "the extension is not built")
     if not fuse():
         reasons.append("FATE_FUSE=0 turns whole layers off")
     if dtype != torch.bfloat16:
         reasons.append(f"the model is in {_named(dtype)}; whole layers run in bfloat16")
-    if plain.input_norm.eps != plain.post_norm.eps:
-        reasons.append("its two norms have different eps")
+    if plain.input_norm != plain.post_norm:
+        reasons.append("its two norms differ")
     return reasons
 
 
 def attention_reasons(attention: Attention) -> list[str]:
-    """Why no kernel runs ``attention``; none if one does."""
-    reasons = []
-    if attention.window is not None:
-        reasons.append(f"its attention has a sliding window ({attention.window} tokens)")
-    if attention.norm_over_heads:
-        reasons.append("its queries and keys are normed over all heads together")
-    if attention.clip is not None:
-        reasons.append("its queries, keys and values are clipped")
-    if attention.rotary_dim != attention.head_dim:
-        reasons.append(f"its rotary embedding turns {attention.rotary_dim} of {attention.head_dim} channels")
-    elif attention.head_dim % 2:
-        reasons.append(f"its heads have {attention.head_dim} channels, an odd number")
-    return reasons
-
-
-def _common_reasons(plain: PlainLayer) -> list[str]:
-    reasons = attention_reasons(plain.attention)
-    if plain.router.scale != 1.0:
-        reasons.append(f"its experts' weights are scaled by {plain.router.scale:g}")
-    if plain.residual_scale != 1.0:
-        reasons.append(f"what is added to the residual stream is scaled by {plain.residual_scale:g}")
-    return reasons
+    """Why no kernel runs ``attention`` on the CPU; none if one does."""
+    if attention.window is not None:  # the cache forgets what is beyond it
+        return [f"its attention has a sliding window ({attention.window} tokens)"]
+    if attention.rotary_dim % 2:
+        return [f"its rotary embedding turns {attention.rotary_dim} channels, an odd number"]
+    return []
 
 
 def cuda_reasons(model: Any, layers: Sequence[PlainLayer | NotPlain]) -> list[str]:
@@ -276,8 +260,21 @@ def cuda_reasons(model: Any, layers: Sequence[PlainLayer | NotPlain]) -> list[st
 
 
 def _layer_cuda_reasons(plain: PlainLayer) -> Iterable[str]:
-    yield from _common_reasons(plain)
     attention, shared = plain.attention, plain.shared
+    if attention.window is not None:
+        yield f"its attention has a sliding window ({attention.window} tokens)"
+    if attention.norm_over_heads:
+        yield "its queries and keys are normed over all heads together"
+    if attention.clip is not None:
+        yield "its queries, keys and values are clipped"
+    if attention.rotary_dim != attention.head_dim:
+        yield f"its rotary embedding turns {attention.rotary_dim} of {attention.head_dim} channels"
+    elif attention.head_dim % 2:
+        yield f"its heads have {attention.head_dim} channels, an odd number"
+    if plain.router.scale != 1.0:
+        yield f"its experts' weights are scaled by {plain.router.scale:g}"
+    if plain.residual_scale != 1.0:
+        yield f"what is added to the residual stream is scaled by {plain.residual_scale:g}"
     if attention.scaling != attention.head_dim**-0.5:
         yield f"its attention is scaled by {attention.scaling:g}"
     if attention.out_bias:

@@ -282,7 +282,7 @@ inline void expand_codes(const Matrix& m, int64_t at, const Codes& codes, int64_
   for (int64_t i = 0; i < G * n; ++i) out[i] = round_to_bf16(values[i]);
 }
 
-const Ops kOps = {"avx2", product, quantize, sum_groups, apply, expand, to_float, from_float, combine};
+const Ops kOps = {"avx2", product, quantize, sum_groups, apply, expand, to_float, from_float, combine, &kAvx2Steps};
 
 }  // namespace
 

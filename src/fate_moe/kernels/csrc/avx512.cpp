@@ -281,7 +281,7 @@ inline void expand_codes(const Matrix& m, int64_t at, const Codes& codes, int64_
 }
 
 const Many kMany = {pack, product_of_many<multiply_dots>, [] {}};
-const Ops kOps = {"avx512-vnni", product, quantize, sum_groups, apply, expand, to_float, from_float, combine, &kMany};
+const Ops kOps = {"avx512-vnni", product, quantize, sum_groups, apply, expand, to_float, from_float, combine, &kAvx512Steps, &kMany};
 
 }  // namespace
 

@@ -1,4 +1,4 @@
-// Whole modules of a plain decoder layer for few tokens, each in one call: RMSNorm, a gated MLP, attention with its KV cache.
+// Whole modules of a plain decoder layer, each in one call: RMSNorm, a gated MLP, attention with its KV cache.
 #pragma once
 #include <cstdint>
 
@@ -23,45 +23,68 @@ struct Mlp {
 
 struct Attention {
   Weight q, k, v, o;
-  int64_t heads, kv_heads, dim;
+  int64_t heads, kv_heads, dim, rotary_dim;
   float scaling;
-  const void *q_norm, *k_norm;  // RMSNorm weights [dim] over each head, of norm_dtype, or null
+  const void *q_norm, *k_norm;  // RMSNorm weights over each head [dim], or [heads * dim] and [kv_heads * dim], of norm_dtype; or null
   Dtype norm_dtype;
   float eps;
+  bool norm_over_heads;
+  float clip;      // queries, keys and values are within plus and minus this; 0: as they are
+  int64_t window;  // positions that a token sees, itself among them; 0: all before it
 };
 
-// out [num_tokens, n] of dtype, as x: weight times x / sqrt(mean of x squared + eps), rounded to dtype before the weight too.
+// Keys and values [kv_heads, room, dim] of bf16 of one sequence with `length` tokens in them.
+struct Cache {
+  void *keys, *values;
+  int64_t length, room;
+};
+
+// out [num_tokens, n] of dtype, as x: x / sqrt(mean of x squared + eps), with `rounds_first` rounded to dtype, times weight.
 void run_rms_norm(const Ops&, const void* x, Dtype dtype, int64_t num_tokens, int64_t n, const void* weight, Dtype weight_dtype,
-                  float eps, void* out);
+                  float eps, bool rounds_first, void* out, int num_threads);
+
+// Of one token's logits (overwritten) the top_k experts, likeliest first, of equal ones the lowest index, and their softmax, with
+// `normalize` divided by their sum, times scale.
+void run_route(const Ops&, float* logits, int64_t num_experts, int64_t top_k, bool normalize, float scale, int64_t* chosen,
+               float* weights);
 
 // out [num_tokens, down.rows] of dtype, as x [num_tokens, gate.cols].
 void run_mlp(const Ops&, const Mlp&, const void* x, Dtype dtype, int64_t num_tokens, void* out, bool exact, int num_threads);
 
-// One token at position `length` of one sequence: out [o.rows] of dtype from x [q.cols]. cos and sin [dim] of dtype (rotate-half
-// rope). keys and values are [kv_heads, room, dim] of bf16 with `length` < room tokens in them; the new token is appended.
-void run_attention(const Ops&, const Attention&, const void* x, Dtype dtype, const void* cos, const void* sin, void* keys,
-                   void* values, int64_t length, int64_t room, void* out, bool exact, int num_threads);
+// num_tokens tokens behind those of the cache, to which they are appended: out [num_tokens, o.rows] of dtype from x [num_tokens, q.cols].
+// cos and sin [num_tokens, rotary_dim] of dtype (rotate-half rope). A token's bits do not depend on how many there are in the call.
+void run_attention(const Ops&, const Attention&, const void* x, Dtype dtype, int64_t num_tokens, const void* cos, const void* sin,
+                   const Cache&, void* out, bool exact, int num_threads);
 
 // What of a decoder layer comes before its experts: norm, attention, residual, norm, router (softmax, then the largest).
 struct Layer {
   const void *norm, *post_norm;  // [hidden] of norm_dtype
   Dtype norm_dtype;
   float eps;
+  bool rounds_first;  // as in run_rms_norm
   Attention attention;
   Weight router;       // bf16 [experts, hidden]
   Weight shared_gate;  // bf16 [1, hidden], address 0 where there is none
   int64_t top_k;
   bool normalize;  // the chosen experts' weights add up to 1
+  float scale;           // of these weights
+  float residual_scale;  // of what attention adds: fma(residual_scale, attended, x)
 };
 
-// As run_attention, for x bf16 [hidden]: the residual stream after attention to `residual`, the experts' input to `normed` (both
-// bf16 [hidden]), the chosen experts to `chosen`, likeliest first, and their weights to `weights`, fp32 [top_k]. Returns the shared
-// expert's factor (1 without a shared gate).
-float run_layer(const Ops&, const Layer&, const void* x, const void* cos, const void* sin, void* keys, void* values, int64_t length,
-                int64_t room, void* residual, void* normed, int64_t* chosen, float* weights, bool exact, int num_threads);
+// What run_layer writes of each token; bf16 but for fp32 weights and factors.
+struct LayerOut {
+  void *residual, *normed;  // [num_tokens, hidden]: the residual stream after attention, and the experts' input
+  int64_t* chosen;          // [num_tokens, top_k], likeliest first
+  float *weights, *factors;  // [num_tokens, top_k], and [num_tokens]: the shared expert's, 1 without a shared gate
+};
 
-// What comes after: out bf16 [n] = residual + the sum of weights[j] * rows[j] + factor * shared (null: without), in this order.
-void run_layer_end(const Ops&, const void* residual, const float* rows, const float* weights, int64_t num_rows, const void* shared,
-                   float factor, int64_t n, void* out);
+// As run_attention, for x bf16 [num_tokens, hidden].
+void run_layer(const Ops&, const Layer&, const void* x, int64_t num_tokens, const void* cos, const void* sin, const Cache&,
+               const LayerOut&, bool exact, int num_threads);
+
+// What comes after: y = the weighted sum of a token's rows [num_rows] (Ops::combine), y = fma(factor, shared, y) unless shared is null,
+// out bf16 [num_tokens, n] = fma(residual_scale, y, residual), rounded once more.
+void run_layer_end(const Ops&, const void* residual, const float* rows, const float* weights, int64_t num_tokens, int64_t num_rows,
+                   const void* shared, const float* factors, float residual_scale, int64_t n, void* out, int num_threads);
 
 }  // namespace fate

@@ -89,9 +89,26 @@ uint64_t read_memory(uintptr_t address, int64_t num_bytes, int num_threads) {
   return read_all(reinterpret_cast<const void*>(address), num_bytes, num_threads);
 }
 
-void rms_norm(uintptr_t x, int dtype, int64_t num_tokens, int64_t n, uintptr_t weight, int weight_dtype, float eps, uintptr_t out) {
+void rms_norm(uintptr_t x, int dtype, int64_t num_tokens, int64_t n, uintptr_t weight, int weight_dtype, float eps, bool rounds_first,
+              uintptr_t out, int num_threads) {
+  const nb::gil_scoped_release release;
   run_rms_norm(*chosen, reinterpret_cast<const void*>(x), Dtype(dtype), num_tokens, n, reinterpret_cast<const void*>(weight),
-               Dtype(weight_dtype), eps, reinterpret_cast<void*>(out));
+               Dtype(weight_dtype), eps, rounds_first, reinterpret_cast<void*>(out), num_threads);
+}
+
+std::vector<int64_t> route(uintptr_t logits, int64_t num_experts, int64_t top_k, bool normalize, float scale, uintptr_t weights) {
+  std::vector<int64_t> experts(static_cast<size_t>(top_k));
+  run_route(*chosen, reinterpret_cast<float*>(logits), num_experts, top_k, normalize, scale, experts.data(), reinterpret_cast<float*>(weights));
+  return experts;
+}
+
+// Steps one by one, for tests: in place.
+void turn(uintptr_t head, int64_t n, uintptr_t cos, uintptr_t sin) {
+  chosen->steps->turn(reinterpret_cast<float*>(head), n, reinterpret_cast<const float*>(cos), reinterpret_cast<const float*>(sin));
+}
+
+void sigmoids(uintptr_t x, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) reinterpret_cast<float*>(x)[i] = chosen->steps->sigmoid(reinterpret_cast<float*>(x)[i]);
 }
 
 void mlp(const Mlp& of, uintptr_t x, int dtype, int64_t num_tokens, uintptr_t out, bool exact, int num_threads) {
@@ -99,31 +116,52 @@ void mlp(const Mlp& of, uintptr_t x, int dtype, int64_t num_tokens, uintptr_t ou
   run_mlp(*chosen, of, reinterpret_cast<const void*>(x), Dtype(dtype), num_tokens, reinterpret_cast<void*>(out), exact, num_threads);
 }
 
-void attention(const Attention& of, uintptr_t x, int dtype, uintptr_t cos, uintptr_t sin, uintptr_t keys, uintptr_t values,
-               int64_t length, int64_t room, uintptr_t out, bool exact, int num_threads) {
-  const nb::gil_scoped_release release;
-  run_attention(*chosen, of, reinterpret_cast<const void*>(x), Dtype(dtype), reinterpret_cast<const void*>(cos),
-                reinterpret_cast<const void*>(sin), reinterpret_cast<void*>(keys), reinterpret_cast<void*>(values), length, room,
-                reinterpret_cast<void*>(out), exact, num_threads);
+Cache cache_of(uintptr_t keys, uintptr_t values, int64_t length, int64_t room) {
+  return {reinterpret_cast<void*>(keys), reinterpret_cast<void*>(values), length, room};
 }
 
-std::pair<std::vector<int64_t>, float> layer(const Layer& of, uintptr_t x, uintptr_t cos, uintptr_t sin, uintptr_t keys,
-                                             uintptr_t values, int64_t length, int64_t room, uintptr_t residual, uintptr_t normed,
-                                             uintptr_t weights, bool exact, int num_threads) {
-  std::vector<int64_t> experts(size_t(of.top_k));
+void attention(const Attention& of, uintptr_t x, int dtype, int64_t num_tokens, uintptr_t cos, uintptr_t sin, uintptr_t keys,
+               uintptr_t values, int64_t length, int64_t room, uintptr_t out, bool exact, int num_threads) {
   const nb::gil_scoped_release release;
-  const float factor =
-      run_layer(*chosen, of, reinterpret_cast<const void*>(x), reinterpret_cast<const void*>(cos), reinterpret_cast<const void*>(sin),
-                reinterpret_cast<void*>(keys), reinterpret_cast<void*>(values), length, room, reinterpret_cast<void*>(residual),
-                reinterpret_cast<void*>(normed), experts.data(), reinterpret_cast<float*>(weights), exact, num_threads);
-  return {std::move(experts), factor};
+  run_attention(*chosen, of, reinterpret_cast<const void*>(x), Dtype(dtype), num_tokens, reinterpret_cast<const void*>(cos),
+                reinterpret_cast<const void*>(sin), cache_of(keys, values, length, room), reinterpret_cast<void*>(out), exact, num_threads);
 }
 
-void layer_end(uintptr_t residual, uintptr_t rows, uintptr_t weights, int64_t num_rows, uintptr_t shared, float factor, int64_t n,
-               uintptr_t out) {
+// Attention alone, for tests and benchmarks: queries and out fp32 [num_tokens, heads, dim] of one head of keys and values [length, dim].
+void attend(uintptr_t queries, int64_t num_tokens, int64_t heads, int64_t dim, uintptr_t keys, uintptr_t values, int64_t length,
+            float scaling, int64_t window, float cap, uintptr_t sinks, uintptr_t out) {
+  const nb::gil_scoped_release release;
+  std::vector<float> scratch(static_cast<size_t>(attend_floats(num_tokens * heads, dim)));
+  Queries of = {};
+  of.q = reinterpret_cast<const float*>(queries), of.out = reinterpret_cast<float*>(out);
+  of.stride = heads * dim, of.num_tokens = num_tokens, of.heads = heads, of.dim = dim, of.first = length - num_tokens;
+  of.window = window, of.scaling = scaling, of.cap = cap, of.sinks = reinterpret_cast<const float*>(sinks);
+  of.keys = reinterpret_cast<const uint16_t*>(keys), of.values = reinterpret_cast<const uint16_t*>(values), of.scratch = scratch.data();
+  chosen->steps->attend(of);
+}
+
+// Of a single token the chosen experts are returned as well.
+std::vector<int64_t> layer(const Layer& of, uintptr_t x, int64_t num_tokens, uintptr_t cos, uintptr_t sin, uintptr_t keys,
+                           uintptr_t values, int64_t length, int64_t room, uintptr_t residual, uintptr_t normed, uintptr_t experts,
+                           uintptr_t weights, uintptr_t factors, bool exact, int num_threads) {
+  std::vector<int64_t> of_one;
+  {
+    const nb::gil_scoped_release release;
+    const LayerOut out = {reinterpret_cast<void*>(residual), reinterpret_cast<void*>(normed), reinterpret_cast<int64_t*>(experts),
+                          reinterpret_cast<float*>(weights), reinterpret_cast<float*>(factors)};
+    run_layer(*chosen, of, reinterpret_cast<const void*>(x), num_tokens, reinterpret_cast<const void*>(cos),
+              reinterpret_cast<const void*>(sin), cache_of(keys, values, length, room), out, exact, num_threads);
+    if (num_tokens == 1) of_one.assign(out.chosen, out.chosen + of.top_k);
+  }
+  return of_one;
+}
+
+void layer_end(uintptr_t residual, uintptr_t rows, uintptr_t weights, int64_t num_tokens, int64_t num_rows, uintptr_t shared,
+               uintptr_t factors, float residual_scale, int64_t n, uintptr_t out, int num_threads) {
+  const nb::gil_scoped_release release;
   run_layer_end(*chosen, reinterpret_cast<const void*>(residual), reinterpret_cast<const float*>(rows),
-                reinterpret_cast<const float*>(weights), num_rows, reinterpret_cast<const void*>(shared), factor, n,
-                reinterpret_cast<void*>(out));
+                reinterpret_cast<const float*>(weights), num_tokens, num_rows, reinterpret_cast<const void*>(shared),
+                reinterpret_cast<const float*>(factors), residual_scale, n, reinterpret_cast<void*>(out), num_threads);
 }
 
 // The arrays in statistics.h's order, without those of the evidence where there is none.
@@ -145,22 +183,32 @@ void bind_layers(nb::module_& m) {
     return Mlp{gate, up, down, how};
   });
   nb::class_<Attention>(m, "Attention")
-      .def_static("make", [](const Weight& q, const Weight& k, const Weight& v, const Weight& o, int64_t heads, int64_t kv_heads,
-                             int64_t dim, float scaling, uintptr_t q_norm, uintptr_t k_norm, int norm_dtype, float eps) {
-        return Attention{q, k, v, o, heads, kv_heads, dim, scaling, reinterpret_cast<const void*>(q_norm),
-                         reinterpret_cast<const void*>(k_norm), Dtype(norm_dtype), eps};
-      });
+      .def_static(
+          "make",
+          [](const Weight& q, const Weight& k, const Weight& v, const Weight& o, int64_t heads, int64_t kv_heads, int64_t dim,
+             int64_t rotary_dim, float scaling, uintptr_t q_norm, uintptr_t k_norm, int norm_dtype, float eps, bool norm_over_heads,
+             float clip, int64_t window) {
+            return Attention{q, k, v, o, heads, kv_heads, dim, rotary_dim, scaling, reinterpret_cast<const void*>(q_norm),
+                             reinterpret_cast<const void*>(k_norm), Dtype(norm_dtype), eps, norm_over_heads, clip, window};
+          },
+          nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("o"), nb::arg("heads"), nb::arg("kv_heads"), nb::arg("dim"),
+          nb::arg("rotary_dim"), nb::arg("scaling"), nb::arg("q_norm") = 0, nb::arg("k_norm") = 0, nb::arg("norm_dtype") = 0,
+          nb::arg("eps") = 0.0f, nb::arg("norm_over_heads") = false, nb::arg("clip") = 0.0f, nb::arg("window") = 0);
   nb::class_<Layer>(m, "Layer")
-      .def_static("make", [](uintptr_t norm, uintptr_t post_norm, int norm_dtype, float eps, const Attention& attention,
-                             const Weight& router, const Weight& shared_gate, int64_t top_k, bool normalize) {
-        return Layer{reinterpret_cast<const void*>(norm), reinterpret_cast<const void*>(post_norm), Dtype(norm_dtype), eps, attention,
-                     router, shared_gate, top_k, normalize};
+      .def_static("make", [](uintptr_t norm, uintptr_t post_norm, int norm_dtype, float eps, bool rounds_first,
+                             const Attention& attention, const Weight& router, const Weight& shared_gate, int64_t top_k, bool normalize, float scale, float residual_scale) {
+        return Layer{reinterpret_cast<const void*>(norm), reinterpret_cast<const void*>(post_norm), Dtype(norm_dtype), eps, rounds_first, attention,
+                     router, shared_gate, top_k, normalize, scale, residual_scale};
       });
   m.def("layer", &layer);
   m.def("layer_end", &layer_end);
   m.def("rms_norm", &rms_norm);
+  m.def("route", &route);
+  m.def("turn", &turn);
+  m.def("sigmoid", &sigmoids);
   m.def("mlp", &mlp);
   m.def("attention", &attention);
+  m.def("attend", &attend);
 }
 
 }  // namespace

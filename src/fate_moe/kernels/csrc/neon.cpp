@@ -272,7 +272,7 @@ inline void expand_codes(const Matrix& m, int64_t at, const Codes<G>& codes, int
   for (int64_t i = 0; i < n * G; ++i) out[i] = round_to_bf16(values[i]);
 }
 
-const Ops kOps = {FATE_NEON_NAME, product, quantize, sum_groups, apply, expand, to_float, from_float, combine};
+const Ops kOps = {FATE_NEON_NAME, product, quantize, sum_groups, apply, expand, to_float, from_float, combine, &kNeonSteps};
 
 }  // namespace
 

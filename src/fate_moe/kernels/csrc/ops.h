@@ -1,8 +1,10 @@
 // What every instruction set implements: products of quantized rows with a few tokens, and the small loops around them.
-// The plain torch twin of each function is in kernels/reference.py and defines it.
+// The plain torch twin of each function is in kernels/reference.py or kernels/elementary.py and defines it.
 #pragma once
 #include <cstdint>
 #include <type_traits>
+
+#include "steps.h"
 
 // Before loops over registers: compilers keep arrays of them in registers only where such loops are unrolled early.
 #if defined(__clang__)
@@ -91,8 +93,9 @@ struct Ops {
   void (*expand)(const Matrix&, int64_t begin, int64_t end, void* out, Dtype dtype);
   void (*to_float)(const void* in, Dtype dtype, int64_t n, float* out);
   void (*from_float)(const float* in, int64_t n, void* out, Dtype dtype);
-  // out[i] = sum over j (in order) of weights[j] * rows[j * n + i].
+  // out[i] = 0, then fma(weights[j], rows[j * n + i], out[i]) for each j in order.
   void (*combine)(const float* rows, const float* weights, int64_t num_rows, int64_t n, float* out);
+  const Steps* steps;
   const Many* many;  // null where rows of tokens go through `product`, four at a time
 };
 

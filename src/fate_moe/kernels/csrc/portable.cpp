@@ -121,7 +121,7 @@ inline void expand_codes(const Matrix& m, int64_t at, const Codes<G>& codes, int
   for (int i = 0; i < G; ++i) out[i] = round_to_bf16(values[i]);
 }
 
-const Ops kOps = {"portable", product, quantize, sum_groups, apply, expand, to_float, from_float, combine};
+const Ops kOps = {"portable", product, quantize, sum_groups, apply, expand, to_float, from_float, combine, &kPortableSteps};
 
 }  // namespace
 

@@ -34,7 +34,7 @@ inline void pause() {
 // (2 vCPU of a Xeon, INT4, tasks of 96 KiB). A thread that has finished its run takes tasks from the others' runs.
 class Phases {
  public:
-  static constexpr int kMost = 8, kMostRuns = 16;
+  static constexpr int kMost = 11, kMostRuns = 16;
 
   explicit Phases(int num_threads) : runs_(num_threads < 1 ? 1 : num_threads > kMostRuns ? kMostRuns : num_threads) {}
 

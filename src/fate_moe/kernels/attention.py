@@ -1,0 +1,75 @@
+"""Attention of query rows over a KV cache, to the bit: a row's result depends on its own position and on keys and values up to it,
+not on how many rows are computed together or how a prompt was cut. In C++: ``csrc/attend.inc``."""
+
+from __future__ import annotations
+
+import torch
+
+from fate_moe.kernels.elementary import exponential, fused, sum_of_lanes
+
+__all__ = ["POSITIONS", "attend", "soften"]
+
+POSITIONS = 64  # of a block; blocks begin at multiples of it
+
+
+def attend(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    scaling: float,
+    window: int | None = None,
+    cap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """fp32 [T, heads, d] of ``queries`` fp32 [T, heads, d], the last T positions of ``keys`` and ``values`` bf16 [S, kv heads, d].
+
+    A row sees positions up to its own, with a ``window`` only so many. Positions go in blocks of 64, ascending. In a block::
+
+        s_j = scaling * (q . k_j), where the product is fma(q_c, k_jc, .) over channels c, ascending, from 0
+        m' = max(m, all s_j), passing over NaN;  f = exponential(m - m');  p_j = exponential(s_j - m')
+        l = fma(l, f, P), where lane i of 16 adds p_i, p_i+16, p_i+32, p_i+48 and P adds the lanes (``sum_of_lanes``)
+        o_c = o_c * f, then fma(p_j, v_jc, o_c) over the visible positions j, ascending
+
+    and the result is o / l. At first m is -infinity, l and o are 0; with ``sinks`` fp32 [heads] m is the head's sink and l is 1.
+    With a ``cap`` s_j becomes ``soften(s_j, cap)``.
+    """
+    num_tokens, heads, _ = queries.shape
+    group = heads // keys.shape[1]
+    keys, values = (states.float().repeat_interleave(group, 1).transpose(0, 1) for states in (keys, values))  # [heads, S, d]
+    first = keys.shape[1] - num_tokens
+    most = torch.full((num_tokens, heads), -torch.inf) if sinks is None else sinks.float().expand(num_tokens, heads)
+    total = torch.full((num_tokens, heads), 0.0 if sinks is None else 1.0)
+    out = torch.zeros_like(queries)
+    row_at = torch.arange(first, first + num_tokens).view(-1, 1, 1)
+    for begin in range(0, keys.shape[1], POSITIONS):
+        block = slice(begin, begin + POSITIONS)
+        at = torch.arange(begin, min(begin + POSITIONS, keys.shape[1]))
+        seen = (at <= row_at) & (at > row_at - (window or keys.shape[1]))  # [T, 1, n]
+        scores = torch.zeros(num_tokens, heads, len(at))
+        for channel in range(queries.shape[2]):
+            scores = fused(queries[:, :, channel : channel + 1], keys[:, block, channel], scores)
+        scores = scores * scaling
+        if cap:
+            scores = soften(scores, cap)
+        largest = torch.where(seen & ~scores.isnan(), scores, -torch.inf).amax(-1)
+        new_most = torch.where(largest > most, largest, most)
+        factor = exponential(most - new_most)
+        weights = torch.where(seen, exponential(scores - new_most.unsqueeze(-1)), 0.0)
+        lanes = torch.nn.functional.pad(weights, (0, POSITIONS - len(at))).view(num_tokens, heads, POSITIONS // 16, 16)
+        added = lanes[:, :, 0] + lanes[:, :, 1] + lanes[:, :, 2] + lanes[:, :, 3]
+        sums = out * factor.unsqueeze(-1)
+        for j in range(len(at)):
+            next_sums = fused(weights[:, :, j : j + 1], values[:, begin + j], sums)
+            sums = torch.where(seen[:, :, j : j + 1], next_sums, sums)
+        visited = seen.any(-1)  # [T, 1]
+        total = torch.where(visited, fused(total, factor, sum_of_lanes(added)), total)
+        most = torch.where(visited, new_most, most)
+        out = torch.where(visited.unsqueeze(-1), sums, out)
+    return out / total.unsqueeze(-1)
+
+
+def soften(scores: torch.Tensor, cap: float) -> torch.Tensor:
+    """cap * tanh(s / cap) with tanh(u) = 1 - 2 / (1 + e^(2u))."""
+    raised = 1 + exponential(2 * (scores / cap))
+    return cap * (1 - torch.full_like(raised, 2) / raised)

@@ -1,0 +1,156 @@
+// Attention in phases, for what calls it alone and for what runs a whole layer.
+#pragma once
+#include <cmath>
+
+#include "layers.h"
+#include "operand.h"
+#include "threads.h"
+
+namespace fate {
+
+class Attending {
+ public:
+  // Sizes everything, for up to kPass tokens.
+  Attending(const Ops& ops, const Attention& a, int64_t num_tokens, const Cache& cache, bool exact, int num_threads)
+      : ops_(ops), a_(a), cache_(cache), own_(own()), num_tokens_(num_tokens) {
+    const Matrix made[] = {a.q.matrix(), a.k.matrix(), a.v.matrix()};
+    bool kept = false;
+    int quantized = 0;
+    for (int i = 2; i >= 0; --i) {
+      matrices_[i] = made[i];
+      kept = kept || made[i].kind == Kind::kBf16;
+      if (made[i].kind != Kind::kBf16) quantized = i;
+    }
+    last_ = a.o.matrix();
+    own_.tokens.resize(ops, num_tokens, made[quantized].kind, made[quantized].cols, made[quantized].group, exact, kept);
+    own_.attended.resize(ops, num_tokens, last_.kind, last_.cols, last_.group, exact, true);
+    for (int i = 0; i < 3; ++i) cut(tasks_, i, matrices_[i]);
+    cut(last_tasks_, 0, last_);
+    const int64_t group = a.heads / a.kv_heads;
+    width_ = (a.heads + 2 * a.kv_heads) * a.dim;
+    const int64_t norms = a.norm_over_heads ? (a.heads + a.kv_heads) * a.dim : 2 * a.dim;
+    rows_ = own_.floats.of<float>(num_tokens * (width_ + last_.rows + 2 * a.rotary_dim) + norms);
+    result_ = rows_ + num_tokens * width_, angles_ = result_ + num_tokens * last_.rows, norms_ = angles_ + num_tokens * 2 * a.rotary_dim;
+    // Rows enough to share what is read of a block, and tasks enough for all threads.
+    tokens_of_task_ = std::max<int64_t>(1, kRowsOfTask / group);
+    heads_of_task_ = group;
+    if (num_tokens == 1 && a.kv_heads < num_threads) heads_of_task_ = std::max<int64_t>(1, group * a.kv_heads / num_threads);
+  }
+
+  float* x(int64_t t) const { return own_.tokens.x(t); }  // [q.cols]
+  float* result(int64_t t) const { return result_ + t * last_.rows; }  // [o.rows]
+  int64_t size() const { return last_.rows; }
+
+  // After token t's x is written: the rest of phase 0. cos and sin are all tokens'.
+  void begin(int64_t t, const void* cos, const void* sin, Dtype dtype) const {
+    const int64_t n = a_.rotary_dim;
+    own_.tokens.finish(ops_, t);
+    ops_.to_float(at(cos, dtype, t * n), dtype, n, angles_ + 2 * t * n);
+    ops_.to_float(at(sin, dtype, t * n), dtype, n, angles_ + (2 * t + 1) * n);
+    if (t || !a_.q_norm) return;
+    const int64_t of_queries = a_.norm_over_heads ? a_.heads * a_.dim : a_.dim, of_keys = a_.norm_over_heads ? a_.kv_heads * a_.dim : a_.dim;
+    ops_.to_float(a_.q_norm, a_.norm_dtype, of_queries, norms_);
+    ops_.to_float(a_.k_norm, a_.norm_dtype, of_keys, norms_ + of_queries);
+  }
+
+  // Phases 1 to 7; calls `done(begin, end)` for rows of all tokens' results that are written.
+  template <class Done>
+  void run(Phases& phases, Done done) const {
+    phases.each(1, own_.tokens.tiles(), [&](int64_t i) { own_.tokens.pack(ops_, i); });
+    phases.each(2, int64_t(tasks_.size()), [&](int64_t i) {
+      const Rows& task = tasks_[i];
+      own_.tokens.multiply(ops_, matrices_[task.expert], task.begin, task.end, rows_ + first_of(task.expert), width_);
+    });
+    if (a_.norm_over_heads)
+      phases.each(3, num_tokens_, [&](int64_t t) { place(t, 0, a_.kv_heads); });
+    else
+      phases.each(3, num_tokens_ * a_.kv_heads, [&](int64_t i) { place(i / a_.kv_heads, i % a_.kv_heads, i % a_.kv_heads + 1); });
+    const int64_t group = a_.heads / a_.kv_heads, pieces = (group + heads_of_task_ - 1) / heads_of_task_;
+    const int64_t parts = (num_tokens_ + tokens_of_task_ - 1) / tokens_of_task_;
+    phases.each(4, a_.kv_heads * pieces * parts, [&](int64_t i) {
+      const int64_t head = i / (pieces * parts), piece = i / parts % pieces, part = i % parts;
+      attend(head, piece * heads_of_task_, std::min(group, (piece + 1) * heads_of_task_), part * tokens_of_task_,
+             std::min(num_tokens_, (part + 1) * tokens_of_task_));
+    });
+    phases.each(5, num_tokens_, [&](int64_t t) {
+      if (num_tokens_ > 1) std::copy_n(rows_ + t * width_, a_.heads * a_.dim, own_.attended.x(t));
+      own_.attended.finish(ops_, t);
+    });
+    phases.each(6, own_.attended.tiles(), [&](int64_t i) { own_.attended.pack(ops_, i); });
+    phases.each(7, int64_t(last_tasks_.size()), [&](int64_t i) {
+      own_.attended.multiply(ops_, last_, last_tasks_[i].begin, last_tasks_[i].end, result_, last_.rows);
+      done(last_tasks_[i].begin, last_tasks_[i].end);
+    });
+    own_.tokens.end(ops_), own_.attended.end(ops_);
+  }
+
+ private:
+  static constexpr int64_t kRowsOfTask = 96;
+
+  // The calling thread's own, from call to call.
+  struct Own {
+    Operand tokens, attended;
+    Scratch floats;
+  };
+  static Own& own() {
+    static thread_local Own of_thread;
+    return of_thread;
+  }
+
+  int64_t first_of(int64_t which) const { return (which == 0 ? 0 : which == 1 ? a_.heads : a_.heads + a_.kv_heads) * a_.dim; }
+
+  void clip(float* x, int64_t n) const {
+    for (int64_t i = 0; i < n; ++i) x[i] = x[i] > a_.clip ? a_.clip : x[i] < -a_.clip ? -a_.clip : x[i];
+  }
+
+  // Heads [begin, end) of keys and values of token t, with their queries: normalized, turned, and in the cache.
+  void place(int64_t t, int64_t begin, int64_t end) const {
+    const int64_t dim = a_.dim, group = a_.heads / a_.kv_heads, turned = a_.rotary_dim;
+    float *const query = rows_ + t * width_, *const key = query + first_of(1), *const value = query + first_of(2);
+    const float* const key_norm = norms_ + (a_.norm_over_heads ? a_.heads * dim : dim);
+    if (a_.norm_over_heads && a_.q_norm) {
+      ops_.steps->normalize(query, norms_, a_.heads * dim, a_.eps, false, query);
+      ops_.steps->normalize(key, key_norm, a_.kv_heads * dim, a_.eps, false, key);
+    }
+    const auto finish = [&](float* head, const float* norm) {
+      if (a_.clip != 0.0f) clip(head, dim);
+      if (norm) ops_.steps->normalize(head, norm, dim, a_.eps, false, head);
+      if (turned) ops_.steps->turn(head, turned, angles_ + 2 * t * turned, angles_ + (2 * t + 1) * turned);
+    };
+    const bool by_head = a_.q_norm && !a_.norm_over_heads;
+    for (int64_t h = begin; h < end; ++h) {
+      for (int64_t i = h * group; i < (h + 1) * group; ++i) finish(query + i * dim, by_head ? norms_ : nullptr);
+      finish(key + h * dim, by_head ? key_norm : nullptr);
+      if (a_.clip != 0.0f) clip(value + h * dim, dim);
+      const int64_t to = (h * cache_.room + cache_.length + t) * dim;
+      ops_.from_float(key + h * dim, dim, at(cache_.keys, Dtype::kBf16, to), Dtype::kBf16);
+      ops_.from_float(value + h * dim, dim, at(cache_.values, Dtype::kBf16, to), Dtype::kBf16);
+    }
+  }
+
+  // Tokens [begin, end) of query heads [first, last) of a key head: results in place of the queries, of one token where it is read next.
+  void attend(int64_t key_head, int64_t first, int64_t last, int64_t begin, int64_t end) const {
+    static thread_local Scratch scratch;
+    const int64_t dim = a_.dim, head = key_head * (a_.heads / a_.kv_heads) + first, from = key_head * cache_.room * dim;
+    float* const q = rows_ + begin * width_ + head * dim;
+    Queries of = {};
+    of.q = q, of.out = num_tokens_ > 1 ? q : own_.attended.x(0) + head * dim;
+    of.stride = width_, of.num_tokens = end - begin, of.heads = last - first, of.dim = dim, of.first = cache_.length + begin;
+    of.window = a_.window, of.scaling = a_.scaling;
+    of.keys = static_cast<const uint16_t*>(at(cache_.keys, Dtype::kBf16, from));
+    of.values = static_cast<const uint16_t*>(at(cache_.values, Dtype::kBf16, from));
+    of.scratch = scratch.of<float>(attend_floats(of.num_tokens * of.heads, dim));
+    ops_.steps->attend(of);
+  }
+
+  const Ops& ops_;
+  const Attention& a_;
+  const Cache cache_;
+  Own& own_;
+  int64_t num_tokens_, width_, tokens_of_task_, heads_of_task_;
+  Matrix matrices_[3], last_;
+  std::vector<Rows> tasks_, last_tasks_;
+  float *rows_, *result_, *angles_, *norms_;
+};
+
+}  // namespace fate

@@ -1,0 +1,179 @@
+// Sixteen numbers side by side in the registers of the instruction set that the including source is compiled for. `at_once(R)`: how
+// many of them R rows keep in registers beside what they are multiplied with.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#include "ops.h"
+
+#if defined(FATE_PLAIN_LANES)
+#elif defined(__AVX512F__)
+#include "transpose512.h"
+#elif defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace fate {
+namespace {
+
+#if defined(__AVX512F__) && !defined(FATE_PLAIN_LANES)
+
+struct Lanes {
+  __m512 v;
+};
+constexpr int at_once(int) { return 4; }  // of 6 rows: 24 of 32 registers
+inline Lanes all(float x) { return {_mm512_set1_ps(x)}; }
+inline Lanes load(const float* from) { return {_mm512_loadu_ps(from)}; }
+inline void store(float* to, Lanes a) { _mm512_storeu_ps(to, a.v); }
+inline Lanes fma(Lanes a, Lanes b, Lanes c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline Lanes operator*(Lanes a, Lanes b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Lanes operator+(Lanes a, Lanes b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Lanes operator/(Lanes a, Lanes b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline Lanes larger(Lanes a, Lanes b) { return {_mm512_max_ps(a.v, b.v)}; }  // a > b ? a : b
+inline Lanes load_bf16(const uint16_t* from) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
+}
+
+// Channels [0, 32) of up to 16 keys: channel c of key i to out[c * step + i].
+constexpr int64_t kTurned = 32;
+inline void turn_keys(const uint16_t* keys, int64_t stride, int64_t count, float* out, int64_t step) {
+  __m512i rows[16];
+  FATE_UNROLL16
+  for (int64_t i = 0; i < 16; ++i) rows[i] = i < count ? _mm512_loadu_si512(keys + i * stride) : _mm512_setzero_si512();
+  transpose(rows);
+  FATE_UNROLL16
+  for (int64_t i = 0; i < 16; ++i) {
+    _mm512_storeu_si512(out + 2 * i * step, _mm512_slli_epi32(rows[i], 16));
+    _mm512_storeu_si512(out + (2 * i + 1) * step, _mm512_and_si512(rows[i], _mm512_set1_epi32(int(0xffff0000))));
+  }
+}
+
+#elif defined(__AVX2__) && !defined(FATE_PLAIN_LANES)
+
+struct Lanes {
+  __m256 low, high;
+};
+constexpr int at_once(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }  // of 6 rows: 12 of 16 registers
+inline Lanes all(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+inline Lanes load(const float* from) { return {_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)}; }
+inline void store(float* to, Lanes a) { _mm256_storeu_ps(to, a.low), _mm256_storeu_ps(to + 8, a.high); }
+inline Lanes fma(Lanes a, Lanes b, Lanes c) { return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)}; }
+inline Lanes operator*(Lanes a, Lanes b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
+inline Lanes operator+(Lanes a, Lanes b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
+inline Lanes operator/(Lanes a, Lanes b) { return {_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high)}; }
+inline Lanes larger(Lanes a, Lanes b) { return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)}; }
+inline Lanes load_bf16(const uint16_t* from) {
+  const auto half = [](const uint16_t* eight) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(eight)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+  };
+  return {half(from), half(from + 8)};
+}
+
+constexpr int64_t kTurned = 16;
+inline void turn_keys(const uint16_t* keys, int64_t stride, int64_t count, float* out, int64_t step) {
+  for (int64_t first = 0; first < 16; first += 8, out += 8) {
+    __m256i a[8], b[8];
+    const auto row = [&](int64_t i) {
+      const uint16_t* const from = keys + (first + i) * stride;
+      return first + i < count ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)) : _mm256_setzero_si256();
+    };
+    FATE_UNROLL
+    for (int64_t i = 0; i < 8; i += 2) {
+      const __m256i even = row(i), odd = row(i + 1);
+      a[i] = _mm256_unpacklo_epi32(even, odd), a[i + 1] = _mm256_unpackhi_epi32(even, odd);
+    }
+    FATE_UNROLL
+    for (int64_t i = 0; i < 8; i += 4) {  // lane l of b[i + c]: keys i .. i + 3, pair 4l + c
+      b[i] = _mm256_unpacklo_epi64(a[i], a[i + 2]), b[i + 1] = _mm256_unpackhi_epi64(a[i], a[i + 2]);
+      b[i + 2] = _mm256_unpacklo_epi64(a[i + 1], a[i + 3]), b[i + 3] = _mm256_unpackhi_epi64(a[i + 1], a[i + 3]);
+    }
+    FATE_UNROLL
+    for (int64_t i = 0; i < 8; ++i) {
+      const __m256i pair = _mm256_permute2x128_si256(b[i % 4], b[4 + i % 4], 0x20), pair2 = _mm256_permute2x128_si256(b[i % 4], b[4 + i % 4], 0x31);
+      const __m256i turned = i < 4 ? pair : pair2;
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 2 * i * step), _mm256_slli_epi32(turned, 16));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + (2 * i + 1) * step), _mm256_and_si256(turned, _mm256_set1_epi32(int(0xffff0000))));
+    }
+  }
+}
+
+#elif defined(__aarch64__) && !defined(FATE_PLAIN_LANES)
+
+struct Lanes {
+  float32x4_t v[4];
+};
+template <class Make>
+FATE_INLINE Lanes each(Make make) {
+  return {{make(0), make(1), make(2), make(3)}};
+}
+constexpr int at_once(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }  // of 6 rows: 24 of 32 registers
+inline Lanes all(float x) { return each([&](int) { return vdupq_n_f32(x); }); }
+inline Lanes load(const float* from) { return each([&](int i) { return vld1q_f32(from + 4 * i); }); }
+inline void store(float* to, Lanes a) {
+  for (int i = 0; i < 4; ++i) vst1q_f32(to + 4 * i, a.v[i]);
+}
+inline Lanes fma(Lanes a, Lanes b, Lanes c) { return each([&](int i) { return vfmaq_f32(c.v[i], a.v[i], b.v[i]); }); }
+inline Lanes operator*(Lanes a, Lanes b) { return each([&](int i) { return vmulq_f32(a.v[i], b.v[i]); }); }
+inline Lanes operator+(Lanes a, Lanes b) { return each([&](int i) { return vaddq_f32(a.v[i], b.v[i]); }); }
+inline Lanes operator/(Lanes a, Lanes b) { return each([&](int i) { return vdivq_f32(a.v[i], b.v[i]); }); }
+inline Lanes larger(Lanes a, Lanes b) { return each([&](int i) { return vbslq_f32(vcgtq_f32(a.v[i], b.v[i]), a.v[i], b.v[i]); }); }
+inline Lanes load_bf16(const uint16_t* from) {
+  return each([&](int i) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(from + 4 * i), 16)); });
+}
+
+constexpr int64_t kTurned = 8;
+inline void turn_keys(const uint16_t* keys, int64_t stride, int64_t count, float* out, int64_t step) {
+  for (int64_t first = 0; first < 16; first += 4, out += 4) {
+    const auto row = [&](int64_t i) { return first + i < count ? vreinterpretq_u32_u16(vld1q_u16(keys + (first + i) * stride)) : vdupq_n_u32(0); };
+    const uint32x4x2_t a = vtrnq_u32(row(0), row(1)), b = vtrnq_u32(row(2), row(3));
+    const uint32x4_t turned[4] = {
+        vcombine_u32(vget_low_u32(a.val[0]), vget_low_u32(b.val[0])), vcombine_u32(vget_low_u32(a.val[1]), vget_low_u32(b.val[1])),
+        vcombine_u32(vget_high_u32(a.val[0]), vget_high_u32(b.val[0])), vcombine_u32(vget_high_u32(a.val[1]), vget_high_u32(b.val[1]))};
+    for (int64_t i = 0; i < 4; ++i) {
+      vst1q_f32(out + 2 * i * step, vreinterpretq_f32_u32(vshlq_n_u32(turned[i], 16)));
+      vst1q_f32(out + (2 * i + 1) * step, vreinterpretq_f32_u32(vandq_u32(turned[i], vdupq_n_u32(0xffff0000))));
+    }
+  }
+}
+
+#else
+
+struct Lanes {
+  float v[16];
+};
+template <class Make>
+FATE_INLINE Lanes each(Make make) {
+  Lanes lanes;
+  for (int i = 0; i < 16; ++i) lanes.v[i] = make(i);
+  return lanes;
+}
+inline float wide(uint16_t bits) {
+  const uint32_t shifted = uint32_t(bits) << 16;
+  float value;
+  std::memcpy(&value, &shifted, 4);
+  return value;
+}
+constexpr int at_once(int) { return 1; }
+inline Lanes all(float x) { return each([&](int) { return x; }); }
+inline Lanes load(const float* from) { return each([&](int i) { return from[i]; }); }
+inline void store(float* to, Lanes a) { std::memcpy(to, a.v, sizeof a.v); }
+inline Lanes fma(Lanes a, Lanes b, Lanes c) { return each([&](int i) { return __builtin_fmaf(a.v[i], b.v[i], c.v[i]); }); }
+inline Lanes operator*(Lanes a, Lanes b) { return each([&](int i) { return a.v[i] * b.v[i]; }); }
+inline Lanes operator+(Lanes a, Lanes b) { return each([&](int i) { return a.v[i] + b.v[i]; }); }
+inline Lanes operator/(Lanes a, Lanes b) { return each([&](int i) { return a.v[i] / b.v[i]; }); }
+inline Lanes larger(Lanes a, Lanes b) { return each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; }); }
+inline Lanes load_bf16(const uint16_t* from) { return each([&](int i) { return wide(from[i]); }); }
+
+constexpr int64_t kTurned = 1;
+inline void turn_keys(const uint16_t* keys, int64_t stride, int64_t count, float* out, int64_t) {
+  for (int64_t i = 0; i < 16; ++i) out[i] = i < count ? wide(keys[i * stride]) : 0.0f;
+}
+
+#endif
+
+}  // namespace
+}  // namespace fate

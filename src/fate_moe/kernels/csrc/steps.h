@@ -1,0 +1,46 @@
+// The steps of a layer between its products, in the orders that kernels/elementary.py and kernels/attention.py state: the same bits from
+// every instruction set, for any number of rows.
+#pragma once
+#include <cstdint>
+
+namespace fate {
+
+constexpr int64_t kPositions = 64;  // of a block of keys and values; blocks begin at multiples of it
+
+// Query rows that share one head of keys and values, of `num_tokens` positions from `first` on, `heads` of each. Token t's head h has
+// its row at q + t * stride + h * dim, and its result in `out` so.
+struct Queries {
+  const float* q;
+  float* out;
+  int64_t stride, num_tokens, heads, dim, first;
+  int64_t window;                 // positions that a token sees, itself among them; 0: all before it
+  float scaling, cap;             // cap * tanh(score / cap) where cap is not 0
+  const float* sinks;             // [heads]: scores of no position; or null
+  const uint16_t *keys, *values;  // bf16 [first + num_tokens][dim]
+  float* scratch;                 // [attend_floats]
+};
+
+constexpr int64_t kFewRows = 8;    // up to so many the block is turned in pieces that stay in the nearest cache
+constexpr int64_t kRowFloats = 16;  // what is kept of a row beside its sums
+
+// Of a task of `num_rows` rows. (Static: no linker takes the copy of another instruction set.)
+static inline int64_t attend_floats(int64_t num_rows, int64_t dim) {
+  const int64_t padded = (dim + 15) / 16 * 16;
+  return (padded + 32 + padded) * kPositions + num_rows * (padded + kPositions + kRowFloats);
+}
+
+struct Steps {
+  // y = x * f rounded to bf16 if `rounds`, with f = 1 / sqrt(mean of squares + eps); out = y * weight. May be in place.
+  void (*normalize)(const float* x, const float* weight, int64_t n, float eps, bool rounds, float* out);
+  void (*softmax)(float* x, int64_t n);
+  float (*sigmoid)(float x);
+  // Channels i and i + n / 2 of a head turn by the angles of cos and sin [n].
+  void (*turn)(float* head, int64_t n, const float* cos, const float* sin);
+  // y = fma(factor, x, y).
+  void (*add)(float factor, const float* x, int64_t n, float* y);
+  void (*attend)(const Queries&);
+};
+
+extern const Steps kAvx512Steps, kAvx2Steps, kNeonSteps, kPortableSteps;
+
+}  // namespace fate

@@ -1,0 +1,16 @@
+// A layer's steps in AVX2.
+#include "steps.h"
+
+#if defined(__AVX2__) && defined(__FMA__)
+#include "lanes.h"
+
+namespace fate {
+namespace {
+#include "steps.inc"
+#include "attend.inc"
+}  // namespace
+
+const Steps kAvx2Steps = {normalize, softmax, one_sigmoid, turn, add, attend};
+
+}  // namespace fate
+#endif

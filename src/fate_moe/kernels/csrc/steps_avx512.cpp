@@ -1,0 +1,16 @@
+// A layer's steps in AVX-512.
+#include "steps.h"
+
+#if defined(__AVX512VNNI__)
+#include "lanes.h"
+
+namespace fate {
+namespace {
+#include "steps.inc"
+#include "attend.inc"
+}  // namespace
+
+const Steps kAvx512Steps = {normalize, softmax, one_sigmoid, turn, add, attend};
+
+}  // namespace fate
+#endif

@@ -1,0 +1,16 @@
+// A layer's steps in NEON.
+#include "steps.h"
+
+#if defined(__aarch64__)
+#include "lanes.h"
+
+namespace fate {
+namespace {
+#include "steps.inc"
+#include "attend.inc"
+}  // namespace
+
+const Steps kNeonSteps = {normalize, softmax, one_sigmoid, turn, add, attend};
+
+}  // namespace fate
+#endif

@@ -1,0 +1,15 @@
+// A layer's steps in plain C++.
+#include "steps.h"
+
+#define FATE_PLAIN_LANES
+#include "lanes.h"
+
+namespace fate {
+namespace {
+#include "steps.inc"
+#include "attend.inc"
+}  // namespace
+
+const Steps kPortableSteps = {normalize, softmax, one_sigmoid, turn, add, attend};
+
+}  // namespace fate
