@@ -37,7 +37,7 @@ from fate_moe.registry import make_predictor
 from fate_moe.runtime import ExpertRuntime
 from fate_moe.store.dense import dense_layouts, row_read_parameter
 from fate_moe.store.learned import load_gates, load_view_losses
-from fate_moe.store.open import load_dense
+from fate_moe.store.open import load_dense, unquantized
 from fate_moe.store.reader import DiskSource
 
 __all__ = ["CpuEngine", "CpuParts"]
@@ -106,7 +106,7 @@ class CpuParts:
         layouts = dense_layouts(model, store.manifest.dense_precision)
         if embedding := row_read_parameter(model):
             leave_on_disk(model, embedding, store, layouts.get(embedding), self._patches)
-        dense = load_dense(store, exclude=embedding)
+        dense = load_dense(store, exclude=embedding, quantize=unquantized(store, model, layouts))
         fill(model, dense, store.path, layouts, config.exact_activations, self._patches)
 
     def make_residency(self, policy: EvictionPolicy, source: ExpertSource | None) -> None:

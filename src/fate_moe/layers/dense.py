@@ -1,13 +1,14 @@
-"""Modules whose weights stay as a store's dense.safetensors has them: Linear on a quantized blob, the embedding on the disk."""
+"""Weights that stay as a store's dense.safetensors has them: matrices in quantized blobs, the embedding on the disk."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import linear
 
 from fate_moe.core import BlobLayout
 from fate_moe.kernels.gradients import flows, frozen, refuse_transforms
@@ -18,7 +19,7 @@ from fate_moe.quant.blob import views
 from fate_moe.quant.choices import GROUP_SIZES
 from fate_moe.store.rows import StoredRows
 
-__all__ = ["QuantizedLinear", "StoredEmbedding"]
+__all__ = ["QuantizedLinear", "quantized_weight", "stored_weight"]
 
 # With exact activations up to this many rows of x are multiplied as the weights lie; for more, weights are written out tile by tile
 # for torch's GEMM.
@@ -46,32 +47,53 @@ def _numbers(parts: dict[str, torch.Tensor], layout: BlobLayout, cols: int, dtyp
     return dequantize(planes, scale, zero, cols=cols, group_size=layout.group_size, widths=layout.plane_widths).to(dtype)
 
 
-def _set_weight(module: nn.Module, weight: FrozenWeight) -> None:
-    """``module.weight``, and as a plain attribute ``_own``: a second parameter would be a second name in ``state_dict``."""
-    module.weight = weight
-    vars(module)["_own"] = weight
+def quantized_weight(blob: torch.Tensor, layout: BlobLayout, shape: tuple[int, int], dtype: torch.dtype) -> FrozenWeight:
+    """The weight [out, in] or [num, dim] in ``blob`` uint8 for modules that multiply by it, look rows up in it, or both (tied).
+
+    Nothing is copied; its numbers and rows are those of ``dequantize`` (kernels/reference.py), rounded to ``dtype``.
+    """
+    parts = views(layout, blob)
+
+    def rows(ids: Sequence[int]) -> torch.Tensor:
+        index = torch.tensor(ids, dtype=torch.int64)
+        return _numbers({name: part[index] for name, part in parts.items()}, layout, shape[1], dtype)
+
+    return FrozenWeight(shape, dtype, "cpu", partial(_numbers, parts, layout, shape[1], dtype), _QUANTIZED, rows)
+
+
+def stored_weight(stored: StoredRows, shape: tuple[int, int], dtype: torch.dtype) -> FrozenWeight:
+    """The embedding's weight [num, dim] whose rows are read from the store, quantized or not, when they are asked for.
+
+    A token costs three reads, the first time of the disk, then of the page cache. Qwen1.5-MoE's embedding would take 306 MiB of the
+    budget as int8, room for 65 of its experts.
+    """
+
+    def rows(ids: Sequence[int]) -> torch.Tensor:
+        parts, layout = stored.read(ids), stored.layout
+        return parts["weight"].to(dtype) if layout is None else _numbers(parts, layout, shape[1], dtype)
+
+    return FrozenWeight(shape, dtype, "cpu", lambda: rows(range(shape[0])), _ON_DISK, rows)
 
 
 class QuantizedLinear(nn.Linear):
     """``nn.Linear`` on a quantized weight, with int8 activations by group (``exact``: fp32, and many rows through torch's GEMM).
 
-    ``blob`` uint8 holds ``weight`` [out, in] in ``layout``; nothing is copied. Gradients with respect to x are those of the
-    weight's numbers (kernels/gradients.py). Another parameter in place of ``weight`` is honoured, at torch's speed.
+    ``blob`` uint8 holds ``weight`` [out, in], made by ``quantized_weight``, in ``layout``; nothing is copied. Gradients with
+    respect to x are those of the weight's numbers (kernels/gradients.py). Another parameter in place of ``weight`` is honoured, at
+    torch's speed.
     """
 
     _own: FrozenWeight
 
-    def __init__(
-        self, blob: torch.Tensor, layout: BlobLayout, shape: tuple[int, int], like: nn.Linear, dtype: torch.dtype, exact: bool
-    ) -> None:
+    def __init__(self, blob: torch.Tensor, layout: BlobLayout, weight: FrozenWeight, like: nn.Linear, exact: bool) -> None:
         nn.Module.__init__(self)
         self.training = like.training
         self._blob = blob
         self._layout = layout
         self._parts = views(layout, blob)
-        self.out_features, self.in_features = shape
-        numbers = partial(_numbers, self._parts, layout, shape[1], dtype)
-        _set_weight(self, FrozenWeight(shape, dtype, "cpu", numbers, _QUANTIZED))
+        shape = self.out_features, self.in_features = int(weight.shape[0]), int(weight.shape[1])
+        self.weight = weight
+        vars(self)["_own"] = weight  # as a second parameter it would be a second name in ``state_dict``
         self.bias = like.bias
         self._exact = exact
         place = matrix_place(layout, "weight", shape) if native is not None else "no extension"
@@ -143,39 +165,3 @@ class QuantizedLinear(nn.Linear):
             place = native.Place.make(kind, count, self.in_features, *where, -1, 0, self._layout.group_size)
             tiles.append((place, count))
         return tiles
-
-
-class StoredEmbedding(nn.Embedding):
-    """``nn.Embedding`` [num, dim] whose rows are read from the store, quantized or not, and become numbers when they are asked for.
-
-    A token costs three reads, the first time of the disk, then of the page cache. Qwen1.5-MoE's embedding would take 306 MiB of the
-    budget as int8, room for 65 of its experts. Another parameter in place of ``weight`` is honoured.
-    """
-
-    _own: FrozenWeight
-
-    def __init__(self, rows: StoredRows, shape: tuple[int, int], dtype: torch.dtype) -> None:
-        nn.Module.__init__(self)
-        self.training = False
-        self.num_embeddings, self.embedding_dim = shape
-        self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, None, 2.0, False, False
-        self._rows = rows
-        everything = list(range(self.num_embeddings))
-        _set_weight(self, FrozenWeight(shape, dtype, "cpu", lambda: self._of(everything), _ON_DISK))
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """[..., dim] in the model's dtype. Raises IndexError for an id outside the vocabulary."""
-        if self._parameters.get("weight") is not self._own:
-            return embedding(ids, self.weight)
-        refuse_transforms()
-        if ids.numel() == 1 and 0 <= (token := int(ids)) < self.num_embeddings:
-            return self._of([token]).view(*ids.shape, self.embedding_dim)
-        different, place = torch.unique(ids, return_inverse=True)
-        if different.numel() and not 0 <= int(different[0]) <= int(different[-1]) < self.num_embeddings:
-            raise IndexError(f"token ids must be in 0..{self.num_embeddings - 1}, not {int(different[0])}..{int(different[-1])}")
-        return self._of(different.tolist())[place.reshape(-1)].view(*ids.shape, self.embedding_dim)
-
-    def _of(self, ids: list[int]) -> torch.Tensor:
-        parts, layout = self._rows.read(ids), self._rows.layout
-        dtype = self._own.dtype
-        return parts["weight"].to(dtype) if layout is None else _numbers(parts, layout, self.embedding_dim, dtype)
