@@ -17,9 +17,9 @@ from fate_moe.kernels.native import native
 from fate_moe.machine import available_memory, resident_memory
 from fate_moe.memory.classes import SlotClass, divide, fewest, slot_classes, total_bytes
 from fate_moe.quant.dtypes import dtype_name
-from fate_moe.store.dense import byte_length, default_dense_precision, dense_layouts, row_read_parameter, tied_modules
+from fate_moe.store.dense import byte_length, default_dense_precision, dense_layouts, one_product, row_read_parameter
 from fate_moe.store.format import blob_layout
-from fate_moe.store.open import Store, dense_entries, unquantized
+from fate_moe.store.open import Store, dense_entries, stored_layouts, unquantized
 from fate_moe.units import format_bytes, parse_amount
 
 if TYPE_CHECKING:
@@ -43,10 +43,10 @@ class Footprint:
     experts of each length, of which ``slot_bytes`` is the longest.
 
     ``dense_bytes`` are resident; ``row_bytes``, the embedding of which tokens' rows are read, stay on disk. ``tied_bytes`` of the
-    resident ones are the embedding and the head at once. On a GPU all of them take ``device_bytes``: quantized matrices a byte a
-    weight, embeddings, tied matrices and all others as numbers of the model's dtype, routers twice (the step has them beside one
-    another). A layer's experts have ``inner_bytes_per_token`` between up and down. A prompt
-    has ``scratch_bytes`` whatever its length, for what is kept of a pass over experts; with exact activations it has
+    resident ones are the embedding and the head at once. On a GPU all of them take ``device_bytes``: quantized matrices of plain
+    Linear modules a byte a weight, all others (embeddings, what is tied) as numbers of the model's dtype, routers twice (the step
+    has them beside one another). A layer's experts have ``inner_bytes_per_token`` between up and down. A prompt has
+    ``scratch_bytes`` whatever its length, for what is kept of a pass over experts; with exact activations it has
     ``exact_scratch_bytes``: an expert of many tokens is written out as numbers.
     """
 
@@ -54,7 +54,6 @@ class Footprint:
     precision: str
     dense_bytes: int
     row_bytes: int
-    tied_bytes: int
     kv_bytes_per_token: int
     activation_bytes_per_token: int
     slots: tuple[SlotClass, ...]
@@ -64,6 +63,7 @@ class Footprint:
     inner_bytes_per_token: int
     scratch_bytes: int
     exact_scratch_bytes: int
+    tied_bytes: int = 0
 
     @property
     def slot_bytes(self) -> int:
@@ -174,12 +174,12 @@ def footprint(
     text = model.config.get_text_config()
     dtypes = parameter_dtypes(model)
     routed = {f"{stack.name}.{name}" for stack in stacks for name in stack.parameters}
-    tied = dict(model.all_tied_weights_keys)  # empty where nothing is tied
+    tied: dict[str, str] = model.all_tied_weights_keys  # empty where nothing is tied
     absent = routed | set(tied)
     numbers = {name: value.numel() * dtypes[name].itemsize for name, value in model.state_dict().items() if name not in absent}
     if store is not None:
         lengths = [[layout.length for layout in store.manifest.layouts_of(stack.layer)] for stack in stacks]
-        quantized = dense_layouts(model, store.manifest.dense_precision)
+        quantized = stored_layouts(store, model)
     else:
         dtype = dtype_name(model.dtype)
         lengths = [[blob_layout(precision, stack.output_rows_first(), dtype).length] * stack.num_experts for stack in stacks]
@@ -194,9 +194,8 @@ def footprint(
         row_bytes = entries[by_row].length if by_row in entries else 0
         made = unquantized(store, model, quantized)
         dense_bytes -= sum(entries[name].length - layout.length for name, layout in made.items() if name != by_row)
-    embeddings = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     on_device = {
-        name: byte_length(quantized[name]) if name in quantized and name not in {*embeddings, *tied.values()} else size
+        name: byte_length(quantized[name]) if name in quantized and one_product(model, name) else size
         for name, size in numbers.items()
     }
     itemsize = model.dtype.itemsize
@@ -212,7 +211,7 @@ def footprint(
         precision=precision,
         dense_bytes=dense_bytes - row_bytes,
         row_bytes=row_bytes,
-        tied_bytes=sum(size for name, size in held.items() if name in embeddings and len(tied_modules(model, name)) > 1),
+        tied_bytes=sum(size for name, size in held.items() if name in tied.values() and _is_embedding(model, name)),
         kv_bytes_per_token=_kv_bytes_per_token(text, itemsize),
         activation_bytes_per_token=activation,
         slots=slot_classes(lengths, at_once),
@@ -223,6 +222,10 @@ def footprint(
         scratch_bytes=_scratch_bytes(model, stacks, precision, exact=False),
         exact_scratch_bytes=_scratch_bytes(model, stacks, precision, exact=True),
     )
+
+
+def _is_embedding(model: nn.Module, parameter: str) -> bool:
+    return isinstance(model.get_submodule(parameter.rpartition(".")[0]), nn.Embedding)
 
 
 def make_plan(needs: Footprint, config: OffloadConfig) -> Plan:

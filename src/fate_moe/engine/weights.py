@@ -12,9 +12,9 @@ from fate_moe.adapter.contract import is_experts
 from fate_moe.core import BlobLayout, Patcher
 from fate_moe.errors import StoreError
 from fate_moe.kernels.reference import dequantize
-from fate_moe.layers.dense import QuantizedLinear, quantized_weight, stored_weight
+from fate_moe.layers.dense import QuantizedGroups, QuantizedLinear, quantized_weight, stored_weight
 from fate_moe.quant.blob import views
-from fate_moe.store.dense import tied_modules
+from fate_moe.store.dense import one_product, tied_modules
 from fate_moe.store.format import AGAIN
 from fate_moe.store.open import Store
 from fate_moe.store.rows import StoredRows
@@ -43,7 +43,8 @@ def fill(
             if isinstance(module, nn.Embedding):
                 patcher.replace(module, "weight", weight)
             else:
-                _put(model, name, QuantizedLinear(blob, layout, weight, module, exact), patcher)
+                kind = QuantizedLinear if type(module) is nn.Linear else QuantizedGroups
+                _put(model, name, kind(blob, layout, weight, module, exact), patcher)
     _finish(model, path, patcher)
 
 
@@ -55,15 +56,16 @@ def fill_device(
     device: torch.device,
     patcher: Patcher,
 ) -> None:
-    """The same on ``device``: matrices that are ``quantized`` take one byte a weight there, embeddings and what is tied become
-    numbers of the model's dtype. The largest first, so that no more is ever on the device than in the end, and a small blob."""
+    """The same on ``device``: ``quantized`` matrices of plain Linear modules take one byte a weight there; all others, embeddings
+    and what is tied, become numbers of the model's dtype. The largest first, so that no more is ever on the device than in the end,
+    and a small blob."""
     from fate_moe.gpu.dense import ByteLinear  # Triton's
 
     there = {name: tensor if tensor.dtype == torch.uint8 else tensor.to(device) for name, tensor in dense.items()}
     blobs = _place(model, there, path, quantized, patcher)
     for module_name, blob in sorted(blobs.items(), key=lambda item: -len(item[1])):
         old, layout, there_blob = model.get_submodule(module_name), quantized[f"{module_name}.weight"], blob.to(device)
-        if isinstance(old, nn.Embedding) or len(tied_modules(model, f"{module_name}.weight")) > 1:
+        if not one_product(model, f"{module_name}.weight"):
             weight = _expanded(there_blob, layout, old.weight.shape, model.dtype)
             patcher.replace(old, "weight", nn.Parameter(weight, requires_grad=False))
             continue

@@ -19,7 +19,7 @@ from fate_moe.quant.blob import views
 from fate_moe.quant.choices import GROUP_SIZES
 from fate_moe.store.rows import StoredRows
 
-__all__ = ["QuantizedLinear", "quantized_weight", "stored_weight"]
+__all__ = ["QuantizedGroups", "QuantizedLinear", "quantized_weight", "stored_weight"]
 
 # With exact activations up to this many rows of x are multiplied as the weights lie; for more, weights are written out tile by tile
 # for torch's GEMM.
@@ -99,7 +99,7 @@ class QuantizedLinear(nn.Linear):
         place = matrix_place(layout, "weight", shape) if native is not None else "no extension"
         self.place = None if isinstance(place, str) else place  # the extension's, counted from ``address``
         self.address = blob.data_ptr()
-        self._tiles = self._cut() if self.place is not None else []
+        self._tiles = self._cut(max(1, _TILE_BYTES // (2 * self.in_features))) if self.place is not None else []
 
     @property
     def is_own(self) -> bool:
@@ -152,9 +152,8 @@ class QuantizedLinear(nn.Linear):
         native.expand(place, self.address, PLANES, tile.data_ptr(), DTYPES[dtype], torch.get_num_threads())
         return tile
 
-    def _cut(self) -> list[tuple[Any, int]]:
-        """The matrix in runs of rows, each with its Place and its number of rows."""
-        step = max(1, _TILE_BYTES // (2 * self.in_features))
+    def _cut(self, step: int) -> list[tuple[Any, int]]:
+        """The matrix in runs of ``step`` rows, each with its Place and its number of rows."""
         tiles = []
         for first in range(0, self.out_features, step):
             count = min(step, self.out_features - first)
@@ -165,3 +164,29 @@ class QuantizedLinear(nn.Linear):
             place = native.Place.make(kind, count, self.in_features, *where, -1, 0, self._layout.group_size)
             tiles.append((place, count))
         return tiles
+
+
+class QuantizedGroups(QuantizedLinear):
+    """A Linear layer whose rows are in groups: [..., groups, out / groups] of x [..., groups, in] (DeepSeek-V4's ``o_a_proj``).
+
+    The family's own forward multiplies the weight's numbers where gradients flow or there is no kernel.
+    """
+
+    def __init__(self, blob: torch.Tensor, layout: BlobLayout, weight: FrozenWeight, like: Any, exact: bool) -> None:
+        super().__init__(blob, layout, weight, like, exact)
+        self.n_groups = int(like.n_groups)  # the family's forward reads it
+        self._family = type(like).forward
+        self._groups = self._cut(self.out_features // self.n_groups) if self.place is not None else []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., groups, out / groups] of ``x`` [..., groups, in], in x's dtype."""
+        refuse_transforms()
+        many = self._exact and x.numel() > MAX_ROWS * self.n_groups * self.in_features
+        if not self.is_own or not self._groups or many or flows(x) or x.dtype not in (torch.float32, torch.bfloat16):
+            return self._family(self, x)  # type: ignore[no-any-return]
+        rows, threads = x.reshape(-1, self.n_groups, self.in_features).transpose(0, 1).contiguous(), torch.get_num_threads()
+        out = torch.empty(self.n_groups, rows.shape[1], self.out_features // self.n_groups, dtype=x.dtype)
+        kind = DTYPES[x.dtype]
+        for (place, _), of, to in zip(self._groups, rows, out, strict=True):
+            native.linear(place, self.address, PLANES, of.data_ptr(), kind, len(of), to.data_ptr(), kind, self._exact, threads)
+        return out.transpose(0, 1).reshape(*x.shape[:-1], -1)

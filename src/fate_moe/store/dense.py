@@ -17,6 +17,7 @@ __all__ = [
     "default_dense_precision",
     "dense_layouts",
     "encode_dense",
+    "one_product",
     "row_read_parameter",
     "tied_modules",
 ]
@@ -25,6 +26,8 @@ __all__ = [
 MIN_QUANTIZED_ELEMENTS = 1 << 16
 # Router modules, by transformers' names. They stay lossless: a wrongly chosen expert costs more than their bytes.
 _ROUTERS = ("gate", "router", "wg", "shared_expert_gate")
+# Linear layers whose rows of output are in groups, each of which multiplies columns of its own.
+_GROUPED = ("DeepseekV4GroupedLinear",)
 # Embeddings that their model also multiplies by, with numbers of its own making: it would write the whole matrix out each time.
 _MULTIPLIED = ("DiffusionGemmaTextScaledWordEmbedding",)
 # Weights solved at a time. A solver needs several times as much in fp32; chosen by peak memory (tests/store/test_streaming.py).
@@ -39,12 +42,13 @@ def default_dense_precision(precision: str) -> str:
 def dense_layouts(model: nn.Module, dense_precision: str) -> dict[str, BlobLayout]:
     """Layouts, by name, of the parameters that a store of ``model`` quantizes: matrices ``weight`` in groups of 64.
 
-    These are all Linear modules except routers and small ones, and embeddings (always int8: a row is the whole input of its token).
-    Tied matrices are one, under the name that a store has it by; the head that is tied to the embedding has its precision.
+    These are all Linear modules except routers and small ones, and embeddings. Embeddings and the LM head are int8 at least: a row
+    of the one is the whole input of its token, and in four bits the other costs too much (docs/notebook/quality.md). Tied matrices
+    are one, under the name that a store has it by.
     """
     if dense_precision == "lossless":
         return {}
-    tied = _tied(model)
+    tied, head = _tied(model), model.get_output_embeddings()  # type: ignore[operator]
     layouts = {}
     for path, module in model.named_modules():
         name = f"{path}.weight"
@@ -53,19 +57,24 @@ def dense_layouts(model: nn.Module, dense_precision: str) -> dict[str, BlobLayou
             continue
         uses = {_use(model, target) for target in (name, *(target for target, source in tied.items() if source == name))}
         if "" not in uses:
-            precision = "int8" if "embedding" in uses else dense_precision
+            precision = "int8" if "embedding" in uses or module is head else dense_precision
             layouts[name] = blob_layout(precision, {"weight": tuple(weight.shape)}, "BF16")
     return layouts
 
 
 def _use(model: nn.Module, parameter: str) -> str:
-    """What its module does with ``parameter``: "product", "embedding" (rows are looked up), "" if it must stay as numbers."""
+    """What its module does with ``parameter``: "product", "groups" (products of groups of rows with inputs of their own),
+    "embedding" (rows are looked up), "" if it must stay as numbers."""
     path, _, leaf = parameter.rpartition(".")
     module = model.get_submodule(path)
-    if leaf == "weight" and type(module) is nn.Linear and path.rpartition(".")[2] not in _ROUTERS:
-        return "product"
-    looked_up = isinstance(module, nn.Embedding) and module.max_norm is None and type(module).__name__ not in _MULTIPLIED
-    return "embedding" if leaf == "weight" and looked_up else ""
+    kind = type(module).__name__
+    if leaf != "weight":
+        return ""
+    if type(module) is nn.Linear:
+        return "product" if path.rpartition(".")[2] not in _ROUTERS else ""
+    if kind in _GROUPED:
+        return "groups"
+    return "embedding" if isinstance(module, nn.Embedding) and module.max_norm is None and kind not in _MULTIPLIED else ""
 
 
 def _tied(model: nn.Module) -> dict[str, str]:
@@ -77,6 +86,11 @@ def tied_modules(model: nn.Module, parameter: str) -> list[str]:
     """The paths of all modules whose weight is ``parameter``, a name that a store has."""
     names = [parameter, *(target for target, source in _tied(model).items() if source == parameter)]
     return [name.rpartition(".")[0] for name in names]
+
+
+def one_product(model: nn.Module, parameter: str) -> bool:
+    """Whether ``parameter`` is the weight of one plain Linear module and nothing else."""
+    return len(tied_modules(model, parameter)) == 1 and _use(model, parameter) == "product"
 
 
 def byte_length(layout: BlobLayout) -> int:

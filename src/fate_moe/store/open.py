@@ -19,10 +19,21 @@ from fate_moe.io.direct import DirectFile, anonymous_buffer
 from fate_moe.io.progress import progress_bar
 from fate_moe.io.tensorfile import TensorEntry, data_start, parse_header, read_header
 from fate_moe.quant.dtypes import TORCH_DTYPES
-from fate_moe.store.dense import DenseEncoder
-from fate_moe.store.format import AGAIN, Manifest
+from fate_moe.store.dense import DenseEncoder, dense_layouts
+from fate_moe.store.format import AGAIN, Manifest, blob_layout
 
-__all__ = ["Store", "check_blob", "check_dense", "check_section", "dense_entries", "load_dense", "open_store", "unquantized", "verify"]
+__all__ = [
+    "Store",
+    "check_blob",
+    "check_dense",
+    "check_section",
+    "dense_entries",
+    "load_dense",
+    "open_store",
+    "stored_layouts",
+    "unquantized",
+    "verify",
+]
 
 # Large enough for the full bandwidth of a disk, small enough to stay in the processor's cache for the checksum.
 _CHUNK_BYTES = 4 << 20
@@ -82,17 +93,29 @@ def dense_entries(store: Store) -> dict[str, TensorEntry]:
     return _header(store.path / "dense.safetensors", store.manifest.dense_bytes)
 
 
+def stored_layouts(store: Store, model: nn.Module) -> dict[str, BlobLayout]:
+    """``dense_layouts`` for ``store``; of a blob that an older version wrote with fewer bits the layout that it has."""
+    precision, entries = store.manifest.dense_precision, dense_entries(store)
+    layouts = dense_layouts(model, precision)
+    for name, layout in layouts.items():
+        entry, older = entries.get(name), blob_layout(precision, {"weight": tuple(model.get_parameter(name).shape)}, "BF16")
+        if entry is not None and (entry.dtype, entry.length) == ("U8", older.length) and layout != older:
+            layouts[name] = older
+    return layouts
+
+
 def unquantized(store: Store, model: nn.Module, layouts: Mapping[str, BlobLayout]) -> dict[str, BlobLayout]:
-    """Those of ``layouts`` (see ``dense_layouts``) whose matrix the store of an older version has as numbers.
+    """Those of ``layouts`` (see ``stored_layouts``) whose matrix the store of an older version has as numbers.
 
     Only 8-bit ones: their codes are those of a conversion, whatever its solver was.
     """
     found = {}
     for name, entry in dense_entries(store).items():
-        layout = layouts.get(name)
-        if layout is not None and layout.plane_widths == (8,) and TORCH_DTYPES[entry.dtype].is_floating_point:
-            if entry.shape == tuple(model.get_parameter(name).shape):
-                found[name] = layout
+        layout, is_number = layouts.get(name), TORCH_DTYPES[entry.dtype].is_floating_point
+        if layout is None or layout.plane_widths != (8,) or not is_number:
+            continue
+        if entry.shape == tuple(model.get_parameter(name).shape):
+            found[name] = layout
     return found
 
 
@@ -125,9 +148,7 @@ def load_dense(
         if any(entries.get(entry.name) != entry for entry in (*filter(None, [excluded]), *(one.entry for one in strips))):
             raise ValueError("its header changed while it was read")
         blobs = {one.entry.name: one.encoder.blob for one in strips}
-        return {
-            name: blobs[name] if name in blobs else _view(buffer, entry) for name, entry in entries.items() if name != exclude
-        }
+        return {name: blobs[name] if name in blobs else _view(buffer, entry) for name, entry in entries.items() if name != exclude}
     except (ValueError, KeyError) as error:
         raise StoreError(f"{path} is damaged ({error}); {AGAIN}") from error
 
