@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from fate_moe.core import BlobLayout
 from fate_moe.engine.prepare import prepare
-from fate_moe.store import plan
 from fate_moe.store.convert import convert
+from fate_moe.store.dense import dense_layouts
 
 pytestmark = pytest.mark.slow
 
@@ -76,9 +77,11 @@ def test_dense_weights_are_held_once(tmp_path: Path, precision: str) -> None:
 
 def test_a_tied_matrix_is_held_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """33.5 M weights, 36 MB as int8, which the store of an older version has as 67 MB of bf16."""
-    layouts = plan.dense_layouts
-    without = lambda *given: {name: one for name, one in layouts(*given).items() if "embed" not in name}  # noqa: E731
-    monkeypatch.setattr(plan, "dense_layouts", without)
+
+    def without(model: Any, precision: str) -> dict[str, BlobLayout]:
+        return {name: layout for name, layout in dense_layouts(model, precision).items() if "embed" not in name}
+
+    monkeypatch.setattr("fate_moe.store.plan.dense_layouts", without)
     made = stores(tmp_path, "int8", vocab_size=32768, shared_expert_intermediate_size=64, tie_word_embeddings=True)
     assert (Path(made[1]) / "dense.safetensors").stat().st_size > 75e6
     planned = prepare(Path(made[1])).footprint()

@@ -73,10 +73,11 @@ class FrozenWeight(nn.Parameter):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is embedding and (rows := getattr(args[1], "rows", None)) is not None and (kwargs or {}).get("max_norm") is None:
+            with torch._C.DisableTorchFunctionSubclass():
+                return _looked_up(rows, args[0], args[1])
         name, of = getattr(func, "__name__", ""), getattr(getattr(func, "__self__", None), "__name__", "")
         first = args[0] if args else None
-        if func is embedding and (rows := getattr(args[1], "rows", None)) is not None and kwargs.get("max_norm") is None:
-            return _looked_up(rows, args[0], args[1])
         if isinstance(first, FrozenWeight):
             if name == "__getitem__" and first.rows is not None and (token := _one_row(args[1])) is not None:
                 return first.rows([token])[0].to(first.dtype)
