@@ -12,7 +12,8 @@ from torch import nn
 
 from fate_moe.engine.prepare import prepare
 from fate_moe.errors import StoreError
-from fate_moe.layers.dense import QuantizedLinear, StoredEmbedding
+from fate_moe.layers.dense import QuantizedLinear, quantized_weight
+from fate_moe.layers.frozen import FrozenWeight
 from fate_moe.quant.solver import minmax
 from fate_moe.store import dense
 from fate_moe.store.convert import convert
@@ -34,7 +35,8 @@ def a_linear(precision: str, rows: int, cols: int, exact: bool) -> tuple[Quantiz
     plain = nn.Linear(cols, rows)
     plain.weight.data = torch.randn(rows, cols, generator=generator)
     layout = blob_layout(precision, {"weight": (rows, cols)}, "F32")
-    made = QuantizedLinear(encode_dense(layout, plain.weight.data, minmax), layout, (rows, cols), plain, torch.float32, exact)
+    blob = encode_dense(layout, plain.weight.data, minmax)
+    made = QuantizedLinear(blob, layout, quantized_weight(blob, layout, (rows, cols), torch.float32), plain, exact)
     plain.weight.data = made.weight.clone()
     return made, plain
 
@@ -61,7 +63,8 @@ def test_default_beside_int4_experts(checkpoint: Callable[[str], Path], tmp_path
     assert sizes[1] < sizes[0]
     model = load_model(store, expert_cache="100%", exact_activations=True)
     kinds = {type(module) for module in model.modules()}
-    assert {QuantizedLinear, StoredEmbedding} <= kinds
+    assert QuantizedLinear in kinds
+    assert isinstance(model.get_input_embeddings().weight, FrozenWeight)
     for name, module in model.named_modules():
         if type(module) is nn.Linear:
             assert name.rpartition(".")[2] in dense._ROUTERS

@@ -11,7 +11,7 @@ import transformers
 
 from fate_moe.adapter.contract import is_experts
 from fate_moe.core import ExpertId
-from fate_moe.layers.dense import QuantizedLinear, StoredEmbedding
+from fate_moe.layers.frozen import FrozenWeight
 
 TOKENS = torch.randint(3, 120, (2, 11), generator=torch.Generator().manual_seed(1))
 ATTENTION = r".*self_attn\.\w*proj\w*"  # of every family
@@ -75,9 +75,7 @@ def numbers_of(model: Any, folder: Path, dtype: torch.dtype) -> Any:
     twin, runtime = reference(folder, dtype), model.fate.runtime
     for name, module in model.named_modules():
         own: Any = twin.get_submodule(name)
-        if isinstance(module, QuantizedLinear | StoredEmbedding):
-            own.weight.data = module.weight.clone().to(dtype)
-        elif is_experts(module):
+        if is_experts(module):
             layer = module.fate_layer
             for expert in range(module.num_experts):
                 lease = runtime.residency.acquire([ExpertId(layer, expert)])
@@ -88,4 +86,6 @@ def numbers_of(model: Any, folder: Path, dtype: torch.dtype) -> Any:
                     transposed = module.is_transposed and value.ndim == 2
                     getattr(own, part).data[expert] = (value.T if transposed else value).to(dtype)
                 lease.release()
+        elif isinstance(module._parameters.get("weight"), FrozenWeight):
+            own.weight.data = module.weight.clone().to(dtype)
     return twin

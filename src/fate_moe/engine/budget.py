@@ -17,8 +17,9 @@ from fate_moe.kernels.native import native
 from fate_moe.machine import available_memory, resident_memory
 from fate_moe.memory.classes import SlotClass, divide, fewest, slot_classes, total_bytes
 from fate_moe.quant.dtypes import dtype_name
-from fate_moe.store.dense import byte_length, default_dense_precision, dense_layouts, row_read_parameter
-from fate_moe.store.format import Manifest, blob_layout
+from fate_moe.store.dense import byte_length, default_dense_precision, dense_layouts, one_product, row_read_parameter
+from fate_moe.store.format import blob_layout
+from fate_moe.store.open import Store, dense_entries, stored_layouts, unquantized
 from fate_moe.units import format_bytes, parse_amount
 
 if TYPE_CHECKING:
@@ -41,10 +42,11 @@ class Footprint:
     """What a model asks for, whatever the budget. ``min_slots`` are one token's experts in one layer; ``slots`` the fewest for the
     experts of each length, of which ``slot_bytes`` is the longest.
 
-    ``dense_bytes`` are resident; ``row_bytes``, the embedding of which tokens' rows are read, stay on disk. On a GPU all of them
-    take ``device_bytes``: quantized matrices a byte a weight, the embedding and all others as numbers of the model's dtype, routers
-    twice (the step has them beside one another). A layer's experts have ``inner_bytes_per_token`` between up and down. A prompt
-    has ``scratch_bytes`` whatever its length, for what is kept of a pass over experts; with exact activations it has
+    ``dense_bytes`` are resident; ``row_bytes``, the embedding of which tokens' rows are read, stay on disk. ``tied_bytes`` of the
+    resident ones are the embedding and the head at once. On a GPU all of them take ``device_bytes``: quantized matrices of plain
+    Linear modules a byte a weight, all others (embeddings, what is tied) as numbers of the model's dtype, routers twice (the step
+    has them beside one another). A layer's experts have ``inner_bytes_per_token`` between up and down. A prompt has
+    ``scratch_bytes`` whatever its length, for what is kept of a pass over experts; with exact activations it has
     ``exact_scratch_bytes``: an expert of many tokens is written out as numbers.
     """
 
@@ -61,6 +63,7 @@ class Footprint:
     inner_bytes_per_token: int
     scratch_bytes: int
     exact_scratch_bytes: int
+    tied_bytes: int = 0
 
     @property
     def slot_bytes(self) -> int:
@@ -78,7 +81,8 @@ class Footprint:
 
 @dataclass(frozen=True)
 class Plan:
-    """Where the budget goes; all amounts in bytes. ``left_bytes`` is what no line needs (all experts fit).
+    """Where the budget goes; all amounts in bytes. ``left_bytes`` is what no line needs (all experts fit); ``tied_bytes`` of
+    ``dense_bytes`` are the embedding and the head at once.
 
     ``slots`` by ascending length, several where the store's blobs are of several lengths; ``slot_bytes`` is the longest.
     ``unread``: tensors of the checkpoint that the model does not use, and why."""
@@ -92,6 +96,7 @@ class Plan:
     activation_bytes: int
     context_length: int
     slots: tuple[SlotClass, ...]
+    tied_bytes: int = 0
     unread: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -126,9 +131,10 @@ class Plan:
     def rows(self) -> list[tuple[str, int, str]]:
         """(what, bytes, remark) for a table."""
         several = len(self.slots) > 1
+        tied = f" ({format_bytes(self.tied_bytes)}, the embedding too)" if self.tied_bytes else ""
         return [
             ("Python, torch, transformers", self.runtime_bytes, "measured in this process"),
-            ("dense weights", self.dense_bytes, "attention, norms, routers, shared experts, head"),
+            ("dense weights", self.dense_bytes, f"attention, norms, routers, shared experts, head{tied}"),
             ("KV cache", self.kv_cache_bytes, f"{self.context_length} tokens"),
             ("activations", self.activation_bytes, f"prefill of {self.context_length} tokens"),
             *(
@@ -159,36 +165,39 @@ def footprint(
     model: PreTrainedModel,
     stacks: list[ExpertStack],
     precision: str,
-    manifest: Manifest | None = None,
+    store: Store | None = None,
     dense_precision: str | None = None,
 ) -> Footprint:
-    """Sizes of ``model`` (a meta_model: shapes without weights); exact from ``manifest`` where the store exists already.
+    """Sizes of ``model`` (a meta_model: shapes without weights); exact from ``store`` where it exists already.
 
     ``dense_precision`` None: what a conversion chooses by itself."""
     text = model.config.get_text_config()
     dtypes = parameter_dtypes(model)
     routed = {f"{stack.name}.{name}" for stack in stacks for name in stack.parameters}
-    absent = routed | set(model.all_tied_weights_keys)  # empty where nothing is tied
+    tied: dict[str, str] = model.all_tied_weights_keys  # empty where nothing is tied
+    absent = routed | set(tied)
     numbers = {name: value.numel() * dtypes[name].itemsize for name, value in model.state_dict().items() if name not in absent}
-    if manifest is not None:
-        lengths = [[layout.length for layout in manifest.layouts_of(stack.layer)] for stack in stacks]
-        dense_bytes = manifest.dense_bytes
-        quantized = dense_layouts(model, manifest.dense_precision)
+    if store is not None:
+        lengths = [[layout.length for layout in store.manifest.layouts_of(stack.layer)] for stack in stacks]
+        quantized = stored_layouts(store, model)
     else:
         dtype = dtype_name(model.dtype)
         lengths = [[blob_layout(precision, stack.output_rows_first(), dtype).length] * stack.num_experts for stack in stacks]
         quantized = dense_layouts(model, dense_precision or default_dense_precision(precision))
-        dense_bytes = sum(quantized[name].length if name in quantized else size for name, size in numbers.items())
-    embedding = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    held = {name: quantized[name].length if name in quantized else size for name, size in numbers.items()}
+    by_row, row_bytes = row_read_parameter(model), 0
+    if store is None:
+        dense_bytes = sum(held.values())
+        row_bytes = held[by_row] if by_row else 0
+    else:
+        entries, dense_bytes = dense_entries(store), store.manifest.dense_bytes
+        row_bytes = entries[by_row].length if by_row in entries else 0
+        made = unquantized(store, model, quantized)
+        dense_bytes -= sum(entries[name].length - layout.length for name, layout in made.items() if name != by_row)
     on_device = {
-        name: byte_length(quantized[name]) if name in quantized and name not in embedding else size
+        name: byte_length(quantized[name]) if name in quantized and one_product(model, name) else size
         for name, size in numbers.items()
     }
-    by_row = row_read_parameter(model)
-    row_bytes = 0
-    if by_row:
-        weight = model.get_parameter(by_row)
-        row_bytes = quantized[by_row].length if by_row in quantized else weight.numel() * dtypes[by_row].itemsize
     itemsize = model.dtype.itemsize
     top_k = max(stack.top_k for stack in stacks)
     at_once = min(top_k, *(stack.num_experts for stack in stacks))
@@ -202,6 +211,7 @@ def footprint(
         precision=precision,
         dense_bytes=dense_bytes - row_bytes,
         row_bytes=row_bytes,
+        tied_bytes=sum(size for name, size in held.items() if name in tied.values() and _is_embedding(model, name)),
         kv_bytes_per_token=_kv_bytes_per_token(text, itemsize),
         activation_bytes_per_token=activation,
         slots=slot_classes(lengths, at_once),
@@ -212,6 +222,10 @@ def footprint(
         scratch_bytes=_scratch_bytes(model, stacks, precision, exact=False),
         exact_scratch_bytes=_scratch_bytes(model, stacks, precision, exact=True),
     )
+
+
+def _is_embedding(model: nn.Module, parameter: str) -> bool:
+    return isinstance(model.get_submodule(parameter.rpartition(".")[0]), nn.Embedding)
 
 
 def make_plan(needs: Footprint, config: OffloadConfig) -> Plan:
@@ -258,6 +272,7 @@ def make_plan(needs: Footprint, config: OffloadConfig) -> Plan:
         activation_bytes=activations,
         context_length=config.context_length,
         slots=slots,
+        tied_bytes=needs.tied_bytes,
     )
 
 

@@ -35,9 +35,9 @@ from fate_moe.predict.gates import FittedGates
 from fate_moe.predict.predictors import Known
 from fate_moe.registry import make_predictor
 from fate_moe.runtime import ExpertRuntime
-from fate_moe.store.dense import dense_layouts, row_read_parameter
+from fate_moe.store.dense import row_read_parameter
 from fate_moe.store.learned import load_gates, load_view_losses
-from fate_moe.store.open import load_dense
+from fate_moe.store.open import load_dense, stored_layouts, unquantized
 from fate_moe.store.reader import DiskSource
 
 __all__ = ["CpuEngine", "CpuParts"]
@@ -103,10 +103,10 @@ class CpuParts:
     def place_weights(self) -> None:
         """Dense weights into the meta model; an embedding that is read by row stays on disk."""
         model, store, config = self._model, self._prepared.store, self._config
-        layouts = dense_layouts(model, store.manifest.dense_precision)
+        layouts = stored_layouts(store, model)
         if embedding := row_read_parameter(model):
             leave_on_disk(model, embedding, store, layouts.get(embedding), self._patches)
-        dense = load_dense(store, exclude=embedding)
+        dense = load_dense(store, exclude=embedding, quantize=unquantized(store, model, layouts))
         fill(model, dense, store.path, layouts, config.exact_activations, self._patches)
 
     def make_residency(self, policy: EvictionPolicy, source: ExpertSource | None) -> None:

@@ -42,9 +42,8 @@ from fate_moe.machine import peak_memory
 from fate_moe.memory.precision import make_precision_policy
 from fate_moe.memory.residency import Residency
 from fate_moe.registry import PRESETS
-from fate_moe.store.dense import dense_layouts
 from fate_moe.store.learned import load_gates, load_view_losses
-from fate_moe.store.open import load_dense
+from fate_moe.store.open import load_dense, stored_layouts, unquantized
 from fate_moe.store.reader import DiskSource
 
 __all__ = ["CudaEngine", "CudaParts"]
@@ -138,8 +137,9 @@ class CudaParts:
         if device.type == "cuda":  # torch keeps the promise: it fails rather than take more
             total = torch.cuda.get_device_properties(device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, (self._plan.vram_budget_bytes - CONTEXT_BYTES) / total), device)
-        layouts = dense_layouts(self._model, store.manifest.dense_precision)
-        fill_device(self._model, load_dense(store), store.path, layouts, device, self._patches)
+        layouts = stored_layouts(store, self._model)
+        dense = load_dense(store, quantize=unquantized(store, self._model, layouts))
+        fill_device(self._model, dense, store.path, layouts, device, self._patches)
         if device.type == "cuda":
             torch.cuda.empty_cache()  # what the blobs took on their way
 

@@ -53,7 +53,7 @@ class Prepared:
 
     def footprint(self) -> Footprint:
         """What the model needs, the gates of ``fate fit`` among it."""
-        needs = footprint(self.model, self.stacks, self.store.manifest.precision, self.store.manifest)
+        needs = footprint(self.model, self.stacks, self.store.manifest.precision, self.store)
         gates = gates_bytes(self.store.path, self.model.config.get_text_config().hidden_size)
         # On a GPU each lies below another copy of its layer's router.
         return replace(needs, dense_bytes=needs.dense_bytes + gates, device_bytes=needs.device_bytes + 2 * gates)

@@ -12,8 +12,9 @@ from fate_moe.adapter.contract import is_experts
 from fate_moe.core import BlobLayout, Patcher
 from fate_moe.errors import StoreError
 from fate_moe.kernels.reference import dequantize
-from fate_moe.layers.dense import QuantizedLinear, StoredEmbedding
+from fate_moe.layers.dense import QuantizedGroups, QuantizedLinear, quantized_weight, stored_weight
 from fate_moe.quant.blob import views
+from fate_moe.store.dense import one_product, tied_modules
 from fate_moe.store.format import AGAIN
 from fate_moe.store.open import Store
 from fate_moe.store.rows import StoredRows
@@ -30,13 +31,20 @@ def fill(
 ) -> None:
     """Put every dense tensor where the meta_model has its placeholder, and a module of ours where it is ``quantized``; no copies.
 
-    ``path`` is the store's. Raises StoreError where they do not belong together.
+    An embedding keeps its module and gets a weight of ours. Modules that are tied share the blob and the weight. ``path`` is the
+    store's. Raises StoreError where they do not belong together.
     """
     blobs = _place(model, dense, path, quantized, patcher)
     for module_name, blob in blobs.items():
         old, layout = model.get_submodule(module_name), quantized[f"{module_name}.weight"]
-        shape = (int(old.weight.shape[0]), int(old.weight.shape[1]))
-        _put(model, module_name, QuantizedLinear(blob, layout, shape, old, model.dtype, exact), patcher)
+        weight = quantized_weight(blob, layout, (int(old.weight.shape[0]), int(old.weight.shape[1])), model.dtype)
+        for name in tied_modules(model, f"{module_name}.weight"):
+            module = model.get_submodule(name)
+            if isinstance(module, nn.Embedding):
+                patcher.replace(module, "weight", weight)
+            else:
+                kind = QuantizedLinear if type(module) is nn.Linear else QuantizedGroups
+                _put(model, name, kind(blob, layout, weight, module, exact), patcher)
     _finish(model, path, patcher)
 
 
@@ -48,15 +56,16 @@ def fill_device(
     device: torch.device,
     patcher: Patcher,
 ) -> None:
-    """The same on ``device``: matrices that are ``quantized`` take one byte a weight there, the embedding becomes numbers of the
-    model's dtype. The largest first, so that no more is ever on the device than in the end, and a small blob."""
+    """The same on ``device``: ``quantized`` matrices of plain Linear modules take one byte a weight there; all others, embeddings
+    and what is tied, become numbers of the model's dtype. The largest first, so that no more is ever on the device than in the end,
+    and a small blob."""
     from fate_moe.gpu.dense import ByteLinear  # Triton's
 
     there = {name: tensor if tensor.dtype == torch.uint8 else tensor.to(device) for name, tensor in dense.items()}
     blobs = _place(model, there, path, quantized, patcher)
     for module_name, blob in sorted(blobs.items(), key=lambda item: -len(item[1])):
         old, layout, there_blob = model.get_submodule(module_name), quantized[f"{module_name}.weight"], blob.to(device)
-        if isinstance(old, nn.Embedding):
+        if not one_product(model, f"{module_name}.weight"):
             weight = _expanded(there_blob, layout, old.weight.shape, model.dtype)
             patcher.replace(old, "weight", nn.Parameter(weight, requires_grad=False))
             continue
@@ -127,8 +136,7 @@ def _put(model: Any, path: str, module: nn.Module, patcher: Patcher) -> None:
 
 
 def leave_on_disk(model: Any, parameter: str, store: Store, layout: BlobLayout | None, patcher: Patcher) -> None:
-    """The embedding with this ``parameter`` by one that reads its tokens' rows when they come."""
-    owner = parameter.rpartition(".")[0]
-    rows, cols = model.get_submodule(owner).weight.shape
-    stored = StoredRows(store, parameter, (rows, cols), layout)
-    _put(model, owner, StoredEmbedding(stored, (rows, cols), model.dtype), patcher)
+    """Let the embedding with this ``parameter`` read its tokens' rows when they come."""
+    embedding = model.get_submodule(parameter.rpartition(".")[0])
+    shape = (int(embedding.weight.shape[0]), int(embedding.weight.shape[1]))
+    patcher.replace(embedding, "weight", stored_weight(StoredRows(store, parameter, shape, layout), shape, model.dtype))

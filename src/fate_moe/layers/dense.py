@@ -1,13 +1,14 @@
-"""Modules whose weights stay as a store's dense.safetensors has them: Linear on a quantized blob, the embedding on the disk."""
+"""Weights that stay as a store's dense.safetensors has them: matrices in quantized blobs, the embedding on the disk."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import linear
 
 from fate_moe.core import BlobLayout
 from fate_moe.kernels.gradients import flows, frozen, refuse_transforms
@@ -18,7 +19,7 @@ from fate_moe.quant.blob import views
 from fate_moe.quant.choices import GROUP_SIZES
 from fate_moe.store.rows import StoredRows
 
-__all__ = ["QuantizedLinear", "StoredEmbedding"]
+__all__ = ["QuantizedGroups", "QuantizedLinear", "quantized_weight", "stored_weight"]
 
 # With exact activations up to this many rows of x are multiplied as the weights lie; for more, weights are written out tile by tile
 # for torch's GEMM.
@@ -46,38 +47,59 @@ def _numbers(parts: dict[str, torch.Tensor], layout: BlobLayout, cols: int, dtyp
     return dequantize(planes, scale, zero, cols=cols, group_size=layout.group_size, widths=layout.plane_widths).to(dtype)
 
 
-def _set_weight(module: nn.Module, weight: FrozenWeight) -> None:
-    """``module.weight``, and as a plain attribute ``_own``: a second parameter would be a second name in ``state_dict``."""
-    module.weight = weight
-    vars(module)["_own"] = weight
+def quantized_weight(blob: torch.Tensor, layout: BlobLayout, shape: tuple[int, int], dtype: torch.dtype) -> FrozenWeight:
+    """The weight [out, in] or [num, dim] in ``blob`` uint8 for modules that multiply by it, look rows up in it, or both (tied).
+
+    Nothing is copied; its numbers and rows are those of ``dequantize`` (kernels/reference.py), rounded to ``dtype``.
+    """
+    parts = views(layout, blob)
+
+    def rows(ids: Sequence[int]) -> torch.Tensor:
+        index = torch.tensor(ids, dtype=torch.int64) if len(ids) != 1 else slice(ids[0], ids[0] + 1)  # a view costs less
+        return _numbers({name: part[index] for name, part in parts.items()}, layout, shape[1], dtype)
+
+    return FrozenWeight(shape, dtype, "cpu", partial(_numbers, parts, layout, shape[1], dtype), _QUANTIZED, rows)
+
+
+def stored_weight(stored: StoredRows, shape: tuple[int, int], dtype: torch.dtype) -> FrozenWeight:
+    """The embedding's weight [num, dim] whose rows are read from the store, quantized or not, when they are asked for.
+
+    A token costs three reads, the first time of the disk, then of the page cache. Qwen1.5-MoE's embedding would take 306 MiB of the
+    budget as int8, room for 65 of its experts.
+    """
+
+    def rows(ids: Sequence[int]) -> torch.Tensor:
+        parts, layout = stored.read(ids), stored.layout
+        return parts["weight"].to(dtype) if layout is None else _numbers(parts, layout, shape[1], dtype)
+
+    return FrozenWeight(shape, dtype, "cpu", lambda: rows(range(shape[0])), _ON_DISK, rows)
 
 
 class QuantizedLinear(nn.Linear):
     """``nn.Linear`` on a quantized weight, with int8 activations by group (``exact``: fp32, and many rows through torch's GEMM).
 
-    ``blob`` uint8 holds ``weight`` [out, in] in ``layout``; nothing is copied. Gradients with respect to x are those of the
-    weight's numbers (kernels/gradients.py). Another parameter in place of ``weight`` is honoured, at torch's speed.
+    ``blob`` uint8 holds ``weight`` [out, in], made by ``quantized_weight``, in ``layout``; nothing is copied. Gradients with
+    respect to x are those of the weight's numbers (kernels/gradients.py). Another parameter in place of ``weight`` is honoured, at
+    torch's speed.
     """
 
     _own: FrozenWeight
 
-    def __init__(
-        self, blob: torch.Tensor, layout: BlobLayout, shape: tuple[int, int], like: nn.Linear, dtype: torch.dtype, exact: bool
-    ) -> None:
+    def __init__(self, blob: torch.Tensor, layout: BlobLayout, weight: FrozenWeight, like: nn.Linear, exact: bool) -> None:
         nn.Module.__init__(self)
         self.training = like.training
         self._blob = blob
         self._layout = layout
         self._parts = views(layout, blob)
-        self.out_features, self.in_features = shape
-        numbers = partial(_numbers, self._parts, layout, shape[1], dtype)
-        _set_weight(self, FrozenWeight(shape, dtype, "cpu", numbers, _QUANTIZED))
+        shape = self.out_features, self.in_features = int(weight.shape[0]), int(weight.shape[1])
+        self.weight = weight
+        vars(self)["_own"] = weight  # as a second parameter it would be a second name in ``state_dict``
         self.bias = like.bias
         self._exact = exact
         place = matrix_place(layout, "weight", shape) if native is not None else "no extension"
         self.place = None if isinstance(place, str) else place  # the extension's, counted from ``address``
         self.address = blob.data_ptr()
-        self._tiles = self._cut() if self.place is not None else []
+        self._tiles = self._cut(max(1, _TILE_BYTES // (2 * self.in_features))) if self.place is not None else []
 
     @property
     def is_own(self) -> bool:
@@ -130,9 +152,8 @@ class QuantizedLinear(nn.Linear):
         native.expand(place, self.address, PLANES, tile.data_ptr(), DTYPES[dtype], torch.get_num_threads())
         return tile
 
-    def _cut(self) -> list[tuple[Any, int]]:
-        """The matrix in runs of rows, each with its Place and its number of rows."""
-        step = max(1, _TILE_BYTES // (2 * self.in_features))
+    def _cut(self, step: int) -> list[tuple[Any, int]]:
+        """The matrix in runs of ``step`` rows, each with its Place and its number of rows."""
         tiles = []
         for first in range(0, self.out_features, step):
             count = min(step, self.out_features - first)
@@ -145,37 +166,27 @@ class QuantizedLinear(nn.Linear):
         return tiles
 
 
-class StoredEmbedding(nn.Embedding):
-    """``nn.Embedding`` [num, dim] whose rows are read from the store, quantized or not, and become numbers when they are asked for.
+class QuantizedGroups(QuantizedLinear):
+    """A Linear layer whose rows are in groups: [..., groups, out / groups] of x [..., groups, in] (DeepSeek-V4's ``o_a_proj``).
 
-    A token costs three reads, the first time of the disk, then of the page cache. Qwen1.5-MoE's embedding would take 306 MiB of the
-    budget as int8, room for 65 of its experts. Another parameter in place of ``weight`` is honoured.
+    The family's own forward multiplies the weight's numbers where gradients flow or there is no kernel.
     """
 
-    _own: FrozenWeight
+    def __init__(self, blob: torch.Tensor, layout: BlobLayout, weight: FrozenWeight, like: Any, exact: bool) -> None:
+        super().__init__(blob, layout, weight, like, exact)
+        self.n_groups = int(like.n_groups)  # the family's forward reads it
+        self._family = type(like).forward
+        self._groups = self._cut(self.out_features // self.n_groups) if self.place is not None else []
 
-    def __init__(self, rows: StoredRows, shape: tuple[int, int], dtype: torch.dtype) -> None:
-        nn.Module.__init__(self)
-        self.training = False
-        self.num_embeddings, self.embedding_dim = shape
-        self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, None, 2.0, False, False
-        self._rows = rows
-        everything = list(range(self.num_embeddings))
-        _set_weight(self, FrozenWeight(shape, dtype, "cpu", lambda: self._of(everything), _ON_DISK))
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """[..., dim] in the model's dtype. Raises IndexError for an id outside the vocabulary."""
-        if self._parameters.get("weight") is not self._own:
-            return embedding(ids, self.weight)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., groups, out / groups] of ``x`` [..., groups, in], in x's dtype."""
         refuse_transforms()
-        if ids.numel() == 1 and 0 <= (token := int(ids)) < self.num_embeddings:
-            return self._of([token]).view(*ids.shape, self.embedding_dim)
-        different, place = torch.unique(ids, return_inverse=True)
-        if different.numel() and not 0 <= int(different[0]) <= int(different[-1]) < self.num_embeddings:
-            raise IndexError(f"token ids must be in 0..{self.num_embeddings - 1}, not {int(different[0])}..{int(different[-1])}")
-        return self._of(different.tolist())[place.reshape(-1)].view(*ids.shape, self.embedding_dim)
-
-    def _of(self, ids: list[int]) -> torch.Tensor:
-        parts, layout = self._rows.read(ids), self._rows.layout
-        dtype = self._own.dtype
-        return parts["weight"].to(dtype) if layout is None else _numbers(parts, layout, self.embedding_dim, dtype)
+        many = self._exact and x.numel() > MAX_ROWS * self.n_groups * self.in_features
+        if not self.is_own or not self._groups or many or flows(x) or x.dtype not in (torch.float32, torch.bfloat16):
+            return self._family(self, x)  # type: ignore[no-any-return]
+        rows, threads = x.reshape(-1, self.n_groups, self.in_features).transpose(0, 1).contiguous(), torch.get_num_threads()
+        out = torch.empty(self.n_groups, rows.shape[1], self.out_features // self.n_groups, dtype=x.dtype)
+        kind = DTYPES[x.dtype]
+        for (place, _), of, to in zip(self._groups, rows, out, strict=True):
+            native.linear(place, self.address, PLANES, of.data_ptr(), kind, len(of), to.data_ptr(), kind, self._exact, threads)
+        return out.transpose(0, 1).reshape(*x.shape[:-1], -1)

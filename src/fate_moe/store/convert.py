@@ -186,7 +186,8 @@ def _fill(
     num_experts = sum(len(shard.blobs) for shard in plan.shards)
     require_space(work, remaining + sum(map(len, copied.values())) + 3 * 128 * num_experts + (1 << 20))
     with progress_bar("converting", sum(sizes.values()), progress) as advance:
-        if (dense_checksum := journal.finished("dense.safetensors")) is None:
+        dense_checksum = journal.finished("dense.safetensors")
+        if dense_checksum is None or (work / "dense.safetensors").stat().st_size != plan.dense_bytes:  # begun by another version
             dense_checksum = _write_dense(work / "dense.safetensors", plan, solver, advance)
             journal.record("dense.safetensors", dense_checksum)
         else:

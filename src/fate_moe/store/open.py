@@ -4,23 +4,36 @@ from __future__ import annotations
 
 import errno
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import xxhash
+from torch import nn
 
-from fate_moe.core import SLOT_ALIGNMENT, ExpertId
+from fate_moe.core import SLOT_ALIGNMENT, BlobLayout, ExpertId
 from fate_moe.errors import CorruptExpertError, StoreError
 from fate_moe.io.direct import DirectFile, anonymous_buffer
 from fate_moe.io.progress import progress_bar
 from fate_moe.io.tensorfile import TensorEntry, data_start, parse_header, read_header
 from fate_moe.quant.dtypes import TORCH_DTYPES
-from fate_moe.store.format import AGAIN, Manifest
+from fate_moe.store.dense import DenseEncoder, dense_layouts
+from fate_moe.store.format import AGAIN, Manifest, blob_layout
 
-__all__ = ["Store", "check_blob", "check_dense", "check_section", "load_dense", "open_store", "verify"]
+__all__ = [
+    "Store",
+    "check_blob",
+    "check_dense",
+    "check_section",
+    "dense_entries",
+    "load_dense",
+    "open_store",
+    "stored_layouts",
+    "unquantized",
+    "verify",
+]
 
 # Large enough for the full bandwidth of a disk, small enough to stay in the processor's cache for the checksum.
 _CHUNK_BYTES = 4 << 20
@@ -75,34 +88,97 @@ def _header(path: Path, num_bytes: int) -> dict[str, TensorEntry]:
         raise StoreError(f"{path} is damaged ({error}); {AGAIN}") from error
 
 
-def load_dense(store: Store, exclude: str | None = None) -> dict[str, torch.Tensor]:
+def dense_entries(store: Store) -> dict[str, TensorEntry]:
+    """The tensors of dense.safetensors by name. Raises StoreError if its header cannot be read."""
+    return _header(store.path / "dense.safetensors", store.manifest.dense_bytes)
+
+
+def stored_layouts(store: Store, model: nn.Module) -> dict[str, BlobLayout]:
+    """``dense_layouts`` for ``store``; of a blob that an older version wrote with fewer bits the layout that it has."""
+    precision, entries = store.manifest.dense_precision, dense_entries(store)
+    layouts = dense_layouts(model, precision)
+    for name, layout in layouts.items():
+        entry, older = entries.get(name), blob_layout(precision, {"weight": tuple(model.get_parameter(name).shape)}, "BF16")
+        if entry is not None and (entry.dtype, entry.length) == ("U8", older.length) and layout != older:
+            layouts[name] = older
+    return layouts
+
+
+def unquantized(store: Store, model: nn.Module, layouts: Mapping[str, BlobLayout]) -> dict[str, BlobLayout]:
+    """Those of ``layouts`` (see ``stored_layouts``) whose matrix the store of an older version has as numbers.
+
+    Only 8-bit ones: their codes are those of a conversion, whatever its solver was.
+    """
+    found = {}
+    for name, entry in dense_entries(store).items():
+        layout, is_number = layouts.get(name), TORCH_DTYPES[entry.dtype].is_floating_point
+        if layout is None or layout.plane_widths != (8,) or not is_number:
+            continue
+        if entry.shape == tuple(model.get_parameter(name).shape):
+            found[name] = layout
+    return found
+
+
+def load_dense(
+    store: Store, exclude: str | None = None, quantize: Mapping[str, BlobLayout] | None = None
+) -> dict[str, torch.Tensor]:
     """All tensors except the routed experts and the tensor ``exclude``, by the model's parameter names.
 
-    The file is read once, past the page cache, into one private buffer; all tensors are views of it. Resident memory grows by the
-    file's length, less the pages of ``exclude``. Raises StoreError when the bytes differ from their checksum.
+    The file is read once, past the page cache, into one private buffer; all tensors are views of it. Those in ``quantize`` (see
+    ``unquantized``) become blobs of that layout, strip by strip. Resident memory grows by the file's length, less the pages of
+    ``exclude`` and of numbers that became blobs. Raises StoreError when the bytes differ from their checksum.
     """
     path, num_bytes = store.path / "dense.safetensors", store.manifest.dense_bytes
     buffer = anonymous_buffer(num_bytes)
     memory = memoryview(buffer)
-    excluded = _header(path, num_bytes).get(exclude) if exclude else None
+    found = dense_entries(store)
+    excluded = found.get(exclude) if exclude else None
+    strips = [_Strips(found[name], layout, buffer) for name, layout in (quantize or {}).items() if name != exclude]
 
-    def give_back(start: int, end: int) -> None:
-        """Return pages from ``start`` to ``end`` that hold only the excluded tensor."""
+    def done(start: int, end: int) -> None:
         if excluded is not None:
-            begin = max(start, -(-excluded.offset // SLOT_ALIGNMENT) * SLOT_ALIGNMENT)
-            end = min(end, (excluded.offset + excluded.length) // SLOT_ALIGNMENT * SLOT_ALIGNMENT)
-            if begin < end:
-                buffer.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+            _give_back(buffer, max(start, excluded.offset), min(end, excluded.offset + excluded.length))
+        for one in strips:
+            one.read_to(end)
 
-    _checked_read(path, num_bytes, store.manifest.dense_checksum, memory, done=give_back)
+    _checked_read(path, num_bytes, store.manifest.dense_checksum, memory, done=done)
     try:
         start = data_start(bytes(memory[:8]), num_bytes)
         entries = parse_header(bytes(memory[8:start]), num_bytes)
-        if excluded and entries.get(excluded.name) != excluded:
+        if any(entries.get(entry.name) != entry for entry in (*filter(None, [excluded]), *(one.entry for one in strips))):
             raise ValueError("its header changed while it was read")
-        return {name: _view(buffer, entry) for name, entry in entries.items() if name != exclude}
+        blobs = {one.entry.name: one.encoder.blob for one in strips}
+        return {name: blobs[name] if name in blobs else _view(buffer, entry) for name, entry in entries.items() if name != exclude}
     except (ValueError, KeyError) as error:
         raise StoreError(f"{path} is damaged ({error}); {AGAIN}") from error
+
+
+class _Strips:
+    """A matrix of numbers that becomes a blob while the file is read into ``buffer``."""
+
+    def __init__(self, entry: TensorEntry, layout: BlobLayout, buffer: mmap.mmap) -> None:
+        self.entry, self.encoder = entry, DenseEncoder(layout)
+        self._buffer, self._given_back = buffer, entry.offset
+
+    def read_to(self, end: int) -> None:
+        """The file has been read up to ``end``: encode the rows that are whole now, and give their pages back."""
+        entry, dtype = self.entry, TORCH_DTYPES[self.entry.dtype]
+        rows, cols = entry.shape
+        first, row_bytes = self.encoder.rows, cols * dtype.itemsize
+        whole = min(rows, max(0, end - entry.offset) // row_bytes)
+        if whole > first:
+            place = entry.offset + first * row_bytes
+            self.encoder.add(torch.frombuffer(self._buffer, dtype=dtype, count=(whole - first) * cols, offset=place).view(-1, cols))
+            self._given_back = _give_back(self._buffer, self._given_back, entry.offset + whole * row_bytes)
+
+
+def _give_back(buffer: mmap.mmap, start: int, end: int) -> int:
+    """Return the pages wholly between ``start`` and ``end`` to the system; where the next call goes on."""
+    begin, end = -(-start // SLOT_ALIGNMENT) * SLOT_ALIGNMENT, end // SLOT_ALIGNMENT * SLOT_ALIGNMENT
+    if begin >= end:
+        return start
+    buffer.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+    return end
 
 
 def check_dense(store: Store) -> None:
