@@ -1,5 +1,12 @@
-// AVX2: a block is 128 columns in four registers; integer products go through 16 bits.
+// AVX2: a block is 128 columns in four registers; integer products go through 16 bits. Compiled twice: here, and by avx_vnni.cpp for
+// processors that add four products of bytes in one instruction.
 #include "ops.h"
+
+#ifndef FATE_AVX2_OPS
+#define FATE_AVX2_OPS avx2_ops
+#define FATE_AVX2_NAME "avx2"
+#define FATE_AVX2_RUNS true
+#endif
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #include <immintrin.h>
@@ -93,12 +100,16 @@ inline Codes decode_some(const Matrix& m, int64_t at, int64_t n) {  // one group
                            kind == Kind::kPlanes3 ? load8(m.planes[2] + at * 8) : none);
 }
 
-inline __m256i pairs(__m256i codes, __m256i q) {  // 8-bit codes to 255: 16-bit products, 32-bit sums of two
+inline __m256i add_bytes(__m256i sums, __m256i codes, __m256i q) {  // codes to 255
+#if defined(__AVXVNNI__)
+  return _mm256_dpbusd_avx_epi32(sums, codes, q);
+#else
   const __m256i low = _mm256_madd_epi16(_mm256_cvtepu8_epi16(_mm256_castsi256_si128(codes)),
                                         _mm256_cvtepi8_epi16(_mm256_castsi256_si128(q)));
   const __m256i high = _mm256_madd_epi16(_mm256_cvtepu8_epi16(_mm256_extracti128_si256(codes, 1)),
                                          _mm256_cvtepi8_epi16(_mm256_extracti128_si256(q, 1)));
-  return _mm256_add_epi32(low, high);
+  return _mm256_add_epi32(sums, _mm256_add_epi32(low, high));
+#endif
 }
 
 inline __m256i load_q(const int8_t* q) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q)); }
@@ -126,10 +137,17 @@ FATE_INLINE __m256i eight_sums(const __m256i* p) {
 }
 
 inline __m256i multiply_codes(const Codes& codes, const int8_t* q) {
+#if defined(__AVXVNNI__)
+  __m256i sums = _mm256_dpbusd_avx_epi32(_mm256_setzero_si256(), codes.part[0], load_q(q));
+  FATE_UNROLL
+  for (int j = 1; j < 4; ++j) sums = _mm256_dpbusd_avx_epi32(sums, codes.part[j], load_q(q + 32 * j));
+  return sums;
+#else
   __m256i sixteen = _mm256_maddubs_epi16(codes.part[0], load_q(q));  // at most 4 * 2 * 15 * 127 in 16 bits
   FATE_UNROLL
   for (int j = 1; j < 4; ++j) sixteen = _mm256_add_epi16(sixteen, _mm256_maddubs_epi16(codes.part[j], load_q(q + 32 * j)));
   return _mm256_madd_epi16(sixteen, _mm256_set1_epi16(1));
+#endif
 }
 
 template <Kind kind, int64_t G, int T>
@@ -148,7 +166,7 @@ FATE_INLINE void group_sums(const Matrix& m, int64_t at, int64_t n, const Token*
           const uint8_t* const from = m.planes[0] + (at + g + i) * G;
           const int8_t* const q = tokens[t].q + (first + g + i) * G;
           FATE_UNROLL
-          for (int64_t j = 0; j < G; j += 32) p[i] = _mm256_add_epi32(p[i], pairs(load32(from + j), load_q(q + j)));
+          for (int64_t j = 0; j < G; j += 32) p[i] = add_bytes(p[i], load32(from + j), load_q(q + j));
         }
         store(out[t] + g, eight_sums<kind, G>(p));
       }
@@ -213,25 +231,25 @@ inline __m256 numbers(const uint8_t* codes) {
   return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes))));
 }
 
-// The block's codes in natural order.
-template <Kind kind, int64_t G>
-inline void store(const Codes& codes, uint8_t* out) {
+// The block's codes, those of column c and what follows at to(c); never across a multiple of 32 columns.
+template <Kind kind, int64_t G, class To>
+inline void store(const Codes& codes, To to) {
+  const auto half = [&](int64_t column) { return reinterpret_cast<__m128i*>(to(column)); };
   FATE_UNROLL
   for (int j = 0; j < 4; ++j) {
     if constexpr (kind == Kind::kInt8 || G == 128) {
-      _mm256_store_si256(reinterpret_cast<__m256i*>(out + 32 * j), codes.part[j]);
+      _mm256_store_si256(reinterpret_cast<__m256i*>(to(32 * j)), codes.part[j]);
       continue;
     }
-    const auto to = [&](int64_t group) { return reinterpret_cast<__m128i*>(out + G * group + G / 4 * j); };
     const __m128i low = _mm256_castsi256_si128(codes.part[j]), high = _mm256_extracti128_si256(codes.part[j], 1);
     if constexpr (G == 64) {
-      _mm_store_si128(to(0), low);
-      _mm_store_si128(to(1), high);
+      _mm_store_si128(half(16 * j), low);
+      _mm_store_si128(half(64 + 16 * j), high);
     } else {
-      _mm_storel_epi64(to(0), low);
-      _mm_storel_epi64(to(1), _mm_unpackhi_epi64(low, low));
-      _mm_storel_epi64(to(2), high);
-      _mm_storel_epi64(to(3), _mm_unpackhi_epi64(high, high));
+      _mm_storel_epi64(half(8 * j), low);
+      _mm_storel_epi64(half(32 + 8 * j), _mm_unpackhi_epi64(low, low));
+      _mm_storel_epi64(half(64 + 8 * j), high);
+      _mm_storel_epi64(half(96 + 8 * j), _mm_unpackhi_epi64(high, high));
     }
   }
 }
@@ -239,7 +257,7 @@ inline void store(const Codes& codes, uint8_t* out) {
 template <Kind kind, int64_t G>
 inline void dot(Sums& sums, const Codes& codes, const float* x, const float* factors) {
   alignas(32) uint8_t bytes[128];
-  store<kind, G>(codes, bytes);
+  store<kind, G>(codes, [&](int64_t column) { return bytes + column; });
   FATE_UNROLL
   for (int g = 0; g < kBlock<G>; ++g) {
     __m256 products = _mm256_setzero_ps();
@@ -265,7 +283,7 @@ void expand_codes(const Matrix& m, int64_t at, const Codes& codes, int64_t n, ui
 template <Kind kind, int64_t G>
 inline void expand_codes(const Matrix& m, int64_t at, const Codes& codes, int64_t n, float* out) {
   alignas(32) uint8_t bytes[128];
-  store<kind, G>(codes, bytes);
+  store<kind, G>(codes, [&](int64_t column) { return bytes + column; });
   for (int64_t g = 0; g < n; ++g) {
     const __m256 scale = _mm256_set1_ps(_cvtsh_ss(m.scale[at + g])), zero = _mm256_set1_ps(_cvtsh_ss(m.zero[at + g]));
     for (int64_t i = G * g; i < G * g + G; i += 8) {
@@ -282,18 +300,27 @@ inline void expand_codes(const Matrix& m, int64_t at, const Codes& codes, int64_
   for (int64_t i = 0; i < G * n; ++i) out[i] = round_to_bf16(values[i]);
 }
 
-const Ops kOps = {"avx2", product, quantize, sum_groups, apply, expand, to_float, from_float, combine};
+}  // namespace
+}  // namespace fate
+
+#include "panels256.h"
+
+namespace fate {
+namespace {
+
+const Ops kOps = {FATE_AVX2_NAME, product, quantize, sum_groups, apply, expand, to_float, from_float, combine, &kMany};
 
 }  // namespace
 
-const Ops* avx2_ops() {
+const Ops* FATE_AVX2_OPS() {
   __builtin_cpu_init();
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") ? &kOps : nullptr;
+  const bool runs = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  return runs && FATE_AVX2_RUNS ? &kOps : nullptr;
 }
 
 }  // namespace fate
 #else
 namespace fate {
-const Ops* avx2_ops() { return nullptr; }
+const Ops* FATE_AVX2_OPS() { return nullptr; }
 }  // namespace fate
 #endif

@@ -121,6 +121,7 @@ FATE_INLINE void with_layout(const Matrix& m, Act act) {
 // Null where this build or this processor has no such instructions.
 const Ops* amx_ops();
 const Ops* avx512_ops();
+const Ops* avx_vnni_ops();
 const Ops* avx2_ops();
 const Ops* neon_dot_ops();
 const Ops* neon_ops();
