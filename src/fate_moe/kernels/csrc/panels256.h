@@ -47,61 +47,37 @@ inline __m256i four_codes(const uint8_t* from) {
   return _mm256_set1_epi32(four);
 }
 
-// The integer sums of group g of R rows from r on and of 8 U tokens from q on.
-template <int64_t G, int64_t split, int R, int U>
-FATE_INLINE void group_products(const Panel& panel, const int8_t* q, int64_t g, int64_t r, __m256i (*d)[U]) {
-  const auto codes_at = [&](int64_t k, int64_t half) {
-    return panel.code[(g * G + k) / kStepBytes * split + half][r] + (g * G + k) % kStepBytes;
-  };
-  const auto numbers_at = [&](int64_t k, int u) { return load_q(q + k * kTile + 32 * u); };
+// Adds the products of 32 columns of R rows with 8 U tokens to d.
+template <int R, int U>
+FATE_INLINE void add_columns(const uint8_t* codes, const int8_t* q, __m256i (*d)[U]) {
+#if !defined(__AVXVNNI__)
+  __m256i sixteen[R][U];  // at most 8 * 2 * 15 * 127
+#endif
+  FATE_UNROLL
+  for (int64_t step = 0; step < 8; ++step) {
+    __m256i numbers[U];
+    FATE_UNROLL
+    for (int u = 0; u < U; ++u) numbers[u] = load_q(q + step * kTile * kDepth + 32 * u);
+    FATE_UNROLL
+    for (int i = 0; i < R; ++i) {
+      const __m256i four = four_codes(codes + i * kStepBytes + step * kDepth);
+      FATE_UNROLL
+      for (int u = 0; u < U; ++u) {
 #if defined(__AVXVNNI__)
+        d[i][u] = _mm256_dpbusd_avx_epi32(d[i][u], four, numbers[u]);
+#else
+        const __m256i products = _mm256_maddubs_epi16(four, numbers[u]);
+        sixteen[i][u] = step ? _mm256_add_epi16(sixteen[i][u], products) : products;
+        __asm__("" : "+x"(sixteen[i][u]));  // or GCC adds products in another order, for which it keeps them all, in memory
+#endif
+      }
+    }
+  }
+#if !defined(__AVXVNNI__)
   FATE_UNROLL
   for (int i = 0; i < R; ++i) {
     FATE_UNROLL
-    for (int u = 0; u < U; ++u) d[i][u] = _mm256_setzero_si256();
-  }
-  for (int64_t k = 0; k < G; k += 4) {
-    const uint8_t* const from = codes_at(k, 0);
-    __m256i numbers[U];
-    FATE_UNROLL
-    for (int u = 0; u < U; ++u) numbers[u] = numbers_at(k, u);
-    FATE_UNROLL
-    for (int i = 0; i < R; ++i) {
-      const __m256i codes = four_codes(from + i * kStepBytes);
-      FATE_UNROLL
-      for (int u = 0; u < U; ++u) d[i][u] = _mm256_dpbusd_avx_epi32(d[i][u], codes, numbers[u]);
-    }
-  }
-#else
-  FATE_UNROLL
-  for (int64_t part = 0; part < split * G / 32; ++part) {
-    const int64_t half = part / (G / 32), begin = part % (G / 32) * 32;
-    __m256i sixteen[R][U];
-    FATE_UNROLL
-    for (int64_t k = begin; k < begin + 32; k += 4) {  // at most 8 * 2 * 15 * 127 in 16 bits
-      const uint8_t* const from = codes_at(k, half);
-      __m256i numbers[U];
-      FATE_UNROLL
-      for (int u = 0; u < U; ++u) numbers[u] = numbers_at(k, u);
-      FATE_UNROLL
-      for (int i = 0; i < R; ++i) {
-        const __m256i codes = four_codes(from + i * kStepBytes);
-        FATE_UNROLL
-        for (int u = 0; u < U; ++u) {
-          const __m256i products = _mm256_maddubs_epi16(codes, numbers[u]);
-          sixteen[i][u] = k == begin ? products : _mm256_add_epi16(sixteen[i][u], products);
-        }
-      }
-    }
-    FATE_UNROLL
-    for (int i = 0; i < R; ++i) {
-      FATE_UNROLL
-      for (int u = 0; u < U; ++u) {
-        const __m256i sums = _mm256_madd_epi16(sixteen[i][u], _mm256_set1_epi16(1));
-        if (part && part == G / 32) d[i][u] = _mm256_slli_epi32(d[i][u], 4);  // that was the upper half
-        d[i][u] = part ? _mm256_add_epi32(d[i][u], sums) : sums;
-      }
-    }
+    for (int u = 0; u < U; ++u) d[i][u] = _mm256_add_epi32(d[i][u], _mm256_madd_epi16(sixteen[i][u], _mm256_set1_epi16(1)));
   }
 #endif
 }
@@ -111,7 +87,25 @@ template <int64_t G, int64_t split, int R, int U>
 inline void multiply_rows(const Panel& panel, const TokenTile& tile, int64_t first, int64_t count, int64_t r, float (*sums)[kTile]) {
   for (int64_t g = 0; g < count; ++g) {
     __m256i d[R][U];
-    group_products<G, split, R, U>(panel, tile.q + (first + g) * G * kTile, g, r, d);
+    FATE_UNROLL
+    for (int i = 0; i < R; ++i) {
+      FATE_UNROLL
+      for (int u = 0; u < U; ++u) d[i][u] = _mm256_setzero_si256();
+    }
+    FATE_UNROLL
+    for (int64_t half = 0; half < split; ++half) {
+      FATE_UNROLL
+      for (int64_t k = 0; k < G; k += 32) {
+        const int64_t step = (g * G + k) / kStepBytes, in = G == 32 ? g % 2 * 32 : k % kStepBytes;
+        add_columns<R, U>(panel.code[step * split + half][r] + in, tile.q + ((first + g) * G + k) * kTile, d);
+      }
+      if (half + 1 == split) break;
+      FATE_UNROLL
+      for (int i = 0; i < R; ++i) {
+        FATE_UNROLL
+        for (int u = 0; u < U; ++u) d[i][u] = _mm256_slli_epi32(d[i][u], 4);  // those were the upper halves
+      }
+    }
     FATE_UNROLL
     for (int u = 0; u < U; ++u) {
       const int64_t at = (first + g) * kTile + 8 * u;
