@@ -47,6 +47,9 @@ inline __m256i four_codes(const uint8_t* from) {
   return _mm256_set1_epi32(four);
 }
 
+// 16-bit sums += products. Of the intrinsic GCC makes sums in another order, for which it keeps all products, in memory.
+inline void add_in_order(__m256i& sums, __m256i products) { __asm__("vpaddw %2, %1, %0" : "=x"(sums) : "x"(sums), "x"(products)); }
+
 // Adds the products of 32 columns of R rows with 8 U tokens to d.
 template <int R, int U>
 FATE_INLINE void add_columns(const uint8_t* codes, const int8_t* q, __m256i (*d)[U]) {
@@ -67,8 +70,10 @@ FATE_INLINE void add_columns(const uint8_t* codes, const int8_t* q, __m256i (*d)
         d[i][u] = _mm256_dpbusd_avx_epi32(d[i][u], four, numbers[u]);
 #else
         const __m256i products = _mm256_maddubs_epi16(four, numbers[u]);
-        sixteen[i][u] = step ? _mm256_add_epi16(sixteen[i][u], products) : products;
-        __asm__("" : "+x"(sixteen[i][u]));  // or GCC adds products in another order, for which it keeps them all, in memory
+        if (step == 0)
+          sixteen[i][u] = products;
+        else
+          add_in_order(sixteen[i][u], products);
 #endif
       }
     }
