@@ -36,7 +36,7 @@ _VNNI = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "avx512vbm
 _NEEDS = {
     "amx": ("x86", (*_VNNI, "amxtile", "amxint8")),
     "avx512-vnni": ("x86", _VNNI),
-    "avx-vnni": ("x86", ("avx2", "fma", "f16c", "avxvnni")),
+    "avx-vnni": ("x86", ("avx2", "fma", "f16c", "avxvnni", "gfni")),
     "avx2": ("x86", ("avx2", "fma", "f16c")),
     "neon-i8mm": ("arm", ("asimddp", "i8mm")),
     "neon-dot": ("arm", ("asimddp",)),

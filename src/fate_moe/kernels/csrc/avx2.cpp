@@ -1,5 +1,5 @@
 // AVX2: a block is 128 columns in four registers; integer products go through 16 bits. Compiled twice: here, and by avx_vnni.cpp for
-// processors that add four products of bytes in one instruction.
+// processors that add four products of bytes in one instruction and multiply matrices of bits.
 #include "ops.h"
 
 #ifndef FATE_AVX2_OPS
@@ -12,6 +12,8 @@
 #include <immintrin.h>
 
 #include <cstring>
+
+#include "gfni.h"
 
 namespace fate {
 namespace {
@@ -41,6 +43,28 @@ inline void halves(const uint16_t* in, int64_t n, float* out) {
   for (; i < n; ++i) out[i] = _cvtsh_ss(in[i]);
 }
 
+#if defined(__GFNI__)
+template <int b3, int b2, int b1, int b0>
+inline __m256i pick(__m256i bytes) {
+  return _mm256_gf2p8affine_epi64_epi8(bytes, _mm256_set1_epi64x(bits_from(b3, b2, b1, b0)), 0);
+}
+
+// As in codes512.h; bytes of the two 1-bit planes lie by turns in `pairs`, those of codes 8k .. 8k + 7 in the lane of these.
+template <Kind kind, int64_t G>
+FATE_INLINE Codes codes_of(__m256i h, __m128i m, __m128i l) {
+  const __m256i upper = _mm256_set1_epi8(12);
+  if constexpr (kind == Kind::kPlanes1) return {{pick<1, 0, 8, 8>(h), _mm256_and_si256(h, upper), pick<5, 4, 8, 8>(h), pick<7, 6, 8, 8>(h)}};
+  __m256i pairs = _mm256_set_m128i(_mm_unpackhi_epi8(m, l), _mm_unpacklo_epi8(m, l));
+  if constexpr (G == 128) pairs = _mm256_permutevar8x32_epi32(pairs, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
+  const __m128i order = G == 32 ? _mm_setr_epi8(4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11)
+                                : _mm_setr_epi8(8, 9, 12, 13, 0, 1, 4, 5, 10, 11, 14, 15, 2, 3, 6, 7);
+  const __m256i rows = _mm256_shuffle_epi8(pairs, _mm256_broadcastsi128_si256(order));
+  const __m256i ml = _mm256_gf2p8affine_epi64_epi8(_mm256_set1_epi64x(int64_t(0x8040201008040201)), rows, 0);
+  const __m256i change = _mm256_and_si256(_mm256_xor_si256(h, ml), _mm256_set1_epi8(int8_t(0xcc)));
+  const __m256i odd = _mm256_xor_si256(ml, change), even = _mm256_xor_si256(h, change);
+  return {{pick<1, 0, 3, 2>(even), _mm256_and_si256(odd, _mm256_set1_epi8(15)), pick<5, 4, 7, 6>(even), pick<7, 6, 5, 4>(odd)}};
+}
+#else
 // Codes 8k .. 8k + 7 of part j have their bits in one byte of a 1-bit plane, which is taken eight times, so that each meets its bit.
 template <int64_t G, int j>
 inline __m256i with_bits(__m256i part, __m256i plane, char value) {
@@ -65,6 +89,7 @@ FATE_INLINE Codes codes_of(__m256i h, __m128i m, __m128i l) {
   return {{part_of<kind, G, 0>(_mm256_slli_epi32(h, 2), m2, l2), part_of<kind, G, 1>(h, m2, l2),
            part_of<kind, G, 2>(_mm256_srli_epi32(h, 2), m2, l2), part_of<kind, G, 3>(_mm256_srli_epi32(h, 4), m2, l2)}};
 }
+#endif
 
 inline __m256i load32(const uint8_t* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
 inline __m128i load16(const uint8_t* from) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)); }

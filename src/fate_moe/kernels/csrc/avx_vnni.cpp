@@ -1,7 +1,7 @@
-// AVX2 with AVX-VNNI (Alder Lake, Zen 5 and later), for processors without AVX-512.
+// AVX2 with AVX-VNNI and GFNI, for processors without AVX-512 (Alder Lake and later).
 #include "ops.h"
 
-#if defined(__AVXVNNI__)
+#if defined(__AVXVNNI__) && defined(__GFNI__)
 #include <cpuid.h>
 
 namespace fate {
@@ -17,7 +17,7 @@ bool has_vnni() {
 
 #define FATE_AVX2_OPS avx_vnni_ops
 #define FATE_AVX2_NAME "avx-vnni"
-#define FATE_AVX2_RUNS has_vnni()
+#define FATE_AVX2_RUNS (__builtin_cpu_supports("gfni") && has_vnni())
 #include "avx2.cpp"
 #else
 namespace fate {
