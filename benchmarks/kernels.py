@@ -2,9 +2,9 @@
 
     python -m benchmarks.kernels [--quick] [--threads N] [--kernels NAME ...] [--shapes NAME ...] [--json FILE]
 
-Weights are cold: every product reads another matrix of a pool much larger than any cache. The bandwidth is that of a loop that only
-reads the pool. Everything of a shape is measured in turns, each of which runs every case once; all numbers are medians over the turns,
-so that ratios compare what ran side by side. torch's GEMM has the instructions that torch chooses: `ATEN_CPU_CAPABILITY=avx2
+Weights are cold: every product reads another matrix of a pool much larger than any cache. The bandwidth is that of a loop which reads
+the pool. Everything of a shape is measured in turns, each of which runs every case once; all numbers are medians over turns, so
+that ratios compare what ran side by side. torch's GEMM has the instructions that torch chooses: `ATEN_CPU_CAPABILITY=avx2
 ONEDNN_MAX_CPU_ISA=AVX2` holds it to AVX2.
 """
 
@@ -14,6 +14,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -127,7 +128,7 @@ def fused(pool: Pool, kernels: str, experts: int) -> Case:
 
 
 def prompts(pool: Pool, sets: list[str], top_k: int, num_experts: int) -> tuple[dict[str, Case], dict[str, float]]:
-    """One layer's experts on a prompt, by each instruction set, and torch's bf16 GEMM of as many tokens an expert; each one's operations."""
+    """One layer's experts on a prompt by each instruction set, torch's bf16 GEMM of as many tokens an expert; the operations."""
     num_experts = min(num_experts, pool.count)
     top_k = min(top_k, num_experts)
     hidden = torch.randn(PROMPT, pool.shapes["down_proj"][0], dtype=torch.bfloat16)
@@ -152,7 +153,7 @@ def prompts(pool: Pool, sets: list[str], top_k: int, num_experts: int) -> tuple[
             linear(inner, down)
 
     of_token = 2.0 * (up.numel() + down.numel())
-    cases: dict[str, Case] = {f"{name} prompt": (lambda name=name: layer(name), 1) for name in sets}
+    cases: dict[str, Case] = {f"{name} prompt": (partial(layer, name), 1) for name in sets}
     operations = dict.fromkeys(cases, of_token * PROMPT * top_k)
     return cases | {"torch bf16 prompt": (gemm, 1)}, operations | {"torch bf16 prompt": of_token * mean * len(ready)}
 
