@@ -3,8 +3,8 @@
     python -m benchmarks.kernels [--quick] [--threads N] [--kernels NAME ...] [--shapes NAME ...] [--json FILE]
 
 Weights are cold: every product reads another matrix of a pool much larger than any cache. The bandwidth is that of a loop which
-reads the pool. Everything of a shape is measured in turns, each of which runs every case once; all numbers are medians over turns, so
-that ratios compare what ran side by side. torch's GEMM has the instructions that torch chooses: `ATEN_CPU_CAPABILITY=avx2
+reads the pool. Everything of a shape is measured in turns, each of which runs every case once; all numbers are medians, so that
+ratios compare what ran side by side. torch's GEMM has the instructions that torch chooses: `ATEN_CPU_CAPABILITY=avx2
 ONEDNN_MAX_CPU_ISA=AVX2` holds it to AVX2.
 """
 
