@@ -115,7 +115,7 @@ sanitize: $(VENV)/.installed-dev
 	  $(BIN)/python -m pytest -p no:cacheprovider tests/kernels/test_cpu.py tests/kernels/test_layers.py \
 	    tests/layers/test_modules.py tests/gpu/test_host_compute.py
 
-# The NEON kernels without and with SDOT under the same sanitizers, on emulated processors (Debian: g++-aarch64-linux-gnu,
+# The NEON kernels without and with SDOT and SMMLA under the same sanitizers, on emulated processors (Debian: g++-aarch64-linux-gnu,
 # qemu-user-static), without Python.
 ARM_CXX ?= aarch64-linux-gnu-g++
 ARM_RUN ?= ASAN_OPTIONS=detect_leaks=0 qemu-aarch64-static -L /usr/aarch64-linux-gnu
@@ -124,10 +124,12 @@ ARM_FLAGS := -std=c++17 -O1 -g -Wall -Wextra -Wno-psabi -Wno-missing-field-initi
 test-arm:
 	mkdir -p build/arm
 	$(ARM_CXX) $(ARM_FLAGS) -march=armv8.2-a+dotprod -c $(CSRC)/neon_dot.cpp -o build/arm/neon_dot.o
-	$(ARM_CXX) $(ARM_FLAGS) -pthread -o build/arm/check_ops tests/kernels/csrc/check_ops.cpp build/arm/neon_dot.o \
-	  $(filter-out %/module.cpp %/neon_dot.cpp,$(wildcard $(CSRC)/*.cpp)) -ldl
+	$(ARM_CXX) $(ARM_FLAGS) -march=armv8.2-a+dotprod+i8mm -c $(CSRC)/neon_i8mm.cpp -o build/arm/neon_i8mm.o
+	$(ARM_CXX) $(ARM_FLAGS) -pthread -o build/arm/check_ops tests/kernels/csrc/check_ops.cpp build/arm/neon_dot.o build/arm/neon_i8mm.o \
+	  $(filter-out %/module.cpp %/neon_dot.cpp %/neon_i8mm.cpp,$(wildcard $(CSRC)/*.cpp)) -ldl
 	$(ARM_RUN) -cpu cortex-a53 build/arm/check_ops neon portable
 	$(ARM_RUN) -cpu cortex-a76 build/arm/check_ops neon-dot neon portable
+	$(ARM_RUN) -cpu max build/arm/check_ops neon-i8mm neon-dot neon portable
 
 # A wheel with the extension for this machine's Python, under dist/ (for all platforms: cibuildwheel, see pyproject.toml).
 wheel:

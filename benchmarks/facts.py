@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["disk_bandwidth", "machine_facts", "memory_bandwidth"]
+__all__ = ["disk_bandwidth", "machine_facts", "memory_bandwidth", "processor_facts"]
 
 _READ_BYTES = 4 << 20  # the size of a typical expert
 
@@ -58,17 +58,21 @@ def disk_bandwidth(file: Path, threads: int = 2, total_bytes: int = 1 << 30) -> 
     return count * _READ_BYTES / median(seconds)
 
 
-def machine_facts(file: Path, threads: int) -> dict[str, Any]:
-    """Processor, memory and bandwidths; the disk is measured by reading ``file``, which should be large."""
+def processor_facts() -> dict[str, Any]:
+    """The processor's name and which of the instructions that kernels use it has."""
     cpu = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
     cpu = {name.strip(): value.strip() for name, value in cpu.items()}
     flags = set(cpu.get("flags", cpu.get("Features", "")).split())
-    known = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "asimddp", "i8mm")
+    known = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "asimddp", "i8mm")
+    return {"processor": cpu.get("model name", platform.processor()), "instructions": [flag for flag in known if flag in flags]}
+
+
+def machine_facts(file: Path, threads: int) -> dict[str, Any]:
+    """Processor, memory and bandwidths; the disk is measured by reading ``file``, which should be large."""
     return {
-        "processor": cpu.get("model name", platform.processor()),
+        **processor_facts(),
         "cores": os.cpu_count(),
         "threads": threads,
-        "instructions": [flag for flag in known if flag in flags],
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "memory_bytes_per_second": memory_bandwidth(threads),
         "disk_bytes_per_second": disk_bandwidth(file),

@@ -7,8 +7,9 @@ FATE_API_KEY  any text                       what clients of ``fate serve`` must
 FATE_HOME     a folder                       where converted stores and measurements live; default: ~/.cache/fate if it is there,
                                              else ``fate`` in $XDG_CACHE_HOME or ~/.cache
 FATE_LOG      debug, info, warning           what the command ``fate`` says on stderr; -v is info, -vv debug; default: warning
-FATE_KERNELS  portable, avx2, avx512, amx,   which CPU kernels run; read when ``fate_moe.kernels.native`` is first imported;
-              neon, neon-dot                 default: the best that this processor has (``fate doctor`` lists them)
+FATE_KERNELS  portable, avx2, avx-vnni,      which CPU kernels run; read when ``fate_moe.kernels.native`` is first imported;
+              avx512, amx, neon, neon-dot,   default: the best that this processor has (``fate doctor`` lists them)
+              neon-i8mm
 FATE_NATIVE   0, 1                           0: run on torch, without the C++ extension; read at the same time
 FATE_FUSE     0, 1                           0: no layer as one step and no accelerated module, the family's own code instead
 FATE_CHECK    0, 1                           1: check the residency's tables after each pass, and raise where they do not agree
@@ -46,10 +47,12 @@ NAMES = ("FATE_API_KEY", "FATE_CHECK", "FATE_FUSE", "FATE_HOME", "FATE_KERNELS",
 KERNELS = {
     "portable": "portable",
     "avx2": "avx2",
+    "avx-vnni": "avx-vnni",
     "avx512": "avx512-vnni",
     "amx": "amx",
     "neon": "neon",
     "neon-dot": "neon-dot",
+    "neon-i8mm": "neon-i8mm",
 }
 _OF_LIBRARIES = (
     *("ATEN_", "DNNL_", "GOMP_", "KMP_", "LD_PRELOAD", "MKL_", "OMP_", "ONEDNN_", "OPENBLAS_", "TORCH_"),

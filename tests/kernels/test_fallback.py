@@ -53,7 +53,7 @@ def test_without_the_extension(checkpoint: Callable[[str], Path]) -> None:
 
 def test_facts_name_every_instruction_set() -> None:
     facts = native.kernel_facts()
-    names = ["amx", "avx512-vnni", "avx2", "neon-dot", "neon", "portable"]
+    names = ["amx", "avx512-vnni", "avx-vnni", "avx2", "neon-i8mm", "neon-dot", "neon", "portable"]
     assert [name for name, _, _ in facts] == names + (["torch"] if native.native is None else [])
     assert all(why for _, _, why in facts)
     assert sum(used for _, used, _ in facts) == 1

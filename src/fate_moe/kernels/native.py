@@ -34,9 +34,11 @@ _LANES = 64  # columns that the product of bf16 takes at a time
 # Best first, and what a processor needs for each (csrc/*.cpp: *_ops).
 _VNNI = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "avx512vbmi", "gfni")
 _NEEDS = {
-    "amx": ("x86", (*_VNNI, "amxtile", "amxbf16", "avx512bf16")),
+    "amx": ("x86", (*_VNNI, "amxtile", "amxint8")),
     "avx512-vnni": ("x86", _VNNI),
+    "avx-vnni": ("x86", ("avx2", "fma", "f16c", "avxvnni", "gfni")),
     "avx2": ("x86", ("avx2", "fma", "f16c")),
+    "neon-i8mm": ("arm", ("asimddp", "i8mm")),
     "neon-dot": ("arm", ("asimddp",)),
     "neon": ("arm", ("asimd",)),
     "portable": ("", ()),

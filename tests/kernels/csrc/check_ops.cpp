@@ -277,7 +277,7 @@ void check_threads(const Ops& ops) {
 
 int main(int count, char** wanted) {
   std::vector<const Ops*> found;
-  for (const Ops* ops : {amx_ops(), avx512_ops(), avx2_ops(), neon_dot_ops(), neon_ops(), portable_ops()})
+  for (const Ops* ops : {amx_ops(), avx512_ops(), avx_vnni_ops(), avx2_ops(), neon_i8mm_ops(), neon_dot_ops(), neon_ops(), portable_ops()})
     if (ops) found.push_back(ops);
   for (int i = 1; i < count; ++i)
     check(size_t(i) <= found.size() && !std::strcmp(found[size_t(i - 1)]->name, wanted[i]), wanted[i], "is not there");

@@ -87,9 +87,9 @@ bool runs() {
 
 }  // namespace
 
-void multiply_tiles(int64_t group, const Panel& panel, const TokenTile* tiles, int64_t num_tiles, int64_t first, int64_t count,
+void multiply_tiles(const Matrix& m, const Panel& panel, const TokenTile* tiles, int64_t num_tokens, int64_t first, int64_t count,
                     float (*sums)[kTile][kTile]) {
-  const int64_t k = group < kStepBytes ? group : kStepBytes;
+  const int64_t k = m.group < kStepBytes ? m.group : kStepBytes;
   if (configured != k) {
     if (k == 32)
       _tile_loadconfig(&kConfig<32>);
@@ -97,8 +97,8 @@ void multiply_tiles(int64_t group, const Panel& panel, const TokenTile* tiles, i
       _tile_loadconfig(&kConfig<64>);
     configured = k;
   }
-  with_group(group, [&](auto size) {
-    for (int64_t u = 0; u < num_tiles; ++u) multiply<size()>(panel, tiles[u], first, count, sums[u]);
+  with_group(m.group, [&](auto size) {
+    for (int64_t u = 0; u * kTile < num_tokens; ++u) multiply<size()>(panel, tiles[u], first, count, sums[u]);
   });
 }
 
@@ -122,7 +122,7 @@ const Ops* amx_ops() {
 #include "panels.h"
 
 namespace fate {
-void multiply_tiles(int64_t, const Panel&, const TokenTile*, int64_t, int64_t, int64_t, float (*)[kTile][kTile]) {}
+void multiply_tiles(const Matrix&, const Panel&, const TokenTile*, int64_t, int64_t, int64_t, float (*)[kTile][kTile]) {}
 void end_tiles() {}
 const Ops* amx_ops() { return nullptr; }
 }  // namespace fate

@@ -1,10 +1,19 @@
-// AVX2: a block is 128 columns in four registers; integer products go through 16 bits.
+// AVX2: a block is 128 columns in four registers; integer products go through 16 bits. Compiled twice: here, and by avx_vnni.cpp for
+// processors that add four products of bytes in one instruction and multiply matrices of bits.
 #include "ops.h"
+
+#ifndef FATE_AVX2_OPS
+#define FATE_AVX2_OPS avx2_ops
+#define FATE_AVX2_NAME "avx2"
+#define FATE_AVX2_RUNS true
+#endif
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #include <immintrin.h>
 
 #include <cstring>
+
+#include "gfni.h"
 
 namespace fate {
 namespace {
@@ -34,6 +43,28 @@ inline void halves(const uint16_t* in, int64_t n, float* out) {
   for (; i < n; ++i) out[i] = _cvtsh_ss(in[i]);
 }
 
+#if defined(__GFNI__)
+template <int b3, int b2, int b1, int b0>
+inline __m256i pick(__m256i bytes) {
+  return _mm256_gf2p8affine_epi64_epi8(bytes, _mm256_set1_epi64x(bits_from(b3, b2, b1, b0)), 0);
+}
+
+// As in codes512.h; bytes of the two 1-bit planes lie by turns in `pairs`, those of codes 8k .. 8k + 7 in the lane of these.
+template <Kind kind, int64_t G>
+FATE_INLINE Codes codes_of(__m256i h, __m128i m, __m128i l) {
+  const __m256i upper = _mm256_set1_epi8(12);
+  if constexpr (kind == Kind::kPlanes1) return {{pick<1, 0, 8, 8>(h), _mm256_and_si256(h, upper), pick<5, 4, 8, 8>(h), pick<7, 6, 8, 8>(h)}};
+  __m256i pairs = _mm256_set_m128i(_mm_unpackhi_epi8(m, l), _mm_unpacklo_epi8(m, l));
+  if constexpr (G == 128) pairs = _mm256_permutevar8x32_epi32(pairs, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
+  const __m128i order = G == 32 ? _mm_setr_epi8(4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11)
+                                : _mm_setr_epi8(8, 9, 12, 13, 0, 1, 4, 5, 10, 11, 14, 15, 2, 3, 6, 7);
+  const __m256i rows = _mm256_shuffle_epi8(pairs, _mm256_broadcastsi128_si256(order));
+  const __m256i ml = _mm256_gf2p8affine_epi64_epi8(_mm256_set1_epi64x(int64_t(0x8040201008040201)), rows, 0);
+  const __m256i change = _mm256_and_si256(_mm256_xor_si256(h, ml), _mm256_set1_epi8(int8_t(0xcc)));
+  const __m256i odd = _mm256_xor_si256(ml, change), even = _mm256_xor_si256(h, change);
+  return {{pick<1, 0, 3, 2>(even), _mm256_and_si256(odd, _mm256_set1_epi8(15)), pick<5, 4, 7, 6>(even), pick<7, 6, 5, 4>(odd)}};
+}
+#else
 // Codes 8k .. 8k + 7 of part j have their bits in one byte of a 1-bit plane, which is taken eight times, so that each meets its bit.
 template <int64_t G, int j>
 inline __m256i with_bits(__m256i part, __m256i plane, char value) {
@@ -58,6 +89,7 @@ FATE_INLINE Codes codes_of(__m256i h, __m128i m, __m128i l) {
   return {{part_of<kind, G, 0>(_mm256_slli_epi32(h, 2), m2, l2), part_of<kind, G, 1>(h, m2, l2),
            part_of<kind, G, 2>(_mm256_srli_epi32(h, 2), m2, l2), part_of<kind, G, 3>(_mm256_srli_epi32(h, 4), m2, l2)}};
 }
+#endif
 
 inline __m256i load32(const uint8_t* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
 inline __m128i load16(const uint8_t* from) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)); }
@@ -93,12 +125,16 @@ inline Codes decode_some(const Matrix& m, int64_t at, int64_t n) {  // one group
                            kind == Kind::kPlanes3 ? load8(m.planes[2] + at * 8) : none);
 }
 
-inline __m256i pairs(__m256i codes, __m256i q) {  // 8-bit codes to 255: 16-bit products, 32-bit sums of two
+inline __m256i add_bytes(__m256i sums, __m256i codes, __m256i q) {  // codes to 255
+#if defined(__AVXVNNI__)
+  return _mm256_dpbusd_avx_epi32(sums, codes, q);
+#else
   const __m256i low = _mm256_madd_epi16(_mm256_cvtepu8_epi16(_mm256_castsi256_si128(codes)),
                                         _mm256_cvtepi8_epi16(_mm256_castsi256_si128(q)));
   const __m256i high = _mm256_madd_epi16(_mm256_cvtepu8_epi16(_mm256_extracti128_si256(codes, 1)),
                                          _mm256_cvtepi8_epi16(_mm256_extracti128_si256(q, 1)));
-  return _mm256_add_epi32(low, high);
+  return _mm256_add_epi32(sums, _mm256_add_epi32(low, high));
+#endif
 }
 
 inline __m256i load_q(const int8_t* q) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q)); }
@@ -126,10 +162,17 @@ FATE_INLINE __m256i eight_sums(const __m256i* p) {
 }
 
 inline __m256i multiply_codes(const Codes& codes, const int8_t* q) {
+#if defined(__AVXVNNI__)
+  __m256i sums = _mm256_dpbusd_avx_epi32(_mm256_setzero_si256(), codes.part[0], load_q(q));
+  FATE_UNROLL
+  for (int j = 1; j < 4; ++j) sums = _mm256_dpbusd_avx_epi32(sums, codes.part[j], load_q(q + 32 * j));
+  return sums;
+#else
   __m256i sixteen = _mm256_maddubs_epi16(codes.part[0], load_q(q));  // at most 4 * 2 * 15 * 127 in 16 bits
   FATE_UNROLL
   for (int j = 1; j < 4; ++j) sixteen = _mm256_add_epi16(sixteen, _mm256_maddubs_epi16(codes.part[j], load_q(q + 32 * j)));
   return _mm256_madd_epi16(sixteen, _mm256_set1_epi16(1));
+#endif
 }
 
 template <Kind kind, int64_t G, int T>
@@ -148,7 +191,7 @@ FATE_INLINE void group_sums(const Matrix& m, int64_t at, int64_t n, const Token*
           const uint8_t* const from = m.planes[0] + (at + g + i) * G;
           const int8_t* const q = tokens[t].q + (first + g + i) * G;
           FATE_UNROLL
-          for (int64_t j = 0; j < G; j += 32) p[i] = _mm256_add_epi32(p[i], pairs(load32(from + j), load_q(q + j)));
+          for (int64_t j = 0; j < G; j += 32) p[i] = add_bytes(p[i], load32(from + j), load_q(q + j));
         }
         store(out[t] + g, eight_sums<kind, G>(p));
       }
@@ -213,25 +256,25 @@ inline __m256 numbers(const uint8_t* codes) {
   return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes))));
 }
 
-// The block's codes in natural order.
-template <Kind kind, int64_t G>
-inline void store(const Codes& codes, uint8_t* out) {
+// The block's codes, those of column c and what follows at to(c); never across a multiple of 32 columns.
+template <Kind kind, int64_t G, class To>
+inline void store(const Codes& codes, To to) {
+  const auto half = [&](int64_t column) { return reinterpret_cast<__m128i*>(to(column)); };
   FATE_UNROLL
   for (int j = 0; j < 4; ++j) {
     if constexpr (kind == Kind::kInt8 || G == 128) {
-      _mm256_store_si256(reinterpret_cast<__m256i*>(out + 32 * j), codes.part[j]);
+      _mm256_store_si256(reinterpret_cast<__m256i*>(to(32 * j)), codes.part[j]);
       continue;
     }
-    const auto to = [&](int64_t group) { return reinterpret_cast<__m128i*>(out + G * group + G / 4 * j); };
     const __m128i low = _mm256_castsi256_si128(codes.part[j]), high = _mm256_extracti128_si256(codes.part[j], 1);
     if constexpr (G == 64) {
-      _mm_store_si128(to(0), low);
-      _mm_store_si128(to(1), high);
+      _mm_store_si128(half(16 * j), low);
+      _mm_store_si128(half(64 + 16 * j), high);
     } else {
-      _mm_storel_epi64(to(0), low);
-      _mm_storel_epi64(to(1), _mm_unpackhi_epi64(low, low));
-      _mm_storel_epi64(to(2), high);
-      _mm_storel_epi64(to(3), _mm_unpackhi_epi64(high, high));
+      _mm_storel_epi64(half(8 * j), low);
+      _mm_storel_epi64(half(32 + 8 * j), _mm_unpackhi_epi64(low, low));
+      _mm_storel_epi64(half(64 + 8 * j), high);
+      _mm_storel_epi64(half(96 + 8 * j), _mm_unpackhi_epi64(high, high));
     }
   }
 }
@@ -239,7 +282,7 @@ inline void store(const Codes& codes, uint8_t* out) {
 template <Kind kind, int64_t G>
 inline void dot(Sums& sums, const Codes& codes, const float* x, const float* factors) {
   alignas(32) uint8_t bytes[128];
-  store<kind, G>(codes, bytes);
+  store<kind, G>(codes, [&](int64_t column) { return bytes + column; });
   FATE_UNROLL
   for (int g = 0; g < kBlock<G>; ++g) {
     __m256 products = _mm256_setzero_ps();
@@ -265,7 +308,7 @@ void expand_codes(const Matrix& m, int64_t at, const Codes& codes, int64_t n, ui
 template <Kind kind, int64_t G>
 inline void expand_codes(const Matrix& m, int64_t at, const Codes& codes, int64_t n, float* out) {
   alignas(32) uint8_t bytes[128];
-  store<kind, G>(codes, bytes);
+  store<kind, G>(codes, [&](int64_t column) { return bytes + column; });
   for (int64_t g = 0; g < n; ++g) {
     const __m256 scale = _mm256_set1_ps(_cvtsh_ss(m.scale[at + g])), zero = _mm256_set1_ps(_cvtsh_ss(m.zero[at + g]));
     for (int64_t i = G * g; i < G * g + G; i += 8) {
@@ -282,18 +325,27 @@ inline void expand_codes(const Matrix& m, int64_t at, const Codes& codes, int64_
   for (int64_t i = 0; i < G * n; ++i) out[i] = round_to_bf16(values[i]);
 }
 
-const Ops kOps = {"avx2", product, quantize, sum_groups, apply, expand, to_float, from_float, combine, &kAvx2Steps};
+}  // namespace
+}  // namespace fate
+
+#include "panels256.h"
+
+namespace fate {
+namespace {
+
+const Ops kOps = {FATE_AVX2_NAME, product, quantize, sum_groups, apply, expand, to_float, from_float, combine, &kAvx2Steps, &kMany};
 
 }  // namespace
 
-const Ops* avx2_ops() {
+const Ops* FATE_AVX2_OPS() {
   __builtin_cpu_init();
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") ? &kOps : nullptr;
+  const bool runs = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  return runs && FATE_AVX2_RUNS ? &kOps : nullptr;
 }
 
 }  // namespace fate
 #else
 namespace fate {
-const Ops* avx2_ops() { return nullptr; }
+const Ops* FATE_AVX2_OPS() { return nullptr; }
 }  // namespace fate
 #endif

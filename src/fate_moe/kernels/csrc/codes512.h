@@ -2,6 +2,7 @@
 #pragma once
 #include <immintrin.h>
 
+#include "gfni.h"
 #include "panels.h"
 #include "transpose512.h"
 
@@ -23,12 +24,6 @@ inline void halves(const uint16_t* in, int64_t n, float* out) {
     const __mmask16 mask = __mmask16((1u << (n - i)) - 1);
     _mm512_mask_storeu_ps(out + i, mask, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, in + i)));
   }
-}
-
-// A matrix for gf2p8affine that makes bits 3 to 0 of each byte from the byte's bits b3, b2, b1, b0 (8: from none).
-constexpr int64_t bits_from(int b3, int b2, int b1, int b0) {
-  return int64_t(uint64_t(1 << b3 & 255) << 32 | uint64_t(1 << b2 & 255) << 40 | uint64_t(1 << b1 & 255) << 48 |
-                 uint64_t(1 << b0 & 255) << 56);
 }
 
 template <int b3, int b2, int b1, int b0>

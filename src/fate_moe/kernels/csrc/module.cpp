@@ -19,7 +19,9 @@ using namespace fate;
 
 namespace {
 
-const Ops* const kCandidates[] = {amx_ops(), avx512_ops(), avx2_ops(), neon_dot_ops(), neon_ops(), portable_ops()};  // best first
+// Best first.
+const Ops* const kCandidates[] = {amx_ops(),       avx512_ops(),   avx_vnni_ops(), avx2_ops(),
+                                 neon_i8mm_ops(), neon_dot_ops(), neon_ops(),     portable_ops()};
 
 const Ops* best() {
   for (const Ops* ops : kCandidates)

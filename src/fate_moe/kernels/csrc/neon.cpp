@@ -1,4 +1,5 @@
-// NEON: a block is 64 columns, or a group of 128. Compiled twice: here, and by neon_dot.cpp for processors with SDOT.
+// NEON: a block is 64 columns, or a group of 128. Compiled three times: here, and by neon_dot.cpp and neon_i8mm.cpp for processors with
+// SDOT and with SMMLA.
 #include "ops.h"
 
 #ifndef FATE_NEON_OPS
@@ -181,18 +182,22 @@ FATE_INLINE void group_sums(const Matrix& m, int64_t at, int64_t n, const Token*
   }
 }
 
-// Four rows and four groups at a time.
+// 4 x 4 numbers, rows for columns.
+inline void transpose(const float* from, int64_t stride, float32x4_t* columns) {
+  const float32x4x2_t first = vtrnq_f32(vld1q_f32(from), vld1q_f32(from + stride));
+  const float32x4x2_t second = vtrnq_f32(vld1q_f32(from + 2 * stride), vld1q_f32(from + 3 * stride));
+  columns[0] = vcombine_f32(vget_low_f32(first.val[0]), vget_low_f32(second.val[0]));
+  columns[1] = vcombine_f32(vget_low_f32(first.val[1]), vget_low_f32(second.val[1]));
+  columns[2] = vcombine_f32(vget_high_f32(first.val[0]), vget_high_f32(second.val[0]));
+  columns[3] = vcombine_f32(vget_high_f32(first.val[1]), vget_high_f32(second.val[1]));
+}
+
 inline void add_chain(const float* w, int64_t stride, int64_t n, const float* a, float* sums) {
   for (int64_t row = 0; row < 16; row += 4) {
     float32x4_t sum = vld1q_f32(sums + row);
     for (int64_t g = 0; g < n; g += 4) {
-      const float* const from = w + row * stride + g;
-      const float32x4x2_t first = vtrnq_f32(vld1q_f32(from), vld1q_f32(from + stride));
-      const float32x4x2_t second = vtrnq_f32(vld1q_f32(from + 2 * stride), vld1q_f32(from + 3 * stride));
-      const float32x4_t columns[4] = {vcombine_f32(vget_low_f32(first.val[0]), vget_low_f32(second.val[0])),
-                                      vcombine_f32(vget_low_f32(first.val[1]), vget_low_f32(second.val[1])),
-                                      vcombine_f32(vget_high_f32(first.val[0]), vget_high_f32(second.val[0])),
-                                      vcombine_f32(vget_high_f32(first.val[1]), vget_high_f32(second.val[1]))};
+      float32x4_t columns[4];
+      transpose(w + row * stride + g, stride, columns);
       for (int64_t i = 0; i < 4 && g + i < n; ++i) sum = vfmaq_n_f32(sum, columns[i], a[g + i]);
     }
     vst1q_f32(sums + row, sum);
@@ -272,7 +277,15 @@ inline void expand_codes(const Matrix& m, int64_t at, const Codes<G>& codes, int
   for (int64_t i = 0; i < n * G; ++i) out[i] = round_to_bf16(values[i]);
 }
 
-const Ops kOps = {FATE_NEON_NAME, product, quantize, sum_groups, apply, expand, to_float, from_float, combine, &kNeonSteps};
+}  // namespace
+}  // namespace fate
+
+#include "panels_neon.h"
+
+namespace fate {
+namespace {
+
+const Ops kOps = {FATE_NEON_NAME, product, quantize, sum_groups, apply, expand, to_float, from_float, combine, &kNeonSteps, &kMany};
 
 }  // namespace
 

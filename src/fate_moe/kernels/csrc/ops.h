@@ -61,7 +61,7 @@ struct ActivationSpec {
 constexpr int64_t kTile = 16;      // tokens side by side, and matrix rows, of a product with many tokens
 constexpr int64_t kMostTiles = 16;  // of tokens in one such product
 
-// 16 tokens side by side. A group's values are in natural order, four of each token in turn.
+// 16 tokens side by side. A group's values are in natural order, four (on NEON with SMMLA eight) of each token in turn.
 struct TokenTile {
   const int8_t* q;     // [padded * group / 4][16][4] where padded is groups rounded up to a multiple of 16; zeros where there is no token
   const float* scale;  // [padded][16]
@@ -124,7 +124,9 @@ FATE_INLINE void with_layout(const Matrix& m, Act act) {
 // Null where this build or this processor has no such instructions.
 const Ops* amx_ops();
 const Ops* avx512_ops();
+const Ops* avx_vnni_ops();
 const Ops* avx2_ops();
+const Ops* neon_i8mm_ops();
 const Ops* neon_dot_ops();
 const Ops* neon_ops();
 const Ops* portable_ops();

@@ -1,4 +1,4 @@
-// Weights of 16 rows as bytes, for products with many tokens on AVX-512: between avx512.cpp, which writes them out, and amx.cpp.
+// Weights of 16 rows as bytes, for products with many tokens (panels.inc).
 #pragma once
 #include "ops.h"
 
@@ -13,13 +13,12 @@ struct alignas(64) Panel {
   float scale[kTile][kPanelGroups], offset[kTile][kPanelGroups];
 };
 
-// The chains of a panel's 16 rows and of num_tiles * 16 tokens for `count` groups of `group`, the tokens' from `first` on; sums are
-// [row][token] by tile.
-using MultiplyPanel = void (*)(int64_t group, const Panel&, const TokenTile* tiles, int64_t num_tiles, int64_t first, int64_t count,
+// The chains of a panel's 16 rows and of all tokens for `count` groups, the tokens' from `first` on; sums are [row][token] by tile.
+using MultiplyPanel = void (*)(const Matrix&, const Panel&, const TokenTile* tiles, int64_t num_tokens, int64_t first, int64_t count,
                                float (*sums)[kTile][kTile]);
 
 // By matrix tiles (amx.cpp).
-void multiply_tiles(int64_t group, const Panel&, const TokenTile* tiles, int64_t num_tiles, int64_t first, int64_t count,
+void multiply_tiles(const Matrix&, const Panel&, const TokenTile* tiles, int64_t num_tokens, int64_t first, int64_t count,
                     float (*sums)[kTile][kTile]);
 void end_tiles();
 const Many* many_by_tiles();  // (avx512.cpp)

@@ -7,41 +7,9 @@
 namespace fate {
 namespace {
 
-// `num_tokens` tokens side by side: q [steps][16][16 tokens][4], scale and sum [padded groups][16 tokens], zeros where there is none.
-template <int64_t G>
-void pack_groups(const Token* tokens, int64_t num_tokens, int64_t groups, bool blocked, int8_t* q, float* scale, float* sum) {
-  const int64_t padded = (groups + 15) / 16 * 16, steps = padded * G / kStepBytes;
-  alignas(64) int8_t bytes[kStepBytes];
-  for (int64_t s = 0; s < steps; ++s, q += kStepBytes * kTile) {
-    __m512i rows[kTile];
-    for (int64_t t = 0; t < kTile; ++t) {
-      if (t >= num_tokens) {
-        rows[t] = _mm512_setzero_si512();
-        continue;
-      }
-      if (!blocked) {
-        rows[t] = _mm512_loadu_si512(tokens[t].q + s * kStepBytes);
-        continue;
-      }
-      for (int64_t at = 0; at < kStepBytes; at += G / 4) {
-        const int64_t column = s * kStepBytes + at;
-        std::memcpy(bytes + at, tokens[t].q + place_of<G>(column / G, column % G / (G / 4), true), G / 4);
-      }
-      rows[t] = _mm512_load_si512(bytes);
-    }
-    transpose(rows);
-    for (int64_t i = 0; i < kTile; ++i) _mm512_store_si512(q + kStepBytes * i, rows[i]);
-  }
-  for (int64_t g = 0; g < padded; ++g)
-    for (int64_t t = 0; t < kTile; ++t) {
-      scale[g * kTile + t] = t < num_tokens ? tokens[t].scale[g] : 0.0f;
-      sum[g * kTile + t] = t < num_tokens ? tokens[t].sum[g] : 0.0f;
-    }
-}
-
-void pack(const Token* tokens, int64_t num_tokens, int64_t groups, int64_t group, bool blocked, int8_t* q, float* scale, float* sum) {
-  with_group(group, [&](auto size) { pack_groups<size()>(tokens, num_tokens, groups, blocked, q, scale, sum); });
-}
+constexpr int64_t kDepth = 4;
+template <Kind>
+constexpr int64_t kSplit = 1;
 
 // A block of 256 columns in natural order: 64 to a register.
 template <Kind kind, int64_t G>
@@ -62,22 +30,20 @@ inline Codes in_order(const Codes& codes) {
            _mm512_shuffle_i32x4(ab2, cd2, 0xdd)}};
 }
 
-// Rows [row, row + num_rows) and groups [first, first + count) of the matrix; missing rows are the last one.
-template <Kind kind, int64_t G>
-void write_out(const Matrix& m, int64_t row, int64_t num_rows, int64_t first, int64_t count, Panel& panel) {
-  for (int64_t r = 0; r < kTile; ++r) {
-    const int64_t at = (row + (r < num_rows ? r : num_rows - 1)) * m.groups + first;
-    halves(m.scale + at, count, panel.scale[r]);
-    halves(m.zero + at, count, panel.offset[r]);
-    for (int64_t g = 0; g < count; ++g) panel.offset[r][g] = panel.scale[r][g] * middle(kind) - panel.offset[r][g];
-    for (int64_t g = 0; g < count; g += kBlock<G>) {
-      const int64_t rest = count - g, step = g * G / kStepBytes;
-      const Codes codes = rest >= kBlock<G> ? decode<kind, G>(m, at + g) : decode_some<kind, G>(m, at + g, rest);
-      const Codes ordered = in_order<kind, G>(codes);
-      FATE_UNROLL
-      for (int i = 0; i < 4; ++i) _mm512_store_si512(panel.code[step + i][r], ordered.part[i]);
-    }
-  }
+template <Kind kind, int64_t G, class To>
+inline void put(const Codes& codes, To to) {
+  const Codes ordered = in_order<kind, G>(codes);
+  FATE_UNROLL
+  for (int i = 0; i < 4; ++i) _mm512_store_si512(to(64 * i, 0), ordered.part[i]);
+}
+
+inline void turn(float (*square)[kTile]) {
+  __m512i rows[kTile];
+  FATE_UNROLL16
+  for (int r = 0; r < kTile; ++r) rows[r] = _mm512_load_si512(square[r]);
+  transpose(rows);
+  FATE_UNROLL16
+  for (int r = 0; r < kTile; ++r) _mm512_store_si512(square[r], rows[r]);
 }
 
 // The chains of rows r .. r + 3 and two tiles of tokens for `count` groups of a panel, from group `first` of the tokens on.
@@ -124,9 +90,10 @@ inline void multiply_dots(const Panel& panel, const TokenTile* tiles, int64_t fi
   }
 }
 
-void multiply_dots(int64_t group, const Panel& panel, const TokenTile* tiles, int64_t num_tiles, int64_t first, int64_t count,
+void multiply_dots(const Matrix& m, const Panel& panel, const TokenTile* tiles, int64_t num_tokens, int64_t first, int64_t count,
                    float (*sums)[kTile][kTile]) {
-  with_group(group, [&](auto size) {
+  const int64_t num_tiles = (num_tokens + kTile - 1) / kTile;
+  with_group(m.group, [&](auto size) {
     for (int64_t u = 0; u < num_tiles; u += 2)
       for (int64_t r = 0; r < kTile; r += 4) {
         if (u + 2 <= num_tiles)
@@ -137,39 +104,38 @@ void multiply_dots(int64_t group, const Panel& panel, const TokenTile* tiles, in
   });
 }
 
-// Rows [begin, end), at most 16, times all tokens; `multiply` brings a panel and tiles of tokens together.
-template <MultiplyPanel multiply, Kind kind, int64_t G>
-void many(const Matrix& matrix, const TokenTile* tiles, int64_t num_tokens, float* const* outs, int64_t begin, int64_t end) {
-  const Matrix m = matrix;
-  alignas(64) float sums[kMostTiles][kTile][kTile];  // by tile: [row][token]
-  Panel panel;
-  const int64_t num_rows = end - begin, num_tiles = (num_tokens + kTile - 1) / kTile;
-  std::memset(sums, 0, size_t(num_tiles) * sizeof sums[0]);
-  constexpr int64_t step = kPanelSteps * kStepBytes / G;
-  for (int64_t first = 0; first < m.groups; first += step) {
-    const int64_t count = m.groups - first < step ? m.groups - first : step;
-    write_out<kind, G>(m, begin, num_rows, first, count, panel);
-    multiply(G, panel, tiles, num_tiles, first, count, sums);
-  }
-  alignas(64) float bias[kTile] = {};
-  for (int64_t r = 0; r < num_rows; ++r) bias[r] = bias_of(m, begin + r);
-  const __m512 added = _mm512_load_ps(bias);
-  const __mmask16 mask = __mmask16((1u << num_rows) - 1);
-  for (int64_t u = 0; u < num_tiles; ++u) {
+#include "panels.inc"
+
+// As panels.inc packs, by transposition.
+template <int64_t G>
+void pack_transposed(const Token* tokens, int64_t num_tokens, int64_t groups, bool blocked, int8_t* q, float* scale, float* sum) {
+  const int64_t padded = (groups + 15) / 16 * 16, steps = padded * G / kStepBytes;
+  alignas(64) int8_t bytes[kStepBytes];
+  for (int64_t s = 0; s < steps; ++s, q += kStepBytes * kTile) {
     __m512i rows[kTile];
-    FATE_UNROLL16
-    for (int r = 0; r < kTile; ++r) rows[r] = _mm512_load_si512(sums[u][r]);
-    transpose(rows);
-    for (int64_t t = u * kTile; t < num_tokens && t < (u + 1) * kTile; ++t) {
-      const __m512 y = _mm512_castsi512_ps(rows[t - u * kTile]);
-      _mm512_mask_storeu_ps(outs[t] + begin, mask, m.bias ? _mm512_add_ps(y, added) : y);
+    for (int64_t t = 0; t < kTile; ++t) {
+      if (t >= num_tokens) {
+        rows[t] = _mm512_setzero_si512();
+        continue;
+      }
+      if (!blocked) {
+        rows[t] = _mm512_loadu_si512(tokens[t].q + s * kStepBytes);
+        continue;
+      }
+      for (int64_t at = 0; at < kStepBytes; at += G / 4) {
+        const int64_t column = s * kStepBytes + at;
+        std::memcpy(bytes + at, tokens[t].q + place_of<G>(column / G, column % G / (G / 4), true), G / 4);
+      }
+      rows[t] = _mm512_load_si512(bytes);
     }
+    transpose(rows);
+    for (int64_t i = 0; i < kTile; ++i) _mm512_store_si512(q + kStepBytes * i, rows[i]);
   }
+  pack_factors(tokens, num_tokens, padded, scale, sum);
 }
 
-template <MultiplyPanel multiply>
-void product_of_many(const Matrix& m, const TokenTile* tiles, int64_t num_tokens, float* const* outs, int64_t begin, int64_t end) {
-  with_layout(m, [&](auto kind, auto group) { many<multiply, kind(), group()>(m, tiles, num_tokens, outs, begin, end); });
+void pack(const Token* tokens, int64_t num_tokens, int64_t groups, int64_t group, bool blocked, int8_t* q, float* scale, float* sum) {
+  with_group(group, [&](auto size) { pack_transposed<size()>(tokens, num_tokens, groups, blocked, q, scale, sum); });
 }
 
 }  // namespace
