@@ -98,11 +98,11 @@ def test_an_observed_model_computes_the_same_on_the_same_path(
     whole_layers.clear()  # loading tries each layer
     want = decode(model, num_tokens)
     num_layers = len(model.model.layers)
-    assert whole_layers["layer"] == num_tokens * num_layers, "every layer of every token runs whole"
+    assert whole_layers["layer"] == (1 + num_tokens) * num_layers, "every layer of the prompt and of every token runs whole"
     observer = Passes()
     with model.fate.runtime.observe(observer):
         got = decode(model, num_tokens)
-    assert whole_layers["layer"] == 2 * num_tokens * num_layers
+    assert whole_layers["layer"] == 2 * (1 + num_tokens) * num_layers
     assert torch.equal(got, want)
     assert [forward.num_tokens for forward in observer.seen] == [5] + num_tokens * [1]
     assert all(forward.is_whole(num_layers) for forward in observer.seen)

@@ -88,7 +88,7 @@ def after_a_prompt(model: Any) -> torch.Tensor:
     """Logits of three tokens, one at a time: the path of decoding."""
     with torch.no_grad():
         cache, steps = model(PROMPT).past_key_values, []
-        for token in (7, 70, 12):
+        for token in (7, 71, 12):
             steps.append(model(torch.tensor([[token]]), past_key_values=cache).logits[0, -1].float())
     return torch.stack(steps)
 

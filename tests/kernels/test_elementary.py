@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fate_moe.kernels import elementary
-from fate_moe.kernels.native import DTYPES, native
+from fate_moe.kernels.native import BF16, DTYPES, native
 from tests.kernels.test_cpu import SETS
 from tests.support.bits import assert_same, numbers
 
@@ -113,6 +113,29 @@ def test_combine(rows: torch.Tensor, weights: torch.Tensor) -> None:
         return out
 
     of_each_set(run, elementary.combine(rows.unsqueeze(0), weights.unsqueeze(0))[0])
+
+
+@with_native
+@given(
+    numbers(lengths=st.integers(1, 90), rows=9),
+    st.integers(1, 21),
+    st.integers(1, 9),
+    st.sampled_from([None, torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_product_of_bf16(x: torch.Tensor, rows: int, tokens: int, bias_dtype: torch.dtype | None) -> None:
+    generator, x = torch.Generator().manual_seed(rows), x[:tokens]
+    weight = torch.randn(rows, x.shape[1], generator=generator).bfloat16()
+    bias = torch.randn(rows, generator=generator).to(bias_dtype) if bias_dtype is not None else None
+    both = torch.cat([each.contiguous().view(torch.uint8).flatten() for each in (weight, bias) if each is not None])
+    at = weight.nbytes if bias is not None else -1
+    place = native.Place.make(BF16, rows, x.shape[1], [0], 0, 0, at, DTYPES[bias_dtype or torch.float32])
+
+    def run() -> torch.Tensor:
+        out = torch.empty(tokens, rows)
+        native.linear(place, both.data_ptr(), BF16, x.data_ptr(), 0, tokens, out.data_ptr(), 0, False, 1)
+        return out
+
+    of_each_set(run, elementary.linear_bf16(x, weight, bias))
 
 
 @with_native

@@ -84,3 +84,15 @@ def test_one_by_one_without_a_cache_and_on_other_threads(model: Any) -> None:
         assert_same(logits_in(model, tokens, [17, 1, 22]), want)
     finally:
         torch.set_num_threads(threads)
+
+
+def test_every_instruction_set_gives_the_same_logits(model: Any) -> None:
+    tokens, logits = tokens_of(30), list[torch.Tensor]()
+    try:
+        for name in native.instruction_sets():
+            native.choose(name)
+            logits.append(logits_in(model, tokens, [20, 1, 9]))
+    finally:
+        native.choose(native.instruction_sets()[0])
+    for other in logits[1:]:
+        assert_same(other, logits[0])

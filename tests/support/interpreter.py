@@ -1,5 +1,5 @@
-"""Triton's interpreter in a third of its time: what it works out anew for every operation is kept. And with an fma that rounds once,
-as the instruction does; its own rounds twice.
+"""Triton's interpreter in a third of its time: what it works out anew for every operation is kept. And two instructions round as
+a GPU's: fma once (the interpreter's own twice), fp32 to bf16 to nearest even (its own towards zero).
 
 Names of Triton's that are not public are changed here, so this is for the releases it was written for; with any other the
 interpreter stays as it is.
@@ -25,6 +25,7 @@ _RELEASE = "3.7."
 def quicken() -> None:
     """Change the interpreter of this process; a second call changes nothing."""
     interpreter.InterpreterBuilder.create_fma = _fma
+    interpreter.InterpreterBuilder.create_fp_trunc = _shorten
     if not triton.__version__.startswith(_RELEASE) or interpreter._patch_lang is _patched_already:
         return
     # Every call of a device function made the builtins interpreted ones again; nothing here wants the others back.
@@ -45,6 +46,14 @@ def _fma(self: Any, x: Any, y: Any, z: Any) -> Any:
     """``kernels/reference.fused`` of handles; of other dtypes than fp32 what the interpreter has."""
     data = x.data * y.data + z.data if z.data.dtype != np.float32 else _fused(x.data, y.data, z.data)
     return interpreter.TensorHandle(data, z.dtype.scalar)
+
+
+def _shorten(self: Any, src: Any, dst_type: Any) -> Any:
+    if src.dtype.scalar != tl.float32 or dst_type.scalar != tl.bfloat16:
+        return self.cast_impl(src, dst_type)
+    bits = src.data.view(np.uint32)
+    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    return interpreter.TensorHandle(np.where(np.isnan(src.data), bits >> 16 | 64, rounded).astype(np.uint16), tl.bfloat16)
 
 
 @np.errstate(all="ignore")

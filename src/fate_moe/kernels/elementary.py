@@ -19,6 +19,7 @@ __all__ = [
     "gated",
     "gelu",
     "gelu_tanh",
+    "linear_bf16",
     "mean_square",
     "normalize",
     "route",
@@ -156,6 +157,16 @@ def normalize(x: torch.Tensor, weight: torch.Tensor, eps: float, rounds: bool = 
     """RMS norm of fp32 ``x`` [..., n]: (x * f) * weight, f = 1 / sqrt(mean square + eps). ``rounds``: x * f is rounded to bf16."""
     y = x * _one_over((mean_square(x) + eps).double().sqrt().float())  # torch's fp32 root may be a unit off
     return (bf16(y) if rounds else y) * weight
+
+
+def linear_bf16(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """fp32 [T, R] of ``x`` fp32 [T, C] times ``weight`` bf16 [R, C], the same for any number of rows of x: lane i sums columns i,
+    i + 16, ... with fma from 0, then ``sum_of_lanes``, then the ``bias`` is added."""
+    lanes = torch.zeros(len(x), len(weight), 16)
+    for numbers, part in zip(_by_lanes(weight.float()), _by_lanes(x), strict=True):
+        lanes = fused(numbers, part.unsqueeze(1), lanes)
+    summed = sum_of_lanes(lanes)
+    return summed if bias is None else summed + bias.float()
 
 
 def softmax(x: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,8 @@
 namespace fate {
 namespace {
 
+constexpr const Steps& kOwnSteps = kAvx2Steps;
+
 template <int64_t G>
 constexpr int64_t kBlock = 128 / G;
 struct Codes {
@@ -291,13 +293,6 @@ inline void dot(Sums& sums, const Codes& codes, const float* x, const float* fac
   }
 }
 
-inline void dot_bf16(Sums& sums, const uint16_t* w, const float* x) {
-  for (int i = 0; i < 64; i += 8) {
-    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w + i)));
-    sums = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16)), _mm256_loadu_ps(x + i), sums);
-  }
-}
-
 template <Kind kind, int64_t G>
 void expand_codes(const Matrix& m, int64_t at, const Codes& codes, int64_t n, float* out);
 template <Kind kind, int64_t G>
@@ -333,7 +328,7 @@ inline void expand_codes(const Matrix& m, int64_t at, const Codes& codes, int64_
 namespace fate {
 namespace {
 
-const Ops kOps = {FATE_AVX2_NAME, product, quantize, sum_groups, apply, expand, to_float, from_float, combine, &kAvx2Steps, &kMany};
+const Ops kOps = {FATE_AVX2_NAME, product, quantize, sum_groups, apply, expand, to_float, from_float, combine, &kOwnSteps, &kMany};
 
 }  // namespace
 

@@ -11,6 +11,8 @@
 namespace fate {
 namespace {
 
+constexpr const Steps& kOwnSteps = kAvx512Steps;
+
 using Sums = __m512;
 
 inline Sums zero() { return _mm512_setzero_ps(); }
@@ -159,13 +161,6 @@ inline void dot(Sums& sums, const Codes& codes, const float* x, const float* fac
   dot_lane<kind, G, 3>(sums, codes, x, factors);
 }
 
-inline void dot_bf16(Sums& sums, const uint16_t* w, const float* x) {
-  for (int i = 0; i < 64; i += 16) {
-    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + i)));
-    sums = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16)), _mm512_loadu_ps(x + i), sums);
-  }
-}
-
 inline __m512 value(__m512 codes, float scale, float middle, float zero) {
   const __m512 centred = _mm512_add_ps(codes, _mm512_set1_ps(middle));
   return _mm512_sub_ps(_mm512_mul_ps(centred, _mm512_set1_ps(scale)), _mm512_set1_ps(zero));
@@ -281,7 +276,7 @@ inline void expand_codes(const Matrix& m, int64_t at, const Codes& codes, int64_
 }
 
 const Many kMany = {pack, product_of_many<multiply_dots>, [] {}};
-const Ops kOps = {"avx512-vnni", product, quantize, sum_groups, apply, expand, to_float, from_float, combine, &kAvx512Steps, &kMany};
+const Ops kOps = {"avx512-vnni", product, quantize, sum_groups, apply, expand, to_float, from_float, combine, &kOwnSteps, &kMany};
 
 }  // namespace
 

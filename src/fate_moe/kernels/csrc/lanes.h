@@ -37,6 +37,34 @@ inline Lanes load_bf16(const uint16_t* from) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
 }
 
+// The tree of tree_sum: lane i + lane i + 8, then + 4, + 2, + 1.
+inline float total(Lanes a) {
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+}
+
+// Totals of sums[r][t], four rows' and four tokens', at out[4 * r + t].
+constexpr bool kTotalsAtOnce = true;
+FATE_INLINE void totals(const Lanes (*sums)[4], float* out) {
+  __m512 a[8], b[4], c[2];
+  FATE_UNROLL
+  for (int i = 0; i < 8; ++i) {  // token i / 2, rows 2 * (i % 2) and the next
+    const __m512 x = sums[2 * (i % 2)][i / 2].v, y = sums[2 * (i % 2) + 1][i / 2].v;
+    a[i] = _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x44), _mm512_shuffle_f32x4(x, y, 0xee));
+  }
+  FATE_UNROLL
+  for (int i = 0; i < 4; ++i)  // a token; lane r is row r's
+    b[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a[2 * i], a[2 * i + 1], 0x88), _mm512_shuffle_f32x4(a[2 * i], a[2 * i + 1], 0xdd));
+  FATE_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    const __m512d x = _mm512_castps_pd(b[2 * i]), y = _mm512_castps_pd(b[2 * i + 1]);
+    c[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+  }
+  _mm512_storeu_ps(out, _mm512_add_ps(_mm512_shuffle_ps(c[0], c[1], 0x88), _mm512_shuffle_ps(c[0], c[1], 0xdd)));
+}
+
 // Channels [0, 32) of up to 16 keys: channel c of key i to out[c * step + i].
 constexpr int64_t kTurned = 32;
 inline void turn_keys(const uint16_t* keys, int64_t stride, int64_t count, float* out, int64_t step) {
@@ -72,6 +100,15 @@ inline Lanes load_bf16(const uint16_t* from) {
   };
   return {half(from), half(from + 8)};
 }
+
+inline float total(Lanes a) {
+  const __m256 eight = _mm256_add_ps(a.low, a.high);
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+}
+constexpr bool kTotalsAtOnce = false;
+inline void totals(const Lanes (*)[4], float*) {}
 
 constexpr int64_t kTurned = 16;
 inline void turn_keys(const uint16_t* keys, int64_t stride, int64_t count, float* out, int64_t step) {
@@ -125,6 +162,14 @@ inline Lanes load_bf16(const uint16_t* from) {
   return each([&](int i) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(from + 4 * i), 16)); });
 }
 
+inline float total(Lanes a) {
+  const float32x4_t four = vaddq_f32(vaddq_f32(a.v[0], a.v[2]), vaddq_f32(a.v[1], a.v[3]));
+  const float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
+  return vget_lane_f32(vpadd_f32(two, two), 0);
+}
+constexpr bool kTotalsAtOnce = false;
+inline void totals(const Lanes (*)[4], float*) {}
+
 constexpr int64_t kTurned = 8;
 inline void turn_keys(const uint16_t* keys, int64_t stride, int64_t count, float* out, int64_t step) {
   for (int64_t first = 0; first < 16; first += 4, out += 4) {
@@ -167,6 +212,14 @@ inline Lanes operator+(Lanes a, Lanes b) { return each([&](int i) { return a.v[i
 inline Lanes operator/(Lanes a, Lanes b) { return each([&](int i) { return a.v[i] / b.v[i]; }); }
 inline Lanes larger(Lanes a, Lanes b) { return each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; }); }
 inline Lanes load_bf16(const uint16_t* from) { return each([&](int i) { return wide(from[i]); }); }
+
+inline float total(Lanes a) {
+  for (int width = 8; width; width /= 2)
+    for (int i = 0; i < width; ++i) a.v[i] += a.v[i + width];
+  return a.v[0];
+}
+constexpr bool kTotalsAtOnce = false;
+inline void totals(const Lanes (*)[4], float*) {}
 
 constexpr int64_t kTurned = 1;
 inline void turn_keys(const uint16_t* keys, int64_t stride, int64_t count, float* out, int64_t) {

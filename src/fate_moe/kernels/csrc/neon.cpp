@@ -16,6 +16,8 @@
 namespace fate {
 namespace {
 
+constexpr const Steps& kOwnSteps = kNeonSteps;
+
 template <int64_t G>
 constexpr int64_t kBlock = G < 64 ? 64 / G : 1;
 template <int64_t G>
@@ -234,18 +236,6 @@ inline void dot(Sums& sums, const Codes<G>& codes, const float* x, const float* 
   for (int64_t g = 0; g < kBlock<G>; ++g) sums = vfmaq_n_f32(sums, lanes[g].sum(), factors[g]);
 }
 
-inline void dot_bf16(Sums& sums, const uint16_t* w, const float* x) {
-  Lanes lanes;
-  FATE_UNROLL
-  for (int i = 0; i < 64; i += 8) {
-    const uint16x8_t bits = vld1q_u16(w + i);
-    float32x4_t* const part = lanes.part + i / 8 % 2 * 2;
-    part[0] = vfmaq_f32(part[0], vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(bits), 16)), vld1q_f32(x + i));
-    part[1] = vfmaq_f32(part[1], vreinterpretq_f32_u32(vshll_high_n_u16(bits, 16)), vld1q_f32(x + i + 4));
-  }
-  sums = vaddq_f32(sums, lanes.sum());
-}
-
 template <Kind kind, int64_t G>
 void expand_codes(const Matrix& m, int64_t at, const Codes<G>& codes, int64_t n, float* out);
 template <Kind kind, int64_t G>
@@ -285,7 +275,7 @@ inline void expand_codes(const Matrix& m, int64_t at, const Codes<G>& codes, int
 namespace fate {
 namespace {
 
-const Ops kOps = {FATE_NEON_NAME, product, quantize, sum_groups, apply, expand, to_float, from_float, combine, &kNeonSteps, &kMany};
+const Ops kOps = {FATE_NEON_NAME, product, quantize, sum_groups, apply, expand, to_float, from_float, combine, &kOwnSteps, &kMany};
 
 }  // namespace
 

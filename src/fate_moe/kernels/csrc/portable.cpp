@@ -6,6 +6,8 @@
 namespace fate {
 namespace {
 
+constexpr const Steps& kOwnSteps = kPortableSteps;
+
 template <int64_t G>
 constexpr int64_t kBlock = 1;
 template <int64_t G>
@@ -85,16 +87,6 @@ inline void dot(Sums& sums, const Codes<G>& codes, const float* x, const float* 
   for (int j = 0; j < 16; ++j) sums.lane[j] += factors[0] * lane[j];
 }
 
-inline void dot_bf16(Sums& sums, const uint16_t* w, const float* x) {
-  for (int i = 0; i < 64; i += 16)
-    for (int j = 0; j < 16; ++j) {
-      const uint32_t bits = uint32_t(w[i + j]) << 16;
-      float weight;
-      std::memcpy(&weight, &bits, 4);
-      sums.lane[j] += weight * x[i + j];
-    }
-}
-
 inline float total(Sums sums);
 
 template <Kind kind, int64_t G>
@@ -121,7 +113,7 @@ inline void expand_codes(const Matrix& m, int64_t at, const Codes<G>& codes, int
   for (int i = 0; i < G; ++i) out[i] = round_to_bf16(values[i]);
 }
 
-const Ops kOps = {"portable", product, quantize, sum_groups, apply, expand, to_float, from_float, combine, &kPortableSteps};
+const Ops kOps = {"portable", product, quantize, sum_groups, apply, expand, to_float, from_float, combine, &kOwnSteps};
 
 }  // namespace
 

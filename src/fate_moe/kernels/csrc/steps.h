@@ -5,6 +5,9 @@
 
 namespace fate {
 
+struct Matrix;
+struct Token;
+
 constexpr int64_t kPositions = 64;  // of a block of keys and values; blocks begin at multiples of it
 
 // Query rows that share one head of keys and values, of `num_tokens` positions from `first` on, `heads` of each. Token t's head h has
@@ -39,6 +42,8 @@ struct Steps {
   // y = fma(factor, x, y).
   void (*add)(float factor, const float* x, int64_t n, float* y);
   void (*attend)(const Queries&);
+  // As Ops::product, of a matrix of bf16 numbers.
+  void (*product)(const Matrix&, const Token* tokens, int64_t num_tokens, int64_t begin, int64_t end);
 };
 
 extern const Steps kAvx512Steps, kAvx2Steps, kNeonSteps, kPortableSteps;

@@ -8,9 +8,10 @@ namespace fate {
 namespace {
 #include "steps.inc"
 #include "attend.inc"
+#include "numbers.inc"
 }  // namespace
 
-const Steps kAvx2Steps = {normalize, softmax, one_sigmoid, turn, add, attend};
+const Steps kAvx2Steps = {normalize, softmax, one_sigmoid, turn, add, attend, multiply_numbers};
 
 }  // namespace fate
 #endif

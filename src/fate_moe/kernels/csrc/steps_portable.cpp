@@ -8,8 +8,9 @@ namespace fate {
 namespace {
 #include "steps.inc"
 #include "attend.inc"
+#include "numbers.inc"
 }  // namespace
 
-const Steps kPortableSteps = {normalize, softmax, one_sigmoid, turn, add, attend};
+const Steps kPortableSteps = {normalize, softmax, one_sigmoid, turn, add, attend, multiply_numbers};
 
 }  // namespace fate
