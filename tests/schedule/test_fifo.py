@@ -40,7 +40,7 @@ class Stepped(FifoScheduler):
 
 
 async def collect(ticket: Ticket) -> list[Event]:
-    return [event async for event in ticket]
+    return [event async for events in ticket for event in events]
 
 
 @settings(max_examples=60, deadline=None)
@@ -223,12 +223,12 @@ def test_penalties_are_openais() -> None:
 def test_cancelling_while_the_prompt_is_read(scheduler: FifoScheduler) -> None:
     async def run() -> Finished:
         ticket = scheduler.submit(Request(PROMPT * 150, 50))
-        async for event in ticket:
-            if isinstance(event, Reading):
+        async for events in ticket:
+            if any(isinstance(event, Reading) for event in events):
                 ticket.cancel()
-            assert not isinstance(event, Piece)
-        assert isinstance(event, Finished)
-        return event
+            assert not any(isinstance(event, Piece) for event in events)
+        assert isinstance(events[-1], Finished)
+        return events[-1]
 
     end = asyncio.run(run())
     assert (end.reason, end.usage.completion_tokens) == ("cancelled", 0)
@@ -241,12 +241,12 @@ def test_cancelling_stops_within_a_token(scheduler: FifoScheduler, loaded: tuple
 
     async def run() -> Finished:
         ticket = scheduler.submit(Request(PROMPT, 500, Sampling(seed=0), ignore_eos=True))
-        async for event in ticket:
-            if isinstance(event, Piece):
+        async for events in ticket:
+            if any(isinstance(event, Piece) for event in events):
                 passes.clear()
                 ticket.cancel()
-        assert isinstance(event, Finished)
-        return event
+        assert isinstance(events[-1], Finished)
+        return events[-1]
 
     handle = loaded[0].register_forward_hook(lambda module, args, output: passes.append(1))
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import threading
 import time
@@ -17,7 +18,7 @@ from fate_moe import demo
 from fate_moe.engine.prepare import load_tokenizer
 from fate_moe.errors import ConfigError
 from fate_moe.serve.options import ServeOptions
-from fate_moe.serve.server import Server, bind
+from fate_moe.serve.server import Server, bind, run
 from fate_moe.serve.service import Service
 from tests.support.serving import Script, Scripted, qwen_like_card, running, wait_for
 
@@ -192,6 +193,26 @@ def test_what_does_not_end_in_time_is_cut_off() -> None:
         wait_for(lambda: scheduler.running)
     thread.join(10)
     assert all(ticket.is_cancelled for ticket in scheduler.tickets)
+
+
+def test_a_signal_that_comes_while_the_model_loads_ends_the_server() -> None:
+    events = []
+
+    def load() -> Any:
+        events.append(httpx2.get(f"{url}/health").json()["status"])
+        try:
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(20)
+        finally:
+            events.append("cleaned up")
+
+    listener, url = bind(ServeOptions(port=0))
+    with listener, pytest.raises(KeyboardInterrupt):
+        run(ServeOptions(), listener, "slow", load, lambda: events.append("ready"))
+    assert events == ["loading", "cleaned up"]
+    with pytest.raises(httpx2.TransportError):
+        httpx2.get(f"{url}/health")
+    assert not [thread.name for thread in threading.enumerate() if thread.name == "fate-http"]
 
 
 def test_requests_are_logged_without_their_contents_and_only_if_asked(caplog: pytest.LogCaptureFixture) -> None:

@@ -62,13 +62,14 @@ Event: TypeAlias = "Waiting | Said | Done"
 
 
 class Answers:
-    """The answers to ``plans``, which are submitted at once: QueueFullError is raised here, before anything was sent.
+    """The answers to ``plans`` (``number`` of them), which are submitted at once: QueueFullError is raised here, before anything
+    was sent.
 
-    ``events`` is iterated over once. ``cancel`` ends all of them; it may be called at any time.
+    ``batches`` is iterated over once. ``cancel`` ends all of them; it may be called at any time.
     """
 
     def __init__(self, service: Service, plans: Sequence[Plan]) -> None:
-        self.status = "queued"
+        self.status = "queued, next"
         self._plans = plans
         self._log = service.log_texts
         self._tickets: list[Ticket] = []
@@ -79,56 +80,79 @@ class Answers:
             self.cancel()
             raise
 
+    @property
+    def number(self) -> int:
+        return len(self._tickets)
+
     def cancel(self) -> None:
         for ticket in self._tickets:
             ticket.cancel()
 
-    async def events(self) -> AsyncIterator[Event]:
-        """What the answers say, in the order in which it is said. Raises ApiError where one of them fails."""
+    async def batches(self) -> AsyncIterator[list[Event]]:
+        """What the answers say, in the order in which it is said; each item is what there is to say at once. Raises ApiError where
+        one of them fails."""
         try:
             if len(self._tickets) == 1:
-                async for event in self._one(0):
-                    yield event
+                async for batch in self._one(0):
+                    yield batch
                 return
-            async for event in _merge([self._one(index) for index in range(len(self._tickets))]):
-                yield event
+            async for batch in _merge([self._one(index) for index in range(len(self._tickets))]):
+                yield batch
         finally:
             self.cancel()
 
-    async def _one(self, index: int) -> AsyncIterator[Event]:
+    async def _one(self, index: int) -> AsyncIterator[list[Event]]:
         plan, ticket = self._plans[index], self._tickets[index]
         reader, calls, ended = plan.reader(), 0, False
         texts: list[str] | None = [] if self._log is not None else None
-        async for event in ticket:
-            if isinstance(event, Queued):
-                self.status = f"queued, {event.position} ahead" if event.position else "queued, next"
-                yield Waiting(self.status)
-            elif isinstance(event, Reading):
-                self.status = f"reading the prompt, {event.done} of {event.total} tokens"
-                yield Waiting(self.status)
-            elif isinstance(event, Piece) and not ended:
-                self.status = "writing"
-                if texts is not None:
-                    texts.append(event.text)
-                deltas = reader.feed(event.text)
-                if plan.single_call and (found := _end_of_first_call(deltas, calls)) is not None:
-                    deltas, ended = deltas[:found], True
-                    ticket.cancel()
-                calls += sum(isinstance(delta, ToolOpened) for delta in deltas)
-                if deltas or event.tokens:
-                    yield Said(index, deltas, event.tokens)
-            elif isinstance(event, Finished):
-                if self._log is not None and texts is not None:
-                    self._log(plan.request, "".join(texts))
-                if event.reason == "error":
-                    raise ApiError(f"generating failed: {event.message}", status=500, code="generation_failed")
-                if event.reason == "cancelled" and not ended:
-                    raise ApiError("the server is shutting down", status=503, code="shutting_down")
-                if not ended and (deltas := reader.finish()):
+        async for events in ticket:
+            batch: list[Event] = []
+            failure: ApiError | None = None
+            for event in events:
+                if isinstance(event, Queued | Reading):
+                    if (status := _status(event)) != self.status:
+                        self.status = status
+                        batch.append(Waiting(status))
+                elif isinstance(event, Piece) and not ended:
+                    self.status = "writing"
+                    if texts is not None:
+                        texts.append(event.text)
+                    deltas = reader.feed(event.text)
+                    if plan.single_call and (found := _end_of_first_call(deltas, calls)) is not None:
+                        deltas, ended = deltas[:found], True
+                        ticket.cancel()
                     calls += sum(isinstance(delta, ToolOpened) for delta in deltas)
-                    yield Said(index, deltas)
-                reason: Literal["stop", "length"] = "length" if event.reason == "length" else "stop"
-                yield Done(index, "tool_calls" if calls and reason == "stop" else reason, event)
+                    if deltas or event.tokens:
+                        batch.append(Said(index, deltas, event.tokens))
+                elif isinstance(event, Finished):
+                    if self._log is not None and texts is not None:
+                        self._log(plan.request, "".join(texts))
+                    if (failure := _failure(event, ended)) is not None:
+                        continue
+                    if not ended and (deltas := reader.finish()):
+                        calls += sum(isinstance(delta, ToolOpened) for delta in deltas)
+                        batch.append(Said(index, deltas))
+                    reason: Literal["stop", "length"] = "length" if event.reason == "length" else "stop"
+                    batch.append(Done(index, "tool_calls" if calls and reason == "stop" else reason, event))
+            if batch:
+                yield batch
+            if failure is not None:
+                raise failure
+
+
+def _status(event: Queued | Reading) -> str:
+    if isinstance(event, Reading):
+        return f"reading the prompt, {event.done} of {event.total} tokens"
+    return f"queued, {event.position} ahead" if event.position else "queued, next"
+
+
+def _failure(end: Finished, ended: bool) -> ApiError | None:
+    """What went wrong with an answer; ``ended``: it was cancelled because it was complete."""
+    if end.reason == "error":
+        return ApiError(f"generating failed: {end.message}", status=500, code="generation_failed")
+    if end.reason == "cancelled" and not ended:
+        return ApiError("the server is shutting down", status=503, code="shutting_down")
+    return None
 
 
 def _end_of_first_call(deltas: Sequence[Delta], calls: int) -> int | None:
@@ -141,14 +165,14 @@ def _end_of_first_call(deltas: Sequence[Delta], calls: int) -> int | None:
     return None
 
 
-async def _merge(streams: Sequence[AsyncIterator[Event]]) -> AsyncIterator[Event]:
-    """The events of all ``streams`` as they come."""
-    queue: asyncio.Queue[Event | BaseException | None] = asyncio.Queue()
+async def _merge(streams: Sequence[AsyncIterator[list[Event]]]) -> AsyncIterator[list[Event]]:
+    """The batches of all ``streams`` as they come."""
+    queue: asyncio.Queue[list[Event] | BaseException | None] = asyncio.Queue()
 
-    async def pump(stream: AsyncIterator[Event]) -> None:
+    async def pump(stream: AsyncIterator[list[Event]]) -> None:
         try:
-            async for event in stream:
-                queue.put_nowait(event)
+            async for batch in stream:
+                queue.put_nowait(batch)
             queue.put_nowait(None)
         except ApiError as error:
             queue.put_nowait(error)
@@ -157,13 +181,13 @@ async def _merge(streams: Sequence[AsyncIterator[Event]]) -> AsyncIterator[Event
     try:
         left = len(tasks)
         while left:
-            event = await queue.get()
-            if isinstance(event, BaseException):
-                raise event
-            if event is None:
+            batch = await queue.get()
+            if isinstance(batch, BaseException):
+                raise batch
+            if batch is None:
                 left -= 1
             else:
-                yield event
+                yield batch
     finally:
         for task in tasks:
             task.cancel()
@@ -222,8 +246,9 @@ async def collected(request: HttpRequest, answers: Answers) -> AsyncIterator[Eve
     client of ``request`` leaves."""
     async with _ended_by_disconnect(request, answers) as is_gone:
         try:
-            async for event in answers.events():
-                yield event
+            async for batch in answers.batches():
+                for event in batch:
+                    yield event
         except ApiError:
             if is_gone():
                 raise ClientGoneError from None
