@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -88,71 +88,80 @@ class Answers:
         for ticket in self._tickets:
             ticket.cancel()
 
-    async def batches(self) -> AsyncIterator[list[Event]]:
+    def batches(self) -> AsyncIterator[list[Event]]:
         """What the answers say, in the order in which it is said; each item is what there is to say at once. Raises ApiError where
         one of them fails."""
-        try:
-            if len(self._tickets) == 1:
-                async for batch in self._one(0):
-                    yield batch
-                return
-            async for batch in _merge([self._one(index) for index in range(len(self._tickets))]):
-                yield batch
-        finally:
-            self.cancel()
+        streams = [self._one(index) for index in range(self.number)]
+        return streams[0] if self.number == 1 else _merge(streams)
 
     async def _one(self, index: int) -> AsyncIterator[list[Event]]:
-        plan, ticket = self._plans[index], self._tickets[index]
-        reader, calls, ended = plan.reader(), 0, False
-        texts: list[str] | None = [] if self._log is not None else None
-        async for events in ticket:
-            batch: list[Event] = []
-            failure: ApiError | None = None
-            for event in events:
-                if isinstance(event, Queued | Reading):
-                    if (status := _status(event)) != self.status:
-                        self.status = status
-                        batch.append(Waiting(status))
-                elif isinstance(event, Piece) and not ended:
-                    self.status = "writing"
-                    if texts is not None:
-                        texts.append(event.text)
-                    deltas = reader.feed(event.text)
-                    if plan.single_call and (found := _end_of_first_call(deltas, calls)) is not None:
-                        deltas, ended = deltas[:found], True
-                        ticket.cancel()
-                    calls += sum(isinstance(delta, ToolOpened) for delta in deltas)
-                    if deltas or event.tokens:
-                        batch.append(Said(index, deltas, event.tokens))
-                elif isinstance(event, Finished):
-                    if self._log is not None and texts is not None:
-                        self._log(plan.request, "".join(texts))
-                    if (failure := _failure(event, ended)) is not None:
-                        continue
-                    if not ended and (deltas := reader.finish()):
-                        calls += sum(isinstance(delta, ToolOpened) for delta in deltas)
-                        batch.append(Said(index, deltas))
-                    reason: Literal["stop", "length"] = "length" if event.reason == "length" else "stop"
-                    batch.append(Done(index, "tool_calls" if calls and reason == "stop" else reason, event))
-            if batch:
-                yield batch
-            if failure is not None:
-                raise failure
+        ticket = self._tickets[index]
+        speech = _Speech(self._plans[index], index, ticket.cancel, self._log)
+        try:
+            async for events in ticket:
+                batch: list[Event] = []
+                for event in events:
+                    if isinstance(event, Queued | Reading):
+                        if (status := _status(event)) != self.status:
+                            self.status = status
+                            batch.append(Waiting(status))
+                    elif isinstance(event, Piece):
+                        self.status = "writing"
+                        batch += speech.goes_on(event)
+                    else:
+                        batch += speech.ends(event)
+                if batch:
+                    yield batch
+                if speech.failure is not None:
+                    raise speech.failure
+        finally:
+            ticket.cancel()
+
+
+class _Speech:
+    """Makes the pieces of answer number ``index`` what it says. ``enough`` is called when it is complete before the model ends;
+    ``failure`` is why it will not be."""
+
+    def __init__(self, plan: Plan, index: int, enough: Callable[[], None], log: Callable[[Request, str], None] | None) -> None:
+        self.failure: ApiError | None = None
+        self._plan, self._index, self._enough, self._log = plan, index, enough, log
+        self._reader, self._calls, self._is_complete = plan.reader(), 0, False
+        self._texts: list[str] = []  # for the log
+
+    def goes_on(self, piece: Piece) -> Iterator[Said]:
+        if self._is_complete:
+            return
+        if self._log is not None:
+            self._texts.append(piece.text)
+        deltas = self._reader.feed(piece.text)
+        if self._plan.single_call and (found := _end_of_first_call(deltas, self._calls)) is not None:
+            deltas, self._is_complete = deltas[:found], True
+            self._enough()
+        if deltas or piece.tokens:
+            yield self._said(deltas, piece.tokens)
+
+    def ends(self, end: Finished) -> Iterator[Said | Done]:
+        if self._log is not None:
+            self._log(self._plan.request, "".join(self._texts))
+        if end.reason == "error":
+            self.failure = ApiError(f"generating failed: {end.message}", status=500, code="generation_failed")
+        elif end.reason == "cancelled" and not self._is_complete:
+            self.failure = ApiError("the server is shutting down", status=503, code="shutting_down")
+        else:
+            if not self._is_complete and (deltas := self._reader.finish()):
+                yield self._said(deltas)
+            reason: Literal["stop", "length"] = "length" if end.reason == "length" else "stop"
+            yield Done(self._index, "tool_calls" if self._calls and reason == "stop" else reason, end)
+
+    def _said(self, deltas: Sequence[Delta], tokens: Sequence[TokenRecord] = ()) -> Said:
+        self._calls += sum(isinstance(delta, ToolOpened) for delta in deltas)
+        return Said(self._index, deltas, tokens)
 
 
 def _status(event: Queued | Reading) -> str:
     if isinstance(event, Reading):
         return f"reading the prompt, {event.done} of {event.total} tokens"
     return f"queued, {event.position} ahead" if event.position else "queued, next"
-
-
-def _failure(end: Finished, ended: bool) -> ApiError | None:
-    """What went wrong with an answer; ``ended``: it was cancelled because it was complete."""
-    if end.reason == "error":
-        return ApiError(f"generating failed: {end.message}", status=500, code="generation_failed")
-    if end.reason == "cancelled" and not ended:
-        return ApiError("the server is shutting down", status=503, code="shutting_down")
-    return None
 
 
 def _end_of_first_call(deltas: Sequence[Delta], calls: int) -> int | None:
@@ -167,14 +176,14 @@ def _end_of_first_call(deltas: Sequence[Delta], calls: int) -> int | None:
 
 async def _merge(streams: Sequence[AsyncIterator[list[Event]]]) -> AsyncIterator[list[Event]]:
     """The batches of all ``streams`` as they come."""
-    queue: asyncio.Queue[list[Event] | BaseException | None] = asyncio.Queue()
+    queue: asyncio.Queue[list[Event] | Exception | None] = asyncio.Queue()
 
     async def pump(stream: AsyncIterator[list[Event]]) -> None:
         try:
             async for batch in stream:
                 queue.put_nowait(batch)
             queue.put_nowait(None)
-        except ApiError as error:
+        except Exception as error:
             queue.put_nowait(error)
 
     tasks = [asyncio.create_task(pump(stream)) for stream in streams]
@@ -182,7 +191,7 @@ async def _merge(streams: Sequence[AsyncIterator[list[Event]]]) -> AsyncIterator
         left = len(tasks)
         while left:
             batch = await queue.get()
-            if isinstance(batch, BaseException):
+            if isinstance(batch, Exception):
                 raise batch
             if batch is None:
                 left -= 1
