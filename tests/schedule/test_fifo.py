@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,25 @@ def test_a_cancelled_request_in_the_queue_ends_at_once_and_others_move_up() -> N
         events = await asyncio.wait_for(collect(tickets[2]), 5)
         assert Queued(1) in events
         await asyncio.to_thread(scheduler.close)
+
+    asyncio.run(run())
+
+
+def test_what_comes_while_the_loop_is_busy_comes_at_once_and_wakes_it_once() -> None:
+    async def run() -> None:
+        scheduler, calls = Stepped(4), list[Any]()
+        loop = asyncio.get_running_loop()
+        call = loop.call_soon_threadsafe
+        loop.call_soon_threadsafe = lambda *arguments: calls.append(call(*arguments))  # type: ignore[assignment]
+        ticket = scheduler.submit(Request((0,), 1))
+        scheduler.steps.release()
+        deadline = time.monotonic() + 5
+        while (scheduler.running or scheduler.waiting) and time.monotonic() < deadline:
+            time.sleep(0.001)  # the loop is busy
+        scheduler.close()
+        items = [events async for events in ticket]
+        assert [[type(event) for event in events] for events in items] == [[Queued, Finished]]
+        assert len(calls) == 1
 
     asyncio.run(run())
 

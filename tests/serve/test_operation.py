@@ -100,6 +100,14 @@ def test_a_full_queue_says_when_to_try_again() -> None:
         wait_for(lambda: not scheduler.running)
 
 
+def test_more_texts_than_may_ever_wait_are_no_matter_of_trying_again() -> None:
+    with served(queue=3) as (client, _, _):
+        refused = client.post("/v1/completions", json={"prompt": ["a", "b"], "n": 2})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "n")
+        assert "4 texts" in refused.json()["error"]["message"]
+        assert client.post("/v1/completions", json={"prompt": ["a", "b", "c"]}).status_code == 200
+
+
 def test_before_the_model_is_there_everything_but_health_waits() -> None:
     go = threading.Event()
 

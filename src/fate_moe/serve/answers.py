@@ -62,8 +62,8 @@ Event: TypeAlias = "Waiting | Said | Done"
 
 
 class Answers:
-    """The answers to ``plans`` (``number`` of them), which are submitted at once: QueueFullError is raised here, before anything
-    was sent.
+    """The answers to ``plans`` (``number`` of them), which are submitted at once: QueueFullError, and ApiError for more than can
+    ever wait, are raised here, before anything was sent.
 
     ``batches`` is iterated over once. ``cancel`` ends all of them; it may be called at any time.
     """
@@ -73,6 +73,12 @@ class Answers:
         self._plans = plans
         self._log = service.log_texts
         self._tickets: list[Ticket] = []
+        if len(plans) > service.options.queue:  # trying again would not help
+            raise ApiError(
+                f"this asks for {len(plans)} texts, and the server's queue holds {service.options.queue} (--queue)",
+                "n",
+                "invalid_value",
+            )
         try:
             for plan in plans:
                 self._tickets.append(service.scheduler.submit(plan.request))
