@@ -53,7 +53,7 @@ class JsonRoute(APIRoute):
 
 async def unless_short(length: int, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """What ``work`` returns. It runs beside the event loop unless it reads fewer than 1,000 characters (``length``), which takes
-    no longer than the way to a thread and back."""
+    about as long as the way to a thread and back."""
     return work(*args, **kwargs) if length < _SHORT else await run_in_threadpool(work, *args, **kwargs)
 
 
