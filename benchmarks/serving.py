@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import random
+import socket
 import statistics
 import threading
 import time
@@ -27,6 +29,8 @@ import torch
 
 import fate_moe
 from fate_moe.machine import resident_memory
+from fate_moe.schedule.generation import generation_config
+from fate_moe.schedule.request import Request, Sampling
 from fate_moe.serve.options import ServeOptions
 from fate_moe.serve.server import Server, bind
 from fate_moe.serve.service import Service
@@ -80,32 +84,33 @@ class Overhead:
 
 
 def overhead(url: str, service: Service, rounds: int = 15, tokens: int = 64) -> Overhead:
-    """Alternately a text by ``generate()`` and the same by the server, so that both see the same machine; the client, whose own
-    work is not the server's, is another process."""
+    """Alternately a text by ``generate()`` and the same by the server, so that both see the same machine. The client, whose own
+    work is not the server's, is another process with a bare socket. A token's time is the median of all rounds at its place in the
+    text, so that a moment in which the machine did something else does not count."""
     card = service.card
     assert card is not None
-    ours: list[tuple[float, float]] = []
-    theirs: list[tuple[float, float]] = []
+    theirs, ours = list[list[float]](), list[list[float]]()
     prompt = card.encode(PROMPTS[0], special=True)
     body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True, "ignore_eos": True}
     with ProcessPoolExecutor(1, get_context("spawn")) as client:
         for number in range(rounds + 2):
-            direct, served = _generate(card.model, prompt, tokens), client.submit(_first_and_last, url, body).result()
+            direct, served = _generate(card.model, prompt, tokens), client.submit(_token_times, url, body).result()
             if number >= 2:  # the first ones fill caches
                 theirs.append(direct)
                 ours.append(served)
 
-    def first(found: list[tuple[float, float]]) -> float:
-        return statistics.median(one[0] for one in found) * 1e3
+    def first(found: list[list[float]]) -> float:
+        return statistics.median(times[0] for times in found) * 1e3
 
-    def each(found: list[tuple[float, float]]) -> float:
-        return statistics.median((one[1] - one[0]) / (tokens - 1) for one in found) * 1e3
+    def each(found: list[list[float]]) -> float:
+        steps = [[end - start for start, end in itertools.pairwise(times)] for times in found]
+        return statistics.fmean(statistics.median(at) for at in zip(*steps, strict=True)) * 1e3
 
     return Overhead(first(theirs), first(ours), each(theirs), each(ours))
 
 
-def _generate(model: Any, prompt: list[int], tokens: int) -> tuple[float, float]:
-    """Seconds to the first and to the last token of ``generate()``."""
+def _generate(model: Any, prompt: list[int], tokens: int) -> list[float]:
+    """Seconds to each token of ``generate()``."""
     from transformers import StoppingCriteriaList
 
     times: list[float] = []
@@ -114,31 +119,34 @@ def _generate(model: Any, prompt: list[int], tokens: int) -> tuple[float, float]
         times.append(time.perf_counter())
         return torch.tensor([False])
 
-    inputs = torch.tensor([prompt])
     began = time.perf_counter()
+    inputs = torch.tensor([prompt])
     with torch.inference_mode():
         model.generate(
             inputs,
             attention_mask=torch.ones_like(inputs),
-            max_new_tokens=tokens,
-            min_new_tokens=tokens,
-            do_sample=False,
-            pad_token_id=0,
+            generation_config=generation_config(model, Request(tuple(prompt), tokens, Sampling(temperature=0), ignore_eos=True)),
             stopping_criteria=StoppingCriteriaList([follow]),
         )
-    return times[0] - began, times[-1] - began
+    return [at - began for at in times]
 
 
-def _first_and_last(url: str, body: dict[str, Any]) -> tuple[float, float]:
-    """Seconds to the first and to the last token of an answer, the connection being open."""
-    with httpx2.Client(base_url=url, timeout=120) as client:
-        client.get("/health")
-        began, times = time.perf_counter(), list[float]()
-        with client.stream("POST", "/v1/completions", json=body) as answer:
-            for line in answer.iter_lines():
-                if line.startswith("data: {"):
-                    times.append(time.perf_counter())
-    return times[0] - began, times[-2] - began  # the last event says only that it ended
+def _token_times(url: str, body: dict[str, Any]) -> list[float]:
+    """Seconds to each token of an answer, the connection being open."""
+    host, port = url.removeprefix("http://").split(":")
+    data = json.dumps(body)
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: {len(data)}"
+    with socket.create_connection((host, int(port))) as connection:
+        time.sleep(0.01)  # until the server has taken the connection
+        began, times, end = time.perf_counter(), list[float](), b""
+        connection.sendall(f"{head}\r\n\r\n{data}".encode())
+        while not end.endswith(b"\r\n0\r\n\r\n"):
+            part = connection.recv(1 << 16)
+            if not part:
+                raise ConnectionError("the answer was cut off")
+            times += [time.perf_counter() - began] * part.count(b'"finish_reason":null')
+            end = (end + part)[-16:]
+    return times
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import pytest
 import fate_moe
 from fate_moe.cli import build_parser, main
 from fate_moe.cli.serve import _EXTRA, _api_key
+from tests.support.serving import wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -62,6 +63,20 @@ def test_it_serves_drains_and_ends_well() -> None:
             process.send_signal(signal.SIGTERM)
             assert answer.read().decode().rstrip().endswith("data: [DONE]")
         assert process.wait(60) == 0
+
+
+def test_a_signal_while_it_converts_ends_it_and_leaves_nothing_half_written(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(fate_moe.__file__).parents[1]), "FATE_HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "fate_moe", "serve", "--port", "0"]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        next(line for line in process.stderr if line.startswith("converting "))
+        wait_for(lambda: any(tmp_path.rglob("*.tmp")))
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 143
+        assert process.stderr.read() == ""
+    assert any(tmp_path.rglob("*.partial"))
+    assert not any(tmp_path.rglob("*.tmp"))
 
 
 def test_a_second_one_on_the_port_says_so(capsys: pytest.CaptureFixture[str]) -> None:

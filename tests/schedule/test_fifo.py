@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ class Stepped(FifoScheduler):
 
 
 async def collect(ticket: Ticket) -> list[Event]:
-    return [event async for event in ticket]
+    return [event async for events in ticket for event in events]
 
 
 @settings(max_examples=60, deadline=None)
@@ -89,6 +90,25 @@ def test_a_cancelled_request_in_the_queue_ends_at_once_and_others_move_up() -> N
         events = await asyncio.wait_for(collect(tickets[2]), 5)
         assert Queued(1) in events
         await asyncio.to_thread(scheduler.close)
+
+    asyncio.run(run())
+
+
+def test_what_comes_while_the_loop_is_busy_comes_at_once_and_wakes_it_once() -> None:
+    async def run() -> None:
+        scheduler, calls = Stepped(4), list[Any]()
+        loop = asyncio.get_running_loop()
+        call = loop.call_soon_threadsafe
+        loop.call_soon_threadsafe = lambda *arguments: calls.append(call(*arguments))  # type: ignore[assignment]
+        ticket = scheduler.submit(Request((0,), 1))
+        scheduler.steps.release()
+        deadline = time.monotonic() + 5
+        while (scheduler.running or scheduler.waiting) and time.monotonic() < deadline:
+            time.sleep(0.001)  # the loop is busy
+        scheduler.close()
+        items = [events async for events in ticket]
+        assert [[type(event) for event in events] for events in items] == [[Queued, Finished]]
+        assert len(calls) == 1
 
     asyncio.run(run())
 
@@ -223,12 +243,12 @@ def test_penalties_are_openais() -> None:
 def test_cancelling_while_the_prompt_is_read(scheduler: FifoScheduler) -> None:
     async def run() -> Finished:
         ticket = scheduler.submit(Request(PROMPT * 150, 50))
-        async for event in ticket:
-            if isinstance(event, Reading):
+        async for events in ticket:
+            if any(isinstance(event, Reading) for event in events):
                 ticket.cancel()
-            assert not isinstance(event, Piece)
-        assert isinstance(event, Finished)
-        return event
+            assert not any(isinstance(event, Piece) for event in events)
+        assert isinstance(events[-1], Finished)
+        return events[-1]
 
     end = asyncio.run(run())
     assert (end.reason, end.usage.completion_tokens) == ("cancelled", 0)
@@ -241,12 +261,12 @@ def test_cancelling_stops_within_a_token(scheduler: FifoScheduler, loaded: tuple
 
     async def run() -> Finished:
         ticket = scheduler.submit(Request(PROMPT, 500, Sampling(seed=0), ignore_eos=True))
-        async for event in ticket:
-            if isinstance(event, Piece):
+        async for events in ticket:
+            if any(isinstance(event, Piece) for event in events):
                 passes.clear()
                 ticket.cancel()
-        assert isinstance(event, Finished)
-        return event
+        assert isinstance(events[-1], Finished)
+        return events[-1]
 
     handle = loaded[0].register_forward_hook(lambda module, args, output: passes.append(1))
     try:

@@ -83,7 +83,7 @@ class FakeEngine:
         self._all = [ExpertId(layer, expert) for layer, size in enumerate(sizes) for expert in range(size)]
         self._resident = dict.fromkeys(self._random.sample(self._all, self.plan.num_slots))
         self._favourites = [self._random.sample(range(size), size) for size in sizes]
-        self._uses, self._missed, self.counters = array("q", bytes(8 * total)), list[ExpertId](), Counters()
+        self._uses, self._missed, self.counted = array("q", bytes(8 * total)), list[ExpertId](), Counters()
         self.started = self.stopped = self.looks = 0
 
     def step(self) -> None:
@@ -95,13 +95,13 @@ class FakeEngine:
                 expert = ExpertId(layer, number)
                 self._uses[first + number] += 1
                 if expert in self._resident:
-                    self.counters.hits += 1
+                    self.counted.hits += 1
                     self._resident[self._resident.pop(expert) or expert] = None
                     continue
                 self._missed.append(expert)
-                self.counters.misses += 1
-                self.counters.bytes_read += 1 << 19
-                self.counters.stall_seconds += 0.0002
+                self.counted.misses += 1
+                self.counted.bytes_read += 1 << 19
+                self.counted.stall_seconds += 0.0002
                 self._resident.pop(next(iter(self._resident)))
                 self._resident[expert] = None
             first += size
@@ -118,10 +118,10 @@ class FakeEngine:
     def look(self) -> Look:
         self.looks += 1
         missed, self._missed = self._missed, []
-        return Look(self._uses[:], missed, list(self._resident), replace(self.counters))
+        return Look(self._uses[:], missed, list(self._resident), replace(self.counted))
 
-    def report(self) -> Any:
-        return type("Report", (), {"experts": replace(self.counters)})
+    def counters(self) -> Counters:
+        return replace(self.counted)
 
 
 class FakeServer:

@@ -129,6 +129,14 @@ def test_what_cannot_be_done_is_refused_by_name(claude: anthropic.Anthropic, opt
     assert word in body["error"]["message"]
 
 
+def test_models(claude: anthropic.Anthropic) -> None:
+    lenient = anthropic.Anthropic(base_url=claude.base_url, api_key="none", max_retries=0)  # what a model can do is not said
+    (model,) = lenient.models.list()
+    assert (model.id, model.type, model.display_name) == ("embedded", "model", "embedded")
+    assert lenient.models.retrieve("embedded").created_at == model.created_at
+    assert model.created_at.tzinfo is not None
+
+
 def test_other_models_are_not_found(claude: anthropic.Anthropic) -> None:
     with pytest.raises(anthropic.NotFoundError):
         ask(claude, model="claude-5")

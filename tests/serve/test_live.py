@@ -31,7 +31,7 @@ FAST = 0.005  # seconds between two looks
 
 
 def load_of(engine: FakeEngine) -> Callable[[], Load]:
-    return lambda: Load(engine.counters.hits, 1, 0)
+    return lambda: Load(engine.counted.hits, 1, 0)
 
 
 def live_of(engine: Any, load: Callable[[], Load] = lambda: Load(0, 0, 0)) -> Live:
@@ -65,7 +65,7 @@ def test_shape_and_ticks_add_up_to_what_the_engine_did() -> None:
             assert shape["experts"] == [8, 3, 17]
             assert (shape["layers"], shape["slots"], shape["observable"]) == (3, 14, True)
             used, resident, missed = shape["used"], [resident_in(bits) for bits in shape["resident"]], 0
-            misses_before = engine.counters.misses
+            misses_before = engine.counted.misses
             for _ in range(5):
                 engine.step()
                 tick = await take(events, "tick", lambda facts: "used" in facts)
@@ -77,7 +77,7 @@ def test_shape_and_ticks_add_up_to_what_the_engine_did() -> None:
             look = engine.look()
             assert [count for layer in used for count in layer] == look.uses.tolist()
             assert {ExpertId(layer, expert) for layer, row in enumerate(resident) for expert in row} == set(look.resident or ())
-            assert missed == engine.counters.misses - misses_before
+            assert missed == engine.counted.misses - misses_before
             assert tick["slots_used"] == len(look.resident or ())
             assert tick["memory_bytes"] > 0
             assert tick["budget_bytes"] == 4 << 30
@@ -93,14 +93,14 @@ def test_rates_are_of_the_tokens_and_not_of_the_prompt() -> None:
             idle = await take(events, "tick")
             assert [idle[name] for name in ("tokens_per_second", "ready_on_time", "bytes_per_token", "stall_share")] == 4 * [None]
             load[0] = Load(0, 1, 2)
-            engine.counters.bytes_read += 1 << 40  # the prompt's
-            engine.counters.misses += 10
+            engine.counted.bytes_read += 1 << 40  # the prompt's
+            engine.counted.misses += 10
             reading = await take(events, "tick", lambda facts: facts["ready_on_time"] is not None)
             assert (reading["ready_on_time"], reading["tokens_per_second"], reading["queue"]) == (0.0, None, 2)
             for _ in range(4):
-                engine.counters.hits += 3
-                engine.counters.misses += 1
-                engine.counters.bytes_read += 1000
+                engine.counted.hits += 3
+                engine.counted.misses += 1
+                engine.counted.bytes_read += 1000
                 load[0] = load[0]._replace(generated_tokens=load[0].generated_tokens + 1)
                 expected = load[0].generated_tokens
                 tick = await take(events, "tick", lambda facts: facts["tokens_per_second"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import threading
 import time
@@ -17,7 +18,7 @@ from fate_moe import demo
 from fate_moe.engine.prepare import load_tokenizer
 from fate_moe.errors import ConfigError
 from fate_moe.serve.options import ServeOptions
-from fate_moe.serve.server import Server, bind
+from fate_moe.serve.server import Server, bind, run
 from fate_moe.serve.service import Service
 from tests.support.serving import Script, Scripted, qwen_like_card, running, wait_for
 
@@ -97,6 +98,14 @@ def test_a_full_queue_says_when_to_try_again() -> None:
         thread.join(10)
         assert client.post(CHAT, json={**ASK, "n": 2}).status_code == 429  # both or none
         wait_for(lambda: not scheduler.running)
+
+
+def test_more_texts_than_may_ever_wait_are_no_matter_of_trying_again() -> None:
+    with served(queue=3) as (client, _, _):
+        refused = client.post("/v1/completions", json={"prompt": ["a", "b"], "n": 2})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "n")
+        assert "4 texts" in refused.json()["error"]["message"]
+        assert client.post("/v1/completions", json={"prompt": ["a", "b", "c"]}).status_code == 200
 
 
 def test_before_the_model_is_there_everything_but_health_waits() -> None:
@@ -192,6 +201,26 @@ def test_what_does_not_end_in_time_is_cut_off() -> None:
         wait_for(lambda: scheduler.running)
     thread.join(10)
     assert all(ticket.is_cancelled for ticket in scheduler.tickets)
+
+
+def test_a_signal_that_comes_while_the_model_loads_ends_the_server() -> None:
+    events = []
+
+    def load() -> Any:
+        events.append(httpx2.get(f"{url}/health").json()["status"])
+        try:
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(20)
+        finally:
+            events.append("cleaned up")
+
+    listener, url = bind(ServeOptions(port=0))
+    with listener, pytest.raises(KeyboardInterrupt):
+        run(ServeOptions(), listener, "slow", load, lambda: events.append("ready"))
+    assert events == ["loading", "cleaned up"]
+    with pytest.raises(httpx2.TransportError):
+        httpx2.get(f"{url}/health")
+    assert not [thread.name for thread in threading.enumerate() if thread.name == "fate-http"]
 
 
 def test_requests_are_logged_without_their_contents_and_only_if_asked(caplog: pytest.LogCaptureFixture) -> None:

@@ -133,11 +133,10 @@ class ScriptedTicket:
     def cancel(self) -> None:
         self.is_cancelled = True
 
-    async def __aiter__(self) -> AsyncIterator[Event]:
+    async def __aiter__(self) -> AsyncIterator[list[Event]]:
         prompt = len(self.request.prompt)
-        yield Queued(1)
-        yield Queued(0)
-        yield Reading(0, prompt)
+        yield [Queued(1), Queued(0)]
+        yield [Reading(0, prompt)]
         written = 0
         for piece in self.script.pieces:
             while piece is None and not self.go.is_set() and not self.is_cancelled:
@@ -146,9 +145,9 @@ class ScriptedTicket:
                 break
             if piece is not None:
                 written += 1
-                yield Piece(piece, (TokenRecord(100 + written % 10, -0.5, ((100 + written % 10, -0.5), (7, -2.0))),))
+                yield [Piece(piece, (TokenRecord(100 + written % 10, -0.5, ((100 + written % 10, -0.5), (7, -2.0))),))]
                 await asyncio.sleep(0)
         self.ended = True
         reason: Any = "cancelled" if self.is_cancelled else self.script.end
         usage, message = Usage(prompt, written), self.script.message
-        yield Finished(reason, usage, Timings(decode_tokens_per_second=1.0), stop=self.script.stop, message=message)
+        yield [Finished(reason, usage, Timings(decode_tokens_per_second=1.0), stop=self.script.stop, message=message)]

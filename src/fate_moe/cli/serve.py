@@ -123,7 +123,7 @@ def _api_key(arguments: argparse.Namespace) -> str | None:
 
 
 def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """(model, tokenizer); in the inference thread."""
+    """(model, tokenizer)."""
     quiet_transformers()
     from fate_moe.engine.load import build
     from fate_moe.engine.prepare import load_tokenizer, prepare

@@ -12,7 +12,7 @@ from typing import Any
 from fate_moe import switches
 from fate_moe.adapter.families import linear_routers, norms_of
 from fate_moe.config import OffloadConfig
-from fate_moe.core import EvictionPolicy, ExpertId, ExpertSource
+from fate_moe.core import Counters, EvictionPolicy, ExpertId, ExpertSource
 from fate_moe.engine.activity import Activity
 from fate_moe.engine.attach import attach, limit_context, routers_of
 from fate_moe.engine.budget import Plan
@@ -62,10 +62,13 @@ class CpuEngine(Engine):
         self.calls = calls
         self.end_with(runtime, runtime.residency.close, keep_learned)
 
+    def counters(self) -> Counters:
+        return replace(self.runtime.residency.counters)
+
     def report(self) -> Report:
         runtime, plan, config = self.runtime, self.plan, self.config
         return Report(
-            experts=replace(runtime.residency.counters),
+            experts=self.counters(),
             budget_bytes=plan.budget_bytes,
             peak_bytes=peak_memory(),
             policy=config.policy_name,

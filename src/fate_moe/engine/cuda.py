@@ -14,7 +14,7 @@ import torch
 
 from fate_moe import switches
 from fate_moe.config import OffloadConfig
-from fate_moe.core import EvictionPolicy, ExpertSource
+from fate_moe.core import Counters, EvictionPolicy, ExpertSource
 from fate_moe.engine.attach import limit_context
 from fate_moe.engine.calls import Calls
 from fate_moe.engine.cuda_attach import attach_device, router_weights
@@ -70,6 +70,10 @@ class CudaEngine(Engine):
         self.end_with(experts, partial(_stop, experts.state), keep_learned)
         self._last_report: Report | None = None  # of a closed engine
 
+    def counters(self) -> Counters:
+        """As ``Engine.counters``; waits for the device."""
+        return self.experts.state.counters() if self._last_report is None else self._last_report.experts
+
     def report(self) -> Report:
         """As ``Engine.report``; waits for the device."""
         if self._last_report is not None:
@@ -77,7 +81,7 @@ class CudaEngine(Engine):
         state, plan, config = self.experts.state, self.plan, self.config
         ahead = "" if state.options.limit else ", nothing copied ahead"
         return Report(
-            experts=state.counters(),
+            experts=self.counters(),
             budget_bytes=plan.budget_bytes,
             peak_bytes=peak_memory(),
             policy=config.policy_name if plan.reads_disk else "all in RAM",

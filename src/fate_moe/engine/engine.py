@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from fate_moe.config import OffloadConfig
+from fate_moe.core import Counters
 from fate_moe.engine.budget import Plan
 from fate_moe.engine.calls import Calls
 from fate_moe.engine.device_budget import DevicePlan
@@ -37,8 +38,9 @@ class Engine(Protocol):
     """Owns what a model runs on: its plan, weights, expert slots, threads and every change made to the model.
 
     ``plan`` says where the budget went, ``config`` how the model was asked to run, ``patches`` what was changed in it. Calls from
-    several threads take turns (``calls``). ``report`` and ``observe`` may be called from any thread at any time, ``report`` after
-    ``close`` too. As a context manager an engine closes itself; so it does when the model is deleted, and when the program ends:
+    several threads take turns (``calls``). ``counters``, ``report`` and ``observe`` may be called from any thread at any time,
+    the first two after ``close`` too. As a context manager an engine closes itself; so it does when the model is deleted, and when
+    the program ends:
 
     >>> with model.fate:
     ...     model.generate(**inputs)
@@ -51,6 +53,10 @@ class Engine(Protocol):
     calls: Calls
     _end: weakref.finalize[..., Any]
     _ended: bool = False
+
+    @abstractmethod
+    def counters(self) -> Counters:
+        """A copy of ``report().experts``, without what takes time: the system is not asked for memory."""
 
     @abstractmethod
     def report(self) -> Report:

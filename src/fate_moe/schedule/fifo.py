@@ -28,7 +28,9 @@ class _Ticket:
         self.request, self.submitted, self._on_cancel = request, time.perf_counter(), on_cancel
         self.is_cancelled = False
         self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._events: deque[Event] = deque()
+        self._arrived = asyncio.Event()
+        self._is_called = False  # the loop was called, and has not looked yet
 
     def cancel(self) -> None:
         if not self.is_cancelled:
@@ -37,17 +39,25 @@ class _Ticket:
 
     def deliver(self, event: Event) -> None:
         """From any thread. A loop that was closed wants no events."""
+        self._events.append(event)
+        if self._is_called:
+            return
+        self._is_called = True
         try:
-            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+            self._loop.call_soon_threadsafe(self._arrived.set)
         except RuntimeError:
             self.is_cancelled = True
 
-    async def __aiter__(self) -> AsyncIterator[Event]:
+    async def __aiter__(self) -> AsyncIterator[list[Event]]:
         while True:
-            event = await self._events.get()
-            yield event
-            if isinstance(event, Finished):
-                return
+            await self._arrived.wait()
+            self._arrived.clear()
+            self._is_called = False  # before the events are taken: of one that comes now, the loop hears again
+            events = [self._events.popleft() for _ in range(len(self._events))]
+            if events:
+                yield events
+                if isinstance(events[-1], Finished):
+                    return
 
 
 class FifoScheduler(Scheduler):

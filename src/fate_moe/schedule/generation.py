@@ -44,7 +44,7 @@ class Generation:
         self._model, self._request, self._deliver, self._is_cancelled = model, request, deliver, is_cancelled
         self._began = time.perf_counter()
         self._queued_seconds = self._began - submitted
-        self._counters: Counters = model.fate.report().experts
+        self._counters: Counters = model.fate.counters()
         self._eos = set() if request.ignore_eos else eos_ids(model, tokenizer)
         context = request.prompt[-_CONTEXT_TOKENS:] if request.continues else ()
         self._text = TextStream(decoder(tokenizer, not request.keep_special), request.stop, context)
@@ -80,7 +80,7 @@ class Generation:
     def finished(self, reason: Reason, message: str = "") -> Finished:
         """The last event, with what was counted so far."""
         prompt_tokens = len(self._request.prompt)
-        traffic = self._model.fate.report().experts.since(self._counters)
+        traffic = self._model.fate.counters().since(self._counters)
         now = time.perf_counter()
         prompt_seconds = (self._first_at if self.tokens else now) - self._began
         decode_seconds = self._last_at - self._first_at
@@ -136,7 +136,8 @@ class Generation:
         """
         layers = _decoder_layers(self._model)
         total = len(self._request.prompt)
-        told = float("-inf")
+        told = time.perf_counter()
+        self._deliver(Reading(0, total))
         in_layers: list[Any] = []
 
         def entering(done: int) -> Callable[..., None]:

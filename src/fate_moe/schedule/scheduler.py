@@ -20,14 +20,14 @@ class StoppedError(FateError):
 
 
 class Ticket(Protocol):
-    """One submitted request. Iterate over it once, in the event loop that submitted it: events come in order, ``Finished`` is the
-    last, and it always comes.
+    """One submitted request. Iterate over it once, in the event loop that submitted it: each item is a list of the events that came
+    since the one before, in order. ``Finished`` is the last event, and it always comes.
 
     ``cancel`` ends the request within one token, also while it waits or its prompt is read; ``Finished("cancelled")`` follows. It
     may be called from any thread, again, and after the end.
     """
 
-    def __aiter__(self) -> AsyncIterator[Event]: ...
+    def __aiter__(self) -> AsyncIterator[list[Event]]: ...
 
     def cancel(self) -> None: ...
 

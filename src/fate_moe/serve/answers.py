@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -62,16 +62,23 @@ Event: TypeAlias = "Waiting | Said | Done"
 
 
 class Answers:
-    """The answers to ``plans``, which are submitted at once: QueueFullError is raised here, before anything was sent.
+    """The answers to ``plans`` (``number`` of them), which are submitted at once: QueueFullError, and ApiError for more than can
+    ever wait, are raised here, before anything was sent.
 
-    ``events`` is iterated over once. ``cancel`` ends all of them; it may be called at any time.
+    ``batches`` is iterated over once. ``cancel`` ends all of them; it may be called at any time.
     """
 
     def __init__(self, service: Service, plans: Sequence[Plan]) -> None:
-        self.status = "queued"
+        self.status = "queued, next"
         self._plans = plans
         self._log = service.log_texts
         self._tickets: list[Ticket] = []
+        if len(plans) > service.options.queue:  # trying again would not help
+            raise ApiError(
+                f"this asks for {len(plans)} texts, and the server's queue holds {service.options.queue} (--queue)",
+                "n",
+                "invalid_value",
+            )
         try:
             for plan in plans:
                 self._tickets.append(service.scheduler.submit(plan.request))
@@ -79,56 +86,88 @@ class Answers:
             self.cancel()
             raise
 
+    @property
+    def number(self) -> int:
+        return len(self._tickets)
+
     def cancel(self) -> None:
         for ticket in self._tickets:
             ticket.cancel()
 
-    async def events(self) -> AsyncIterator[Event]:
-        """What the answers say, in the order in which it is said. Raises ApiError where one of them fails."""
-        try:
-            if len(self._tickets) == 1:
-                async for event in self._one(0):
-                    yield event
-                return
-            async for event in _merge([self._one(index) for index in range(len(self._tickets))]):
-                yield event
-        finally:
-            self.cancel()
+    def batches(self) -> AsyncIterator[list[Event]]:
+        """What the answers say, in the order in which it is said; each item is what there is to say at once. Raises ApiError where
+        one of them fails."""
+        streams = [self._one(index) for index in range(self.number)]
+        return streams[0] if self.number == 1 else _merge(streams)
 
-    async def _one(self, index: int) -> AsyncIterator[Event]:
-        plan, ticket = self._plans[index], self._tickets[index]
-        reader, calls, ended = plan.reader(), 0, False
-        texts: list[str] | None = [] if self._log is not None else None
-        async for event in ticket:
-            if isinstance(event, Queued):
-                self.status = f"queued, {event.position} ahead" if event.position else "queued, next"
-                yield Waiting(self.status)
-            elif isinstance(event, Reading):
-                self.status = f"reading the prompt, {event.done} of {event.total} tokens"
-                yield Waiting(self.status)
-            elif isinstance(event, Piece) and not ended:
-                self.status = "writing"
-                if texts is not None:
-                    texts.append(event.text)
-                deltas = reader.feed(event.text)
-                if plan.single_call and (found := _end_of_first_call(deltas, calls)) is not None:
-                    deltas, ended = deltas[:found], True
-                    ticket.cancel()
-                calls += sum(isinstance(delta, ToolOpened) for delta in deltas)
-                if deltas or event.tokens:
-                    yield Said(index, deltas, event.tokens)
-            elif isinstance(event, Finished):
-                if self._log is not None and texts is not None:
-                    self._log(plan.request, "".join(texts))
-                if event.reason == "error":
-                    raise ApiError(f"generating failed: {event.message}", status=500, code="generation_failed")
-                if event.reason == "cancelled" and not ended:
-                    raise ApiError("the server is shutting down", status=503, code="shutting_down")
-                if not ended and (deltas := reader.finish()):
-                    calls += sum(isinstance(delta, ToolOpened) for delta in deltas)
-                    yield Said(index, deltas)
-                reason: Literal["stop", "length"] = "length" if event.reason == "length" else "stop"
-                yield Done(index, "tool_calls" if calls and reason == "stop" else reason, event)
+    async def _one(self, index: int) -> AsyncIterator[list[Event]]:
+        ticket = self._tickets[index]
+        speech = _Speech(self._plans[index], index, ticket.cancel, self._log)
+        try:
+            async for events in ticket:
+                batch: list[Event] = []
+                for event in events:
+                    if isinstance(event, Queued | Reading):
+                        if (status := _status(event)) != self.status:
+                            self.status = status
+                            batch.append(Waiting(status))
+                    elif isinstance(event, Piece):
+                        self.status = "writing"
+                        batch += speech.goes_on(event)
+                    else:
+                        batch += speech.ends(event)
+                if batch:
+                    yield batch
+                if speech.failure is not None:
+                    raise speech.failure
+        finally:
+            ticket.cancel()
+
+
+class _Speech:
+    """Makes the pieces of answer number ``index`` what it says. ``enough`` is called when it is complete before the model ends;
+    ``failure`` is why it will not be."""
+
+    def __init__(self, plan: Plan, index: int, enough: Callable[[], None], log: Callable[[Request, str], None] | None) -> None:
+        self.failure: ApiError | None = None
+        self._plan, self._index, self._enough, self._log = plan, index, enough, log
+        self._reader, self._calls, self._is_complete = plan.reader(), 0, False
+        self._texts: list[str] = []  # for the log
+
+    def goes_on(self, piece: Piece) -> Iterator[Said]:
+        if self._is_complete:
+            return
+        if self._log is not None:
+            self._texts.append(piece.text)
+        deltas = self._reader.feed(piece.text)
+        if self._plan.single_call and (found := _end_of_first_call(deltas, self._calls)) is not None:
+            deltas, self._is_complete = deltas[:found], True
+            self._enough()
+        if deltas or piece.tokens:
+            yield self._said(deltas, piece.tokens)
+
+    def ends(self, end: Finished) -> Iterator[Said | Done]:
+        if self._log is not None:
+            self._log(self._plan.request, "".join(self._texts))
+        if end.reason == "error":
+            self.failure = ApiError(f"generating failed: {end.message}", status=500, code="generation_failed")
+        elif end.reason == "cancelled" and not self._is_complete:
+            self.failure = ApiError("the server is shutting down", status=503, code="shutting_down")
+        else:
+            if not self._is_complete and (deltas := self._reader.finish()):
+                yield self._said(deltas)
+            reason: Literal["stop", "length"] = "length" if end.reason == "length" else "stop"
+            yield Done(self._index, "tool_calls" if self._calls and reason == "stop" else reason, end)
+
+    def _said(self, deltas: Sequence[Delta], tokens: Sequence[TokenRecord] = ()) -> Said:
+        self._calls += sum(isinstance(delta, ToolOpened) for delta in deltas)
+        return Said(self._index, deltas, tokens)
+
+
+def _status(event: Queued | Reading) -> str:
+    if isinstance(event, Reading):
+        return f"reading the prompt, {event.done} of {event.total} tokens"
+    return f"queued, {event.position} ahead" if event.position else "queued, next"
 
 
 def _end_of_first_call(deltas: Sequence[Delta], calls: int) -> int | None:
@@ -141,29 +180,29 @@ def _end_of_first_call(deltas: Sequence[Delta], calls: int) -> int | None:
     return None
 
 
-async def _merge(streams: Sequence[AsyncIterator[Event]]) -> AsyncIterator[Event]:
-    """The events of all ``streams`` as they come."""
-    queue: asyncio.Queue[Event | BaseException | None] = asyncio.Queue()
+async def _merge(streams: Sequence[AsyncIterator[list[Event]]]) -> AsyncIterator[list[Event]]:
+    """The batches of all ``streams`` as they come."""
+    queue: asyncio.Queue[list[Event] | Exception | None] = asyncio.Queue()
 
-    async def pump(stream: AsyncIterator[Event]) -> None:
+    async def pump(stream: AsyncIterator[list[Event]]) -> None:
         try:
-            async for event in stream:
-                queue.put_nowait(event)
+            async for batch in stream:
+                queue.put_nowait(batch)
             queue.put_nowait(None)
-        except ApiError as error:
+        except Exception as error:
             queue.put_nowait(error)
 
     tasks = [asyncio.create_task(pump(stream)) for stream in streams]
     try:
         left = len(tasks)
         while left:
-            event = await queue.get()
-            if isinstance(event, BaseException):
-                raise event
-            if event is None:
+            batch = await queue.get()
+            if isinstance(batch, Exception):
+                raise batch
+            if batch is None:
                 left -= 1
             else:
-                yield event
+                yield batch
     finally:
         for task in tasks:
             task.cancel()
@@ -222,8 +261,9 @@ async def collected(request: HttpRequest, answers: Answers) -> AsyncIterator[Eve
     client of ``request`` leaves."""
     async with _ended_by_disconnect(request, answers) as is_gone:
         try:
-            async for event in answers.events():
-                yield event
+            async for batch in answers.batches():
+                for event in batch:
+                    yield event
         except ApiError:
             if is_gone():
                 raise ClientGoneError from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -19,7 +19,7 @@ from fate_moe.serve.messages import parsed_arguments
 from fate_moe.serve.openai_common import check_model, new_id
 from fate_moe.serve.prompt import render
 from fate_moe.serve.service import Serving
-from fate_moe.serve.wire import JsonRoute, comment, event_stream, sse
+from fate_moe.serve.wire import JsonRoute, comment, event_stream, joined, sse
 
 __all__ = ["router"]
 
@@ -65,34 +65,36 @@ async def count_tokens(body: CountRequest, service: Serving) -> dict[str, int]:
     return {"input_tokens": len(prompt.tokens)}
 
 
-async def _stream(
-    answers: Answers, head: dict[str, Any], prompt_tokens: int, own_stops: tuple[str, ...]
-) -> AsyncIterator[ServerSentEvent]:
+async def _stream(answers: Answers, head: dict[str, Any], prompt_tokens: int, own_stops: tuple[str, ...]) -> AsyncIterator[bytes]:
     def event(kind: str, **fields: Any) -> ServerSentEvent:
         return sse({"type": kind, **fields}, kind)
+
+    def events(said: Waiting | Said | Done) -> Iterator[ServerSentEvent]:
+        if isinstance(said, Waiting):
+            yield comment(said.status)
+            return
+        for what, block, text in blocks.feed(said) if isinstance(said, Said) else blocks.end():
+            if what == "open":
+                yield event("content_block_start", index=block.index, content_block=_empty(block))
+            elif what == "grow":
+                yield event("content_block_delta", index=block.index, delta=_delta(block, text))
+            else:
+                yield event("content_block_stop", index=block.index)
+        if isinstance(said, Done):
+            end = said.finished
+            usage = _usage(end.usage.prompt_tokens, end.usage.completion_tokens)
+            yield event("message_delta", delta=_stop(said, own_stops), usage=usage, timings=end.timings.as_dict())
+            yield event("message_stop")
 
     start = {**head, "content": [], "stop_reason": None, "stop_sequence": None, "usage": _usage(prompt_tokens, 0)}
     blocks = Blocks()
     try:
-        yield event("message_start", message=start)
-        async for said in answers.events():
-            if isinstance(said, Waiting):
-                yield comment(said.status)
-                continue
-            for what, block, text in blocks.feed(said) if isinstance(said, Said) else blocks.end():
-                if what == "open":
-                    yield event("content_block_start", index=block.index, content_block=_empty(block))
-                elif what == "grow":
-                    yield event("content_block_delta", index=block.index, delta=_delta(block, text))
-                else:
-                    yield event("content_block_stop", index=block.index)
-            if isinstance(said, Done):
-                end = said.finished
-                usage = _usage(end.usage.prompt_tokens, end.usage.completion_tokens)
-                yield event("message_delta", delta=_stop(said, own_stops), usage=usage, timings=end.timings.as_dict())
-                yield event("message_stop")
+        yield joined([event("message_start", message=start)])
+        async for batch in answers.batches():
+            if now_said := joined(one for said in batch for one in events(said)):
+                yield now_said
     except ApiError as error:
-        yield sse(error_body("/v1/messages", error), "error")
+        yield joined([sse(error_body("/v1/messages", error), "error")])
 
 
 def _whole(block: Block) -> dict[str, Any]:

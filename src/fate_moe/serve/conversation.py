@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
-
-from starlette.concurrency import run_in_threadpool
 
 from fate_moe.schedule.request import Request, Sampling
 from fate_moe.serve.answers import Plan
@@ -17,6 +16,7 @@ from fate_moe.serve.errors import unsupported
 from fate_moe.serve.openai_common import room_for
 from fate_moe.serve.parsing import ForcedCall, PlainReader, Reader, TemplateReader, response_template
 from fate_moe.serve.prompt import render, tools_by_system_message
+from fate_moe.serve.wire import unless_short
 
 __all__ = ["Conversation", "plan", "thinking_options"]
 
@@ -47,8 +47,11 @@ class Conversation:
 
 
 async def plan(card: ModelCard, conversation: Conversation) -> list[Plan]:
-    """The plans of all answers. Raises ApiError for what cannot be done. Runs beside the event loop: prompts may be long."""
-    return await run_in_threadpool(_plan, card, conversation)
+    """The plans of all answers. Raises ApiError for what cannot be done. Long prompts are read beside the event loop, and grammars
+    made there."""
+    is_plain = not conversation.tools and conversation.schema is None
+    length = sum(len(message["content"]) for message in conversation.messages)
+    return await unless_short(length if is_plain else sys.maxsize, _plan, card, conversation)
 
 
 def _plan(card: ModelCard, asked: Conversation) -> list[Plan]:

@@ -125,8 +125,7 @@ class Live:
             counters, news = look.counters, self._layers.update(look)
             slots_used: int | None = int(self._layers.resident.sum())
         else:
-            report = self._engine.report()
-            counters, news, slots_used = report.experts, {}, None
+            counters, news, slots_used = self._engine.counters(), {}, None
         busy = self._rates.add(now, load, counters)
         if not news and not busy and load == self._rates.last_load:
             return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime, timezone
 from typing import Annotated, Any
 
 from fastapi import APIRouter
@@ -52,8 +53,9 @@ async def metrics(service: Serving) -> Response:
 
 @router.get("/v1/models", response_model=None)
 async def models(service: Serving) -> dict[str, Any]:
-    """The model that is served."""
-    return {"object": "list", "data": [_model(service)]}
+    """The model that is served, in the shapes of OpenAI and of Anthropic at once."""
+    name = service.model().name
+    return {"object": "list", "data": [_model(service)], "has_more": False, "first_id": name, "last_id": name}
 
 
 @router.get("/v1/models/{name:path}", response_model=None)
@@ -70,6 +72,9 @@ def _model(service: Service) -> dict[str, Any]:
         "object": "model",
         "created": card.created,
         "owned_by": "fate-moe",
+        "type": "model",
+        "display_name": card.name,
+        "created_at": datetime.fromtimestamp(card.created, timezone.utc).isoformat().replace("+00:00", "Z"),
         "max_model_len": card.context_length,
     }
 

@@ -14,7 +14,7 @@ from fate_moe.schedule.request import Finished, Sampling, TokenRecord
 from fate_moe.serve.answers import Answers, Done, Said, Waiting
 from fate_moe.serve.card import ModelCard
 from fate_moe.serve.errors import ApiError, error_body
-from fate_moe.serve.wire import Body, comment, sse
+from fate_moe.serve.wire import Body, comment, joined, sse
 
 __all__ = [
     "MOST_STOPS",
@@ -176,25 +176,29 @@ async def chunk_stream(
     head: dict[str, Any],
     chunks: Callable[[Said | Done], Iterable[dict[str, Any]]],
     usage: Callable[[Sequence[Finished]], dict[str, Any]] | None,
-) -> AsyncIterator[ServerSentEvent]:
+) -> AsyncIterator[bytes]:
     """The stream of a chat or a completion: comments while nothing is said, then ``chunks``, each with ``head``, then one with the
     ``usage`` of all answers, in order (None: no such chunk), and [DONE]. An error ends it early."""
     every = head if usage is None else {**head, "usage": None}
     ends: dict[int, Finished] = {}
     try:
-        async for event in answers.events():
-            if isinstance(event, Waiting):
-                yield comment(event.status)
-                continue
-            if isinstance(event, Done):
-                ends[event.index] = event.finished
-            for chunk in chunks(event):
-                yield sse({**every, **chunk})
-        if usage is not None:
-            yield sse({**head, "choices": [], "usage": usage([ends[index] for index in sorted(ends)])})
-        yield sse("[DONE]")
+        async for batch in answers.batches():
+            events: list[ServerSentEvent] = []
+            for event in batch:
+                if isinstance(event, Waiting):
+                    events.append(comment(event.status))
+                    continue
+                if isinstance(event, Done):
+                    ends[event.index] = event.finished
+                events += [sse({**every, **chunk}) for chunk in chunks(event)]
+            if len(ends) == answers.number:
+                if usage is not None:
+                    events.append(sse({**head, "choices": [], "usage": usage([ends[index] for index in sorted(ends)])}))
+                events.append(sse("[DONE]"))
+            if events:
+                yield joined(events)
     except ApiError as error:
-        yield sse(error_body("/v1/completions", error))
+        yield joined([sse(error_body("/v1/completions", error))])
 
 
 def new_id(prefix: str) -> str:

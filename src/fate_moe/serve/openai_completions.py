@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
 from pydantic import Field
-from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
 from fate_moe.schedule.request import Finished, TokenRecord
@@ -20,7 +19,7 @@ from fate_moe.serve.openai_common import SamplingBody, check_model, chunk_stream
 from fate_moe.serve.parsing import Text
 from fate_moe.serve.prompt import Prompt, plain_prompt
 from fate_moe.serve.service import Serving
-from fate_moe.serve.wire import JsonRoute, event_stream
+from fate_moe.serve.wire import JsonRoute, event_stream, unless_short
 
 __all__ = ["router"]
 
@@ -40,6 +39,15 @@ class CompletionRequest(SamplingBody):
     echo: bool | None = None
     suffix: str | None = None
     best_of: int | None = Field(None, ge=1)
+
+    @property
+    def length(self) -> int:
+        """Characters, or tokens, of all prompts."""
+        return (
+            len(self.prompt)
+            if isinstance(self.prompt, str)
+            else sum(1 if isinstance(one, int) else len(one) for one in self.prompt)
+        )
 
     def prompts(self, card: ModelCard) -> list[Prompt]:
         """All prompts. Raises ApiError for none, or for too many."""
@@ -83,7 +91,7 @@ async def completions(request: Request, body: CompletionRequest, service: Servin
     card = service.model()
     check_model(card, body.model)
     includes_usage = body.includes_usage
-    prompts = await run_in_threadpool(body.prompts, card)
+    prompts = await unless_short(body.length, body.prompts, card)
     answers = Answers(service, body.plans(card, prompts))
     echoed = [prompt.text if body.echo else "" for prompt in prompts for _ in range(body.n or 1)]
     head = {"id": new_id("cmpl"), "object": "text_completion", "created": now(), "model": card.name}

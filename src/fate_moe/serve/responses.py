@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request
@@ -20,7 +20,7 @@ from fate_moe.serve.messages import chosen_tool
 from fate_moe.serve.openai_common import chat_logprobs, check_model, greedy_if_tiny, new_id
 from fate_moe.serve.response_items import Item, ResponseTool, as_messages, as_tools
 from fate_moe.serve.service import Serving
-from fate_moe.serve.wire import Body, JsonRoute, comment, event_stream, sse
+from fate_moe.serve.wire import Body, JsonRoute, comment, event_stream, joined, sse
 
 __all__ = ["router"]
 
@@ -231,7 +231,7 @@ def _usage(end: Finished, reasoning_tokens: int) -> dict[str, Any]:
     }
 
 
-async def _stream(answers: Answers, whole: _Whole) -> AsyncIterator[ServerSentEvent]:
+async def _stream(answers: Answers, whole: _Whole) -> AsyncIterator[bytes]:
     number = 0
 
     def event(kind: str, **fields: Any) -> ServerSentEvent:
@@ -239,28 +239,31 @@ async def _stream(answers: Answers, whole: _Whole) -> AsyncIterator[ServerSentEv
         number += 1
         return sse({"type": kind, "sequence_number": number - 1, **fields}, kind)
 
-    try:
-        yield event("response.created", response=whole.response())
-        yield event("response.in_progress", response=whole.response())
-        async for said in answers.events():
-            if isinstance(said, Waiting):
-                yield comment(said.status)
-                continue
-            if isinstance(said, Said):
-                for step in whole.blocks.feed(said):
-                    for kind, fields in _events(whole, step, said):
-                        yield event(kind, **fields)
-                continue
-            steps = list(whole.blocks.end())
-            whole.done = said
-            for step in steps:
-                for kind, fields in _events(whole, step, None):
+    def events(said: Waiting | Said | Done) -> Iterator[ServerSentEvent]:
+        if isinstance(said, Waiting):
+            yield comment(said.status)
+            return
+        if isinstance(said, Said):
+            for step in whole.blocks.feed(said):
+                for kind, fields in _events(whole, step, said):
                     yield event(kind, **fields)
-            end = "response.incomplete" if said.reason == "length" else "response.completed"
-            yield event(end, response=whole.response())
+            return
+        steps = list(whole.blocks.end())
+        whole.done = said
+        for step in steps:
+            for kind, fields in _events(whole, step, None):
+                yield event(kind, **fields)
+        end = "response.incomplete" if said.reason == "length" else "response.completed"
+        yield event(end, response=whole.response())
+
+    try:
+        yield joined([event(f"response.{state}", response=whole.response()) for state in ("created", "in_progress")])
+        async for batch in answers.batches():
+            if now_said := joined(one for said in batch for one in events(said)):
+                yield now_said
     except ApiError as error:
-        yield event("error", code=error.code, message=error.message, param=error.param)
-        yield event("response.failed", response=whole.response(error))
+        failed = event("error", code=error.code, message=error.message, param=error.param)
+        yield joined([failed, event("response.failed", response=whole.response(error))])
 
 
 def _events(whole: _Whole, step: Step, said: Said | None) -> list[tuple[str, dict[str, Any]]]:

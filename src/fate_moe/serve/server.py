@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from types import FrameType
 from typing import Any
 
@@ -17,6 +16,7 @@ import uvicorn
 from sse_starlette.sse import AppStatus
 
 from fate_moe.errors import ConfigError, FateError
+from fate_moe.schedule.scheduler import StoppedError
 from fate_moe.serve.app import build_app
 from fate_moe.serve.options import ServeOptions
 from fate_moe.serve.service import Service
@@ -50,8 +50,8 @@ def bind(options: ServeOptions) -> tuple[socket.socket, str]:
 
 
 class Server(uvicorn.Server):
-    """uvicorn that drains when it is told to end: no new connections, answers under way go on for ``drain_seconds``. A second
-    signal ends it at once."""
+    """uvicorn that drains when ``should_exit`` is set: no new connections, answers under way go on for ``drain_seconds``.
+    ``force_exit`` ends it at once. It leaves signals alone, for it does not run in the main thread."""
 
     def __init__(self, service: Service) -> None:
         options = service.options
@@ -71,24 +71,6 @@ class Server(uvicorn.Server):
             )
         )
 
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """As uvicorn's, but the process goes on to its end instead of dying of the signal."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def stop(number: int, frame: FrameType | None) -> None:
-            self.force_exit = self.should_exit
-            self.should_exit = True
-
-        before = {number: signal.signal(number, stop) for number in _SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._service.stopping.set()
         await super().shutdown(sockets)
@@ -97,31 +79,73 @@ class Server(uvicorn.Server):
 def run(
     options: ServeOptions, listener: socket.socket, name: str, load: Callable[[], tuple[Any, Any]], on_ready: Callable[[], None]
 ) -> None:
-    """Serve on ``listener`` until a signal comes; ``load`` runs meanwhile. Raises what ``load`` raises, when all is closed."""
-    failed: list[Exception] = []
-    server: Server | None = None
+    """Serve on ``listener`` until a signal comes; ``load`` runs meanwhile, in this thread.
 
-    def loaded(error: Exception | None) -> None:
+    Raises what ``load`` raises, when all is closed. A signal that comes before ``load`` returns is raised in it, as in any verb, so
+    that it removes what is half written; a later one lets the server end its answers.
+    """
+    loaded: Future[tuple[Any, Any]] = Future()
+    ended: Future[None] = Future()
+    failed: list[Exception] = []
+
+    def told(error: Exception | None) -> None:
         if error is None:
             on_ready()
-            return
-        failed.append(error)
-        if server is not None:
+        else:
+            failed.append(error)
             server.should_exit = True
 
-    service = Service.loading(options, name, load, loaded)
+    def serve() -> None:
+        try:
+            server.run(sockets=[listener])
+            ended.set_result(None)
+        except BaseException as error:
+            ended.set_exception(error)
+
+    service = Service.loading(options, name, loaded.result, told)
     server = Server(service)
-    server.should_exit = bool(failed)
+    threading.Thread(target=serve, name="fate-http", daemon=True).start()
     try:
-        server.run(sockets=[listener])
-    finally:
-        service.close()
-        if service.card is not None:
-            service.card.model.fate.close()
+        try:
+            loaded.set_result(load())
+        except Exception as error:
+            loaded.set_exception(error)
+        with _draining(server):
+            ended.result()
+            _close(service)
+    except BaseException:
+        server.should_exit = server.force_exit = True
+        if not loaded.done():
+            loaded.set_exception(StoppedError("the server is shutting down"))
+        wait([ended])
+        _close(service)
+        raise
     if failed:
         if isinstance(failed[0], FateError | OSError):
             raise failed[0]
         raise FateError(f"the model could not be loaded: {type(failed[0]).__name__}: {failed[0]}") from failed[0]
-    if service.card is None:  # a model that is half loaded, in a thread that cannot be told to stop
-        sys.stderr.flush()
-        os._exit(0)
+
+
+@contextlib.contextmanager
+def _draining(server: Server) -> Iterator[None]:
+    """Meanwhile a signal lets ``server`` end its answers, and a second one ends it at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        server.force_exit = server.should_exit
+        server.should_exit = True
+
+    before = {number: signal.signal(number, stop) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _close(service: Service) -> None:
+    service.close()
+    if service.card is not None:
+        service.card.model.fate.close()
