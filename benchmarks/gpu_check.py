@@ -3,10 +3,10 @@
     PYTHONPATH=src python -m benchmarks.gpu_check --folder FOLDER [--models medium qwen2_moe ...] [--json FILE] [--cpu]
 
 Writes small random checkpoints to FOLDER (again only if they are not there), loads each many times and compares logits: equal in
-every bit between budgets, presets, graph or none, disk below or not; close to transformers' own; close with host compute; different
-but repeatable with short views in prefill. The last line is one JSON: a digest of the exact logits of each model (equal digests in
-two trees: numbers have not changed), tokens a second of each cell, and what failed; exit code 1 if anything did. ``--cpu`` runs
-the same checks, as far as they apply, on the CPU engine.
+every bit between budgets, presets, graph or none, disk below or not, and with host compute of quantized experts (of others close);
+close to transformers' own; different but repeatable with short views in prefill. The last line is one JSON: a digest of the exact
+logits of each model (equal digests in two trees: numbers have not changed), tokens a second of each cell, and what failed; exit
+code 1 if anything did. ``--cpu`` runs the same checks, as far as they apply, on the CPU engine.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def run(check: Check, precision: str) -> None:
     if not check.cpu:
         check.same("25% without a graph", expert_cache="25%", cuda_graph=False, **options)
         check.attempt("25%, disk below", lambda: disk_below(check, options))
-        check.attempt("25%, host compute", lambda: host_compute(check, options))
+        check.attempt("25%, host compute", lambda: host_compute(check, precision, options))
     check.attempt("25%, short views", lambda: short_views(check, precision, options))
 
 
@@ -174,13 +174,15 @@ def disk_below(check: Check, options: dict[str, Any]) -> None:
         check.cells["25%, disk below"]["why_not"] = "all experts fitted"
 
 
-def host_compute(check: Check, options: dict[str, Any]) -> None:
-    """The host rounds otherwise: close for the first token that is decoded, after which texts may part."""
+def host_compute(check: Check, precision: str, options: dict[str, Any]) -> None:
+    """Equal for quantized experts. Others are summed otherwise there: close for the first token, after which texts may part."""
     with check.loaded(expert_cache="25%", **{HOST_COMPUTE: 0.5}, **options) as model:
         logits, row = measured(model, timed=True)
     assert check.exact is not None
     row["error"] = error(logits[:2], check.exact[:2])
+    row["same"] = torch.equal(logits, check.exact)
     check.cells["25%, host compute"] = row
+    check.expect(row["same"] or precision == "lossless", f"{check.folder.name}: host compute changes logits")
     check.expect(row["hosted"] > 0, f"{check.folder.name}: the host computed nothing")
     check.expect(row["error"] < 0.05, f"{check.folder.name}: host compute is {row['error']:.1e} off")
 

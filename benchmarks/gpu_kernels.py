@@ -21,7 +21,7 @@ from benchmarks.gpu_measure import captured, milliseconds
 from benchmarks.gpu_model import GEOMETRIES, RandomModel
 from fate_moe.gpu.experts import DeviceExperts
 from fate_moe.gpu.options import DeviceOptions
-from fate_moe.kernels import reference
+from fate_moe.kernels import elementary, reference
 from fate_moe.quant.blob import views
 from fate_moe.store.format import PLANE_WIDTHS
 
@@ -68,12 +68,12 @@ def differences(random: RandomModel, experts: DeviceExperts) -> Iterator[str]:
 def twin(random: RandomModel, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """[T, hidden] in x's dtype by ``kernels/reference.py``."""
     rows = torch.zeros(*index.shape, x.shape[1])
-    for expert in index.unique().tolist():
+    for expert in sorted(set(index.flatten().tolist())):
         parts = views(random.layout, random.arena.blob(expert))
         token, choice = (index == expert).nonzero(as_tuple=True)
         gate, up = product(random, parts, "gate_up_proj", x[token].float()).chunk(2, dim=-1)
-        rows[token, choice] = product(random, parts, "down_proj", reference.silu(gate) * up)
-    return reference.combine(rows, weights.float()).to(x.dtype)
+        rows[token, choice] = product(random, parts, "down_proj", elementary.gated(gate, up))
+    return elementary.combine(rows, weights.float()).to(x.dtype)
 
 
 def product(random: RandomModel, parts: dict[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:

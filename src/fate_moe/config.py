@@ -45,7 +45,7 @@ class OffloadConfig:
     precision_policy: how many of an INT4 expert's bits are read; anything but "full" trades exactness for bytes.
     context_length: tokens for which KV cache is set aside (prompt and answer together).
     io_threads: concurrent reads; one of them is always left for demand reads.
-    exact_activations: on the CPU (and in host_compute), multiply quantized weights with fp32 activations instead of int8 ones.
+    exact_activations: on the CPU, multiply quantized weights with fp32 activations instead of int8 ones.
     """
 
     ram: str | int | float = "auto"
@@ -104,8 +104,8 @@ class OffloadConfig:
             raise ConfigError(
                 f"on a GPU precision_policy is one of {', '.join(GPU_PRECISION_POLICIES)}, not {self.precision_policy}"
             )
-        if self.exact_activations and parse_host_compute(self.host_compute) == 0:
-            raise ConfigError("a GPU never rounds activations; omit exact_activations, or give host_compute, which it is for")
+        if self.exact_activations:
+            raise ConfigError("on a GPU quantized experts get int8 activations; omit exact_activations, or run on the CPU")
 
     def _check_cpu(self) -> None:
         """Refuse what has a meaning on a GPU alone."""

@@ -123,7 +123,7 @@ def test_convert_int4_and_run_it(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["run", "--chat", "Hello you"], "no chat template"),
         (["run", "--context-length", "4", "Once upon a time there was"], "context_length"),
         (["run", "--vram", "1GiB", "--look-ahead", "2", "Once upon"], "one layer ahead"),
-        (["run", "--vram", "1GiB", "--exact-activations", "Once upon"], "never rounds"),
+        (["run", "--vram", "1GiB", "--exact-activations", "Once upon"], "omit exact_activations"),
         (["run", "--no-cuda-graph", "Once upon"], "for a GPU"),
         (["inspect", "/nowhere/store"], "/nowhere/store"),
         (["convert", "/nowhere/checkpoint", "/tmp/never-made"], "/nowhere/checkpoint"),

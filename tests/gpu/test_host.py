@@ -15,10 +15,11 @@ from fate_moe.errors import ClosedModelError, StoreError
 from fate_moe.gpu.host import DiskBelow, read_all
 from fate_moe.gpu.memory import PinnedArena
 from fate_moe.gpu.options import DeviceOptions
+from fate_moe.kernels.elementary import combine
 from fate_moe.memory.precision import PrefillPopularity
 from fate_moe.memory.residency import Residency
 from fate_moe.registry import make_policy
-from tests.support.device import CPU, Model, random_model, reference, route
+from tests.support.device import CPU, Model, random_model, route, twin
 from tests.support.sources import MemorySource, SourceDouble
 
 pytestmark = pytest.mark.slow
@@ -99,14 +100,12 @@ def test_prefill_takes_short_views_of_the_tail_alone() -> None:
     weights = torch.full((20, 2), 0.5)
     assert experts._prefill._short_views(0, [3], {0: 20, 1: 16, 3: 4}) == {3: 2}
     got = experts.compute(0, hidden, index, weights)
-    whole = reference(model, 0, hidden, index, weights, torch.float64)
-    tail = [*reference(model, 0, hidden[:4], index[:4, :1], weights[:4, :1], torch.float64, num_planes=2)]
-    rest = reference(model, 0, hidden[:4], index[:4, 1:], weights[:4, 1:], torch.float64)
-    torch.testing.assert_close(got[:4].double(), torch.stack(tail) + rest, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(got[4:].double(), whole[4:], rtol=1e-3, atol=1e-3)
-    assert (got[:4].double() - whole[:4]).abs().max() > 1e-2
-    one = experts.compute(0, hidden[:1], index[:1], weights[:1])
-    torch.testing.assert_close(one.double(), whole[:1], rtol=5e-2, atol=5e-2)  # int8 activations
+    whole = twin(model, 0, hidden, index, weights)
+    tail, rest = (twin(model, 0, hidden[:4], index[:4, i : i + 1], torch.ones(4, 1), planes) for i, planes in ((0, 2), (1, None)))
+    assert torch.equal(got[:4], combine(torch.stack([tail, rest], 1), weights[:4]))
+    assert torch.equal(got[4:], whole[4:])
+    assert (got[:4] - whole[:4]).abs().max() > 1e-2
+    assert torch.equal(experts.compute(0, hidden[:1], index[:1], weights[:1]), whole[:1])
     host.close()
 
 

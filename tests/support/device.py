@@ -150,7 +150,7 @@ def twin(
 ) -> torch.Tensor:
     """What the kernels must give of quantized experts, to the bit, in ``hidden``'s dtype."""
     rows = torch.zeros(*index.shape, hidden.shape[1])
-    for expert in index.unique().tolist():
+    for expert in sorted(set(index.flatten().tolist())):
         token, choice = (index == expert).nonzero(as_tuple=True)
         gate, up = _product(model, layer, expert, "gate_up_proj", hidden[token].float(), num_planes).chunk(2, dim=-1)
         inner = elementary.gated(gate, up, activation)

@@ -237,8 +237,7 @@ class CudaParts:
         """Threads that compute misses. Raises UnsupportedModelError where they cannot compute these experts."""
         stack, manifest = self._stacks[0], self._prepared.store.manifest
         module, shapes = self._model.get_submodule(stack.name), stack.output_rows_first()
-        exact = self._config.exact_activations
-        return HostCompute(manifest.layouts[0], shapes, module, self._arena, self._top_k, self._device, exact=exact)
+        return HostCompute(manifest.layouts[0], shapes, module, self._arena, self._top_k, self._device)
 
     def _try_prefetch(self, experts: DeviceExperts) -> None:
         """Time copies and steps, turn copying ahead off where it cannot pay, and record the decode step."""

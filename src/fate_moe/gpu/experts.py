@@ -40,11 +40,7 @@ class DeviceExperts:
         self.state = state
         device, tables = state.device, state.tables
         widest = max(padded(layout.width) for layout in state.layouts)
-        # By choice row: inner values, how many programs have left theirs, and what down reads.
-        rows = MAX_DECODE_TOKENS * state.top_k
-        self._values = torch.zeros(rows, widest, dtype=torch.float32, device=device)
-        self._values_arrived = torch.zeros(rows, widest // 64, dtype=torch.int32, device=device)
-        self._inner = torch.zeros(rows, widest, dtype=torch.float32, device=device)
+        self._inner = torch.zeros(MAX_DECODE_TOKENS * state.top_k, widest, dtype=torch.float32, device=device)
         self._logits = torch.zeros(MAX_DECODE_TOKENS, tables.num_experts, dtype=torch.float32, device=device)
         lists = torch.zeros(3, tables.num_experts + 1, 2, dtype=torch.int32, device=device)
         self._demand = lists[0]  # pairs (blob, slot); the last row's first entry is their number
@@ -205,8 +201,7 @@ class DeviceExperts:
         state, layout = self.state, self.state.layouts[layer]
         block, groups, warps = gate_up_tile(layout)
         gate_up_kernel[(tokens * state.top_k, triton.cdiv(padded(layout.width), block))](
-            state.pool.bytes, state.slots, state.pending, state.staged, self._values, self._values_arrived, self._inner,
-            state.pool.slot_bytes, *layout.gate_up,
+            state.pool.bytes, state.slots, state.pending, state.staged, self._inner, state.pool.slot_bytes, *layout.gate_up,
             top_k=state.top_k, cols=layout.cols, width=layout.width, DTYPE=layout.dtype, PLANES=layout.planes,
             ACT=layout.activation, PHASE=phase, BN=block, GB=groups, num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
@@ -228,7 +223,7 @@ class DeviceExperts:
 def gate_up_tile(layout: DeviceLayout) -> tuple[int, int, int]:
     """(gate rows and up rows of a program, groups at once, warps)."""
     if layout.planes:
-        return 16, 4, 8
+        return 64, 4, 8
     return 4, min(32, triton.next_power_of_2(padded(layout.cols) // 64)), 4
 
 

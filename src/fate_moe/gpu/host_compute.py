@@ -1,8 +1,8 @@
 """Misses computed on the host: the C++ kernels at the other end of a mailbox that the captured step writes to and waits on.
 
 The host reads its memory two to three times as fast as the link carries it, so it may compute a missing expert in less time than a
-copy takes. The host rounds activations to int8 by group (not with ``exact``) and the device does not, so the guarantee "same
-numbers" is given up between budgets: this is an option.
+copy takes. Of quantized experts it gives the device's bits. Unquantized ones are summed in another order here than there, so that
+for these the guarantee "same numbers" is given up between budgets.
 
 Mail: the device writes a question (which blobs, and the activation) and counts it in ``asked``; the threads write the answer (each
 expert's output). csrc/host_compute.h says where each word lies.
@@ -42,7 +42,6 @@ class HostCompute:
         top_k: int,
         device: torch.device,
         threads: int | None = None,
-        exact: bool = False,
     ) -> None:
         """``shapes`` ([out, in] by name) and ``experts`` (the transformers module) as for ``device_layout``.
 
@@ -69,7 +68,6 @@ class HostCompute:
             self.questions.data_ptr(),
             self.answers.data_ptr(),
             top_k,
-            exact,
             threads,
         )
 

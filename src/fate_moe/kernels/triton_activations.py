@@ -36,7 +36,9 @@ def exponential(x):
 def _gelu(x):
     """``elementary.gelu``."""
     z = tl.abs(x) * 0.70710678
-    t = tl.div_rn(tl.full(x.shape, 1.0, tl.float32), tl.fma(tl.full(x.shape, 0.5, tl.float32), z, tl.full(x.shape, 1.0, tl.float32)))
+    t = tl.div_rn(
+        tl.full(x.shape, 1.0, tl.float32), tl.fma(tl.full(x.shape, 0.5, tl.float32), z, tl.full(x.shape, 1.0, tl.float32))
+    )
     p = tl.full(x.shape, 0.17087277, tl.float32)
     p = _next(p, t, -0.82215223)
     p = _next(p, t, 1.48851587)

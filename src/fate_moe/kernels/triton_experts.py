@@ -1,11 +1,12 @@
 """Decode on the GPU: the chosen experts' MLP for a few tokens, straight from their slots in the VRAM pool, in two launches.
 
-Twins: ``reference.linear_quantized`` and ``reference.expert_mlp``; quantized experts give the twin's bits. Weights are never written
-out dequantized: a group's integer sum is made of its planes one by one, D = 4 (h . x) + (2 m + l) . x, four products at a time.
+Twins: ``reference.linear_quantized`` and ``reference.expert_mlp``; quantized experts give the twin's bits. Weights are never
+written out dequantized: a group's integer sum is made of its planes one by one, D = 4 (h . x) + (2 m + l) . x, four products at a
+time.
 
-Tiles of quantized rows are [rows, lanes], lanes along a row's bytes: of planes four groups at a time (a row's 64 neighbouring bytes of
-the 2-bit plane), of one-byte codes one group. So whole sectors are read, and the chain that adds a row's groups in order is made in
-registers: each group's term is handed to all lanes of its row, and these do the same additions.
+Tiles of quantized rows are [rows, lanes], lanes along a row's bytes: of planes four groups at a time (a row's 64 neighbouring bytes
+of the 2-bit plane), of one-byte codes one group. So whole sectors are read, and the chain that adds a row's groups in order is made
+in registers: each group's term is handed to all lanes of its row, and these do the same additions.
 """
 
 from __future__ import annotations
@@ -35,133 +36,116 @@ def _lane(values, lane, k):
 
 
 @triton.jit
+def _four(words, GB: tl.constexpr):
+    """The four words of each group, of ``words`` [ROWS, 4 GB]: each [ROWS, GB]."""
+    rows: tl.constexpr = words.shape[0]
+    even, odd = tl.split(tl.reshape(words, (rows, GB, 2, 2)))
+    w0, w2 = tl.split(even)
+    w1, w3 = tl.split(odd)
+    return w0, w1, w2, w3
+
+
+@triton.jit
+def _two(words, GB: tl.constexpr):
+    """The two words of each group, of ``words`` [ROWS, 2 GB]: each [ROWS, GB]."""
+    rows: tl.constexpr = words.shape[0]
+    return tl.split(tl.reshape(words, (rows, GB, 2)))
+
+
+@triton.jit
 def _plane(plane, row, row_mask, first, groups: tl.constexpr, GB: tl.constexpr, N: tl.constexpr):
-    """int32 [ROWS, GB, N]: N words of a plane for each of the groups ``first`` .. + GB of rows ``row`` [ROWS, 1]."""
+    """int32 [ROWS, N GB]: N words of a plane for each of the groups ``first`` .. + GB of rows ``row`` [ROWS, 1]."""
     n = tl.arange(0, GB * N)[None, :]
     at = plane.to(tl.pointer_type(tl.int32)) + (row * (groups * N) + first * N + n)
     if groups % GB == 0:
-        words = tl.load(at, mask=row_mask, other=0)
-    else:
-        words = tl.load(at, mask=row_mask & (first + n // N < groups), other=0)
-    return tl.reshape(words, (words.shape[0], GB, N))
+        return tl.load(at, mask=row_mask, other=0)
+    return tl.load(at, mask=row_mask & (first + n // N < groups), other=0)
 
 
 @triton.jit
-def _words(words, first, GB: tl.constexpr, N: tl.constexpr):
-    """int32 [ROWS, GB, N]: N words of each of GB neighbouring groups of an activation, the first at ``words`` [ROWS, 1] + ``first``.
+def _int4_words(
+    blob, row, row_mask, first, scale_at, zero_at, h_at, m_at, l_at, groups: tl.constexpr, PLANES: tl.constexpr, GB: tl.constexpr
+):
+    """What rows ``row`` [ROWS, 1] have of the groups ``first`` .. + GB: planes, scale and zero."""
+    h = _plane(blob + h_at, row, row_mask, first, groups, GB, 4)
+    m = _plane(blob + m_at, row, row_mask, first, groups, GB, 2) if PLANES > 1 else h
+    low = _plane(blob + l_at, row, row_mask, first, groups, GB, 2) if PLANES > 2 else h
+    g = first + tl.arange(0, GB)[None, :]
+    at = row * groups + g
+    mask = row_mask & (g < groups) if groups % GB != 0 else row_mask & (g >= 0)
+    scale = tl.load((blob + scale_at).to(tl.pointer_type(tl.float16)) + at, mask=mask, other=0.0)
+    zero = tl.load((blob + zero_at).to(tl.pointer_type(tl.float16)) + at, mask=mask, other=0.0)
+    return h, m, low, scale, zero
+
+
+@triton.jit
+def _field(h, words, first, MASK: tl.constexpr, J: tl.constexpr, groups: tl.constexpr, GB: tl.constexpr):
+    """Sums of field ``J`` of the 2-bit plane's bytes, four words ``h``, with the staged activation ``words`` [ROWS, 1].
 
     Beyond the last group these are some words of the same activation; its scale is taken for 0 there.
     """
-    some = tl.load(words + (first + tl.arange(0, GB * N)[None, :]))
-    return tl.reshape(some, (some.shape[0], GB, N))
+    x = _four(tl.load(words + ((J * groups + first) * 4 + tl.arange(0, GB * 4)[None, :])), GB)
+    total = dot4(h[0] & MASK, x[0], tl.zeros_like(h[0]))
+    total = dot4(h[1] & MASK, x[1], total)
+    total = dot4(h[2] & MASK, x[2], total)
+    return dot4(h[3] & MASK, x[3], total)
 
 
 @triton.jit
-def _activation(words, first, groups: tl.constexpr, GB: tl.constexpr):
-    """All words of the groups ``first`` .. + GB of the activation at ``words`` [ROWS, 1]: four of [ROWS, GB, 4], eight of [ROWS, GB, 2]."""
-    bits = words + 16 * groups
-    return (
-        _words(words, first * 4, GB, 4),
-        _words(words, (groups + first) * 4, GB, 4),
-        _words(words, (2 * groups + first) * 4, GB, 4),
-        _words(words, (3 * groups + first) * 4, GB, 4),
-        _words(bits, first * 2, GB, 2),
-        _words(bits, (groups + first) * 2, GB, 2),
-        _words(bits, (2 * groups + first) * 2, GB, 2),
-        _words(bits, (3 * groups + first) * 2, GB, 2),
-        _words(bits, (4 * groups + first) * 2, GB, 2),
-        _words(bits, (5 * groups + first) * 2, GB, 2),
-        _words(bits, (6 * groups + first) * 2, GB, 2),
-        _words(bits, (7 * groups + first) * 2, GB, 2),
-    )
+def _pairs(even, odd, words, first, MASK: tl.constexpr, S: tl.constexpr, groups: tl.constexpr, GB: tl.constexpr):
+    """As ``_field`` for the two low bits of elements S and S + 1, + 8, + 16, + 24 of each of two words."""
+    at = words + 16 * groups + tl.arange(0, GB * 2)[None, :]
+    x = _two(tl.load(at + (S * groups + first) * 2), GB)
+    total = dot4(even[0] & MASK, x[0], tl.zeros_like(even[0]))
+    total = dot4(even[1] & MASK, x[1], total)
+    x = _two(tl.load(at + ((S + 1) * groups + first) * 2), GB)
+    total = dot4(odd[0] & MASK, x[0], total)
+    return dot4(odd[1] & MASK, x[1], total)
 
 
 @triton.jit
-def _int4_terms(
-    blob,
-    row,
-    row_mask,
-    xs,
-    x_sum,
-    first,
-    scale_at,
-    zero_at,
-    h_at,
-    m_at,
-    l_at,
-    groups: tl.constexpr,
-    PLANES: tl.constexpr,
-    GB: tl.constexpr,
-):
-    """[ROWS, GB] fp32: w of the groups ``first`` .. + GB of rows ``row`` [ROWS, 1] and the ``_activation`` ``xs``."""
+def _int4_term(read, words, first, x_sum, groups: tl.constexpr, PLANES: tl.constexpr, GB: tl.constexpr):
+    """[ROWS, GB] fp32: w of the groups ``first`` .. + GB, from what ``_int4_words`` read.
+
+    A field is not shifted down before it is multiplied: its sum is a multiple of what it stands higher, and is shifted once.
+    """
     middle: tl.constexpr = 0.0 if PLANES == 3 else (0.5 if PLANES == 2 else 1.5)
-    h = _plane(blob + h_at, row, row_mask, first, groups, GB, 4)
-    total = tl.zeros_like(h)
-    for j in tl.static_range(4):
-        total = dot4((h >> (2 * j)) & 0x03030303, xs[j], total)
-    D = tl.sum(total, axis=2) << 2
+    planes, m, low, scale, zero = read
+    h = _four(planes, GB)
+    D = _field(h, words, first, 0x03030303, 0, groups, GB) << 2
+    D += _field(h, words, first, 0x0C0C0C0C, 1, groups, GB)
+    D += _field(h, words, first, 0x30303030, 2, groups, GB) >> 2
+    D += _field(h, words, first, -0x3F3F3F40, 3, groups, GB) >> 4
     if PLANES > 1:
-        m = _plane(blob + m_at, row, row_mask, first, groups, GB, 2)
+        # Bits b, b + 1 = 2 m + l of element b: of even b in `even`, of odd b (one place lower) in `odd`.
+        even, odd = (m << 1) & -0x55555556, m & -0x55555556
         if PLANES > 2:
-            low = _plane(blob + l_at, row, row_mask, first, groups, GB, 2)
-            # Bits b, b + 1 = 2 m + l of element b: of even b in `even`, of odd b (one place lower) in `odd`.
-            even, odd = ((m << 1) & -0x55555556) | (low & 0x55555555), (m & -0x55555556) | ((low >> 1) & 0x55555555)
-        else:
-            even, odd = (m << 1) & -0x55555556, m & -0x55555556
-        rest = tl.zeros_like(m)
-        for s in tl.static_range(0, 8, 2):
-            rest = dot4((even >> s) & 0x03030303, xs[4 + s], rest)
-            rest = dot4((odd >> s) & 0x03030303, xs[5 + s], rest)
-        D += tl.sum(rest, axis=2)
-    g = first + tl.arange(0, GB)[None, :]
-    mask = row_mask & (g < groups) if groups % GB != 0 else row_mask & (g >= 0)
-    scale, zero = _factors(blob, row * groups + g, mask, scale_at, zero_at)
-    return tl.fma(scale, to_float(D), (scale * middle - zero) * x_sum)
+            even, odd = even | (low & 0x55555555), odd | ((low >> 1) & 0x55555555)
+        evens, odds = _two(even, GB), _two(odd, GB)
+        D += _pairs(evens, odds, words, first, 0x03030303, 0, groups, GB)
+        D += _pairs(evens, odds, words, first, 0x0C0C0C0C, 2, groups, GB) >> 2
+        D += _pairs(evens, odds, words, first, 0x30303030, 4, groups, GB) >> 4
+        D += _pairs(evens, odds, words, first, -0x3F3F3F40, 6, groups, GB) >> 6
+    scale = scale.to(tl.float32)
+    return tl.fma(scale, to_float(D), (scale * middle - zero.to(tl.float32)) * x_sum)
 
 
 @triton.jit
-def _int4_step(
-    y,
-    y_up,
-    blob,
-    row,
-    up_row,
-    row_mask,
-    words,
-    first,
-    scale_at,
-    zero_at,
-    h_at,
-    m_at,
-    l_at,
-    groups: tl.constexpr,
-    PLANES: tl.constexpr,
-    BOTH: tl.constexpr,
-    GB: tl.constexpr,
-):
-    """The chains ``y`` and ``y_up`` [ROWS, GB], each the same in all lanes, GB groups further."""
+def _add(y, w, factors, first, groups: tl.constexpr, GB: tl.constexpr):
+    """The chain ``y`` [ROWS, GB], the same in all lanes, GB groups further; ``factors`` [ROWS, 1] points to the scales of x."""
     lane = tl.arange(0, GB)[None, :]
-    factors = words.to(tl.pointer_type(tl.float32)) + 32 * groups
-    g = first + lane
-    x_sum = tl.load(factors + (groups + g), mask=(g < groups) & (row >= 0), other=0.0)
-    xs = _activation(words, first, groups, GB)
-    w = _int4_terms(blob, row, row_mask, xs, x_sum, first, scale_at, zero_at, h_at, m_at, l_at, groups, PLANES, GB)
-    if BOTH:
-        w_up = _int4_terms(blob, up_row, row_mask, xs, x_sum, first, scale_at, zero_at, h_at, m_at, l_at, groups, PLANES, GB)
     for k in tl.static_range(GB):
         each = factors + (first + k + tl.zeros_like(lane))
-        if groups % GB == 0:
-            a = tl.load(each)
-        else:  # beyond the last group 0: a chain stays as it is
-            a = tl.load(each, mask=first + k < groups, other=0.0)
+        # Beyond the last group a is 0: a chain stays as it is.
+        a = tl.load(each) if groups % GB == 0 else tl.load(each, mask=first + k < groups, other=0.0)
         y = tl.fma(a, tl.broadcast_to(_lane(w, lane, k), a.shape), y)
-        if BOTH:
-            y_up = tl.fma(a, tl.broadcast_to(_lane(w_up, lane, k), a.shape), y_up)
-    return y, y_up
+    return y
 
 
 @triton.jit
-def _int8_step(y, y_up, blob, row, up_row, row_mask, words, g, scale_at, zero_at, codes_at, groups: tl.constexpr, BOTH: tl.constexpr):
+def _int8_step(
+    y, y_up, blob, row, up_row, row_mask, words, g, scale_at, zero_at, codes_at, groups: tl.constexpr, BOTH: tl.constexpr
+):
     """The chains ``y`` and ``y_up`` [ROWS, 1] group ``g`` of one-byte codes further; lanes are the group's 16 words."""
     word = tl.arange(0, 16)[None, :]
     factors = words.to(tl.pointer_type(tl.float32)) + 32 * groups + g
@@ -212,17 +196,28 @@ def _products(
         return tl.reshape(y, (ROWS,)), tl.reshape(y_up, (ROWS,))
     y = tl.zeros((ROWS, GB), tl.float32)
     y_up = tl.zeros((ROWS, GB), tl.float32)
-    if groups <= 16 * GB:
-        for first in tl.static_range(0, groups, GB):
-            y, y_up = _int4_step(
-                y, y_up, blob, row, up_row, row_mask, words, first, scale_at, zero_at, h_at, m_at, l_at, groups, PLANES, BOTH, GB
-            )  # fmt: skip
-    else:  # unrolled, the 56 steps of Mixtral's down would take minutes to compile
-        for first in tl.range(0, groups, GB, loop_unroll_factor=4):
-            y, y_up = _int4_step(
-                y, y_up, blob, row, up_row, row_mask, words, first, scale_at, zero_at, h_at, m_at, l_at, groups, PLANES, BOTH, GB
-            )  # fmt: skip
+    factors = words.to(tl.pointer_type(tl.float32)) + 32 * groups
     lane = tl.arange(0, GB)[None, :]
+    # Two steps are on their way while one is multiplied. Not unrolled further: the code must stay in the instruction cache.
+    last: tl.constexpr = (groups - 1) // GB * GB
+    now = _int4_words(blob, row, row_mask, 0, scale_at, zero_at, h_at, m_at, l_at, groups, PLANES, GB)
+    then = _int4_words(blob, row, row_mask, min(GB, last), scale_at, zero_at, h_at, m_at, l_at, groups, PLANES, GB)
+    if BOTH:
+        now_up = _int4_words(blob, up_row, row_mask, 0, scale_at, zero_at, h_at, m_at, l_at, groups, PLANES, GB)
+        then_up = _int4_words(blob, up_row, row_mask, min(GB, last), scale_at, zero_at, h_at, m_at, l_at, groups, PLANES, GB)
+    for first in tl.range(0, groups, GB, loop_unroll_factor=2):
+        x_sum = tl.load(factors + (groups + first + lane), mask=(first + lane < groups) & (row >= 0), other=0.0)
+        ahead = tl.minimum(first + 2 * GB, last)
+        later = _int4_words(blob, row, row_mask, ahead, scale_at, zero_at, h_at, m_at, l_at, groups, PLANES, GB)
+        if BOTH:
+            later_up = _int4_words(blob, up_row, row_mask, ahead, scale_at, zero_at, h_at, m_at, l_at, groups, PLANES, GB)
+        y = _add(y, _int4_term(now, words, first, x_sum, groups, PLANES, GB), factors, first, groups, GB)
+        now = then
+        then = later
+        if BOTH:
+            y_up = _add(y_up, _int4_term(now_up, words, first, x_sum, groups, PLANES, GB), factors, first, groups, GB)
+            now_up = then_up
+            then_up = later_up
     return tl.reshape(_lane(y, lane, 0), (ROWS,)), tl.reshape(_lane(y_up, lane, 0), (ROWS,))
 
 
@@ -258,8 +253,6 @@ def gate_up_kernel(
     slots,
     pending,
     staged,
-    values,
-    arrived,
     inner,
     slot_bytes,
     scale_at,
@@ -281,10 +274,8 @@ def gate_up_kernel(
 
     ``slots`` int32 [rows], -1 where a row has no expert (its inner is 0); ``pending`` int32 [rows]: PHASE 0 computes the rows whose
     expert is there, 1 those whose expert is being copied when the residency step ends, 2 all (above 1: the host computes them).
-    ``width`` is the experts' inner size; PLANES 0 means unquantized, 8 one byte a code; GB: groups at once.
-
-    Of quantized experts BN divides 64: programs leave their numbers in ``values`` fp32 [rows, padded width], and the one that comes
-    last to a group (``arrived`` int32 [rows, groups] counts them, over all launches) quantizes it. No program waits for another.
+    ``width`` is the experts' inner size; PLANES 0 means unquantized, 8 one byte a code. Of quantized experts BN is 64: a program
+    has a whole group of inner values. GB: groups at once.
     """
     r = tl.program_id(0)
     slot = tl.load(slots + r)
@@ -309,7 +300,8 @@ def gate_up_kernel(
                 each = tl.zeros_like(row)
                 every = tl.full((BN, 1), True, tl.int1) if width % BN == 0 else row < width
                 gate, up = _products(
-                    blob + each, row, row + width, every, x + each, scale_at, zero_at, h_at, m_at, l_at, groups, PLANES, True, BN, GB
+                    blob + each, row, row + width, every, x + each, scale_at, zero_at, h_at, m_at, l_at, groups, PLANES, True,
+                    BN, GB,
                 )  # fmt: skip
             value = activate(gate, up, ACT)
         else:
@@ -319,16 +311,9 @@ def gate_up_kernel(
         if PLANES == 0:
             tl.store(to + n, value, mask=n < inner_groups * 64)
         else:
-            tl.store(values + r * (inner_groups * 64) + n, value)
-            tl.debug_barrier()  # all of this program's numbers before its count
-            g = tl.program_id(1) // (64 // BN)
-            count = tl.atomic_add(arrived + r * inner_groups + g, 1, sem="acq_rel")
-            if count % (64 // BN) == 64 // BN - 1:
-                k = tl.arange(0, 64)[None, :]
-                whole = tl.load(values + r * (inner_groups * 64) + g * 64 + k, cache_modifier=".cg")
-                codes, scale, total = quantize_groups(whole)
-                at = g + tl.zeros((1, 1), tl.int32)
-                store_group(to, codes, scale, total, at, at < inner_groups, inner_groups, PLANES)
+            codes, scale, total = quantize_groups(tl.reshape(value, (1, 64)))
+            g = tl.program_id(1) + tl.zeros((1, 1), tl.int32)
+            store_group(to, codes, scale, total, g, g < inner_groups, inner_groups, PLANES)
 
 
 @triton.jit

@@ -57,8 +57,8 @@ def grouped_kernel(
     """Unquantized experts. Grid (tiles, rows / BN). ``tiles`` and ``order`` are as in ``triton_prompt.gate_up_prompt_kernel``.
 
     With ACT "silu" or "gelu" the matrix is gate_up [2 * rows, cols], ``source`` [tokens, cols] the hidden states and ``out``
-    [choices, rows]; with ACT "" it is down [rows, cols], ``source`` [choices, cols] and ``out`` as before. Products are made in DOT:
-    the hidden states' own dtype (fp32 under the interpreter, which has no bf16 product).
+    [choices, rows]; with ACT "" it is down [rows, cols], ``source`` [choices, cols] and ``out`` as before. Products are made in
+    DOT: the hidden states' own dtype (fp32 under the interpreter, which has no bf16 product).
     """
     tile = tiles + 3 * tl.program_id(0)
     count = tl.load(tile + 2)

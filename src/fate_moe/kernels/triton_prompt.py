@@ -4,8 +4,8 @@ Twins: ``reference.linear_quantized`` and ``reference.expert_mlp``, to the bit. 
 experts of any popularity share one launch. For each group of 64 columns one integer product [BN weights, 64] x [64, BM tokens] is
 made, whose sums are exact, and added to the chain of each output in registers: a row's bits depend on nothing but its own values.
 
-Planes become bytes in registers: a byte of the 2-bit plane is four codes 16 places apart, spread over a word by two shifts; the 1-bit
-planes give two of their low bits with one shift each. Codes and activations therefore lie in the order of ``code_place``.
+Planes become bytes in registers: a byte of the 2-bit plane is four codes 16 places apart, spread over a word by two shifts; the
+1-bit planes give two of their low bits with one shift each. Codes and activations therefore lie in the order of ``code_place``.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _product(
     k = tl.arange(0, 64)
     y = tl.zeros((BN, BM), tl.float32)
     x_at = codes + token.to(tl.int64)[None, :] * (groups * 64) + k[:, None]
-    for g in range(0, groups):
+    for g in range(groups):
         at = row * groups + g
         x = tl.load(x_at + g * 64, mask=token_mask[None, :], other=0)
         a = tl.load(scales + g * num_rows + token, mask=token_mask, other=0.0)
@@ -133,9 +133,9 @@ def gate_up_prompt_kernel(
 ):
     """act(gate(x)) * up(x), quantized. Grid (tiles, width / 64).
 
-    ``tiles`` int32 [.., 3]: slot, first place in ``order``, number of rows (at most BM; 0: no tile). ``order`` int64 [choices] sorts
-    choices (token * top_k + choice) by expert. ``codes``, ``scales``, ``sums`` of ``num_rows`` tokens are as ``quantize_rows_kernel``
-    makes them, and so are ``inner``, ``inner_scales``, ``inner_sums`` of ``num_choices`` choices.
+    ``tiles`` int32 [.., 3]: slot, first place in ``order``, number of rows (at most BM; 0: no tile). ``order`` int64 [choices]
+    sorts choices (token * top_k + choice) by expert. ``codes``, ``scales``, ``sums`` of ``num_rows`` tokens are as
+    ``quantize_rows_kernel`` makes them, and so are ``inner``, ``inner_scales``, ``inner_sums`` of ``num_choices`` choices.
     """
     tile = tiles + 3 * tl.program_id(0)
     count = tl.load(tile + 2)
@@ -151,8 +151,8 @@ def gate_up_prompt_kernel(
     place = tl.program_id(1) * 64 + r // 2
     row = tl.where(r % 2 == 0, place, place + width)  # a gate row, then its up row
     y = _product(
-        blob, row, place < width, codes, scales, sums, choice // top_k, valid, num_rows, scale_at, zero_at, h_at, m_at, l_at, groups,
-        PLANES, 128, BM,
+        blob, row, place < width, codes, scales, sums, choice // top_k, valid, num_rows, scale_at, zero_at, h_at, m_at, l_at,
+        groups, PLANES, 128, BM,
     )  # fmt: skip
     gate, up = tl.split(tl.permute(tl.reshape(y, (64, 2, BM)), (2, 0, 1)))  # [BM, 64]
     n = tl.program_id(1) * 64 + tl.arange(0, 64)
@@ -199,8 +199,8 @@ def down_prompt_kernel(
     choice = tl.load(order + tl.load(tile + 1) + i, mask=valid, other=0).to(tl.int32)
     row = tl.program_id(1) * BN + tl.arange(0, BN)
     y = _product(
-        blob, row, row < cols, inner, inner_scales, inner_sums, choice, valid, num_choices, scale_at, zero_at, h_at, m_at, l_at, groups,
-        PLANES, BN, BM,
+        blob, row, row < cols, inner, inner_scales, inner_sums, choice, valid, num_choices, scale_at, zero_at, h_at, m_at, l_at,
+        groups, PLANES, BN, BM,
     )  # fmt: skip
     tl.store(out + choice.to(tl.int64)[None, :] * cols + row[:, None], y, mask=valid[None, :] & (row < cols)[:, None])
 

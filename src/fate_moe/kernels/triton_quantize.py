@@ -12,8 +12,6 @@ For codes of one byte the first 16 G words hold the elements in their order. Unq
 
 from __future__ import annotations
 
-import os
-
 import torch
 import triton
 import triton.language as tl
@@ -21,7 +19,7 @@ import triton.language as tl
 __all__ = ["ASM", "dot4", "quantize_groups", "quantize_rows_kernel", "stage", "stage_token", "store_group"]
 
 # Whether PTX can be written in place: not under Triton's interpreter. What stands beside it computes the same.
-ASM = tl.constexpr(torch.version.cuda is not None and os.environ.get("TRITON_INTERPRET") != "1")
+ASM = tl.constexpr(torch.version.cuda is not None and not triton.knobs.runtime.interpret)
 _ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: added to a number below 2^22, it leaves the nearest integer in the low bits
 _ROUND_BITS = tl.constexpr(0x4B400000)
 

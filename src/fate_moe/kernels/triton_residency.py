@@ -19,8 +19,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fate_moe.kernels.triton_quantize import stage_token
 from fate_moe.kernels.triton_host_compute import ask_experts
+from fate_moe.kernels.triton_quantize import stage_token
 
 __all__ = ["logits_kernel", "prefetch_kernel", "residency_kernel", "route_kernel"]
 

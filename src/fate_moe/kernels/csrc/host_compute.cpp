@@ -103,10 +103,10 @@ struct HostCompute::Own {
   std::vector<float> rows, pair;  // what products write; gate and up rows side by side
 };
 
-HostCompute::HostCompute(const Ops& ops, const ExpertPlace& place, uint64_t arena, int64_t blob_bytes, const Mail& mail, bool exact,
+HostCompute::HostCompute(const Ops& ops, const ExpertPlace& place, uint64_t arena, int64_t blob_bytes, const Mail& mail,
                          int num_threads)
     : ops_(ops), place_(place), arena_(arena), blob_bytes_(blob_bytes), mail_(mail),
-      integers_(!exact && place.up.kind != Kind::kBf16), num_threads_(num_threads), inner_(mail.most * place.down.cols) {
+      integers_(place.up.kind != Kind::kBf16), num_threads_(num_threads), inner_(mail.most * place.down.cols) {
   for (int64_t i = 0; i < num_threads; ++i) threads_.emplace_back([this, i] { serve(i); });
 }
 

@@ -24,7 +24,7 @@ struct Mail {
 class HostCompute {
  public:
   // Blob b lies at arena + b * blob_bytes. All gate rows lie before all up rows.
-  HostCompute(const Ops& ops, const ExpertPlace& place, uint64_t arena, int64_t blob_bytes, const Mail& mail, bool exact, int num_threads);
+  HostCompute(const Ops& ops, const ExpertPlace& place, uint64_t arena, int64_t blob_bytes, const Mail& mail, int num_threads);
   ~HostCompute();  // no question may be open
 
  private:
