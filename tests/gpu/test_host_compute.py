@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -48,8 +49,8 @@ def step(experts: DeviceExperts, model: Model, layer: int, x: torch.Tensor) -> t
     return out, weights, torch.topk(logits, model.top_k).indices[None]
 
 
-@triton.jit
-def stage_kernel(hidden, staged, cols: tl.constexpr, groups: tl.constexpr):
+@triton.jit  # type: ignore[untyped-decorator]
+def stage_kernel(hidden: Any, staged: Any, cols: tl.constexpr, groups: tl.constexpr) -> None:
     stage_token(hidden, staged, 0, cols, groups, 3, 64)
 
 
