@@ -22,7 +22,8 @@ import torch
 import transformers
 import triton
 
-from benchmarks.gpu_measure import copies, copy_microseconds, event, host_answers, kernels, launches, overlap, prompt_parts
+from benchmarks.gpu_kernels import kernels
+from benchmarks.gpu_measure import copies, copy_microseconds, event, host_answers, launches, overlap, prompt_parts
 from benchmarks.gpu_model import GEOMETRIES, TOPIC_POWER, RandomModel
 from benchmarks.gpu_peers import accelerated, activation_paths
 from benchmarks.gpu_routing import as_array, belady_misses, better_gates, fit_gates, predicted, recorded

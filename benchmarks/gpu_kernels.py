@@ -83,8 +83,8 @@ def product(random: RandomModel, parts: dict[str, torch.Tensor], name: str, x: t
     return reference.linear_quantized(x, planes, scale, zero, group_size=random.layout.group_size, widths=widths)
 
 
-def decode(random: RandomModel, experts: DeviceExperts) -> dict[str, Any]:
-    """Microseconds of one token's two launches, and how fast they read."""
+def decode(random: RandomModel, experts: DeviceExperts) -> dict[str, float]:
+    """Microseconds of one token's two launches."""
     state, layout, top_k = experts.state, experts.state.layouts[0], random.model.config.num_experts_per_tok
     hidden = torch.randn(1, layout.cols, device="cuda", dtype=torch.bfloat16)
     index = torch.arange(top_k, device="cuda")[None]
@@ -105,13 +105,22 @@ def decode(random: RandomModel, experts: DeviceExperts) -> dict[str, Any]:
 
     times = {}
     for name, launch in (
-        ("gate_up", lambda: experts._gate_up(0, 1, 2)),
-        ("down", lambda: experts._down(0, weights, out, False)),
+        ("gate_up_us", lambda: experts._gate_up(0, 1, 2)),
+        ("down_us", lambda: experts._down(0, weights, out, False)),
     ):
         times[name] = round(milliseconds(captured(all_of(launch), ROUNDS)) * 1e3 / ROUNDS / len(some), 2)
     state.slots = kept
-    read = top_k * random.layout.length
-    return {**times, "GB/s": round(read / (times["gate_up"] + times["down"]) / 1e3)}
+    return times
+
+
+def kernels(random: RandomModel, experts: DeviceExperts, bandwidth: float, results: dict[str, Any]) -> None:
+    """Add to ``results``: what differs from the twin, a token's launches, and the time to read their bytes at ``bandwidth`` GB/s."""
+    layout = experts.state.layouts[0]
+    results["differ"] = list(differences(random, experts))
+    results |= decode(random, experts)
+    read = random.model.config.num_experts_per_tok * random.layout.length / bandwidth / 1e3
+    shares = {"gate_up": 2 * layout.width * layout.cols, "down": layout.width * layout.cols}
+    results |= {f"{name}_floor_us": read * share / sum(shares.values()) for name, share in shares.items()}
 
 
 def prompt(random: RandomModel, experts: DeviceExperts) -> dict[str, Any]:
@@ -120,7 +129,7 @@ def prompt(random: RandomModel, experts: DeviceExperts) -> dict[str, Any]:
     hidden = torch.randn(PROMPT, random.model.config.hidden_size, device="cuda", dtype=torch.bfloat16)
     index = torch.stack([torch.randperm(state.tables.num_experts, device="cuda")[:top_k] for _ in range(PROMPT)])
     weights = torch.rand(PROMPT, top_k, device="cuda").to(torch.bfloat16)
-    return {"prompt": round(milliseconds(captured(lambda: experts.compute(0, hidden, index, weights), 4)) * 250)}
+    return {"prompt_us": round(milliseconds(captured(lambda: experts.compute(0, hidden, index, weights), 4)) * 250)}
 
 
 if __name__ == "__main__":

@@ -21,14 +21,14 @@ from fate_moe.kernels.triton_host_compute import ask_experts
 from fate_moe.layers.cuda_step import FusedStep
 
 __all__ = [
-    "captured", "copies", "copy_microseconds", "event", "host_answers", "kernels", "launches", "milliseconds", "overlap",
+    "captured", "copies", "copy_microseconds", "event", "host_answers", "launches", "milliseconds", "overlap",
     "prompt_parts",
 ]  # fmt: skip
 
 
 _PROMPT_KERNELS = {
-    "grouped_kernel": "experts", "nvjet": "dense", "gemm": "dense", "cutlass": "dense", "sdpa": "attention", "fmha": "attention",
-    "flash": "attention",
+    "grouped_kernel": "experts", "prompt_kernel": "experts", "combine_kernel": "experts", "quantize_rows": "experts",
+    "nvjet": "dense", "gemm": "dense", "cutlass": "dense", "sdpa": "attention", "fmha": "attention", "flash": "attention",
 }  # fmt: skip
 
 
@@ -97,56 +97,6 @@ def copy_microseconds(random: RandomModel, experts: DeviceExperts) -> dict[str, 
         found[str(programs)] = milliseconds(captured(lambda: experts.fetch(wanted), 8)) / 8 * 1e3
     experts.state.options = whole
     return found
-
-
-def kernels(random: RandomModel, experts: DeviceExperts, bandwidth: float, results: dict[str, Any]) -> None:
-    """The decode kernels against fp64 on real geometry, and their times against the time to read their bytes."""
-    from fate_moe.kernels.reference import expert_weights
-    from fate_moe.quant.blob import views
-
-    config = random.model.config
-    top_k, num_experts = config.num_experts_per_tok, random.stacks[0].num_experts
-    shapes = random.stacks[0].output_rows_first()
-    x = torch.randn(1, config.hidden_size, device="cuda").bfloat16()
-    index = torch.randperm(num_experts)[:top_k].sort().values[None].cuda()
-    weights = torch.rand(1, top_k, device="cuda").bfloat16()
-    exact, twin = torch.zeros(2, config.hidden_size, dtype=torch.float64)
-    for choice in range(top_k):
-        made = expert_weights(random.layout, views(random.layout, random.arena.blob(int(index[0, choice]))), shapes, torch.float32)
-        for kind, into in ((torch.float64, exact), (torch.bfloat16, twin)):
-            gate, up = (x[0].cpu().to(kind) @ made["gate_up_proj"].to(kind).T).chunk(2)
-            y = (torch.nn.functional.silu(gate) * up) @ made["down_proj"].to(kind).T
-            into += (y * weights[0, choice].cpu().to(kind)).double()
-    out = experts.compute(0, x, index, weights)[0].cpu().double()
-    error = {"kernel": float((out - exact).norm() / exact.norm()), "twin_bf16": float((twin - exact).norm() / exact.norm())}
-    many = experts.compute(0, x.repeat(20, 1), index.repeat(20, 1), weights.repeat(20, 1)).cpu().double()
-    error["grouped"] = float((many - exact).norm(dim=1).max() / exact.norm())
-    results["relative_error"] = error
-    assert max(error["kernel"], error["grouped"]) < 2 * error["twin_bf16"], error
-    # Rotate over experts so that the L2 cache does not serve the weights.
-    picks = [torch.randperm(num_experts)[:top_k].int().cuda() for _ in range(16)]
-    layout = experts.state.layouts[0]
-    weight_bytes = top_k * sum(
-        part.shape[0] * part.shape[1] * (part.shape[2] if len(part.shape) > 2 else 2) for part in random.layout.parts
-    )
-    matrices = {"gate_up": 2 * layout.width * layout.cols, "down": layout.width * layout.cols}
-    for name, call in (
-        ("gate_up", lambda: experts._gate_up(0, 1, 2)),
-        ("down", lambda: experts._down(0, weights, torch.empty_like(x), False)),
-    ):
-
-        def sixteen(call: Callable[[], None] = call) -> None:
-            for pick in picks:
-                experts.state.slots[:top_k].copy_(pick)
-                call()
-
-        def empty() -> None:
-            for pick in picks:
-                experts.state.slots[:top_k].copy_(pick)
-
-        took = (milliseconds(captured(sixteen)) - milliseconds(captured(empty))) / 16
-        floor = weight_bytes * matrices[name] / sum(matrices.values()) / bandwidth / 1e6 * 1
-        results[f"{name}_us"], results[f"{name}_floor_us"] = took * 1e3, floor * 1e3
 
 
 def launches(fused: FusedStep) -> int:
