@@ -114,7 +114,7 @@ def decode(random: RandomModel, experts: DeviceExperts) -> dict[str, float]:
 
 
 def kernels(random: RandomModel, experts: DeviceExperts, bandwidth: float, results: dict[str, Any]) -> None:
-    """Add to ``results``: what differs from the twin, a token's launches, and the time to read their bytes at ``bandwidth`` GB/s."""
+    """Add to ``results``: differences from the twin, a token's launches, the time to read their bytes at ``bandwidth`` GB/s."""
     layout = experts.state.layouts[0]
     results["differ"] = list(differences(random, experts))
     results |= decode(random, experts)
