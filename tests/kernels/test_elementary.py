@@ -126,8 +126,11 @@ def test_product_of_bf16(x: torch.Tensor, rows: int, tokens: int, bias_dtype: to
     generator, x = torch.Generator().manual_seed(rows), x[:tokens]
     weight = torch.randn(rows, x.shape[1], generator=generator).bfloat16()
     bias = torch.randn(rows, generator=generator).to(bias_dtype) if bias_dtype is not None else None
-    both = torch.cat([each.contiguous().view(torch.uint8).flatten() for each in (weight, bias) if each is not None])
-    at = weight.nbytes if bias is not None else -1
+    at = (weight.nbytes + 3) // 4 * 4 if bias is not None else -1  # a number of fp32 begins at a multiple of 4 bytes
+    both = torch.zeros(at + 4 * rows if bias is not None else weight.nbytes, dtype=torch.uint8)
+    both[: weight.nbytes] = weight.view(torch.uint8).flatten()
+    if bias is not None:
+        both[at : at + bias.nbytes] = bias.view(torch.uint8)
     place = native.Place.make(BF16, rows, x.shape[1], [0], 0, 0, at, DTYPES[bias_dtype or torch.float32])
 
     def run() -> torch.Tensor:
