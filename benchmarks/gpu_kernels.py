@@ -21,9 +21,8 @@ from benchmarks.gpu_measure import captured, milliseconds
 from benchmarks.gpu_model import GEOMETRIES, RandomModel
 from fate_moe.gpu.experts import DeviceExperts
 from fate_moe.gpu.options import DeviceOptions
-from fate_moe.kernels import elementary, reference
+from fate_moe.kernels.reference import quantized_experts
 from fate_moe.quant.blob import views
-from fate_moe.store.format import PLANE_WIDTHS
 
 ROUNDS = 16
 PROMPT = 512
@@ -55,32 +54,18 @@ def main() -> int:
 def differences(random: RandomModel, experts: DeviceExperts) -> Iterator[str]:
     """Where the device's sums are not the twin's."""
     num_experts, top_k = random.stacks[0].num_experts, random.model.config.num_experts_per_tok
+
+    def parts(expert: int) -> dict[str, torch.Tensor]:
+        return views(random.layout, random.arena.blob(expert))
+
     for tokens in (1, 3, 17, 40):
         x = torch.randn(tokens, random.model.config.hidden_size, device="cuda", dtype=torch.bfloat16)
         index = torch.stack([torch.randperm(min(num_experts, 2 * top_k), device="cuda")[:top_k] for _ in range(tokens)])
         weights = torch.rand(tokens, top_k, device="cuda").to(torch.bfloat16)
         got = experts.compute(0, x, index, weights).cpu()
-        want = twin(random, x.cpu(), index.cpu(), weights.cpu())
+        want = quantized_experts(random.layout, parts, x.cpu(), index.cpu(), weights.cpu())
         if not torch.equal(got, want):
             yield f"{tokens} tokens: {int((got != want).sum())} of {got.numel()}, by up to {(got - want).abs().max().item():.1e}"
-
-
-def twin(random: RandomModel, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """[T, hidden] in x's dtype by ``kernels/reference.py``."""
-    rows = torch.zeros(*index.shape, x.shape[1])
-    for expert in sorted(set(index.flatten().tolist())):
-        parts = views(random.layout, random.arena.blob(expert))
-        token, choice = (index == expert).nonzero(as_tuple=True)
-        gate, up = product(random, parts, "gate_up_proj", x[token].float()).chunk(2, dim=-1)
-        rows[token, choice] = product(random, parts, "down_proj", elementary.gated(gate, up))
-    return elementary.combine(rows, weights.float()).to(x.dtype)
-
-
-def product(random: RandomModel, parts: dict[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:
-    widths = PLANE_WIDTHS[random.layout.precision]
-    planes = [parts[f"{name}.plane{i}"] for i in range(len(widths))]
-    scale, zero = parts[f"{name}.scale"], parts[f"{name}.zero"]
-    return reference.linear_quantized(x, planes, scale, zero, group_size=random.layout.group_size, widths=widths)
 
 
 def decode(random: RandomModel, experts: DeviceExperts) -> dict[str, float]:

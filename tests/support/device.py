@@ -19,8 +19,7 @@ from fate_moe.gpu.memory import PinnedArena, VramPool
 from fate_moe.gpu.options import DeviceOptions
 from fate_moe.gpu.state import DeviceState
 from fate_moe.gpu.tables import ResidencyTables, layer_quotas
-from fate_moe.kernels import elementary
-from fate_moe.kernels.reference import linear_quantized
+from fate_moe.kernels.reference import quantized_experts
 from fate_moe.quant.blob import encode, views
 from fate_moe.store.format import blob_layout
 
@@ -149,23 +148,6 @@ def twin(
     activation: str = "silu",
 ) -> torch.Tensor:
     """What the kernels must give of quantized experts, to the bit, in ``hidden``'s dtype."""
-    rows = torch.zeros(*index.shape, hidden.shape[1])
-    for expert in sorted(set(index.flatten().tolist())):
-        token, choice = (index == expert).nonzero(as_tuple=True)
-        gate, up = _product(model, layer, expert, "gate_up_proj", hidden[token].float(), num_planes).chunk(2, dim=-1)
-        inner = elementary.gated(gate, up, activation)
-        rows[token, choice] = _product(model, layer, expert, "down_proj", inner, num_planes)
-    return elementary.combine(rows, weights.float()).to(hidden.dtype)
-
-
-def _product(model: Model, layer: int, expert: int, name: str, x: torch.Tensor, num_planes: int | None) -> torch.Tensor:
-    layout, parts = model.layout, model.parts(layer, expert)
-    return linear_quantized(
-        x,
-        [parts[f"{name}.plane{i}"] for i in range(len(layout.plane_widths))],
-        parts[f"{name}.scale"],
-        parts[f"{name}.zero"],
-        group_size=layout.group_size,
-        widths=layout.plane_widths,
-        num_planes=num_planes,
+    return quantized_experts(
+        model.layout, lambda expert: model.parts(layer, expert), hidden, index, weights, num_planes, activation
     )

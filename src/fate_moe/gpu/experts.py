@@ -232,5 +232,5 @@ def down_tile(layout: DeviceLayout, top_k: int) -> tuple[int, int, int, int]:
     experts), one per choice and output."""
     choices = triton.next_power_of_2(top_k)
     if layout.planes:
-        return choices, max(1, 64 // choices), 4, 8
+        return choices, max(1, 64 // choices), 4, 4
     return choices, max(1, 32 // choices), min(4, triton.next_power_of_2(padded(layout.width) // 64)), 4

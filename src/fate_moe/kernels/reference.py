@@ -12,6 +12,7 @@ import torch
 from torch.nn.functional import linear, pad
 
 from fate_moe.core import BlobLayout
+from fate_moe.kernels import elementary
 from fate_moe.kernels.elementary import fused
 from fate_moe.kernels.plain_layer import Attention, Mlp, Norm, PlainLayer, Router
 from fate_moe.quant.planes import unpack
@@ -24,6 +25,7 @@ __all__ = [
     "fused",
     "linear_quantized",
     "quantize_activations",
+    "quantized_experts",
     "rms_norm",
 ]
 
@@ -151,6 +153,36 @@ def expert_mlp(experts: Any, weights: dict[str, torch.Tensor], x: torch.Tensor) 
         inner = experts.act_fn(linear(x, weights["up_proj"], weights.get("up_proj_bias")))
     out = linear(inner, weights["down_proj"], weights.get("down_proj_bias"))
     return experts.post_expert_norm(out) if getattr(experts, "has_post_expert_norm", False) else out  # type: ignore[no-any-return]
+
+
+def quantized_experts(
+    layout: BlobLayout,
+    parts: Callable[[int], Mapping[str, torch.Tensor]],
+    hidden: torch.Tensor,
+    index: torch.Tensor,
+    weights: torch.Tensor,
+    num_planes: int | None = None,
+    activation: str = "silu",
+) -> torch.Tensor:
+    """[T, H] of ``hidden`` [T, H] through its experts ``index`` [T, top_k], summed with ``weights`` [T, top_k]; in its dtype.
+
+    ``parts`` gives an expert's gate_up_proj and down_proj as they lie in a slot of ``layout``. Every kernel gives these bits.
+    """
+
+    def product(of: Mapping[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:
+        planes = [of[f"{name}.plane{i}"] for i in range(len(layout.plane_widths))]
+        return linear_quantized(
+            x, planes, of[f"{name}.scale"], of[f"{name}.zero"], group_size=layout.group_size, widths=layout.plane_widths,
+            num_planes=num_planes,
+        )  # fmt: skip
+
+    rows = torch.zeros(*index.shape, hidden.shape[1])
+    for expert in sorted(set(index.flatten().tolist())):
+        of = parts(expert)
+        token, choice = (index == expert).nonzero(as_tuple=True)
+        gate, up = product(of, "gate_up_proj", hidden[token].float()).chunk(2, dim=-1)
+        rows[token, choice] = product(of, "down_proj", elementary.gated(gate, up, activation))
+    return elementary.combine(rows, weights.float()).to(hidden.dtype)
 
 
 def decoder_layer(

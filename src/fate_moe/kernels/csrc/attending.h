@@ -10,7 +10,7 @@ namespace fate {
 
 class Attending {
  public:
-  // Sizes everything, for up to kPass tokens.
+  // Sizes everything, for up to kMostRows tokens.
   Attending(const Ops& ops, const Attention& a, int64_t num_tokens, const Cache& cache, bool exact, int num_threads)
       : ops_(ops), a_(a), cache_(cache), own_(own()), num_tokens_(num_tokens) {
     const Matrix made[] = {a.q.matrix(), a.k.matrix(), a.v.matrix()};

@@ -69,8 +69,8 @@ void run_mlp(const Ops& ops, const Mlp& mlp, const void* x, Dtype dtype, int64_t
   static thread_local Scratch gate_ups, results;
   const Matrix matrices[] = {mlp.gate.matrix(), mlp.up.matrix(), mlp.down.matrix()};
   const int64_t hidden = matrices[0].cols, inner = matrices[2].cols, rows = matrices[2].rows;
-  for (; num_tokens > kPass; num_tokens -= kPass, x = at(x, dtype, kPass * hidden), out = at(out, dtype, kPass * rows))
-    run_mlp(ops, mlp, x, dtype, kPass, out, exact, num_threads);
+  for (; num_tokens > kMostRows; num_tokens -= kMostRows, x = at(x, dtype, kMostRows * hidden), out = at(out, dtype, kMostRows * rows))
+    run_mlp(ops, mlp, x, dtype, kMostRows, out, exact, num_threads);
   const int quantized = matrices[0].kind == Kind::kBf16;  // the first of gate and up that may be
   const bool kept = matrices[0].kind == Kind::kBf16 || matrices[1].kind == Kind::kBf16;
   tokens.resize(ops, num_tokens, matrices[quantized].kind, hidden, matrices[quantized].group, exact, kept);
@@ -121,8 +121,8 @@ void run_mlp(const Ops& ops, const Mlp& mlp, const void* x, Dtype dtype, int64_t
 void run_attention(const Ops& ops, const Attention& a, const void* x, Dtype dtype, int64_t num_tokens, const void* cos, const void* sin,
                    const Cache& cache, void* out, bool exact, int num_threads) {
   const int64_t cols = a.q.place.cols;
-  for (int64_t first = 0; first < num_tokens; first += kPass) {
-    const int64_t count = std::min(kPass, num_tokens - first), angles = first * a.rotary_dim;
+  for (int64_t first = 0; first < num_tokens; first += kMostRows) {
+    const int64_t count = std::min(kMostRows, num_tokens - first), angles = first * a.rotary_dim;
     const Attending attending(ops, a, count, {cache.keys, cache.values, cache.length + first, cache.room}, exact, num_threads);
     Phases phases(num_threads);
     auto work = [&] {
@@ -141,7 +141,7 @@ void run_attention(const Ops& ops, const Attention& a, const void* x, Dtype dtyp
 
 namespace {
 
-// As run_layer, up to kPass tokens.
+// As run_layer, up to kMostRows tokens.
 void run_pass(const Ops& ops, const Layer& layer, const void* x, int64_t num_tokens, const void* cos, const void* sin, const Cache& cache,
               const LayerOut& out, bool exact, int num_threads) {
   static thread_local Operand routed;
@@ -205,10 +205,10 @@ void run_layer(const Ops& ops, const Layer& layer, const void* x, int64_t num_to
                const LayerOut& out, bool exact, int num_threads) {
   const Dtype bf16 = Dtype::kBf16;
   const int64_t hidden = layer.attention.q.place.cols, turned = layer.attention.rotary_dim;
-  for (int64_t first = 0; first < num_tokens; first += kPass) {
+  for (int64_t first = 0; first < num_tokens; first += kMostRows) {
     const LayerOut some = {at(out.residual, bf16, first * hidden), at(out.normed, bf16, first * hidden), out.chosen + first * layer.top_k,
                            out.weights + first * layer.top_k, out.factors + first};
-    run_pass(ops, layer, at(x, bf16, first * hidden), std::min(kPass, num_tokens - first), at(cos, bf16, first * turned),
+    run_pass(ops, layer, at(x, bf16, first * hidden), std::min(kMostRows, num_tokens - first), at(cos, bf16, first * turned),
              at(sin, bf16, first * turned), {cache.keys, cache.values, cache.length + first, cache.room}, some, exact, num_threads);
   }
 }

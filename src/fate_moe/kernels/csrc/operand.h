@@ -4,16 +4,13 @@
 
 namespace fate {
 
-constexpr int64_t kPass = kMostTiles * kTile;  // tokens of one pass through a layer
-
 class Operand {
  public:
-  // For up to kPass tokens and matrices of one width; the quantized ones of them are of `kind` in groups of `group`. Unless `kept`,
+  // For up to kMostRows tokens and matrices of one width; the quantized ones of them are of `kind` in groups of `group`. Unless `kept`,
   // x(t) has to be finished by the thread that wrote it, before it writes another, and no matrix may be bf16.
   void resize(const Ops& ops, int64_t num_tokens, Kind kind, int64_t cols, int64_t group, bool exact, bool kept) {
-    constexpr int64_t many = 6;  // from so many on they are packed side by side: a tile takes about as long as so many by `product`
     num_tokens_ = num_tokens, kind_ = kind, integers_ = !exact && kind != Kind::kBf16;
-    tiles_ = integers_ && ops.many && num_tokens >= many ? (num_tokens + kTile - 1) / kTile : 0;
+    tiles_ = integers_ && ops.many && num_tokens >= kManyTokens ? (num_tokens + kTile - 1) / kTile : 0;
     inputs_.resize(num_tokens, cols, group, kept || !integers_);
     if (tiles_) packed_.resize(tiles_, inputs_, group);
   }
@@ -36,7 +33,7 @@ class Operand {
     const bool integers = integers_ && m.kind != Kind::kBf16;
     if (tiles_ && integers) {
       TokenTile tiles[kMostTiles];
-      float* outs[kPass];
+      float* outs[kMostRows];
       for (int64_t i = 0; i < tiles_; ++i) tiles[i] = packed_.tile(i);
       for (int64_t t = 0; t < num_tokens_; ++t) outs[t] = out + t * stride;
       for (int64_t row = begin; row < end; row += kTile) ops.many->product(m, tiles, num_tokens_, outs, row, std::min(row + kTile, end));

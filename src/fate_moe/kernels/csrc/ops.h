@@ -60,6 +60,10 @@ struct ActivationSpec {
 
 constexpr int64_t kTile = 16;      // tokens side by side, and matrix rows, of a product with many tokens
 constexpr int64_t kMostTiles = 16;  // of tokens in one such product
+// Rows of one pass: bounds what is kept of their inner values, and makes reading a matrix again for the next pass cheap beside it.
+constexpr int64_t kMostRows = kMostTiles * kTile;
+// From so many tokens on they are packed side by side: a tile of 16 takes about as long as so many by `product`.
+constexpr int64_t kManyTokens = 6;
 
 // 16 tokens side by side. A group's values are in natural order, four (on NEON with SMMLA eight) of each token in turn.
 struct TokenTile {

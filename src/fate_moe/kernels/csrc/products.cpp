@@ -22,11 +22,6 @@ Matrix Place::at(uint64_t address, int num_planes) const {
 
 namespace {
 
-// Rows of one pass: bounds what is kept of their inner values, and makes reading a matrix again for the next pass cheap beside it.
-constexpr int64_t kMostRows = kMostTiles * kTile;
-// From so many tokens on they are packed side by side: a tile of 16 takes about as long as so many by `product`.
-constexpr int64_t kManyTokens = 6;
-
 // One expert's choices [begin, end), or a dense layer's tokens, of one pass; `tile` is the first of theirs if they are many, else -1.
 struct Part {
   int64_t expert, begin, end, tile;
