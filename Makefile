@@ -85,6 +85,14 @@ $(VENV)/.installed-docs: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	touch $@
 
+# What the tests and the site need, in one go: each `pip install -e` compiles the extension anew.
+.PHONY: installed-all
+installed-all:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs]'
+	touch $(VENV)/.installed && touch $(VENV)/.installed-dev $(VENV)/.installed-docs
+
 # The C++ kernels, built into src/ for the interpreter PYTHON (an editable install has done so already).
 native:
 	$(PYTHON) -m venv build/tools
@@ -112,7 +120,7 @@ sanitize: $(VENV)/.installed-dev
 	build/sanitize/native/check_ops
 	PYTHONPATH=build/sanitize/src ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
-	  $(BIN)/python -m pytest -p no:cacheprovider tests/kernels/test_cpu.py tests/kernels/test_layers.py tests/kernels/test_attention.py tests/kernels/test_elementary.py \
+	  $(BIN)/python -m pytest -n 2 --dist worksteal -p no:cacheprovider tests/kernels/test_cpu.py tests/kernels/test_layers.py tests/kernels/test_attention.py tests/kernels/test_elementary.py \
 	    tests/layers/test_modules.py tests/gpu/test_host_compute.py
 
 # The NEON kernels without and with SDOT and SMMLA under the same sanitizers, on emulated processors (Debian: g++-aarch64-linux-gnu,
