@@ -86,6 +86,10 @@ class ExpertRuntime:
                 self._journal = None
                 journal.close()
 
+    def preload(self, experts: Sequence[ExpertId]) -> None:
+        """Read ``experts`` in the background, in their order, until the first pass begins."""
+        self._prefetcher.preload(experts)
+
     def embedded(self, embeddings: torch.Tensor) -> None:
         """A forward pass begins on these ``embeddings`` [..., hidden]: layer 0 may be read ahead."""
         refuse_transforms()

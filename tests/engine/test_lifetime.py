@@ -22,6 +22,7 @@ from fate_moe.engine import engine as engines
 from fate_moe.engine.load import build
 from fate_moe.engine.prepare import prepare, store_for
 from fate_moe.errors import CheckpointError, ClosedModelError
+from fate_moe.memory.decayed import Decayed
 from fate_moe.store.learned import STATISTICS, load_statistics
 from tests.support.calls import PROMPT, write
 from tests.support.engines import load_model, simulated_gpu
@@ -198,3 +199,23 @@ def test_a_parts_failure_while_abandoning_still_undoes(checkpoint: Callable[[str
     with pytest.raises(ZeroDivisionError):
         build(prepared, prepared.plan(config), config)
     assert prepared.model.lm_head.weight.device.type == "meta"
+
+
+def test_what_was_used_most_is_read_before_the_first_pass(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """In the background, as far as it comes; the text is the same."""
+    store = tmp_path / "store"
+    shutil.copytree(store_for(checkpoint("qwen2_moe"), "lossless"), store, ignore=shutil.ignore_patterns(STATISTICS))
+    first = load_model(store, expert_cache="50%")
+    assert not first.fate.runtime.residency.resident()
+    text = write(first)
+    first.fate.close()
+    state = load_statistics(store)
+    again = load_model(store, expert_cache="50%")
+    residency = again.fate.runtime.residency
+    residency.wait_idle()
+    used_most = Decayed(again.fate.runtime.num_experts)
+    assert state is not None
+    used_most.restore(state)
+    assert set(residency.resident()) == set(used_most.hottest(again.fate.plan.num_slots))
+    assert torch.equal(write(again), text)
+    again.fate.close()

@@ -27,6 +27,7 @@ from fate_moe.kernels.cpu import SlotExperts
 from fate_moe.layers.cpu_step import join_layers
 from fate_moe.layers.modules import accelerate
 from fate_moe.machine import peak_memory
+from fate_moe.memory.decayed import Decayed
 from fate_moe.memory.precision import make_precision_policy
 from fate_moe.memory.residency import Residency
 from fate_moe.memory.slots import SlotArena
@@ -171,6 +172,11 @@ class CpuParts:
         """What becomes ``model.fate``."""
         calls = Calls(self.runtime.passing, self.runtime.cut_short)
         return CpuEngine(self._model, self._plan, self._config, self._patches, self.runtime, calls, keep_learned)
+
+    def preload(self) -> None:
+        """Fill the slots with what earlier runs used most, in the background, until the first pass begins."""
+        if isinstance(self._policy, Decayed):
+            self.runtime.preload(self._policy.hottest(self._plan.num_slots))
 
     def abandon(self) -> None:
         """A step failed: stop what earlier ones started."""

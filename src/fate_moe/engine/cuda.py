@@ -203,6 +203,9 @@ class CudaParts:
         keep = keep_learned if self._plan.reads_disk else lambda: None
         return CudaEngine(self._model, self._plan, self._config, self._patches, self._experts, self._decode, Calls(), keep)
 
+    def preload(self) -> None:
+        """Nothing: a card's first prompt fills its slots by the gigabyte a second."""
+
     def abandon(self) -> None:
         """A step failed: stop what earlier ones started."""
         if self._experts is not None:

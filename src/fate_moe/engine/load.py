@@ -88,6 +88,8 @@ class Parts(Protocol):
 
     def engine(self, keep_learned: Callable[[], None]) -> Engine: ...
 
+    def preload(self) -> None: ...
+
     def abandon(self) -> None: ...
 
 
@@ -121,7 +123,7 @@ def build(
 
             # Residency: who has a slot, ordered by a policy that goes on from what earlier runs learned.
             policy = make_policy(config.policy_name, parts.num_slots, [stack.num_experts for stack in prepared.stacks])
-            _recall(policy, path)
+            recalled = _recall(policy, path)
             parts.make_residency(policy, source)
 
             # Prediction: what is read ahead.
@@ -136,6 +138,8 @@ def build(
             engine.note_model()
             patches.replace(model, "fate", engine)
             store_used(path)
+            if recalled:
+                parts.preload()
     except BaseException:
         try:
             (parts.abandon if engine is None else engine.close)()
@@ -155,13 +159,15 @@ def _parts(
     return CudaParts(prepared, plan, config, patches, device)
 
 
-def _recall(policy: EvictionPolicy, store: Path) -> None:
-    """Warm start: go on from what earlier runs learned of the routing."""
+def _recall(policy: EvictionPolicy, store: Path) -> bool:
+    """Warm start: go on from what earlier runs learned of the routing, if they did."""
     if isinstance(policy, Decayed) and (state := load_statistics(store)) is not None:
         try:
             policy.restore(state)
+            return True
         except ConfigError as error:
             _log.warning("%s: %s", store, error)
+    return False
 
 
 def _keep_learned(policy: EvictionPolicy, store: Path) -> None:

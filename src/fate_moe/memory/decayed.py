@@ -62,6 +62,12 @@ class Decayed(EvictionPolicy):
             flat[index] = found
         return None if probability < 1 and value >= probability else chosen
 
+    def hottest(self, most: int) -> list[ExpertId]:
+        """Up to ``most`` experts that are expected to be used at all, most expected first."""
+        expected = self.statistics.expected_uses.reshape(-1)
+        order = np.argsort(-expected, kind="stable")[:most]
+        return [ExpertId(*divmod(int(index), self._width)) for index in order if expected[index] > 0]
+
     def state(self) -> dict[str, NDArray[Any]]:
         """What was learned, as arrays by name."""
         return self.statistics.state()

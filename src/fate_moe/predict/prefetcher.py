@@ -127,12 +127,21 @@ class Prefetcher:
         self._furthest = look_ahead
         self._trial = Trial() if predictor.gives_probabilities and not self.idle else None
         self._prefetching = not self.idle
+        self._preloading = False
         self._wasted = (0, 0.0)  # prefetches that were not used (yet), and the seconds that they cost other reads
         self._entered: tuple[int, float, float] | None = None  # the last layer, and the time and total stall as it was entered
         self._layer_seconds: dict[int, float] = {}  # by num_tokens.bit_length(): one layer's time without stalls
 
+    def preload(self, experts: Sequence[ExpertId]) -> None:
+        """Queue reads of ``experts``, in their order, until the first pass begins: nothing else wants the link."""
+        self._preloading = True
+        self._residency.prefetch(experts)
+
     def embedded(self, embeddings: torch.Tensor) -> None:
         """A forward pass begins on these tokens' ``embeddings`` [num_tokens, hidden]."""
+        if self._preloading:
+            self._preloading = False
+            self._residency.cancel_prefetches()
         if self._trial is not None:
             if embeddings.shape[0] == 1:
                 self._prefetching = self._trial.token(self._clock(), self._lost(), self._residency.counters.predicting_seconds)
