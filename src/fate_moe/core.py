@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "KV_BLOCK",
     "PRECISIONS",
     "SLOT_ALIGNMENT",
     "BlobLayout",
@@ -37,6 +38,9 @@ PRECISIONS = ("lossless", "int8", "int4")
 
 # Blobs start and end on multiples of this, so that one O_DIRECT read fills a slot (4 KiB sectors and pages).
 SLOT_ALIGNMENT = 4096
+
+# Positions of a block of the KV cache.
+KV_BLOCK = 64
 
 
 class ExpertId(NamedTuple):
