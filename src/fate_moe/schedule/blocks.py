@@ -6,6 +6,7 @@ may share one, which is written to by none of them then.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from fate_moe.core import KV_BLOCK
@@ -34,7 +35,8 @@ class _Table:
 class Blocks:
     """``num_blocks`` blocks and the sequences in them. Not for several threads at once.
 
-    A block is free, or in the lists of as many sequences as its count of references says. Of a sequence's blocks the first ones hold
+    A block is free, or its count of references says in how many lists of sequences it is, and
+    one more if it is kept. Of a sequence's blocks the first ones hold
     its ``length`` positions; more may be reserved behind them. A call that raises OutOfBlocksError has changed nothing.
     """
 
@@ -42,6 +44,7 @@ class Blocks:
         self.num_blocks = num_blocks
         self._free = list(range(num_blocks - 1, -1, -1))  # the one that was given back last is taken first: it is in the caches
         self._references = [0] * num_blocks
+        self._kept: set[int] = set()
         self._tables: dict[int, _Table] = {}
         self._next = 0
 
@@ -65,6 +68,28 @@ class Blocks:
         shared = table.blocks[: blocks_for(table.length)]
         self._tables[made] = _Table(table.length, shared)
         for block in shared:
+            self._references[block] += 1
+        return made
+
+    def keep(self, block: int) -> None:
+        """``block``, which a sequence has, stays when all of them are gone, until ``forget``."""
+        if block in self._kept or not self._references[block]:
+            raise ValueError(f"block {block} is {'kept already' if block in self._kept else 'free'}")
+        self._kept.add(block)
+        self._references[block] += 1
+
+    def forget(self, block: int) -> None:
+        """``block`` is kept no longer."""
+        self._kept.remove(block)
+        self._release(block)
+
+    def begin(self, kept: Sequence[int]) -> int:
+        """A sequence whose first positions are those of ``kept`` blocks."""
+        if not self._kept.issuperset(kept):
+            raise ValueError("a sequence begins with blocks that are kept")
+        made = self.new()
+        self._tables[made] = _Table(len(kept) * KV_BLOCK, list(kept))
+        for block in kept:
             self._references[block] += 1
         return made
 
@@ -124,7 +149,7 @@ class Blocks:
 
     def check_integrity(self) -> None:
         """Raises RuntimeError unless every block is free, or referenced as often as it is in lists."""
-        held = [0] * self.num_blocks
+        held = [int(block in self._kept) for block in range(self.num_blocks)]
         for table in self._tables.values():
             if len(set(table.blocks)) < len(table.blocks) or len(table.blocks) < blocks_for(table.length):
                 raise RuntimeError(f"a sequence of {table.length} positions has the blocks {table.blocks}")

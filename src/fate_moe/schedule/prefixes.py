@@ -1,0 +1,123 @@
+"""Beginnings of texts whose keys and values are still there: which blocks hold which tokens. Rules alone, no tensors.
+
+A full block of the KV cache depends on its tokens and on all before them, so it has a name: the digest of the name before it and
+its own tokens. A new sequence begins with the blocks whose names its tokens give, as far as they are there.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+from fate_moe.core import KV_BLOCK
+from fate_moe.schedule.blocks import Blocks
+
+__all__ = ["Prefixes"]
+
+
+@dataclass
+class _Kept:
+    block: int
+    before: bytes  # the name of the block before it
+    depth: int
+    used: int = 0  # when it was last part of a sequence, by count of sequences
+    followers: int = 0  # kept blocks that come after it
+
+
+class Prefixes:
+    """Keeps full blocks of sequences that ended, in ``blocks``; the least useful ones go when room is wanted.
+
+    What goes first is what was used longest ago, and of one text its end: a block is of no use without those before it. At most
+    ``most`` blocks are kept. ``model`` says what else the keys and values depend on: model, precision, version of the arithmetic.
+    """
+
+    def __init__(self, blocks: Blocks, model: bytes = b"", most: int | None = None) -> None:
+        self.hits = self.lookups = 0  # tokens that were found, and that were asked for
+        self._blocks, self._model = blocks, model
+        self._most = blocks.num_blocks if most is None else most
+        self._kept: dict[bytes, _Kept] = {}
+        self._clock = 0
+
+    def __len__(self) -> int:
+        """How many blocks are kept."""
+        return len(self._kept)
+
+    def begin(self, tokens: Sequence[int]) -> tuple[int, int]:
+        """A sequence of ``blocks`` for a text that begins with ``tokens``, and how many of them it has already.
+
+        At least one token is left to compute, whose logits are wanted.
+        """
+        self._clock += 1
+        found = []
+        for name in self._names(tokens, (len(tokens) - 1) // KV_BLOCK):
+            kept = self._kept.get(name)
+            if kept is None:
+                break
+            kept.used = self._clock
+            found.append(kept.block)
+        self.lookups += len(tokens)
+        self.hits += len(found) * KV_BLOCK
+        return self._blocks.begin(found), len(found) * KV_BLOCK
+
+    def keep(self, sequence: int, tokens: Sequence[int]) -> None:
+        """``sequence``, whose positions hold ``tokens``, is about to be dropped: keep its full blocks."""
+        self._clock += 1
+        table, before = self._blocks.table(sequence), self._model
+        full = min(self._blocks.length(sequence), len(tokens)) // KV_BLOCK
+        for depth, name in enumerate(self._names(tokens, full)):
+            kept = self._kept.get(name)
+            if kept is None:
+                if len(self._kept) >= self._most and not self._drop_one(spare=self._clock):
+                    return
+                self._blocks.keep(table[depth])
+                kept = self._kept[name] = _Kept(table[depth], before, depth)
+                if before in self._kept:
+                    self._kept[before].followers += 1
+            kept.used = self._clock
+            before = name
+
+    def free(self, wanted: int) -> bool:
+        """Give up kept blocks until ``wanted`` blocks are free; whether they are."""
+        while self._blocks.free < wanted:
+            if not self._drop_one():
+                return False
+        return True
+
+    def clear(self) -> None:
+        """Nothing is kept any more."""
+        for kept in self._kept.values():
+            self._blocks.forget(kept.block)
+        self._kept.clear()
+
+    def check_integrity(self) -> None:
+        """Raises RuntimeError unless every kept block can be reached from a text's begin and followers are counted."""
+        followers = dict.fromkeys(self._kept, 0)
+        for kept in self._kept.values():
+            if kept.depth:
+                if kept.before not in self._kept:
+                    raise RuntimeError("a block is kept without the one before it")
+                followers[kept.before] += 1
+        if any(kept.followers != followers[name] for name, kept in self._kept.items()) or len(self._kept) > self._most:
+            raise RuntimeError("kept blocks are miscounted")
+
+    def _drop_one(self, spare: int = -1) -> bool:
+        """The least useful block goes, but none used at ``spare``; whether there was one that nothing follows."""
+        ends = [(kept.used, -kept.depth, name) for name, kept in self._kept.items() if not kept.followers and kept.used != spare]
+        if not ends:
+            return False
+        name = min(ends)[2]
+        gone = self._kept.pop(name)
+        if gone.before in self._kept:
+            self._kept[gone.before].followers -= 1
+        self._blocks.forget(gone.block)
+        return True
+
+    def _names(self, tokens: Sequence[int], count: int) -> list[bytes]:
+        """Of the first ``count`` blocks."""
+        name, names = self._model, []
+        for first in range(0, count * KV_BLOCK, KV_BLOCK):
+            name = blake2b(name + array("q", tokens[first : first + KV_BLOCK]).tobytes(), digest_size=16).digest()
+            names.append(name)
+        return names
