@@ -29,8 +29,8 @@ import torch
 
 import fate_moe
 from fate_moe.machine import resident_memory
-from fate_moe.schedule.generation import generation_config
 from fate_moe.schedule.request import Request, Sampling
+from fate_moe.schedule.sampling import generation_config
 from fate_moe.serve.options import ServeOptions
 from fate_moe.serve.server import Server, bind
 from fate_moe.serve.service import Service

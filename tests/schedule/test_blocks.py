@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, consumes, invariant, multiple, rule
 from hypothesis.stateful import Bundle as Names
+from hypothesis.stateful import RuleBasedStateMachine, consumes, invariant, multiple, rule
 
 from fate_moe.core import KV_BLOCK
 from fate_moe.schedule.blocks import Blocks, OutOfBlocksError, blocks_for

@@ -109,13 +109,16 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         return keys.shape[0] if keys is not None and keys.dim() == 4 else 0
 
 
-def make_room(cache: Any, max_tokens: int) -> None:
-    """Give the layers of a DynamicCache room, those that keep every token; other caches stay as they are."""
+def make_room(cache: Any, max_tokens: int, unless_given: bool = False) -> None:
+    """Give the layers of a DynamicCache room, those that keep every token; other caches stay as they are.
+
+    ``unless_given``: layers that were given a limit before keep it.
+    """
     if type(cache) is not DynamicCache or cache.offloading:
         return
     for index, layer in enumerate(cache.layers):
         if type(layer) is RoomyLayer:
-            layer.max_tokens = max_tokens
+            layer.max_tokens = layer.max_tokens if unless_given and layer.max_tokens else max_tokens
         elif type(layer) is DynamicLayer:
             cache.layers[index] = _roomy(layer, max_tokens)
 

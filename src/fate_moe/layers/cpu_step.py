@@ -138,6 +138,11 @@ class CpuStep(StandIn):
             plain.residual_scale,
         )  # fmt: skip
 
+    @property
+    def takes_many(self) -> bool:
+        """Whether many tokens run so too."""
+        return self._many
+
     def is_unchanged(self) -> bool:
         """Whether the layer is as it was found."""
         return self._snapshot.same()
