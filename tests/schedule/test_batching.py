@@ -154,7 +154,7 @@ def test_a_request_that_can_never_fit_is_refused_and_others_go_on() -> None:
 
 
 def test_many_texts_share_a_step_and_a_long_prompt_does_not_stop_them() -> None:
-    executor = FakeExecutor(64, is_open=False)
+    executor = FakeExecutor(80, is_open=False)
     scheduler = scheduler_on(executor, parallel=4)
     short = [Request((number,), 14, ignore_eos=True) for number in range(1, 4)]
 

@@ -55,7 +55,7 @@ class FakeExecutor:
     """
 
     shares_passes = True
-    most_sequences = None
+    most_sequences: int | None = None
 
     def __init__(self, num_blocks: int, any_cut: bool = True, is_open: bool = True) -> None:
         self.blocks, self.any_cut, self.is_open = Blocks(num_blocks), any_cut, is_open
