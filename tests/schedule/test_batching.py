@@ -154,12 +154,12 @@ def test_a_request_that_can_never_fit_is_refused_and_others_go_on() -> None:
 
 
 def test_many_texts_share_a_step_and_a_long_prompt_does_not_stop_them() -> None:
-    executor = FakeExecutor(80, is_open=False)
+    executor = FakeExecutor(96, is_open=False)
     scheduler = scheduler_on(executor, parallel=4)
     short = [Request((number,), 14, ignore_eos=True) for number in range(1, 4)]
 
     async def run() -> None:
-        tickets = [scheduler.submit(request) for request in (*short, Request((5,) * 4000, 2, ignore_eos=True))]
+        tickets = [scheduler.submit(request) for request in (*short, Request((5,) * 5000, 2, ignore_eos=True))]
         executor.is_open = True
         await asyncio.gather(*map(collect, tickets))
 
@@ -206,12 +206,13 @@ def test_a_full_queue_refuses() -> None:
     async def run() -> None:
         executor = FakeExecutor(8, is_open=False)
         scheduler = scheduler_on(executor, parallel=1, capacity=2)
-        tickets = [scheduler.submit(Request((1,), 1))]
+        one = Request((1,), 1, ignore_eos=True)
+        tickets = [scheduler.submit(one)]
         while not scheduler.running:
             await asyncio.sleep(0.001)
-        tickets += [scheduler.submit(Request((1,), 1)) for _ in range(2)]
+        tickets += [scheduler.submit(one) for _ in range(2)]
         with pytest.raises(QueueFullError):
-            scheduler.submit(Request((1,), 1))
+            scheduler.submit(one)
         executor.is_open = True
         await asyncio.to_thread(scheduler.close, 5.0)
         assert [end_of(await collect(ticket)).reason for ticket in tickets] == ["length"] * 3
