@@ -164,7 +164,7 @@ class CpuParts:
         attach(model, stacks, self.runtime, patches)
         joined = join_layers(model, stacks, self.runtime, config.exact_activations, patches)
         modules = ", ".join(f"{count} {kind}" for kind, count in accelerated.items()) or "no modules"
-        _log.info("run by the extension, a token at a time: %d of %d layers whole, %s", joined, len(stacks), modules)
+        _log.info("run by the extension, a token at a time: %d of %d layers whole, %s", len(joined), len(stacks), modules)
         limit_context(model, plan.context_length, plan.kv_cache_bytes // plan.context_length, patches)
 
     def engine(self, keep_learned: Callable[[], None]) -> CpuEngine:

@@ -130,46 +130,30 @@ class SlotExperts:
         return of_x, (y.detach().float() * of_sum.float()).sum(1).to(weights.dtype)
 
     def has_fused(self, layer: int, experts: Any) -> bool:
-        """Whether ``run_token`` can run ``layer``: all its experts have a fused kernel; ``experts`` is the transformers module."""
+        """Whether all experts of ``layer`` have a fused kernel; ``experts`` is the transformers module."""
         return all(kernel is not None and kernel.whole is not None for kernel in set(self._kernels_of(layer, experts)))
 
-    def run_token(
-        self,
-        layer: int,
-        experts: Any,
-        chosen: Sequence[int],
-        places: Ready,
-        hidden: torch.Tensor,
-        rows: torch.Tensor,
-        num_planes: Sequence[int | None] | None = None,
-    ) -> None:
-        """As ``run`` for one token: the experts in the slots of ``places`` (row, slot) write their ``rows``.
+    def takes_many(self, layer: int, experts: Any) -> bool:
+        """Whether no number of tokens of an expert of ``layer`` goes through torch's GEMM."""
+        return not self._exact and all(
+            kernel is not None and kernel.num_planes != BF16 for kernel in self._kernels_of(layer, experts)
+        )
 
-        ``chosen`` are the experts by row; ``num_planes`` is in the order of ``places`` (None: all of all).
-        """
-        kernels = self._kernels[layer] if layer in self._kernels else self._kernels_of(layer, experts)
-        by_kernel: dict[_LayerKernel, list[tuple[int, int, int]]] = {}  # one, unless the layer has several precisions
-        for (row, slot), planes in zip(places, num_planes or [None] * len(places), strict=True):
-            kernel = kernels[chosen[row]]
-            assert kernel is not None
-            item = (self._addresses[slot], planes or kernel.num_planes, row)
-            by_kernel.setdefault(kernel, []).append(item)
-        for kernel, items in by_kernel.items():
-            addresses, counts, at = map(list, zip(*items, strict=True))
-            native.experts(
-                kernel.whole,
-                addresses,
-                counts,
-                list(range(len(items) + 1)),
-                at,
-                hidden.data_ptr(),
-                DTYPES[hidden.dtype],
-                1,
-                len(rows),
-                rows.data_ptr(),
-                self._exact,
-                torch.get_num_threads(),
-            )
+    def fused(self, layer: int, experts: Any) -> tuple[list[Any], list[int], list[int]]:
+        """Of a layer with ``has_fused``: the extension's places of its experts, one for each precision; how many planes each has;
+        and each expert's place."""
+        kernels = self._kernels_of(layer, experts)
+        different = list(dict.fromkeys(kernels))
+        found = [kernel for kernel in different if kernel is not None]
+        return (
+            [kernel.whole for kernel in found],
+            [kernel.num_planes for kernel in found],
+            [different.index(one) for one in kernels],
+        )
+
+    def address(self, slot: int) -> int:
+        """Where ``slot`` begins."""
+        return self._addresses[slot]
 
     def combine(self, outputs: torch.Tensor, routing_weights: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """[num_tokens, hidden] in ``hidden``'s dtype: the rows of ``outputs`` times ``routing_weights`` [num_tokens, top_k], summed
