@@ -230,7 +230,7 @@ class ExpertRuntime:
         return self._slots.has_fused(layer, experts)
 
     def takes_many(self, layer: int, experts: Any) -> bool:
-        """Whether kernels run any number of tokens in ``layer``: its experts are quantized, activations are not exact."""
+        """Whether kernels are the way for any number of tokens of ``layer``'s experts."""
         return self._slots.takes_many(layer, experts)
 
     def fused(self, layer: int, experts: Any) -> tuple[list[Any], list[int], list[int]]:

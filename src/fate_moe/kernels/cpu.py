@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,13 +15,15 @@ from fate_moe.kernels.native import BF16, DTYPES, matrix_place, native, why_not
 from fate_moe.kernels.reference import expert_mlp, expert_weights
 from fate_moe.quant.blob import views
 
-__all__ = ["SlotExperts", "layer_kernel"]
+__all__ = ["SMALL", "SlotExperts", "layer_kernel"]
 
 _log = logging.getLogger(__name__)
 
 # Without int8 activations, up to this many tokens an expert's rows are multiplied as they lie; more pay for torch's GEMM, and for
 # writing quantized weights out as numbers before it.
 MOST_TOKENS = 8
+# Unquantized matrices up to so many weights are multiplied by the extension for any number of rows: oneDNN is slow on small ones.
+SMALL = 1 << 20
 
 Ready = Sequence[tuple[int, int]]  # (expert's index in its layer, slot)
 
@@ -134,10 +137,9 @@ class SlotExperts:
         return all(kernel is not None and kernel.whole is not None for kernel in set(self._kernels_of(layer, experts)))
 
     def takes_many(self, layer: int, experts: Any) -> bool:
-        """Whether no number of tokens of an expert of ``layer`` goes through torch's GEMM."""
-        return not self._exact and all(
-            kernel is not None and kernel.num_planes != BF16 for kernel in self._kernels_of(layer, experts)
-        )
+        """Whether kernels are the way for any number of tokens: experts that are quantized, or small."""
+        small = all(math.prod(shape) <= SMALL for shape in self._shapes[layer].values())
+        return not self._exact and all(small or of.num_planes != BF16 for of in self._kernels_of(layer, experts) if of is not None)
 
     def fused(self, layer: int, experts: Any) -> tuple[list[Any], list[int], list[int]]:
         """Of a layer with ``has_fused``: the extension's places of its experts, one for each precision; how many planes each has;

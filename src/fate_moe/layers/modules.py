@@ -24,6 +24,7 @@ from fate_moe.adapter.families import ROUTER_NAMES
 from fate_moe.adapter.kv_cache import make_room, room_for
 from fate_moe.core import Patcher
 from fate_moe.kernels.activations import find_activation
+from fate_moe.kernels.cpu import SMALL
 from fate_moe.kernels.gradients import flows, refuse_transforms
 from fate_moe.kernels.native import BF16, DTYPES, native
 from fate_moe.kernels.plain_layer import Attention, Mlp, Norm
@@ -47,8 +48,6 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
-# Unquantized matrices up to so many weights are multiplied by the extension: oneDNN is slow on a router's few rows in bf16.
-_SMALL = 1 << 20
 # Rows up to which the extension multiplies matrices that are not quantized, too: a batch gives the bits of its sequences alone.
 MOST_FEW = 16
 _PROBE_TOKENS = 6
@@ -77,7 +76,7 @@ def accelerate(model: Any, exact: bool, patcher: Patcher) -> Counter[str]:
             patcher.replace(module, "forward", accelerated)
             found[kind] += 1
         weight = module._parameters.get("weight")
-        small = weight is not None and weight.dim() == 2 and weight.dtype == torch.bfloat16 and 0 < weight.numel() <= _SMALL
+        small = weight is not None and weight.dim() == 2 and weight.dtype == torch.bfloat16 and 0 < weight.numel() <= SMALL
         if small and (type(module) is nn.Linear or name.rpartition(".")[2] in ROUTER_NAMES):
             patcher.replace(module, "weight", SmallWeight.of(weight))
             found["small matrices"] += 1
@@ -151,7 +150,7 @@ def _usable(x: torch.Tensor) -> bool:
 
 def takes_many(layers: Sequence[Any], exact: bool) -> bool:
     """Whether the extension is to multiply many rows by ``layers``: their large matrices are quantized, activations not exact."""
-    return not exact and all(isinstance(layer, QuantizedLinear) or layer.weight.numel() <= _SMALL for layer in layers)
+    return not exact and all(isinstance(layer, QuantizedLinear) or layer.weight.numel() <= SMALL for layer in layers)
 
 
 def is_near(got: torch.Tensor, want: torch.Tensor) -> bool:

@@ -67,6 +67,26 @@ class BatchRows:
         out[self.index] = rows
         return out.view(self.batch, self.count, -1)
 
+    def last_rows(self, most: int) -> list[int]:
+        """Of each sequence its last ``most`` tokens, as rows."""
+        found, end = list[int](), 0
+        for count in self.counts:
+            end += count
+            found += range(end - min(most, count), end)
+        return found
+
+    def put_last(self, rows: torch.Tensor, most: int) -> torch.Tensor:
+        """[batch, min(most, count), n] of ``rows``, those of ``last_rows``; zeros where there is no token."""
+        most = min(most, self.count)
+        if min(self.counts) >= most:
+            return rows.view(self.batch, most, -1)
+        out, begin = rows.new_zeros(self.batch, most, rows.shape[-1]), 0
+        for of, count in zip(out, self.counts, strict=True):
+            kept = min(most, count)
+            of[most - kept :] = rows[begin : begin + kept]
+            begin += kept
+        return out
+
 
 def batch_rows(batch: int, count: int, past: int, padding: Sequence[int]) -> BatchRows | None:
     """None where a sequence has no token in this call."""
