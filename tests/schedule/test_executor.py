@@ -14,8 +14,9 @@ from transformers import LogitsProcessorList
 import fate_moe
 from fate_moe import demo
 from fate_moe.engine.prepare import load_tokenizer, store_for
-from fate_moe.schedule.batching import BatchScheduler
-from fate_moe.schedule.executor import ModelExecutor, Rows
+from fate_moe.schedule.batching import BatchScheduler, executor_of
+from fate_moe.schedule.executor import Executor, ModelExecutor, Rows
+from fate_moe.schedule.pool import PoolExecutor
 from fate_moe.schedule.request import Event, Finished, Piece, Reading, Request, Sampling, Usage
 from fate_moe.schedule.sampling import Sampler, _Penalties, choose, generation_config
 from tests.schedule.test_batching import answers, end_of, text_of, tokens_of
@@ -85,8 +86,9 @@ def test_several_at_once_are_what_generate_writes(scheduler: BatchScheduler, loa
     assert scheduler.load.rows > scheduler.load.steps
 
 
-def test_who_is_read_again_writes_the_same(loaded: tuple[Any, Any]) -> None:
-    small = BatchScheduler(lambda: loaded, parallel=3, make_executor=lambda model: ModelExecutor(model, 3))
+@pytest.mark.parametrize("kind", ["model", "pool"])
+def test_who_is_read_again_writes_the_same(loaded: tuple[Any, Any], kind: str) -> None:
+    small = BatchScheduler(lambda: loaded, parallel=3, make_executor=lambda model: executors(model, 3)[kind])
     asked = [
         Request(PROMPT[:number], 80, Sampling(seed=number, temperature=0.9), ignore_eos=True, top_logprobs=0) for number in (2, 3)
     ]
@@ -170,20 +172,53 @@ def test_rows_of_one_kind_are_scored_together_and_alike(loaded: tuple[Any, Any])
     assert together == [choose([sampler], [row])[0] for sampler, row in zip(samplers(), logits, strict=True)]
 
 
-def test_a_fork_goes_on_from_where_its_sequence_was(loaded: tuple[Any, Any]) -> None:
-    executor = ModelExecutor(loaded[0], 8)
-    first = executor.new()
-    executor.step([Rows(first, PROMPT)])
-    second = executor.fork(first)
-    own, other = executor.step([Rows(first, [7]), Rows(second, [9])])
-    assert isinstance(own, torch.Tensor)
-    assert isinstance(other, torch.Tensor)
-    assert not torch.equal(own, other)
-    executor.drop(first)
-    again = executor.new()
-    whole = executor.step([Rows(again, PROMPT), Rows(second, [3])])[0]
-    assert isinstance(whole, torch.Tensor)
-    assert_same(executor.step([Rows(again, [9])])[0], other)  # type: ignore[arg-type]
+def executors(model: Any, num_blocks: int) -> dict[str, Executor]:
+    assert executor_of(model).shares_passes
+    pool = PoolExecutor(model, model.fate.step, num_blocks)
+    for states in pool.pool:
+        states.fill_(float("nan"))  # what nobody wrote is never read
+    return {"model": ModelExecutor(model, num_blocks), "pool": pool}
+
+
+def step(executor: Executor, *rows: Rows) -> list[torch.Tensor]:
+    results = executor.step(rows)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results  # type: ignore[return-value]
+
+
+def test_both_executors_give_the_same_logits_and_forks_go_on(loaded: tuple[Any, Any]) -> None:
+    found = list[list[torch.Tensor]]()
+    for executor in executors(loaded[0], 12).values():
+        first = executor.new()
+        logits = step(executor, Rows(first, PROMPT * 14))  # 70 tokens: the second block is filled in part
+        second = executor.fork(first)
+        logits += step(executor, Rows(first, [7]), Rows(second, [9]))
+        executor.drop(first)
+        logits += step(executor, Rows(executor.new(), PROMPT * 30), Rows(second, [3]))
+        third, fourth = executor.fork(second), executor.new()
+        step(executor, Rows(fourth, PROMPT * 14))
+        step(executor, Rows(fourth, [9]))
+        logits += step(executor, Rows(second, [5]), Rows(third, [5]), Rows(fourth, [3]))
+        assert_same(logits[-3], logits[-2])  # of a fork
+        assert_same(logits[-1], logits[4])  # of the same tokens in blocks of their own
+        assert not torch.equal(logits[1], logits[2])
+        found.append(logits)
+    for mine, theirs in zip(*found, strict=True):
+        assert_same(mine, theirs)
+
+
+def test_an_entry_that_fails_is_not_the_others(loaded: tuple[Any, Any]) -> None:
+    for executor in executors(loaded[0], 8).values():
+        good, bad = executor.new(), executor.new()
+        result, error = executor.step([Rows(good, [5]), Rows(bad, [1 << 20])])  # no such token
+        assert isinstance(error, Exception)
+        executor.drop(bad)
+        assert isinstance(result, torch.Tensor)
+        again = executor.new()
+        assert_same(step(executor, Rows(again, [5]))[0], result)
+        assert_same(*step(executor, Rows(good, [6]), Rows(again, [6])))
 
 
 def test_cancelling_while_the_prompt_is_read(scheduler: BatchScheduler) -> None:

@@ -144,11 +144,6 @@ class CpuStep(StandIn):
         self.of = native.StepLayer.make(stack.layer, self.until_experts, self.beside, *places)
         self._alone = native.Step.make([self.of], None)
 
-    @property
-    def takes_many(self) -> bool:
-        """Whether many tokens run so too."""
-        return self._many
-
     def is_unchanged(self) -> bool:
         """Whether the layer is as it was found."""
         return self._snapshot.same()

@@ -70,6 +70,11 @@ class ModelStep(StandIn):
         head = native.Head.make(weight.data_ptr(), DTYPES[weight.dtype], norm.eps, norm.rounds_first, weight_of(model.lm_head))
         self.of = native.Step.make([step.of for step in steps], head)
 
+    @property
+    def kv_shapes(self) -> list[tuple[int, int]]:
+        """(heads, dim) of keys and values, by decoder layer."""
+        return [(step.plain.attention.kv_heads, step.plain.attention.head_dim) for step in self._steps]
+
     def note(self) -> None:
         """The model is complete: what changes from now on is somebody else's change."""
         self._snapshot = ModuleSnapshot([self._model, self._trunk, self._trunk.layers])

@@ -13,7 +13,9 @@ import torch
 
 from fate_moe.core import KV_BLOCK
 from fate_moe.errors import FateError
-from fate_moe.schedule.executor import Executor, Rows, executor_of
+from fate_moe.schedule.blocks import blocks_for
+from fate_moe.schedule.executor import Executor, ModelExecutor, Rows
+from fate_moe.schedule.pool import PoolExecutor
 from fate_moe.schedule.prompt_logprobs import prompt_records
 from fate_moe.schedule.request import Finished, Queued, Reason, Request
 from fate_moe.schedule.sampling import choose
@@ -22,13 +24,21 @@ from fate_moe.schedule.sequence import CancelledError, TextSequence
 from fate_moe.schedule.steps import Steps
 from fate_moe.schedule.ticket import QueueTicket
 
-__all__ = ["BatchScheduler", "default_parallel"]
+__all__ = ["BatchScheduler", "default_parallel", "executor_of"]
 
 _log = logging.getLogger(__name__)
 
 # Where nobody says how many requests run at once: more rows than this add little to a step's speed on a CPU, and each request
 # should find room for so many tokens, or they preempt one another.
 _PARALLEL, _TOKENS_EACH = 8, 512
+
+
+def executor_of(model: Any) -> Executor:
+    """The best executor for a loaded model, within the KV cache of its plan."""
+    num_blocks, step = blocks_for(model.fate.plan.context_length), getattr(model.fate, "step", None)
+    if step is not None and step.is_unchanged():
+        return PoolExecutor(model, step, num_blocks)
+    return ModelExecutor(model, num_blocks)
 
 
 def default_parallel(executor: Executor) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
@@ -15,10 +15,10 @@ from fate_moe.adapter.kv_cache import make_room
 from fate_moe.core import KV_BLOCK
 from fate_moe.engine.device_budget import DevicePlan
 from fate_moe.layers.cpu_step import CpuStep
-from fate_moe.schedule.blocks import Blocks, blocks_for
+from fate_moe.schedule.blocks import Blocks
 from fate_moe.schedule.sampling import prepared
 
-__all__ = ["Executor", "ModelExecutor", "Rows", "executor_of"]
+__all__ = ["Executor", "ModelExecutor", "Result", "Rows", "watched"]
 
 # A row's result: logits [wanted, vocab] of its last positions, or why there are none.
 Result: TypeAlias = "torch.Tensor | BaseException"
@@ -64,11 +64,6 @@ class Executor(Protocol):
 
         Raises OutOfBlocksError, before anything has changed, where ``blocks`` has too few for all of them.
         """
-
-
-def executor_of(model: Any) -> Executor:
-    """The best executor for a loaded model, within the KV cache of its plan."""
-    return ModelExecutor(model, blocks_for(model.fate.plan.context_length))
 
 
 @dataclass
@@ -132,7 +127,7 @@ class ModelExecutor:
         kwargs["logits_to_keep"] = max(1, rows.wanted)  # 0 would be all
         make_room(kwargs.get("past_key_values"), len(self.blocks.table(rows.sequence)) * KV_BLOCK)
         try:
-            with torch.inference_mode(), self._watched(rows.watch):
+            with torch.inference_mode(), watched(model, rows.watch):
                 inputs = torch.tensor([own.tokens], device=model.device)
                 call = model.prepare_inputs_for_generation(
                     inputs, next_sequence_length=count, is_first_iteration=past == 0, **kwargs
@@ -144,9 +139,6 @@ class ModelExecutor:
         except BaseException as error:  # a panic of a library in Rust is no Exception
             return error
 
-    def _watched(self, watch: Callable[[float], None] | None) -> AbstractContextManager[None]:
-        return nullcontext() if watch is None else _watching(self._model, watch)
-
 
 def _decoder_layers(model: Any) -> list[torch.nn.Module]:
     """The modules that a pass runs one after the other; empty where the model has no list of them."""
@@ -157,13 +149,15 @@ def _decoder_layers(model: Any) -> list[torch.nn.Module]:
 def _reads_in_any_cut(model: Any) -> bool:
     """Whether all layers run whole by kernels for which one token and many are the same (docs/guarantees.md)."""
     layers = _decoder_layers(model)
-    whole = bool(layers) and all(isinstance(layer.forward, CpuStep) and layer.forward.takes_many for layer in layers)
-    return whole and model.fate.plan.precision != "lossless"
+    return bool(layers) and all(isinstance(layer.forward, CpuStep) and layer.forward.takes_many for layer in layers)
 
 
 @contextmanager
-def _watching(model: Any, watch: Callable[[float], None]) -> Iterator[None]:
+def watched(model: Any, watch: Callable[[float], None] | None) -> Iterator[None]:
     """Meanwhile each decoder layer calls ``watch`` with the share of layers that have run."""
+    if watch is None:
+        yield
+        return
     modules = _decoder_layers(model)
 
     def entering(share: float) -> Callable[..., None]:
