@@ -57,10 +57,13 @@ def alone(request: Request, any_cut: bool = True) -> list[Event]:
         scheduler.close()
 
 
+COMMON = [[3] * 70, [4] * 128, [5, 6]]  # prompts that several requests have
+
+
 @st.composite
 def requests(draw: st.DrawFn) -> Request:
     length = draw(st.one_of(st.integers(1, 5), st.integers(60, 70), st.integers(1, 200)))
-    prompt = draw(st.lists(st.integers(1, POISON - 1), min_size=length, max_size=length))
+    prompt = draw(st.one_of(st.lists(st.integers(1, POISON - 1), min_size=length, max_size=length), st.sampled_from(COMMON)))
     sampling = Sampling(
         temperature=draw(st.sampled_from([None, 0.0, 1.3])),
         repetition_penalty=draw(st.sampled_from([None, 1.2])),
@@ -73,7 +76,9 @@ def requests(draw: st.DrawFn) -> Request:
     return Request(tuple(prompt), tokens, sampling, stop, endless, logprobs, prompt_logprobs=draw(st.booleans()))
 
 
-actions = st.lists(st.one_of(requests(), st.tuples(st.sampled_from(["cancel", "step", "fail"]), st.integers(1, 9))), max_size=14)
+actions = st.lists(
+    st.one_of(requests(), st.just("fail"), st.tuples(st.sampled_from(["cancel", "step"]), st.integers(1, 9))), max_size=14
+)
 
 
 @settings(max_examples=40, deadline=None)
@@ -87,6 +92,8 @@ def test_a_text_is_what_it_is_alone(actions: list[Any], parallel: int, num_block
 
     async def run() -> list[list[Event]]:
         for action in actions:
+            if action == "fail":
+                action = Request((1, POISON, 2), 5)
             if isinstance(action, Request):
                 if not any_cut:  # a pass of the model's own, which the fake one does not have
                     action = replace(action, prompt_logprobs=False)
@@ -98,17 +105,18 @@ def test_a_text_is_what_it_is_alone(actions: list[Any], parallel: int, num_block
                 ticket = taken[action[1] % len(taken)][1]
                 ticket.cancel()
                 left.add(ticket)
-            elif action[0] == "fail":
-                taken.append((Request((1, POISON, 2), 5), scheduler.submit(Request((1, POISON, 2), 5))))
-            else:
+            elif action[0] == "step":
                 executor.gate.release(action[1])
                 await asyncio.sleep(0.002)
             assert scheduler.running <= parallel
         executor.is_open = True
         return list(await asyncio.wait_for(asyncio.gather(*(collect(ticket) for _, ticket in taken)), 30))
 
-    found = asyncio.run(run())
-    scheduler.close()
+    try:
+        found = asyncio.run(run())
+    finally:
+        executor.is_open = True
+        scheduler.close()
     assert (scheduler.running, scheduler.waiting, executor.blocks.used) == (0, 0, 0)
     for (request, ticket), events in zip(taken, found, strict=True):
         end = end_of(events)
@@ -142,6 +150,27 @@ def test_who_has_to_give_its_blocks_away_goes_on_where_it_was(any_cut: bool) -> 
     for request, events in zip(asked, found, strict=True):
         assert text_of(events) == text_of(alone(request, any_cut))
         assert end_of(events).usage.completion_tokens == 3 * KV_BLOCK
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_answers_to_one_prompt_have_it_read_once_even_if_who_read_it_leaves(leaves: bool) -> None:
+    executor = FakeExecutor(64, is_open=False)
+    scheduler = scheduler_on(executor, parallel=4)
+    asked = [Request((7,) * 1000, 5, Sampling(seed=seed), ignore_eos=True) for seed in range(3)]
+
+    async def run() -> list[list[Event]]:
+        tickets = [scheduler.submit(request) for request in asked]  # no step is done until all are there
+        if leaves:
+            tickets[0].cancel()
+        executor.is_open = True
+        return list(await asyncio.gather(*map(collect, tickets)))
+
+    found = asyncio.run(run())
+    scheduler.close()
+    assert executor.blocks.used == 0
+    assert scheduler.load.rows <= 1000 + 3 * 5 + leaves * 512
+    for request, events in list(zip(asked, found, strict=True))[leaves:]:
+        assert text_of(events) == text_of(alone(request))
 
 
 def test_a_request_that_can_never_fit_is_refused_and_others_go_on() -> None:

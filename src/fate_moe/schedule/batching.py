@@ -191,7 +191,7 @@ class BatchScheduler(Scheduler):
                 for sequence in [one for one in steps.run if one.is_cancelled]:
                     self._end(sequence, "cancelled")
                 self._drop_cancelled()
-                self._waiting[:0] = steps.make_room()
+                self._waiting = sorted([*steps.make_room(), *self._waiting], key=lambda one: one.order)
                 begun = []
                 while self._waiting and (steps.never_admits(self._waiting[0]) or steps.admits(self._waiting[0])):
                     sequence = self._waiting.pop(0)
@@ -258,7 +258,9 @@ class BatchScheduler(Scheduler):
         if sequence.wants_prompt_records and len(logits):
             sequence.record_prompt(logits)
         if sequence.sampler is not None and sequence.read == len(sequence.tokens):
-            ready.append((sequence, logits[-1]))
+            steps = self._steps
+            assert steps is not None
+            ready += [(one, logits[-1]) for one in (sequence, *(steps.forked(sequence) if not sequence.generated else ()))]
         elif sequence.sampler is None and sequence.read == sequence.target:
             self._finish(sequence, "length")
         else:

@@ -24,7 +24,8 @@ class Steps:
 
     Decode rows come first. The rest of a step's rows is divided evenly among the prompts that are read: a short prompt does not
     wait for a long one, and none starves. Where blocks run out, the youngest request gives its own back and is read again later.
-    The oldest always goes on.
+    The oldest always goes on. Requests with one prompt (several answers to a question) have it read once: the younger ones wait for
+    the oldest, and fork.
     """
 
     executor: Executor
@@ -32,17 +33,24 @@ class Steps:
 
     def __post_init__(self) -> None:
         self.run: list[TextSequence] = []
+        self._leaders: dict[TextSequence, TextSequence] = {}  # who waits for whom to read their prompt
         self.preemptions = 0
 
     def make_room(self) -> list[TextSequence]:
-        """Preempt the youngest until all others can take their decode rows; those that have to wait now, oldest first."""
-        blocks, waiting = self.executor.blocks, list[TextSequence]()
+        """Preempt the youngest until all others can take their decode rows; those that have to wait now, oldest first.
+
+        Who waited for a prompt that will not be read waits to read it.
+        """
+        blocks = self.executor.blocks
+        waiting = [one for one, leader in self._leaders.items() if leader.name is None or leader not in self.run]
+        for one in waiting:
+            self.leave(one)
         while self._growth() > blocks.free and len(self.run) > 1:
-            waiting.insert(0, youngest := self.run.pop())
+            waiting.append(youngest := self.run.pop())
             self.leave(youngest)
             youngest.forget()
             self.preemptions += 1
-        return waiting
+        return sorted(waiting, key=lambda one: one.order)
 
     def never_admits(self, sequence: TextSequence) -> str | None:
         """Why ``sequence`` can never run to its end; None if it can."""
@@ -55,28 +63,43 @@ class Steps:
         """Whether ``sequence`` may run now: there is a place, and blocks for what it has to read, with some left for the others."""
         if len(self.run) >= self.parallel:
             return False
+        if self._leader_of(sequence) is not None:
+            return True
         wanted = blocks_for(len(sequence.tokens) + 1)
         return not self.run or wanted + self._growth() + len(self.run) <= self.executor.blocks.free
 
     def admit(self, sequence: TextSequence) -> None:
         """``sequence`` runs from now on; ``admits`` said so. Its place is by its age."""
-        sequence.name = self.executor.new()
-        self.executor.blocks.reserve(sequence.name, min(len(sequence.tokens) + 1, sequence.most_tokens))
+        if (leader := self._leader_of(sequence)) is not None:
+            self._leaders[sequence] = leader
+        else:
+            sequence.name = self.executor.new()
+            self.executor.blocks.reserve(sequence.name, min(len(sequence.tokens) + 1, sequence.most_tokens))
         self.run.append(sequence)
         self.run.sort(key=lambda one: one.order)
 
     def leave(self, sequence: TextSequence) -> None:
         """``sequence`` does not run any more."""
+        self._leaders.pop(sequence, None)
         if sequence in self.run:
             self.run.remove(sequence)
         if sequence.name is not None:
             self.executor.drop(sequence.name)
 
+    def forked(self, leader: TextSequence) -> list[TextSequence]:
+        """Those that waited for ``leader``, which has read its prompt: they have read it too."""
+        followers = [one for one, its in self._leaders.items() if its is leader]
+        for one in followers:
+            del self._leaders[one]
+            assert leader.name is not None
+            one.name, one.read = self.executor.fork(leader.name), leader.read
+        return followers
+
     def rows(self) -> list[tuple[TextSequence, Rows]]:
         """The next step."""
-        left = {sequence: sequence.target - sequence.read for sequence in self.run}
-        decoding = [sequence for sequence in self.run if left[sequence] == 1 or self._one_by_one(sequence)]
-        reading = [sequence for sequence in self.run if left[sequence] > 0 and sequence not in decoding]
+        left = {sequence: sequence.target - sequence.read for sequence in self.run if sequence not in self._leaders}
+        decoding = [sequence for sequence in left if left[sequence] == 1 or self._one_by_one(sequence)]
+        reading = [sequence for sequence in left if left[sequence] > 0 and sequence not in decoding]
         step = [(sequence, 1) for sequence in decoding]
         budget = (_ROWS_BESIDE_DECODE if decoding else _ROWS) - len(decoding)
         if not self.executor.any_cut:  # prompts whole, one a step
@@ -102,6 +125,14 @@ class Steps:
         wanted = count if records else int(end == len(sequence.tokens))
         watch: Callable[[float], None] | None = sequence.progress if count > 1 else None
         return Rows(sequence.name, sequence.tokens[sequence.read : end], wanted, watch)
+
+    def _leader_of(self, sequence: TextSequence) -> TextSequence | None:
+        """Who is about to read just what ``sequence`` has to."""
+        request, prompt = sequence.request, sequence.request.prompt
+        if sequence.generated or not request.max_new_tokens or request.prompt_logprobs:
+            return None
+        reading = (one for one in self.run if one.read < len(prompt) and not one.generated and one not in self._leaders)
+        return next((one for one in reading if one.request.prompt == prompt and one.request.max_new_tokens), None)
 
     def _growth(self) -> int:
         """Blocks that the next step takes if all of ``run`` take part: those of prompts are reserved."""
