@@ -2,8 +2,9 @@
 
     python -m benchmarks.serving overhead             first byte and time per token, against generate() in the same process
     python -m benchmarks.serving soak --clients 50 --seconds 300
+    python -m benchmarks.serving clients --precision int4   tokens/s of 1, 4 and 16 clients; a new one beside 8 that are answered
 
-Both use the embedded model, a real server on loopback and OpenAI's streams. The last line is one JSON object.
+All use the embedded model, a real server on loopback and OpenAI's streams. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import statistics
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -29,21 +30,21 @@ import torch
 
 import fate_moe
 from fate_moe.machine import resident_memory
-from fate_moe.schedule.generation import generation_config
 from fate_moe.schedule.request import Request, Sampling
+from fate_moe.schedule.sampling import generation_config
 from fate_moe.serve.options import ServeOptions
 from fate_moe.serve.server import Server, bind
 from fate_moe.serve.service import Service
 
-__all__ = ["Overhead", "Soak", "overhead", "serving", "soak"]
+__all__ = ["Clients", "Overhead", "Soak", "clients", "overhead", "serving", "soak"]
 
 PROMPTS = ("It was a dark night, and", "The captain looked at", "She opened the letter", "In the morning the")
 
 
 @contextmanager
-def serving(queue: int = 64, **options: Any) -> Iterator[tuple[str, Service]]:
+def serving(serve: ServeOptions | None = None, **options: Any) -> Iterator[tuple[str, Service]]:
     """The embedded model behind a server in a thread: its URL, and the service."""
-    service = Service.loading(ServeOptions(queue=queue), "embedded", lambda: fate_moe.load(context_length=512, **options))
+    service = Service.loading(serve or ServeOptions(), "embedded", lambda: fate_moe.load(**{"context_length": 512, **options}))
     while service.card is None:
         if service.failure is not None:
             raise RuntimeError(service.failure)
@@ -150,6 +151,55 @@ def _token_times(url: str, body: dict[str, Any]) -> list[float]:
 
 
 @dataclass(frozen=True)
+class Clients:
+    """``tokens_per_second`` of all clients together, by their number. ``first_*_ms``: to the first token of a new request, alone
+    and while others are answered (median and worst). ``gap_beside_ms``: the longest that one of the others waited meanwhile."""
+
+    tokens_per_second: dict[int, float]
+    first_alone_ms: float
+    first_beside_ms: tuple[float, float]
+    gap_beside_ms: float
+
+
+def clients(url: str, service: Service, tokens: int = 64, rounds: int = 3, others: int = 8) -> Clients:
+    """Each client is a thread of another process with a bare socket and a text of its own; medians over ``rounds``."""
+    card = service.card
+    assert card is not None
+    prompts = [card.encode(text, special=True) for text in PROMPTS]
+
+    def body(number: int, length: int = tokens) -> dict[str, Any]:
+        options = {"max_tokens": length, "temperature": 0.8, "seed": number, "stream": True, "ignore_eos": True}
+        return {"prompt": prompts[number % len(prompts)], **options}
+
+    with ProcessPoolExecutor(1, get_context("spawn")) as client:
+        client.submit(_together, url, [body(0)] * 2).result()  # the first ones fill caches
+        speeds = dict[int, float]()
+        for number in (1, 4, 16):
+            found = [client.submit(_together, url, [body(i) for i in range(number)]).result() for _ in range(rounds)]
+            speeds[number] = statistics.median(number * tokens / max(times[-1] for times in one) for one in found)
+        alone = [client.submit(_token_times, url, body(99, 1)).result()[0] for _ in range(2 * rounds)]
+        beside, gaps = list[float](), list[float]()
+        for _ in range(2 * rounds):
+            first, *their = client.submit(_together, url, [body(99, 1), *(body(i) for i in range(others))], 0.2).result()
+            beside.append(first[0])
+            gaps += [end - start for times in their for start, end in itertools.pairwise(times)]
+    return Clients(
+        {number: round(speed, 1) for number, speed in speeds.items()},
+        round(statistics.median(alone) * 1e3, 1),
+        (round(statistics.median(beside) * 1e3, 1), round(max(beside) * 1e3, 1)),
+        round(max(gaps) * 1e3, 1),
+    )
+
+
+def _together(url: str, bodies: list[dict[str, Any]], first_after: float = 0.0) -> list[list[float]]:
+    """``_token_times`` of all ``bodies`` at once, but the first one ``first_after`` seconds behind the others."""
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        answers = [pool.submit(_token_times, url, body) for body in bodies[1:]]
+        time.sleep(first_after)
+        return [_token_times(url, bodies[0]), *(answer.result() for answer in answers)]
+
+
+@dataclass(frozen=True)
 class Soak:
     """``wrong`` are answers that ended and are not the text that a lone client got; memory in bytes."""
 
@@ -225,21 +275,31 @@ async def _events(answer: httpx2.Response) -> AsyncIterator[Any]:
 
 
 def main() -> None:
-    """Run one of both from the command line."""
+    """Run one of them from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("overhead", "soak"))
+    parser.add_argument("what", choices=("overhead", "soak", "clients"))
     parser.add_argument("--clients", type=int, default=50)
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--threads", type=int, help="of torch; default: its own")
+    parser.add_argument("--parallel", type=int, help="requests at once; default: the server's")
+    parser.add_argument("--precision", default="lossless")
+    parser.add_argument("--expert-cache", help="a size or percentage; default: all experts")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    with serving(queue=2 * arguments.clients) as (url, service):
+    options = ServeOptions(queue=2 * arguments.clients, parallel=arguments.parallel)
+    length = 4096 if arguments.what == "clients" else 512
+    with serving(options, context_length=length, precision=arguments.precision, expert_cache=arguments.expert_cache) as (
+        url,
+        service,
+    ):
         if arguments.what == "overhead":
             found = overhead(url, service)
             print(json.dumps({**found.__dict__, "request_ms": found.request_ms, "token_ms": found.token_ms}))
-        else:
+        elif arguments.what == "soak":
             print(json.dumps(soak(url, service, arguments.clients, arguments.seconds).__dict__))
+        else:
+            print(json.dumps(clients(url, service).__dict__))
 
 
 if __name__ == "__main__":

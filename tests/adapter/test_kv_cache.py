@@ -81,5 +81,5 @@ def test_generate_as_without_it(loaded: Callable[..., Any], monkeypatch: pytest.
     tokens = torch.tensor([[3, 4, 5, 3, 4, 5, 3, 4]])
     options |= {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(tokens)}
     got = model.generate(tokens, **options)
-    monkeypatch.setattr(attach, "make_room", lambda cache, most: None)
+    monkeypatch.setattr(attach, "make_room", lambda cache, most, unless_given: None)
     assert torch.equal(got, model.generate(tokens, **options))

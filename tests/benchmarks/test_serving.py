@@ -6,13 +6,14 @@ import time
 
 import pytest
 
-from benchmarks.serving import overhead, serving, soak
+from benchmarks.serving import clients, overhead, serving, soak
+from fate_moe.serve.options import ServeOptions
 
 pytestmark = pytest.mark.slow
 
 
 def test_clients_that_come_and_go_get_what_a_lone_client_gets() -> None:
-    with serving(queue=8, expert_cache="25%") as (url, service):
+    with serving(ServeOptions(queue=16), expert_cache="25%") as (url, service):
         found = soak(url, service, clients=10, seconds=6, tokens=6, seeds=1)
         assert found.wrong == 0
         assert found.finished > 0
@@ -23,5 +24,7 @@ def test_clients_that_come_and_go_get_what_a_lone_client_gets() -> None:
             time.sleep(0.05)
         assert service.scheduler.running == service.scheduler.waiting == 0
         measured = overhead(url, service, rounds=2, tokens=8)
+        several = clients(url, service, tokens=4, rounds=1, others=2)
+    assert several.tokens_per_second.keys() == {1, 4, 16}
     assert measured.server_first_ms > 0
     assert measured.server_token_ms > 0

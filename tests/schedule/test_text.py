@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 
 from fate_moe import demo
 from fate_moe.engine.prepare import load_tokenizer
-from fate_moe.schedule.generation import decoder
 from fate_moe.schedule.request import TokenRecord
-from fate_moe.schedule.text import Decode, TextStream
+from fate_moe.schedule.text import Decode, TextStream, decoder
 
 TOKENIZER = load_tokenizer(demo.MODEL)
 DECODE = decoder(TOKENIZER, skip_special=True)

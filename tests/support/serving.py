@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from fate_moe.schedule.request import Event, Finished, Piece, Queued, Reading, Request, Timings, TokenRecord, Usage
-from fate_moe.schedule.scheduler import QueueFullError, Scheduler, Ticket
+from fate_moe.schedule.scheduler import Load, QueueFullError, Scheduler, Ticket
 from fate_moe.serve.card import ModelCard
 from fate_moe.serve.options import ServeOptions
 from fate_moe.serve.server import Server, bind
@@ -104,6 +104,7 @@ class Scripted(Scheduler):
 
     waiting = 0
     generated_tokens = 0
+    load = Load()
 
     @property
     def running(self) -> int:

@@ -61,6 +61,12 @@ def add_verbs(verbs: Any) -> None:
         help="requests that may wait; default: %(default)s",
     )
     group.add_argument(
+        "--parallel",
+        type=count(1, 256),
+        metavar="N",
+        help="requests that run at once, in one KV cache; default: up to 8, by --context-length; on a GPU always 1",
+    )
+    group.add_argument(
         "--max-body", type=size(parse_size), default="16MiB", metavar="SIZE", help="the largest request; default: %(default)s"
     )
     group.add_argument(
@@ -91,6 +97,7 @@ def _serve(arguments: argparse.Namespace) -> None:
         api_key=_api_key(arguments),
         cors=tuple(arguments.cors or ()),
         queue=arguments.queue,
+        parallel=arguments.parallel,
         max_body=parse_size(arguments.max_body),
         log_requests=arguments.log_requests or arguments.log_prompts,
         log_prompts=arguments.log_prompts,

@@ -88,7 +88,7 @@ def limit_context(model: Any, num_tokens: int, bytes_per_token: int, patcher: Pa
         past = kwargs.get("past_key_values")
         if inputs is None:
             return
-        make_room(past, num_tokens)
+        make_room(past, num_tokens, unless_given=True)
         wanted = inputs.shape[0] * (inputs.shape[1] + (past.get_seq_length() if past is not None else 0))
         refuse_longer(wanted, num_tokens, bytes_per_token)
 

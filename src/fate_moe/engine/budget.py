@@ -11,6 +11,7 @@ from torch import nn
 
 from fate_moe.adapter.meta_model import ExpertStack, parameter_dtypes
 from fate_moe.config import OffloadConfig
+from fate_moe.core import KV_BLOCK
 from fate_moe.errors import BudgetError
 from fate_moe.kernels.activations import find_activation
 from fate_moe.kernels.native import native
@@ -237,7 +238,7 @@ def make_plan(needs: Footprint, config: OffloadConfig) -> Plan:
     free = available_memory() + resident_memory()
     budget = int(free * AUTO_FRACTION) if config.ram == "auto" else parse_amount(config.ram, free)
     runtime = resident_memory() + RESERVE_BYTES
-    kv = needs.kv_bytes_per_token * config.context_length
+    kv = needs.kv_bytes_per_token * -(-config.context_length // KV_BLOCK) * KV_BLOCK  # a server has it in whole blocks
     activations = needs.activation_bytes_per_token * config.context_length
     activations += needs.exact_scratch_bytes if config.exact_activations else needs.scratch_bytes
     fixed = runtime + needs.dense_bytes + kv + activations

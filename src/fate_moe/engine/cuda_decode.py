@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -90,22 +91,27 @@ class CapturedDecode:
         mask = options.get("attention_mask")
         own = options.get("past_key_values") is None and not args and self._writing is None
         if own and prompt is not None and prompt.shape[0] == 1 and (mask is None or bool(mask.all())) and self._alone(options):
-            self._take_back_cache()
-            self.cache.reset()
-            self._held = 0
-            options["past_key_values"] = self.cache
             options.setdefault("disable_compile", True)
-            self._writing = self._is_unchanged()
-            try:
+            with self.sequence() as options["past_key_values"]:
                 result = self._generate(inputs, *args, **options)
-            finally:
-                self._writing = None
-            self._tell_cache()
             self._lent = getattr(result, "past_key_values", None) is self.cache
-            if isinstance(self._step, PathStep):
-                self._step.keep()
             return result
         return self._generate(inputs, *args, **options)
+
+    @contextmanager
+    def sequence(self) -> Iterator[StaticCache]:
+        """The cache, empty: meanwhile passes over it may be the fused step. One such sequence at a time."""
+        self._take_back_cache()
+        self.cache.reset()
+        self._held = 0
+        self._writing = self._is_unchanged()
+        try:
+            yield self.cache
+        finally:
+            self._writing = None
+        self._tell_cache()
+        if isinstance(self._step, PathStep):
+            self._step.keep()
 
     def _take_back_cache(self) -> None:
         """Before another sequence is written: whoever was given the cache with an earlier one finds that it is gone."""

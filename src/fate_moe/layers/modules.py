@@ -24,19 +24,21 @@ from fate_moe.adapter.families import ROUTER_NAMES
 from fate_moe.adapter.kv_cache import make_room, room_for
 from fate_moe.core import Patcher
 from fate_moe.kernels.activations import find_activation
+from fate_moe.kernels.cpu import SMALL
 from fate_moe.kernels.gradients import flows, refuse_transforms
 from fate_moe.kernels.native import BF16, DTYPES, native
 from fate_moe.kernels.plain_layer import Attention, Mlp, Norm
 from fate_moe.layers.dense import MAX_ROWS, QuantizedLinear
 from fate_moe.layers.plain import attention_reasons, recognise_attention, recognise_mlp, recognise_norm
+from fate_moe.layers.rows import batch_rows, contiguous_kv, padding_of
 from fate_moe.layers.snapshot import ModuleSnapshot, StandIn
 from fate_moe.switches import fuse
 
 __all__ = [
+    "MOST_FEW",
     "SmallWeight",
     "accelerate",
     "accelerated_by",
-    "is_causal",
     "is_near",
     "takes_many",
     "takes_tokens",
@@ -46,8 +48,8 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
-# Unquantized matrices up to so many weights are multiplied by the extension: oneDNN is slow on a router's few rows in bf16.
-_SMALL = 1 << 20
+# Rows up to which the extension multiplies matrices that are not quantized, too: a batch gives the bits of its sequences alone.
+MOST_FEW = 16
 _PROBE_TOKENS = 6
 _MOST_SPREAD = 4.0  # standard deviation of a query's scores in a trial
 _NEAR = 0.02  # of the norm: int8 activations and bf16 roundings give 0.01, another rope or scaling more than 0.1
@@ -74,7 +76,7 @@ def accelerate(model: Any, exact: bool, patcher: Patcher) -> Counter[str]:
             patcher.replace(module, "forward", accelerated)
             found[kind] += 1
         weight = module._parameters.get("weight")
-        small = weight is not None and weight.dim() == 2 and weight.dtype == torch.bfloat16 and 0 < weight.numel() <= _SMALL
+        small = weight is not None and weight.dim() == 2 and weight.dtype == torch.bfloat16 and 0 < weight.numel() <= SMALL
         if small and (type(module) is nn.Linear or name.rpartition(".")[2] in ROUTER_NAMES):
             patcher.replace(module, "weight", SmallWeight.of(weight))
             found["small matrices"] += 1
@@ -148,16 +150,7 @@ def _usable(x: torch.Tensor) -> bool:
 
 def takes_many(layers: Sequence[Any], exact: bool) -> bool:
     """Whether the extension is to multiply many rows by ``layers``: their large matrices are quantized, activations not exact."""
-    return not exact and all(isinstance(layer, QuantizedLinear) or layer.weight.numel() <= _SMALL for layer in layers)
-
-
-def is_causal(mask: torch.Tensor | None, past: int, count: int) -> bool:
-    """Whether ``mask``, None or bool [1, 1, count, past + count], lets each of ``count`` tokens see all up to itself."""
-    if mask is None:
-        return True
-    if mask.dtype != torch.bool or mask.shape != (1, 1, count, past + count):
-        return False
-    return torch.equal(mask[0, 0], torch.ones(count, past + count, dtype=torch.bool).tril(past))
+    return not exact and all(isinstance(layer, QuantizedLinear) or layer.weight.numel() <= SMALL for layer in layers)
 
 
 def is_near(got: torch.Tensor, want: torch.Tensor) -> bool:
@@ -278,37 +271,43 @@ class _Attention(StandIn):
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         x, angles, attention = hidden_states, kwargs.get("position_embeddings"), self._attention
-        count = x.numel() // self._size
         if (
             angles is None
             or args
             or kwargs.get("output_attentions")
-            or not takes_tokens(x, angles, count, attention, self._many)
+            or not takes_tokens(x, angles, attention, self._many)
             or self._snapshot.hooked()
             or not self._snapshot.same()
         ):
             return self.original(hidden_states, *args, **kwargs)
-        room = room_for(kwargs.get("past_key_values"), attention.index, attention.kv_heads, attention.head_dim)
-        if room is None or not is_causal(kwargs.get("attention_mask"), room.get_seq_length(), count):
+        batch, count, _ = x.shape
+        room = room_for(kwargs.get("past_key_values"), attention.index, attention.kv_heads, attention.head_dim, batch)
+        past = room.get_seq_length() if room is not None else 0
+        padding = padding_of(kwargs.get("attention_mask"), batch, count, past) if room is not None else None
+        rows = batch_rows(batch, count, past, padding) if padding is not None else None
+        if rows is None or room is None:
             return self.original(hidden_states, *args, **kwargs)
-        past, keys, values = room.reserve(count)
-        out = torch.empty_like(x)
-        where = keys.data_ptr(), values.data_ptr(), past, keys.shape[2]
-        hidden, cos, sin = x.contiguous(), angles[0].contiguous(), angles[1].contiguous()
-        angle, threads = (cos.data_ptr(), sin.data_ptr()), torch.get_num_threads()
-        native.attention(self.of, hidden.data_ptr(), 1, count, *angle, *where, out.data_ptr(), self._exact, threads)
+        kv = native.Kv.make(*contiguous_kv(*room.reserve(count)[1:]))
+        hidden, cos, sin = rows.pick(x), rows.pick(angles[0]), rows.pick(angles[1])
+        out = torch.empty_like(hidden)
+        native.attention(
+            self.of, hidden.data_ptr(), 1, rows.spans, cos.data_ptr(), sin.data_ptr(), kv, out.data_ptr(), self._exact,
+            torch.get_num_threads(),
+        )  # fmt: skip
         room.extend(count)
-        return out, None
+        return rows.put(out), None
 
 
-def takes_tokens(x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], count: int, attention: Attention, many: bool) -> bool:
-    """Whether ``x`` is ``count`` tokens of one sequence in bf16, with their ``angles``: one, unless ``many`` may come."""
+def takes_tokens(x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], attention: Attention, many: bool) -> bool:
+    """Whether ``x`` [batch, tokens, hidden] is bf16 with ``angles``, and unless ``many`` may come of ``MOST_FEW`` rows at most."""
     return (
-        (count == 1 or (many and len(x) == 1))
+        x.dim() == 3
+        and (many or x.shape[0] * x.shape[1] <= MOST_FEW)
         and x.dtype == torch.bfloat16
         and not x.requires_grad
         and angles[0].dtype == torch.bfloat16
-        and angles[0].numel() == count * attention.rotary_dim
+        and angles[0].shape[1:] == (x.shape[1], attention.rotary_dim)
+        and len(angles[0]) in (1, len(x))
     )
 
 

@@ -1,7 +1,7 @@
 """Which blocks of the KV cache hold which sequence: rules alone, no tensors.
 
-A block has room for ``KV_BLOCK`` positions in every layer. A sequence is a list of blocks, the same in all layers; several sequences
-may share one, which is written to by none of them then.
+A block has room for ``KV_BLOCK`` positions in every layer. A sequence is a list of blocks, the same in all layers. Several
+sequences may share a block; none of them writes to it then.
 """
 
 from __future__ import annotations
@@ -35,9 +35,8 @@ class _Table:
 class Blocks:
     """``num_blocks`` blocks and the sequences in them. Not for several threads at once.
 
-    A block is free, or its count of references says in how many lists of sequences it is, and
-    one more if it is kept. Of a sequence's blocks the first ones hold
-    its ``length`` positions; more may be reserved behind them. A call that raises OutOfBlocksError has changed nothing.
+    A block is free, or has as many references as there are sequences with it, and one more if it is kept. The first blocks of a
+    sequence hold its ``length`` positions; more may be reserved behind them. A call that raises OutOfBlocksError changes nothing.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -122,9 +121,9 @@ class Blocks:
         table.blocks += [self._take() for _ in range(missing)]
 
     def append(self, sequence: int, count: int) -> list[Copy]:
-        """``count`` (at least 1) more positions, all in blocks that no other sequence has; what has to be copied before they are written.
+        """``count`` (at least 1) more positions, all in blocks that no other sequence has. Raises OutOfBlocksError.
 
-        Raises OutOfBlocksError.
+        Returns what has to be copied before they are written.
         """
         table = self._tables[sequence]
         self._check(self.needed(sequence, count))
@@ -137,6 +136,11 @@ class Blocks:
         table.length += count
         self.reserve(sequence, table.length)
         return copies
+
+    def append_all(self, counts: Sequence[tuple[int, int]]) -> list[Copy]:
+        """``append`` for (sequence, count) of several sequences. Raises OutOfBlocksError, and none has changed."""
+        self._check(sum(self.needed(sequence, count) for sequence, count in counts))
+        return [copy for sequence, count in counts for copy in self.append(sequence, count)]
 
     def cut(self, sequence: int, length: int) -> None:
         """Only the first ``length`` positions stay; blocks behind them are given back."""
@@ -159,7 +163,7 @@ class Blocks:
             raise RuntimeError("the blocks' references are not those of the sequences")
 
     def _is_shared(self, table: _Table) -> bool:
-        """Whether the next position is in a block that others have too: one that is filled in part, for only what is filled is shared."""
+        """Whether the next position is in a block that others have too. It is filled in part: empty ones are not shared."""
         return table.length % KV_BLOCK > 0 and self._references[table.blocks[table.length // KV_BLOCK]] > 1
 
     def _check(self, wanted: int) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from typing import Protocol
 
 from fate_moe.errors import FateError
 from fate_moe.schedule.request import Event, Request
 
-__all__ = ["QueueFullError", "Scheduler", "StoppedError", "Ticket"]
+__all__ = ["Load", "QueueFullError", "Scheduler", "StoppedError", "Ticket"]
 
 
 class QueueFullError(FateError):
@@ -17,6 +18,18 @@ class QueueFullError(FateError):
 
 class StoppedError(FateError):
     """The scheduler takes no more requests: it is shutting down."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """Since the scheduler was started: steps, their rows, and how often a request gave its blocks of the KV cache to others.
+    ``blocks_used`` of ``blocks`` are taken now."""
+
+    steps: int = 0
+    rows: int = 0
+    preemptions: int = 0
+    blocks_used: int = 0
+    blocks: int = 0
 
 
 class Ticket(Protocol):
@@ -35,9 +48,9 @@ class Ticket(Protocol):
 class Scheduler(Protocol):
     """Serves requests in an order that starves none. A request's text depends on the request alone, not on others beside it.
 
-    ``waiting`` and ``running`` count requests, ``generated_tokens`` all tokens so far. ``submit`` is called in an event loop,
-    returns at once, and raises QueueFullError or StoppedError. ``close`` takes no more requests, lets those that were taken end for
-    ``drain_seconds``, cancels the others and returns when nothing runs; it blocks.
+    ``waiting`` and ``running`` count requests, ``generated_tokens`` all tokens so far; ``load`` is for metrics. ``submit`` is
+    called in an event loop, returns at once, and raises QueueFullError or StoppedError. ``close`` takes no more requests, lets
+    those that were taken end for ``drain_seconds``, cancels the others and returns when nothing runs; it blocks.
     """
 
     @property
@@ -48,6 +61,9 @@ class Scheduler(Protocol):
 
     @property
     def generated_tokens(self) -> int: ...
+
+    @property
+    def load(self) -> Load: ...
 
     def submit(self, request: Request) -> Ticket: ...
 

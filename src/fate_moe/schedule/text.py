@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from fate_moe.schedule.request import Piece, TokenRecord
 
-__all__ = ["Decode", "TextStream"]
+__all__ = ["Decode", "TextStream", "decoder"]
 
 Decode = Callable[[Sequence[int]], str]
 _BROKEN = "�"
@@ -96,3 +97,12 @@ class TextStream:
             if any(string.startswith(text[-length:]) for string in self._stop):
                 return length
         return 0
+
+
+def decoder(tokenizer: Any, skip_special: bool) -> Decode:
+    """Token ids to text; special tokens are part of it or not."""
+
+    def decode(tokens: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(tokens), skip_special_tokens=skip_special))
+
+    return decode

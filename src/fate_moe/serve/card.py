@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fate_moe.adapter.config_rules import longest_context
-from fate_moe.schedule.generation import eos_ids, sampling_defaults
+from fate_moe.schedule.sampling import eos_ids, sampling_defaults
 
 __all__ = ["ModelCard"]
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from fate_moe.core import KV_BLOCK
 from fate_moe.machine import resident_memory
 from fate_moe.schedule.request import Finished, Request
 
@@ -82,6 +83,14 @@ class _Engine:
         scheduler, report = self._service.scheduler, card.model.fate.report()
         yield _gauge("fate_requests_running", "Requests that are being worked on.", scheduler.running)
         yield _gauge("fate_requests_waiting", "Requests in the queue.", scheduler.waiting)
+        load = scheduler.load
+        yield _counter("fate_steps", "Steps of the model.", load.steps)
+        yield _counter("fate_step_rows", "Rows of all steps: tokens that were read, of prompts and of answers.", load.rows)
+        yield _counter(
+            "fate_preemptions", "Requests that gave their KV blocks to older ones and were read again.", load.preemptions
+        )
+        yield _gauge("fate_kv_blocks", f"Blocks of {KV_BLOCK} tokens in the KV cache.", load.blocks)
+        yield _gauge("fate_kv_blocks_used", "Of those, the ones that requests have.", load.blocks_used)
         experts = report.experts
         lookups = CounterMetricFamily("fate_expert_lookups", "Lookups of experts, by what was found.", labels=["result"])
         for result, number in (("hit", experts.hits), ("in_flight", experts.in_flight), ("miss", experts.misses)):

@@ -12,9 +12,10 @@ __all__ = ["ServeOptions", "is_loopback"]
 @dataclass(frozen=True)
 class ServeOptions:
     """``api_key``: what a client must send (None: nothing). ``cors``: origins whose pages may call, "*" for all. ``queue``:
-    requests that may wait. ``max_body``: bytes of a request. ``log_requests``: a line for each request on stderr; ``log_prompts``:
-    with prompt and answer. ``drain_seconds``: how long answers may take to end after SIGTERM. ``keep_alive_seconds``: between two
-    comments on a stream that say what it waits for and keep the connection open.
+    requests that may wait. ``parallel``: requests that run at once (None: chosen by the model and its KV cache). ``max_body``:
+    bytes of a request. ``log_requests``: a line for each request on stderr; ``log_prompts``: with prompt and answer.
+    ``drain_seconds``: how long answers may take to end after SIGTERM. ``keep_alive_seconds``: between two comments on a stream that
+    say what it waits for and keep the connection open.
     """
 
     host: str = "127.0.0.1"
@@ -22,6 +23,7 @@ class ServeOptions:
     api_key: str | None = None
     cors: tuple[str, ...] = ()
     queue: int = 64
+    parallel: int | None = None
     max_body: int = 16 << 20
     log_requests: bool = False
     log_prompts: bool = False
@@ -34,6 +36,8 @@ class ServeOptions:
         for name, least in (("queue", 1), ("max_body", 1), ("drain_seconds", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        if self.parallel is not None and self.parallel < 1:
+            raise ConfigError(f"parallel must be at least 1, not {self.parallel}")
         if self.api_key is not None and not self.api_key.strip():
             raise ConfigError("the api key is empty; give one, or none")
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable()):

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from fastapi import Depends, Request
 
-from fate_moe.schedule.fifo import FifoScheduler
+from fate_moe.schedule.batching import BatchScheduler
 from fate_moe.schedule.request import Request as TextRequest
 from fate_moe.schedule.scheduler import Scheduler
 from fate_moe.serve.card import ModelCard
@@ -58,7 +58,7 @@ class Service:
                 _log.warning("this model has no chat template: conversations become lines of 'User:' and 'Assistant:'")
             on_loaded(None)
 
-        service._scheduler = FifoScheduler(load, options.queue, loaded, service.metrics.finished)
+        service._scheduler = BatchScheduler(load, options.queue, loaded, service.metrics.finished, options.parallel)
         return service
 
     @property

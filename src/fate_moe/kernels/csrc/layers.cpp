@@ -22,6 +22,15 @@ void normalize(const Ops& ops, float* values, const float* weight, int64_t n, fl
   ops.from_float(values, n, out, dtype);
 }
 
+// Of `spans` the rows [first, first + kMostRows), counted from `first`.
+void cut_spans(const std::vector<Span>& spans, int64_t first, std::vector<Span>& out) {
+  out.clear();
+  for (const Span& span : spans) {
+    const int64_t begin = std::max(span.begin, first), end = std::min(span.end, first + kMostRows);
+    if (begin < end) out.push_back({begin - first, end - first, span.past + begin - span.begin, span.entry, span.first, span.blocks});
+  }
+}
+
 }  // namespace
 
 Matrix Weight::matrix() const {
@@ -118,12 +127,14 @@ void run_mlp(const Ops& ops, const Mlp& mlp, const void* x, Dtype dtype, int64_t
   run_phases(num_threads, work);
 }
 
-void run_attention(const Ops& ops, const Attention& a, const void* x, Dtype dtype, int64_t num_tokens, const void* cos, const void* sin,
-                   const Cache& cache, void* out, bool exact, int num_threads) {
+void run_attention(const Ops& ops, const Attention& a, const void* x, Dtype dtype, const std::vector<Span>& spans, const void* cos,
+                   const void* sin, const Kv& kv, void* out, bool exact, int num_threads) {
   const int64_t cols = a.q.place.cols;
-  for (int64_t first = 0; first < num_tokens; first += kMostRows) {
-    const int64_t count = std::min(kMostRows, num_tokens - first), angles = first * a.rotary_dim;
-    const Attending attending(ops, a, count, {cache.keys, cache.values, cache.length + first, cache.room}, exact, num_threads);
+  std::vector<Span> some;
+  for (int64_t first = 0; first < spans.back().end; first += kMostRows) {
+    cut_spans(spans, first, some);
+    const int64_t count = some.back().end, angles = first * a.rotary_dim;
+    const Attending attending(ops, a, some, kv, exact, num_threads);
     Phases phases(num_threads);
     auto work = [&] {
       phases.each(0, count, [&](int64_t t) {
@@ -141,16 +152,16 @@ void run_attention(const Ops& ops, const Attention& a, const void* x, Dtype dtyp
 
 namespace {
 
-// As run_layer, up to kMostRows tokens.
-void run_pass(const Ops& ops, const Layer& layer, const void* x, int64_t num_tokens, const void* cos, const void* sin, const Cache& cache,
-              const LayerOut& out, bool exact, int num_threads) {
+// As run_layer, up to kMostRows rows.
+void run_pass(const Ops& ops, const Layer& layer, const void* x, const std::vector<Span>& spans, const void* cos, const void* sin,
+              const Kv& kv, const LayerOut& out, bool exact, int num_threads) {
   static thread_local Operand routed;
   static thread_local Scratch scratch;
   const Dtype bf16 = Dtype::kBf16;
-  const int64_t hidden = layer.attention.q.place.cols;
+  const int64_t hidden = layer.attention.q.place.cols, num_tokens = spans.back().end;
   const Matrix router = layer.router.matrix(), shared_gate = layer.shared_gate.matrix();
   Operand& of_routed = routed;
-  const Attending attending(ops, layer.attention, num_tokens, cache, exact, num_threads);
+  const Attending attending(ops, layer.attention, spans, kv, exact, num_threads);
   routed.resize(ops, num_tokens, router.kind, hidden, router.group, exact, true);
   const int64_t width = router.rows + 1;
   float *const norm = scratch.of<float>(2 * hidden + num_tokens * width), *const post_norm = norm + hidden, *const logits = norm + 2 * hidden;
@@ -201,15 +212,18 @@ void run_pass(const Ops& ops, const Layer& layer, const void* x, int64_t num_tok
 
 }  // namespace
 
-void run_layer(const Ops& ops, const Layer& layer, const void* x, int64_t num_tokens, const void* cos, const void* sin, const Cache& cache,
-               const LayerOut& out, bool exact, int num_threads) {
+void run_layer(const Ops& ops, const Layer& layer, const void* x, const std::vector<Span>& spans, const void* cos, const void* sin,
+               const Kv& kv, const LayerOut& out, bool exact, int num_threads) {
   const Dtype bf16 = Dtype::kBf16;
   const int64_t hidden = layer.attention.q.place.cols, turned = layer.attention.rotary_dim;
-  for (int64_t first = 0; first < num_tokens; first += kMostRows) {
+  if (spans.back().end <= kMostRows) return run_pass(ops, layer, x, spans, cos, sin, kv, out, exact, num_threads);
+  std::vector<Span> cut;
+  for (int64_t first = 0; first < spans.back().end; first += kMostRows) {
+    cut_spans(spans, first, cut);
     const LayerOut some = {at(out.residual, bf16, first * hidden), at(out.normed, bf16, first * hidden), out.chosen + first * layer.top_k,
                            out.weights + first * layer.top_k, out.factors + first};
-    run_pass(ops, layer, at(x, bf16, first * hidden), std::min(kMostRows, num_tokens - first), at(cos, bf16, first * turned),
-             at(sin, bf16, first * turned), {cache.keys, cache.values, cache.length + first, cache.room}, some, exact, num_threads);
+    run_pass(ops, layer, at(x, bf16, first * hidden), cut, at(cos, bf16, first * turned), at(sin, bf16, first * turned), kv, some, exact,
+             num_threads);
   }
 }
 

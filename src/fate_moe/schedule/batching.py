@@ -1,0 +1,294 @@
+"""The scheduler: one inference thread, a bounded queue, and several requests in each step of the model."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fate_moe.core import KV_BLOCK
+from fate_moe.errors import FateError
+from fate_moe.schedule.blocks import blocks_for
+from fate_moe.schedule.executor import Executor, ModelExecutor, Rows
+from fate_moe.schedule.pool import PoolExecutor
+from fate_moe.schedule.prompt_logprobs import prompt_records
+from fate_moe.schedule.request import Finished, Queued, Reason, Request
+from fate_moe.schedule.sampling import choose
+from fate_moe.schedule.scheduler import Load, QueueFullError, Scheduler, StoppedError
+from fate_moe.schedule.sequence import CancelledError, TextSequence
+from fate_moe.schedule.steps import Steps
+from fate_moe.schedule.ticket import QueueTicket
+
+__all__ = ["BatchScheduler", "default_parallel", "executor_of"]
+
+_log = logging.getLogger(__name__)
+
+# Where nobody says how many requests run at once: more rows than this add little to a step's speed on a CPU, and each request
+# should find room for so many tokens, or they preempt one another.
+_PARALLEL, _TOKENS_EACH = 8, 512
+
+
+def executor_of(model: Any) -> Executor:
+    """The best executor for a loaded model, within the KV cache of its plan."""
+    num_blocks, step = blocks_for(model.fate.plan.context_length), getattr(model.fate, "step", None)
+    if step is not None and step.is_unchanged():
+        return PoolExecutor(model, step, num_blocks)
+    return ModelExecutor(model, num_blocks)
+
+
+def default_parallel(executor: Executor) -> int:
+    """How many requests run at once unless somebody says: by the KV cache, and by whether they make a step cheaper."""
+    fitting = executor.blocks.num_blocks * KV_BLOCK // _TOKENS_EACH
+    return max(1, min(_PARALLEL, fitting, executor.most_sequences or _PARALLEL))
+
+
+class BatchScheduler(Scheduler):
+    """Runs requests side by side in a thread of its own, which also loads the model. Who came first is admitted first.
+
+    ``load`` gives (model, tokenizer); ``on_loaded`` is called with them, or with the error, in that thread. At most ``capacity``
+    requests wait and ``parallel`` run (None: ``default_parallel``; 1: one after the other). ``on_finished`` is told of each request
+    that ended, in the inference thread. A request that fails ends with ``Finished("error")``; all others go on.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], tuple[Any, Any]],
+        capacity: int = 64,
+        on_loaded: Callable[[tuple[Any, Any] | Exception], None] = lambda result: None,
+        on_finished: Callable[[Request, Finished], None] = lambda request, finished: None,
+        parallel: int | None = None,
+        make_executor: Callable[[Any], Executor] = executor_of,
+    ) -> None:
+        self.capacity = capacity
+        self._load, self._on_loaded, self._on_finished = load, on_loaded, on_finished
+        self._parallel, self._make_executor = parallel, make_executor
+        self._waiting: list[TextSequence] = []  # by age
+        self._tickets: dict[TextSequence, QueueTicket] = {}
+        self._steps: Steps | None = None  # of a model that is loaded
+        self._order = self._num_steps = self._num_rows = self._generated = 0
+        self._changed = threading.Condition()  # reentrant: ending a request may cancel another
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._run, name="fate-inference", daemon=True)
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        return len(self._steps.run) if self._steps is not None else 0
+
+    @property
+    def generated_tokens(self) -> int:
+        """Tokens that were generated so far, those of running requests among them."""
+        return self._generated
+
+    @property
+    def parallel(self) -> int:
+        """How many requests run at once; 1 until the model is loaded, unless it was said."""
+        return self._steps.parallel if self._steps is not None else self._parallel or 1
+
+    @property
+    def load(self) -> Load:
+        if (steps := self._steps) is None:
+            return Load()
+        blocks = steps.executor.blocks
+        return Load(self._num_steps, self._num_rows, steps.preemptions, blocks.used, blocks.num_blocks)
+
+    def submit(self, request: Request) -> QueueTicket:
+        ticket = QueueTicket(self._end_cancelled)
+        with self._changed:
+            if self._is_closed:
+                raise StoppedError("the server is shutting down")
+            self._drop_cancelled()
+            if len(self._waiting) >= self.capacity:
+                raise QueueFullError(f"{self.capacity} requests wait already; try again later")
+            self._order += 1
+            sequence = TextSequence(request, self._order, time.perf_counter(), ticket.deliver, lambda: ticket.is_cancelled)
+            self._tickets[sequence] = ticket
+            self._waiting.append(sequence)
+            ticket.deliver(Queued(self._ahead(len(self._waiting) - 1)))
+            self._changed.notify_all()
+        return ticket
+
+    def close(self, drain_seconds: float = 0.0) -> None:
+        deadline = time.monotonic() + drain_seconds
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._tickets, max(0.0, deadline - time.monotonic()))
+            for ticket in list(self._tickets.values()):
+                ticket.cancel()
+            self._drop_cancelled()
+            self._changed.notify_all()
+        if self._steps is not None:  # loading cannot be told to stop; the thread ends with the process
+            self._thread.join()
+
+    def _end_cancelled(self) -> None:
+        """What was cancelled while it waited ends now, not when its turn comes."""
+        with self._changed:
+            self._drop_cancelled()
+
+    def _drop_cancelled(self) -> None:
+        """Under the lock: end waiting requests that were cancelled, and tell the others where they stand."""
+        gone = [sequence for sequence in self._waiting if sequence.is_cancelled]
+        if gone:
+            self._waiting = [sequence for sequence in self._waiting if not sequence.is_cancelled]
+            for sequence in gone:
+                self._end(sequence, "cancelled")
+            self._tell_positions()
+
+    def _ahead(self, place: int) -> int:
+        """How many requests have to end before the one at ``place`` of the queue begins."""
+        return max(0, place + self.running + 1 - self.parallel)
+
+    def _tell_positions(self) -> None:
+        for place, sequence in enumerate(self._waiting):
+            if not sequence.has_begun:
+                self._tickets[sequence].deliver(Queued(self._ahead(place)))
+
+    def _end(self, sequence: TextSequence, reason: Reason, message: str = "") -> None:
+        """Under the lock, or with nobody else there."""
+        if self._steps is not None:
+            self._steps.leave(sequence)
+        finished = sequence.finished(reason, message)
+        self._on_finished(sequence.request, finished)
+        self._tickets.pop(sequence).deliver(finished)
+        self._changed.notify_all()
+
+    # What follows runs in the inference thread.
+
+    def _run(self) -> None:
+        try:
+            model, tokenizer = self._load()
+            executor = self._make_executor(model)
+            most = executor.most_sequences or executor.blocks.num_blocks
+            self._steps = Steps(executor, min(self._parallel or default_parallel(executor), most))
+            self._on_loaded((model, tokenizer))
+        except Exception as error:
+            self._on_loaded(error)
+            with self._changed:
+                self._is_closed = True
+                for left in self._waiting:
+                    self._end(left, "error", str(error))
+                self._waiting.clear()
+            return
+        while self._admit(model, tokenizer):
+            self._step()
+
+    def _admit(self, model: Any, tokenizer: Any) -> bool:
+        """Let requests run as there is room for them, wait where there is none to run; False once closed and empty."""
+        steps = self._steps
+        assert steps is not None
+        while True:
+            with self._changed:
+                for sequence in [one for one in steps.run if one.is_cancelled]:
+                    self._end(sequence, "cancelled")
+                self._drop_cancelled()
+                self._waiting = sorted([*steps.make_room(), *self._waiting], key=lambda one: one.order)
+                begun = []
+                while self._waiting and (steps.never_admits(self._waiting[0]) or steps.admits(self._waiting[0])):
+                    sequence = self._waiting.pop(0)
+                    if (reason := steps.never_admits(sequence)) is not None:
+                        self._end(sequence, "error", reason)
+                        continue
+                    steps.admit(sequence)
+                    begun.append(sequence)
+                if begun:
+                    self._tell_positions()
+                elif not steps.run:
+                    if self._is_closed:
+                        return False
+                    self._changed.wait()
+                    continue
+            for sequence in begun:
+                if not sequence.has_begun:
+                    self._guarded(self._begin, sequence, model, tokenizer)
+            if steps.run:
+                return True
+
+    def _begin(self, sequence: TextSequence, model: Any, tokenizer: Any) -> None:
+        request, steps = sequence.request, self._steps
+        assert steps is not None
+        seed = request.sampling.seed if request.sampling.seed is not None else secrets.randbits(63)
+        sequence.begin(model, tokenizer, seed)
+        if request.prompt_logprobs and not steps.executor.any_cut:
+            with torch.inference_mode():
+                inputs = torch.tensor([request.prompt], device=model.device)
+                sequence.prompt_records = list(prompt_records(model, inputs, request.top_logprobs or 0))
+        if sequence.sampler is None and not sequence.wants_prompt_records:
+            self._finish(sequence, "length")
+
+    def _step(self) -> None:
+        """One step of the model, and what becomes of it."""
+        steps = self._steps
+        assert steps is not None
+        step = steps.rows()
+        rows = [one for _, one in step]
+        try:
+            results = steps.executor.step(rows)
+        except BaseException as error:  # of no single request
+            results = [error] * len(rows)
+        self._num_steps += 1
+        self._num_rows += sum(len(one.tokens) for one in rows)
+        ready: list[tuple[TextSequence, torch.Tensor]] = []
+        for (sequence, one), result in zip(step, results, strict=True):
+            if isinstance(result, BaseException):
+                self._fail(sequence, result)
+            else:
+                self._guarded(self._take, sequence, one, result, ready)
+        tokens = choose([sequence.sampler for sequence, _ in ready if sequence.sampler is not None], [row for _, row in ready])
+        for (sequence, row), token in zip(ready, tokens, strict=True):
+            if isinstance(token, BaseException):
+                self._fail(sequence, token)
+            elif not sequence.is_cancelled:
+                self._guarded(self._follow, sequence, token, row)
+
+    def _take(
+        self, sequence: TextSequence, rows: Rows, logits: torch.Tensor, ready: list[tuple[TextSequence, torch.Tensor]]
+    ) -> None:
+        """``rows`` of ``sequence`` were read."""
+        sequence.read += len(rows.tokens)
+        if sequence.wants_prompt_records and len(logits):
+            sequence.record_prompt(logits)
+        if sequence.sampler is not None and sequence.read == len(sequence.tokens):
+            steps = self._steps
+            assert steps is not None
+            ready += [(one, logits[-1]) for one in (sequence, *(steps.forked(sequence) if not sequence.generated else ()))]
+        elif sequence.sampler is None and sequence.read == sequence.target:
+            self._finish(sequence, "length")
+        else:
+            sequence.progress(0.0)
+
+    def _follow(self, sequence: TextSequence, token: int, logits: torch.Tensor) -> None:
+        self._generated += 1
+        if (reason := sequence.follow(token, logits)) is not None:
+            self._finish(sequence, reason)
+
+    def _finish(self, sequence: TextSequence, reason: Reason, message: str = "") -> None:
+        with self._changed:
+            self._end(sequence, reason, message)
+
+    def _guarded(self, work: Callable[..., None], sequence: TextSequence, *args: Any) -> None:
+        """``work`` for ``sequence``; what it raises ends this one alone."""
+        try:
+            work(sequence, *args)
+        except BaseException as error:  # a panic of a library in Rust is no Exception; the thread outlives it
+            self._fail(sequence, error)
+
+    def _fail(self, sequence: TextSequence, error: BaseException) -> None:
+        if sequence not in self._tickets:
+            _log.error("a request failed as it ended", exc_info=error)
+        elif isinstance(error, CancelledError):
+            self._finish(sequence, "cancelled")
+        elif isinstance(error, FateError):
+            self._finish(sequence, "error", str(error))
+        else:
+            _log.error("a request failed", exc_info=error)
+            self._finish(sequence, "error", f"{type(error).__name__}: {error}")

@@ -1,0 +1,123 @@
+"""The executor of models that run whole in the extension: all rows of a step in one native pass, over one pool of KV blocks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from fate_moe.core import KV_BLOCK
+from fate_moe.errors import UnsupportedCallError
+from fate_moe.layers.model_step import ModelStep, SequenceRows
+from fate_moe.schedule.blocks import Blocks
+from fate_moe.schedule.executor import Result, Rows, watched
+
+__all__ = ["PoolExecutor"]
+
+
+class PoolExecutor:
+    """``pool`` has for each decoder layer bf16 [num_blocks, 2, kv_heads, 64, dim]: keys and values. Memory is taken as blocks are
+    first used.
+
+    Where the extension takes few rows at once (weights that are not quantized), a longer prompt goes through the model's own
+    forward, as in ``generate()``.
+    """
+
+    shares_passes = True
+    most_sequences: int | None = None
+
+    def __init__(self, model: Any, step: ModelStep, num_blocks: int) -> None:
+        self.blocks = Blocks(num_blocks)
+        self._model, self._step = model, step
+        self.any_cut = step.most_rows == sys.maxsize
+        shapes = [(num_blocks, 2, heads, KV_BLOCK, dim) for heads, dim in step.kv_shapes]
+        self.pool = [torch.empty(shape, dtype=torch.bfloat16) for shape in shapes]
+
+    def new(self) -> int:
+        return self.blocks.new()
+
+    def fork(self, sequence: int) -> int:
+        return self.blocks.fork(sequence)
+
+    def drop(self, sequence: int) -> None:
+        self.blocks.drop(sequence)
+
+    def step(self, rows: Sequence[Rows]) -> list[Result]:
+        for old, new in self.blocks.append_all([(one.sequence, len(one.tokens)) for one in rows]):
+            for states in self.pool:
+                states[new] = states[old]
+        results: dict[int, Result] = {}
+        for several in self._passes(rows):
+            results |= self._run(several)
+        return [results[one.sequence] for one in rows]
+
+    def _passes(self, rows: Sequence[Rows]) -> Iterator[list[Rows]]:
+        """``rows`` as they go into passes."""
+        taken, count = list[Rows](), 0
+        for one in rows:
+            if len(one.tokens) > self._step.most_rows:
+                yield [one]
+                continue
+            if count + len(one.tokens) > self._step.most_rows:
+                yield taken
+                taken, count = [], 0
+            taken.append(one)
+            count += len(one.tokens)
+        if taken:
+            yield taken
+
+    def _run(self, rows: list[Rows]) -> dict[int, Result]:
+        """One pass. Where it fails, each of ``rows`` gets another: one's error is not the others'."""
+        try:
+            if len(rows[0].tokens) > self._step.most_rows:
+                return {rows[0].sequence: self._forward(rows[0])}
+            return self._run_rows(rows)
+        except BaseException as error:  # a panic of a library in Rust is no Exception
+            if len(rows) == 1:
+                return {rows[0].sequence: error}
+            return {one.sequence: self._run([one])[one.sequence] for one in rows}
+
+    def _run_rows(self, rows: list[Rows]) -> dict[int, Result]:
+        if not self._step.is_unchanged():
+            raise UnsupportedCallError("the model was changed while it was served; serve it again")
+        tokens, wanted, sequences = list[int](), list[int](), list[SequenceRows]()
+        for one in rows:
+            tokens += one.tokens
+            wanted += range(len(tokens) - one.wanted, len(tokens))
+            count = len(one.tokens)
+            sequences.append(SequenceRows(count, self.blocks.length(one.sequence) - count, self.blocks.table(one.sequence)))
+        with torch.inference_mode():
+            logits = self._model.fate.run_rows(tokens, sequences, self.pool, wanted)
+        return dict(zip((one.sequence for one in rows), logits.split([one.wanted for one in rows]), strict=True))
+
+    def _forward(self, rows: Rows) -> torch.Tensor:
+        """A prompt, through the model's own forward."""
+        if self.blocks.length(rows.sequence) != len(rows.tokens):
+            raise UnsupportedCallError(f"this model reads {self._step.most_rows} tokens at once behind others")
+        table, cache = torch.tensor(self.blocks.table(rows.sequence)), DynamicCache()
+        cache.layers = [_PoolLayer(states, table) for states in self.pool]
+        with torch.inference_mode(), watched(self._model, rows.watch):
+            inputs = torch.tensor([rows.tokens])
+            output = self._model(inputs, past_key_values=cache, use_cache=True, logits_to_keep=max(1, rows.wanted))
+        return output.logits[0, output.logits.shape[1] - rows.wanted :]  # type: ignore[no-any-return]
+
+
+class _PoolLayer(DynamicLayer):  # type: ignore[misc]
+    """A layer of a cache that a whole prompt is written to, once: into the blocks ``table`` of ``states``."""
+
+    def __init__(self, states: torch.Tensor, table: torch.Tensor) -> None:
+        super().__init__()
+        self._states, self._table = states, table
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """``key_states`` and ``value_states`` [1, kv_heads, tokens, dim]."""
+        whole, rest = divmod(key_states.shape[2], KV_BLOCK)
+        for which, states in enumerate((key_states[0], value_states[0])):
+            first = states[:, : whole * KV_BLOCK].unflatten(1, (whole, KV_BLOCK)).transpose(0, 1)
+            self._states[self._table[:whole], which] = first
+            if rest:
+                self._states[self._table[whole], which, :, :rest] = states[:, whole * KV_BLOCK :]
+        return key_states, value_states

@@ -1,0 +1,139 @@
+"""What the next step computes: which requests run, and how many rows of each. Rules alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fate_moe.core import KV_BLOCK
+from fate_moe.schedule.blocks import blocks_for
+from fate_moe.schedule.executor import Executor, Rows
+from fate_moe.schedule.sequence import TextSequence
+
+__all__ = ["Steps"]
+
+# Rows of a step of which some are decode rows: what others' next token waits for at most. And of one that only reads prompts.
+_ROWS_BESIDE_DECODE, _ROWS = 256, 512
+# Rows whose logits are kept at once: 128 x 150,000 fp32 numbers are 77 MB, which a budget can spare.
+_LOGIT_ROWS = 128
+
+
+@dataclass
+class Steps:
+    """Requests that ``run``, oldest first, on an ``executor`` that takes ``parallel`` of them.
+
+    Decode rows come first. The rest of a step's rows is divided evenly among the prompts that are read: a short prompt does not
+    wait for a long one, and none starves. Where blocks run out, the youngest request gives its own back and is read again later.
+    The oldest always goes on. Requests with one prompt (several answers to a question) have it read once: the younger ones wait for
+    the oldest, and fork.
+    """
+
+    executor: Executor
+    parallel: int
+
+    def __post_init__(self) -> None:
+        self.run: list[TextSequence] = []
+        self._leaders: dict[TextSequence, TextSequence] = {}  # who waits for whom to read their prompt
+        self.preemptions = 0
+
+    def make_room(self) -> list[TextSequence]:
+        """Preempt the youngest until all others can take their decode rows; those that have to wait now, oldest first.
+
+        Who waited for a prompt that will not be read waits to read it.
+        """
+        blocks = self.executor.blocks
+        waiting = [one for one, leader in self._leaders.items() if leader.name is None or leader not in self.run]
+        for one in waiting:
+            self.leave(one)
+        while self._growth() > blocks.free and len(self.run) > 1:
+            waiting.append(youngest := self.run.pop())
+            self.leave(youngest)
+            youngest.forget()
+            self.preemptions += 1
+        return sorted(waiting, key=lambda one: one.order)
+
+    def never_admits(self, sequence: TextSequence) -> str | None:
+        """Why ``sequence`` can never run to its end; None if it can."""
+        room = self.executor.blocks.num_blocks * KV_BLOCK
+        if sequence.most_tokens <= room:
+            return None
+        return f"prompt and answer may take {sequence.most_tokens} tokens, and the KV cache holds {room}; ask for fewer new tokens"
+
+    def admits(self, sequence: TextSequence) -> bool:
+        """Whether ``sequence`` may run now: there is a place, and blocks for what it has to read, with some left for the others."""
+        if len(self.run) >= self.parallel:
+            return False
+        if self._leader_of(sequence) is not None:
+            return True
+        wanted = blocks_for(len(sequence.tokens) + 1)
+        return not self.run or wanted + self._growth() + len(self.run) <= self.executor.blocks.free
+
+    def admit(self, sequence: TextSequence) -> None:
+        """``sequence`` runs from now on; ``admits`` said so. Its place is by its age."""
+        if (leader := self._leader_of(sequence)) is not None:
+            self._leaders[sequence] = leader
+        else:
+            sequence.name = self.executor.new()
+            self.executor.blocks.reserve(sequence.name, min(len(sequence.tokens) + 1, sequence.most_tokens))
+        self.run.append(sequence)
+        self.run.sort(key=lambda one: one.order)
+
+    def leave(self, sequence: TextSequence) -> None:
+        """``sequence`` does not run any more."""
+        self._leaders.pop(sequence, None)
+        if sequence in self.run:
+            self.run.remove(sequence)
+        if sequence.name is not None:
+            self.executor.drop(sequence.name)
+
+    def forked(self, leader: TextSequence) -> list[TextSequence]:
+        """Those that waited for ``leader``, which has read its prompt: they have read it too."""
+        followers = [one for one, its in self._leaders.items() if its is leader]
+        for one in followers:
+            del self._leaders[one]
+            assert leader.name is not None
+            one.name, one.read = self.executor.fork(leader.name), leader.read
+        return followers
+
+    def rows(self) -> list[tuple[TextSequence, Rows]]:
+        """The next step."""
+        left = {sequence: sequence.target - sequence.read for sequence in self.run if sequence not in self._leaders}
+        decoding = [sequence for sequence in left if left[sequence] == 1 or self._one_by_one(sequence)]
+        reading = [sequence for sequence in left if left[sequence] > 0 and sequence not in decoding]
+        step = [(sequence, 1) for sequence in decoding]
+        budget = (_ROWS_BESIDE_DECODE if decoding else _ROWS) - len(decoding)
+        if not self.executor.any_cut:  # prompts whole, one a step
+            step += [(sequence, len(sequence.request.prompt)) for sequence in reading[:1]]
+        else:
+            shares = sorted(reading, key=lambda sequence: left[sequence])
+            for index, sequence in enumerate(shares):
+                count = min(left[sequence], max(1, budget // (len(shares) - index)))
+                if sequence.wants_prompt_records:
+                    count = min(count, _LOGIT_ROWS)
+                step.append((sequence, count))
+                budget -= count
+        return [(sequence, self._rows(sequence, count)) for sequence, count in step]
+
+    def _one_by_one(self, sequence: TextSequence) -> bool:
+        """Whether ``sequence``, read again, has to be read as it was written for its numbers to be the same."""
+        return not self.executor.any_cut and sequence.read >= len(sequence.request.prompt)
+
+    def _rows(self, sequence: TextSequence, count: int) -> Rows:
+        assert sequence.name is not None
+        end = sequence.read + count
+        records = self.executor.any_cut and sequence.wants_prompt_records
+        wanted = count if records else int(end == len(sequence.tokens))
+        watch: Callable[[float], None] | None = sequence.progress if count > 1 else None
+        return Rows(sequence.name, sequence.tokens[sequence.read : end], wanted, watch)
+
+    def _leader_of(self, sequence: TextSequence) -> TextSequence | None:
+        """Who is about to read just what ``sequence`` has to."""
+        request, prompt = sequence.request, sequence.request.prompt
+        if sequence.generated or not request.max_new_tokens or request.prompt_logprobs:
+            return None
+        reading = (one for one in self.run if one.read < len(prompt) and not one.generated and one not in self._leaders)
+        return next((one for one in reading if one.request.prompt == prompt and one.request.max_new_tokens), None)
+
+    def _growth(self) -> int:
+        """Blocks that the next step takes if all of ``run`` take part: those of prompts are reserved."""
+        return sum(self.executor.blocks.needed(one.name, 1) for one in self.run if one.name is not None)
