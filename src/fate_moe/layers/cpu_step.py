@@ -19,11 +19,14 @@ from transformers.cache_utils import DynamicCache
 from fate_moe.adapter.kv_cache import make_room, room_for
 from fate_moe.adapter.meta_model import ExpertStack
 from fate_moe.core import Patcher
-from fate_moe.kernels.native import DTYPES, native
-from fate_moe.kernels.plain_layer import PlainLayer
-from fate_moe.layers.modules import accelerated_by, is_causal, takes_many, takes_tokens, warn_of_difference, weight_of
-from fate_moe.layers.plain import NotPlain, cpu_reasons, recognise
+from fate_moe.kernels.native import BF16, DTYPES, native
+from fate_moe.kernels.plain_layer import PlainLayer, Router
+from fate_moe.kernels.routing import SCORES
+from fate_moe.layers.attentions import is_causal, mask_for, takes_tokens
+from fate_moe.layers.modules import accelerated_by
+from fate_moe.layers.plain import NotPlain, cpu_reasons, plain_decoder
 from fate_moe.layers.snapshot import ModuleSnapshot, StandIn
+from fate_moe.layers.weights import native_norm, router_weight, takes_many, warn_of_difference, weight_of
 from fate_moe.runtime import ExpertRuntime
 
 __all__ = ["join_layers"]
@@ -42,9 +45,9 @@ def join_layers(model: Any, stacks: Sequence[ExpertStack], runtime: ExpertRuntim
     ``exact``: quantized weights are multiplied with fp32 activations. Why a layer is left as it is, is logged.
     """
     buffers: dict[str, torch.Tensor] = {}
-    generator, steps = torch.Generator().manual_seed(0), list[CpuStep]()
-    for stack in stacks:
-        plain = recognise(model, stack)
+    generator, steps, by_layer = torch.Generator().manual_seed(0), list[CpuStep](), {stack.layer: stack for stack in stacks}
+    for plain in plain_decoder(model):
+        stack = by_layer.get(plain.layer)
         if isinstance(plain, NotPlain):
             reasons: Sequence[str] = plain.reasons
         else:
@@ -68,13 +71,13 @@ def join_layers(model: Any, stacks: Sequence[ExpertStack], runtime: ExpertRuntim
             step.ready = False
 
     if steps:
-        decoder = model.get_submodule(stacks[0].block.rpartition(".")[0].rpartition(".")[0].rpartition(".")[0])
+        decoder = model.get_submodule(steps[0].plain.path.rpartition(".")[0].rpartition(".")[0])
         patcher.hook(decoder, "before", before)
         patcher.hook(decoder, "after", after)
     return len(steps)
 
 
-def _missing_kernels(model: Any, plain: PlainLayer, stack: ExpertStack, runtime: ExpertRuntime) -> list[str]:
+def _missing_kernels(model: Any, plain: PlainLayer, stack: ExpertStack | None, runtime: ExpertRuntime) -> list[str]:
     """The parts of a plain layer that the extension cannot run as their weights are."""
     layer = model.get_submodule(plain.path)
     block = layer.get_submodule(plain.block)
@@ -85,26 +88,52 @@ def _missing_kernels(model: Any, plain: PlainLayer, stack: ExpertStack, runtime:
     for name, owner in parts.items():
         if accelerated_by(owner.get_submodule(name)) is None:
             reasons.append(f"no kernel runs its {name}")
-    for name in [plain.router_name, *([plain.shared.gate] if plain.shared is not None and plain.shared.gate else [])]:
-        if weight_of(block.get_submodule(name)) is None:
-            reasons.append(f"no kernel multiplies the weight of its {name}")
-    if layer.input_layernorm.weight.dtype != layer.post_attention_layernorm.weight.dtype:
-        reasons.append("its norms' weights have different dtypes")
+    if plain.shared is not None and plain.shared.gate and weight_of(block.get_submodule(plain.shared.gate)) is None:
+        reasons.append(f"no kernel multiplies the weight of its {plain.shared.gate}")
+    if stack is None:
+        return reasons
+    if router_weight(block.get_submodule(plain.router_name)) is None:
+        reasons.append(f"no kernel multiplies the weight of its {plain.router_name}")
+    if plain.router.correction and _tensor(block, plain.router.correction).dtype not in DTYPES:
+        reasons.append(f"no kernel reads its {plain.router.correction}")
     if not runtime.has_fused(stack.layer, block.experts):
         reasons.append("no kernel runs its experts")
     return reasons
+
+
+def _tensor(block: torch.nn.Module, path: str) -> torch.Tensor:
+    found: Any = block
+    for name in path.split("."):
+        found = getattr(found, name)
+    return found  # type: ignore[no-any-return]
+
+
+def _native_router(block: torch.nn.Module, router: Router) -> Any:
+    correction = _tensor(block, router.correction) if router.correction else None
+    at, dtype = (correction.data_ptr(), DTYPES[correction.dtype]) if correction is not None else (0, 0)
+    return native.Router.make(
+        router.top_k, SCORES.index(router.scores), router.normalize, router.floor, router.scale, at, dtype, router.groups,
+        router.top_groups, router.group_best, router.spread, router.rounds_logits, router.rounds_weights,
+    )  # fmt: skip
 
 
 class CpuStep(StandIn):
     """A plain layer's forward: tokens of one sequence in four calls, else the layer's own."""
 
     def __init__(
-        self, model: Any, plain: PlainLayer, stack: ExpertStack, runtime: Any, exact: bool, buffers: dict[str, torch.Tensor]
+        self,
+        model: Any,
+        plain: PlainLayer,
+        stack: ExpertStack | None,
+        runtime: Any,
+        exact: bool,
+        buffers: dict[str, torch.Tensor],
     ) -> None:
-        """``buffers`` are shared by all layers: they are written and read within one call."""
+        """``buffers`` are shared by all layers: they are written and read within one call. A dense layer has no ``stack``."""
         layer = model.get_submodule(plain.path)
         self.block = layer.get_submodule(plain.block)
-        self.original, self.runtime, self.stack, self.experts = layer.forward, runtime, stack, self.block.experts
+        self.original, self.runtime, self.stack = layer.forward, runtime, stack
+        self.experts = self.block.experts if stack is not None else None
         self.plain, self.index, self.hidden = plain, plain.attention.index, plain.hidden
         self.post_norm = layer.post_attention_layernorm
         shared = self.block.get_submodule(plain.shared.name) if plain.shared is not None else None
@@ -117,26 +146,25 @@ class CpuStep(StandIn):
         size = (1, self.hidden)
         for name in ("residual", "normed", "shared"):
             buffers.setdefault(name, torch.empty(size, dtype=torch.bfloat16))
-        rows = buffers.setdefault("rows", torch.empty(0, dtype=torch.float32))
-        if len(rows) < stack.top_k:
-            buffers["rows"] = torch.empty(stack.top_k, self.hidden, dtype=torch.float32)
-            buffers["weights"] = torch.empty(stack.top_k, dtype=torch.float32)
-            buffers["chosen"] = torch.empty(stack.top_k, dtype=torch.int64)
+        rows, top_k = buffers.setdefault("rows", torch.empty(0, dtype=torch.float32)), max(1, plain.router.top_k)
+        if len(rows) < top_k:
+            buffers["rows"] = torch.empty(top_k, self.hidden, dtype=torch.float32)
+            buffers["weights"] = torch.empty(top_k, dtype=torch.float32)
+            buffers["chosen"] = torch.empty(top_k, dtype=torch.int64)
             buffers["factors"] = torch.empty(1, dtype=torch.float32)
         self.buffers = buffers
         inner = [layer.self_attn, *([shared] if shared is not None else [])]
-        self._snapshot = ModuleSnapshot([layer, self.block, self.experts, *inner])
-        self.ready = True  # set for each pass of the decoder
-        router = weight_of(self.block.get_submodule(plain.router_name))
-        gate = native.Weight.make(router.place, 0, 0, 0)  # address 0: none
+        router = gate = native.Weight.make(native.Place.make(BF16, 0, self.hidden, [0], 0, 0, -1, 0), 0, 0, 0)  # none
+        if stack is not None:
+            inner += [self.experts, self.block.get_submodule(plain.router_name)]
+            router = router_weight(inner[-1])
         if plain.shared is not None and plain.shared.gate is not None:
             gate = weight_of(self.block.get_submodule(plain.shared.gate))
-        norms = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
-        self.of = native.Layer.make(
-            norms[0].data_ptr(), norms[1].data_ptr(), DTYPES[norms[0].dtype], plain.input_norm.eps, plain.input_norm.rounds_first,
-            accelerated_by(layer.self_attn), router, gate, plain.router.top_k, plain.router.normalize, plain.router.scale,
-            plain.residual_scale,
-        )  # fmt: skip
+        self._snapshot = ModuleSnapshot(list(dict.fromkeys([layer, self.block, *inner])))
+        self.ready = True  # set for each pass of the decoder
+        norms = native_norm(layer.input_layernorm, plain.input_norm), native_norm(layer.post_attention_layernorm, plain.post_norm)
+        routing = _native_router(self.block, plain.router)
+        self.of = native.Layer.make(*norms, accelerated_by(layer.self_attn), router, gate, routing, plain.residual_scale)
 
     def is_unchanged(self) -> bool:
         """Whether the layer is as it was found."""
@@ -151,19 +179,21 @@ class CpuStep(StandIn):
             or not takes_tokens(x, angles, count, attention, self._many)
             or not self.ready
             or self._snapshot.hooked()  # transformers adds some in the midst of a pass, to record outputs
-            or self.experts.fate_runtime is not self.runtime  # somebody watches the experts' inputs (tools/calibrate.py)
+            or (
+                self.experts is not None and self.experts.fate_runtime is not self.runtime
+            )  # somebody watches the experts' inputs (tools/calibrate.py)
         ):
             return self.original(hidden_states, *args, **kwargs)
         room = room_for(cache, self.index, attention.kv_heads, attention.head_dim)
         if (room is None and (cache is not None or not self._many)) or not is_causal(
-            mask, room.get_seq_length() if room else 0, count
+            mask, room.get_seq_length() if room else 0, count, attention.window
         ):
             return self.original(hidden_states, *args, **kwargs)
         run = self._run if count == 1 and room is not None else self._run_many
         return run(x.contiguous(), angles[0].contiguous(), angles[1].contiguous(), room)
 
     def _run(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, room: Any) -> torch.Tensor:
-        layer, threads, exact = self.stack.layer, torch.get_num_threads(), self._exact
+        threads, exact = torch.get_num_threads(), self._exact
         normed, rows, gates = self.buffers["normed"], self.buffers["rows"], self.buffers["weights"]
         residual, weights, shared, experts, factors = (
             self.buffers[name].data_ptr() for name in ("residual", "weights", "shared", "chosen", "factors")
@@ -174,10 +204,11 @@ class CpuStep(StandIn):
             residual, normed.data_ptr(), experts, weights, factors, exact, threads,
         )  # fmt: skip
         room.extend(1)
-        lease = self.runtime.begin(layer, normed, chosen, gates)
+        lease = self.runtime.begin(self.plain.layer, normed, chosen, gates) if chosen else None
         if self._shared is not None:
             native.mlp(self._shared, normed.data_ptr(), 1, 1, shared, exact, threads)
-        self.runtime.run(layer, self.experts, lease, chosen, normed, rows[: len(chosen)])
+        if chosen:
+            self.runtime.run(self.plain.layer, self.experts, lease, chosen, normed, rows[: len(chosen)])
         out = torch.empty_like(x)
         beside, scale = shared if self._shared is not None else 0, self.plain.residual_scale
         native.layer_end(residual, rows.data_ptr(), weights, 1, len(chosen), beside, factors, scale, self.hidden, out.data_ptr(), 1)
@@ -185,8 +216,8 @@ class CpuStep(StandIn):
 
     def _run_many(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, room: Any) -> torch.Tensor:
         """As ``_run``; without ``room`` keys and values are forgotten."""
-        layer, threads, exact = self.stack.layer, torch.get_num_threads(), self._exact
-        count, top_k, attention = x.numel() // self.hidden, self.stack.top_k, self.plain.attention
+        layer, threads, exact = self.plain.layer, torch.get_num_threads(), self._exact
+        count, top_k, attention = x.numel() // self.hidden, self.plain.router.top_k, self.plain.attention
         residual, normed, shared = (torch.empty(count, self.hidden, dtype=torch.bfloat16) for _ in range(3))
         chosen = torch.empty(count, top_k, dtype=torch.int64)
         weights, factors = torch.empty(count, top_k, dtype=torch.float32), torch.empty(count, dtype=torch.float32)
@@ -200,10 +231,11 @@ class CpuStep(StandIn):
         )  # fmt: skip
         if room is not None:
             room.extend(count)
-        self.runtime.begin_many(layer, normed, chosen, weights)
+        if top_k:
+            self.runtime.begin_many(layer, normed, chosen, weights)
         if self._shared is not None:
             native.mlp(self._shared, normed.data_ptr(), 1, count, shared.data_ptr(), exact, threads)
-        rows = self.runtime.run_many(layer, self.experts, normed, chosen, weights)
+        rows = self.runtime.run_many(layer, self.experts, normed, chosen, weights) if top_k else factors
         out = torch.empty_like(x)
         beside = shared.data_ptr() if self._shared is not None else 0
         native.layer_end(
@@ -234,12 +266,14 @@ def _difference(step: CpuStep, generator: torch.Generator) -> str | None:
 
     Experts louder than all else show how they are weighed, silent ones everything else.
     """
-    runtime, hooks = step.runtime, step.block._forward_pre_hooks
-    rows = torch.randn(step.stack.num_experts, step.hidden, generator=generator)
+    runtime, hooks, experts = step.runtime, step.block._forward_pre_hooks, step.experts
+    rows = torch.randn(step.plain.router.num_experts, step.hidden, generator=generator)
     step.block._forward_pre_hooks = OrderedDict()  # ours would start reads
     try:
         for scale in (1e3, 0.0):
-            step.runtime = step.experts.fate_runtime = _Pretender(scale * rows)
+            step.runtime = _Pretender(scale * rows)
+            if experts is not None:
+                experts.fate_runtime = step.runtime
             tokens = (0.02 * torch.randn(_TRIES, 1, _PROBE_TOKENS, step.hidden, generator=generator)).bfloat16()
             differences = [_difference_on(step, x) for x in tokens]
             if None not in differences:
@@ -247,7 +281,9 @@ def _difference(step: CpuStep, generator: torch.Generator) -> str | None:
     except Exception as error:  # whatever a family's layer makes of this call
         return f"it cannot be called with a token and a cache ({error})"
     finally:
-        step.runtime = step.experts.fate_runtime = runtime
+        step.runtime = runtime
+        if experts is not None:
+            experts.fate_runtime = runtime
         step.block._forward_pre_hooks = hooks
         step.ready = False
     return None
@@ -260,7 +296,8 @@ def _difference_on(step: CpuStep, x: torch.Tensor) -> str | None:
     """
     attention, residuals = step.plain.attention, []
     dim = attention.rotary_dim
-    angles = torch.arange(_PROBE_TOKENS * (dim // 2)).view(1, _PROBE_TOKENS, -1).repeat(1, 1, 2) * 0.7
+    angles = torch.arange(_PROBE_TOKENS * (dim // 2)).view(1, _PROBE_TOKENS, -1) * 0.7
+    angles = angles.repeat(1, 1, 1 if attention.half_angles else 2)
     outputs = []
     hook = step.post_norm.register_forward_pre_hook(lambda module, args: residuals.append(args[0].clone()))
     try:
@@ -272,7 +309,8 @@ def _difference_on(step: CpuStep, x: torch.Tensor) -> str | None:
                 run = step.original if tokens.start is None else function
                 if run is step:
                     hook.remove()  # it would make the step stand back
-                out: Any = run(hidden, position_embeddings=position, attention_mask=None, past_key_values=cache)
+                mask = mask_for(attention, tokens.start % _PROBE_TOKENS if tokens.start else 0, hidden.shape[1])
+                out: Any = run(hidden, position_embeddings=position, attention_mask=mask, past_key_values=cache)
                 make_room(cache, _PROBE_TOKENS)
             outputs.append(out.float())
     finally:
