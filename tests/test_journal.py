@@ -66,13 +66,13 @@ def opened(tiny_store: Path) -> Iterator[Callable[..., Any]]:
 def whole_layers(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Counts the decoder layers that run whole."""
     calls: Counter[str] = Counter()
-    original = native.layer
+    original = native.step
 
-    def counted(*args: Any) -> Any:
-        calls["layer"] += 1
-        return original(*args)
+    def counted(step: Any, *args: Any) -> Any:
+        calls["layer"] += len(step)
+        return original(step, *args)
 
-    monkeypatch.setattr(native, "layer", counted)
+    monkeypatch.setattr(native, "step", counted)
     return calls
 
 
@@ -110,14 +110,14 @@ def test_an_observed_model_computes_the_same_on_the_same_path(
 
 @needs_extension
 def test_both_ways_through_a_layer_write_the_same_record(opened: Callable[..., Any]) -> None:
-    """The same token, routed alike, by ``enter`` and ``compute`` in one model and by ``begin`` and ``run`` in another."""
+    """The same token, routed alike, by ``enter`` and ``compute`` in one model and by ``begin`` in another."""
     generator = torch.Generator().manual_seed(3)
     tokens = [torch.randn(1, 64, generator=generator).bfloat16() for _ in range(20)]
     seen = []
     for whole in (False, True):
         model, observer = opened(), Passes()
         runtime = model.fate.runtime
-        hidden_buffer, weights_buffer, rows = torch.empty(1, 64, dtype=torch.bfloat16), torch.empty(8), torch.empty(2, 64)
+        hidden_buffer, weights_buffer = torch.empty(1, 64, dtype=torch.bfloat16), torch.empty(1, 2)
         with runtime.observe(observer), torch.inference_mode():
             for token in tokens:
                 runtime.embedded(token)
@@ -128,10 +128,10 @@ def test_both_ways_through_a_layer_write_the_same_record(opened: Callable[..., A
                         runtime.compute(layer, decoder.mlp.experts, token, index, weights)
                         continue
                     hidden_buffer.copy_(token)
-                    weights_buffer[:2] = weights[0]
-                    chosen = index[0].tolist()
-                    lease = runtime.begin(layer, hidden_buffer, chosen, weights_buffer)
-                    runtime.run(layer, decoder.mlp.experts, lease, chosen, hidden_buffer, rows)
+                    weights_buffer.copy_(weights)
+                    assert runtime.begin(layer, hidden_buffer, index, weights_buffer) == index[0].tolist()
+                    assert sum(map(len, runtime.arriving())) == 2
+                    runtime.end()
         seen.append(observer.seen)
     assert len(seen[0]) == len(seen[1]) == 20
     kinds: Counter[Lookup] = Counter()
@@ -158,11 +158,11 @@ def test_a_trace_of_whole_layers_is_that_of_the_familys_own(
     model = opened(exact_activations=True)
     whole_layers.clear()  # loading tries each layer
     whole = traced(model, 24)
-    assert whole_layers["layer"] == 2 * 24
+    assert whole_layers["layer"] == 2 * 25, "the prompt and each token"
     with monkeypatch.context() as patch:
         patch.setenv("FATE_FUSE", "0")
         own = traced(opened(exact_activations=True), 24)
-    assert whole_layers["layer"] == 2 * 24
+    assert whole_layers["layer"] == 2 * 25, "the prompt and each token"
     alike = (whole.experts == own.experts).all((1, 2)).tolist()
     first = alike.index(False) if False in alike else len(alike)
     assert first >= 12

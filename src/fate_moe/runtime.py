@@ -37,9 +37,8 @@ def rows_by_expert(index: torch.Tensor, num_experts: int) -> dict[int, list[int]
 class ExpertRuntime:
     """Runs the experts of a model whose experts live elsewhere. A pass is run by one thread, which holds ``passing``.
 
-    A layer runs by ``enter`` and ``compute`` (any number of tokens, before and after the family's own router), or, after routing
-    and with ``has_fused`` experts, by ``begin`` and ``run`` (one token) or ``begin_many`` and ``run_many``. All write the same
-    journal while somebody observes.
+    A layer runs by ``enter`` and ``compute`` (before and after the family's own router), or, after routing and with ``has_fused``
+    experts that somebody else computes, by ``begin``, ``arriving`` and ``end``. Both write the same journal while observed.
 
     Same numbers: an expert's output depends on its tokens alone and is stored by (token, choice) row; rows are reduced in routing
     order. So neither the order of arrival nor the number of slots changes a bit.
@@ -66,6 +65,7 @@ class ExpertRuntime:
         self._slots = slots
         self.num_experts = num_experts
         self._claim: tuple[int, torch.Tensor, dict[int, list[int]], Lease] | None = None
+        self._given = 0  # experts of ``_claim`` that ``arriving`` gave
         self._journal: Journal | None = None  # while somebody observes
         self._check = check
 
@@ -131,13 +131,6 @@ class ExpertRuntime:
         self, layer: int, experts: Any, index: torch.Tensor, hidden: torch.Tensor, routing_weights: torch.Tensor
     ) -> tuple[torch.Tensor, dict[int, int | None]]:
         """``compute``, and with how many planes each expert was computed."""
-        outputs, num_planes = self._rows(layer, experts, hidden, index, routing_weights)
-        return self._slots.combine(outputs, routing_weights.reshape(index.shape), hidden), num_planes
-
-    def _rows(
-        self, layer: int, experts: Any, hidden: torch.Tensor, index: torch.Tensor, routing_weights: torch.Tensor
-    ) -> tuple[torch.Tensor, dict[int, int | None]]:
-        """Outputs by (token, choice), [num_tokens * top_k, hidden], and with how many planes each expert was computed."""
         rows, lease = self._acquire(layer, index, routing_weights)
         if self._journal is not None:
             self._journal.routed(layer, index, routing_weights, lease.lookups, self._prefetcher.predicted.get(layer, ()))
@@ -153,7 +146,7 @@ class ExpertRuntime:
             lease.release()
             self._claim = None
         self._finish(layer, list(rows))
-        return outputs, num_planes
+        return self._slots.combine(outputs, routing_weights.reshape(index.shape), hidden), num_planes
 
     def _gradients(
         self,
@@ -191,58 +184,58 @@ class ExpertRuntime:
             summed = by_row.view(*index.shape, -1).sum(1, dtype=wide).to(hidden.dtype)
             return summed.view(hidden.shape), of_weights.view(routing_weights.shape)
 
-    def begin(self, layer: int, hidden: torch.Tensor, chosen: Sequence[int], weights: torch.Tensor) -> Lease:
-        """``enter`` for one token after routing: ``hidden`` [1, hidden] goes to the experts ``chosen`` of ``layer``.
+    def begin(self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> list[int]:
+        """``enter`` after routing: ``hidden`` [num_tokens, hidden] goes to the experts ``index`` int64 [num_tokens, top_k], with
+        these routing ``weights``. Returns the distinct experts, most chosen first, ties in routing order.
 
-        ``weights`` begins with their routing weights. Neither tensor is kept: both may be reused once ``run`` returns.
+        The tensors may be reused once ``end`` was called.
         """
         if self._journal is not None:
             self._journal.entered(layer, hidden)
-        self._prefetcher.entered(layer, 1)
+        self._prefetcher.entered(layer, len(hidden))
         if self._claim is not None:
             self._claim[3].release()
-        sections = None
-        if self.view_selector.policy is not None:
-            rows = {expert: (row,) for row, expert in enumerate(chosen)}
-            sections = self.view_selector.sections(layer, rows, weights, self._prefetcher.affordable(1))
-        lease = self.residency.acquire([ExpertId(layer, expert) for expert in chosen], sections=sections)
-        self._claim = (-1, hidden, {}, lease)  # so that the next pass can release this lease if run() is never reached
-        if self._journal is not None:
-            predicted = self._prefetcher.predicted.get(layer, ())
-            self._journal.routed(layer, torch.tensor([chosen]), weights[: len(chosen)], lease.lookups, predicted)
-        self._prefetcher.look_ahead(layer, hidden)
-        return lease
-
-    def run(self, layer: int, experts: Any, lease: Lease, chosen: Sequence[int], hidden: torch.Tensor, rows: torch.Tensor) -> None:
-        """``compute`` after ``begin``, without the sum: the output of ``chosen[i]`` to ``rows[i]``, fp32 [len(chosen), hidden]."""
-        whole = self.view_selector.policy is None  # every expert with all its bits: counted at once, below
-        try:
-            for arrived in lease.batches():
-                places = [(chosen.index(expert.expert), slot) for expert, slot in arrived]
-                planes = None if whole else [self.view_selector.num_planes(expert) for expert, _ in arrived]
-                self._slots.run_token(layer, experts, chosen, places, hidden, rows, planes)
-        finally:
-            lease.release()
             self._claim = None
-        if whole:
-            self.view_selector.count_whole(layer, chosen)
-        self._finish(layer, chosen)
-
-    def begin_many(self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> None:
-        """``begin`` for many tokens: ``hidden`` [num_tokens, hidden], ``index`` int64 and ``weights`` [num_tokens, top_k]."""
+        rows, lease = self._acquire(layer, index, weights)
+        self._given = 0
         if self._journal is not None:
-            self._journal.entered(layer, hidden)
-        self._prefetcher.entered(layer, len(hidden))
-        self._acquire(layer, index, weights)
+            self._journal.routed(layer, index, weights, lease.lookups, self._prefetcher.predicted.get(layer, ()))
         self._prefetcher.look_ahead(layer, hidden)
+        return list(rows)
 
-    def run_many(self, layer: int, experts: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """``compute`` after ``begin_many``, without the sum: outputs fp32 [num_tokens * top_k, hidden] by (token, choice)."""
-        return self._rows(layer, experts, hidden, index, weights)[0]
+    def arriving(self) -> Iterator[list[tuple[int, int, int]]]:
+        """After ``begin``: its experts as they come, each with the address of its blob and the planes to compute with (0: all).
+
+        All that were resident are first. A list's experts are unlocked when the next one is asked for.
+        """
+        assert self._claim is not None
+        _, _, _, lease = self._claim
+        selector, address = self.view_selector, self._slots.address
+        for arrived in lease.batches():
+            self._given += len(arrived)
+            yield [(expert.expert, address(slot), selector.num_planes(expert) or 0) for expert, slot in arrived]
+
+    def end(self) -> None:
+        """The layer that ``begin`` began is done, or failed: nothing is locked any more. May be called again."""
+        if self._claim is None:
+            return
+        layer, _, rows, lease = self._claim
+        lease.release()
+        self._claim = None
+        if self._given == len(rows):
+            self._finish(layer, list(rows))
 
     def has_fused(self, layer: int, experts: Any) -> bool:
-        """Whether ``layer`` may run by ``begin`` and ``run``: all its experts have fused kernels."""
+        """Whether ``layer`` may run by ``begin``: all its experts have fused kernels."""
         return self._slots.has_fused(layer, experts)
+
+    def takes_many(self, layer: int, experts: Any) -> bool:
+        """Whether kernels are the way for any number of tokens of ``layer``'s experts."""
+        return self._slots.takes_many(layer, experts)
+
+    def fused(self, layer: int, experts: Any) -> tuple[list[Any], list[int], list[int]]:
+        """The extension's places of ``layer``'s experts, one for each precision; their planes; and each expert's place."""
+        return self._slots.fused(layer, experts)
 
     def cut_short(self) -> None:
         """The pass under way has failed or was interrupted: give back what it holds."""

@@ -126,9 +126,10 @@ class OwnAttention:
         keys, values = (torch.full((self.kv_heads, count + 3, self.dim), math.nan, dtype=torch.bfloat16) for _ in range(2))
         out, first = torch.empty(count, self.hidden), 0
         for length in pieces:
+            kv = native.Kv.make(keys.data_ptr(), values.data_ptr(), 0, 64 * self.dim, (count + 3) * self.dim)
             native.attention(
-                self.of, self.x[first].data_ptr(), 0, length, self.cos[first].data_ptr(), self.sin[first].data_ptr(),
-                keys.data_ptr(), values.data_ptr(), first, count + 3, out[first].data_ptr(), True, 2,
+                self.of, self.x[first].data_ptr(), 0, native.Spans.make([length], [first], [0], [0]), self.cos[first].data_ptr(),
+                self.sin[first].data_ptr(), kv, out[first].data_ptr(), True, 2,
             )  # fmt: skip
             first += length
         return out, keys, values

@@ -86,7 +86,8 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
             wanted, shapes = past + count, like or old
             most = max(wanted, self.max_tokens // max(1, shapes[0].shape[0]))
             length = min(most, wanted + max(MIN_ROOM, wanted // 4))
-            keys, values = (torch.empty(*x.shape[:2], length, x.shape[3], dtype=self.dtype, device=self.device) for x in shapes)
+            # Zeros: the native step skips a batch's padding, which the family's own forward multiplies by 0.
+            keys, values = (torch.zeros(*x.shape[:2], length, x.shape[3], dtype=self.dtype, device=self.device) for x in shapes)
             if past:
                 keys[:, :, :past], values[:, :, :past] = old
             self._room, self._length, self._set = (keys, values), past, [None, None]
@@ -100,9 +101,17 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         """Whether gradients are computed for cached keys or values."""
         return torch.is_grad_enabled() and any(states is not None and states.requires_grad for states in self._set)
 
-    def holds_one(self, dtype: torch.dtype) -> bool:
-        """Whether this is one sequence's, in ``dtype``, with something in it."""
-        return self.is_initialized and self.dtype == dtype and self._batch() == 1
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Entry i becomes what entry ``beam_idx[i]`` is; the room stays."""
+        if self._room is None:
+            super().reorder_cache(beam_idx)
+        else:
+            index = beam_idx.to(self.device)
+            self._room = self._room[0].index_select(0, index), self._room[1].index_select(0, index)
+
+    def holds(self, batch: int, dtype: torch.dtype) -> bool:
+        """Whether this is ``batch`` sequences', in ``dtype``, with something in it."""
+        return self.is_initialized and self.dtype == dtype and self._batch() == batch
 
     def _batch(self) -> int:
         keys = self._set[0] if self._room is None else self._room[0]
@@ -146,9 +155,10 @@ def make_room(cache: Any, max_tokens: int) -> None:
             cache.layers[index] = roomy
 
 
-def room_for(cache: Any, index: int, kv_heads: int, dim: int) -> RoomyLayer | None:
-    """Layer ``index`` of ``cache`` with keys and values of one sequence in bf16, made where nothing is cached yet; None if it is
-    another kind, or somebody trains what is in it (prefix tuning)."""
+def room_for(cache: Any, index: int, kv_heads: int, dim: int, batch: int = 1) -> RoomyLayer | None:
+    """Layer ``index`` of ``cache`` with keys and values of ``batch`` sequences in bf16, made where nothing is cached yet.
+
+    None if it is another kind, or somebody trains what is in it (prefix tuning)."""
     if type(cache) is not DynamicCache or cache.offloading:
         return None
     layers = cache.layers
@@ -162,10 +172,10 @@ def room_for(cache: Any, index: int, kv_heads: int, dim: int) -> RoomyLayer | No
     if not isinstance(layer, RoomyLayer) or layer.has_gradients():
         return None
     if not layer.is_initialized:
-        nothing = torch.empty(1, kv_heads, 0, dim, dtype=torch.bfloat16)
+        nothing = torch.empty(batch, kv_heads, 0, dim, dtype=torch.bfloat16)
         layer.lazy_initialization(nothing, nothing)
         layer.keys = layer.values = nothing
-    return layer if layer.holds_one(torch.bfloat16) else None
+    return layer if layer.holds(batch, torch.bfloat16) else None
 
 
 def _roomy(layer: Any, max_tokens: int) -> RoomyLayer | None:

@@ -50,7 +50,7 @@ class Calls:
         Comes after all other changes: it wraps the methods that it finds.
         """
         patcher.replace(model, "generate", self._in_turn(model.generate, self._generating))
-        passing = partial(self._passing, model.device.type)
+        passing = partial(self.one_pass, model.device.type)
         for module in _above_layers(model, stacks):
             forward = self._in_turn(module.forward, passing)
             patcher.replace(module, "forward", torch.compiler.disable(forward, reason=_EAGER))  # type: ignore[no-untyped-call]
@@ -71,7 +71,8 @@ class Calls:
             yield
 
     @contextmanager
-    def _passing(self, device: str) -> Iterator[None]:
+    def one_pass(self, device: str) -> Iterator[None]:
+        """A turn of one forward pass, with what it checks first. ``device``: the model's, "cpu" or "cuda"."""
         self._check()
         _refuse_tracing()
         _refuse_rounded_products(device)

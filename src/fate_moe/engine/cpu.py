@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
+
+import torch
 
 from fate_moe import switches
 from fate_moe.adapter.families import linear_routers, norms_of
@@ -25,6 +27,7 @@ from fate_moe.engine.weights import fill, leave_on_disk
 from fate_moe.journal import Observer
 from fate_moe.kernels.cpu import SlotExperts
 from fate_moe.layers.cpu_step import join_layers
+from fate_moe.layers.model_step import ModelStep, SequenceRows, model_step
 from fate_moe.layers.modules import accelerate
 from fate_moe.layers.plain import plain_decoder
 from fate_moe.machine import peak_memory
@@ -58,10 +61,28 @@ class CpuEngine(Engine):
         runtime: ExpertRuntime,
         calls: Calls,
         keep_learned: Callable[[], None],
+        step: ModelStep | None = None,
     ) -> None:
+        """``step`` runs the whole model in one call, if one does."""
+        self.step = step
         self.model, self.plan, self.config, self.patches, self.runtime = model, plan, config, patches, runtime
         self.calls = calls
         self.end_with(runtime, runtime.residency.close, keep_learned)
+
+    def note_model(self) -> None:
+        if self.step is not None:
+            self.step.note()
+
+    def run_rows(
+        self, tokens: Sequence[int], sequences: Sequence[SequenceRows], pool: Sequence[torch.Tensor], wanted: Sequence[int]
+    ) -> torch.Tensor:
+        """Rows of several sequences with their KV cache in blocks, in a turn: see ``ModelStep.run_rows``.
+
+        Only where ``step`` is there and ``step.is_unchanged()``.
+        """
+        assert self.step is not None
+        with self.calls.one_pass("cpu"):
+            return self.step.run_rows(tokens, sequences, pool, wanted)
 
     def counters(self) -> Counters:
         return replace(self.runtime.residency.counters)
@@ -164,14 +185,17 @@ class CpuParts:
         accelerated: Counter[str] = accelerate(model, config.exact_activations, patches)
         attach(model, stacks, self.runtime, patches)
         joined = join_layers(model, stacks, self.runtime, config.exact_activations, patches)
+        self._step = model_step(model, joined)
+        if self._step is not None:
+            patches.replace(model, "forward", self._step)
         modules = ", ".join(f"{count} {kind}" for kind, count in accelerated.items()) or "no modules"
-        _log.info("run by the extension, a token at a time: %d of %d layers whole, %s", joined, len(plain_decoder(model)), modules)
+        _log.info("run by the extension: %d of %d layers whole, %s", len(joined), len(plain_decoder(model)), modules)
         limit_context(model, plan.context_length, plan.kv_cache_bytes // plan.context_length, patches)
 
     def engine(self, keep_learned: Callable[[], None]) -> CpuEngine:
         """What becomes ``model.fate``."""
         calls = Calls(self.runtime.passing, self.runtime.cut_short)
-        return CpuEngine(self._model, self._plan, self._config, self._patches, self.runtime, calls, keep_learned)
+        return CpuEngine(self._model, self._plan, self._config, self._patches, self.runtime, calls, keep_learned, self._step)
 
     def abandon(self) -> None:
         """A step failed: stop what earlier ones started."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,13 +15,15 @@ from fate_moe.kernels.native import BF16, DTYPES, matrix_place, native, why_not
 from fate_moe.kernels.reference import expert_mlp, expert_weights
 from fate_moe.quant.blob import views
 
-__all__ = ["SlotExperts", "layer_kernel"]
+__all__ = ["SMALL", "SlotExperts", "layer_kernel"]
 
 _log = logging.getLogger(__name__)
 
 # Without int8 activations, up to this many tokens an expert's rows are multiplied as they lie; more pay for torch's GEMM, and for
 # writing quantized weights out as numbers before it.
 MOST_TOKENS = 8
+# Unquantized matrices up to so many weights are multiplied by the extension for any number of rows: oneDNN is slow on small ones.
+SMALL = 1 << 20
 
 Ready = Sequence[tuple[int, int]]  # (expert's index in its layer, slot)
 
@@ -130,46 +133,29 @@ class SlotExperts:
         return of_x, (y.detach().float() * of_sum.float()).sum(1).to(weights.dtype)
 
     def has_fused(self, layer: int, experts: Any) -> bool:
-        """Whether ``run_token`` can run ``layer``: all its experts have a fused kernel; ``experts`` is the transformers module."""
+        """Whether all experts of ``layer`` have a fused kernel; ``experts`` is the transformers module."""
         return all(kernel is not None and kernel.whole is not None for kernel in set(self._kernels_of(layer, experts)))
 
-    def run_token(
-        self,
-        layer: int,
-        experts: Any,
-        chosen: Sequence[int],
-        places: Ready,
-        hidden: torch.Tensor,
-        rows: torch.Tensor,
-        num_planes: Sequence[int | None] | None = None,
-    ) -> None:
-        """As ``run`` for one token: the experts in the slots of ``places`` (row, slot) write their ``rows``.
+    def takes_many(self, layer: int, experts: Any) -> bool:
+        """Whether kernels are the way for any number of tokens: experts that are quantized, or small."""
+        small = all(math.prod(shape) <= SMALL for shape in self._shapes[layer].values())
+        return not self._exact and all(small or of.num_planes != BF16 for of in self._kernels_of(layer, experts) if of is not None)
 
-        ``chosen`` are the experts by row; ``num_planes`` is in the order of ``places`` (None: all of all).
-        """
-        kernels = self._kernels[layer] if layer in self._kernels else self._kernels_of(layer, experts)
-        by_kernel: dict[_LayerKernel, list[tuple[int, int, int]]] = {}  # one, unless the layer has several precisions
-        for (row, slot), planes in zip(places, num_planes or [None] * len(places), strict=True):
-            kernel = kernels[chosen[row]]
-            assert kernel is not None
-            item = (self._addresses[slot], planes or kernel.num_planes, row)
-            by_kernel.setdefault(kernel, []).append(item)
-        for kernel, items in by_kernel.items():
-            addresses, counts, at = map(list, zip(*items, strict=True))
-            native.experts(
-                kernel.whole,
-                addresses,
-                counts,
-                list(range(len(items) + 1)),
-                at,
-                hidden.data_ptr(),
-                DTYPES[hidden.dtype],
-                1,
-                len(rows),
-                rows.data_ptr(),
-                self._exact,
-                torch.get_num_threads(),
-            )
+    def fused(self, layer: int, experts: Any) -> tuple[list[Any], list[int], list[int]]:
+        """Of a layer with ``has_fused``: the extension's places of its experts, one for each precision; how many planes each has;
+        and each expert's place."""
+        kernels = self._kernels_of(layer, experts)
+        different = list(dict.fromkeys(kernels))
+        found = [kernel for kernel in different if kernel is not None]
+        return (
+            [kernel.whole for kernel in found],
+            [kernel.num_planes for kernel in found],
+            [different.index(one) for one in kernels],
+        )
+
+    def address(self, slot: int) -> int:
+        """Where ``slot`` begins."""
+        return self._addresses[slot]
 
     def combine(self, outputs: torch.Tensor, routing_weights: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """[num_tokens, hidden] in ``hidden``'s dtype: the rows of ``outputs`` times ``routing_weights`` [num_tokens, top_k], summed

@@ -12,33 +12,16 @@ from transformers.cache_utils import DynamicCache
 from fate_moe.adapter.kv_cache import make_room, room_for
 from fate_moe.kernels.native import DTYPES, MOST_TURNED, ROPES, native
 from fate_moe.kernels.plain_layer import Attention
+from fate_moe.layers.rows import batch_rows, contiguous_kv, padding_of
 from fate_moe.layers.snapshot import ModuleSnapshot, StandIn
-from fate_moe.layers.weights import difference_of, is_near, native_norm, takes_many, warn_of_difference, weight_of
+from fate_moe.layers.weights import MOST_FEW, difference_of, is_near, native_norm, takes_many, warn_of_difference, weight_of
 
-__all__ = ["accelerated_attention", "is_causal", "mask_for", "native_attention", "takes_tokens", "way_of"]
+__all__ = ["accelerated_attention", "mask_for", "native_attention", "takes_tokens", "way_of"]
 
 _PROBE_TOKENS = 6
 _MOST_SPREAD = 4.0  # standard deviation of a query's scores in a trial
 
 Forward = Callable[..., Any]
-
-
-def is_causal(mask: torch.Tensor | None, past: int, count: int, window: int | None = None) -> bool:
-    """Whether ``mask`` lets each of ``count`` tokens see all up to itself, with a ``window`` only so many of them.
-
-    None, or [1, 1, count, n] of the last n of past + count tokens: bool, or numbers, 0 where a token is seen and the least number
-    where not (eager attention).
-    """
-    whole = past + count
-    if mask is None:
-        return window is None or whole <= window
-    first = whole - mask.shape[-1]
-    if mask.shape[:-1] != (1, 1, count) or not 0 <= first <= (max(0, past + 1 - window) if window else 0):
-        return False
-    seen = seen_tokens(past, count, window)[:, first:]
-    if mask.dtype == torch.bool:
-        return torch.equal(mask[0, 0], seen)
-    return torch.equal(mask[0, 0], _as_numbers(seen, mask.dtype))
 
 
 def seen_tokens(past: int, count: int, window: int | None) -> torch.Tensor:
@@ -70,37 +53,43 @@ class _Attention(StandIn):
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         x, angles, attention = hidden_states, kwargs.get("position_embeddings"), self._attention
-        count = x.numel() // self._size
         if (
             angles is None
             or args
             or kwargs.get("output_attentions")
-            or not takes_tokens(x, angles, count, attention, self._many)
+            or not takes_tokens(x, angles, attention, self._many)
             or self._snapshot.hooked()
             or not self._snapshot.same()
         ):
             return self.original(hidden_states, *args, **kwargs)
-        room = room_for(kwargs.get("past_key_values"), attention.index, attention.kv_heads, attention.head_dim)
-        if room is None or not is_causal(kwargs.get("attention_mask"), room.get_seq_length(), count, attention.window):
+        batch, count, _ = x.shape
+        room = room_for(kwargs.get("past_key_values"), attention.index, attention.kv_heads, attention.head_dim, batch)
+        past = room.get_seq_length() if room is not None else 0
+        padding = padding_of(kwargs.get("attention_mask"), batch, count, past, attention.window) if room is not None else None
+        rows = batch_rows(batch, count, past, padding) if padding is not None else None
+        if rows is None or room is None:
             return self.original(hidden_states, *args, **kwargs)
-        past, keys, values = room.reserve(count)
-        out = torch.empty_like(x)
-        where = keys.data_ptr(), values.data_ptr(), past, keys.shape[2]
-        hidden, cos, sin = x.contiguous(), angles[0].contiguous(), angles[1].contiguous()
-        angle, threads = (cos.data_ptr(), sin.data_ptr()), torch.get_num_threads()
-        native.attention(self.of, hidden.data_ptr(), 1, count, *angle, *where, out.data_ptr(), self._exact, threads)
+        kv = native.Kv.make(*contiguous_kv(*room.reserve(count)[1:]))
+        hidden, cos, sin = rows.pick(x), rows.pick(angles[0]).float(), rows.pick(angles[1]).float()
+        out = torch.empty_like(hidden)
+        native.attention(
+            self.of, hidden.data_ptr(), 1, rows.spans, cos.data_ptr(), sin.data_ptr(), kv, out.data_ptr(), self._exact,
+            torch.get_num_threads(),
+        )  # fmt: skip
         room.extend(count)
-        return out, None
+        return rows.put(out), None
 
 
-def takes_tokens(x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], count: int, attention: Attention, many: bool) -> bool:
-    """Whether ``x`` is ``count`` tokens of one sequence in bf16, with their ``angles``: one, unless ``many`` may come."""
+def takes_tokens(x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], attention: Attention, many: bool) -> bool:
+    """Whether ``x`` [batch, tokens, hidden] is bf16 with ``angles``, and unless ``many`` may come of ``MOST_FEW`` rows at most."""
     return (
-        (count == 1 or (many and len(x) == 1))
+        x.dim() == 3
+        and (many or x.shape[0] * x.shape[1] <= MOST_FEW)
         and x.dtype == torch.bfloat16
         and not x.requires_grad
-        and angles[0].dtype == torch.bfloat16
-        and angles[0].numel() == count * attention.num_angles
+        and angles[0].dtype in (torch.bfloat16, torch.float32)
+        and angles[0].shape[1:] == (x.shape[1], attention.num_angles)
+        and len(angles[0]) in (1, len(x))
     )
 
 

@@ -191,7 +191,12 @@ LAYERS: Mapping[str, LayerCode] = {
     "granitemoe.GraniteMoeDecoderLayer": LayerCode("block_sparse_moe", residual="residual_multiplier"),
 }
 # Embedding, layers, norm; rotary frequencies as they are; the head on that alone.
-TRUNKS = {"qwen3_moe.Qwen3MoeModel": True, "qwen2_moe.Qwen2MoeModel": True}
+TRUNKS = {
+    "qwen3_moe.Qwen3MoeModel": True,
+    "qwen2_moe.Qwen2MoeModel": True,
+    "mixtral.MixtralModel": True,
+    "olmoe.OlmoeModel": True,
+}
 ROPES = {
     "qwen3_moe.Qwen3MoeRotaryEmbedding": True,
     "qwen2_moe.Qwen2MoeRotaryEmbedding": True,

@@ -1,8 +1,8 @@
-"""Tokens through one plain decoder layer in four calls of the extension: what comes before the experts, the shared expert while
-their reads are under way, the experts, the sum. A token's bits do not depend on how many there are in a call.
+"""Tokens of one sequence or several through one plain decoder layer in one call of the extension (csrc/step.h). A token's bits
+depend on its own sequence alone.
 
-``plain.py`` says which layers these are, and the family's own forward stays for all other calls. Between two kernels the weights of
-a layer have gone through the processor's caches, and whatever runs next runs from memory. So it pays to have few steps.
+``plain.py`` says which layers these are, and the family's own forward stays for all other calls. ``model_step.py`` runs all layers
+of a model in one call where it knows what is around them.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,14 +24,16 @@ from fate_moe.core import Patcher
 from fate_moe.kernels.native import BF16, DTYPES, native
 from fate_moe.kernels.plain_layer import PlainLayer, Router
 from fate_moe.kernels.routing import SCORES
-from fate_moe.layers.attentions import is_causal, mask_for, takes_tokens
+from fate_moe.layers.attentions import mask_for, takes_tokens
 from fate_moe.layers.modules import accelerated_by
 from fate_moe.layers.plain import NotPlain, cpu_reasons, plain_decoder
+from fate_moe.layers.rows import Masks, batch_rows, contiguous_kv
 from fate_moe.layers.snapshot import ModuleSnapshot, StandIn
+from fate_moe.layers.step_memory import RuntimeMemory
 from fate_moe.layers.weights import native_norm, router_weight, takes_many, warn_of_difference, weight_of
 from fate_moe.runtime import ExpertRuntime
 
-__all__ = ["join_layers"]
+__all__ = ["CpuStep", "join_layers"]
 
 _log = logging.getLogger(__name__)
 
@@ -39,13 +43,17 @@ _TRIES = 3  # a token whose k-th and next expert are nearly equal may be routed 
 
 
 @torch.no_grad()
-def join_layers(model: Any, stacks: Sequence[ExpertStack], runtime: ExpertRuntime, exact: bool, patcher: Patcher) -> int:
-    """Let the plain layers among those of ``stacks`` run so; how many. Comes after ``accelerate``, whose kernels they use.
+def join_layers(model: Any, stacks: Sequence[ExpertStack], runtime: ExpertRuntime, exact: bool, patcher: Patcher) -> list[CpuStep]:
+    """Let the plain layers among those of ``stacks`` run so; which do. Comes after ``accelerate``, whose kernels they use.
 
     ``exact``: quantized weights are multiplied with fp32 activations. Why a layer is left as it is, is logged.
     """
-    buffers: dict[str, torch.Tensor] = {}
-    generator, steps, by_layer = torch.Generator().manual_seed(0), list[CpuStep](), {stack.layer: stack for stack in stacks}
+    hidden = model.config.get_text_config().hidden_size
+    shared = Shared(
+        runtime, native.CallbackMemory(RuntimeMemory(runtime, [stack.top_k for stack in stacks], hidden)), exact, Masks()
+    )
+    generator, steps = torch.Generator().manual_seed(0), list[CpuStep]()
+    by_layer = {stack.layer: stack for stack in stacks}
     for plain in plain_decoder(model):
         stack = by_layer.get(plain.layer)
         if isinstance(plain, NotPlain):
@@ -55,7 +63,7 @@ def join_layers(model: Any, stacks: Sequence[ExpertStack], runtime: ExpertRuntim
         if reasons or isinstance(plain, NotPlain):
             _log.info("%s runs its own forward: %s", plain.path, "; ".join(reasons))
             continue
-        step = CpuStep(model, plain, stack, runtime, exact, buffers)
+        step = CpuStep(model, plain, stack, shared)
         if (difference := _difference(step, generator)) is not None:
             warn_of_difference(plain.path, difference)
             continue
@@ -69,12 +77,13 @@ def join_layers(model: Any, stacks: Sequence[ExpertStack], runtime: ExpertRuntim
     def after(module: nn.Module, args: Any, output: Any) -> None:
         for step in steps:
             step.ready = False
+        shared.masks.forget()
 
     if steps:
         decoder = model.get_submodule(steps[0].plain.path.rpartition(".")[0].rpartition(".")[0])
         patcher.hook(decoder, "before", before)
         patcher.hook(decoder, "after", after)
-    return len(steps)
+    return steps
 
 
 def _missing_kernels(model: Any, plain: PlainLayer, stack: ExpertStack | None, runtime: ExpertRuntime) -> list[str]:
@@ -117,132 +126,94 @@ def _native_router(block: torch.nn.Module, router: Router) -> Any:
     )  # fmt: skip
 
 
-class CpuStep(StandIn):
-    """A plain layer's forward: tokens of one sequence in four calls, else the layer's own."""
+@dataclass(frozen=True)
+class Shared:
+    """What all steps of a model have in common. ``exact``: quantized weights are multiplied with fp32 activations."""
 
-    def __init__(
-        self,
-        model: Any,
-        plain: PlainLayer,
-        stack: ExpertStack | None,
-        runtime: Any,
-        exact: bool,
-        buffers: dict[str, torch.Tensor],
-    ) -> None:
-        """``buffers`` are shared by all layers: they are written and read within one call. A dense layer has no ``stack``."""
+    runtime: ExpertRuntime
+    memory: Any  # the extension's ExpertMemory
+    exact: bool
+    masks: Masks
+
+
+class CpuStep(StandIn):
+    """A plain layer's forward: tokens of sequences in one call, else the layer's own."""
+
+    def __init__(self, model: Any, plain: PlainLayer, stack: ExpertStack | None, shared: Shared) -> None:
+        """A dense layer has no ``stack``."""
         layer = model.get_submodule(plain.path)
         self.block = layer.get_submodule(plain.block)
-        self.original, self.runtime, self.stack = layer.forward, runtime, stack
-        self.experts = self.block.experts if stack is not None else None
+        self.original, self.shared, self.stack, self.experts = layer.forward, shared, stack, None
+        if stack is not None:
+            self.experts = self.block.experts
         self.plain, self.index, self.hidden = plain, plain.attention.index, plain.hidden
         self.post_norm = layer.post_attention_layernorm
-        shared = self.block.get_submodule(plain.shared.name) if plain.shared is not None else None
-        self._shared = accelerated_by(shared) if shared is not None else None
-        self._exact = exact
+        beside = self.block.get_submodule(plain.shared.name) if plain.shared is not None else None
         projections = [layer.self_attn.get_submodule(f"{name}_proj") for name in "qkvo"]
-        if shared is not None:
-            projections += [shared.gate_proj, shared.up_proj, shared.down_proj]
-        self._many = takes_many(projections, exact)
-        size = (1, self.hidden)
-        for name in ("residual", "normed", "shared"):
-            buffers.setdefault(name, torch.empty(size, dtype=torch.bfloat16))
-        rows, top_k = buffers.setdefault("rows", torch.empty(0, dtype=torch.float32)), max(1, plain.router.top_k)
-        if len(rows) < top_k:
-            buffers["rows"] = torch.empty(top_k, self.hidden, dtype=torch.float32)
-            buffers["weights"] = torch.empty(top_k, dtype=torch.float32)
-            buffers["chosen"] = torch.empty(top_k, dtype=torch.int64)
-            buffers["factors"] = torch.empty(1, dtype=torch.float32)
-        self.buffers = buffers
-        inner = [layer.self_attn, *([shared] if shared is not None else [])]
+        if beside is not None:
+            projections += [beside.gate_proj, beside.up_proj, beside.down_proj]
+        self.takes_many = takes_many(projections, shared.exact)
+        inner = [layer.self_attn, *([beside] if beside is not None else [])]
         router = gate = native.Weight.make(native.Place.make(BF16, 0, self.hidden, [0], 0, 0, -1, 0), 0, 0, 0)  # none
+        places: tuple[Any, ...] = [], [], []
         if stack is not None:
             inner += [self.experts, self.block.get_submodule(plain.router_name)]
-            router = router_weight(inner[-1])
-        if plain.shared is not None and plain.shared.gate is not None:
-            gate = weight_of(self.block.get_submodule(plain.shared.gate))
+            router, places = router_weight(inner[-1]), shared.runtime.fused(stack.layer, self.experts)
+            self.takes_many = self.takes_many and shared.runtime.takes_many(stack.layer, self.experts)
         self._snapshot = ModuleSnapshot(list(dict.fromkeys([layer, self.block, *inner])))
         self.ready = True  # set for each pass of the decoder
+        if plain.shared is not None and plain.shared.gate is not None:
+            gate = weight_of(self.block.get_submodule(plain.shared.gate))
         norms = native_norm(layer.input_layernorm, plain.input_norm), native_norm(layer.post_attention_layernorm, plain.post_norm)
         routing = _native_router(self.block, plain.router)
-        self.of = native.Layer.make(*norms, accelerated_by(layer.self_attn), router, gate, routing, plain.residual_scale)
+        self.until_experts = native.Layer.make(*norms, accelerated_by(layer.self_attn), router, gate, routing, plain.residual_scale)
+        self.beside = accelerated_by(beside) if beside is not None else None
+        self.of = native.StepLayer.make(plain.layer, self.until_experts, self.beside, *places)
+        self._alone = native.Step.make([self.of], None)
 
     def is_unchanged(self) -> bool:
         """Whether the layer is as it was found."""
         return self._snapshot.same()
 
+    def is_watched(self) -> bool:
+        """Whether somebody hooked a part since, or watches the experts' inputs (tools/calibrate.py)."""
+        return self._snapshot.hooked() or (self.experts is not None and self.experts.fate_runtime is not self.shared.runtime)
+
+    def room_in(self, cache: Any, batch: int) -> Any:
+        """The layer's part of a KV cache of ``batch`` sequences; None if it is another kind."""
+        return room_for(cache, self.index, self.plain.attention.kv_heads, self.plain.attention.head_dim, batch)
+
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         x, angles, attention = hidden_states, kwargs.get("position_embeddings"), self.plain.attention
-        count, cache, mask = x.numel() // self.hidden, kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        cache, mask, shared = kwargs.get("past_key_values"), kwargs.get("attention_mask"), self.shared
         if (
             angles is None
             or args
-            or not takes_tokens(x, angles, count, attention, self._many)
+            or not takes_tokens(x, angles, attention, self.takes_many)
             or not self.ready
-            or self._snapshot.hooked()  # transformers adds some in the midst of a pass, to record outputs
-            or (
-                self.experts is not None and self.experts.fate_runtime is not self.runtime
-            )  # somebody watches the experts' inputs (tools/calibrate.py)
+            or self.is_watched()  # transformers adds hooks in the midst of a pass, to record outputs
         ):
             return self.original(hidden_states, *args, **kwargs)
-        room = room_for(cache, self.index, attention.kv_heads, attention.head_dim)
-        if (room is None and (cache is not None or not self._many)) or not is_causal(
-            mask, room.get_seq_length() if room else 0, count, attention.window
-        ):
+        batch, count, _ = x.shape
+        room = self.room_in(cache, batch)
+        past = room.get_seq_length() if room is not None else 0
+        padding = shared.masks.padding(mask, batch, count, past, attention.window) if room is not None or cache is None else None
+        rows = batch_rows(batch, count, past, padding) if padding is not None else None
+        if rows is None:
             return self.original(hidden_states, *args, **kwargs)
-        run = self._run if count == 1 and room is not None else self._run_many
-        return run(x.contiguous(), angles[0].contiguous(), angles[1].contiguous(), room)
-
-    def _run(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, room: Any) -> torch.Tensor:
-        threads, exact = torch.get_num_threads(), self._exact
-        normed, rows, gates = self.buffers["normed"], self.buffers["rows"], self.buffers["weights"]
-        residual, weights, shared, experts, factors = (
-            self.buffers[name].data_ptr() for name in ("residual", "weights", "shared", "chosen", "factors")
-        )
-        past, keys, values = room.reserve(1)
-        chosen = native.layer(
-            self.of, x.data_ptr(), 1, cos.data_ptr(), sin.data_ptr(), keys.data_ptr(), values.data_ptr(), past, keys.shape[2],
-            residual, normed.data_ptr(), experts, weights, factors, exact, threads,
-        )  # fmt: skip
-        room.extend(1)
-        lease = self.runtime.begin(self.plain.layer, normed, chosen, gates) if chosen else None
-        if self._shared is not None:
-            native.mlp(self._shared, normed.data_ptr(), 1, 1, shared, exact, threads)
-        if chosen:
-            self.runtime.run(self.plain.layer, self.experts, lease, chosen, normed, rows[: len(chosen)])
-        out = torch.empty_like(x)
-        beside, scale = shared if self._shared is not None else 0, self.plain.residual_scale
-        native.layer_end(residual, rows.data_ptr(), weights, 1, len(chosen), beside, factors, scale, self.hidden, out.data_ptr(), 1)
-        return out
-
-    def _run_many(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, room: Any) -> torch.Tensor:
-        """As ``_run``; without ``room`` keys and values are forgotten."""
-        layer, threads, exact = self.plain.layer, torch.get_num_threads(), self._exact
-        count, top_k, attention = x.numel() // self.hidden, self.plain.router.top_k, self.plain.attention
-        residual, normed, shared = (torch.empty(count, self.hidden, dtype=torch.bfloat16) for _ in range(3))
-        chosen = torch.empty(count, top_k, dtype=torch.int64)
-        weights, factors = torch.empty(count, top_k, dtype=torch.float32), torch.empty(count, dtype=torch.float32)
         if room is not None:
-            past, keys, values = room.reserve(count)
-        else:
-            past, keys, values = 0, *torch.empty(2, 1, attention.kv_heads, count, attention.head_dim, dtype=torch.bfloat16)
-        native.layer(
-            self.of, x.data_ptr(), count, cos.data_ptr(), sin.data_ptr(), keys.data_ptr(), values.data_ptr(), past, keys.shape[2],
-            residual.data_ptr(), normed.data_ptr(), chosen.data_ptr(), weights.data_ptr(), factors.data_ptr(), exact, threads,
+            keys, values = room.reserve(count)[1:]
+        else:  # keys and values are forgotten
+            keys, values = torch.zeros(2, batch, attention.kv_heads, count, attention.head_dim, dtype=torch.bfloat16)
+        out = rows.pick(x).clone()
+        cos, sin = (rows.pick(of).float() for of in angles)
+        native.step(
+            self._alone, out.data_ptr(), rows.spans, cos.data_ptr(), sin.data_ptr(), contiguous_kv(keys, values), [], 0,
+            shared.memory, shared.exact, False, torch.get_num_threads(),
         )  # fmt: skip
         if room is not None:
             room.extend(count)
-        if top_k:
-            self.runtime.begin_many(layer, normed, chosen, weights)
-        if self._shared is not None:
-            native.mlp(self._shared, normed.data_ptr(), 1, count, shared.data_ptr(), exact, threads)
-        rows = self.runtime.run_many(layer, self.experts, normed, chosen, weights) if top_k else factors
-        out = torch.empty_like(x)
-        beside = shared.data_ptr() if self._shared is not None else 0
-        native.layer_end(
-            residual.data_ptr(), rows.data_ptr(), weights.data_ptr(), count, top_k, beside, factors.data_ptr(),
-            self.plain.residual_scale, self.hidden, out.data_ptr(), threads,
-        )  # fmt: skip
-        return out
+        return rows.put(out)
 
 
 class _Pretender:
@@ -254,73 +225,91 @@ class _Pretender:
     def compute(self, layer: int, experts: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return (self.rows[index] * weights.float().unsqueeze(-1)).sum(1).to(hidden.dtype)
 
-    def begin(self, layer: int, hidden: torch.Tensor, chosen: Sequence[int], weights: torch.Tensor) -> None:
-        """There is nothing to wait for."""
-
-    def run(self, layer: int, experts: Any, lease: Any, chosen: Sequence[int], hidden: torch.Tensor, rows: torch.Tensor) -> None:
-        rows.copy_(self.rows[list(chosen)])
-
 
 def _difference(step: CpuStep, generator: torch.Generator) -> str | None:
     """How what ``step`` adds to a token differs from what the layer's own forward adds, if it does.
 
     Experts louder than all else show how they are weighed, silent ones everything else.
     """
-    runtime, hooks, experts = step.runtime, step.block._forward_pre_hooks, step.experts
+    holder: Any = step.experts if step.experts is not None else SimpleNamespace(fate_runtime=None)
+    runtime, hooks = holder.fate_runtime, step.block._forward_pre_hooks
     rows = torch.randn(step.plain.router.num_experts, step.hidden, generator=generator)
     step.block._forward_pre_hooks = OrderedDict()  # ours would start reads
     try:
         for scale in (1e3, 0.0):
-            step.runtime = _Pretender(scale * rows)
-            if experts is not None:
-                experts.fate_runtime = step.runtime
+            holder.fate_runtime = _Pretender(scale * rows)
             tokens = (0.02 * torch.randn(_TRIES, 1, _PROBE_TOKENS, step.hidden, generator=generator)).bfloat16()
-            differences = [_difference_on(step, x) for x in tokens]
+            differences = [_difference_on(step, scale * rows, x) for x in tokens]
             if None not in differences:
                 return differences[0]
     except Exception as error:  # whatever a family's layer makes of this call
         return f"it cannot be called with a token and a cache ({error})"
     finally:
-        step.runtime = runtime
-        if experts is not None:
-            experts.fate_runtime = runtime
+        holder.fate_runtime = runtime
         step.block._forward_pre_hooks = hooks
         step.ready = False
     return None
 
 
-def _difference_on(step: CpuStep, x: torch.Tensor) -> str | None:
+def _difference_on(step: CpuStep, experts: torch.Tensor, x: torch.Tensor) -> str | None:
     """``x`` [1, tokens, hidden]: all but the last token by the layer's own forward, the last by each of the two.
 
     What attention adds and what the block adds are compared apart.
     """
-    attention, residuals = step.plain.attention, []
-    dim = attention.rotary_dim
-    angles = torch.arange(_PROBE_TOKENS * (dim // 2)).view(1, _PROBE_TOKENS, -1) * 0.7
+    residuals = list[torch.Tensor]()
+    attention = step.plain.attention
+    angles = torch.arange(_PROBE_TOKENS * (attention.rotary_dim // 2)).view(1, _PROBE_TOKENS, -1) * 0.7
     angles = angles.repeat(1, 1, 1 if attention.half_angles else 2)
-    outputs = []
-    hook = step.post_norm.register_forward_pre_hook(lambda module, args: residuals.append(args[0].clone()))
+    position = angles.cos().bfloat16(), angles.sin().bfloat16()
+    first, last = [(x[:, at], tuple(of[:, at] for of in position)) for at in (slice(None, -1), slice(-1, None))]
+    caches = DynamicCache(), DynamicCache()
+    for cache in caches:
+        _own_forward(step, *first, cache)
+        make_room(cache, _PROBE_TOKENS)
+    room = step.room_in(caches[0], 1)
+    if room is None:
+        return "it keeps its keys and values in another way"
+    mine, got = _by_parts(step, experts, *last, room)
+    hook = step.post_norm.register_forward_pre_hook(lambda module, args: residuals.append(args[0].float()))
     try:
-        for function in (step.original, step):
-            cache = DynamicCache()
-            for tokens in (slice(None, -1), slice(-1, None)):
-                position = (angles[:, tokens].cos().bfloat16(), angles[:, tokens].sin().bfloat16())
-                hidden = x[:, tokens].contiguous()
-                run = step.original if tokens.start is None else function
-                if run is step:
-                    hook.remove()  # it would make the step stand back
-                mask = mask_for(attention, tokens.start % _PROBE_TOKENS if tokens.start else 0, hidden.shape[1])
-                out: Any = run(hidden, position_embeddings=position, attention_mask=mask, past_key_values=cache)
-                make_room(cache, _PROBE_TOKENS)
-            outputs.append(out.float())
+        want = _own_forward(step, *last, caches[1])
     finally:
         hook.remove()
-    if room_for(cache, step.index, attention.kv_heads, attention.head_dim) is None:
-        return "it keeps its keys and values in another way"
-    mine, own = step.buffers["residual"].float(), residuals[1].float()
-    return _apart("attention adds", mine - hidden.float(), own - hidden.float(), own) or _apart(
-        "the MoE block adds", outputs[1] - mine, outputs[0] - own, outputs[0]
-    )
+    hidden, own = last[0].float(), residuals[0]
+    return _apart("attention adds", mine - hidden, own - hidden, own) or _apart("the MoE block adds", got - mine, want - own, want)
+
+
+def _own_forward(step: CpuStep, x: torch.Tensor, angles: tuple[torch.Tensor, ...], cache: Any) -> torch.Tensor:
+    past = _PROBE_TOKENS - 1 if x.shape[1] == 1 else 0
+    mask = mask_for(step.plain.attention, past, x.shape[1])
+    out: torch.Tensor = step.original(x.contiguous(), position_embeddings=angles, attention_mask=mask, past_key_values=cache)
+    return out.float()
+
+
+def _by_parts(
+    step: CpuStep, experts: torch.Tensor, x: torch.Tensor, angles: tuple[torch.Tensor, ...], room: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token through the parts of csrc/step.cpp, with the rows of ``experts`` for outputs: the residual stream after attention,
+    and after the block."""
+    threads, exact, top_k, hidden = torch.get_num_threads(), step.shared.exact, step.plain.router.top_k, step.hidden
+    x, cos, sin = x.contiguous(), *(each.float().contiguous() for each in angles)
+    residual, normed, beside, out = (torch.empty(1, 1, hidden, dtype=torch.bfloat16) for _ in range(4))
+    chosen, weights, factors = torch.empty(top_k, dtype=torch.int64), torch.empty(top_k), torch.empty(1)
+    past, *states = room.reserve(1)
+    native.layer(
+        step.until_experts, x.data_ptr(), native.Spans.make([1], [past], [0], [0]), cos.data_ptr(), sin.data_ptr(),
+        native.Kv.make(*contiguous_kv(*states)), residual.data_ptr(), normed.data_ptr(), chosen.data_ptr(), weights.data_ptr(),
+        factors.data_ptr(), exact, threads,
+    )  # fmt: skip
+    room.extend(1)
+    if step.beside is not None:
+        native.mlp(step.beside, normed.data_ptr(), 1, 1, beside.data_ptr(), exact, threads)
+    rows, at = experts[chosen].contiguous(), beside.data_ptr() if step.beside is not None else 0
+    native.layer_end(
+        residual.data_ptr(), rows.data_ptr(), weights.data_ptr(), 1, top_k, at, factors.data_ptr(), step.plain.residual_scale,
+        hidden, out.data_ptr(), 1,
+    )  # fmt: skip
+    return residual.float(), out.float()
 
 
 def _apart(what: str, got: torch.Tensor, want: torch.Tensor, total: torch.Tensor) -> str | None:

@@ -18,6 +18,7 @@ from fate_moe.adapter.contract import is_experts
 from fate_moe.adapter.families import ROUTER_NAMES
 from fate_moe.core import Patcher
 from fate_moe.kernels.activations import find_activation
+from fate_moe.kernels.cpu import SMALL
 from fate_moe.kernels.native import DTYPES, native
 from fate_moe.kernels.plain_layer import Attention, Mlp, Norm
 from fate_moe.layers.attentions import accelerated_attention
@@ -25,7 +26,6 @@ from fate_moe.layers.dense import MAX_ROWS
 from fate_moe.layers.plain import attention_reasons, recognise_attention, recognise_mlp, recognise_norm
 from fate_moe.layers.snapshot import ModuleSnapshot, StandIn
 from fate_moe.layers.weights import (
-    SMALL,
     SmallWeight,
     difference_of,
     is_near,

@@ -10,13 +10,14 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from fate_moe.kernels.cpu import SMALL
 from fate_moe.kernels.gradients import flows, refuse_transforms
 from fate_moe.kernels.native import BF16, DTYPES, F32, native
 from fate_moe.kernels.plain_layer import Norm
 from fate_moe.layers.dense import MAX_ROWS, QuantizedLinear
 
 __all__ = [
-    "SMALL",
+    "MOST_FEW",
     "SmallWeight",
     "difference_of",
     "is_near",
@@ -30,8 +31,8 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
-# Unquantized matrices up to so many weights are multiplied by the extension: oneDNN is slow on a router's few rows in bf16.
-SMALL = 1 << 20
+# Rows up to which the extension multiplies matrices that are not quantized, too: a batch gives the bits of its sequences alone.
+MOST_FEW = 16
 _NEAR = 0.02  # of the norm: int8 activations and bf16 roundings give 0.01, another rope or scaling more than 0.1
 
 

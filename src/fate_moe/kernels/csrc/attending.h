@@ -10,9 +10,10 @@ namespace fate {
 
 class Attending {
  public:
-  // Sizes everything, for up to kMostRows tokens.
-  Attending(const Ops& ops, const Attention& a, int64_t num_tokens, const Cache& cache, bool exact, int num_threads)
-      : ops_(ops), a_(a), cache_(cache), own_(own()), num_tokens_(num_tokens) {
+  // Sizes everything, for the up to kMostRows rows of `spans`.
+  Attending(const Ops& ops, const Attention& a, const std::vector<Span>& spans, const Kv& kv, bool exact, int num_threads)
+      : ops_(ops), a_(a), kv_(kv), spans_(spans), own_(own()), num_tokens_(spans.back().end) {
+    const int64_t num_tokens = num_tokens_;
     const Matrix made[] = {a.q.matrix(), a.k.matrix(), a.v.matrix()};
     bool kept = false;
     int quantized = 0;
@@ -33,9 +34,13 @@ class Attending {
     result_ = rows_ + num_tokens * width_, angles_ = result_ + num_tokens * last_.rows, norms_ = angles_ + num_tokens * 2 * a.rotary_dim;
     sinks_ = norms_ + 2 * (query_norm_ + key_norm_);
     // Rows enough to share what is read of a block, and tasks enough for all threads.
-    tokens_of_task_ = std::max<int64_t>(1, kRowsOfTask / group);
+    const int64_t tokens_of_task = std::max<int64_t>(1, kRowsOfTask / group);
     heads_of_task_ = group;
-    if (num_tokens == 1 && a.kv_heads < num_threads) heads_of_task_ = std::max<int64_t>(1, group * a.kv_heads / num_threads);
+    if (num_tokens * a.kv_heads < num_threads) heads_of_task_ = std::max<int64_t>(1, group * num_tokens * a.kv_heads / num_threads);
+    for (const Span& span : spans)
+      for (int64_t t = span.begin; t < span.end; t += tokens_of_task) parts_.push_back({&span, t, std::min(span.end, t + tokens_of_task)});
+    span_of_.resize(num_tokens);
+    for (const Span& span : spans) std::fill(span_of_.begin() + span.begin, span_of_.begin() + span.end, &span);
   }
 
   float* x(int64_t t) const { return own_.tokens.x(t); }  // [q.cols]
@@ -43,10 +48,10 @@ class Attending {
   int64_t size() const { return last_.rows; }
 
   // After token t's x is written: the rest of phase 0. cos and sin are all tokens'.
-  void begin(int64_t t, const void* cos, const void* sin, Dtype dtype) const {
+  void begin(int64_t t, const float* cos, const float* sin) const {
     own_.tokens.finish(ops_, t);
-    read_angles(at(cos, dtype, t * a_.num_angles), dtype, angles_ + 2 * t * a_.rotary_dim);
-    read_angles(at(sin, dtype, t * a_.num_angles), dtype, angles_ + (2 * t + 1) * a_.rotary_dim);
+    read_angles(cos + t * a_.num_angles, angles_ + 2 * t * a_.rotary_dim);
+    read_angles(sin + t * a_.num_angles, angles_ + (2 * t + 1) * a_.rotary_dim);
     if (t) return;
     if (a_.q_norm.weight) {
       read_norm(ops_, a_.q_norm, query_norm_, norms_);
@@ -68,11 +73,10 @@ class Attending {
     else
       phases.each(3, num_tokens_ * a_.kv_heads, [&](int64_t i) { place(i / a_.kv_heads, i % a_.kv_heads, i % a_.kv_heads + 1); });
     const int64_t group = a_.heads / a_.kv_heads, pieces = (group + heads_of_task_ - 1) / heads_of_task_;
-    const int64_t parts = (num_tokens_ + tokens_of_task_ - 1) / tokens_of_task_;
+    const int64_t parts = int64_t(parts_.size());
     phases.each(4, a_.kv_heads * pieces * parts, [&](int64_t i) {
-      const int64_t head = i / (pieces * parts), piece = i / parts % pieces, part = i % parts;
-      attend(head, piece * heads_of_task_, std::min(group, (piece + 1) * heads_of_task_), part * tokens_of_task_,
-             std::min(num_tokens_, (part + 1) * tokens_of_task_));
+      const int64_t head = i / (pieces * parts), piece = i / parts % pieces;
+      attend(head, piece * heads_of_task_, std::min(group, (piece + 1) * heads_of_task_), parts_[i % parts]);
     });
     phases.each(5, num_tokens_, [&](int64_t t) {
       if (num_tokens_ > 1) std::copy_n(rows_ + t * width_, a_.heads * a_.dim, own_.attended.x(t));
@@ -99,11 +103,22 @@ class Attending {
     return of_thread;
   }
 
+  // Rows [begin, end) of a span that one task attends with.
+  struct Part {
+    const Span* span;
+    int64_t begin, end;
+  };
+
+  // Where head h of the first block of a span begins, counted from the layer's keys or values.
+  int64_t start_of(const Span& span, int64_t head) const {
+    return span.entry * kv_.batch_stride + span.first * a_.dim + head * kv_.head_stride;
+  }
+
   int64_t first_of(int64_t which) const { return (which == 0 ? 0 : which == 1 ? a_.heads : a_.heads + a_.kv_heads) * a_.dim; }
 
-  void read_angles(const void* from, Dtype dtype, float* to) const {
-    ops_.to_float(from, dtype, a_.num_angles, to);
-    if (a_.num_angles < a_.rotary_dim) std::copy_n(to, a_.num_angles, to + a_.num_angles);
+  void read_angles(const float* from, float* to) const {
+    std::copy_n(from, a_.num_angles, to);
+    if (a_.num_angles < a_.rotary_dim) std::copy_n(from, a_.num_angles, to + a_.num_angles);
   }
 
   void clip(float* x, int64_t n) const {
@@ -127,36 +142,43 @@ class Attending {
       if (turned && a_.rope == Rope::kHalves) ops_.steps->turn(head, turned, cos, sin);
       if (turned && a_.rope != Rope::kHalves) ops_.steps->turn_pairs(head, turned, cos, sin, a_.rope == Rope::kPairsApart);
     };
+    const Span& span = *span_of_[t];
+    const int64_t position = span.past + t - span.begin, block = position / kPositions;
     for (int64_t h = begin; h < end; ++h) {
       for (int64_t i = h * group; i < (h + 1) * group; ++i) finish(query + i * dim, a_.q_norm, norms_);
       finish(key + h * dim, a_.k_norm, key_norm);
       if (a_.clip != 0.0f) clip(value + h * dim, dim);
-      const int64_t to = (h * cache_.room + cache_.length + t) * dim;
-      ops_.from_float(key + h * dim, dim, at(cache_.keys, Dtype::kBf16, to), Dtype::kBf16);
-      ops_.from_float(value + h * dim, dim, at(cache_.values, Dtype::kBf16, to), Dtype::kBf16);
+      const int64_t to = start_of(span, h) + (span.blocks ? span.blocks[block] : block) * kv_.block_stride + position % kPositions * dim;
+      ops_.from_float(key + h * dim, dim, at(kv_.keys, Dtype::kBf16, to), Dtype::kBf16);
+      ops_.from_float(value + h * dim, dim, at(kv_.values, Dtype::kBf16, to), Dtype::kBf16);
     }
   }
 
-  // Tokens [begin, end) of query heads [first, last) of a key head: results in place of the queries, of one token where it is read next.
-  void attend(int64_t key_head, int64_t first, int64_t last, int64_t begin, int64_t end) const {
+  // Query heads [first, last) of a key head: results in place of the queries, of a single row where it is read next.
+  void attend(int64_t key_head, int64_t first, int64_t last, const Part& part) const {
     static thread_local Scratch scratch;
-    const int64_t dim = a_.dim, head = key_head * (a_.heads / a_.kv_heads) + first, from = key_head * cache_.room * dim;
-    float* const q = rows_ + begin * width_ + head * dim;
+    const int64_t dim = a_.dim, head = key_head * (a_.heads / a_.kv_heads) + first, from = start_of(*part.span, key_head);
+    float* const q = rows_ + part.begin * width_ + head * dim;
     Queries of = {};
     of.q = q, of.out = num_tokens_ > 1 ? q : own_.attended.x(0) + head * dim;
-    of.stride = width_, of.num_tokens = end - begin, of.heads = last - first, of.dim = dim, of.first = cache_.length + begin;
+    of.stride = width_, of.num_tokens = part.end - part.begin, of.heads = last - first, of.dim = dim;
+    of.first = part.span->past + part.begin - part.span->begin;
     of.window = a_.window, of.scaling = a_.scaling, of.sinks = a_.sinks ? sinks_ + head : nullptr;
-    of.keys = static_cast<const uint16_t*>(at(cache_.keys, Dtype::kBf16, from));
-    of.values = static_cast<const uint16_t*>(at(cache_.values, Dtype::kBf16, from));
+    of.keys = static_cast<const uint16_t*>(at(kv_.keys, Dtype::kBf16, from));
+    of.values = static_cast<const uint16_t*>(at(kv_.values, Dtype::kBf16, from));
+    of.blocks = part.span->blocks, of.block_stride = kv_.block_stride;
     of.scratch = scratch.of<float>(attend_floats(of.num_tokens * of.heads, dim));
     ops_.steps->attend(of);
   }
 
   const Ops& ops_;
   const Attention& a_;
-  const Cache cache_;
+  const Kv kv_;
+  const std::vector<Span>& spans_;
   Own& own_;
-  int64_t num_tokens_, width_, tokens_of_task_, heads_of_task_, query_norm_, key_norm_;
+  int64_t num_tokens_, width_, heads_of_task_, query_norm_, key_norm_;
+  std::vector<Part> parts_;
+  std::vector<const Span*> span_of_;
   Matrix matrices_[3], last_;
   std::vector<Rows> tasks_, last_tasks_;
   float *rows_, *result_, *angles_, *norms_, *sinks_;

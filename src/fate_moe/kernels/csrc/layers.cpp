@@ -16,6 +16,15 @@ float rounded(const Ops& ops, float value) {
   return value;
 }
 
+// Of `spans` the rows [first, first + kMostRows), counted from `first`.
+void cut_spans(const std::vector<Span>& spans, int64_t first, std::vector<Span>& out) {
+  out.clear();
+  for (const Span& span : spans) {
+    const int64_t begin = std::max(span.begin, first), end = std::min(span.end, first + kMostRows);
+    if (begin < end) out.push_back({begin - first, end - first, span.past + begin - span.begin, span.entry, span.first, span.blocks});
+  }
+}
+
 }  // namespace
 
 Matrix Weight::matrix() const {
@@ -95,17 +104,20 @@ void run_mlp(const Ops& ops, const Mlp& mlp, const void* x, Dtype dtype, int64_t
   run_phases(num_threads, work);
 }
 
-void run_attention(const Ops& ops, const Attention& a, const void* x, Dtype dtype, int64_t num_tokens, const void* cos, const void* sin,
-                   const Cache& cache, void* out, bool exact, int num_threads) {
+void run_attention(const Ops& ops, const Attention& a, const void* x, Dtype dtype, const std::vector<Span>& spans, const float* cos,
+                   const float* sin, const Kv& kv, void* out, bool exact, int num_threads) {
   const int64_t cols = a.q.place.cols;
-  for (int64_t first = 0; first < num_tokens; first += kMostRows) {
-    const int64_t count = std::min(kMostRows, num_tokens - first), angles = first * a.num_angles;
-    const Attending attending(ops, a, count, {cache.keys, cache.values, cache.length + first, cache.room}, exact, num_threads);
+  std::vector<Span> some;
+  for (int64_t first = 0; first < spans.back().end; first += kMostRows) {
+    cut_spans(spans, first, some);
+    const int64_t count = some.back().end;
+    const float *const some_cos = cos + first * a.num_angles, *const some_sin = sin + first * a.num_angles;
+    const Attending attending(ops, a, some, kv, exact, num_threads);
     Phases phases(num_threads);
     auto work = [&] {
       phases.each(0, count, [&](int64_t t) {
         ops.to_float(at(x, dtype, (first + t) * cols), dtype, cols, attending.x(t));
-        attending.begin(t, at(cos, dtype, angles), at(sin, dtype, angles), dtype);
+        attending.begin(t, some_cos, some_sin);
       });
       attending.run(phases, [&](int64_t begin, int64_t end) {
         for (int64_t t = 0; t < count; ++t)
@@ -118,16 +130,16 @@ void run_attention(const Ops& ops, const Attention& a, const void* x, Dtype dtyp
 
 namespace {
 
-// As run_layer, up to kMostRows tokens.
-void run_pass(const Ops& ops, const Layer& layer, const void* x, int64_t num_tokens, const void* cos, const void* sin, const Cache& cache,
-              const LayerOut& out, bool exact, int num_threads) {
+// As run_layer, up to kMostRows rows.
+void run_pass(const Ops& ops, const Layer& layer, const void* x, const std::vector<Span>& spans, const float* cos, const float* sin,
+              const Kv& kv, const LayerOut& out, bool exact, int num_threads) {
   static thread_local Operand routed;
   static thread_local Scratch scratch;
   const Dtype bf16 = Dtype::kBf16;
-  const int64_t hidden = layer.attention.q.place.cols;
+  const int64_t hidden = layer.attention.q.place.cols, num_tokens = spans.back().end;
   const Matrix router = layer.router.matrix(), shared_gate = layer.shared_gate.matrix();
   Operand& of_routed = routed;
-  const Attending attending(ops, layer.attention, num_tokens, cache, exact, num_threads);
+  const Attending attending(ops, layer.attention, spans, kv, exact, num_threads);
   routed.resize(ops, num_tokens, router.kind, hidden, router.group, exact, true);
   const int64_t width = router.rows + 1;  // the shared expert's is the last
   float *const norm = scratch.of<float>(4 * hidden + num_tokens * width), *const post_norm = norm + 2 * hidden, *const logits = norm + 4 * hidden;
@@ -148,7 +160,7 @@ void run_pass(const Ops& ops, const Layer& layer, const void* x, int64_t num_tok
       float* const values = attending.x(t);
       ops.to_float(at(x, bf16, t * hidden), bf16, hidden, values);
       normed(t, values, layer.norm, norm);
-      attending.begin(t, cos, sin, bf16);
+      attending.begin(t, cos, sin);
     });
     attending.run(phases, [](int64_t, int64_t) {});
     phases.each(8, num_tokens, [&](int64_t t) {
@@ -177,15 +189,17 @@ void run_pass(const Ops& ops, const Layer& layer, const void* x, int64_t num_tok
 
 }  // namespace
 
-void run_layer(const Ops& ops, const Layer& layer, const void* x, int64_t num_tokens, const void* cos, const void* sin, const Cache& cache,
-               const LayerOut& out, bool exact, int num_threads) {
+void run_layer(const Ops& ops, const Layer& layer, const void* x, const std::vector<Span>& spans, const float* cos, const float* sin,
+               const Kv& kv, const LayerOut& out, bool exact, int num_threads) {
   const Dtype bf16 = Dtype::kBf16;
-  const int64_t hidden = layer.attention.q.place.cols, turned = layer.attention.num_angles, top_k = layer.routing.top_k;
-  for (int64_t first = 0; first < num_tokens; first += kMostRows) {
+  const int64_t hidden = layer.attention.q.place.cols, angles = layer.attention.num_angles, top_k = layer.routing.top_k;
+  if (spans.back().end <= kMostRows) return run_pass(ops, layer, x, spans, cos, sin, kv, out, exact, num_threads);
+  std::vector<Span> cut;
+  for (int64_t first = 0; first < spans.back().end; first += kMostRows) {
+    cut_spans(spans, first, cut);
     const LayerOut some = {at(out.residual, bf16, first * hidden), at(out.normed, bf16, first * hidden), out.chosen + first * top_k,
                            out.weights + first * top_k, out.factors + first};
-    run_pass(ops, layer, at(x, bf16, first * hidden), std::min(kMostRows, num_tokens - first), at(cos, bf16, first * turned),
-             at(sin, bf16, first * turned), {cache.keys, cache.values, cache.length + first, cache.room}, some, exact, num_threads);
+    run_pass(ops, layer, at(x, bf16, first * hidden), cut, cos + first * angles, sin + first * angles, kv, some, exact, num_threads);
   }
 }
 

@@ -1,6 +1,7 @@
 // Whole modules of a plain decoder layer, each in one call: RMSNorm, a gated MLP, attention with its KV cache.
 #pragma once
 #include <cstdint>
+#include <vector>
 
 #include "norms.h"
 #include "products.h"
@@ -39,10 +40,18 @@ struct Attention {
   Dtype sinks_dtype;
 };
 
-// Keys and values [kv_heads, room, dim] of bf16 of one sequence with `length` tokens in them.
-struct Cache {
+// Keys and values of one decoder layer in bf16. Block b of entry i of a batch begins, for head h, at
+// keys + i * batch_stride + b * block_stride + h * head_stride and lies there as [kPositions, dim]; strides count numbers.
+struct Kv {
   void *keys, *values;
-  int64_t length, room;
+  int64_t batch_stride, block_stride, head_stride;
+};
+
+// Rows [begin, end) of a call that follow one another in one sequence, of which `past` positions are in the KV cache before them.
+struct Span {
+  int64_t begin, end, past;
+  int64_t entry, first;   // of the batch, and the positions there that are not the sequence's (padding)
+  const int32_t* blocks;  // the ids of its blocks; null: 0, 1, 2, ...
 };
 
 // out [num_tokens, n] of dtype, as x.
@@ -51,10 +60,10 @@ void run_norm(const Ops&, const Norm&, const void* x, Dtype dtype, int64_t num_t
 // out [num_tokens, down.rows] of dtype, as x [num_tokens, gate.cols].
 void run_mlp(const Ops&, const Mlp&, const void* x, Dtype dtype, int64_t num_tokens, void* out, bool exact, int num_threads);
 
-// num_tokens tokens behind those of the cache, to which they are appended: out [num_tokens, o.rows] of dtype from x [num_tokens, q.cols].
-// cos and sin [num_tokens, num_angles] of dtype. A token's bits do not depend on how many there are in the call.
-void run_attention(const Ops&, const Attention&, const void* x, Dtype dtype, int64_t num_tokens, const void* cos, const void* sin,
-                   const Cache&, void* out, bool exact, int num_threads);
+// The rows of `spans`, all of x [num_rows, q.cols], whose keys and values are written: out [num_rows, o.rows] of dtype, as x. cos and sin
+// [num_rows, num_angles]. A row's bits do not depend on the other rows of the call.
+void run_attention(const Ops&, const Attention&, const void* x, Dtype dtype, const std::vector<Span>& spans, const float* cos,
+                   const float* sin, const Kv&, void* out, bool exact, int num_threads);
 
 // What of a decoder layer comes before its experts: norm, attention, residual, norm, router.
 struct Layer {
@@ -74,7 +83,7 @@ struct LayerOut {
 };
 
 // As run_attention, for x bf16 [num_tokens, hidden].
-void run_layer(const Ops&, const Layer&, const void* x, int64_t num_tokens, const void* cos, const void* sin, const Cache&,
+void run_layer(const Ops&, const Layer&, const void* x, const std::vector<Span>& spans, const float* cos, const float* sin, const Kv&,
                const LayerOut&, bool exact, int num_threads);
 
 // What comes after: y = the weighted sum of a token's rows [num_rows] (Ops::combine), y = fma(factor, shared, y) unless shared is null,

@@ -9,6 +9,7 @@
 #include <stdexcept>
 
 #include "layers.h"
+#include "module.h"
 #include "products.h"
 #include "host_compute.h"
 #include "threads.h"
@@ -120,15 +121,11 @@ void mlp(const Mlp& of, uintptr_t x, int dtype, int64_t num_tokens, uintptr_t ou
   run_mlp(*chosen, of, reinterpret_cast<const void*>(x), Dtype(dtype), num_tokens, reinterpret_cast<void*>(out), exact, num_threads);
 }
 
-Cache cache_of(uintptr_t keys, uintptr_t values, int64_t length, int64_t room) {
-  return {reinterpret_cast<void*>(keys), reinterpret_cast<void*>(values), length, room};
-}
-
-void attention(const Attention& of, uintptr_t x, int dtype, int64_t num_tokens, uintptr_t cos, uintptr_t sin, uintptr_t keys,
-               uintptr_t values, int64_t length, int64_t room, uintptr_t out, bool exact, int num_threads) {
+void attention(const Attention& of, uintptr_t x, int dtype, const Spans& rows, uintptr_t cos, uintptr_t sin, const Kv& kv, uintptr_t out,
+               bool exact, int num_threads) {
   const nb::gil_scoped_release release;
-  run_attention(*chosen, of, reinterpret_cast<const void*>(x), Dtype(dtype), num_tokens, reinterpret_cast<const void*>(cos),
-                reinterpret_cast<const void*>(sin), cache_of(keys, values, length, room), reinterpret_cast<void*>(out), exact, num_threads);
+  run_attention(*chosen, of, reinterpret_cast<const void*>(x), Dtype(dtype), rows.spans, reinterpret_cast<const float*>(cos),
+                reinterpret_cast<const float*>(sin), kv, reinterpret_cast<void*>(out), exact, num_threads);
 }
 
 // Attention alone, for tests and benchmarks: queries and out fp32 [num_tokens, heads, dim] of one head of keys and values [length, dim].
@@ -141,23 +138,8 @@ void attend(uintptr_t queries, int64_t num_tokens, int64_t heads, int64_t dim, u
   of.stride = heads * dim, of.num_tokens = num_tokens, of.heads = heads, of.dim = dim, of.first = length - num_tokens;
   of.window = window, of.scaling = scaling, of.cap = cap, of.sinks = reinterpret_cast<const float*>(sinks);
   of.keys = reinterpret_cast<const uint16_t*>(keys), of.values = reinterpret_cast<const uint16_t*>(values), of.scratch = scratch.data();
+  of.block_stride = kPositions * dim;
   chosen->steps->attend(of);
-}
-
-// Of a single token the chosen experts are returned as well.
-std::vector<int64_t> layer(const Layer& of, uintptr_t x, int64_t num_tokens, uintptr_t cos, uintptr_t sin, uintptr_t keys,
-                           uintptr_t values, int64_t length, int64_t room, uintptr_t residual, uintptr_t normed, uintptr_t experts,
-                           uintptr_t weights, uintptr_t factors, bool exact, int num_threads) {
-  std::vector<int64_t> of_one;
-  {
-    const nb::gil_scoped_release release;
-    const LayerOut out = {reinterpret_cast<void*>(residual), reinterpret_cast<void*>(normed), reinterpret_cast<int64_t*>(experts),
-                          reinterpret_cast<float*>(weights), reinterpret_cast<float*>(factors)};
-    run_layer(*chosen, of, reinterpret_cast<const void*>(x), num_tokens, reinterpret_cast<const void*>(cos),
-              reinterpret_cast<const void*>(sin), cache_of(keys, values, length, room), out, exact, num_threads);
-    if (num_tokens == 1) of_one.assign(out.chosen, out.chosen + of.routing.top_k);
-  }
-  return of_one;
 }
 
 void layer_end(uintptr_t residual, uintptr_t rows, uintptr_t weights, int64_t num_tokens, int64_t num_rows, uintptr_t shared,
@@ -210,7 +192,6 @@ void bind_layers(nb::module_& m) {
                  const Router& routing, float residual_scale) {
         return Layer{norm, post_norm, attention, router, shared_gate, routing, residual_scale};
       });
-  m.def("layer", &layer);
   m.def("layer_end", &layer_end);
   m.def("norm", &norm);
   m.def("route", &route);
@@ -223,6 +204,8 @@ void bind_layers(nb::module_& m) {
 }
 
 }  // namespace
+
+const Ops& fate::used_ops() { return *chosen; }
 
 NB_MODULE(_native, m) {
   nb::set_leak_warnings(false);  // at exit a traceback or a global may still hold what the interpreter never frees
@@ -253,4 +236,5 @@ NB_MODULE(_native, m) {
   m.def("read_memory", &read_memory);
   nb::class_<RoutingStatistics>(m, "RoutingStatistics").def_static("make", &make_statistics).def("turn", &statistics_turn);
   bind_layers(m);
+  bind_step(m);
 }

@@ -20,7 +20,11 @@ struct Queries {
   int64_t window;                 // positions that a token sees, itself among them; 0: all before it
   float scaling, cap;             // cap * tanh(score / cap) where cap is not 0
   const float* sinks;             // [heads]: scores of no position; or null
-  const uint16_t *keys, *values;  // bf16 [first + num_tokens][dim]
+  // Block b of kPositions positions begins at keys + id * block_stride, where id is blocks[b], or b without `blocks`: bf16
+  // [kPositions][dim]. Values likewise.
+  const uint16_t *keys, *values;
+  const int32_t* blocks;
+  int64_t block_stride;
   float* scratch;                 // [attend_floats]
 };
 

@@ -17,6 +17,10 @@ using Body = void (*)(void* data);
 // number of threads, even one.
 void run_team(int num_threads, Body body, void* data);
 
+// Runs body(data) on this thread. The threads of a team wait beside it, so that each run_team in it begins at once; a thread that
+// waits long sleeps, and one that comes late is not waited for. Bodies of run_team must not throw.
+void run_session(int num_threads, Body body, void* data);
+
 // "OpenMP of the process" or "own threads".
 const char* team_name();
 
@@ -40,6 +44,7 @@ class Phases {
 
   template <class Task>
   void each(int phase, int64_t count, Task task) {
+    if (count == 0) return;
     const int first = entered_[phase].fetch_add(1, std::memory_order_relaxed);
     for (int i = 0; i < runs_; ++i) {
       const int64_t run = (first + i) % runs_, begin = count * run / runs_, end = count * (run + 1) / runs_;
@@ -78,6 +83,11 @@ class Phases {
 template <class Work>
 void run_phases(int num_threads, Work& work) {
   run_team(num_threads, [](void* data) { (*static_cast<Work*>(data))(); }, &work);
+}
+
+template <class Work>
+void run_together(int num_threads, Work& work) {
+  run_session(num_threads, [](void* data) { (*static_cast<Work*>(data))(); }, &work);
 }
 
 }  // namespace fate

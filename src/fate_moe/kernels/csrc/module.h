@@ -1,0 +1,22 @@
+// What the files of the Python face share.
+#pragma once
+#include <nanobind/nanobind.h>
+
+#include <vector>
+
+#include "layers.h"
+
+namespace fate {
+
+// The instruction set that is used.
+const Ops& used_ops();
+
+// Rows of the sequences of one pass; keeps the ids of their blocks.
+struct Spans {
+  std::vector<Span> spans;
+  std::vector<std::vector<int32_t>> blocks;
+};
+
+void bind_step(nanobind::module_& m);
+
+}  // namespace fate
