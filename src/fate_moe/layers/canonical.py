@@ -196,13 +196,22 @@ TRUNKS = {
     "qwen2_moe.Qwen2MoeModel": True,
     "mixtral.MixtralModel": True,
     "olmoe.OlmoeModel": True,
+    "gpt_oss.GptOssModel": True,
+    "dots1.Dots1Model": True,
+    "hy_v3.HYV3Model": True,
 }
 ROPES = {
     "qwen3_moe.Qwen3MoeRotaryEmbedding": True,
     "qwen2_moe.Qwen2MoeRotaryEmbedding": True,
     "mixtral.MixtralRotaryEmbedding": True,
+    "gpt_oss.GptOssRotaryEmbedding": True,
+    "ernie4_5_moe.Ernie4_5_MoeRotaryEmbedding": True,
 }
-HEADS = {"qwen3_moe.Qwen3MoeForCausalLM": True}
+HEADS = {
+    "qwen3_moe.Qwen3MoeForCausalLM": True,
+    "glm4_moe.Glm4MoeForCausalLM": True,
+    "hy_v3.HYV3ForCausalLM": True,
+}
 
 
 def meaning_of(kind: type, known: Mapping[str, Meaning]) -> Meaning | None:
