@@ -27,8 +27,9 @@ STEPS: dict[str, Callable[[Any], Any]] = {
 @given(
     st.lists(st.one_of(st.integers(1, 90), st.sampled_from(sorted(STEPS)), st.just("copy")), max_size=12),
     st.sampled_from([None, None, 2, 16]),
+    st.sampled_from([(4, 4), (4, 2)]),
 )
-def test_it_holds_what_transformers_own_holds(steps: list[Any], window: int | None) -> None:
+def test_it_holds_what_transformers_own_holds(steps: list[Any], window: int | None, dims: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(0)
     plain, roomy = DynamicLayer(), RoomyLayer(200)
     if window:
@@ -36,7 +37,7 @@ def test_it_holds_what_transformers_own_holds(steps: list[Any], window: int | No
         steps = [step for step in steps if step != "crop"]  # transformers' own has to be told before
     for step in steps:
         if isinstance(step, int):
-            states = [torch.randn(2, 3, step, 4, generator=generator) for _ in range(2)]
+            states = [torch.randn(2, 3, step, dim, generator=generator) for dim in dims]
             for got, want in zip(roomy.update(*states), plain.update(*states), strict=True):
                 assert torch.equal(got, want)
         elif step == "copy":

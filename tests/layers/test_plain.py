@@ -14,11 +14,13 @@ from torch import nn
 from fate_moe.adapter.meta_model import expert_stacks
 from fate_moe.engine.prepare import store_for
 from fate_moe.kernels.native import native
-from fate_moe.kernels.plain_layer import PlainLayer, SharedExpert
+from fate_moe.kernels.plain_layer import Latent, PlainLayer, SharedExpert
+from fate_moe.layers.attentions import cos_and_sin
 from fate_moe.layers.canonical import ATTENTIONS, BLOCKS, HEADS, LAYERS, MLPS, NORMS, ROPES, ROUTERS, TRUNKS, _canonical, meaning_of
 from fate_moe.layers.cpu_step import CpuStep
 from fate_moe.layers.fingerprint import fingerprint
-from fate_moe.layers.plain import NotPlain, cpu_reasons, plain_layers
+from fate_moe.layers.plain import NotPlain, plain_layers
+from fate_moe.layers.reasons import cpu_reasons
 from tests.support import tiny
 from tests.support.checkpoints import tiny_checkpoint, tiny_model
 from tests.support.engines import load_model
@@ -39,6 +41,9 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
     ("glm4_moe", {}),
     ("ernie4_5_moe", {}),
     ("phimoe", {}),
+    ("deepseek_v3", {}),
+    ("deepseek_v3", {"q_lora_rank": None, "rope_interleave": False}),
+    ("deepseek_v2", {}),
 ]
 OF_OTHER_FAMILIES = ("aria_text", "dots1", "ernie4_5_moe", "glm4_moe", "granitemoe", "hy_v3", "mellum", "phimoe")
 
@@ -56,15 +61,15 @@ class OwnLayer:
         self.x = torch.randn(count, plain.hidden, generator=generator).to(model.dtype)
         rotary = next(module for module in model.modules() if type(module).__name__.endswith("RotaryEmbedding"))
         kind = {"layer_type": model.config.layer_types[plain.attention.index]} if "mellum" in model.config.model_type else {}
-        self.cos, self.sin = rotary(self.x.unsqueeze(0), torch.arange(count).unsqueeze(0), **kind)
+        self.positions = rotary(self.x.unsqueeze(0), torch.arange(count).unsqueeze(0), **kind)
+        self.cos, self.sin = cos_and_sin(self.positions)
         at = torch.arange(count)
         seen = (at <= at.unsqueeze(1)) & (at > at.unsqueeze(1) - (plain.attention.window or count))
         self.mask = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf) if plain.attention.sinks else seen
 
     @torch.no_grad()
     def own(self) -> torch.Tensor:
-        positions = (self.cos, self.sin)
-        out = self.layer(self.x.unsqueeze(0), position_embeddings=positions, attention_mask=self.mask[None, None])
+        out = self.layer(self.x.unsqueeze(0), position_embeddings=self.positions, attention_mask=self.mask[None, None])
         return out[0]  # type: ignore[no-any-return]
 
     @torch.no_grad()
@@ -96,7 +101,8 @@ def test_the_twin_rounds_no_worse_than_the_family(family: str, overrides: dict[s
     exact.float()
     for plain in plain_of(model):
         layer, wide = OwnLayer(model, plain), OwnLayer(exact, plain)
-        wide.x, wide.cos, wide.sin = layer.x.float(), layer.cos.float(), layer.sin.float()
+        wide.x = layer.x.float()
+        wide.positions = layer.positions if plain.attention.complex_angles else (layer.cos.float(), layer.sin.float())
         want = wide.own()
         own, twin = ((out.float() - want).norm(dim=-1).median() for out in (layer.own(), layer.twin()))
         assert 0 < twin <= 2 * own
@@ -140,6 +146,8 @@ def test_what_is_recognised_of_other_kinds() -> None:
     phi = plain_of(tiny.tiny_model("phimoe"))[0]
     assert phi.input_norm.centered
     assert phi.router.scores == "sparse mixer"
+    deep = plain_of(tiny_model("deepseek_v3"))[-1].attention
+    assert (deep.latent, deep.head_dim, deep.cached_dims, deep.rope) == (Latent(16, 16, 16, True), 24, (16, 8), "pairs apart")
 
 
 def test_the_cpu_says_why_it_cannot_run_a_plain_layer() -> None:
@@ -208,7 +216,7 @@ def test_a_changed_helper_is_another_fingerprint(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.skipif(native is None, reason="the extension is not built")
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek_v3"])
 def test_a_step_on_the_cpu_is_the_twin(tmp_path: Path, family: str) -> None:
     checkpoint = tiny_checkpoint(family, tmp_path / "checkpoint", torch.bfloat16)
     model = load_model(store_for(checkpoint, "lossless", "lossless"))

@@ -36,8 +36,8 @@ def twin_layer(
 
 def empty_cache(plain: PlainLayer, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of no token."""
-    shape = 0, plain.attention.kv_heads, plain.attention.head_dim
-    return torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
+    keys, values = (torch.zeros(0, plain.attention.kv_heads, dim, dtype=dtype) for dim in plain.attention.cached_dims)
+    return keys, values
 
 
 @torch.no_grad()

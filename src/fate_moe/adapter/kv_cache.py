@@ -81,17 +81,33 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         """
         past = self.get_seq_length()
         frozen = self._room is not None and self._room[0].is_inference() and not torch.is_inference_mode_enabled()
-        if self._room is None or frozen or self._room[0].shape[2] < past + count:
+        if self._room is None or frozen or self._room[0].shape[2] < past + count or self._is_apart(*self._room):
             old: Any = (self.keys, self.values)
             wanted, shapes = past + count, like or old
             most = max(wanted, self.max_tokens // max(1, shapes[0].shape[0]))
             length = min(most, wanted + max(MIN_ROOM, wanted // 4))
-            # Zeros: the native step skips a batch's padding, which the family's own forward multiplies by 0.
-            keys, values = (torch.zeros(*x.shape[:2], length, x.shape[3], dtype=self.dtype, device=self.device) for x in shapes)
+            keys, values = self._buffers(shapes, length)
             if past:
                 keys[:, :, :past], values[:, :, :past] = old
             self._room, self._length, self._set = (keys, values), past, [None, None]
         return past, *self._room
+
+    def _buffers(self, like: Any, length: int) -> Any:
+        """Room for ``length`` tokens; of multi-head latent attention keys and values of a token are side by side.
+
+        Zeros: the native step skips a batch's padding, which the family's own forward multiplies by 0.
+        """
+        dims, shape = [x.shape[3] for x in like], (*like[0].shape[:2], length)
+        if dims[0] == dims[1]:
+            return [torch.zeros(*shape, dims[0], dtype=self.dtype, device=self.device) for _ in like]
+        both = torch.zeros(*shape, sum(dims), dtype=self.dtype, device=self.device)
+        return both[..., : dims[0]], both[..., dims[0] :]
+
+    @staticmethod
+    def _is_apart(keys: torch.Tensor, values: torch.Tensor) -> bool:
+        """Whether they should be side by side, and are not."""
+        dim = keys.shape[3]
+        return dim != values.shape[3] and values.data_ptr() != keys.data_ptr() + dim * keys.element_size()
 
     def extend(self, count: int) -> None:
         """``count`` tokens were written to the reserved buffers behind the others."""
@@ -155,8 +171,9 @@ def make_room(cache: Any, max_tokens: int) -> None:
             cache.layers[index] = roomy
 
 
-def room_for(cache: Any, index: int, kv_heads: int, dim: int, batch: int = 1) -> RoomyLayer | None:
-    """Layer ``index`` of ``cache`` with keys and values of ``batch`` sequences in bf16, made where nothing is cached yet.
+def room_for(cache: Any, index: int, kv_heads: int, dims: tuple[int, int], batch: int = 1) -> RoomyLayer | None:
+    """Layer ``index`` of ``cache`` with keys and values of ``batch`` sequences in bf16 (``dims`` of a head of each), made where
+    nothing is cached yet.
 
     None if it is another kind, or somebody trains what is in it (prefix tuning)."""
     if type(cache) is not DynamicCache or cache.offloading:
@@ -172,9 +189,9 @@ def room_for(cache: Any, index: int, kv_heads: int, dim: int, batch: int = 1) ->
     if not isinstance(layer, RoomyLayer) or layer.has_gradients():
         return None
     if not layer.is_initialized:
-        nothing = torch.empty(batch, kv_heads, 0, dim, dtype=torch.bfloat16)
-        layer.lazy_initialization(nothing, nothing)
-        layer.keys = layer.values = nothing
+        nothing = [torch.empty(batch, kv_heads, 0, dim, dtype=torch.bfloat16) for dim in dims]
+        layer.lazy_initialization(*nothing)
+        layer.keys, layer.values = nothing
     return layer if layer.holds(batch, torch.bfloat16) else None
 
 

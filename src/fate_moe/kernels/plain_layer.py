@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["NO_ROUTER", "Attention", "Mlp", "Norm", "PlainLayer", "Router", "SharedExpert"]
+__all__ = ["NO_ROUTER", "Attention", "Latent", "Mlp", "Norm", "PlainLayer", "Router", "SharedExpert"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,18 @@ class Norm:
 
 
 @dataclass(frozen=True)
+class Latent:
+    """What multi-head latent attention has: heads of ``nope`` channels and ``rotary_dim`` that turn, values of ``value_dim``, from
+    latent rows of ``rank``, which with the turned channels are the one head of keys that is cached. ``two_steps``: queries are made
+    by two matrices with a norm between (the attention's ``qk_norm``, which latent rows have too)."""
+
+    rank: int
+    nope: int
+    value_dim: int
+    two_steps: bool
+
+
+@dataclass(frozen=True)
 class Attention:
     """Causal grouped-query attention with rotary embedding of a head's first ``rotary_dim`` channels.
 
@@ -31,6 +43,7 @@ class Attention:
     results are at i and i + half); ``half_angles``: cos and sin have one column for both. ``index`` is the layer in the KV cache.
     ``qk_norm`` is applied to each head, or, with ``norm_over_heads``, to all heads of a token together. ``clip`` limits queries,
     keys and values. ``window``: tokens that a query sees; None: all before it. ``sinks``: each head has a score of no position.
+    ``complex_angles``: cos and sin come as one complex tensor.
     """
 
     index: int
@@ -48,6 +61,13 @@ class Attention:
     sinks: bool = False
     rope: str = "halves"
     half_angles: bool = False
+    latent: Latent | None = None
+    complex_angles: bool = False
+
+    @property
+    def cached_dims(self) -> tuple[int, int]:
+        """Of what the KV cache has as keys and as values."""
+        return (self.latent.rank, self.rotary_dim) if self.latent is not None else (self.head_dim, self.head_dim)
 
     @property
     def num_angles(self) -> int:

@@ -15,7 +15,7 @@ from torch.nn.functional import linear, pad
 from fate_moe.core import BlobLayout
 from fate_moe.kernels import elementary
 from fate_moe.kernels.elementary import fused
-from fate_moe.kernels.plain_layer import Attention, Mlp, Norm, PlainLayer
+from fate_moe.kernels.plain_layer import Attention, Latent, Mlp, Norm, PlainLayer
 from fate_moe.kernels.routing import route
 from fate_moe.quant.planes import unpack
 
@@ -242,6 +242,9 @@ def _attention(
     def project(name: str, x: torch.Tensor) -> torch.Tensor:
         return linear(x, weights[f"self_attn.{name}_proj.weight"], weights.get(f"self_attn.{name}_proj.bias"))
 
+    if attention.latent is not None:
+        return _latent_attention(attention, attention.latent, weights, project, x, cos, sin, keys, values)
+
     def heads(name: str) -> torch.Tensor:
         y = project(name, x)
         normed = attention.qk_norm if name != "v" else None
@@ -268,6 +271,36 @@ def _attention(
         scores = torch.cat([scores, sinks], dim=-1)
     probabilities = scores.softmax(-1)[..., : len(keys)]
     mixed = torch.einsum("hts,shd->thd", probabilities, values.repeat_interleave(group, 1).float())
+    return project("o", mixed.flatten(1).to(x.dtype)), keys, values
+
+
+def _latent_attention(
+    attention: Attention,
+    latent: Latent,
+    weights: Weights,
+    project: Callable[[str, torch.Tensor], torch.Tensor],
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    assert attention.qk_norm is not None
+    if latent.two_steps:
+        queries = project("q_b", norm(attention.qk_norm, weights, "self_attn.q_a_layernorm", project("q_a", x)))
+    else:
+        queries = project("q", x)
+    queries = queries.view(len(x), attention.heads, -1)
+    made = linear(x, weights["self_attn.kv_a_proj_with_mqa.weight"], weights.get("self_attn.kv_a_proj_with_mqa.bias"))
+    rows = norm(attention.qk_norm, weights, "self_attn.kv_a_layernorm", made[:, : latent.rank].contiguous())
+    turned = _rotate(made[:, latent.rank :].unsqueeze(1), cos, sin, attention)
+    keys, values = torch.cat([keys, rows.unsqueeze(1)]), torch.cat([values, turned])
+    queries = torch.cat([queries[..., : latent.nope], _rotate(queries[..., latent.nope :], cos, sin, attention)], dim=-1)
+    both = project("kv_b", keys[:, 0]).view(len(keys), attention.heads, -1)
+    whole = torch.cat([both[..., : latent.nope], values.expand(-1, attention.heads, -1)], dim=-1)
+    scores = torch.einsum("thd,shd->hts", queries.float(), whole.float()) * attention.scaling
+    unseen = torch.ones(len(x), len(keys), dtype=torch.bool).triu(len(keys) - len(x) + 1)
+    mixed = torch.einsum("hts,shd->thd", scores.masked_fill(unseen, -torch.inf).softmax(-1), both[..., latent.nope :].float())
     return project("o", mixed.flatten(1).to(x.dtype)), keys, values
 
 

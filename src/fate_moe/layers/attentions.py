@@ -10,13 +10,22 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from fate_moe.adapter.kv_cache import make_room, room_for
-from fate_moe.kernels.native import DTYPES, MOST_TURNED, ROPES, native
+from fate_moe.kernels.native import BF16, DTYPES, MOST_TURNED, ROPES, native
 from fate_moe.kernels.plain_layer import Attention
 from fate_moe.layers.rows import batch_rows, contiguous_kv, padding_of
 from fate_moe.layers.snapshot import ModuleSnapshot, StandIn
 from fate_moe.layers.weights import MOST_FEW, difference_of, is_near, native_norm, takes_many, warn_of_difference, weight_of
 
-__all__ = ["accelerated_attention", "mask_for", "native_attention", "takes_tokens", "way_of"]
+__all__ = [
+    "accelerated_attention",
+    "cos_and_sin",
+    "embeddings_of",
+    "mask_for",
+    "native_attention",
+    "projections_of",
+    "takes_tokens",
+    "way_of",
+]
 
 _PROBE_TOKENS = 6
 _MOST_SPREAD = 4.0  # standard deviation of a query's scores in a trial
@@ -48,11 +57,12 @@ def way_of(attention: Attention) -> str:
 class _Attention(StandIn):
     def __init__(self, module: Any, of: Any, attention: Attention, exact: bool, many: bool) -> None:
         self.original, self.of, self._config = module.forward, of, module.config
-        self._size, self._attention, self._exact, self._many = module.q_proj.in_features, attention, exact, many
+        self._attention, self._exact, self._many = attention, exact, many
         self._snapshot = ModuleSnapshot([module])
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        x, angles, attention = hidden_states, kwargs.get("position_embeddings"), self._attention
+        x, attention = hidden_states, self._attention
+        angles = cos_and_sin(kwargs.get("position_embeddings"))
         if (
             angles is None
             or args
@@ -63,7 +73,7 @@ class _Attention(StandIn):
         ):
             return self.original(hidden_states, *args, **kwargs)
         batch, count, _ = x.shape
-        room = room_for(kwargs.get("past_key_values"), attention.index, attention.kv_heads, attention.head_dim, batch)
+        room = room_for(kwargs.get("past_key_values"), attention.index, attention.kv_heads, attention.cached_dims, batch)
         past = room.get_seq_length() if room is not None else 0
         padding = padding_of(kwargs.get("attention_mask"), batch, count, past, attention.window) if room is not None else None
         rows = batch_rows(batch, count, past, padding) if padding is not None else None
@@ -93,23 +103,49 @@ def takes_tokens(x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], att
     )
 
 
+def cos_and_sin(embeddings: Any) -> Any:
+    """Of what a family's rotary embedding gives: a tuple, or one complex tensor."""
+    return (embeddings.real, embeddings.imag) if isinstance(embeddings, torch.Tensor) and embeddings.is_complex() else embeddings
+
+
+def embeddings_of(attention: Attention, angles: torch.Tensor) -> Any:
+    """What a family's attention is given for ``angles`` fp32 [1, T, rotary_dim / 2], in bf16 where that is real."""
+    if attention.complex_angles:
+        return torch.polar(torch.ones_like(angles), angles)
+    angles = angles.repeat(1, 1, 1 if attention.half_angles else 2)
+    return angles.cos().bfloat16(), angles.sin().bfloat16()
+
+
 def native_attention(module: Any, attention: Attention) -> Any:
     """The extension's Attention of ``module``; None if there is no kernel for a part of it."""
-    weights = [weight_of(part) for part in _projections(module)]
-    norms = [module.q_norm, module.k_norm] if attention.qk_norm is not None else []
+    weights = [weight_of(part) for part in projections_of(module)]
+    norms = [module.q_norm, module.k_norm] if attention.qk_norm is not None and attention.latent is None else []
+    latent = attention.latent
+    if latent is not None:
+        norms = [module.q_a_layernorm if latent.two_steps else module.kv_a_layernorm, module.kv_a_layernorm]
     if any(weight is None for weight in weights) or any(norm.weight.dtype not in DTYPES for norm in norms):
         return None
     sinks = module.sinks if attention.sinks else None
+    rest = None
+    if latent is not None:
+        *first, q, kv_a, kv_b, out = weights
+        none = native.Weight.make(native.Place.make(BF16, 0, 64, [0], 0, 0, -1, 0), 0, 0, 0)
+        rest = native.Latent.make(first[0] if first else none, kv_a, kv_b, latent.nope, latent.value_dim)
+        weights = [q, none, none, out]
     return native.Attention.make(
         *weights, attention.heads, attention.kv_heads, attention.head_dim, attention.rotary_dim, attention.num_angles,
         ROPES.index(attention.rope), attention.scaling, *(native_norm(norm, attention.qk_norm) for norm in norms or (None, None)),
         attention.norm_over_heads, attention.clip or 0.0, attention.window or 0,
-        *((sinks.data_ptr(), DTYPES[sinks.dtype]) if sinks is not None else (0, 0)),
+        *((sinks.data_ptr(), DTYPES[sinks.dtype]) if sinks is not None else (0, 0)), rest,
     )  # fmt: skip
 
 
-def _projections(module: Any) -> list[Any]:
-    return [module.q_proj, module.k_proj, module.v_proj, module.o_proj]
+def projections_of(module: Any) -> list[Any]:
+    """The linear layers of an attention, in the order in which ``native_attention`` takes them."""
+    if not hasattr(module, "kv_b_proj"):
+        return [module.q_proj, module.k_proj, module.v_proj, module.o_proj]
+    queries = [module.q_proj] if module.q_lora_rank is None else [module.q_a_proj, module.q_b_proj]
+    return [*queries, module.kv_a_proj_with_mqa, module.kv_b_proj, module.o_proj]
 
 
 def accelerated_attention(name: str, module: Any, attention: Attention, exact: bool, generator: torch.Generator) -> StandIn | None:
@@ -120,7 +156,7 @@ def accelerated_attention(name: str, module: Any, attention: Attention, exact: b
     of = native_attention(module, attention)
     if of is None:
         return None
-    forward = _Attention(module, of, attention, exact, takes_many(_projections(module), exact))
+    forward = _Attention(module, of, attention, exact, takes_many(projections_of(module), exact))
     try:
         x = _probe_inputs(module, attention, generator)
         difference = _attention_difference(forward.original, forward, x, attention, generator)
@@ -135,7 +171,7 @@ def accelerated_attention(name: str, module: Any, attention: Attention, exact: b
 def _probe_inputs(module: Any, attention: Attention, generator: torch.Generator) -> torch.Tensor:
     """[1, _PROBE_TOKENS, hidden] of bf16, such that scores differ enough to show another rope or scaling, and not so much that a
     softmax makes roundings of bf16 large."""
-    x = (2 * torch.randn(1, _PROBE_TOKENS, module.q_proj.in_features, generator=generator)).bfloat16()
+    x = (2 * torch.randn(1, _PROBE_TOKENS, module.o_proj.out_features, generator=generator)).bfloat16()
     if attention.qk_norm is not None:
         return x  # scores do not depend on the size of x
     queries, keys = (part(x)[0].float().view(_PROBE_TOKENS, -1, attention.head_dim) for part in (module.q_proj, module.k_proj))
@@ -150,17 +186,16 @@ def _attention_difference(
     """Several tokens of ``x`` by the family's own forward, then the last by each of the two: how output, key or value
     differ, if they do."""
     angles = 3 * torch.rand(1, _PROBE_TOKENS, attention.rotary_dim // 2, generator=generator)
-    angles = angles.repeat(1, 1, 1 if attention.half_angles else 2)
     results = []
     for attend in (original, forward):
         cache = DynamicCache()
         for step in (slice(None, -1), slice(-1, None)):
-            cos, sin = angles[:, step].cos().bfloat16(), angles[:, step].sin().bfloat16()
+            embeddings = embeddings_of(attention, angles[:, step])
             function = original if step.start is None else attend
             hidden = x[:, step].contiguous()
             past = step.start % _PROBE_TOKENS if step.start else 0
             mask = mask_for(attention, past, hidden.shape[1])
-            out = function(hidden, position_embeddings=(cos, sin), attention_mask=mask, past_key_values=cache)[0]
+            out = function(hidden, position_embeddings=embeddings, attention_mask=mask, past_key_values=cache)[0]
             make_room(cache, _PROBE_TOKENS)
         layer = cache.layers[attention.index]
         results.append((out, layer.keys[:, :, -1:], layer.values[:, :, -1:]))

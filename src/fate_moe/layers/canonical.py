@@ -62,7 +62,9 @@ class AttentionCode:
     ``norms``: q_norm and k_norm are on each "head", on "all" heads together, or not there; ``norms_if`` names the attribute that
     turns them on. ``clip`` and ``window`` name fields of the configuration, ``partial_rope``: only the channels that cos and sin
     have are turned. ``rope_if``: field and value without which there is none.
-    ``sinks``: the module has them, and runs "eager" attention of its file, which must be that of the family named here.
+    ``latent``: q_proj or q_a_proj, q_a_layernorm, q_b_proj; kv_a_proj_with_mqa, kv_a_layernorm, kv_b_proj; rotary
+    embedding ("pairs apart" if the configuration's ``rope_interleave`` says so), o_proj. ``sinks``: the module has them, and runs
+    "eager" attention of its file, which must be that of the family named here.
     """
 
     norms: str = ""
@@ -74,6 +76,8 @@ class AttentionCode:
     rope: str = "halves"
     half_angles: bool = False
     sinks: str | None = None
+    latent: bool = False
+    complex_angles: bool = False
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,8 @@ ATTENTIONS: Mapping[str, AttentionCode] = {
     "granitemoehybrid.GraniteMoeHybridAttention": AttentionCode(rope_if=("position_embedding_type", "rope")),
     "glm4_moe.Glm4MoeAttention": AttentionCode(norms="head", norms_if="use_qk_norm", partial_rope=True),
     "glm4v_moe.Glm4vMoeTextAttention": AttentionCode(partial_rope=True),
+    "deepseek_v3.DeepseekV3Attention": AttentionCode(latent=True),
+    "deepseek_v2.DeepseekV2Attention": AttentionCode(latent=True, rope="pairs", half_angles=True, complex_angles=True),
     "gpt_oss.GptOssAttention": AttentionCode(half_angles=True, sinks="gpt_oss"),
     "ernie4_5_moe.Ernie4_5_MoeAttention": AttentionCode(rope="pairs"),
     "olmoe.OlmoeAttention": AttentionCode(norms="all", clip="clip_qkv", window="sliding_window"),

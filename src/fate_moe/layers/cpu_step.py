@@ -24,9 +24,10 @@ from fate_moe.core import Patcher
 from fate_moe.kernels.native import BF16, DTYPES, native
 from fate_moe.kernels.plain_layer import PlainLayer, Router
 from fate_moe.kernels.routing import SCORES
-from fate_moe.layers.attentions import mask_for, takes_tokens
+from fate_moe.layers.attentions import cos_and_sin, embeddings_of, mask_for, projections_of, takes_tokens
 from fate_moe.layers.modules import accelerated_by
-from fate_moe.layers.plain import NotPlain, cpu_reasons, plain_decoder
+from fate_moe.layers.plain import NotPlain, plain_decoder
+from fate_moe.layers.reasons import cpu_reasons
 from fate_moe.layers.rows import Masks, batch_rows, contiguous_kv
 from fate_moe.layers.snapshot import ModuleSnapshot, StandIn
 from fate_moe.layers.step_memory import RuntimeMemory
@@ -149,7 +150,7 @@ class CpuStep(StandIn):
         self.plain, self.index, self.hidden = plain, plain.attention.index, plain.hidden
         self.post_norm = layer.post_attention_layernorm
         beside = self.block.get_submodule(plain.shared.name) if plain.shared is not None else None
-        projections = [layer.self_attn.get_submodule(f"{name}_proj") for name in "qkvo"]
+        projections = projections_of(layer.self_attn)
         if beside is not None:
             projections += [beside.gate_proj, beside.up_proj, beside.down_proj]
         self.takes_many = takes_many(projections, shared.exact)
@@ -181,10 +182,10 @@ class CpuStep(StandIn):
 
     def room_in(self, cache: Any, batch: int) -> Any:
         """The layer's part of a KV cache of ``batch`` sequences; None if it is another kind."""
-        return room_for(cache, self.index, self.plain.attention.kv_heads, self.plain.attention.head_dim, batch)
+        return room_for(cache, self.index, self.plain.attention.kv_heads, self.plain.attention.cached_dims, batch)
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        x, angles, attention = hidden_states, kwargs.get("position_embeddings"), self.plain.attention
+        x, angles, attention = hidden_states, cos_and_sin(kwargs.get("position_embeddings")), self.plain.attention
         cache, mask, shared = kwargs.get("past_key_values"), kwargs.get("attention_mask"), self.shared
         if (
             angles is None
@@ -259,9 +260,7 @@ def _difference_on(step: CpuStep, experts: torch.Tensor, x: torch.Tensor) -> str
     residuals = list[torch.Tensor]()
     attention = step.plain.attention
     angles = torch.arange(_PROBE_TOKENS * (attention.rotary_dim // 2)).view(1, _PROBE_TOKENS, -1) * 0.7
-    angles = angles.repeat(1, 1, 1 if attention.half_angles else 2)
-    position = angles.cos().bfloat16(), angles.sin().bfloat16()
-    first, last = [(x[:, at], tuple(of[:, at] for of in position)) for at in (slice(None, -1), slice(-1, None))]
+    first, last = [(x[:, at], embeddings_of(attention, angles[:, at])) for at in (slice(None, -1), slice(-1, None))]
     caches = DynamicCache(), DynamicCache()
     for cache in caches:
         _own_forward(step, *first, cache)
@@ -279,20 +278,18 @@ def _difference_on(step: CpuStep, experts: torch.Tensor, x: torch.Tensor) -> str
     return _apart("attention adds", mine - hidden, own - hidden, own) or _apart("the MoE block adds", got - mine, want - own, want)
 
 
-def _own_forward(step: CpuStep, x: torch.Tensor, angles: tuple[torch.Tensor, ...], cache: Any) -> torch.Tensor:
+def _own_forward(step: CpuStep, x: torch.Tensor, angles: Any, cache: Any) -> torch.Tensor:
     past = _PROBE_TOKENS - 1 if x.shape[1] == 1 else 0
     mask = mask_for(step.plain.attention, past, x.shape[1])
     out: torch.Tensor = step.original(x.contiguous(), position_embeddings=angles, attention_mask=mask, past_key_values=cache)
     return out.float()
 
 
-def _by_parts(
-    step: CpuStep, experts: torch.Tensor, x: torch.Tensor, angles: tuple[torch.Tensor, ...], room: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _by_parts(step: CpuStep, experts: torch.Tensor, x: torch.Tensor, angles: Any, room: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """One token through the parts of csrc/step.cpp, with the rows of ``experts`` for outputs: the residual stream after attention,
     and after the block."""
     threads, exact, top_k, hidden = torch.get_num_threads(), step.shared.exact, step.plain.router.top_k, step.hidden
-    x, cos, sin = x.contiguous(), *(each.float().contiguous() for each in angles)
+    x, cos, sin = x.contiguous(), *(each.float().contiguous() for each in cos_and_sin(angles))
     residual, normed, beside, out = (torch.empty(1, 1, hidden, dtype=torch.bfloat16) for _ in range(4))
     chosen, weights, factors = torch.empty(top_k, dtype=torch.int64), torch.empty(top_k), torch.empty(1)
     past, *states = room.reserve(1)

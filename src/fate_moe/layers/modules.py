@@ -23,7 +23,8 @@ from fate_moe.kernels.native import DTYPES, native
 from fate_moe.kernels.plain_layer import Attention, Mlp, Norm
 from fate_moe.layers.attentions import accelerated_attention
 from fate_moe.layers.dense import MAX_ROWS
-from fate_moe.layers.plain import attention_reasons, recognise_attention, recognise_mlp, recognise_norm
+from fate_moe.layers.plain import recognise_attention, recognise_mlp, recognise_norm
+from fate_moe.layers.reasons import attention_reasons
 from fate_moe.layers.snapshot import ModuleSnapshot, StandIn
 from fate_moe.layers.weights import (
     SmallWeight,
@@ -81,7 +82,7 @@ def _accelerated(name: str, module: nn.Module, model: Any, exact: bool, generato
     if {"gate_proj", "up_proj", "down_proj"} <= children:
         mlp = recognise_mlp(module)
         return "MLPs", _mlp(name, module, mlp, model.dtype, exact, generator) if isinstance(mlp, Mlp) else None
-    if {"q_proj", "k_proj", "v_proj", "o_proj"} <= children:
+    if {"q_proj", "k_proj", "v_proj", "o_proj"} <= children or {"kv_b_proj", "kv_a_proj_with_mqa", "o_proj"} <= children:
         attention = recognise_attention(module)
         if isinstance(attention, Attention) and model.dtype == torch.bfloat16 and not attention_reasons(attention):
             return "attentions", accelerated_attention(name, module, attention, exact, generator)

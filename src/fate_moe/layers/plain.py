@@ -1,46 +1,35 @@
 """Which of a model's layers are plain, recognised once from the code of their classes, their attributes and the configuration.
 
 Nothing is tried and nothing is guessed: a layer is plain if the code of each of its parts is code that ``canonical.py`` knows. A
-layer that is not says every reason; so does an executor that cannot run a plain layer.
+layer that is not says every reason; so does an executor that cannot run a plain layer (``reasons.py``).
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from fate_moe.adapter.meta_model import ExpertStack, expert_stacks
-from fate_moe.kernels.native import native, why_not
-from fate_moe.kernels.plain_layer import NO_ROUTER, Attention, Mlp, Norm, PlainLayer, Router, SharedExpert
+from fate_moe.kernels.plain_layer import NO_ROUTER, Attention, Latent, Mlp, Norm, PlainLayer, Router, SharedExpert
 from fate_moe.layers.canonical import (
     ATTENTIONS,
     BLOCKS,
-    HEADS,
     LAYERS,
     MLPS,
     NORMS,
-    ROPES,
     ROUTERS,
-    TRUNKS,
     AttentionCode,
     BlockCode,
     LayerCode,
     attends_as,
     meaning_of,
 )
-from fate_moe.switches import fuse
 
 __all__ = [
     "NotPlain",
     "PlainLayer",
-    "attention_reasons",
-    "cpu_reasons",
-    "cuda_reasons",
     "plain_decoder",
     "plain_layers",
     "recognise",
@@ -181,6 +170,8 @@ def recognise_attention(module: nn.Module) -> Attention | list[str]:
     if code is None:
         return [f"{type(module).__name__} is no attention that is known"]
     of: Any = module
+    if code.latent:
+        return _latent_attention(of, code)
     with_norms = bool(code.norms) and bool(getattr(of, code.norms_if) if code.norms_if else True)
     norm = None
     if with_norms:
@@ -209,6 +200,34 @@ def recognise_attention(module: nn.Module) -> Attention | list[str]:
         sinks=code.sinks is not None,
         rope=code.rope,
         half_angles=code.half_angles,
+    )
+
+
+def _latent_attention(of: Any, code: AttentionCode) -> Attention | list[str]:
+    two_steps = of.q_lora_rank is not None
+    norms = [recognise_norm(norm) for norm in ([of.q_a_layernorm] if two_steps else []) + [of.kv_a_layernorm]]
+    if reasons := [f"its norms: {reason}" for each in norms if isinstance(each, list) for reason in each]:
+        return list(dict.fromkeys(reasons))
+    if any(norm != norms[0] for norm in norms):
+        return ["its queries and keys have different norms"]
+    if of.kv_b_proj.bias is not None or (two_steps and of.q_b_proj.bias is not None):
+        return ["its matrices after latent rows have biases"]
+    apart = code.rope == "halves" and bool(getattr(of.config, "rope_interleave", False))
+    rank, rope = int(of.kv_lora_rank), int(of.qk_rope_head_dim)
+    return Attention(
+        index=int(of.layer_idx),
+        heads=int(of.num_heads),
+        kv_heads=1,
+        head_dim=rank + rope,
+        scaling=float(of.scaling),
+        rotary_dim=rope,
+        qkv_bias=of.kv_a_proj_with_mqa.bias is not None,
+        out_bias=of.o_proj.bias is not None,
+        qk_norm=norms[0],  # type: ignore[arg-type]
+        rope="pairs apart" if apart else code.rope,
+        half_angles=code.half_angles,
+        latent=Latent(rank, int(of.qk_nope_head_dim), int(of.v_head_dim), two_steps),
+        complex_angles=code.complex_angles,
     )
 
 
@@ -274,117 +293,3 @@ def _shared(block: nn.Module, code: BlockCode | None, reasons: list[str]) -> Sha
         return None
     mlp = _part(block, code.shared, recognise_mlp, reasons)
     return None if mlp is None else SharedExpert(mlp, code.shared, code.gate)
-
-
-def cpu_reasons(plain: PlainLayer, dtype: torch.dtype) -> list[str]:
-    """Why the CPU cannot run ``plain`` whole in a model of ``dtype``; none if it can."""
-    reasons = attention_reasons(plain.attention)
-    if native is None:
-        reasons.append(why_not() or "the extension is not built")
-    if not fuse():
-        reasons.append("FATE_FUSE=0 turns whole layers off")
-    if dtype != torch.bfloat16:
-        reasons.append(f"the model is in {_named(dtype)}; whole layers run in bfloat16")
-    return reasons
-
-
-def attention_reasons(attention: Attention) -> list[str]:
-    """Why no kernel runs ``attention`` on the CPU; none if one does."""
-    if attention.rotary_dim % 2:
-        return [f"its rotary embedding turns {attention.rotary_dim} channels, an odd number"]
-    return []
-
-
-def cuda_reasons(model: Any, layers: Sequence[PlainLayer | NotPlain]) -> list[str]:
-    """Why the GPU's decode step cannot run ``model``, whose layers with experts are ``layers``; none if it can."""
-    reasons = list[str]()
-    for layer in layers:
-        found = layer.reasons if isinstance(layer, NotPlain) else _layer_cuda_reasons(layer)
-        reasons += [f"{re.sub(r'(?<=[.])[0-9]+$', '*', layer.path)}: {reason}" for reason in found]
-    plain = [layer for layer in layers if isinstance(layer, PlainLayer)]
-    if not fuse():
-        reasons.append("FATE_FUSE=0 turns the decode step off")
-    if len({_shape_of(layer) for layer in plain}) > 1:
-        reasons.append("its layers differ in more than their weights")
-    return list(dict.fromkeys([*reasons, *_trunk_reasons(model, plain)]))
-
-
-def _layer_cuda_reasons(plain: PlainLayer) -> Iterable[str]:
-    attention, shared = plain.attention, plain.shared
-    if attention.window is not None:
-        yield f"its attention has a sliding window ({attention.window} tokens)"
-    if attention.sinks:
-        yield "its attention has sinks"
-    if attention.rope != "halves" or attention.half_angles:
-        yield "its rotary embedding is of another kind"
-    if any(norm.centered or norm.bias or norm.offset for norm in (plain.input_norm, plain.post_norm, attention.qk_norm) if norm):
-        yield "its norms are of another kind"
-    if attention.norm_over_heads:
-        yield "its queries and keys are normed over all heads together"
-    if attention.clip is not None:
-        yield "its queries, keys and values are clipped"
-    if attention.rotary_dim != attention.head_dim:
-        yield f"its rotary embedding turns {attention.rotary_dim} of {attention.head_dim} channels"
-    elif attention.head_dim % 2:
-        yield f"its heads have {attention.head_dim} channels, an odd number"
-    router = plain.router
-    if router.scale != 1.0:
-        yield f"its experts' weights are scaled by {router.scale:g}"
-    if router.scores != "softmax" or router.correction or router.groups > router.top_groups or router.floor or router.bias:
-        yield "its router chooses by more than a softmax"
-    if plain.residual_scale != 1.0:
-        yield f"what is added to the residual stream is scaled by {plain.residual_scale:g}"
-    if attention.scaling != attention.head_dim**-0.5:
-        yield f"its attention is scaled by {attention.scaling:g}"
-    if attention.out_bias:
-        yield "its attention's output has a bias"
-    if shared is not None and shared.gate is None:
-        yield "its shared expert has no gate"
-    if shared is not None and (shared.mlp.activation != "silu" or shared.mlp.limit is not None):
-        yield f"its shared expert's activation is {shared.mlp.activation}{'' if shared.mlp.limit is None else ' with a limit'}"
-
-
-def _shape_of(plain: PlainLayer) -> tuple[Any, ...]:
-    """What must be the same for all layers of one step."""
-    attention = plain.attention
-    norms = plain.input_norm.eps, plain.post_norm.eps, attention.qk_norm
-    return (
-        plain.hidden,
-        norms,
-        attention.heads,
-        attention.kv_heads,
-        attention.head_dim,
-        attention.qkv_bias,
-        plain.router,
-        plain.shared,
-    )
-
-
-def _trunk_reasons(model: Any, plain: Sequence[PlainLayer]) -> Iterable[str]:
-    """What of the model around its layers the step does in its own way."""
-    trunk = getattr(model, "model", None)
-    if len(plain) < len(getattr(trunk, "layers", ())):
-        yield "some of its layers have no experts, or are not plain"
-    if meaning_of(type(model), HEADS) is None:
-        yield f"{type(model).__name__} makes logits in a way that is not known"
-    if trunk is None or meaning_of(type(trunk), TRUNKS) is None:
-        yield f"{type(trunk).__name__} runs its layers in a way that is not known"
-        return
-    if meaning_of(type(trunk.rotary_emb), ROPES) is None:
-        yield f"{type(trunk.rotary_emb).__name__} makes rotary frequencies in a way that is not known"
-    if getattr(trunk.rotary_emb, "rope_type", "default") != "default":
-        yield "its rotary frequencies are scaled"
-    if model.config.hidden_act != "silu":
-        yield f"its activation is {model.config.hidden_act}"
-    eps = {norm.eps for layer in plain for norm in (layer.input_norm, layer.post_norm, layer.attention.qk_norm) if norm is not None}
-    final = recognise_norm(trunk.norm)
-    if isinstance(final, list):
-        yield f"norm: {'; '.join(final)}"
-    elif len(eps | {final.eps}) > 1:
-        yield "its norms have different eps"
-    if getattr(model.lm_head, "bias", None) is not None:
-        yield "its head has a bias"
-
-
-def _named(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -160,6 +160,7 @@ class Masks:
 
 
 def contiguous_kv(keys: torch.Tensor, values: torch.Tensor) -> tuple[int, int, int, int, int]:
-    """The extension's Kv of ``keys`` and ``values`` bf16 [batch, kv_heads, room, dim]: addresses, and strides in numbers."""
-    _, heads, room, dim = keys.shape
-    return keys.data_ptr(), values.data_ptr(), heads * room * dim, BLOCK * dim, room * dim
+    """The extension's Kv of ``keys`` and ``values`` bf16 [batch, kv_heads, room, dim], as RoomyLayer has them: addresses, and
+    strides in numbers."""
+    of_entry, of_head, of_position, _ = keys.stride()
+    return keys.data_ptr(), values.data_ptr(), of_entry, BLOCK * of_position, of_head

@@ -1,8 +1,10 @@
 #include "layers.h"
 
 #include <algorithm>
+#include <optional>
 
 #include "attending.h"
+#include "latent.h"
 
 namespace fate {
 namespace {
@@ -106,12 +108,20 @@ void run_mlp(const Ops& ops, const Mlp& mlp, const void* x, Dtype dtype, int64_t
 
 void run_attention(const Ops& ops, const Attention& a, const void* x, Dtype dtype, const std::vector<Span>& spans, const float* cos,
                    const float* sin, const Kv& kv, void* out, bool exact, int num_threads) {
-  const int64_t cols = a.q.place.cols;
+  const int64_t cols = a.hidden();
   std::vector<Span> some;
   for (int64_t first = 0; first < spans.back().end; first += kMostRows) {
     cut_spans(spans, first, some);
     const int64_t count = some.back().end;
     const float *const some_cos = cos + first * a.num_angles, *const some_sin = sin + first * a.num_angles;
+    if (a.latent.value_dim) {
+      static thread_local Scratch scratch;
+      float* const result = scratch.of<float>(count * cols);
+      run_latent(ops, a, some, some_cos, some_sin, kv, result, exact, num_threads,
+                 [&](int64_t t, float* to) { ops.to_float(at(x, dtype, (first + t) * cols), dtype, cols, to); });
+      ops.from_float(result, count * cols, at(out, dtype, first * cols), dtype);
+      continue;
+    }
     const Attending attending(ops, a, some, kv, exact, num_threads);
     Phases phases(num_threads);
     auto work = [&] {
@@ -134,12 +144,15 @@ namespace {
 void run_pass(const Ops& ops, const Layer& layer, const void* x, const std::vector<Span>& spans, const float* cos, const float* sin,
               const Kv& kv, const LayerOut& out, bool exact, int num_threads) {
   static thread_local Operand routed;
-  static thread_local Scratch scratch;
+  static thread_local Scratch scratch, sums;
   const Dtype bf16 = Dtype::kBf16;
-  const int64_t hidden = layer.attention.q.place.cols, num_tokens = spans.back().end;
+  const int64_t hidden = layer.attention.hidden(), num_tokens = spans.back().end;
   const Matrix router = layer.router.matrix(), shared_gate = layer.shared_gate.matrix();
   Operand& of_routed = routed;
-  const Attending attending(ops, layer.attention, spans, kv, exact, num_threads);
+  const bool latent = layer.attention.latent.value_dim != 0;
+  std::optional<Attending> attending;
+  if (!latent) attending.emplace(ops, layer.attention, spans, kv, exact, num_threads);
+  float* const attended = latent ? sums.of<float>(num_tokens * hidden) : attending->result(0);
   routed.resize(ops, num_tokens, router.kind, hidden, router.group, exact, true);
   const int64_t width = router.rows + 1;  // the shared expert's is the last
   float *const norm = scratch.of<float>(4 * hidden + num_tokens * width), *const post_norm = norm + 2 * hidden, *const logits = norm + 4 * hidden;
@@ -154,17 +167,22 @@ void run_pass(const Ops& ops, const Layer& layer, const void* x, const std::vect
     ops.from_float(values, hidden, to, bf16);
     ops.to_float(to, bf16, hidden, values);
   };
+  const auto input = [&](int64_t t, float* values) {
+    ops.to_float(at(x, bf16, t * hidden), bf16, hidden, values);
+    normed(t, values, layer.norm, norm);
+  };
+  if (latent) run_latent(ops, layer.attention, spans, cos, sin, kv, attended, exact, num_threads, input);
   Phases phases(num_threads);
   auto work = [&] {
-    phases.each(0, num_tokens, [&](int64_t t) {
-      float* const values = attending.x(t);
-      ops.to_float(at(x, bf16, t * hidden), bf16, hidden, values);
-      normed(t, values, layer.norm, norm);
-      attending.begin(t, cos, sin);
-    });
-    attending.run(phases, [](int64_t, int64_t) {});
+    if (attending) {
+      phases.each(0, num_tokens, [&](int64_t t) {
+        input(t, attending->x(t));
+        attending->begin(t, cos, sin);
+      });
+      attending->run(phases, [](int64_t, int64_t) {});
+    }
     phases.each(8, num_tokens, [&](int64_t t) {
-      float *const values = of_routed.x(t), *const sum = attending.result(t);
+      float *const values = of_routed.x(t), *const sum = attended + t * hidden;
       void* const residual = at(out.residual, bf16, t * hidden);
       ops.to_float(at(x, bf16, t * hidden), bf16, hidden, values);
       ops.steps->add(layer.residual_scale, sum, hidden, values);
@@ -192,7 +210,7 @@ void run_pass(const Ops& ops, const Layer& layer, const void* x, const std::vect
 void run_layer(const Ops& ops, const Layer& layer, const void* x, const std::vector<Span>& spans, const float* cos, const float* sin,
                const Kv& kv, const LayerOut& out, bool exact, int num_threads) {
   const Dtype bf16 = Dtype::kBf16;
-  const int64_t hidden = layer.attention.q.place.cols, angles = layer.attention.num_angles, top_k = layer.routing.top_k;
+  const int64_t hidden = layer.attention.hidden(), angles = layer.attention.num_angles, top_k = layer.routing.top_k;
   if (spans.back().end <= kMostRows) return run_pass(ops, layer, x, spans, cos, sin, kv, out, exact, num_threads);
   std::vector<Span> cut;
   for (int64_t first = 0; first < spans.back().end; first += kMostRows) {

@@ -24,6 +24,13 @@ struct Mlp {
   ActivationSpec how;  // not interleaved
 };
 
+// Of multi-head latent attention. Attention has one head of keys there, of dim = rank + rotary_dim; q is from what q_a makes, if there is one,
+// q_norm is over that, and k_norm over the rank.
+struct Latent {
+  Weight q_a, kv_a, kv_b;   // kv_a: [rank + rotary_dim, hidden]; kv_b: of each head nope rows for keys, then value_dim for values, [rank]
+  int64_t nope, value_dim;  // value_dim 0: it is no such attention
+};
+
 enum class Rope : int32_t { kHalves = 0, kPairs = 1, kPairsApart = 2 };  // Steps::turn, turn_pairs, and turn_pairs with `parts`
 
 struct Attention {
@@ -38,6 +45,9 @@ struct Attention {
   int64_t window;     // positions that a token sees, itself among them; 0: all before it
   const void* sinks;  // [heads] of sinks_dtype: scores of no position; or null
   Dtype sinks_dtype;
+  Latent latent;
+
+  int64_t hidden() const { return o.place.rows; }
 };
 
 // Keys and values of one decoder layer in bf16. Block b of entry i of a batch begins, for head h, at

@@ -178,15 +178,20 @@ void bind_layers(nb::module_& m) {
         return Router{top_k, Scores(scores), normalize, floor, scale, reinterpret_cast<const void*>(correction), Dtype(correction_dtype),
                       groups, top_groups, group_best, spread, rounds_logits, rounds_weights};
       });
+  nb::class_<Latent>(m, "Latent").def_static("make", [](const Weight& q_a, const Weight& kv_a, const Weight& kv_b, int64_t nope, int64_t value_dim) {
+    return Latent{q_a, kv_a, kv_b, nope, value_dim};
+  });
   nb::class_<Attention>(m, "Attention")
       .def_static(
           "make",
           [](const Weight& q, const Weight& k, const Weight& v, const Weight& o, int64_t heads, int64_t kv_heads, int64_t dim,
              int64_t rotary_dim, int64_t num_angles, int rope, float scaling, const Norm& q_norm, const Norm& k_norm,
-             bool norm_over_heads, float clip, int64_t window, uintptr_t sinks, int sinks_dtype) {
+             bool norm_over_heads, float clip, int64_t window, uintptr_t sinks, int sinks_dtype, const Latent* latent) {
             return Attention{q, k, v, o, heads, kv_heads, dim, rotary_dim, num_angles, Rope(rope), scaling, q_norm, k_norm, norm_over_heads,
-                             clip, window, reinterpret_cast<const void*>(sinks), Dtype(sinks_dtype)};
-          });
+                             clip, window, reinterpret_cast<const void*>(sinks), Dtype(sinks_dtype), latent ? *latent : Latent{}};
+          },
+          nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+          nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg("latent").none() = nb::none());
   nb::class_<Layer>(m, "Layer").def_static(
       "make", [](const Norm& norm, const Norm& post_norm, const Attention& attention, const Weight& router, const Weight& shared_gate,
                  const Router& routing, float residual_scale) {

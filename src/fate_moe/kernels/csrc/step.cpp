@@ -57,7 +57,7 @@ void run_arrived(const Ops& ops, const StepLayer& of, const Between& own, int64_
 
 void run_one(const Ops& ops, const StepLayer& of, const StepRows& rows, const Kv& kv, Between& own, ExpertMemory& memory, bool exact,
              int num_threads) {
-  const int64_t hidden = of.layer.attention.q.place.cols, num_rows = rows.spans.back().end, top_k = of.layer.routing.top_k;
+  const int64_t hidden = of.layer.attention.hidden(), num_rows = rows.spans.back().end, top_k = of.layer.routing.top_k;
   uint16_t* const shared = of.shared.empty() ? nullptr : own.shareds.of<uint16_t>(num_rows * hidden);
   float *const weights = own.floats.of<float>(num_rows * (top_k + 1)), *const factors = weights + num_rows * top_k;
   float* const outputs = own.outputs.of<float>(num_rows * top_k * hidden);
