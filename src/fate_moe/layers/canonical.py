@@ -85,7 +85,8 @@ class RouterCode:
     """``weight`` times x (and its bias), scores, the largest (plain_layer.Router). ``normalize``: whether their weights are divided
     by their sum, or the attribute that says so. ``scale``, ``floor``, ``spread`` and ``method`` name attributes; the last says how
     groups limit the choice ("greedy": not). ``correction`` is the path of a tensor in the router, ``groups`` the attributes with
-    the number of groups and how many of them are chosen. ``exact``: logits and weights are not rounded to the model's dtype.
+    the number of groups and how many of them are chosen. ``exact_logits``, ``exact_weights``: they are not rounded to the
+    model's dtype.
     """
 
     normalize: bool | str
@@ -97,8 +98,8 @@ class RouterCode:
     group_best: int = 1
     floor: float | str = 0.0
     spread: str | None = None
-    exact: bool = False
-    rounds_weights: bool = False  # nevertheless
+    exact_logits: bool = False
+    exact_weights: bool = False
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,7 @@ ATTENTIONS: Mapping[str, AttentionCode] = {
     "deepseek_v2.DeepseekV2Attention": AttentionCode(latent=True, rope="pairs", half_angles=True, complex_angles=True),
     "gpt_oss.GptOssAttention": AttentionCode(half_angles=True, sinks="gpt_oss"),
     "ernie4_5_moe.Ernie4_5_MoeAttention": AttentionCode(rope="pairs"),
+    "minimax_m2.MiniMaxM2Attention": AttentionCode(norms="all", partial_rope=True),
     "olmoe.OlmoeAttention": AttentionCode(norms="all", clip="clip_qkv", window="sliding_window"),
 }
 ROUTERS: Mapping[str, RouterCode] = {
@@ -155,7 +157,12 @@ ROUTERS: Mapping[str, RouterCode] = {
     "mixtral.MixtralTopKRouter": RouterCode(True),
     "qwen3_vl_moe.Qwen3VLMoeTextTopKRouter": RouterCode(True),
     "deepseek_v2.DeepseekV2TopkRouter": RouterCode(
-        False, scale="routed_scaling_factor", method="topk_method", groups=("num_group", "topk_group"), exact=True
+        False,
+        scale="routed_scaling_factor",
+        method="topk_method",
+        groups=("num_group", "topk_group"),
+        exact_logits=True,
+        exact_weights=True,
     ),
     "deepseek_v3.DeepseekV3TopkRouter": RouterCode(
         "norm_topk_prob",
@@ -165,12 +172,16 @@ ROUTERS: Mapping[str, RouterCode] = {
         groups=("num_group", "topk_group"),
         group_best=2,
         floor=1e-20,
-        exact=True,
+        exact_logits=True,
+        exact_weights=True,
     ),
-    "hy_v3.HYV3TopKRouter": RouterCode(True, scale="router_scaling_factor", scores="sigmoid", floor=1e-20, exact=True),
+    "hy_v3.HYV3TopKRouter": RouterCode(
+        True, scale="router_scaling_factor", scores="sigmoid", floor=1e-20, exact_logits=True, exact_weights=True
+    ),
     "ernie4_5_moe.Ernie4_5_MoeTopKRouter": RouterCode(
-        True, correction="moe_statics.e_score_correction_bias", floor="norm_min", exact=True, rounds_weights=True
+        True, correction="moe_statics.e_score_correction_bias", floor="norm_min", exact_logits=True
     ),
+    "minimax_m2.MiniMaxM2TopKRouter": RouterCode(True, scores="sigmoid", exact_weights=True),
     "phimoe.PhimoeTopKRouter": RouterCode(False, scores="sparse mixer", spread="router_jitter_noise"),
     # The softmax of the largest logits alone: the same weights as the largest of a softmax, normalized.
     "aria.AriaTextTopKRouter": RouterCode(True),
@@ -186,6 +197,7 @@ BLOCKS: Mapping[str, BlockCode] = {
     "aria.AriaTextMoELayer": BlockCode("router", "shared_experts"),
     "hy_v3.HYV3MoE": BlockCode("gate", "shared_experts", correction="e_score_correction_bias"),
     "ernie4_5_moe.Ernie4_5_MoeSparseMoeBlock": BlockCode("gate", "shared_experts"),
+    "minimax_m2.MiniMaxM2SparseMoeBlock": BlockCode("gate", correction="e_score_correction_bias"),
     "phimoe.PhimoeSparseMoeBlock": BlockCode("router"),
     "gpt_oss.GptOssMLP": BlockCode("router"),
     "granitemoe.GraniteMoeMoE": BlockCode("router"),

@@ -282,8 +282,8 @@ def _router(block: nn.Module, code: BlockCode | None, stack: ExpertStack, reason
         group_best=meaning.group_best,
         floor=float(getattr(router, meaning.floor)) if isinstance(meaning.floor, str) else meaning.floor,
         spread=2 * float(getattr(router, meaning.spread)) if meaning.spread else 0.0,
-        rounds_logits=not meaning.exact,
-        rounds_weights=not meaning.exact or meaning.rounds_weights,
+        rounds_logits=not meaning.exact_logits,
+        rounds_weights=not meaning.exact_weights,
         bias=getattr(router, "bias", None) is not None,
     )
 
