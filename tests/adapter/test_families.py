@@ -94,15 +94,16 @@ def page(rows: list[Family], version: str, seconds: float) -> str:
         "",
         "*Look-ahead*: MoE blocks whose router, asked before the block runs, names exactly the experts that the block then uses.",
         "Where it cannot be asked (it wants the token ids, or what the router before it passed on), experts are read when needed.",
-        "*Layers*: whether layers with experts are recognised as plain ones, which our kernels may run in one step; `fate doctor",
-        "MODEL` says whether they do. All other layers run transformers' own code around our experts; `fate models` says why.",
+        "*Layers*: whether the CPU's kernels run whole layers (norms, attention, routers, experts), so that a token's logits do",
+        "not depend on the batch or on how a prompt is cut, or the MoE block only, with transformers' own code around it;",
+        "`fate models` says why, and `fate doctor MODEL` what a model's precision changes.",
         "",
         "| family | class | status | look-ahead | layers | names of a layer's experts in the checkpoint |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         keys = ", ".join(f"`{key}`" for key in row.keys)
-        layers = "recognised" if row.layers == "recognised" else ""
+        layers = row.in_short().partition(":")[0]
         lines.append(f"| {row.family} | {row.model} | {row.status} | {row.look_ahead} | {layers} | {keys} |")
     return "\n".join([*lines, *GGUF]) + "\n"
 

@@ -22,7 +22,8 @@ from fate_moe.gpu.options import DeviceOptions
 from fate_moe.gpu.state import DeviceState
 from fate_moe.gpu.tables import ResidencyTables, layer_quotas
 from fate_moe.layers.cuda_step import FusedStep
-from fate_moe.layers.plain import cuda_reasons, plain_layers
+from fate_moe.layers.plain import plain_layers
+from fate_moe.layers.reasons import cuda_reasons
 from fate_moe.quant.blob import encode
 from fate_moe.store.format import blob_layout
 from tests.support.checkpoints import tiny_model

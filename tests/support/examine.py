@@ -18,7 +18,8 @@ from fate_moe.checkpoints.source import Checkpoint
 from fate_moe.engine.attach import routers_of
 from fate_moe.engine.patches import Patches
 from fate_moe.engine.prepare import prepare
-from fate_moe.layers.plain import NotPlain, plain_layers
+from fate_moe.layers.plain import NotPlain, plain_decoder
+from fate_moe.layers.reasons import attention_reasons
 from fate_moe.store.convert import convert
 from tests.support.engines import load_model
 from tests.support.tiny import text_part, tiny_config, tiny_model
@@ -83,8 +84,12 @@ def examine(family: str, folder: Path) -> Family:
 
 
 def _recognised(model: Any) -> str:
-    """Whether all layers with experts are plain, else why not."""
-    reasons = [reason for layer in plain_layers(model) if isinstance(layer, NotPlain) for reason in layer.reasons]
+    """Whether all layers of the decoder are plain ones that the CPU runs whole, else why not."""
+    reasons = [
+        reason
+        for layer in plain_decoder(model)
+        for reason in (layer.reasons if isinstance(layer, NotPlain) else attention_reasons(layer.attention))
+    ]
     return "; ".join(dict.fromkeys(reasons)) or "recognised"
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-__all__ = ["RoomyLayer", "make_room", "room_for"]
+__all__ = ["RoomyLayer", "RoomySlidingLayer", "make_room", "room_for"]
 
 MIN_ROOM = 64  # tokens; else a quarter of what is there
 
@@ -81,17 +81,33 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         """
         past = self.get_seq_length()
         frozen = self._room is not None and self._room[0].is_inference() and not torch.is_inference_mode_enabled()
-        if self._room is None or frozen or self._room[0].shape[2] < past + count:
+        if self._room is None or frozen or self._room[0].shape[2] < past + count or self._is_apart(*self._room):
             old: Any = (self.keys, self.values)
             wanted, shapes = past + count, like or old
             most = max(wanted, self.max_tokens // max(1, shapes[0].shape[0]))
             length = min(most, wanted + max(MIN_ROOM, wanted // 4))
-            # Zeros: the native step skips a batch's padding, which the family's own forward multiplies by 0.
-            keys, values = (torch.zeros(*x.shape[:2], length, x.shape[3], dtype=self.dtype, device=self.device) for x in shapes)
+            keys, values = self._buffers(shapes, length)
             if past:
                 keys[:, :, :past], values[:, :, :past] = old
             self._room, self._length, self._set = (keys, values), past, [None, None]
         return past, *self._room
+
+    def _buffers(self, like: Any, length: int) -> Any:
+        """Room for ``length`` tokens; of multi-head latent attention keys and values of a token are side by side.
+
+        Zeros: the native step skips a batch's padding, which the family's own forward multiplies by 0.
+        """
+        dims, shape = [x.shape[3] for x in like], (*like[0].shape[:2], length)
+        if dims[0] == dims[1]:
+            return [torch.zeros(*shape, dims[0], dtype=self.dtype, device=self.device) for _ in like]
+        both = torch.zeros(*shape, sum(dims), dtype=self.dtype, device=self.device)
+        return both[..., : dims[0]], both[..., dims[0] :]
+
+    @staticmethod
+    def _is_apart(keys: torch.Tensor, values: torch.Tensor) -> bool:
+        """Whether they should be side by side, and are not."""
+        dim = keys.shape[3]
+        return dim != values.shape[3] and values.data_ptr() != keys.data_ptr() + dim * keys.element_size()
 
     def extend(self, count: int) -> None:
         """``count`` tokens were written to the reserved buffers behind the others."""
@@ -118,22 +134,49 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         return keys.shape[0] if keys is not None and keys.dim() == 4 else 0
 
 
+class RoomySlidingLayer(RoomyLayer):
+    """A RoomyLayer of attention with a sliding window. It keeps all tokens, so that they can be cropped at any time; masks and
+    transformers' own attention see the last of them, as DynamicSlidingWindowLayer keeps. Plans count such layers as full ones."""
+
+    is_sliding = True
+
+    def __init__(self, max_tokens: int, sliding_window: int) -> None:
+        super().__init__(max_tokens)
+        self.sliding_window = sliding_window
+
+    def activate_past_recording(self) -> None:
+        """The past is here."""
+
+    def get_max_length(self) -> int:
+        return self.sliding_window
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        past = self.get_seq_length()
+        return min(past, self.sliding_window - 1) + query_length, max(past - self.sliding_window + 1, 0)
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        seen = self.get_mask_sizes(key_states.shape[-2])[0]
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        return keys[:, :, -seen:], values[:, :, -seen:]
+
+
 def make_room(cache: Any, max_tokens: int, unless_given: bool = False) -> None:
-    """Give the layers of a DynamicCache room, those that keep every token; other caches stay as they are.
+    """Give the layers of a DynamicCache room, those that have kept every token; other caches stay as they are.
 
     ``unless_given``: layers that were given a limit before keep it.
     """
     if type(cache) is not DynamicCache or cache.offloading:
         return
     for index, layer in enumerate(cache.layers):
-        if type(layer) is RoomyLayer:
+        if isinstance(layer, RoomyLayer):
             layer.max_tokens = layer.max_tokens if unless_given and layer.max_tokens else max_tokens
-        elif type(layer) is DynamicLayer:
-            cache.layers[index] = _roomy(layer, max_tokens)
+        elif (roomy := _roomy(layer, max_tokens)) is not None:
+            cache.layers[index] = roomy
 
 
-def room_for(cache: Any, index: int, kv_heads: int, dim: int, batch: int = 1) -> RoomyLayer | None:
-    """Layer ``index`` of ``cache`` with keys and values of ``batch`` sequences in bf16, made where nothing is cached yet.
+def room_for(cache: Any, index: int, kv_heads: int, dims: tuple[int, int], batch: int = 1) -> RoomyLayer | None:
+    """Layer ``index`` of ``cache`` with keys and values of ``batch`` sequences in bf16 (``dims`` of a head of each), made where
+    nothing is cached yet.
 
     None if it is another kind, or somebody trains what is in it (prefix tuning)."""
     if type(cache) is not DynamicCache or cache.offloading:
@@ -144,19 +187,25 @@ def room_for(cache: Any, index: int, kv_heads: int, dim: int, batch: int = 1) ->
     if index >= len(layers):
         return None
     layer = layers[index]
-    if type(layer) is DynamicLayer and not layer.is_initialized:
-        layer = layers[index] = _roomy(layer, 0)
-    if type(layer) is not RoomyLayer or layer.has_gradients():
+    if not layer.is_initialized and (roomy := _roomy(layer, 0)) is not None:
+        layer = layers[index] = roomy
+    if not isinstance(layer, RoomyLayer) or layer.has_gradients():
         return None
     if not layer.is_initialized:
-        nothing = torch.empty(batch, kv_heads, 0, dim, dtype=torch.bfloat16)
-        layer.lazy_initialization(nothing, nothing)
-        layer.keys = layer.values = nothing
+        nothing = [torch.empty(batch, kv_heads, 0, dim, dtype=torch.bfloat16) for dim in dims]
+        layer.lazy_initialization(*nothing)
+        layer.keys, layer.values = nothing
     return layer if layer.holds(batch, torch.bfloat16) else None
 
 
-def _roomy(layer: DynamicLayer, max_tokens: int) -> RoomyLayer:
-    roomy = RoomyLayer(max_tokens)
+def _roomy(layer: Any, max_tokens: int) -> RoomyLayer | None:
+    """``layer`` with room; None if it is of another kind, or has forgotten tokens."""
+    if type(layer) is DynamicLayer:
+        roomy = RoomyLayer(max_tokens)
+    elif type(layer) is DynamicSlidingWindowLayer and layer.get_seq_length() < layer.sliding_window:
+        roomy = RoomySlidingLayer(max_tokens, layer.sliding_window)
+    else:
+        return None
     for name, value in vars(layer).items():
         setattr(roomy, name, value)
     return roomy

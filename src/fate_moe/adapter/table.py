@@ -16,8 +16,8 @@ class Family:
     """One model type. ``status`` is "ok" or the reason why it does not run.
 
     ``look_ahead`` is the share of MoE blocks whose router, asked before it runs, named the experts that it then used ("4/4");
-    ``keys`` are the checkpoint's names of one layer's experts, as they were read. ``layers`` is "recognised" if all layers with
-    experts are plain (layers/plain.py), else the reasons of those that are not.
+    ``keys`` are the checkpoint's names of one layer's experts, as they were read. ``layers`` is "recognised" if all layers are
+    plain (layers/plain.py), else the reasons of those that are not.
     """
 
     family: str
@@ -26,6 +26,12 @@ class Family:
     look_ahead: str = ""
     keys: tuple[str, ...] = ()
     layers: str = ""
+
+    def in_short(self) -> str:
+        """What of a layer our kernels run: all of it, or its MoE block, and the first reason why not the rest."""
+        if self.status != "ok" or not self.layers:
+            return ""
+        return "whole layers" if self.layers == "recognised" else f"MoE block only: {self.layers.partition('; ')[0]}"
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)

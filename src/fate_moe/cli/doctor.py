@@ -101,7 +101,8 @@ def _doctor_model(name: str, as_json: bool) -> None:
     from fate_moe.checkpoints.gguf import config_folder
     from fate_moe.checkpoints.source import resolve_checkpoint
     from fate_moe.engine.prepare import is_store
-    from fate_moe.layers.plain import cuda_reasons, plain_layers
+    from fate_moe.layers.plain import plain_layers
+    from fate_moe.layers.reasons import cuda_reasons
 
     with config_folder(Path(name) if is_store(name) else resolve_checkpoint(name)) as folder:
         model: Any = build_meta_model(folder)
@@ -125,7 +126,8 @@ def _doctor_model(name: str, as_json: bool) -> None:
 
 def _groups(model: Any, layers: Sequence[Any]) -> list[dict[str, Any]]:
     """Layers of which the same is to say: their ``layers`` by number, what they are (``plain``) or ``reasons``, and ``cpu``'s."""
-    from fate_moe.layers.plain import PlainLayer, cpu_reasons
+    from fate_moe.layers.plain import PlainLayer
+    from fate_moe.layers.reasons import cpu_reasons
 
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for layer in layers:

@@ -33,7 +33,6 @@ def _models(arguments: argparse.Namespace) -> None:
     good = sum(row.status == "ok" for row in rows)
     whole = sum(row.layers == "recognised" for row in rows)
     print_table(
-        f"{good} of {len(rows)} families run, {whole} with layers that our kernels know whole (transformers {tried_with()}); "
-        "why the layers of others are not recognised",
-        [(row.family, row.status, row.layers) for row in rows],
+        f"{good} of {len(rows)} families run, {whole} with layers that the CPU's kernels run whole (transformers {tried_with()})",
+        [(row.family, row.status, row.in_short()) for row in rows],
     )

@@ -37,7 +37,8 @@ from fate_moe.gpu.state import DeviceState
 from fate_moe.gpu.tables import ResidencyTables, layer_quotas
 from fate_moe.io.progress import progress_bar
 from fate_moe.journal import Observer
-from fate_moe.layers.plain import cuda_reasons, plain_layers
+from fate_moe.layers.plain import plain_layers
+from fate_moe.layers.reasons import cuda_reasons
 from fate_moe.machine import peak_memory
 from fate_moe.memory.precision import make_precision_policy
 from fate_moe.memory.residency import Residency

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import torch
 
-from fate_moe.kernels.elementary import exponential, fused, sum_of_lanes
+from fate_moe.kernels.elementary import exponential, fused, linear_bf16, sum_of_lanes
 
-__all__ = ["POSITIONS", "attend", "soften"]
+__all__ = ["POSITIONS", "attend", "attend_latent", "soften"]
 
 POSITIONS = 64  # of a block; blocks begin at multiples of it
 
@@ -67,6 +67,23 @@ def attend(
         most = torch.where(visited, new_most, most)
         out = torch.where(visited.unsqueeze(-1), sums, out)
     return out / total.unsqueeze(-1)
+
+
+def attend_latent(queries: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor, *, nope: int, scaling: float) -> torch.Tensor:
+    """fp32 [T, heads, v] of ``queries`` fp32 [T, heads, nope + rope], whose last channels are turned, the last T positions of
+    ``keys`` bf16 [S, rank + rope], a latent row and what turns, which all heads share.
+
+    ``weights`` fp32 [heads, nope + v, rank] makes keys and values of latent rows. Queries go to the latent rows instead:
+    q_c = fma(q_i, w_ic, q_c) over channels i < nope, ascending, from 0; then their turned channels. ``attend`` gives each head's
+    sum of latent rows, and ``linear_bf16`` with the head's last v rows what comes out.
+    """
+    num_tokens, heads, _ = queries.shape
+    absorbed = torch.zeros(num_tokens, heads, weights.shape[2])
+    for i in range(nope):
+        absorbed = fused(queries[:, :, i : i + 1], weights[:, i], absorbed)
+    shared = keys.unsqueeze(1)
+    summed = attend(torch.cat([absorbed, queries[:, :, nope:]], dim=-1), shared, shared, scaling=scaling)[..., : weights.shape[2]]
+    return torch.stack([linear_bf16(summed[:, head], weights[head, nope:]) for head in range(heads)], dim=1)
 
 
 def soften(scores: torch.Tensor, cap: float) -> torch.Tensor:

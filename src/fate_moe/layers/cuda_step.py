@@ -19,7 +19,8 @@ from fate_moe.gpu.experts import DeviceExperts
 from fate_moe.gpu.prefill import dot_dtype
 from fate_moe.kernels.plain_layer import PlainLayer
 from fate_moe.kernels.triton_dense import attend_kernel, combine_kernel, matvec_kernel
-from fate_moe.layers.plain import cuda_reasons, plain_layers
+from fate_moe.layers.plain import plain_layers
+from fate_moe.layers.reasons import cuda_reasons
 
 __all__ = ["FusedStep"]
 
