@@ -32,7 +32,7 @@ from tests.torture.workers import do, outcomes
 def main() -> int:
     """Exit code 0 if nothing was found that must not be, 1 otherwise."""
     options = _options()
-    _quiet()
+    quiet()
     torch.set_num_threads(1)
     areas = [AREAS[name] for name in options.only or AREAS]
     folder = Path(tempfile.mkdtemp(prefix="fate-torture-", dir=options.folder))
@@ -45,10 +45,12 @@ def main() -> int:
         else:
             print(f"seed {options.seed}, {options.workers} at a time, in {folder}", file=sys.stderr, flush=True)
             until = began + 60 * options.minutes
-            jobs = _short(areas) if options.short else _timed(areas, until)
+            timed = _Timed(areas, until)
+            jobs = _short(areas) if options.short else iter(timed)
             done = []
             for outcome in outcomes(jobs, options.seed, material, folder, options.workers):
                 done.append(outcome)
+                timed.note(outcome)
                 if not outcome.good:
                     print(_failure(outcome, options.seed), file=sys.stderr, flush=True)
     finally:
@@ -84,7 +86,7 @@ def _options() -> argparse.Namespace:
     return options
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Warnings about what was damaged are expected by the thousand."""
     logging.getLogger("fate_moe").setLevel(logging.CRITICAL)
     logging.getLogger("fate_moe").propagate = False
@@ -117,17 +119,29 @@ def _short(areas: list[Area]) -> Iterator[tuple[Area, int]]:
             yield area, number
 
 
-def _timed(areas: list[Area], until: float) -> Iterator[tuple[Area, int]]:
-    """Whichever area has had the least time for its share is next; at least one case of each."""
-    spent = dict.fromkeys((area.name for area in areas), 0.0)
-    numbers = dict.fromkeys(spent, 0)
-    began = {}
-    while time.monotonic() < until or not all(numbers.values()):
-        area = min(areas, key=lambda area: spent[area.name] / area.share)
-        began[area.name] = time.monotonic()
-        yield area, numbers[area.name]
-        numbers[area.name] += 1
-        spent[area.name] += max(time.monotonic() - began[area.name], 1e-3)
+class _Timed:
+    """Jobs until ``until``: whichever area has had the least time for its share is next; at least one case of each."""
+
+    def __init__(self, areas: list[Area], until: float) -> None:
+        self._areas, self._until = areas, until
+        self._numbers = dict.fromkeys((area.name for area in areas), 0)
+        self._spent = dict.fromkeys(self._numbers, 0.0)
+        self._done = dict.fromkeys(self._numbers, 0)
+
+    def __iter__(self) -> Iterator[tuple[Area, int]]:
+        while time.monotonic() < self._until or not all(self._numbers.values()):
+            area = min(self._areas, key=lambda area: (self._expected(area.name) / area.share, self._numbers[area.name]))
+            self._numbers[area.name] += 1
+            yield area, self._numbers[area.name] - 1
+
+    def _expected(self, name: str) -> float:
+        """Seconds that were spent, and that cases under way will take."""
+        done = max(1, self._done[name])
+        return self._spent[name] / done * max(self._numbers[name], done)
+
+    def note(self, outcome: Outcome) -> None:
+        self._done[outcome.area] += 1
+        self._spent[outcome.area] += outcome.seconds
 
 
 def _failure(outcome: Outcome, seed: int) -> str:

@@ -14,7 +14,15 @@ from tests.torture.json_damage import damage_json
 
 __all__ = ["damage"]
 
-_NUMBERS = (0, 1, 7, 255, 4095, 4097, *((1 << power) - less for power in (16, 31, 32, 48, 62, 63, 64) for less in (0, 1) if power < 64))
+_NUMBERS = (
+    0,
+    1,
+    7,
+    255,
+    4095,
+    4097,
+    *((1 << power) - less for power in (16, 31, 32, 48, 62, 63, 64) for less in (0, 1) if power < 64),
+)
 _FOREIGN = (
     b"\x80\x04cos\nsystem\n(S'true'\ntR.",
     b"PK\x03\x04" + bytes(60),
@@ -84,7 +92,9 @@ def _bytes(path: Path, data: bytes, dice: Random) -> str:
         "bytes missing": lambda: data[:at] + data[at + length :],
         "bytes inserted": lambda: data[:at] + dice.randbytes(length) + data[at:],
         "bytes repeated": lambda: data[: at + length] + data[at:],
-        "bytes overwritten": lambda: data[:at] + dice.choice((bytes, dice.randbytes, lambda n: b"\xff" * n))(length) + data[at + length :],
+        "bytes overwritten": lambda: (
+            data[:at] + dice.choice((bytes, dice.randbytes, lambda n: b"\xff" * n))(length) + data[at + length :]
+        ),
         "blocks exchanged": lambda: _exchanged(data, at // 4096 * 4096, other // 4096 * 4096, 4096),
         "too long": lambda: data + bytes(dice.choice((1, 511, 4096, 1 << 20))),
         "a torn end": lambda: data[:at] + bytes(size - at),
@@ -132,7 +142,9 @@ def _instead(path: Path, dice: Random, outside: Path) -> str:
         path.symlink_to(path.parent.parent / "made-by-a-link")
     elif kind == "other file":
         path.write_bytes(outside.read_bytes())
-    return {"link": "a link that leaves the folder", "device": "a link to a device", "fifo": "a named pipe"}.get(kind, f"instead: {kind}")
+    return {"link": "a link that leaves the folder", "device": "a link to a device", "fifo": "a named pipe"}.get(
+        kind, f"instead: {kind}"
+    )
 
 
 def _zip(path: Path, data: bytes, dice: Random) -> str:
@@ -143,7 +155,9 @@ def _zip(path: Path, data: bytes, dice: Random) -> str:
     except (zipfile.BadZipFile, OSError):
         return _bytes(path, data, dice)
     name = dice.choice(sorted(members))
-    kind = dice.choice(("a bomb", "dtype", "a huge shape", "name", "twice", "objects", "compression", "no array", "missing", "encrypted"))
+    kind = dice.choice(
+        ("a bomb", "dtype", "a huge shape", "name", "twice", "objects", "compression", "no array", "missing", "encrypted")
+    )
     written = list(members.items())
     method = zipfile.ZIP_STORED
     if kind == "a bomb":
@@ -151,14 +165,18 @@ def _zip(path: Path, data: bytes, dice: Random) -> str:
         written = [(n, head if n == name else content) for n, content in written]
     elif kind in ("dtype", "a huge shape", "objects", "no array"):
         content = {
-            "dtype": lambda: _npy_header(dice.choice(("<f8", "<i8", "|S3", "|V0", "<M8[s]", "|b1", "<c16", ">f4")), (2, 2)) + bytes(64),
-            "a huge shape": lambda: _npy_header("<f4", dice.choice(((1 << 40,), (1 << 62,), (1 << 20, 1 << 20), (0, 1 << 60), (-1,)))),
+            "dtype": lambda: (
+                _npy_header(dice.choice(("<f8", "<i8", "|S3", "|V0", "<M8[s]", "|b1", "<c16", ">f4")), (2, 2)) + bytes(64)
+            ),
+            "a huge shape": lambda: _npy_header(
+                "<f4", dice.choice(((1 << 40,), (1 << 62,), (1 << 20, 1 << 20), (0, 1 << 60), (-1,)))
+            ),
             "objects": lambda: _npy_header("|O", (1,)) + b"\x80\x04cos\nsystem\n(S'true'\ntR.",
             "no array": lambda: dice.choice((b"", b"\x93NUMPY", b"\x93NUMPY\x01\0\xff\xff" + b"(" * 70_000, b"x")),
         }[kind]()
         written = [(n, content if n == name else other) for n, other in written]
     elif kind == "name":
-        new = dice.choice(("../x.npy", "/etc/x.npy", "", "x", name.removesuffix(".npy"), "\0.npy"))
+        new = dice.choice(("../x.npy", "/etc/x.npy", "x", "x/", name.removesuffix(".npy"), "\0.npy"))
         written = [(new if n == name else n, content) for n, content in written]
     elif kind == "twice":
         written.append((name, members[dice.choice(sorted(members))]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from contextlib import closing
 from pathlib import Path
@@ -96,7 +97,7 @@ def damaged_learned(case: Case) -> str:
     refused = refusal(lambda: text.append(text_of(store, **options)))
     if text and text[0] != case.material.facts["text"][name]:
         raise WrongError(f"{case.kind}, {options}: wrote {text[0]}")
-    if refused:
+    if refused and not case.kind.endswith(("device", "pipe", "folder", "loop", "dangling")):
         raise WrongError(f"{case.kind}, {options}: what is optional stopped the model: {refused}")
     if (case.work / "made-by-a-link").exists():
         raise WrongError(f"{case.kind}: a file was made through a link")
@@ -104,7 +105,7 @@ def damaged_learned(case: Case) -> str:
     if left:
         raise WrongError(f"{case.kind}: {left} are left")
     refusal(lambda: load_view_losses(store))
-    return "right"
+    return "refused" if refused else "right"
 
 
 def damaged_home(case: Case) -> str:
@@ -118,6 +119,7 @@ def damaged_home(case: Case) -> str:
     path = case.dice.choice((store / "fate.json", partial / "journal.json", home / "digests.json"))
     outside = case.material.home.with_name("outside") / "plain" / "mixtral-int4" / "fate.json"
     case.kind = f"{path.name}: {damage(path, case.dice, outside)}"
+    os.environ["FATE_HOME"] = str(home)
     KnownDigests(home / "digests.json").save()
     identity_of(store)
     models = stored_models()

@@ -13,7 +13,7 @@ import torch
 
 from fate_moe.errors import FateError
 from fate_moe.store.convert import convert
-from fate_moe.store.learned import save_gates, save_statistics, save_view_losses
+from fate_moe.store.learned import save_gates, save_view_losses
 from fate_moe.trace.schema import RoutingTrace, write_trace
 from tests.support.checkpoints import tiny_checkpoint, tiny_model
 from tests.support.engines import load_model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def as_json(outcomes: list[Outcome], facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def show(outcomes: list[Outcome], facts: dict[str, Any]) -> None:
-    """The table on the terminal."""
+    """The table on the terminal. Failures were printed as they came."""
     summary = as_json(outcomes, facts)
     table = Table(title=f"torture: seed {summary['seed']}, {summary['cases']} cases in {summary['seconds']} s")
     for column in ("area", "cases", "kinds", *GOOD, "failures", "longest", "grown", "injected"):
@@ -53,16 +54,17 @@ def show(outcomes: list[Outcome], facts: dict[str, Any]) -> None:
         injected = ", ".join(f"{count} {what}" for what, count in area["counts"].items())
         numbers = [str(area[key]) for key in ("cases", "kinds", *GOOD, "failures")]
         style = "bold red" if area["failures"] else None
-        table.add_row(name, *numbers, f"{area['longest_seconds']} s", f"{area['most_grown_bytes'] >> 20} MiB", injected, style=style)
-    Console().print(table)
-    for failure in summary["failures"][:50]:
-        Console(stderr=True).print(f"{failure}", markup=False, highlight=False)
+        table.add_row(
+            name, *numbers, f"{area['longest_seconds']} s", f"{area['most_grown_bytes'] >> 20} MiB", injected, style=style
+        )
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def page(path: Path, summary: dict[str, Any]) -> None:
     """Put the table of ``summary`` into the Markdown file ``path``, in the place of the one that it has."""
     lines = [
-        f"{summary['cases']} cases with seed {summary['seed']} in {summary['seconds'] / 60:.0f} minutes on {summary['workers']} processes.",
+        f"{summary['cases']:,} cases in {summary['seconds'] / 60:.0f} minutes on {summary['workers']} processes, "
+        f"seed {summary['seed']}.",
         "",
         "| what was tried | cases | right | refused in one line | another valid input | failures | longest case |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",

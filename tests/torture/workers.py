@@ -111,7 +111,9 @@ class _Worker:
                 name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
                 return self._anew(Outcome(area.name, number, "", "crash", f"the process ended: {name}"))
         if late:
-            return self._anew(Outcome(area.name, number, "", "hang", f"not done after {area.limit_seconds:.0f} s", area.limit_seconds))
+            return self._anew(
+                Outcome(area.name, number, "", "hang", f"not done after {area.limit_seconds:.0f} s", area.limit_seconds)
+            )
         return None
 
     def _anew(self, outcome: Outcome) -> Outcome:
@@ -138,6 +140,7 @@ def _serve(pipe: Connection, seed: int, material: Material, folder: Path) -> Non
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.environ["FATE_HOME"] = str(folder / "fate-home")
+    gc.freeze()  # a collection after each case looks at that case only
     while True:
         try:
             area, number = pipe.recv()
@@ -165,5 +168,3 @@ def _status(name: str) -> int:
         return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:"))
     except (OSError, StopIteration):
         return 0
-
-
