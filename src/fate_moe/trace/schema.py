@@ -154,7 +154,7 @@ def _checked(arrays: dict[str, NDArray[Any]]) -> RoutingTrace:
     sizes = {"N": num_tokens, "L": num_layers, "k": experts.shape[2], "6": 6}
     for name, array in extras.items():
         _check_shape(name, array, sizes)
-    if sizes.get("E", widest) < int(num_experts.max()):
+    if "E" in sizes and sizes["E"] < int(num_experts.max()):
         raise ValueError(f"arrays of {sizes['E']} experts for {int(num_experts.max())}")
     meta = {name: _current(value) for name, value in json.loads(str(arrays.get("meta", "{}"))).items()}
     return RoutingTrace(experts, probs, start.astype(np.int64), num_experts, extras, meta)
