@@ -36,7 +36,9 @@ def found(tree: ast.AST) -> Iterator[str]:
                 yield f"{name} with {given}"
 
 
-@pytest.mark.parametrize("code", ["import pickle", "torch.load(x)", "np.load(x)", "subprocess.run(x, shell=True)", "f(trust_remote_code=a)"])
+@pytest.mark.parametrize(
+    "code", ["import pickle", "torch.load(x)", "np.load(x)", "subprocess.run(x, shell=True)", "f(trust_remote_code=a)"]
+)
 def test_what_is_forbidden_is_found(code: str) -> None:
     assert list(found(ast.parse(code)))
 
@@ -70,7 +72,12 @@ def test_the_servers_key_and_forged_lines_are_not_in_its_log(caplog: pytest.LogC
     guarded = Guard(app, options.api_key, (), options.max_body)
     logged = RequestLog(guarded, lambda route, status: None, log=True)
     for key in (b"sk-secret", b"sk-wrong"):
-        scope = {"type": "http", "method": "GET", "path": "/v1/x\n\x1b[31mforged", "headers": [(b"authorization", b"Bearer " + key)]}
+        scope = {
+            "type": "http",
+            "method": "GET",
+            "path": "/v1/x\n\x1b[31mforged",
+            "headers": [(b"authorization", b"Bearer " + key)],
+        }
         with caplog.at_level(logging.DEBUG):
             asyncio.run(logged(scope, nothing, nothing))
     lines = [record.getMessage() for record in caplog.records if record.name == "fate_moe.serve.requests"]

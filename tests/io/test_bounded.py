@@ -36,7 +36,9 @@ def test_files_that_are_too_long_are_not_read(tmp_path: Path) -> None:
         read_bounded(tmp_path / "small", 4)
 
 
-@pytest.mark.parametrize(("data", "said"), [(b"[" * 100_000, "too deeply"), (b'{"a": \xff}', "no text at byte 6"), (b"", "Expecting")])
+@pytest.mark.parametrize(
+    ("data", "said"), [(b"[" * 100_000, "too deeply"), (b'{"a": \xff}', "no text at byte 6"), (b"", "Expecting")]
+)
 def test_json_of_any_kind_is_a_value_error(tmp_path: Path, data: bytes, said: str) -> None:
     (tmp_path / "a.json").write_bytes(data)
     with pytest.raises(ValueError, match=said) as caught:

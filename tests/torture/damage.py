@@ -176,7 +176,7 @@ def _zip(path: Path, data: bytes, dice: Random) -> str:
         }[kind]()
         written = [(n, content if n == name else other) for n, other in written]
     elif kind == "name":
-        new = dice.choice(("../x.npy", "/etc/x.npy", "x", "x/", name.removesuffix(".npy"), "\0.npy"))
+        new = dice.choice(("../x.npy", "/etc/x.npy", "x", "x/", name.removesuffix(".npy"), "a\nb.npy"))
         written = [(new if n == name else n, content) for n, content in written]
     elif kind == "twice":
         written.append((name, members[dice.choice(sorted(members))]))

@@ -41,7 +41,7 @@ def atomic_file(path: Path, shared: bool = False) -> Iterator[BinaryIO]:
     if shared:
         _drop_leftovers(path)
     try:
-        with suppress(FileNotFoundError):  # what a killed process left, or a link that leads elsewhere
+        if os.path.lexists(temporary):  # what a killed process left, or a link that leads elsewhere
             temporary.unlink()
         with open(temporary, "xb") as file:
             yield file

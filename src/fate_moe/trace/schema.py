@@ -105,7 +105,7 @@ def write_trace(path: Path, trace: RoutingTrace) -> None:
         **trace.extras,
     }
     try:
-        with atomic_file(path.resolve()) as file:  # what a link points to
+        with atomic_file(path.resolve(), shared=True) as file:  # what a link points to
             np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
     except OSError as error:
         raise ConfigError(f"the trace {path} cannot be written: {error.strerror}") from error
