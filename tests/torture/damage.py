@@ -34,7 +34,7 @@ _FOREIGN = (
     b"\xff\xfe{\0}\0",
     b"",
 )
-_BOMB = 1 << 29  # bytes of an array in a zip that unpacks to a thousand times its size
+_BOMB = 320 << 20  # bytes of an array in a zip that unpacks to a thousand times its size
 
 
 def damage(path: Path, dice: Random, outside: Path) -> str:
@@ -50,7 +50,8 @@ def damage(path: Path, dice: Random, outside: Path) -> str:
     elif path.suffix == ".gguf":
         special = [lambda: _numbers(path, data[: 1 << 14], data, dice)] * 5
     usual = [lambda: _bytes(path, data, dice)] * 4 + [lambda: _instead(path, dice, outside)]
-    return dice.choice([*special, *usual])()
+    chosen: Callable[[], str] = dice.choice([*special, *usual])
+    return chosen()
 
 
 def _write_json(path: Path, data: bytes, dice: Random) -> str:

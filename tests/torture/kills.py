@@ -99,7 +99,12 @@ def killed_saving(case: Case) -> str:
     write_trace(store / "trace.npz", read_trace(case.material.home / "trace.npz"))
     for seed in (1, 1):
         _save(store, what, seed)
-    pid = child(lambda: [_save(store, what, 1 + turn % 2) for turn in range(100_000)])
+
+    def saves() -> None:
+        for turn in range(100_000):
+            _save(store, what, 1 + turn % 2)
+
+    pid = child(saves)
     hit = _kill(case, pid, 0.05)
     state = _load(store, what)
     if state not in (1, 2):

@@ -8,8 +8,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -44,7 +46,7 @@ def test_the_short_form_finds_nothing() -> None:
 
 def ends(case: Case) -> str:
     """One way to fail for each number."""
-    ways = {
+    ways: dict[int, Callable[[], object]] = {
         1: lambda: os.kill(os.getpid(), signal.SIGKILL),
         2: lambda: time.sleep(60),
         3: lambda: [].__getitem__(5),
@@ -76,7 +78,7 @@ def test_a_reader_that_checks_nothing_is_found(tmp_path: Path, monkeypatch: pyte
     from fate_moe.store import reader
     from fate_moe.store.convert import convert
 
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 64}
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 64}
     source = tiny_checkpoint("mixtral", tmp_path / "material" / "checkpoint", **sizes)
     for home in ("material", "outside"):
         convert(source, tmp_path / home / "stores" / "s", "int4")
