@@ -1,4 +1,4 @@
-"""What SECURITY.md promises of the sources: nothing is unpickled, no code of a checkpoint runs, no shell is asked, no secret is logged."""
+"""What SECURITY.md says of the sources: nothing is unpickled, no remote code runs, no shell is asked, no secret is logged."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ _AREAS = (
     Area("gguf", "a GGUF file is damaged, then converted", files.damaged_gguf, 2, 20),
     Area("trace", "a routing trace is damaged, then simulated", files.damaged_trace, 1, 20),
     Area("faulty-conversion", "the disk fails under a conversion, then works again", faults.faulty_conversion, 2, 8),
-    Area("faulty-run", "the disk fails under loading and writing text, then works again", faults.faulty_run, 2, 12),
+    Area("faulty-run", "the disk fails under loading and writing text, then works again", faults.faulty_run, 2, 16),
     Area("killed-conversion", "a conversion is killed, then goes on", kills.killed_conversion, 2, 5),
     Area("killed-saving", "learned state or a trace is being written, and killed", kills.killed_saving, 1, 6),
     Area("killed-run", "a process that writes text is killed", kills.killed_run, 1, 3),

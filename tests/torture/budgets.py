@@ -61,8 +61,8 @@ def budget(case: Case) -> str:
         raise WrongError(f"{options}: peak {peak} above the budget {result['budget']}")
     if abs(result["peak"] - int(peak)) > 0.05 * int(peak):
         raise WrongError(f"{options}: the report says a peak of {result['peak']}, the kernel {peak}")
-    case.counts["in a control group"] = group is not None
-    case.counts["at the smallest budget"] = extra == 0
+    case.counts["in a control group"] = int(group is not None)
+    case.counts["at the smallest budget"] = int(extra == 0)
     return "right"
 
 

@@ -16,9 +16,14 @@ from random import Random
 from typing import Any
 
 from fate_moe.checkpoints import source
-from fate_moe.errors import FateError
+from fate_moe.config import OffloadConfig
+from fate_moe.core import ExpertId
+from fate_moe.engine.load import build
+from fate_moe.engine.prepare import prepare
+from fate_moe.errors import CorruptExpertError, FateError
 from fate_moe.io import digests, files
 from fate_moe.store.convert import convert
+from fate_moe.store.reader import DiskSource
 from tests.support.engines import load_model
 from tests.support.reading import snapshot
 from tests.torture.case import Case, WrongError, refusal
@@ -37,8 +42,10 @@ class Faults:
     def __init__(self, dice: Random, probability: float, counts: dict[str, int]) -> None:
         self._dice, self._probability, self.counts = dice, probability, counts
         self._undo = ExitStack()
+        self.entered = False
 
     def __enter__(self) -> Faults:
+        self.entered = True
         for owner, name, made in (
             (os, "preadv", self._preadv(os.preadv)),
             (os, "fsync", self._failing(os.fsync, (errno.EIO, errno.ENOSPC))),
@@ -53,6 +60,7 @@ class Faults:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.entered = False
         self._undo.close()
 
     def _replace(self, owner: Any, name: str, made: Any) -> None:
@@ -202,9 +210,13 @@ def faulty_run(case: Case) -> str:
     models: list[Any] = []
     options: dict[str, Any] = {"context_length": 32, "expert_cache": case.dice.choice(("20%", "35%", "100%"))}
     loads_well, refused = case.dice.random() < 0.6, 0
-    if loads_well:
+    surroundings = _hostile(case)
+    if loads_well and case.dice.random() < 0.3 and isinstance(surroundings, Faults):
+        case.kind += ", at the source"
+        models.append(_with_source(store, surroundings, options))
+    elif loads_well:
         models.append(load_model(store, **options))
-    with _hostile(case):
+    with surroundings:
         if not loads_well:
             refused += refusal(lambda: models.append(load_model(store, **options))) is not None
         for _ in range(case.dice.randrange(1, 4) if models else 0):
@@ -214,6 +226,7 @@ def faulty_run(case: Case) -> str:
                 raise WrongError(f"wrote {text[0]} instead of {right}")
     try:
         models = models or [load_model(store, **options)]
+        models[0].fate.runtime.residency.wait_idle()  # reads that an abandoned pass began among the faults may still fail
         if (after := generate(models[0])) != right:
             raise WrongError(f"after the faults it wrote {after} instead of {right}")
     except FateError as error:
@@ -225,6 +238,29 @@ def faulty_run(case: Case) -> str:
     if (now := _open_things()) != begun:
         raise WrongError(f"open files and threads were {begun}, and are {now}")
     return "refused" if refused else "right"
+
+
+class _Source:
+    """The store's files as an ExpertSource, of which single experts cannot be read while ``faults`` is entered."""
+
+    def __init__(self, inner: DiskSource, faults: Faults) -> None:
+        self._inner, self._faults = inner, faults
+
+    def read(self, expert: ExpertId, slot: memoryview, first: int = 0, last: int | None = None) -> int:
+        """As core.ExpertSource."""
+        if self._faults.entered and self._faults.hits("failed experts", 3):
+            slot[: len(slot) // 2] = b"\xff" * (len(slot) // 2)
+            raise CorruptExpertError(f"layer {expert.layer} expert {expert.expert} differs from its checksum")
+        return self._inner.read(expert, slot, first, last)
+
+    def close(self) -> None:
+        """As core.ExpertSource."""
+        self._inner.close()
+
+
+def _with_source(store: Path, faults: Faults, options: dict[str, Any]) -> Any:
+    config, prepared = OffloadConfig.from_options(options), prepare(store)
+    return build(prepared, prepared.plan(config), config, source=_Source(DiskSource(prepared.store), faults))
 
 
 def _open_things() -> tuple[list[str], int]:

@@ -131,7 +131,7 @@ def _signalled(case: Case, action: Any, seconds: float) -> None:
     code = ended(pid)
     if code not in (0, 130):
         raise WrongError(f"after SIGINT the child ended with {code}")
-    case.counts["signals"] = code == 130
+    case.counts["signals"] = int(code == 130)
 
 
 def _signal_in_conversion(case: Case, name: str, store: Path) -> None:
