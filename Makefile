@@ -123,6 +123,36 @@ sanitize: $(VENV)/.installed-dev
 	  $(BIN)/python -m pytest -n 2 --dist worksteal -p no:cacheprovider tests/kernels/test_cpu.py tests/kernels/test_layers.py tests/kernels/test_attention.py tests/kernels/test_elementary.py \
 	    tests/layers/test_modules.py tests/gpu/test_host_compute.py
 
+# What runs on several threads under ThreadSanitizer, in a program without Python: the portable kernels, thread team and host compute.
+.PHONY: tsan
+tsan:
+	mkdir -p build/tsan
+	$(CXX) -std=c++17 -O1 -g -Wall -Wextra -Wno-missing-field-initializers -fsanitize=thread -ffp-contract=off -I $(CSRC) -pthread \
+	  -o build/tsan/check_threads tests/kernels/csrc/check_threads.cpp \
+	  $(filter-out %/module.cpp %/neon_dot.cpp %/neon_i8mm.cpp,$(wildcard $(CSRC)/*.cpp)) -ldl
+	TSAN_OPTIONS="suppressions=tests/kernels/csrc/tsan.supp" build/tsan/check_threads
+
+# Damaged files, faults, kills, races and budgets by the thousand (docs/concepts/reliability.md): five minutes, MINUTES= or HOURS=
+# otherwise. SEED= repeats a run; each failure prints the command that repeats it alone. FOLDER= is where the files are made.
+.PHONY: torture
+MINUTES ?= $(if $(HOURS),$(shell expr 60 \* $(HOURS)),5)
+torture: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.torture --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(if $(FOLDER),--folder $(FOLDER))
+
+# Known vulnerabilities in what is installed, and a bill of materials (CycloneDX). Both ask the network, from an environment of their own.
+.PHONY: audit sbom
+$(VENV)/.audit/bin/pip-audit:
+	$(PYTHON) -m venv $(VENV)/.audit
+	$(VENV)/.audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit cyclonedx-bom
+
+audit: $(VENV)/.installed-serve $(VENV)/.audit/bin/pip-audit
+	$(VENV)/.audit/bin/pip-audit --skip-editable --path "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+
+sbom: $(VENV)/.installed-serve $(VENV)/.audit/bin/pip-audit
+	mkdir -p build
+	$(VENV)/.audit/bin/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml --output-file build/sbom.json
+	@echo build/sbom.json
+
 # The NEON kernels without and with SDOT and SMMLA under the same sanitizers, on emulated processors (Debian: g++-aarch64-linux-gnu,
 # qemu-user-static), without Python.
 ARM_CXX ?= aarch64-linux-gnu-g++

@@ -91,7 +91,7 @@ def parse_host_compute(text: str | int | float) -> float | None:
         return None if text == "auto" else 0.0
     try:
         fraction = float(text[:-1]) / 100 if isinstance(text, str) and text.endswith("%") else float(text)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         fraction = -1.0
     if not 0 <= fraction <= 1:
         raise ConfigError(f"host_compute {text!r} is not auto, off or a fraction between 0 and 1")

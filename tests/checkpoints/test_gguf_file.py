@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import sys
 from pathlib import Path
@@ -124,6 +125,23 @@ def test_lengths_that_no_file_has_are_refused(tmp_path: Path) -> None:
     assert "ends within" in str(refusal(tmp_path, b"GGUF\x03\x00\x00\x00" + array + bytes(64)))
     nested = struct.pack("<QQQ", 0, 1, 1) + b"k" + struct.pack("<IIQ", 9, 9, 1)
     assert "unknown type 9" in str(refusal(tmp_path, b"GGUF\x03\x00\x00\x00" + nested + bytes(64)))
+
+
+def test_a_sparse_file_cannot_claim_more_than_memory_holds(tmp_path: Path) -> None:
+    """The bytes are there, all of them zero: without a limit a header of them is read for hours, or fills the memory."""
+    begin, key = b"GGUF\x03\x00\x00\x00", struct.pack("<Q", 1) + b"k"
+    headers = {
+        "tensors": struct.pack("<QQ", 1 << 33, 0),
+        "fields": struct.pack("<QQ", 0, 1 << 33),
+        "entries of k": struct.pack("<QQ", 0, 1) + key + struct.pack("<IIQ", 9, 0, 1 << 35),
+        "bytes of a text": struct.pack("<QQ", 0, 1) + key + struct.pack("<IQ", 8, 1 << 35),
+    }
+    for said, header in headers.items():
+        path = tmp_path / "model.gguf"
+        path.write_bytes(begin + header)
+        os.truncate(path, 1 << 40)
+        with pytest.raises(CheckpointError, match=said):
+            read_gguf(path)
 
 
 def test_names_that_are_no_text_do_not_reach_the_terminal(tmp_path: Path) -> None:

@@ -120,3 +120,17 @@ def test_outside_of_home_only_with_yes(home: Path, tmp_path: Path, capsys: pytes
     assert outside.exists()
     assert main(["rm", "-y", str(outside)]) == 0
     assert not outside.exists()
+
+
+@pytest.mark.parametrize("data", [b"[" * 100_000, b'{"source": \xff}', b'{"source": 1' + b"0" * 5000 + b"}"])
+def test_a_hostile_manifest_is_listed_as_damaged(home: Path, data: bytes) -> None:
+    (home / "torn" / "fate.json").write_bytes(data)
+    assert {model.name: model.state for model in stored_models()}["torn"] == "damaged"
+
+
+def test_a_note_of_use_is_not_written_through_a_link(home: Path, tmp_path: Path) -> None:
+    (home / "torn" / "last-used").symlink_to(tmp_path / "elsewhere")
+    store_used(home / "torn")
+    assert not (tmp_path / "elsewhere").exists()
+    store_used(home / "olmoe-int4-1")
+    assert (home / "olmoe-int4-1" / "last-used").exists()

@@ -23,6 +23,15 @@ def failing(number: int) -> Callable[..., Any]:
     return fail
 
 
+def test_a_link_in_the_place_of_the_temporary_file_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_bytes(b"old")
+    (tmp_path / "file.tmp").symlink_to(tmp_path / "precious")
+    with atomic_file(tmp_path / "file") as file:
+        file.write(b"new")
+    assert (tmp_path / "precious").read_bytes() == b"old"
+    assert (tmp_path / "file").read_bytes() == b"new"
+
+
 def test_a_file_that_is_not_finished_leaves_nothing(tmp_path: Path) -> None:
     def interrupted(shared: bool) -> None:
         with atomic_file(tmp_path / "file", shared) as file:

@@ -91,6 +91,24 @@ def folder_instead(name: str) -> Break:
     return replaced
 
 
+def instead(name: str, make: Callable[[Path], object]) -> Break:
+    def replaced(store: Path) -> None:
+        (store / name).unlink()
+        make(store / name)
+
+    return replaced
+
+
+def edit_bytes(name: str, change: Callable[[bytes], bytes]) -> Break:
+    return lambda store: (store / name).write_bytes(change((store / name).read_bytes()))
+
+
+def odd_dtype(store: Path) -> None:
+    """A name of the same length, so that all else is in its place."""
+    data = (store / "dense.safetensors").read_bytes()
+    (store / "dense.safetensors").write_bytes(data.replace(b'"F32"', b'"I3Z"', 1))
+
+
 def swap_shards(store: Path) -> None:
     (store / FIRST).rename(store / "x")
     (store / SECOND).rename(store / FIRST)
@@ -132,6 +150,9 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "fate.json empty": (write("fate.json", b""), "fate.json is damaged"),
     "fate.json truncated": (cut("fate.json", 0.7), "fate.json is damaged"),
     "fate.json not text": (write("fate.json", b"\xff\xfe\0\0"), "fate.json is damaged"),
+    "fate.json not UTF-8": (edit_bytes("fate.json", lambda data: data.replace(b"mixtral", b"mix\xffral", 1)), "no text at byte"),
+    "fate.json without end": (lambda s: os.truncate(s / "fate.json", 1 << 36), "at most"),
+    "fate.json a pipe": (instead("fate.json", os.mkfifo), "is a pipe or a device"),
     "fate.json a list": (write("fate.json", b"[]"), "fate.json is damaged"),
     "fate.json nested deeply": (write("fate.json", b"[" * 100_000), "fate.json is damaged"),
     "fate.json without a version": (write("fate.json", b"{}"), "fate.json is damaged"),
@@ -163,6 +184,7 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "part outside": (edit("layouts", 0, "parts", 0, 2, to=[1 << 20, 1 << 20]), "fate.json is damaged"),
     "part with a negative size": (edit("layouts", 0, "parts", 0, 2, to=[-1, 2]), "is not a count"),
     "part of no dtype": (edit("layouts", 0, "parts", 0, 1, to="F13"), "dtype 'F13'"),
+    "part of a thousand dimensions": (edit("layouts", 0, "parts", 0, 2, to=[1 << 60] * 50_000), "of 50000 dimensions"),
     "parts overlap": (edit("layouts", 0, "parts", 1, 3, to=0), "fate.json is damaged"),
     "groups of nothing": (edit("layouts", 0, "group_size", to=0), "groups of 0"),
     "planes of 3 bits": (edit("layouts", 0, "plane_widths", to=[3, 1]), "planes of"),
@@ -184,6 +206,8 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "file name without end": (rename_shard("a" * 300 + ".safetensors"), "cannot be read"),
     "shard missing": (lambda s: (s / SECOND).unlink(), f"{SECOND} cannot be read"),
     "shard a folder": (folder_instead(SECOND), SECOND),
+    "shard a link elsewhere": (instead(FIRST, lambda path: path.symlink_to("/etc/passwd")), "is a link that leaves the store"),
+    "a link to nothing beside": (lambda s: (s / "last-used").symlink_to("../elsewhere"), "is a link that leaves the store"),
     "shard empty": (write(FIRST, b""), f"{FIRST} has 0 bytes"),
     "shard truncated": (cut(FIRST, 0.5), f"{FIRST} has"),
     "shard too long": (grow(FIRST), f"{FIRST} has"),
@@ -199,6 +223,7 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "shards exchanged": (swap_shards, "is not where fate.json says"),
     "dense missing": (lambda s: (s / "dense.safetensors").unlink(), "dense.safetensors cannot be read"),
     "dense truncated": (cut("dense.safetensors", 0.9), "dense.safetensors has"),
+    "dense of no dtype": (odd_dtype, "has the dtype 'I3Z'"),
     "dense not safetensors": (replace("dense.safetensors", bytes), "dense.safetensors is damaged"),
     "config.json missing": (lambda s: (s / "config.json").unlink(), "config.json is missing"),
 }
@@ -241,8 +266,9 @@ def test_a_broken_store_is_refused_in_one_line(store: Path, name: str, capsys: p
     one_line(["run", str(store), "x"], message, capsys)
     one_line(["plan", str(store)], message, capsys)
     one_line(["inspect", str(store)], message, capsys)
-    with pytest.raises(StoreError):
+    with pytest.raises(StoreError) as caught:
         open_store(store)
+    assert len(str(caught.value)) < 1000, "a line, not the file"
 
 
 @pytest.mark.parametrize("name", BROKEN_TO_RUN)
@@ -258,6 +284,22 @@ def test_the_good_store_is_good(store: Path, capsys: pytest.CaptureFixture[str])
     assert main(["inspect", str(store), "--verify"]) == 0
     assert main(["plan", str(store)]) == 0
     assert capsys.readouterr().err == ""
+
+
+def test_links_within_a_store_and_in_the_hubs_cache_are_followed(good: Path, tmp_path: Path) -> None:
+    """A snapshot there holds links to the blobs beside it; one to anywhere else is refused there too."""
+    repository, blobs = tmp_path / "models--a--b" / "snapshots" / "c", tmp_path / "models--a--b" / "blobs"
+    repository.mkdir(parents=True)
+    blobs.mkdir()
+    for number, file in enumerate(sorted(good.iterdir())):
+        shutil.copy(file, blobs / str(number))
+        (repository / file.name).symlink_to(f"../../blobs/{number}")
+    verify(open_store(repository))
+    (repository / "other.json").symlink_to(repository / "config.json")
+    verify(open_store(repository))
+    (repository / "more.json").symlink_to(good / "config.json")
+    with pytest.raises(StoreError, match="leaves the store"):
+        open_store(repository)
 
 
 def test_no_store_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

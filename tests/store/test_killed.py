@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -151,6 +152,22 @@ def test_two_conversions_at_once_make_one_store(
     assert [each.wait()["status"] for each in (children, other)] == [0, 0]
     other.close()
     assert snapshot(tmp_path / "store") == snapshot(convert(large, tmp_path / "undisturbed"))
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize(("number", "kind"), [(errno.EIO, StoreError), (errno.EMFILE, StoreError), (errno.EDQUOT, DiskSpaceError)])
+def test_what_the_system_refuses_is_one_of_our_errors(
+    checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[Exception]
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    for name in ("fsync", "rename"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, fail)
+            with pytest.raises(kind, match=os.strerror(number) if name == "rename" else "continues"):
+                convert(checkpoint("mixtral"), tmp_path / "store")
+    verify(open_store(convert(checkpoint("mixtral"), tmp_path / "store")))
     assert not list(tmp_path.glob("*.partial"))
 
 

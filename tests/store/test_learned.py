@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from fate_moe.kernels.native import native
 from fate_moe.store.learned import (
@@ -39,9 +40,10 @@ def test_gates_are_read_back(tmp_path: Path) -> None:
     for got, want in zip(gates.ahead[0], WEIGHTS, strict=True):
         assert got is not None
         assert torch.equal(got, want)
-    in_bf16 = sum(weight.nbytes for weight in WEIGHTS)
-    assert gates_bytes(tmp_path, 8) >= 2 * in_bf16, "rows of 8 are multiplied in fp32"
-    assert in_bf16 <= gates_bytes(tmp_path, 64) <= in_bf16 + 1024 or native is None
+    assert gates_bytes(tmp_path, 8) == 2 * sum(weight.nbytes for weight in WEIGHTS), "rows of 8 are multiplied in fp32"
+    assert gates_bytes(tmp_path, 64) == 0, "of another model: they are not loaded"
+    save_gates(tmp_path, [torch.zeros(4, 65)] * 3)
+    assert gates_bytes(tmp_path, 64) == 3 * 4 * 65 * 2 or native is None
 
 
 def test_gates_of_several_layers_ahead_and_a_forecast_are_read_back(tmp_path: Path) -> None:
@@ -53,7 +55,7 @@ def test_gates_of_several_layers_ahead_and_a_forecast_are_read_back(tmp_path: Pa
     assert all(torch.equal(got, want) for got, want in zip(gates.forecast, forecast, strict=True))
 
 
-@pytest.mark.parametrize("damage", ["truncated", "other", "nan", "layers"])
+@pytest.mark.parametrize("damage", ["truncated", "other", "nan", "layers", "dtype", "sparse", "pipe"])
 def test_damaged_gates_are_not_used(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
     weights = [weight.clone() for weight in WEIGHTS]
     if damage == "nan":
@@ -61,6 +63,14 @@ def test_damaged_gates_are_not_used(tmp_path: Path, damage: str, caplog: pytest.
     save_gates(tmp_path, weights[: 2 if damage == "layers" else 3])
     if damage == "truncated":
         (tmp_path / GATES).write_bytes((tmp_path / GATES).read_bytes()[:-40])
+    if damage == "dtype":  # torch has no isfinite for it
+        save_file({f"layer.{layer}": torch.zeros(4, 9, dtype=torch.float8_e4m3fn) for layer in range(3)}, tmp_path / GATES)
+    if damage == "sparse":  # its length must not count in the budget
+        os.truncate(tmp_path / GATES, 1 << 40)
+        assert gates_bytes(tmp_path, 8) == 0
+    if damage == "pipe":
+        (tmp_path / GATES).unlink()
+        os.mkfifo(tmp_path / GATES)
     with caplog.at_level(logging.WARNING):
         assert load_gates(tmp_path, [4] * 3, 12 if damage == "other" else 8) is None
     assert "fate fit" in caplog.text
@@ -79,8 +89,18 @@ def test_damaged_statistics_are_not_used(tmp_path: Path) -> None:
     for content in (b"", b"PK\x03\x04 no zip", b"\x80\x04pickle"):
         (tmp_path / STATISTICS).write_bytes(content)
         assert load_statistics(tmp_path) is None
+    np.savez_compressed(tmp_path / STATISTICS, recent=np.zeros(1 << 27, np.uint8))
+    assert load_statistics(tmp_path) is None, "it unpacks to more than is ever written"
     np.savez(tmp_path / STATISTICS, objects=np.array([{}], dtype=object))
     assert load_statistics(tmp_path) is None, "nothing is unpickled"
+
+
+def test_what_killed_writers_left_is_deleted_an_hour_later(tmp_path: Path) -> None:
+    for name in (f"{STATISTICS}.1-2.tmp", f"{STATISTICS}.3-4.tmp"):
+        (tmp_path / name).write_bytes(b"half")
+    os.utime(tmp_path / f"{STATISTICS}.1-2.tmp", (1, 1))
+    save_statistics(tmp_path, {"recent": np.zeros(1)})
+    assert sorted(path.name for path in tmp_path.iterdir()) == [STATISTICS, f"{STATISTICS}.3-4.tmp"]
 
 
 def test_a_store_that_cannot_be_written_is_unchanged(tmp_path: Path) -> None:
@@ -106,7 +126,15 @@ def test_view_losses_are_read_back(tmp_path: Path, caplog: pytest.LogCaptureFixt
     save_view_losses(tmp_path, {3: 0.0625, 2: -0.5})
     assert load_view_losses(tmp_path) == {2: -0.5, 3: 0.0625}
     assert not caplog.records
-    for damaged in ("", "[]", '{"nats_lost_by_bits": {"two": 1}}', '{"nats_lost_by_bits": {"2": NaN}}', '{"nats_lost_by_bits": 3}'):
+    for damaged in (
+        "[" * 100_000,
+        '{"nats_lost_by_bits": {"2": 1' + "0" * 400 + "}}",
+        "",
+        "[]",
+        '{"nats_lost_by_bits": {"two": 1}}',
+        '{"nats_lost_by_bits": {"2": NaN}}',
+        '{"nats_lost_by_bits": 3}',
+    ):
         (tmp_path / VIEW_LOSSES).write_text(damaged)
         caplog.clear()
         assert load_view_losses(tmp_path) is None

@@ -237,6 +237,12 @@ def test_names_from_before_0_2_are_read(tmp_path: Path) -> None:
         {"version": np.int64(2)},
         {"probs": np.ones((2, 1, 1), np.float16)},
         {"meta": np.array("{")},
+        {"stall": np.zeros((2, 2), np.float32)},
+        {"lookups": np.zeros((2, 1, 3), np.uint8)},
+        {"seconds": np.zeros(2, np.float32)},
+        {"predicted": np.zeros((2, 1, 3), np.float16)},  # fewer experts than there are
+        {"router_inputs": np.zeros((2, 1, 4), np.float16), "routers": np.zeros((1, 4, 5), np.float32)},
+        {"norms": np.array([["a"]])},
         {"meta": np.array("[]")},
     ],
 )

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from fate_moe.adapter.config_rules import broken_config_rule, read_config
 from fate_moe.adapter.contract import broken_rule, is_experts, lookalikes
 from fate_moe.errors import CheckpointError, UnsupportedModelError
+from fate_moe.io.bounded import read_bounded
 from fate_moe.io.json_file import unmarked_json
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def build_meta_model(folder: str | Path) -> PreTrainedModel:
 
 def _config_dict(kind: Any, path: Path) -> dict[str, Any]:
     """config.json as transformers reads it (infinities, old names), which refuses byte order marks."""
-    data = path.read_bytes()
+    data = read_bounded(path)
     if (clean := unmarked_json(data)) == data:
         return kind.get_config_dict(path.parent)[0]  # type: ignore[no-any-return]
     with tempfile.TemporaryDirectory() as folder:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fate_moe.errors import StoreError
+from fate_moe.io.bounded import read_bounded
 from fate_moe.units import Range
 
 __all__ = ["GREEDY_BELOW", "RANGES", "check_generation_config", "read_generation_config"]
@@ -89,7 +90,7 @@ def read_generation_config(path: Path, num_rows: int) -> dict[str, Any]:
     file and field, for values without a meaning and for options that this engine does not have.
     """
     try:
-        raw = json.loads(path.read_text("utf-8-sig"))
+        raw = json.loads(read_bounded(path).decode("utf-8-sig"))
         if not isinstance(raw, dict):
             raise ValueError("it is no JSON object")
     except (OSError, ValueError, RecursionError) as error:

@@ -25,6 +25,10 @@ _VERSIONS = (2, 3)
 _FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _MAX_DIMENSIONS = 4
+_MOST_FIELDS, _MOST_TENSORS = 1 << 16, 1 << 20
+_MOST_TOKENS = 1 << 24  # entries of a vocabulary's array; other arrays have one a layer
+_MOST_ENTRIES = 1 << 16
+_MOST_TEXT = 16 << 20  # bytes of a text, such as a chat template
 _MAX_NAME = 255  # of a field or tensor; llama.cpp takes tensors' of up to 63
 _DEFAULT_ALIGNMENT = 32
 _AGAIN = "download it again"
@@ -133,6 +137,8 @@ class _Header:
 
     def read(self) -> GgufFile:
         num_tensors, num_fields = self._number("Q"), self._number("Q")
+        self._limit("fields", num_fields, _MOST_FIELDS)
+        self._limit("tensors", num_tensors, _MOST_TENSORS)
         metadata: dict[str, Any] = {}
         for _ in range(num_fields):
             key = self._name()
@@ -170,6 +176,7 @@ class _Header:
     def _string(self) -> str:
         length = self._number("Q")
         begin = self._take(length)
+        self._limit("bytes of a text", length, _MOST_TEXT)
         return self._data[begin : begin + length].decode("utf-8", "replace")
 
     def _name(self) -> str:
@@ -189,13 +196,19 @@ class _Header:
         kind, count = self._number("I"), self._number("Q")
         self._lengths[key] = count
         is_vocabulary = key.startswith("tokenizer.")
+        if kind != _STRING:
+            begin = self._take(count * struct.calcsize(f"<{self._format(key, kind)}"))
+        self._limit(f"entries of {key}", count, _MOST_TOKENS if is_vocabulary else _MOST_ENTRIES)
         if kind == _STRING and is_vocabulary:
             return self._skip_strings(count)
         if kind == _STRING:
             return [self._string() for _ in range(count)]
-        form = self._format(key, kind)
-        begin = self._take(count * struct.calcsize(f"<{form}"))
-        return None if is_vocabulary else list(struct.unpack_from(f"<{count}{form}", self._data, begin))
+        return None if is_vocabulary else list(struct.unpack_from(f"<{count}{self._format(key, kind)}", self._data, begin))
+
+    def _limit(self, what: str, number: int, most: int) -> None:
+        """Headers of sparse files may claim more than memory or an hour can hold, and have it."""
+        if number > most:
+            raise _MalformedError(f"it has {number} {what}, and at most {most} are expected")
 
     def _skip_strings(self, count: int) -> None:
         """Hundreds of thousands in a large vocabulary, so without a call for each."""

@@ -18,6 +18,7 @@ from fate_moe.checkpoints.gguf_file import looks_like_gguf
 from fate_moe.checkpoints.mxfp4 import BLOCKS, SCALES, dequantize_mxfp4, mxfp4_shape
 from fate_moe.checkpoints.packed import PACKED_METHODS, Packed, find_packed
 from fate_moe.errors import CheckpointError, UnsupportedModelError, first_line
+from fate_moe.io.bounded import read_bounded
 from fate_moe.io.direct import drop_from_page_cache
 from fate_moe.io.json_file import parse_json, unmarked_json, what_it_is
 from fate_moe.quant.dtypes import TORCH_DTYPES
@@ -171,7 +172,7 @@ class Checkpoint:
         Raises CheckpointError when it cannot be read, is no JSON, or is a pointer or a web page in the place of the file.
         """
         try:
-            data = path.read_bytes()
+            data = read_bounded(path)
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read ({error.strerror}); check its permissions and the disk") from error
         try:

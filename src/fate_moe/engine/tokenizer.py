@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from transformers import AutoTokenizer
 from fate_moe.checkpoints.gguf import NO_TOKENIZER
 from fate_moe.checkpoints.source import has_tokenizer
 from fate_moe.errors import CheckpointError, first_line
+from fate_moe.io.bounded import load_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,10 +41,10 @@ def _reasons(path: Path) -> Iterator[str]:
     for file in sorted(path.glob("*.json")):
         if file.name.startswith(("tokenizer", "special_tokens", "added_tokens", "vocab", "tekken")):
             try:
-                read[file.name] = json.loads(file.read_bytes())
+                read[file.name] = load_json(file)
             except OSError as error:
                 yield f"{file.name} cannot be read ({error.strerror})"
-            except (ValueError, RecursionError) as error:
+            except ValueError as error:
                 yield f"{file.name} is damaged ({error}); copy it from the checkpoint again"
     described = read.get("tokenizer_config.json")
     if "tokenizer.json" not in read:

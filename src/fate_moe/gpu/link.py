@@ -6,7 +6,6 @@ Measured once a machine by ``fate doctor --measure``; the result is a file under
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -16,6 +15,8 @@ import torch
 
 from fate_moe.errors import ConfigError
 from fate_moe.gpu.memory import PinnedArena, VramPool
+from fate_moe.io.bounded import load_json
+from fate_moe.io.files import atomic_file
 from fate_moe.switches import cache_home
 from fate_moe.units import parse_host_compute
 
@@ -64,11 +65,10 @@ class Link:
 def save_link(link: Link) -> str:
     """Write ``link`` for later runs; returns the file's path. Raises ConfigError if it cannot be written."""
     path = cache_home() / _NAME
-    part = path.with_suffix(f".{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(asdict(link), indent=1))
-        os.replace(part, path)
+        with atomic_file(path, shared=True) as file:
+            file.write(json.dumps(asdict(link), indent=1).encode())
     except OSError as error:
         raise ConfigError(f"{path} cannot be written ({error.strerror}); set FATE_HOME to a folder of yours") from error
     return str(path)
@@ -77,7 +77,7 @@ def save_link(link: Link) -> str:
 def load_link(gpu: str) -> Link | None:
     """What was measured with this ``gpu``; None if nothing was, or it cannot be read."""
     try:
-        link = Link(**json.loads((cache_home() / _NAME).read_text()))
+        link = Link(**load_json(cache_home() / _NAME))
     except (OSError, ValueError, TypeError):
         return None
     return link if link.gpu == gpu else None

@@ -13,6 +13,7 @@ from pathlib import Path
 import xxhash
 
 from fate_moe.errors import FateError
+from fate_moe.io.bounded import load_json
 from fate_moe.io.direct import drop_from_page_cache
 from fate_moe.io.files import atomic_file
 
@@ -39,7 +40,7 @@ class KnownDigests:
         self._path = path
         self._known: dict[str, tuple[Facts, str]] = {}
         with suppress(OSError, ValueError, TypeError, AttributeError):
-            for name, (facts, digest) in json.loads(path.read_bytes()).items():
+            for name, (facts, digest) in load_json(path).items():
                 if type(digest) is str and type(facts) is list:
                     self._known[name] = facts, digest
 

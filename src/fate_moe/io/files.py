@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import json
 import logging
 import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from fate_moe.errors import DiskSpaceError, StoreError
+from fate_moe.io.bounded import load_json
 from fate_moe.io.direct import drop_from_page_cache
 from fate_moe.units import format_bytes
 
 __all__ = ["Journal", "atomic_file", "is_writable", "lock", "locked_folder", "require_space", "sync_folder"]
 
 _log = logging.getLogger(__name__)
+
+_LEFT_SECONDS = 3600  # without a write: nobody goes on with it
 
 # What file systems say to fsync of a folder and to flock where they have neither (NFS, SMB, FUSE).
 _UNSUPPORTED = (errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
@@ -33,8 +38,12 @@ def atomic_file(path: Path, shared: bool = False) -> Iterator[BinaryIO]:
     DiskSpaceError when the disk is full.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp" if shared else path.name + ".tmp")
+    if shared:
+        _drop_leftovers(path)
     try:
-        with open(temporary, "wb") as file:
+        if os.path.lexists(temporary):  # what a killed process left, or a link that leads elsewhere
+            temporary.unlink()
+        with open(temporary, "xb") as file:
             yield file
             file.flush()
             _sync(file.fileno())
@@ -50,6 +59,15 @@ def atomic_file(path: Path, shared: bool = False) -> Iterator[BinaryIO]:
     finally:
         with suppress(OSError):  # on a read-only file system even what is missing cannot be removed
             temporary.unlink()
+
+
+def _drop_leftovers(path: Path) -> None:
+    """Delete what processes that were killed while they wrote ``path`` left beside it."""
+    old = time.time() - _LEFT_SECONDS
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*-*.tmp"):
+        with suppress(OSError):
+            if left.lstat().st_mtime < old:
+                left.unlink()
 
 
 def is_writable(folder: Path) -> bool:
@@ -139,7 +157,7 @@ class Journal:
         self.path = folder / "journal.json"
         self._data: dict[str, Any] = {"identity": identity, "files": {}}
         try:
-            data = json.loads(self.path.read_bytes())
+            data = load_json(self.path)
             valid = all(type(entry["bytes"]) is int and "result" in entry for entry in data["files"].values())
             same = data["identity"] == identity
         except (OSError, ValueError, KeyError, TypeError, AttributeError):

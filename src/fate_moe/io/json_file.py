@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fate_moe.errors import CheckpointError
+from fate_moe.io.bounded import read_bounded
 
 __all__ = ["parse_json", "read_json", "unmarked_json", "what_it_is"]
 
@@ -27,7 +28,7 @@ def read_json(path: Path) -> Any:
     FileNotFoundError passes: the caller knows what a missing file means.
     """
     try:
-        return parse_json(path.read_bytes())
+        return parse_json(read_bounded(path))
     except FileNotFoundError:
         raise
     except OSError as error:

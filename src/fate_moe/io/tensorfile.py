@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from fate_moe.core import SLOT_ALIGNMENT
+from fate_moe.io.bounded import open_regular
 from fate_moe.quant.dtypes import TORCH_DTYPES
 
 __all__ = ["TensorEntry", "data_start", "parse_header", "place_tensors", "read_header"]
 
 # The limit of the safetensors package itself.
 _MAX_HEADER_BYTES = 100_000_000
+_MOST_DIMENSIONS = 16  # torch has no use for more; the product of millions of huge ones would take hours
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 
     Raises OSError when the file cannot be read, and ValueError with the reason when it is not a complete safetensors file.
     """
-    with open(path, "rb", buffering=0) as file:
+    with open_regular(path) as file:
         num_bytes = os.fstat(file.fileno()).st_size
         start = data_start(file.read(8), num_bytes)
         return parse_header(file.read(start - 8), num_bytes)
@@ -67,7 +69,7 @@ def parse_header(text: bytes, num_bytes: int) -> dict[str, TensorEntry]:
         header.pop("__metadata__", None)
         entries = sorted((_entry(name, fields, start) for name, fields in header.items()), key=lambda e: (e.offset, e.length))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ValueError(f"not a safetensors file ({error})") from error
+        raise ValueError(f"not a safetensors file ({' '.join(str(error).split())[:200]})") from error
     end = start
     for entry in entries:
         if entry.offset != end:
@@ -87,8 +89,8 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _entry(name: str, fields: dict[str, Any], start: int) -> TensorEntry:
     dtype, shape, (begin, end) = fields["dtype"], fields["shape"], fields["data_offsets"]
-    if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
-        raise ValueError(f"tensor {name} has shape {shape} at {begin}..{end}")
+    if len(shape) > _MOST_DIMENSIONS or any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
+        raise ValueError(f"tensor {name} has shape {str(shape)[:80]} at {begin}..{end}")
     if dtype in TORCH_DTYPES and math.prod(shape) * TORCH_DTYPES[dtype].itemsize != end - begin:
         raise ValueError(f"tensor {name} of {dtype} {shape} has {end - begin} bytes")
     return TensorEntry(name, str(dtype), tuple(shape), start + begin, end - begin)

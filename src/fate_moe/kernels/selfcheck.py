@@ -24,6 +24,7 @@ import torch
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from fate_moe.errors import ConfigError, FateError
+from fate_moe.io.bounded import load_json
 from fate_moe.io.files import atomic_file
 from fate_moe.kernels.modes import neutral
 from fate_moe.kernels.native import BF16, DTYPES, INT8, PLANES, native
@@ -280,7 +281,7 @@ def _processor() -> list[str]:
 def _kept() -> list[str]:
     """Conditions that earlier processes found right, oldest first; [] where none can be read."""
     with suppress(OSError, ValueError, FateError):
-        found = json.loads((cache_home() / _NAME).read_bytes())
+        found = load_json(cache_home() / _NAME)
         if isinstance(found, list) and all(isinstance(key, str) for key in found):
             return found
     return []

@@ -111,4 +111,6 @@ class RequestLog:
             self._count(getattr(route, "path", "other"), status)
             if self._says:
                 seconds = time.perf_counter() - began
-                _log.warning("%s %s %d %.3f s", scope["method"], scope["path"], status, seconds)
+                # The path is decoded: a line end or an escape sequence in it would forge lines of the log.
+                path = "".join(letter if letter.isprintable() else "\ufffd" for letter in scope["path"])
+                _log.warning("%s %s %d %.3f s", scope["method"], path, status, seconds)

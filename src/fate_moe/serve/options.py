@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fate_moe.errors import ConfigError
 
@@ -20,7 +20,7 @@ class ServeOptions:
 
     host: str = "127.0.0.1"
     port: int = 8000
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)  # a secret is in no log
     cors: tuple[str, ...] = ()
     queue: int = 64
     parallel: int | None = None

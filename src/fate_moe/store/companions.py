@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fate_moe.checkpoints.source import Checkpoint
 from fate_moe.errors import FateError, StoreError
+from fate_moe.io.bounded import read_bounded
 from fate_moe.io.files import atomic_file
 
 __all__ = ["refresh_companions"]
@@ -40,7 +41,7 @@ def refresh_companions(checkpoint: Checkpoint, store: Path) -> None:
 
 def _is_same(copy: Path, data: bytes) -> bool:
     try:
-        present = copy.read_bytes()
+        present = read_bounded(copy)
     except FileNotFoundError:
         return False
     if present == data or copy.suffix != ".json":

@@ -7,13 +7,15 @@ was never interrupted.
 
 from __future__ import annotations
 
+import errno
+import functools
 import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import ParamSpec, Protocol, TypeVar
 
 import xxhash
 from torch import Tensor
@@ -21,7 +23,7 @@ from torch import Tensor
 from fate_moe.checkpoints.gguf import open_checkpoint
 from fate_moe.checkpoints.source import resolve_checkpoint
 from fate_moe.core import PRECISIONS
-from fate_moe.errors import CheckpointError, ConfigError, DiskSpaceError, StoreError
+from fate_moe.errors import CheckpointError, ConfigError, DiskSpaceError, StoreError, first_line
 from fate_moe.io.files import Journal, atomic_file, locked_folder, require_space, sync_folder
 from fate_moe.io.progress import Advance, progress_bar
 from fate_moe.kernels.modes import neutral
@@ -50,6 +52,29 @@ class Moments(Protocol):
         """Second moments fp32 [in, in] of the inputs of an expert with parameters ``tensors``, by matrix name."""
 
 
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def _in_one_line(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """What the operating system refuses becomes one of our errors."""
+
+    @functools.wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        try:
+            return function(*args, **kwargs)
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename is not None else ""
+            kind = DiskSpaceError if error.errno in (errno.ENOSPC, errno.EDQUOT) else StoreError
+            raise kind(
+                f"the conversion stopped ({where}{error.strerror or first_line(error)}); check the disk and its permissions, then "
+                "run the same command again, it continues"
+            ) from error
+
+    return call
+
+
+@_in_one_line
 @neutral()
 def convert(
     source: str | Path,
@@ -100,6 +125,7 @@ def convert(
     return write_store(plan, destination, options, source, calibration=calibration, progress=progress)
 
 
+@_in_one_line
 @neutral()
 def write_store(
     plan: ConversionPlan,

@@ -25,6 +25,9 @@ PART_ALIGNMENT = 64
 # Bits of each plane, by precision: int4 can be read as shorter views, int8 is one plane of whole bytes.
 PLANE_WIDTHS = {"int8": (8,), "int4": (2, 1, 1)}
 
+_LONGEST_REASON = 300  # characters: an entry may be as long as the file
+_MOST_DIMENSIONS = 8  # of a part; the product of thousands of huge ones would take hours
+
 _Tensor = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
 
 
@@ -161,6 +164,8 @@ class Manifest:
             version = data["format_version"]
             if type(version) is not int:
                 raise ValueError("format_version is not a number")
+        except UnicodeDecodeError as error:  # whose own message may quote the whole file
+            raise StoreError(f"{where} is damaged (it is no text at byte {error.start}); {AGAIN}") from error
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise StoreError(f"{where} is damaged ({error!r}); {AGAIN}") from error
         if version != FORMAT_VERSION:
@@ -171,7 +176,8 @@ class Manifest:
         try:
             return _manifest(data)
         except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-            raise StoreError(f"{where} is damaged ({error}); {AGAIN}") from error
+            said = " ".join(str(error).split())[:_LONGEST_REASON]
+            raise StoreError(f"{where} is damaged ({said}); {AGAIN}") from error
 
 
 def blob_layout(
@@ -256,8 +262,7 @@ def _manifest(data: dict[str, Any]) -> Manifest:
 
 def _layout(entry: dict[str, Any]) -> BlobLayout:
     parts = tuple(
-        Part(text(name), text(dtype), tuple(count(n) for n in items(shape)), count(offset))
-        for name, dtype, shape, offset in items(entry["parts"])
+        Part(text(name), text(dtype), _shape(shape), count(offset)) for name, dtype, shape, offset in items(entry["parts"])
     )
     sections = tuple(Section(text(name), count(offset), count(length)) for name, offset, length in items(entry["sections"]))
     widths = tuple(count(width) for width in items(entry["plane_widths"]))
@@ -278,6 +283,11 @@ def _layout(entry: dict[str, Any]) -> BlobLayout:
         covered = part.offset + _num_bytes(part.dtype, part.shape)
     require(covered <= end, f"parts end at {covered}, sections at {end}")
     return layout
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    require(len(items(value)) <= _MOST_DIMENSIONS, f"a part of {len(value)} dimensions")
+    return tuple(map(count, value))
 
 
 def _layer(entry: dict[str, Any], layouts: tuple[BlobLayout, ...], shard_bytes: dict[str, int]) -> LayerEntry:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fate_moe.errors import StoreError
+from fate_moe.io.bounded import load_json
 from fate_moe.io.files import lock
 from fate_moe.switches import cache_home
 
@@ -81,16 +81,17 @@ def source_name(model: str | Path | None) -> str:
 def identity_of(path: Path) -> str | None:
     """The identity in the manifest of the store at ``path``; None where there is no store or it is damaged."""
     try:
-        identity = json.loads((path / _MANIFEST).read_bytes())["identity"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        identity = load_json(path / _MANIFEST)["identity"]
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     return identity if isinstance(identity, str) and identity else None
 
 
 def store_used(path: Path) -> None:
     """Note that the store at ``path`` is being loaded now; a store that cannot be written to keeps no note."""
-    with suppress(OSError):
-        (path / _LAST_USED).touch()
+    with suppress(OSError):  # never through a link, which a store from elsewhere may hold
+        os.close(os.open(path / _LAST_USED, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666))
+        os.utime(path / _LAST_USED, follow_symlinks=False)
 
 
 def remove_store(path: Path) -> int:
@@ -126,7 +127,7 @@ def _describe(path: Path) -> StoredModel:
     if not path.name.endswith(_UNFINISHED):
         state = "damaged"
         with suppress(OSError, ValueError, KeyError, TypeError):
-            manifest = json.loads((path / _MANIFEST).read_bytes())
+            manifest = load_json(path / _MANIFEST)
             source, precision, state = str(manifest["source"]), str(manifest["precision"]), "whole"
     return StoredModel(path.name, str(path), state, source, precision, _size(path), _last_used(path))
 

@@ -10,9 +10,7 @@ import json
 import logging
 import math
 import os
-import zipfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +20,11 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from fate_moe.errors import DiskSpaceError, first_line
+from fate_moe.io.arrays import load_arrays
+from fate_moe.io.bounded import load_json
+from fate_moe.io.files import atomic_file
+from fate_moe.io.tensorfile import read_header
 from fate_moe.kernels.native import multiplies_bf16
 
 __all__ = [
@@ -44,6 +47,8 @@ GATES = "gates.safetensors"
 STATISTICS = "routing.npz"
 VIEW_LOSSES = "views.json"
 MAX_STATISTICS_BYTES = 64 << 20
+_MOST_EXPERTS = 1 << 16  # of a layer
+_MOST_LOSSES_BYTES = 1 << 20
 
 
 class Gates(NamedTuple):
@@ -60,11 +65,11 @@ class Gates(NamedTuple):
 def save_gates(store: Path, *ahead: Sequence[torch.Tensor | None], forecast: Sequence[torch.Tensor] = ()) -> Path:
     """Write fitted gates (see Gates) in bf16 and return the file. Raises OSError if the store cannot be written to."""
     path = store / GATES
-    part = path.with_suffix(".part")
     named = {_name(a, layer): w for a, weights in enumerate(ahead, 1) for layer, w in enumerate(weights) if w is not None}
     named |= {f"forecast.{layer}": weight for layer, weight in enumerate(forecast)}
-    save_file({name: weight.to(torch.bfloat16).contiguous() for name, weight in named.items()}, part)
-    os.replace(part, path)
+    with atomic_file(path, shared=True) as file:
+        # Into the same file, without a second copy in memory.
+        save_file({name: weight.to(torch.bfloat16).contiguous() for name, weight in named.items()}, file.name)
     return path
 
 
@@ -73,25 +78,37 @@ def _name(ahead: int, layer: int) -> str:
 
 
 def gates_bytes(store: Path, hidden: int) -> int:
-    """Memory of the loaded gates (bf16 if the extension multiplies bf16 at this width, else fp32); 0 without a gates file."""
-    path = store / GATES
-    return path.stat().st_size * (1 if multiplies_bf16(hidden) else 2) if path.is_file() else 0
+    """Memory of the loaded gates (bf16 if the extension multiplies bf16 at this width, else fp32); 0 if there are none that fit."""
+    try:
+        entries = read_header(store / GATES).values()
+    except (OSError, ValueError):
+        return 0
+    if not all(entry.dtype == "BF16" and _is_gate(entry.shape, hidden) for entry in entries):
+        return 0
+    return sum(entry.length for entry in entries) * (1 if multiplies_bf16(hidden) else 2)
+
+
+def _is_gate(shape: tuple[int, ...], hidden: int) -> bool:
+    return len(shape) == 2 and shape[0] <= _MOST_EXPERTS and shape[1] in (hidden + 1, 2 * hidden + 1)
 
 
 def load_gates(store: Path, experts_per_layer: Sequence[int], hidden: int) -> Gates | None:
     """The gates that ``save_gates`` wrote, in bf16; None if there are none or they do not fit this model."""
     path = store / GATES
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
     layers = range(len(experts_per_layer))
     try:
+        # The header first: what does not fit must not be in memory, which the budget does not count.
+        if not all(entry.dtype == "BF16" and _is_gate(entry.shape, hidden) for entry in read_header(path).values()):
+            raise ValueError("it is of another model")
         tensors = load_file(path)
         ahead: list[list[torch.Tensor | None]] = [[tensors[_name(1, layer)] for layer in layers]]
         while any(_name(len(ahead) + 1, layer) in tensors for layer in layers):
             named = [_name(len(ahead) + 1, layer) for layer in layers]
             ahead.append([tensors.get(name) for name in named])
         forecast = [tensors[f"forecast.{layer}"] for layer in layers] if "forecast.0" in tensors else []
-    except (OSError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         _log.warning("%s cannot be read and is ignored (%s); fit the gates again with: fate fit", path, error)
         return None
     fits = [
@@ -109,15 +126,11 @@ def load_gates(store: Path, experts_per_layer: Sequence[int], hidden: int) -> Ga
 def save_statistics(store: Path, state: dict[str, NDArray[Any]]) -> None:
     """Save a policy's state for the next start; does nothing but log if the store cannot be written to."""
     path = store / STATISTICS
-    part = path.with_suffix(f".{os.getpid()}.part")
     try:
-        with part.open("wb") as file:
+        with atomic_file(path, shared=True) as file:
             np.savez(file, **state)  # type: ignore[arg-type]
-        os.replace(part, path)
-    except OSError as error:
+    except (OSError, DiskSpaceError) as error:
         _log.info("%s cannot be written: %s", path, error)
-        with suppress(OSError):  # on a read-only file system even what is missing cannot be removed
-            part.unlink()
 
 
 def load_statistics(store: Path) -> dict[str, NDArray[Any]] | None:
@@ -126,33 +139,31 @@ def load_statistics(store: Path) -> dict[str, NDArray[Any]] | None:
     try:
         if path.stat().st_size > MAX_STATISTICS_BYTES:
             return None
-        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
+        return load_arrays(path, MAX_STATISTICS_BYTES)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError, AttributeError) as error:
-        _log.warning("%s cannot be read and is ignored (%s)", path, error)
+    except (OSError, ValueError) as error:
+        _log.warning("%s cannot be read and is ignored (%s)", path, first_line(error))
         return None
 
 
 def save_view_losses(store: Path, losses: Mapping[int, float]) -> None:
     """Save the loss in nats per token of reading every expert as a view of so many bits. Raises OSError if that fails."""
     path = store / VIEW_LOSSES
-    part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_text(json.dumps({"nats_lost_by_bits": {str(bits): loss for bits, loss in sorted(losses.items())}}) + "\n")
-    os.replace(part, path)
+    with atomic_file(path, shared=True) as file:
+        file.write((json.dumps({"nats_lost_by_bits": {str(bits): loss for bits, loss in sorted(losses.items())}}) + "\n").encode())
 
 
 def load_view_losses(store: Path) -> dict[int, float] | None:
     """The losses that ``save_view_losses`` wrote; None if there are none or they cannot be read."""
     path = store / VIEW_LOSSES
     try:
-        losses = {int(bits): float(loss) for bits, loss in json.loads(path.read_text())["nats_lost_by_bits"].items()}
+        losses = {int(bits): float(loss) for bits, loss in load_json(path, _MOST_LOSSES_BYTES)["nats_lost_by_bits"].items()}
         if not all(map(math.isfinite, losses.values())):
             raise ValueError("not finite")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         _log.warning("%s cannot be read and is ignored (%s); convert again with --calibrate", path, error)
         return None
     return losses

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import mmap
+import os
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch import nn
 
 from fate_moe.core import SLOT_ALIGNMENT, BlobLayout, ExpertId
 from fate_moe.errors import CorruptExpertError, StoreError
+from fate_moe.io.bounded import read_bounded
 from fate_moe.io.direct import DirectFile, anonymous_buffer
 from fate_moe.io.progress import progress_bar
 from fate_moe.io.tensorfile import TensorEntry, data_start, parse_header, read_header
@@ -58,7 +60,8 @@ def open_store(path: str | Path) -> Store:
     """
     path = Path(path)
     try:
-        text = (path / "fate.json").read_bytes()
+        _check_entries(path)
+        text = read_bounded(path / "fate.json")
     except FileNotFoundError as error:
         raise StoreError(f"{path} is not an expert store (no fate.json); make one with: fate convert CHECKPOINT {path}") from error
     except OSError as error:
@@ -76,12 +79,33 @@ def open_store(path: str | Path) -> Store:
     return store
 
 
+def _check_entries(folder: Path) -> None:
+    """Raise StoreError for what no store has: pipes, devices, and links that leave the folder.
+
+    The links of a snapshot in the hub's cache lead to the blobs beside it.
+    """
+    home = os.path.realpath(folder)
+    allowed = [home]
+    if os.path.basename(os.path.dirname(home)) == "snapshots":
+        allowed.append(os.path.join(os.path.dirname(os.path.dirname(home)), "blobs"))
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            where = os.path.realpath(entry.path)
+            if entry.is_symlink() and not any(os.path.commonpath([where, place]) == place for place in allowed):
+                raise StoreError(f"{entry.path} is a link that leaves the store; put the file itself there, or {AGAIN}")
+            if not (entry.is_file() or entry.is_dir() or entry.is_symlink()):
+                raise StoreError(f"{entry.path} is a pipe or a device, which no store has; {AGAIN}")
+
+
 def _header(path: Path, num_bytes: int) -> dict[str, TensorEntry]:
     try:
         actual = path.stat().st_size
         if actual != num_bytes:
             raise StoreError(f"{path} has {actual} bytes, fate.json says {num_bytes}; the file is incomplete, {AGAIN}")
-        return read_header(path)
+        entries = read_header(path)
+        if odd := next((entry for entry in entries.values() if entry.dtype not in TORCH_DTYPES), None):
+            raise ValueError(f"{odd.name[:80]} has the dtype {odd.dtype[:20]!r}")
+        return entries
     except OSError as error:
         raise StoreError(f"{path} cannot be read ({error.strerror}); {AGAIN}") from error
     except ValueError as error:

@@ -40,26 +40,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fate_moe.errors import ConfigError
+from fate_moe.io.arrays import load_arrays
 from fate_moe.io.files import atomic_file
 
 __all__ = ["VERSION", "RoutingTrace", "read_trace", "write_trace"]
 
 VERSION = 1
-OPTIONAL = (
-    "lookups",
-    "stall",
-    "seconds",
-    "bytes_read",
-    "link",
-    "overlap",
-    "predicting",
-    "reads",
-    "predicted",
-    "router_inputs",
-    "embeddings",
-    "routers",
-    "norms",
-)
+MOST_BYTES = 256 << 20  # unpacked, of a file of up to 4 MiB; a larger file may hold more
+# The shapes of the optional arrays in the letters of the docstring, and the kinds of their dtypes.
+_SHAPES = {
+    "lookups": ("NLk", "ui"),
+    **dict.fromkeys(("stall", "seconds", "link", "overlap", "predicting"), ("NL", "f")),
+    "bytes_read": ("NL", "ui"),
+    "reads": ("R6", "f"),
+    "predicted": ("NLE", "f"),
+    "router_inputs": ("NLD", "f"),
+    "embeddings": ("ND", "f"),
+    "routers": ("LED", "f"),
+    "norms": ("LD", "f"),
+}
 BY_LAYER = ("routers", "norms")
 # What arrays, and policies and predictors in ``meta``, were called in files from before 0.2.0.
 OLD_ARRAYS = {"gate_inputs": "router_inputs"}
@@ -106,7 +105,7 @@ def write_trace(path: Path, trace: RoutingTrace) -> None:
         **trace.extras,
     }
     try:
-        with atomic_file(path.resolve()) as file:  # what a link points to
+        with atomic_file(path.resolve(), shared=True) as file:  # what a link points to
             np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
     except OSError as error:
         raise ConfigError(f"the trace {path} cannot be written: {error.strerror}") from error
@@ -115,20 +114,23 @@ def write_trace(path: Path, trace: RoutingTrace) -> None:
 def read_trace(path: Path) -> RoutingTrace:
     """Read a trace and check that its arrays belong together. Raises ConfigError for a file that is not a trace or is damaged."""
     try:
-        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            arrays = {OLD_ARRAYS.get(name, name): file[name] for name in file.files}
+        arrays = {OLD_ARRAYS.get(name, name): array for name, array in load_arrays(path, MOST_BYTES).items()}
     except OSError as error:
         raise ConfigError(f"the trace {path} cannot be read: {error.strerror or error}") from error
-    except MemoryError:
-        raise
-    except Exception as error:  # whatever a damaged file makes numpy, zipfile and zlib raise
-        raise ConfigError(f"{path} is not a trace or is damaged ({error}); make one with: fate trace MODEL --out {path}") from error
+    except ValueError as error:
+        raise ConfigError(
+            f"{path} is not a trace or is damaged ({_said(error)}); make one with: fate trace MODEL --out {path}"
+        ) from error
     try:
         return _checked(arrays)
     except (KeyError, ValueError, IndexError, AttributeError, TypeError, OverflowError, RecursionError) as error:
         raise ConfigError(
-            f"{path} is not a trace that can be used ({error}); make one with: fate trace MODEL --out {path}"
+            f"{path} is not a trace that can be used ({_said(error)}); make one with: fate trace MODEL --out {path}"
         ) from error
+
+
+def _said(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _checked(arrays: dict[str, NDArray[Any]]) -> RoutingTrace:
@@ -148,15 +150,27 @@ def _checked(arrays: dict[str, NDArray[Any]]) -> RoutingTrace:
         raise ValueError("experts beyond num_experts")
     if (np.diff(np.sort(experts, axis=2), axis=2) == 0).any():
         raise ValueError("a token chose an expert twice")
-    extras = {name: arrays[name] for name in OPTIONAL if name in arrays}
+    extras = {name: arrays[name] for name in _SHAPES if name in arrays}
+    sizes = {"N": num_tokens, "L": num_layers, "k": experts.shape[2], "6": 6}
     for name, array in extras.items():
-        if name == "reads":
-            if array.ndim != 2 or array.shape[1] != 6:
-                raise ValueError(f"reads are {array.shape}")
-        elif array.shape[0] != (num_layers if name in BY_LAYER else num_tokens):
-            raise ValueError(f"{name} is {array.shape}")
+        _check_shape(name, array, sizes)
+    if "E" in sizes and sizes["E"] < int(num_experts.max()):
+        raise ValueError(f"arrays of {sizes['E']} experts for {int(num_experts.max())}")
     meta = {name: _current(value) for name, value in json.loads(str(arrays.get("meta", "{}"))).items()}
     return RoutingTrace(experts, probs, start.astype(np.int64), num_experts, extras, meta)
+
+
+def _check_shape(name: str, array: NDArray[Any], sizes: dict[str, int]) -> None:
+    """Raise ValueError unless an optional array has the shape and kind that the docstring above gives; learns E and D from it."""
+    letters, kinds = _SHAPES[name]
+    found = dict(zip(letters, array.shape, strict=False))
+    expected = {letter: sizes.setdefault(letter, size) for letter, size in found.items() if letter != "R"}
+    if (
+        array.ndim != len(letters)
+        or array.dtype.kind not in kinds
+        or any(found[letter] != size for letter, size in expected.items())
+    ):
+        raise ValueError(f"{name} is {array.dtype} {array.shape}")
 
 
 def _current(value: Any) -> Any:

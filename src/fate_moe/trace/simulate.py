@@ -240,13 +240,13 @@ def _hide(residency: VirtualResidency, waited: float, overlap: float) -> None:
 
 def _inputs(trace: RoutingTrace) -> tuple[Callable[[int, int], Any], Callable[[int], Any]]:
     """Router inputs by token and layer and embeddings by token, [1, D]; placeholders where the trace has none."""
+    nothing = np.zeros((1, 0), np.float32)
     if "router_inputs" not in trace.extras:
-        nothing = np.zeros((1, 0), np.float32)
         return (lambda token, layer: nothing), (lambda token: nothing)
     import torch
 
-    router_inputs, embeddings = trace.extras["router_inputs"], trace.extras["embeddings"]
+    router_inputs, embeddings = trace.extras["router_inputs"], trace.extras.get("embeddings")
     return (
         lambda token, layer: torch.from_numpy(router_inputs[token, layer].astype(np.float32))[None],
-        lambda token: torch.from_numpy(embeddings[token].astype(np.float32))[None],
+        lambda token: nothing if embeddings is None else torch.from_numpy(embeddings[token].astype(np.float32))[None],
     )

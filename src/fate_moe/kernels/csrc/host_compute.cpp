@@ -25,7 +25,8 @@ uint32_t read(const uint64_t* word, uint32_t question) {
   }
 }
 
-// `count` numbers, once every word has the question's number.
+// `count` numbers, once every word has the question's number. The reads are plain, so that they become vectors: a word
+// that changes meanwhile has another number. ThreadSanitizer is told so (tests/kernels/csrc/tsan.supp).
 void take(const uint64_t* words, int64_t count, uint32_t question, float* numbers) {
   for (;;) {
     uint64_t strange = 0;
@@ -182,7 +183,8 @@ void HostCompute::answer(Own& own, int64_t number, uint32_t question, int64_t co
     for (int64_t row = begin; row < end; ++row) {
       uint32_t bits;
       std::memcpy(&bits, own.rows.data() + row, 4);
-      __atomic_store_n(answers + row, uint64_t(question) << 32 | bits, __ATOMIC_RELAXED);
+      // Release: the next question, which overwrites inner_, comes after all answers.
+      __atomic_store_n(answers + row, uint64_t(question) << 32 | bits, __ATOMIC_RELEASE);
     }
   };
   downs.own(number, num_threads_, down);
