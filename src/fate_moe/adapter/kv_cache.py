@@ -150,6 +150,11 @@ class RoomySlidingLayer(RoomyLayer):
     def get_max_length(self) -> int:
         return self.sliding_window
 
+    def reset(self) -> None:
+        super().reset()
+        if self.keys is not None and self.values is not None:  # some versions of transformers leave zeros
+            self.keys, self.values = self.keys[:, :, :0], self.values[:, :, :0]
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         past = self.get_seq_length()
         return min(past, self.sliding_window - 1) + query_length, max(past - self.sliding_window + 1, 0)
