@@ -126,7 +126,7 @@ test-arm:
 	$(ARM_CXX) $(ARM_FLAGS) -march=armv8.2-a+dotprod -c $(CSRC)/neon_dot.cpp -o build/arm/neon_dot.o
 	$(ARM_CXX) $(ARM_FLAGS) -march=armv8.2-a+dotprod+i8mm -c $(CSRC)/neon_i8mm.cpp -o build/arm/neon_i8mm.o
 	$(ARM_CXX) $(ARM_FLAGS) -pthread -o build/arm/check_ops tests/kernels/csrc/check_ops.cpp build/arm/neon_dot.o build/arm/neon_i8mm.o \
-	  $(filter-out %/module.cpp %/neon_dot.cpp %/neon_i8mm.cpp,$(wildcard $(CSRC)/*.cpp)) -ldl
+	  $(filter-out %/module.cpp %/module_residency.cpp %/neon_dot.cpp %/neon_i8mm.cpp,$(wildcard $(CSRC)/*.cpp)) -ldl
 	$(ARM_RUN) -cpu cortex-a53 build/arm/check_ops neon portable
 	$(ARM_RUN) -cpu cortex-a76 build/arm/check_ops neon-dot neon portable
 	$(ARM_RUN) -cpu max build/arm/check_ops neon-i8mm neon-dot neon portable
