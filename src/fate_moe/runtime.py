@@ -68,6 +68,8 @@ class ExpertRuntime:
         self._given = 0  # experts of ``_claim`` that ``arriving`` gave
         self._journal: Journal | None = None  # while somebody observes
         self._check = check
+        if hasattr(residency, "count_uses"):
+            view_selector.count_natively(residency.count_uses)
 
     @contextmanager
     def observe(self, observer: Observer) -> Iterator[None]:
@@ -224,6 +226,17 @@ class ExpertRuntime:
         self._claim = None
         if self._given == len(rows):
             self._finish(layer, list(rows))
+
+    def native_memory(self) -> Any:
+        """What the extension asks for experts in this pass where nobody in Python has to see each layer: no observer, no predictor,
+        no precision policy. None where somebody has to, and without the extension's residency."""
+        native = getattr(self.residency, "native", None)
+        if native is None or self._journal is not None or self.view_selector.policy is not None or self._prefetcher.predicts:
+            return None
+        self.end()  # of a pass that was cut short
+        if self._check:
+            self.residency.check_integrity()
+        return native
 
     def has_fused(self, layer: int, experts: Any) -> bool:
         """Whether ``layer`` may run by ``begin``: all its experts have fused kernels."""

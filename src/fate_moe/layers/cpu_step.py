@@ -107,9 +107,20 @@ class Shared:
     """What all steps of a model have in common. ``exact``: quantized weights are multiplied with fp32 activations."""
 
     runtime: ExpertRuntime
-    memory: Any  # the extension's ExpertMemory
+    callbacks: Any  # the extension's ExpertMemory that asks Python
     exact: bool
     masks: Masks
+
+    def run(
+        self, step: Any, x: int, spans: Any, angles: tuple[torch.Tensor, ...], kv: Sequence[int], wanted: list[int], logits: int
+    ) -> None:
+        """Run the extension's ``step`` on rows at the address ``x``, which become those after it; see csrc/step.h."""
+        memory, (cos, sin) = self.runtime.native_memory(), angles
+        alone = memory is not None  # so the team stays together: no Python wants threads of its own in between
+        native.step(
+            step, x, spans, cos.data_ptr(), sin.data_ptr(), kv, wanted, logits, memory if alone else self.callbacks, self.exact,
+            alone, torch.get_num_threads(),
+        )  # fmt: skip
 
 
 class CpuStep(StandIn):
@@ -179,11 +190,8 @@ class CpuStep(StandIn):
         else:  # keys and values are forgotten
             keys, values = torch.zeros(2, batch, attention.kv_heads, count, attention.head_dim, dtype=torch.bfloat16)
         out = rows.pick(x).clone()
-        cos, sin = map(rows.pick, angles)
-        native.step(
-            self._alone, out.data_ptr(), rows.spans, cos.data_ptr(), sin.data_ptr(), contiguous_kv(keys, values), [], 0,
-            shared.memory, shared.exact, False, torch.get_num_threads(),
-        )  # fmt: skip
+        turned = tuple(map(rows.pick, angles))
+        shared.run(self._alone, out.data_ptr(), rows.spans, turned, contiguous_kv(keys, values), [], 0)
         if room is not None:
             room.extend(count)
         return rows.put(out)

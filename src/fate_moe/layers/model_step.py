@@ -179,13 +179,9 @@ class ModelStep(StandIn):
     def _run(self, x: torch.Tensor, spans: Any, positions: torch.Tensor, kv: list[int], wanted: list[int]) -> torch.Tensor:
         """Logits of the ``wanted`` rows of ``x`` bf16 [num_rows, hidden]."""
         x, shared = x.clone(memory_format=torch.contiguous_format), self._shared
-        cos, sin = self._angles.at(positions)
         native_head = self._many_logits or len(wanted) <= MOST_FEW
         logits = torch.empty(len(wanted), self._vocabulary, dtype=torch.bfloat16)
-        native.step(
-            self.of, x.data_ptr(), spans, cos.data_ptr(), sin.data_ptr(), kv, wanted if native_head else [], logits.data_ptr(),
-            shared.memory, shared.exact, False, torch.get_num_threads(),
-        )  # fmt: skip
+        shared.run(self.of, x.data_ptr(), spans, self._angles.at(positions), kv, wanted if native_head else [], logits.data_ptr())
         if native_head:
             return logits
         head: torch.Tensor = self._model.lm_head(self._trunk.norm(x[torch.tensor(wanted)]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 
 import torch
@@ -71,6 +71,10 @@ class ViewSelector:
         first, whole = self._first[layer], self._whole
         for expert in experts:
             whole[first + expert] += 1
+
+    def count_natively(self, count: Callable[[array[int], Sequence[int]], None]) -> None:
+        """Let the extension count what it computes whole: ``Residency.count_uses``."""
+        count(self._whole, self._first)
 
     @property
     def used(self) -> Counter[tuple[ExpertId, int]]:

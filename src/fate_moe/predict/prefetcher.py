@@ -144,6 +144,11 @@ class Prefetcher:
         if self._prefetching:
             self._read(-1, embeddings)
 
+    @property
+    def predicts(self) -> bool:
+        """Whether something is predicted in this pass."""
+        return self._prefetching
+
     def _lost(self) -> float:
         """Total seconds: stalls, predicting, and link time of unused prefetches."""
         counters = self._residency.counters

@@ -97,7 +97,6 @@ void bind_step(nb::module_& m) {
   nb::class_<Kv>(m, "Kv").def_static("make", [](uintptr_t keys, uintptr_t values, int64_t batch_stride, int64_t block_stride, int64_t head_stride) {
     return Kv{reinterpret_cast<void*>(keys), reinterpret_cast<void*>(values), batch_stride, block_stride, head_stride};
   });
-  nb::class_<ExpertMemory>(m, "ExpertMemory");
   nb::class_<CallbackMemory, ExpertMemory>(m, "CallbackMemory").def(nb::init<nb::object>());
   nb::class_<StepLayer>(m, "StepLayer").def_static("make", &make_layer, nb::arg("index"), nb::arg("layer"), nb::arg("shared").none(),
                                                    nb::arg("places"), nb::arg("num_planes"), nb::arg("place_of"));
