@@ -234,9 +234,12 @@ class ExpertRuntime:
         if native is None or self._journal is not None or self.view_selector.policy is not None or self._prefetcher.predicts:
             return None
         self.end()  # of a pass that was cut short
-        if self._check:
-            self.residency.check_integrity()
         return native
+
+    def has_run(self, layer: int) -> None:
+        """``layer`` has run with ``native_memory``, and all before it."""
+        if self._check and layer == len(self._routers) - 1:
+            self.residency.check_integrity()
 
     def has_fused(self, layer: int, experts: Any) -> bool:
         """Whether ``layer`` may run by ``begin``: all its experts have fused kernels."""

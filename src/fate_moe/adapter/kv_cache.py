@@ -80,8 +80,7 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         ``like``: new keys and values, for their shapes; may be left out where something is cached already.
         """
         past = self.get_seq_length()
-        frozen = self._room is not None and self._room[0].is_inference() and not torch.is_inference_mode_enabled()
-        if self._room is None or frozen or self._room[0].shape[2] < past + count:
+        if self._room is None or not self.has_room(count):
             old: Any = (self.keys, self.values)
             wanted, shapes = past + count, like or old
             most = max(wanted, self.max_tokens // max(1, shapes[0].shape[0]))
@@ -92,6 +91,23 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
                 keys[:, :, :past], values[:, :, :past] = old
             self._room, self._length, self._set = (keys, values), past, [None, None]
         return past, *self._room
+
+    @property
+    def buffers(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What ``reserve`` gave, as long as nothing else was put in its place."""
+        return self._room
+
+    @property
+    def batch(self) -> int:
+        """Sequences; 0 where nothing is cached."""
+        keys = self._set[0] if self._room is None else self._room[0]
+        return keys.shape[0] if keys is not None and keys.dim() == 4 else 0
+
+    def has_room(self, count: int) -> bool:
+        """Whether the buffers have room for ``count`` more tokens, and may be written to."""
+        if self._room is None or (self._room[0].is_inference() and not torch.is_inference_mode_enabled()):
+            return False
+        return self._room[0].shape[2] >= self._length + count
 
     def extend(self, count: int) -> None:
         """``count`` tokens were written to the reserved buffers behind the others."""
@@ -111,11 +127,7 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
 
     def holds(self, batch: int, dtype: torch.dtype) -> bool:
         """Whether this is ``batch`` sequences', in ``dtype``, with something in it."""
-        return self.is_initialized and self.dtype == dtype and self._batch() == batch
-
-    def _batch(self) -> int:
-        keys = self._set[0] if self._room is None else self._room[0]
-        return keys.shape[0] if keys is not None and keys.dim() == 4 else 0
+        return self.is_initialized and self.dtype == dtype and self.batch == batch
 
 
 def make_room(cache: Any, max_tokens: int) -> None:

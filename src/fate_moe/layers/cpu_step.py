@@ -112,15 +112,25 @@ class Shared:
     masks: Masks
 
     def run(
-        self, step: Any, x: int, spans: Any, angles: tuple[torch.Tensor, ...], kv: Sequence[int], wanted: list[int], logits: int
+        self,
+        last: int,
+        step: Any,
+        x: int,
+        spans: Any,
+        angles: tuple[torch.Tensor, ...],
+        kv: Sequence[int],
+        wanted: list[int],
+        logits: int,
     ) -> None:
-        """Run the extension's ``step`` on rows at the address ``x``, which become those after it; see csrc/step.h."""
+        """Run the extension's ``step``, up to MoE layer ``last``, on rows at the address ``x``, which become those after it; see csrc/step.h."""
         memory, (cos, sin) = self.runtime.native_memory(), angles
         alone = memory is not None  # so the team stays together: no Python wants threads of its own in between
         native.step(
             step, x, spans, cos.data_ptr(), sin.data_ptr(), kv, wanted, logits, memory if alone else self.callbacks, self.exact,
             alone, torch.get_num_threads(),
         )  # fmt: skip
+        if alone:
+            self.runtime.has_run(last)
 
 
 class CpuStep(StandIn):
@@ -138,7 +148,7 @@ class CpuStep(StandIn):
             projections += [beside.gate_proj, beside.up_proj, beside.down_proj]
         self.takes_many = takes_many(projections, shared.exact) and shared.runtime.takes_many(stack.layer, self.experts)
         inner = [layer.self_attn, *([beside] if beside is not None else [])]
-        self._snapshot = ModuleSnapshot([layer, self.block, self.experts, *inner])
+        self.snapshot = ModuleSnapshot([layer, self.block, self.experts, *inner])
         self.ready = True  # set for each pass of the decoder
         router = weight_of(self.block.get_submodule(plain.router_name))
         gate = native.Weight.make(router.place, 0, 0, 0)  # address 0: none
@@ -157,11 +167,11 @@ class CpuStep(StandIn):
 
     def is_unchanged(self) -> bool:
         """Whether the layer is as it was found."""
-        return self._snapshot.same()
+        return self.snapshot.same()
 
     def is_watched(self) -> bool:
         """Whether somebody hooked a part since, or watches the experts' inputs (tools/calibrate.py)."""
-        return self._snapshot.hooked() or self.experts.fate_runtime is not self.shared.runtime
+        return self.snapshot.hooked() or self.experts.fate_runtime is not self.shared.runtime
 
     def room_in(self, cache: Any, batch: int) -> Any:
         """The layer's part of a KV cache of ``batch`` sequences; None if it is another kind."""
@@ -191,7 +201,7 @@ class CpuStep(StandIn):
             keys, values = torch.zeros(2, batch, attention.kv_heads, count, attention.head_dim, dtype=torch.bfloat16)
         out = rows.pick(x).clone()
         turned = tuple(map(rows.pick, angles))
-        shared.run(self._alone, out.data_ptr(), rows.spans, turned, contiguous_kv(keys, values), [], 0)
+        shared.run(self.stack.layer, self._alone, out.data_ptr(), rows.spans, turned, contiguous_kv(keys, values), [], 0)
         if room is not None:
             room.extend(count)
         return rows.put(out)

@@ -217,4 +217,5 @@ NB_MODULE(_native, m) {
   bind_layers(m);
   bind_residency(m);
   bind_step(m);
+  bind_watch(m);
 }
