@@ -20,6 +20,7 @@ from fate_moe.trace.record import Recorder
 from fate_moe.trace.schema import RoutingTrace
 from tests.support.checkpoints import tiny_model
 from tests.support.engines import load_model
+from tests.support.spoiled import spoil
 
 needs_extension = pytest.mark.skipif(native is None, reason="the extension is not built")
 
@@ -281,6 +282,6 @@ def test_broken_tables_are_found_after_the_pass(opened: Callable[..., Any], monk
     monkeypatch.setattr(runtime, "_check", True)
     decode(model, 2)
     assert len(checked) == 3
-    runtime.residency._table._free[0].append(0)  # a slot in two places
+    spoil(runtime.residency)
     with pytest.raises(RuntimeError, match="every slot is in one place"):
         decode(model, 2)
