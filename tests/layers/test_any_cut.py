@@ -36,7 +36,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dense, "MIN_QUANTIZED_ELEMENTS", 1)
         store = convert(checkpoint, folder / "store", "int4")
-        model = load_model(store, expert_cache="50%")
+        model = load_model(store, expert_cache="50%", context_length=1024)
         model.store = store
         assert all(isinstance(layer.forward, CpuStep) for layer in model.model.layers)
         assert model.fate.step is not None

@@ -26,7 +26,6 @@ from fate_moe.layers.modules import accelerated_by, takes_many, takes_tokens, wa
 from fate_moe.layers.plain import NotPlain, cpu_reasons, recognise
 from fate_moe.layers.rows import Masks, batch_rows, contiguous_kv
 from fate_moe.layers.snapshot import ModuleSnapshot, StandIn
-from fate_moe.layers.step_memory import RuntimeMemory
 from fate_moe.runtime import ExpertRuntime
 
 __all__ = ["CpuStep", "join_layers"]
@@ -44,10 +43,7 @@ def join_layers(model: Any, stacks: Sequence[ExpertStack], runtime: ExpertRuntim
 
     ``exact``: quantized weights are multiplied with fp32 activations. Why a layer is left as it is, is logged.
     """
-    hidden = model.config.get_text_config().hidden_size
-    shared = Shared(
-        runtime, native.CallbackMemory(RuntimeMemory(runtime, [stack.top_k for stack in stacks], hidden)), exact, Masks()
-    )
+    shared = Shared(runtime, exact, Masks())
     generator, steps = torch.Generator().manual_seed(0), list[CpuStep]()
     for stack in stacks:
         plain = recognise(model, stack)
@@ -107,30 +103,19 @@ class Shared:
     """What all steps of a model have in common. ``exact``: quantized weights are multiplied with fp32 activations."""
 
     runtime: ExpertRuntime
-    callbacks: Any  # the extension's ExpertMemory that asks Python
     exact: bool
     masks: Masks
 
     def run(
-        self,
-        last: int,
-        step: Any,
-        x: int,
-        spans: Any,
-        angles: tuple[torch.Tensor, ...],
-        kv: Sequence[int],
-        wanted: list[int],
-        logits: int,
+        self, step: Any, x: int, spans: Any, angles: tuple[torch.Tensor, ...], kv: Sequence[int], wanted: list[int], logits: int
     ) -> None:
-        """Run the extension's ``step``, up to MoE layer ``last``, on rows at the address ``x``, which become those after it; see csrc/step.h."""
-        memory, (cos, sin) = self.runtime.native_memory(), angles
-        alone = memory is not None  # so the team stays together: no Python wants threads of its own in between
+        """Run the extension's ``step`` on the rows at ``x``, which become those after it; csrc/step.h has the rest."""
+        cos, sin = angles
+        team = not self.runtime.is_watched  # Python in between may want threads of its own
         native.step(
-            step, x, spans, cos.data_ptr(), sin.data_ptr(), kv, wanted, logits, memory if alone else self.callbacks, self.exact,
-            alone, torch.get_num_threads(),
+            step, x, spans, cos.data_ptr(), sin.data_ptr(), kv, wanted, logits, self.runtime.memory, self.exact, team,
+            torch.get_num_threads(),
         )  # fmt: skip
-        if alone:
-            self.runtime.has_run(last)
 
 
 class CpuStep(StandIn):
@@ -201,7 +186,7 @@ class CpuStep(StandIn):
             keys, values = torch.zeros(2, batch, attention.kv_heads, count, attention.head_dim, dtype=torch.bfloat16)
         out = rows.pick(x).clone()
         turned = tuple(map(rows.pick, angles))
-        shared.run(self.stack.layer, self._alone, out.data_ptr(), rows.spans, turned, contiguous_kv(keys, values), [], 0)
+        shared.run(self._alone, out.data_ptr(), rows.spans, turned, contiguous_kv(keys, values), [], 0)
         if room is not None:
             room.extend(count)
         return rows.put(out)

@@ -206,7 +206,6 @@ class ModelStep(StandIn):
         native_head = self._many_logits or len(wanted) <= MOST_FEW
         logits = torch.empty(len(wanted), self._vocabulary, dtype=torch.bfloat16)
         shared.run(
-            self._steps[-1].stack.layer,
             self.of,
             x.data_ptr(),
             spans,

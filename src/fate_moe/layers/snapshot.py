@@ -99,14 +99,13 @@ class Watch:
         sizes = [(hooks, count) for one in snapshots for hooks, count in zip(one._hooks, one._counts, strict=True)]
         numbers = [(*place, at or 0) for one in snapshots for *place, at in one._numbers]
         code = [entry for one in snapshots for entry in one._code]
-        different = {
-            "places": {(id(held), name): (held, name, found) for held, name, found in places},
-            "numbers": {(id(held), name): (held, name, *others) for held, name, *others in numbers},
-            "sizes": {id(hooks): (hooks, count) for hooks, count in sizes},
-            "kinds": {id(part): (part, kind) for part, kind, _ in code},
-            "forwards": {id(kind): (kind, forward) for _, kind, forward in code},
-        }
-        self._native = native.Watch.make(*(list(entries.values()) for entries in different.values()))
+        self._native = native.Watch.make(
+            list({(id(held), name): (held, name, found) for held, name, found in places}.values()),
+            list({(id(held), name): (held, name, *others) for held, name, *others in numbers}.values()),
+            list({id(hooks): (hooks, count) for hooks, count in sizes}.values()),
+            list({id(part): (part, kind) for part, kind, _ in code}.values()),
+            list({id(kind): (kind, forward) for _, kind, forward in code}.values()),
+        )
         self._implementations = {id(config): (config, said) for one in snapshots for config, said in one._implementations}
 
     def same(self) -> bool:

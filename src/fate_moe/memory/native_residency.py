@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,9 +25,6 @@ __all__ = ["Lease", "LiveCounters", "Residency", "native_policy"]
 
 _log = logging.getLogger(__name__)
 _LOOKUPS = (Lookup.HIT, Lookup.IN_FLIGHT, Lookup.MISS)  # csrc/table.h: Found
-
-Acquire = Callable[[int, list[int], list[int], int, int, int, int], Any]
-Ran = Callable[[int, list[int], list[int]], None]
 
 
 def native_policy(policy: EvictionPolicy) -> Any:
@@ -169,7 +166,17 @@ class Residency:
         sections: Mapping[ExpertId, int] | None = None,
     ) -> Lease:
         wanted = [sections.get(expert, WHOLE) for expert in experts] if sections else None
-        return Lease(self.native, experts, self.native.lease(experts, counts, num_tokens, wanted))
+        return Lease(self, experts, self.native.lease(experts, counts, num_tokens, wanted))
+
+    def wait_for(self, lease: Any) -> list[tuple[int, int, int]]:
+        """What is there for ``lease`` (number, slot, sections); all but the first call wait for at least one, and unlock what the
+        call before gave."""
+        given: list[tuple[int, int, int]] = self.native.next(lease)
+        return given
+
+    def unlock(self, lease: Any) -> None:
+        """``lease`` is released."""
+        self.native.release(lease)
 
     def forget_leases(self) -> None:
         self.native.forget_leases()
@@ -209,12 +216,7 @@ class Residency:
         if broken := self.native.broken():
             raise RuntimeError(broken)
 
-    # --- what a step in C++ uses ---
-
-    def watch(self, acquire: Acquire | None, ran: Ran | None = None) -> None:
-        """From now on a step's blocks call ``acquire(layer, experts, counts, num_rows, inputs, chosen, weights)``, which returns
-        ``Lease.native``, and ``ran(layer, experts, num_planes)`` (0: all). None: neither, and no Python runs."""
-        self.native.watch(acquire, ran)
+    # --- what a step in C++ uses; who wants to see what it routes, calls native.watch ---
 
     def count_uses(self, uses: array[int], first: Sequence[int]) -> None:
         """Count in ``uses[first[layer] + expert]`` what a step's blocks compute while nobody watches; ``first`` ends with the
@@ -225,7 +227,7 @@ class Residency:
 class Lease:
     """``portable.Lease`` in C++."""
 
-    def __init__(self, residency: Any, experts: Sequence[ExpertId], lease: Any) -> None:
+    def __init__(self, residency: Residency, experts: Sequence[ExpertId], lease: Any) -> None:
         self._residency, self._experts, self.native = residency, experts, lease
 
     @property
@@ -235,14 +237,14 @@ class Lease:
 
     def batches(self) -> Iterator[list[tuple[ExpertId, int]]]:
         residency, experts, first = self._residency, self._experts, True
-        while (given := residency.next(self.native)) or first:
+        while (given := residency.wait_for(self.native)) or first:
             first = False
             if given:
                 yield [(experts[index], slot) for index, slot, _ in given]
 
     def arrivals(self) -> Iterator[tuple[ExpertId, int]]:
-        while (given := self._residency.next_one(self.native)) is not None:
+        while (given := self._residency.native.next_one(self.native)) is not None:
             yield self._experts[given[0]], given[1]
 
     def release(self) -> None:
-        self._residency.release(self.native)
+        self._residency.unlock(self.native)

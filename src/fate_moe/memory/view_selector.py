@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 
 import torch
@@ -72,9 +72,17 @@ class ViewSelector:
         for expert in experts:
             whole[first + expert] += 1
 
-    def count_natively(self, count: Callable[[array[int], Sequence[int]], None]) -> None:
-        """Let the extension count what it computes whole: ``Residency.count_uses``."""
-        count(self._whole, self._first)
+    def count(self, layer: int, experts: Sequence[int], num_planes: Sequence[int]) -> None:
+        """Each of ``experts`` was computed once, with so many planes (0: all)."""
+        self.count_whole(layer, [expert for expert, planes in zip(experts, num_planes, strict=True) if not planes])
+        for expert, planes in zip(experts, num_planes, strict=True):
+            if planes:
+                self._short[ExpertId(layer, expert), self._views[layer][expert][planes - 1]] += 1
+
+    @property
+    def counts(self) -> tuple[array[int], list[int]]:
+        """What ``count_whole`` counts in: by layer and expert; and where each layer begins and the last one ends."""
+        return self._whole, self._first
 
     @property
     def used(self) -> Counter[tuple[ExpertId, int]]:

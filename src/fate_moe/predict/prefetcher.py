@@ -145,8 +145,8 @@ class Prefetcher:
             self._read(-1, embeddings)
 
     @property
-    def predicts(self) -> bool:
-        """Whether something is predicted in this pass."""
+    def prefetching(self) -> bool:
+        """Whether the pass that has begun predicts."""
         return self._prefetching
 
     def _lost(self) -> float:

@@ -8,6 +8,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include "disk_source.h"
 #include "residency.h"
 #include "statistics.h"
 
@@ -90,6 +91,61 @@ class PythonSource final : public Source {
  private:
   Held read_;
 };
+
+// check(layer, expert, blob, section) raises; reopen(shard) -> file
+class PythonFiles final : public DiskSource::Owner {
+ public:
+  PythonFiles(nb::object check, nb::object reopen) : check_(std::move(check)), reopen_(std::move(reopen)) {}
+
+  void check(const ExpertKey& key, const uint8_t* blob, int64_t length, int64_t section) override {
+    const nb::gil_scoped_acquire acquire;
+    char* bytes = reinterpret_cast<char*>(const_cast<uint8_t*>(blob));
+    try {
+      (*check_)(key.layer, key.expert, nb::steal(PyMemoryView_FromMemory(bytes, Py_ssize_t(length), PyBUF_READ)), section);
+    } catch (const nb::python_error& error) {
+      throw PythonFailure(error);
+    }
+  }
+  int reopen(int64_t shard) override {
+    const nb::gil_scoped_acquire acquire;
+    try {
+      return nb::cast<int>((*reopen_)(shard));
+    } catch (const nb::python_error& error) {
+      throw PythonFailure(error);
+    }
+  }
+
+ private:
+  Held check_, reopen_;
+};
+
+// Into a writable buffer, as core.ExpertSource.
+int64_t read_into(DiskSource& of, const Pair& expert, nb::handle slot, int64_t first, const std::optional<int64_t>& last) {
+  Py_buffer buffer;
+  if (PyObject_GetBuffer(slot.ptr(), &buffer, PyBUF_WRITABLE)) throw nb::python_error();
+  const std::unique_ptr<Py_buffer, void (*)(Py_buffer*)> held(&buffer, PyBuffer_Release);
+  if (of.end_of(key_of(expert), last.value_or(kWhole)) > buffer.len) throw std::invalid_argument("the slot is too short");
+  const nb::gil_scoped_release release;
+  return of.read(key_of(expert), 0, static_cast<uint8_t*>(buffer.buf), first, last.value_or(kWhole));
+}
+
+// `layouts`: the sections' offsets and lengths, and the blob's length; `places` by layer and expert.
+std::shared_ptr<DiskSource> make_disk(nb::object check, nb::object reopen, const std::vector<std::pair<Pairs, int64_t>>& layouts,
+                                      const std::vector<std::vector<std::tuple<int64_t, int64_t, int64_t>>>& places, std::vector<std::string> paths,
+                                      const std::vector<int>& files, const std::vector<bool>& direct, std::string advice) {
+  std::vector<DiskSource::Layout> of_blobs;
+  for (const auto& [sections, length] : layouts) {
+    of_blobs.push_back({{}, length});
+    for (const Pair& section : sections) of_blobs.back().sections.push_back({section.first, section.second});
+  }
+  std::vector<std::vector<DiskSource::Place>> at;
+  for (const auto& of_layer : places) {
+    at.emplace_back();
+    for (const auto& [layout, shard, offset] : of_layer) at.back().push_back({layout, shard, offset});
+  }
+  return std::make_shared<DiskSource>(std::make_unique<PythonFiles>(std::move(check), std::move(reopen)), std::move(of_blobs), std::move(at),
+                                      std::move(paths), files, direct, std::move(advice));
+}
 
 // core.EvictionPolicy, called with core.ExpertId.
 class PythonPolicy final : public Policy {
@@ -245,7 +301,8 @@ void bind_table(nb::module_& m) {
       .def("expect", [](SlotTable& of, const Pair& expert) { return of.expect(key_of(expert)); })
       .def("protect", [](SlotTable& of, const Pair& expert) { of.protect(key_of(expert)); })
       .def("begin", [](SlotTable& of, const Pair& expert, bool demand, double probability) { return of.begin(key_of(expert), demand, probability); })
-      .def("finish", [](SlotTable& of, const Pair& expert, int64_t sections) { of.finish(key_of(expert), sections); })
+      .def("finish", [](SlotTable& of, const Pair& expert, int64_t sections) { of.finish(key_of(expert), sections); },
+           nb::arg("expert"), nb::arg("sections") = kWhole)
       .def("fail", [](SlotTable& of, const Pair& expert) { of.fail(key_of(expert)); })
       .def("can_begin", [](SlotTable& of, const Pair& expert, bool demand, double probability) { return of.can_begin(key_of(expert), demand, probability); })
       .def("is_resident", [](const SlotTable& of, const Pair& expert) { return of.is_resident(key_of(expert)); })
@@ -308,12 +365,35 @@ void bind_residency(nb::module_& m) {
   nb::class_<Source>(m, "Source").def_static("python", [](nb::object read) -> std::shared_ptr<Source> {
     return std::make_shared<PythonSource>(std::move(read));
   });
+  nb::class_<DiskSource, Source>(m, "DiskSource")
+      .def_static("make", &make_disk)
+      .def("read", &read_into, nb::arg("expert"), nb::arg("slot"), nb::arg("first"), nb::arg("last").none());
   nb::class_<Lease>(m, "Lease").def_prop_ro("found", [](const Lease& of) {
     std::vector<int> codes;
     for (const Lease::Item& item : of.items) codes.push_back(int(item.found));
     return codes;
   });
-  nb::class_<ExpertMemory>(m, "ExpertMemory");
+  nb::class_<ExpertMemory>(m, "ExpertMemory")  // as a step uses it, for tests
+      .def("acquire", [](ExpertMemory& of, int64_t layer, const Numbers& experts, const Numbers& counts, int64_t num_rows, uintptr_t inputs,
+                         uintptr_t chosen, uintptr_t weights) {
+        const nb::gil_scoped_release release;
+        of.acquire(layer, experts.data(), counts.data(), int64_t(experts.size()), num_rows, reinterpret_cast<const void*>(inputs),
+                   reinterpret_cast<const int64_t*>(chosen), reinterpret_cast<const float*>(weights));
+      })
+      .def("arrived", [](ExpertMemory& of, int64_t most) {
+        std::vector<ExpertMemory::Arrived> out(static_cast<size_t>(most));
+        {
+          const nb::gil_scoped_release release;
+          out.resize(size_t(of.arrived(out.data())));
+        }
+        std::vector<std::tuple<int64_t, uint64_t, int>> found;
+        for (const ExpertMemory::Arrived& one : out) found.emplace_back(one.index, one.address, one.num_planes);
+        return found;
+      })
+      .def("end", [](ExpertMemory& of) {
+        const nb::gil_scoped_release release;
+        of.release();
+      });
   nb::class_<Residency, ExpertMemory>(m, "Residency")
       .def_static("make", [](std::shared_ptr<Source> source, PolicyOnce& policy, std::vector<int> class_of, std::vector<uint64_t> addresses,
                              nb::object memory, int64_t longest, const Pairs& experts, const Numbers& classes, const Numbers& blob_bytes, int num_threads) {
