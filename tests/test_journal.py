@@ -20,6 +20,7 @@ from fate_moe.trace.record import Recorder
 from fate_moe.trace.schema import RoutingTrace
 from tests.support.checkpoints import tiny_model
 from tests.support.engines import load_model
+from tests.support.spoiled import spoil
 
 needs_extension = pytest.mark.skipif(native is None, reason="the extension is not built")
 
@@ -110,7 +111,7 @@ def test_an_observed_model_computes_the_same_on_the_same_path(
 
 @needs_extension
 def test_both_ways_through_a_layer_write_the_same_record(opened: Callable[..., Any]) -> None:
-    """The same token, routed alike, by ``enter`` and ``compute`` in one model and by ``begin`` in another."""
+    """The same token, routed alike, by ``enter`` and ``compute`` in one model, as a step does it in another."""
     generator = torch.Generator().manual_seed(3)
     tokens = [torch.randn(1, 64, generator=generator).bfloat16() for _ in range(20)]
     seen = []
@@ -129,9 +130,14 @@ def test_both_ways_through_a_layer_write_the_same_record(opened: Callable[..., A
                         continue
                     hidden_buffer.copy_(token)
                     weights_buffer.copy_(weights)
-                    assert runtime.begin(layer, hidden_buffer, index, weights_buffer) == index[0].tolist()
-                    assert sum(map(len, runtime.arriving())) == 2
-                    runtime.end()
+                    chosen, native = index[0].tolist(), runtime.memory
+                    addresses = [tensor.data_ptr() for tensor in (hidden_buffer, index, weights_buffer)]
+                    lease = runtime.begin_step(layer, chosen, [1, 1], 1, *addresses)
+                    native.next(lease)  # those that are resident, perhaps none
+                    while native.next(lease):
+                        pass
+                    native.release(lease)
+                    runtime.end_step(layer, chosen, [0, 0])
         seen.append(observer.seen)
     assert len(seen[0]) == len(seen[1]) == 20
     kinds: Counter[Lookup] = Counter()
@@ -281,6 +287,6 @@ def test_broken_tables_are_found_after_the_pass(opened: Callable[..., Any], monk
     monkeypatch.setattr(runtime, "_check", True)
     decode(model, 2)
     assert len(checked) == 3
-    runtime.residency._table._free[0].append(0)  # a slot in two places
+    spoil(runtime.residency)
     with pytest.raises(RuntimeError, match="every slot is in one place"):
         decode(model, 2)

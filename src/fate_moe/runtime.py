@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -37,8 +39,9 @@ def rows_by_expert(index: torch.Tensor, num_experts: int) -> dict[int, list[int]
 class ExpertRuntime:
     """Runs the experts of a model whose experts live elsewhere. A pass is run by one thread, which holds ``passing``.
 
-    A layer runs by ``enter`` and ``compute`` (before and after the family's own router), or, after routing and with ``has_fused``
-    experts that somebody else computes, by ``begin``, ``arriving`` and ``end``. Both write the same journal while observed.
+    A layer runs by ``enter`` and ``compute`` (before and after the family's own router). A step in C++, for layers with
+    ``has_fused`` experts, asks ``memory`` for its experts instead. That calls ``begin_step`` and ``end_step`` in those passes in
+    which somebody wants to know what is routed, and no Python in others. Both ways write the same journal while observed.
 
     Same numbers: an expert's output depends on its tokens alone and is stored by (token, choice) row; rows are reduced in routing
     order. So neither the order of arrival nor the number of slots changes a bit.
@@ -53,10 +56,12 @@ class ExpertRuntime:
         *,
         num_experts: Sequence[int],
         view_selector: ViewSelector,
+        top_k: Sequence[int] = (),
         look_ahead: int = 1,
         check: bool = False,
     ) -> None:
-        """``num_experts`` by layer. ``check``: after each pass, raise RuntimeError if the residency's tables do not agree."""
+        """By layer: ``num_experts``, and ``top_k``, which only ``memory`` needs. ``check``: after each pass, raise RuntimeError if
+        the residency's tables do not agree."""
         self.residency = residency
         self.passing = Turn()
         self.view_selector = view_selector
@@ -65,9 +70,15 @@ class ExpertRuntime:
         self._slots = slots
         self.num_experts = num_experts
         self._claim: tuple[int, torch.Tensor, dict[int, list[int]], Lease] | None = None
-        self._given = 0  # experts of ``_claim`` that ``arriving`` gave
         self._journal: Journal | None = None  # while somebody observes
         self._check = check
+        self._top_k, self._hidden = top_k, 0
+        self._watching = False
+        self._in_step: list[int] = []  # the experts of the block that a step runs, as it named them
+        # The object that a step in C++ asks for experts (csrc/expert_memory.h); None where the extension is not built.
+        self.memory: Any = getattr(residency, "native", None)
+        if self.memory is not None:
+            residency.count_uses(*view_selector.counts)  # type: ignore[attr-defined]
 
     @contextmanager
     def observe(self, observer: Observer) -> Iterator[None]:
@@ -97,6 +108,9 @@ class ExpertRuntime:
         if self._journal is not None:
             self._journal.embedded(flat)
         self._prefetcher.embedded(flat)
+        self._hidden = flat.shape[1]
+        if self.memory is not None:
+            self._watch()
 
     def enter(self, layer: int, router_input: torch.Tensor, training: bool = False) -> None:
         """MoE block ``layer`` is about to run on ``router_input`` [..., hidden]: start its reads, then those of the next block.
@@ -188,50 +202,66 @@ class ExpertRuntime:
             summed = by_row.view(*index.shape, -1).sum(1, dtype=wide).to(hidden.dtype)
             return summed.view(hidden.shape), of_weights.view(routing_weights.shape)
 
-    def begin(self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> list[int]:
-        """``enter`` after routing: ``hidden`` [num_tokens, hidden] goes to the experts ``index`` int64 [num_tokens, top_k], with
-        these routing ``weights``. Returns the distinct experts, most chosen first, ties in routing order.
+    def begin_step(
+        self, layer: int, experts: list[int], counts: list[int], num_tokens: int, inputs: int, chosen: int, weights: int
+    ) -> Any:
+        """``enter`` for a step in C++, after routing: the lease on ``experts``, chosen by ``counts`` of ``num_tokens`` tokens.
 
-        The tensors may be reused once ``end`` was called.
+        Addresses: ``inputs`` bf16 [num_tokens, hidden], ``chosen`` int64 and ``weights`` fp32 [num_tokens, top_k].
         """
-        if self._journal is not None:
-            self._journal.entered(layer, hidden)
-        self._prefetcher.entered(layer, len(hidden))
         if self._claim is not None:
             self._claim[3].release()
             self._claim = None
-        rows, lease = self._acquire(layer, index, weights)
-        self._given = 0
+        top_k = self._top_k[layer]
+        hidden = _tensor(inputs, torch.bfloat16, num_tokens, self._hidden)
+        gates, index = _tensor(weights, torch.float32, num_tokens, top_k), _tensor(chosen, torch.int64, num_tokens, top_k)
+        self._in_step = experts
         if self._journal is not None:
-            self._journal.routed(layer, index, weights, lease.lookups, self._prefetcher.predicted.get(layer, ()))
+            self._journal.entered(layer, hidden)
+        self._prefetcher.entered(layer, num_tokens)
+        sections = None
+        if self.view_selector.policy is not None:
+            rows = rows_by_expert(index, self.num_experts[layer])
+            sections = self.view_selector.sections(layer, rows, gates, self._prefetcher.affordable(num_tokens))
+        asked = [ExpertId(layer, expert) for expert in experts]
+        lease = self.residency.acquire(asked, None if num_tokens == 1 else counts, num_tokens, sections=sections)
+        if self._journal is not None:
+            self._journal.routed(layer, index, gates, lease.lookups, self._prefetcher.predicted.get(layer, ()))
         self._prefetcher.look_ahead(layer, hidden)
-        return list(rows)
+        return lease.native  # type: ignore[attr-defined]
 
-    def arriving(self) -> Iterator[list[tuple[int, int, int]]]:
-        """After ``begin``: its experts as they come, each with the address of its blob and the planes to compute with (0: all).
+    def end_step(self, layer: int, experts: list[int], num_planes: list[int]) -> None:
+        """``layer`` has run ``experts``, each with so many planes (0: all)."""
+        self.view_selector.count(layer, experts, num_planes)
+        self._finish(layer, self._in_step)
 
-        All that were resident are first. A list's experts are unlocked when the next one is asked for.
-        """
-        assert self._claim is not None
-        _, _, _, lease = self._claim
-        selector, address = self.view_selector, self._slots.address
-        for arrived in lease.batches():
-            self._given += len(arrived)
-            yield [(expert.expert, address(slot), selector.num_planes(expert) or 0) for expert, slot in arrived]
-
-    def end(self) -> None:
-        """The layer that ``begin`` began is done, or failed: nothing is locked any more. May be called again."""
-        if self._claim is None:
+    def _watch(self) -> None:
+        """A pass begins: let a step in C++ call ``begin_step`` and ``end_step`` if they have anything to do."""
+        watches = self._journal is not None or self._check or self._prefetcher.prefetching or self.view_selector.policy is not None
+        if watches == self._watching:
             return
-        layer, _, rows, lease = self._claim
-        lease.release()
-        self._claim = None
-        if self._given == len(rows):
-            self._finish(layer, list(rows))
+        self._watching, me = watches, weakref.ref(self)  # the extension's references are not seen by the garbage collector
+
+        def begin(*args: Any) -> Any:
+            runtime = me()
+            assert runtime is not None
+            return runtime.begin_step(*args)
+
+        def end(*args: Any) -> None:
+            runtime = me()
+            assert runtime is not None
+            runtime.end_step(*args)
+
+        self.memory.watch(begin if watches else None, end if watches else None)
 
     def has_fused(self, layer: int, experts: Any) -> bool:
-        """Whether ``layer`` may run by ``begin``: all its experts have fused kernels."""
+        """Whether a step in C++ may run ``layer``: all its experts have fused kernels."""
         return self._slots.has_fused(layer, experts)
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether a step in C++ calls Python for each layer of this pass."""
+        return self._watching
 
     def takes_many(self, layer: int, experts: Any) -> bool:
         """Whether kernels are the way for any number of tokens of ``layer``'s experts."""
@@ -270,3 +300,9 @@ class ExpertRuntime:
         lease = self.residency.acquire([ExpertId(layer, expert) for expert in rows], counts, len(index), sections=sections)
         self._claim = (layer, index, rows, lease)
         return rows, lease
+
+
+def _tensor(address: int, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    """What lies at ``address``, not a copy."""
+    length = dtype.itemsize * shape[0] * shape[1]
+    return torch.frombuffer((ctypes.c_char * length).from_address(address), dtype=dtype).view(shape)

@@ -34,7 +34,8 @@ def test_it_holds_what_transformers_own_holds(steps: list[Any], window: int | No
     plain, roomy = DynamicLayer(), RoomyLayer(200)
     if window:
         plain, roomy = DynamicSlidingWindowLayer(window), RoomySlidingLayer(200, window)
-        steps = [step for step in steps if step != "crop"]  # transformers' own has to be told before
+        # transformers' own has to be told before a crop, and 5.17 keeps zeros at a reset.
+        steps = [step for step in steps if step not in ("crop", "reset")]
     for step in steps:
         if isinstance(step, int):
             states = [torch.randn(2, 3, step, dim, generator=generator) for dim in dims]

@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.overhead import Clock, decode, instrument
 from fate_moe.memory.residency import Residency
+from tests.support.sources import SourceDouble
 
 PROMPT = torch.arange(1, 6)[None]
 
@@ -31,17 +32,11 @@ def test_the_innermost_function_is_charged() -> None:
     assert clock.calls == {"inner": 1, "outer": 1}
 
 
-def test_waiting_is_charged_to_the_residency(loaded: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_is_charged_to_the_residency(loaded: Callable[..., Any]) -> None:
     """Every read takes 5 ms; the runtime, which asks for it, takes none of that."""
     model = loaded("qwen2_moe", policy="lru", predictor="none", expert_cache="25%")
-    source = model.fate.runtime.residency._source
-    read = source.read
-
-    def slow(*args: Any) -> Any:
-        time.sleep(0.005)
-        return read(*args)
-
-    monkeypatch.setattr(source, "read", slow)
+    residency = model.fate.runtime.residency
+    residency._source = SourceDouble(residency._source, 5e-3)
     clock = Clock()
     with instrument(model, clock):
         decode(model, PROMPT, 8, clock.start)

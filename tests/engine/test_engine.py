@@ -18,6 +18,7 @@ from fate_moe.engine.load import build
 from fate_moe.engine.prepare import prepare, store_for
 from fate_moe.errors import ClosedModelError, StoreError
 from tests.support.engines import load_model, simulated_gpu
+from tests.support.spoiled import spoil
 
 pytestmark = pytest.mark.slow
 
@@ -104,7 +105,7 @@ def test_fate_check_finds_broken_tables_after_a_pass(checkpoint: Callable[[str],
     for each in (plain, on_cpu):
         with torch.inference_mode():
             each(PROMPT)  # what it needs is resident afterwards: the next pass reads nothing into the broken table
-        each.fate.runtime.residency._table._free[0].append(0)  # a slot in two places
+        spoil(each.fate.runtime.residency)
     on_gpu.fate.experts.state.tables.slot_of[0, 0] = on_gpu.fate.experts.state.tables.slot_of[0, 1]
     with torch.inference_mode():
         plain(PROMPT)

@@ -45,7 +45,7 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
     ("deepseek_v3", {"q_lora_rank": None, "rope_interleave": False}),
     ("deepseek_v2", {}),
 ]
-OF_OTHER_FAMILIES = ("aria_text", "dots1", "ernie4_5_moe", "glm4_moe", "granitemoe", "hy_v3", "mellum", "phimoe")
+OF_OTHER_FAMILIES = ("aria_text", "dots1", "ernie4_5_moe", "glm4_moe", "granitemoe", "hy_v3", "mellum", "minimax_m2", "phimoe")
 
 
 def of_kind(family: str, dtype: torch.dtype, **overrides: Any) -> Any:
@@ -85,7 +85,8 @@ class OwnLayer:
 
 
 @pytest.mark.parametrize(
-    ("family", "overrides"), [*KINDS, *((family, {}) for family in ("aria_text", "dots1", "granitemoe", "hy_v3", "mellum"))]
+    ("family", "overrides"),
+    [*KINDS, *((family, {}) for family in ("aria_text", "dots1", "granitemoe", "hy_v3", "mellum", "minimax_m2"))],
 )
 def test_the_twin_is_the_familys_own_layer(family: str, overrides: dict[str, Any]) -> None:
     model = of_kind(family, torch.float32, **overrides)

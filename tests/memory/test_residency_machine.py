@@ -16,7 +16,7 @@ from fate_moe.errors import StoreError
 from fate_moe.memory.residency import Lease, Residency
 from fate_moe.memory.slots import SlotArena
 from fate_moe.registry import POLICIES, make_policy
-from tests.memory.test_residency import ALL, NUM_EXPERTS, NUM_LAYERS, SLOT, layer
+from tests.memory.test_residency import ALL, KINDS, NUM_EXPERTS, NUM_LAYERS, SLOT, layer
 from tests.support.sources import MemorySource, SourceDouble, marked_blobs
 
 IDS = st.sampled_from(ALL)
@@ -53,11 +53,11 @@ class World:
     residency: Residency = field(init=False)
     blobs: dict[ExpertId, bytes] = field(init=False)
 
-    def start(self, io_threads: int, seconds: float) -> None:
+    def start(self, kind: type[Residency], io_threads: int, seconds: float) -> None:
         self.blobs = {**marked_blobs(set(ALL) - self.long, SLOT), **marked_blobs(self.long, 2 * SLOT)}
         self.source = SourceDouble(MemorySource(self.blobs), seconds, tears=True)
         self.arena = SlotArena((self.num_slots, SLOT), *([(self.num_long, 2 * SLOT)] if self.long else []))
-        self.residency = Residency(
+        self.residency = kind(
             self.source,
             self.arena,
             make_policy(self.policy, self.arena.num_slots, [NUM_EXPERTS] * NUM_LAYERS),
@@ -119,6 +119,7 @@ def run(world: World, turn: Pass) -> None:
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     world=st.builds(World, st.sampled_from(list(POLICIES)), st.integers(1, 8), st.integers(1, 3), st.sets(IDS)),
+    kind=st.sampled_from(KINDS),
     io_threads=st.integers(2, 4),
     seconds=st.sampled_from([0.0, 0.0005]),
     fails=FAILURES,
@@ -127,13 +128,14 @@ def run(world: World, turn: Pass) -> None:
 )
 def test_whatever_happens_slots_hold_what_the_table_says(
     world: World,
+    kind: type[Residency],
     io_threads: int,
     seconds: float,
     fails: dict[ExpertId, int],
     shorts: dict[ExpertId, int],
     passes: list[Pass],
 ) -> None:
-    world.start(io_threads, seconds)
+    world.start(kind, io_threads, seconds)
     source, residency = world.source, world.residency
     source.fails, source.shorts = dict(fails), dict(shorts)
     try:

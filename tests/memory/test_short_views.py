@@ -15,6 +15,7 @@ from fate_moe.memory.residency import Residency
 from fate_moe.memory.slots import SlotArena
 from fate_moe.memory.table import WHOLE
 from fate_moe.registry import make_policy
+from tests.memory.test_residency import KINDS
 from tests.support.sources import MemorySource, SourceDouble, marked_blobs
 
 SLOT, SECTIONS = 4096, 4
@@ -36,13 +37,13 @@ def blob_start(expert: ExpertId, sections: int) -> bytes:
 Make = Callable[[int], tuple[Residency, SourceDouble, SlotArena]]
 
 
-@pytest.fixture
-def make() -> Iterator[Make]:
+@pytest.fixture(params=KINDS, ids=lambda kind: kind.__module__.rpartition(".")[2])
+def make(request: pytest.FixtureRequest) -> Iterator[Make]:
     made: list[tuple[Residency, SourceDouble]] = []
 
     def build(num_slots: int) -> tuple[Residency, SourceDouble, SlotArena]:
         source, arena = double(), SlotArena((num_slots, SLOT))
-        residency = Residency(source, arena, make_policy("lru", num_slots, [6, 6]))
+        residency = request.param(source, arena, make_policy("lru", num_slots, [6, 6]))
         made.append((residency, source))
         return residency, source, arena
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from fate_moe.core import EvictionPolicy, ExpertId, Lookup
+from fate_moe.kernels.extension import native
+from fate_moe.memory.native_residency import native_policy
 from fate_moe.memory.policies import LRU
 from fate_moe.memory.table import WHOLE, SlotTable
 from fate_moe.registry import POLICIES, make_policy
@@ -136,8 +139,85 @@ class Model:
         self.protected.discard(expert)
 
 
+class Native:
+    """The extension's table, with the face of its twin."""
+
+    def __init__(self, policy: EvictionPolicy, class_of_slot: list[int], class_of_expert: dict[ExpertId, int]) -> None:
+        self.native = native.SlotTable(native_policy(policy), class_of_slot, list(class_of_expert), list(class_of_expert.values()))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.native, name)
+
+    def route(
+        self, experts: list[ExpertId], counts: list[int] | None, num_tokens: int, sections: dict[ExpertId, int] | None
+    ) -> dict[ExpertId, Lookup]:
+        wanted = [sections.get(expert, WHOLE) for expert in experts] if sections else None
+        codes = self.native.route(experts, counts, num_tokens, wanted)
+        return dict(zip(experts, [(HIT, IN_FLIGHT, MISS)[code] for code in codes], strict=True))
+
+    def lock(self, experts: list[ExpertId]) -> None:
+        for expert in experts:
+            self.native.lock(expert)
+
+    def unlock(self, experts: list[ExpertId]) -> None:
+        for expert in experts:
+            self.native.unlock(expert)
+
+    def expect(self, experts: list[ExpertId]) -> list[int]:
+        return [index for index, expert in enumerate(experts) if self.native.expect(expert)]
+
+    def begin(self, expert: ExpertId, demand: bool, probability: float) -> int | None:
+        slot = self.native.begin(expert, demand, probability)
+        return None if slot < 0 else int(slot)
+
+    def missing(self, experts: list[ExpertId]) -> list[bool]:
+        slots = self.slots()
+        return [expert not in slots for expert in experts]
+
+    def slots(self) -> dict[ExpertId, int]:
+        return {ExpertId(*expert): slot for expert, slot in self.native.slots()}
+
+    def check_integrity(self) -> None:
+        assert not self.native.broken()
+
+
+class Twins:
+    """The table and the extension's: whatever is called, both give the same, or raise the same."""
+
+    def __init__(self, table: SlotTable, other: Native) -> None:
+        self.table, self.other = table, other
+
+    def __getattr__(self, name: str) -> Any:
+        mine, its = getattr(self.table, name), getattr(self.other, name)
+        if name == "counters":
+            assert {field: getattr(its, field) for field in asdict(mine)} == asdict(mine)
+            return mine
+        if not callable(mine):
+            assert mine == its
+            return mine
+
+        def both(*args: Any) -> Any:
+            answers, errors = list[Any](), list[BaseException]()
+            for call in (mine, its):
+                try:
+                    answers.append(call(*args))
+                except (KeyError, ValueError) as error:
+                    errors.append(error)
+            assert len(errors) in (0, 2), (name, args, answers, errors)
+            if errors:
+                assert type(errors[0]) is type(errors[1])
+                raise errors[0]
+            assert answers[0] == answers[1], (name, args)
+            return answers[0]
+
+        return both
+
+
 class TableMachine(RuleBasedStateMachine):
-    """Every operation at any time, with slots of one class or two, under each policy; both tell their policies the same."""
+    """Every operation at any time, with slots of one class or two, under each policy; all tell their policies the same.
+
+    Beside the model runs the extension's table, with its own policies where it has them.
+    """
 
     @initialize(
         policy=st.sampled_from(list(POLICIES)),
@@ -151,9 +231,12 @@ class TableMachine(RuleBasedStateMachine):
         sizes = [NUM_EXPERTS] * NUM_LAYERS
         mine, its = (Journal(make_policy(policy, len(class_of_slot), sizes)) for _ in range(2))
         self.model = Model(mine, class_of_slot, classes)
-        # Those of the last class may be omitted.
-        self.table = SlotTable(its, class_of_slot, {e: n for e, n in classes.items() if n != last})
+        given = {e: n for e, n in classes.items() if n != last}  # those of the last class may be omitted
+        self.table: Any = SlotTable(its, class_of_slot, given)
         self.policy = its
+        if native is not None:
+            other = make_policy(policy, len(class_of_slot), sizes)
+            self.table = Twins(self.table, Native(other, class_of_slot, given))
 
     @rule(
         layer=st.integers(0, NUM_LAYERS - 1),
@@ -253,7 +336,7 @@ class TableMachine(RuleBasedStateMachine):
 
 
 TestTable = TableMachine.TestCase
-TestTable.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestTable.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
 
 A, B, C = (ExpertId(0, number) for number in range(3))
 OTHER = ExpertId(1, 0)

@@ -80,8 +80,7 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         ``like``: new keys and values, for their shapes; may be left out where something is cached already.
         """
         past = self.get_seq_length()
-        frozen = self._room is not None and self._room[0].is_inference() and not torch.is_inference_mode_enabled()
-        if self._room is None or frozen or self._room[0].shape[2] < past + count or self._is_apart(*self._room):
+        if self._room is None or not self.has_room(count):
             old: Any = (self.keys, self.values)
             wanted, shapes = past + count, like or old
             most = max(wanted, self.max_tokens // max(1, shapes[0].shape[0]))
@@ -109,6 +108,23 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         dim = keys.shape[3]
         return dim != values.shape[3] and values.data_ptr() != keys.data_ptr() + dim * keys.element_size()
 
+    @property
+    def buffers(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What ``reserve`` gave, as long as nothing else was put in its place."""
+        return self._room
+
+    @property
+    def batch(self) -> int:
+        """Sequences; 0 where nothing is cached."""
+        keys = self._set[0] if self._room is None else self._room[0]
+        return keys.shape[0] if keys is not None and keys.dim() == 4 else 0
+
+    def has_room(self, count: int) -> bool:
+        """Whether the buffers have room for ``count`` more tokens, and may be written to."""
+        if self._room is None or (self._room[0].is_inference() and not torch.is_inference_mode_enabled()):
+            return False
+        return self._room[0].shape[2] >= self._length + count and not self._is_apart(*self._room)
+
     def extend(self, count: int) -> None:
         """``count`` tokens were written to the reserved buffers behind the others."""
         self._length += count
@@ -127,11 +143,7 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
 
     def holds(self, batch: int, dtype: torch.dtype) -> bool:
         """Whether this is ``batch`` sequences', in ``dtype``, with something in it."""
-        return self.is_initialized and self.dtype == dtype and self._batch() == batch
-
-    def _batch(self) -> int:
-        keys = self._set[0] if self._room is None else self._room[0]
-        return keys.shape[0] if keys is not None and keys.dim() == 4 else 0
+        return self.is_initialized and self.dtype == dtype and self.batch == batch
 
 
 class RoomySlidingLayer(RoomyLayer):
@@ -149,6 +161,11 @@ class RoomySlidingLayer(RoomyLayer):
 
     def get_max_length(self) -> int:
         return self.sliding_window
+
+    def reset(self) -> None:
+        super().reset()
+        if self.keys is not None and self.values is not None:  # some versions of transformers leave zeros
+            self.keys, self.values = self.keys[:, :, :0], self.values[:, :, :0]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         past = self.get_seq_length()

@@ -180,6 +180,7 @@ class CpuParts:
             slots,
             num_experts=[stack.num_experts for stack in stacks],
             view_selector=ViewSelector(precision, self._layouts, self._residency),
+            top_k=[stack.top_k for stack in stacks],
             look_ahead=config.look_ahead,
             check=switches.check_each_pass(),
         )

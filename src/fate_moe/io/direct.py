@@ -36,14 +36,14 @@ class DirectFile:
         """Raises OSError when the file cannot be opened."""
         self.path = path
         self._lock = threading.Lock()
-        self._direct = direct and _O_DIRECT != 0
+        self.direct = direct and _O_DIRECT != 0
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (_O_DIRECT if self._direct else 0))
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (_O_DIRECT if self.direct else 0))
         except OSError as error:
-            if not self._direct or error.errno != errno.EINVAL:
+            if not self.direct or error.errno != errno.EINVAL:
                 raise
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            self._direct = False
+            self.direct = False
             self._log_fallback()
         self._open = [self._fd]
 
@@ -54,13 +54,13 @@ class DirectFile:
         """
         done = 0
         while done < len(memory):
-            direct = self._direct
+            direct = self.direct
             try:
                 got = os.preadv(self._fd, [memory[done:]], offset + done)
             except OSError as error:
                 if not direct or error.errno != errno.EINVAL:
                     raise
-                self._fall_back()
+                self.fall_back()
                 continue
             done += got
             if got == 0:
@@ -72,6 +72,10 @@ class DirectFile:
                 done -= done % SLOT_ALIGNMENT
         return done
 
+    def fileno(self) -> int:
+        """The descriptor that is read from now; those before stay open until ``close``."""
+        return self._fd
+
     def state(self) -> tuple[int, int]:
         """See ``file_state``."""
         return file_state(self._fd)
@@ -81,12 +85,13 @@ class DirectFile:
         while self._open:
             os.close(self._open.pop())
 
-    def _fall_back(self) -> None:
+    def fall_back(self) -> None:
+        """Read through the page cache from now on."""
         with self._lock:
-            if self._direct:
+            if self.direct:
                 self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
                 self._open.append(self._fd)  # other threads may still be reading through the first one
-                self._direct = False
+                self.direct = False
                 self._log_fallback()
 
     def _log_fallback(self) -> None:

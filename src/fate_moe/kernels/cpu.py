@@ -153,10 +153,6 @@ class SlotExperts:
             [different.index(one) for one in kernels],
         )
 
-    def address(self, slot: int) -> int:
-        """Where ``slot`` begins."""
-        return self._addresses[slot]
-
     def combine(self, outputs: torch.Tensor, routing_weights: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """[num_tokens, hidden] in ``hidden``'s dtype: the rows of ``outputs`` times ``routing_weights`` [num_tokens, top_k], summed
         in routing order."""

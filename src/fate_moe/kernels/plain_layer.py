@@ -152,7 +152,9 @@ class PlainLayer:
         """One line for people."""
         attention, router = self.attention, self.router
         parts = [f"{attention.heads} heads over {attention.kv_heads} of keys and values, {attention.head_dim} wide"]
-        if attention.qk_norm is not None:
+        if attention.latent is not None:
+            parts = [f"{attention.heads} heads over latent rows of {attention.latent.rank}"]
+        elif attention.qk_norm is not None:
             parts.append("norms of queries and keys")
         if attention.window is not None:
             parts.append(f"a window of {attention.window} tokens")

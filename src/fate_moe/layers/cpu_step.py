@@ -30,7 +30,6 @@ from fate_moe.layers.plain import NotPlain, plain_decoder
 from fate_moe.layers.reasons import cpu_reasons
 from fate_moe.layers.rows import Masks, batch_rows, contiguous_kv
 from fate_moe.layers.snapshot import ModuleSnapshot, StandIn
-from fate_moe.layers.step_memory import RuntimeMemory
 from fate_moe.layers.weights import native_norm, router_weight, takes_many, warn_of_difference, weight_of
 from fate_moe.runtime import ExpertRuntime
 
@@ -49,10 +48,7 @@ def join_layers(model: Any, stacks: Sequence[ExpertStack], runtime: ExpertRuntim
 
     ``exact``: quantized weights are multiplied with fp32 activations. Why a layer is left as it is, is logged.
     """
-    hidden = model.config.get_text_config().hidden_size
-    shared = Shared(
-        runtime, native.CallbackMemory(RuntimeMemory(runtime, [stack.top_k for stack in stacks], hidden)), exact, Masks()
-    )
+    shared = Shared(runtime, exact, Masks())
     generator, steps = torch.Generator().manual_seed(0), list[CpuStep]()
     by_layer = {stack.layer: stack for stack in stacks}
     for plain in plain_decoder(model):
@@ -132,9 +128,19 @@ class Shared:
     """What all steps of a model have in common. ``exact``: quantized weights are multiplied with fp32 activations."""
 
     runtime: ExpertRuntime
-    memory: Any  # the extension's ExpertMemory
     exact: bool
     masks: Masks
+
+    def run(
+        self, step: Any, x: int, spans: Any, angles: tuple[torch.Tensor, ...], kv: Sequence[int], wanted: list[int], logits: int
+    ) -> None:
+        """Run the extension's ``step`` on the rows at ``x``, which become those after it; csrc/step.h has the rest."""
+        cos, sin = angles
+        team = not self.runtime.is_watched  # Python in between may want threads of its own
+        native.step(
+            step, x, spans, cos.data_ptr(), sin.data_ptr(), kv, wanted, logits, self.runtime.memory, self.exact, team,
+            torch.get_num_threads(),
+        )  # fmt: skip
 
 
 class CpuStep(StandIn):
@@ -161,7 +167,7 @@ class CpuStep(StandIn):
             inner += [self.experts, self.block.get_submodule(plain.router_name)]
             router, places = router_weight(inner[-1]), shared.runtime.fused(stack.layer, self.experts)
             self.takes_many = self.takes_many and shared.runtime.takes_many(stack.layer, self.experts)
-        self._snapshot = ModuleSnapshot(list(dict.fromkeys([layer, self.block, *inner])))
+        self.snapshot = ModuleSnapshot(list(dict.fromkeys([layer, self.block, *inner])))
         self.ready = True  # set for each pass of the decoder
         if plain.shared is not None and plain.shared.gate is not None:
             gate = weight_of(self.block.get_submodule(plain.shared.gate))
@@ -174,11 +180,11 @@ class CpuStep(StandIn):
 
     def is_unchanged(self) -> bool:
         """Whether the layer is as it was found."""
-        return self._snapshot.same()
+        return self.snapshot.same()
 
     def is_watched(self) -> bool:
         """Whether somebody hooked a part since, or watches the experts' inputs (tools/calibrate.py)."""
-        return self._snapshot.hooked() or (self.experts is not None and self.experts.fate_runtime is not self.shared.runtime)
+        return self.snapshot.hooked() or (self.experts is not None and self.experts.fate_runtime is not self.shared.runtime)
 
     def room_in(self, cache: Any, batch: int) -> Any:
         """The layer's part of a KV cache of ``batch`` sequences; None if it is another kind."""
@@ -207,11 +213,8 @@ class CpuStep(StandIn):
         else:  # keys and values are forgotten
             keys, values = torch.zeros(2, batch, attention.kv_heads, count, attention.head_dim, dtype=torch.bfloat16)
         out = rows.pick(x).clone()
-        cos, sin = (rows.pick(of).float() for of in angles)
-        native.step(
-            self._alone, out.data_ptr(), rows.spans, cos.data_ptr(), sin.data_ptr(), contiguous_kv(keys, values), [], 0,
-            shared.memory, shared.exact, False, torch.get_num_threads(),
-        )  # fmt: skip
+        turned = tuple(rows.pick(of).float() for of in angles)
+        shared.run(self._alone, out.data_ptr(), rows.spans, turned, contiguous_kv(keys, values), [], 0)
         if room is not None:
             room.extend(count)
         return rows.put(out)

@@ -7,6 +7,7 @@ for all other calls: hooks on parts, changed parts, recorded outputs, other cach
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from fate_moe.layers.canonical import HEADS, ROPES, TRUNKS, meaning_of
 from fate_moe.layers.cpu_step import CpuStep
 from fate_moe.layers.modules import accelerated_by
 from fate_moe.layers.rows import BLOCK, batch_rows, contiguous_kv, padding_of
-from fate_moe.layers.snapshot import ModuleSnapshot, StandIn
+from fate_moe.layers.snapshot import ModuleSnapshot, StandIn, Watch
 from fate_moe.layers.weights import MOST_FEW, native_norm, takes_many, weight_of
 
 __all__ = ["ModelStep", "SequenceRows", "model_step"]
@@ -63,10 +64,12 @@ class ModelStep(StandIn):
         self.__wrapped__ = model.forward  # transformers looks at the signature
         self._model, self._trunk, self._steps, self._shared = model, model.model, steps, steps[0].shared
         self._hidden, self._vocabulary = steps[0].hidden, int(model.lm_head.weight.shape[0])
-        self._snapshot: ModuleSnapshot | None = None
+        self._watch: Watch | None = None
+        self._cached: tuple[Any, ...] = ()  # of the last pass: its cache, the layers' rooms, their buffers, and these as addresses
         self.most_rows = sys.maxsize if all(step.takes_many for step in steps) else MOST_FEW
         self._many_logits = takes_many([model.lm_head], self._shared.exact)
         self._windows = any(step.plain.attention.window for step in steps)
+        self.head_dim = steps[0].plain.attention.head_dim
         self._angles = _Angles(self._trunk.rotary_emb)
         head = native.Head.make(native_norm(self._trunk.norm, norm), weight_of(model.lm_head))
         self.of = native.Step.make([step.of for step in steps], head)
@@ -78,16 +81,16 @@ class ModelStep(StandIn):
 
     def note(self) -> None:
         """The model is complete: what changes from now on is somebody else's change."""
-        self._snapshot = ModuleSnapshot([self._model, self._trunk, self._trunk.layers])
+        around = ModuleSnapshot([self._model, self._trunk, self._trunk.layers])
+        self._watch = Watch([around, *(step.snapshot for step in self._steps)])
 
     def is_unchanged(self) -> bool:
         """Whether the model is as it was found, and nobody watches a part of it."""
         return (
-            self._snapshot is not None
-            and not self._snapshot.hooked()
-            and self._snapshot.same()
+            self._watch is not None
+            and self._watch.same()
             and self._angles.same()
-            and all(step.is_unchanged() and not step.is_watched() for step in self._steps)
+            and all(step.experts is None or step.experts.__dict__["fate_runtime"] is self._shared.runtime for step in self._steps)
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -133,8 +136,8 @@ class ModelStep(StandIn):
         batch, count = input_ids.shape
         if cache is None and use_cache:
             cache = DynamicCache(config=config)
-        rooms = [step.room_in(cache, batch) for step in self._steps] if cache is not None else []
-        if None in rooms:
+        rooms = self._rooms(cache, batch) if cache is not None else []
+        if rooms is None:
             return None
         past = rooms[0].get_seq_length() if rooms else 0
         padding = padding_of(attention_mask, batch, count, past)
@@ -142,7 +145,7 @@ class ModelStep(StandIn):
         if rows is None or (position_ids is not None and position_ids.shape[-1] != count):
             return None
         if rooms:
-            kv = [number for room in rooms for number in contiguous_kv(*room.reserve(count)[1:])]
+            kv = self._reserve(cache, rooms, count)
         else:
             forgotten = [self._new_kv(step, batch, count) for step in self._steps]
             kv = [number for states in forgotten for number in contiguous_kv(*states)]
@@ -158,6 +161,27 @@ class ModelStep(StandIn):
             logits=rows.put_last(logits, logits_to_keep or count),
             past_key_values=cache,
         )
+
+    def _rooms(self, cache: Any, batch: int) -> list[Any] | None:
+        """The layers of ``cache``; None if one is of another kind."""
+        if self._cached and self._cached[0]() is cache and cache.layers == self._cached[1]:
+            rooms: list[Any] = self._cached[1]
+            if (
+                all(room.buffers is buffers for room, buffers in zip(rooms, self._cached[2], strict=True))
+                and rooms[0].batch == batch
+            ):
+                return rooms
+        self._cached = ()
+        rooms = [step.room_in(cache, batch) for step in self._steps]
+        return None if None in rooms or len({room.get_seq_length() for room in rooms}) > 1 else rooms
+
+    def _reserve(self, cache: Any, rooms: list[Any], count: int) -> list[int]:
+        """The extension's Kv of all ``rooms``, with room for ``count`` more."""
+        if not self._cached or not rooms[0].has_room(count):
+            states = [room.reserve(count)[1:] for room in rooms]
+            kv = [number for of in states for number in contiguous_kv(*of)]
+            self._cached = weakref.ref(cache), rooms, [room.buffers for room in rooms], kv
+        return self._cached[3]  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def run_rows(
@@ -186,13 +210,17 @@ class ModelStep(StandIn):
     def _run(self, x: torch.Tensor, spans: Any, positions: torch.Tensor, kv: list[int], wanted: list[int]) -> torch.Tensor:
         """Logits of the ``wanted`` rows of ``x`` bf16 [num_rows, hidden]."""
         x, shared = x.clone(memory_format=torch.contiguous_format), self._shared
-        cos, sin = self._angles.at(positions)
         native_head = self._many_logits or len(wanted) <= MOST_FEW
         logits = torch.empty(len(wanted), self._vocabulary, dtype=torch.bfloat16)
-        native.step(
-            self.of, x.data_ptr(), spans, cos.data_ptr(), sin.data_ptr(), kv, wanted if native_head else [], logits.data_ptr(),
-            shared.memory, shared.exact, False, torch.get_num_threads(),
-        )  # fmt: skip
+        shared.run(
+            self.of,
+            x.data_ptr(),
+            spans,
+            self._angles.at(positions),
+            kv,
+            wanted if native_head else [],
+            logits.data_ptr(),
+        )
         if native_head:
             return logits
         head: torch.Tensor = self._model.lm_head(self._trunk.norm(x[torch.tensor(wanted)]))

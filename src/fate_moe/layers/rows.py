@@ -34,7 +34,7 @@ class BatchRows:
     @cached_property
     def counts(self) -> list[int]:
         """Tokens in this call, by sequence."""
-        return [self.count - max(0, first - self.past) for first in self.padding]
+        return [max(0, self.count - max(0, first - self.past)) for first in self.padding]
 
     @cached_property
     def num_rows(self) -> int:
@@ -89,8 +89,8 @@ class BatchRows:
 
 
 def batch_rows(batch: int, count: int, past: int, padding: Sequence[int]) -> BatchRows | None:
-    """None where a sequence has no token in this call."""
-    return BatchRows(batch, count, past, tuple(padding)) if all(first < past + count for first in padding) else None
+    """None where there is no token in this call."""
+    return BatchRows(batch, count, past, tuple(padding)) if any(first < past + count for first in padding) else None
 
 
 def padding_of(mask: torch.Tensor | None, batch: int, count: int, past: int, window: int | None = None) -> tuple[int, ...] | None:

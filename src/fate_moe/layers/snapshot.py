@@ -11,9 +11,10 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from fate_moe.adapter.contract import is_experts
+from fate_moe.kernels.native import native
 from fate_moe.layers.frozen import FrozenWeight
 
-__all__ = ["ModuleSnapshot", "StandIn"]
+__all__ = ["ModuleSnapshot", "StandIn", "Watch"]
 
 _GLOBAL_HOOKS = [
     torch_module._global_forward_hooks,
@@ -67,6 +68,10 @@ class ModuleSnapshot:
         configs = {id(config): config for module in modules if (config := getattr(module, "config", None)) is not None}
         self._implementations = [(config, config._attn_implementation) for config in configs.values()]
 
+    def is_trained(self) -> bool:
+        """Whether gradients are computed for one of the numbers."""
+        return torch.is_grad_enabled() and any(tensor.requires_grad for _, _, tensor, _ in self._numbers)
+
     def hooked(self) -> bool:
         """Whether somebody hooked one of the parts since; transformers does in the midst of a pass, to record outputs."""
         return list(map(len, self._hooks)) != self._counts
@@ -77,13 +82,41 @@ class ModuleSnapshot:
             for held, name, tensor, at in self._numbers:
                 if held.get(name) is not tensor or (at is not None and tensor.data_ptr() != at):
                     return False
-            if torch.is_grad_enabled() and any(tensor.requires_grad for _, _, tensor, _ in self._numbers):
+            if self.is_trained():
                 return False
         return (
             [held.get(name) for held, name in self._where] == self._found
             and all(part.__class__ is kind and kind.forward is forward for part, kind, forward in self._code)
             and all(config._attn_implementation == said for config, said in self._implementations)
         )
+
+
+class Watch:
+    """Several snapshots asked at once, by the extension: whether all are the same and nobody hooked one of their parts."""
+
+    def __init__(self, snapshots: Sequence[ModuleSnapshot]) -> None:
+        self._snapshots = snapshots
+        places = [(*where, found) for one in snapshots for where, found in zip(one._where, one._found, strict=True)]
+        sizes = [(hooks, count) for one in snapshots for hooks, count in zip(one._hooks, one._counts, strict=True)]
+        numbers = [(*place, at or 0) for one in snapshots for *place, at in one._numbers]
+        code = [entry for one in snapshots for entry in one._code]
+        self._native = native.Watch.make(
+            list({(id(held), name): (held, name, found) for held, name, found in places}.values()),
+            list({(id(held), name): (held, name, *others) for held, name, *others in numbers}.values()),
+            list({id(hooks): (hooks, count) for hooks, count in sizes}.values()),
+            list({id(part): (part, kind) for part, kind, _ in code}.values()),
+            list({id(kind): (kind, forward) for _, kind, forward in code}.values()),
+        )
+        self._implementations = {id(config): (config, said) for one in snapshots for config, said in one._implementations}
+
+    def same(self) -> bool:
+        """Whether nothing was changed, hooked or is being trained since."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return (
+                self._native.same()
+                and all(config._attn_implementation == said for config, said in self._implementations.values())
+                and not (torch.is_grad_enabled() and any(one.is_trained() for one in self._snapshots))
+            )
 
 
 def _address(tensor: torch.Tensor) -> int | None:

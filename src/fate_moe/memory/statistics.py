@@ -41,8 +41,9 @@ class RoutingStatistics:
     ``expected_uses`` [L, E] is that in the next token, ``value`` [L, E] that of keeping the expert in its slot: the chance that it
     is used, where a use that is a token further away counts for less by ``DISCOUNT``; so the layers that are yet to come in this
     token have a higher value than those just passed. The C++ extension counts a layer's turn as it comes
-    (``csrc/statistics.cpp``). Without it, what single tokens chose is stored until the result is read, and counted for all layers
-    at once: some thirty small operations of numpy take as long for one layer as for a token's 24.
+    (``csrc/statistics.cpp``), also for the native residency's policy: ``native``. Without it, what single tokens chose is stored
+    until the result is read, and counted for all layers at once: some thirty small operations of numpy take as long for one layer
+    as for a token's 24.
     """
 
     def __init__(self, experts_per_layer: Sequence[int], *, co_activation: bool = True) -> None:
@@ -60,8 +61,7 @@ class RoutingStatistics:
         self._pending: list[tuple[int, Sequence[int]]] = []  # of one token, by ascending layer, with equally many experts
         fits = num_layers * SOURCES * (width + 1) * width * 4 <= MAX_TABLE_BYTES
         self._evidence = CoActivation(num_layers, width) if co_activation and fits else None
-        self._native: Any = None  # the extension's view of these arrays, for tokens of ``_native_k`` experts
-        self._native_k = 0
+        self.native: Any = None if native is None else self._make_native()  # the extension's view of these arrays
 
     @property
     def expected_uses(self) -> Floats:
@@ -79,11 +79,8 @@ class RoutingStatistics:
 
     def routed(self, layer: int, experts: Sequence[int], counts: Sequence[int] | None = None, num_tokens: int = 1) -> None:
         """``layer``'s router chose the distinct ``experts``, for ``counts`` of the ``num_tokens`` tokens (None: for all)."""
-        if num_tokens == 1 and native is not None:
-            if len(experts) != self._native_k:
-                self._bind(len(experts))
-            self._native.turn(layer, experts, layer <= self._last)
-            self._last = layer
+        if native is not None:
+            self.native.routed(layer, experts, counts, num_tokens)
             return
         pending = self._pending
         if pending and (num_tokens > 1 or layer <= pending[-1][0] or len(experts) != len(pending[0][1])):
@@ -101,10 +98,7 @@ class RoutingStatistics:
         layers = np.array([layer], np.intp)
         self._update_predictions(layers, expected, None)
 
-    def _bind(self, top_k: int) -> None:
-        """Let the extension count tokens of ``top_k`` experts."""
-        if self._evidence is not None:
-            self._evidence.expect(top_k)
+    def _make_native(self) -> Any:
         arrays = [
             self._decays,
             self._gain,
@@ -116,11 +110,8 @@ class RoutingStatistics:
             self._distance,
         ]
         arrays += self._evidence.arrays() if self._evidence else []
-        addresses = [array.ctypes.data for array in arrays]
-        shape = (*self._expected_uses.shape, SOURCES, top_k, len(DECAYS))
-        rate = RATE / (SOURCES * top_k)
-        self._native = native.make(*shape, addresses, rate, SLOPE_RATE, RARE, float(DISCOUNT), STEADY)
-        self._native_k = top_k
+        addresses, shape = [array.ctypes.data for array in arrays], (*self._expected_uses.shape, SOURCES, len(DECAYS))
+        return native.make(*shape, addresses, arrays, RATE, SLOPE_RATE, RARE, float(DISCOUNT), STEADY)
 
     def _flush(self) -> None:
         """Count what single tokens chose."""
@@ -165,7 +156,10 @@ class RoutingStatistics:
                 raise ConfigError(f"these routing statistics are damaged ({name} is negative); they are not used")
         for name, array in mine.items():
             array[...] = state[name]
-        self._update_predictions(np.arange(len(self._recent)), self._recent.dot(self._ones), None)
+        if native is not None:
+            self.native.restored()
+        else:
+            self._update_predictions(np.arange(len(self._recent)), self._recent.dot(self._ones), None)
 
 
 class CoActivation:
@@ -198,8 +192,8 @@ class CoActivation:
             self._rows = self._unknown(top_k)
 
     def arrays(self) -> list[NDArray[Any]]:
-        """What the extension works on, in the order of csrc/statistics.h; other arrays once more are expected."""
-        return [self._table, self._slope, self._chance, self._log, self._latest, self._rows]
+        """What the extension works on, in the order of csrc/statistics.h."""
+        return [self._table, self._slope, self._chance, self._log]
 
     def routed(self, layers: NDArray[np.intp], frequency: Floats, chosen: NDArray[np.intp] | None) -> Floats:
         """How likely each expert of ``layers`` [n], ascending, is to be used in the next token, [n, E].

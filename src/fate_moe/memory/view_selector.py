@@ -72,6 +72,18 @@ class ViewSelector:
         for expert in experts:
             whole[first + expert] += 1
 
+    def count(self, layer: int, experts: Sequence[int], num_planes: Sequence[int]) -> None:
+        """Each of ``experts`` was computed once, with so many planes (0: all)."""
+        self.count_whole(layer, [expert for expert, planes in zip(experts, num_planes, strict=True) if not planes])
+        for expert, planes in zip(experts, num_planes, strict=True):
+            if planes:
+                self._short[ExpertId(layer, expert), self._views[layer][expert][planes - 1]] += 1
+
+    @property
+    def counts(self) -> tuple[array[int], list[int]]:
+        """What ``count_whole`` counts in: by layer and expert; and where each layer begins and the last one ends."""
+        return self._whole, self._first
+
     @property
     def used(self) -> Counter[tuple[ExpertId, int]]:
         """How often each expert was computed with so many bits. From any thread, also while the model runs."""

@@ -153,6 +153,11 @@ class Prefetcher:
         if self._prefetching:
             self._read(-1, embeddings)
 
+    @property
+    def prefetching(self) -> bool:
+        """Whether the pass that has begun predicts."""
+        return self._prefetching
+
     def _lost(self) -> float:
         """Total seconds: stalls, predicting, and link time of unused prefetches."""
         counters = self._residency.counters

@@ -13,7 +13,7 @@
 #include "products.h"
 #include "host_compute.h"
 #include "threads.h"
-#include "statistics.h"
+#include "module_residency.h"
 
 namespace nb = nanobind;
 using namespace fate;
@@ -150,17 +150,6 @@ void layer_end(uintptr_t residual, uintptr_t rows, uintptr_t weights, int64_t nu
                 reinterpret_cast<const float*>(factors), residual_scale, n, reinterpret_cast<void*>(out), num_threads);
 }
 
-// The arrays in statistics.h's order, without those of the evidence where there is none.
-RoutingStatistics make_statistics(int64_t num_layers, int64_t width, int64_t num_sources, int64_t top_k, int64_t num_decays,
-                                  std::vector<uintptr_t> arrays, float rate, float slope_rate, float rare, float discount, float steady) {
-  arrays.resize(14);
-  const auto floats = [&](size_t i) { return reinterpret_cast<float*>(arrays[i]); };
-  const auto numbers = [&](size_t i) { return reinterpret_cast<int64_t*>(arrays[i]); };
-  return {num_layers, width, num_sources, top_k, num_decays, floats(0), floats(1), floats(2), floats(3), floats(4), floats(5),
-          floats(6), floats(7), floats(8), floats(9), floats(10), floats(11), numbers(12), numbers(13),
-          rate, slope_rate, rare, discount, steady};
-}
-
 void bind_layers(nb::module_& m) {
   nb::class_<Weight>(m, "Weight").def_static("make", [](const Place& place, uint64_t address, uintptr_t bias, int bias_dtype) {
     return Weight{place, address, reinterpret_cast<const void*>(bias), Dtype(bias_dtype)};
@@ -239,7 +228,8 @@ NB_MODULE(_native, m) {
   m.def("combine", &combine);
   m.def("activate", &activate_rows);
   m.def("read_memory", &read_memory);
-  nb::class_<RoutingStatistics>(m, "RoutingStatistics").def_static("make", &make_statistics).def("turn", &statistics_turn);
   bind_layers(m);
+  bind_residency(m);
   bind_step(m);
+  bind_watch(m);
 }

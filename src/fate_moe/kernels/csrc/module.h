@@ -18,5 +18,6 @@ struct Spans {
 };
 
 void bind_step(nanobind::module_& m);
+void bind_watch(nanobind::module_& m);
 
 }  // namespace fate

@@ -1,11 +1,9 @@
 // The Python face of the step (step.h): addresses and sizes as numbers.
 #include <nanobind/nanobind.h>
-#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
 #include <memory>
-#include <tuple>
 
 #include "expert_memory.h"
 #include "module.h"
@@ -15,33 +13,6 @@ namespace nb = nanobind;
 
 namespace fate {
 namespace {
-
-// Asks Python for everything: layers/step_memory.py has the methods.
-class CallbackMemory : public ExpertMemory {
- public:
-  explicit CallbackMemory(nb::object of) : of_(std::move(of)) {}
-
-  void acquire(int64_t layer, const int64_t* experts, const int64_t*, int64_t n, int64_t num_rows, const void* inputs, const int64_t* chosen,
-               const float* weights) override {
-    const nb::gil_scoped_acquire acquired;
-    of_.attr("acquire")(layer, std::vector<int64_t>(experts, experts + n), num_rows, uintptr_t(inputs), uintptr_t(chosen), uintptr_t(weights));
-  }
-
-  int64_t arrived(Arrived* out) override {
-    const nb::gil_scoped_acquire acquired;
-    const auto found = nb::cast<std::vector<std::tuple<int64_t, uint64_t, int>>>(of_.attr("arrived")());
-    for (const auto& [index, address, num_planes] : found) *out++ = {index, address, num_planes};
-    return int64_t(found.size());
-  }
-
-  void release() override {
-    const nb::gil_scoped_acquire acquired;
-    of_.attr("release")();
-  }
-
- private:
-  nb::object of_;
-};
 
 // By sequence: its number of rows, the positions before them, its entry in the batch and the positions of that before its first; ids of
 // blocks of all sequences or of none.
@@ -97,8 +68,6 @@ void bind_step(nb::module_& m) {
   nb::class_<Kv>(m, "Kv").def_static("make", [](uintptr_t keys, uintptr_t values, int64_t batch_stride, int64_t block_stride, int64_t head_stride) {
     return Kv{reinterpret_cast<void*>(keys), reinterpret_cast<void*>(values), batch_stride, block_stride, head_stride};
   });
-  nb::class_<ExpertMemory>(m, "ExpertMemory");
-  nb::class_<CallbackMemory, ExpertMemory>(m, "CallbackMemory").def(nb::init<nb::object>());
   nb::class_<StepLayer>(m, "StepLayer").def_static("make", &make_layer, nb::arg("index"), nb::arg("layer"), nb::arg("shared").none(),
                                                    nb::arg("places"), nb::arg("num_planes"), nb::arg("place_of"));
   nb::class_<Head>(m, "Head").def_static("make", [](const Norm& norm, const Weight& weight) { return Head{norm, weight}; });

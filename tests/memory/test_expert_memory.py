@@ -1,0 +1,110 @@
+"""What a step in C++ asks of the residency (csrc/expert_memory.h), asked from Python; and who gets to see what is routed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from fate_moe.core import ExpertId
+from fate_moe.errors import ClosedModelError, CorruptExpertError
+from fate_moe.journal import ForwardPass
+from fate_moe.kernels.extension import native
+from fate_moe.memory.residency import Residency
+from fate_moe.memory.slots import SlotArena
+from fate_moe.registry import make_policy
+from tests.support.sources import MemorySource, SourceDouble, marked_blobs
+
+pytestmark = pytest.mark.skipif(native is None, reason="the extension is not built")
+
+SLOT = 4096
+ALL = [ExpertId(layer, expert) for layer in range(2) for expert in range(6)]
+
+
+def small(num_slots: int) -> tuple[Any, SourceDouble]:
+    source = SourceDouble(MemorySource(marked_blobs(ALL, SLOT)))
+    return Residency(source, SlotArena((num_slots, SLOT)), make_policy("lru", num_slots, [6, 6])), source
+
+
+def run(memory: Any, layer: int, experts: list[int]) -> list[list[int]]:
+    """A block as a step runs it: the experts that each call gave."""
+    memory.acquire(layer, experts, [1] * len(experts), 1, 0, 0, 0)
+    given: list[list[int]] = []
+    while sum(map(len, given)) < len(experts):
+        given.append([experts[index] for index, _, _ in memory.arrived(len(experts))])
+    memory.end()
+    return given
+
+
+def test_what_is_resident_comes_first_then_the_others() -> None:
+    residency, _ = small(3)
+    assert run(residency.native, 0, [1, 2])[0] == [], "nothing is resident yet"
+    given = run(residency.native, 0, [2, 5, 1])
+    assert given[:2] == [[2, 1], [5]]
+    assert sum(map(len, run(residency.native, 1, [0, 1, 2, 3, 4, 5]))) == 6, "more than there are slots"
+    counters = residency.counters
+    assert (counters.hits, counters.misses, counters.bytes_read) == (2, 9, 9 * SLOT)
+    residency.check_integrity()
+    residency.close()
+    with pytest.raises(ClosedModelError):
+        residency.native.acquire(0, [1], [1], 1, 0, 0, 0)
+
+
+def test_a_read_that_fails_raises_and_the_block_can_be_ended() -> None:
+    residency, source = small(3)
+    source.fails[ExpertId(0, 1)] = 1
+    residency.native.acquire(0, [1], [1], 1, 0, 0, 0)
+    assert residency.native.arrived(1) == []
+    with pytest.raises(CorruptExpertError):
+        residency.native.arrived(1)
+    residency.native.end()
+    residency.native.end()
+    assert run(residency.native, 0, [1]) == [[], [1]]
+    residency.close()
+
+
+class Watch:
+    """An observer that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.passes: list[ForwardPass] = []
+
+    def keeps_inputs(self, num_tokens: int) -> bool:
+        return True
+
+    def record(self, forward: ForwardPass) -> None:
+        self.passes.append(forward)
+
+
+def test_observers_and_counts_see_what_a_step_runs(loaded: Callable[..., Any]) -> None:
+    model = loaded("qwen2_moe", policy="lru", predictor="none", expert_cache="50%")
+    runtime = model.fate.runtime
+    top_k, hidden = 2, model.config.hidden_size
+    inputs = torch.randn(1, hidden).bfloat16()
+    chosen, weights = torch.tensor([[3, 1]]), torch.tensor([[0.75, 0.25]])
+
+    def step() -> None:
+        runtime.embedded(inputs)
+        for layer in range(2):
+            runtime.memory.acquire(layer, [3, 1], [1, 1], 1, inputs.data_ptr(), chosen.data_ptr(), weights.data_ptr())
+            count = 0
+            while count < top_k:
+                count += len(runtime.memory.arrived(2))
+            runtime.memory.end()
+
+    before, watch = runtime.view_selector.uses(), Watch()
+    step()
+    with runtime.observe(watch):
+        step()
+    step()
+    (forward,) = watch.passes
+    assert forward.is_whole(2)
+    for block in forward.layers:
+        assert block.router_input is not None
+        assert torch.equal(block.router_input, inputs)
+        assert torch.equal(block.experts, chosen)
+        assert torch.equal(block.weights, weights)
+    added = [after - old for after, old in zip(runtime.view_selector.uses(), before, strict=True)]
+    assert [added[1], added[3], sum(added)] == [3, 3, 12], "counted with and without Python"
