@@ -10,9 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from fate_moe.adapter.kv_cache import RoomyLayer, make_room
+from fate_moe.adapter.kv_cache import RoomyLayer, RoomySlidingLayer, make_room
 from fate_moe.engine import attach
 
 STEPS: dict[str, Callable[[Any], Any]] = {
@@ -24,10 +24,16 @@ STEPS: dict[str, Callable[[Any], Any]] = {
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.one_of(st.integers(1, 90), st.sampled_from(sorted(STEPS)), st.just("copy")), max_size=12))
-def test_it_holds_what_transformers_own_holds(steps: list[Any]) -> None:
+@given(
+    st.lists(st.one_of(st.integers(1, 90), st.sampled_from(sorted(STEPS)), st.just("copy")), max_size=12),
+    st.sampled_from([None, None, 2, 16]),
+)
+def test_it_holds_what_transformers_own_holds(steps: list[Any], window: int | None) -> None:
     generator = torch.Generator().manual_seed(0)
     plain, roomy = DynamicLayer(), RoomyLayer(200)
+    if window:
+        plain, roomy = DynamicSlidingWindowLayer(window), RoomySlidingLayer(200, window)
+        steps = [step for step in steps if step != "crop"]  # transformers' own has to be told before
     for step in steps:
         if isinstance(step, int):
             states = [torch.randn(2, 3, step, 4, generator=generator) for _ in range(2)]
@@ -68,8 +74,14 @@ def test_only_plain_layers_of_plain_caches_get_room(loaded: Callable[..., Any]) 
     model = loaded("gpt_oss")  # layers with a window and without
     cache = DynamicCache(config=model.config)
     make_room(cache, 64)
-    assert {type(layer).__name__ for layer in cache.layers} == {"DynamicSlidingWindowLayer", "RoomyLayer"}
+    assert {type(layer).__name__ for layer in cache.layers} == {"RoomySlidingLayer", "RoomyLayer"}
     assert all((type(layer) is RoomyLayer) != layer.is_sliding for layer in cache.layers)
+    forgetful = DynamicCache(config=model.config)
+    states = torch.randn(2, 1, 2, 40, 16)
+    for layer in forgetful.layers:
+        layer.update(*states)
+    make_room(forgetful, 64)
+    assert {type(layer).__name__ for layer in forgetful.layers} == {"DynamicSlidingWindowLayer", "RoomyLayer"}
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fate_moe.kernels import elementary
-from fate_moe.kernels.native import BF16, DTYPES, native
+from fate_moe.kernels.native import BF16, DTYPES, F32, native
 from tests.kernels.test_cpu import SETS
 from tests.support.bits import assert_same, numbers
 
@@ -74,34 +74,26 @@ def test_sigmoid(x: torch.Tensor) -> None:
 
 
 @with_native
-@given(numbers(lengths=st.integers(1, 70), rows=2), st.sampled_from([torch.float32, torch.bfloat16]), st.booleans())
-def test_norm(pair: torch.Tensor, dtype: torch.dtype, rounds_first: bool) -> None:
-    x, weight = pair[0].to(dtype), pair[1]
+@given(
+    numbers(lengths=st.integers(1, 70), rows=3),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([0.0, 1.0]),
+)
+def test_norm(pair: torch.Tensor, dtype: torch.dtype, rounds_first: bool, centered: bool, offset: float) -> None:
+    x, weight, bias = pair[0].to(dtype), pair[1], pair[2]
+    of = native.Norm.make(weight.data_ptr(), bias.data_ptr() if centered else 0, 0, 1e-6, offset, rounds_first, centered)
 
     def run() -> torch.Tensor:
         out = torch.empty_like(x)
-        native.rms_norm(x.data_ptr(), DTYPES[dtype], 1, len(x), weight.data_ptr(), 0, 1e-6, rounds_first, out.data_ptr(), 1)
+        native.norm(of, x.data_ptr(), DTYPES[dtype], 1, len(x), out.data_ptr(), 1)
         return out.float()
 
-    want = elementary.normalize(x.float(), weight, 1e-6, rounds_first and dtype == torch.bfloat16)
+    centred = elementary.center(x.float()) if centered else x.float()
+    want = elementary.normalize(centred, offset + weight, 1e-6, rounds_first and dtype == torch.bfloat16)
+    want = want + bias if centered else want
     of_each_set(run, want.to(dtype).float())
-
-
-@with_native
-@given(numbers(lengths=st.integers(1, 70)), st.booleans(), st.data())
-@example(torch.zeros(40), True, None).via("ties go to the lowest index")
-def test_route(logits: torch.Tensor, normalize: bool, data: st.DataObject | None) -> None:
-    scale = 2.5 if normalize else 1.0
-    top_k = data.draw(st.integers(1, len(logits))) if data is not None else 8
-    experts, want = elementary.route(logits.unsqueeze(0), top_k, normalize=normalize, scale=scale)
-
-    def run() -> torch.Tensor:
-        weights, overwritten = torch.empty(top_k), logits.clone()
-        chosen = native.route(overwritten.data_ptr(), len(logits), top_k, normalize, scale, weights.data_ptr())
-        assert chosen == experts[0].tolist()
-        return weights
-
-    of_each_set(run, want[0])
 
 
 @with_native
@@ -121,21 +113,23 @@ def test_combine(rows: torch.Tensor, weights: torch.Tensor) -> None:
     st.integers(1, 21),
     st.integers(1, 9),
     st.sampled_from([None, torch.float32, torch.bfloat16, torch.float16]),
+    st.sampled_from([torch.bfloat16, torch.float32]),
 )
-def test_product_of_bf16(x: torch.Tensor, rows: int, tokens: int, bias_dtype: torch.dtype | None) -> None:
+def test_product_of_numbers(x: torch.Tensor, rows: int, tokens: int, bias_dtype: torch.dtype | None, dtype: torch.dtype) -> None:
     generator, x = torch.Generator().manual_seed(rows), x[:tokens]
-    weight = torch.randn(rows, x.shape[1], generator=generator).bfloat16()
+    weight = torch.randn(rows, x.shape[1], generator=generator).to(dtype)
     bias = torch.randn(rows, generator=generator).to(bias_dtype) if bias_dtype is not None else None
     at = (weight.nbytes + 3) // 4 * 4 if bias is not None else -1  # a number of fp32 begins at a multiple of 4 bytes
     both = torch.zeros(at + 4 * rows if bias is not None else weight.nbytes, dtype=torch.uint8)
     both[: weight.nbytes] = weight.view(torch.uint8).flatten()
     if bias is not None:
         both[at : at + bias.nbytes] = bias.view(torch.uint8)
-    place = native.Place.make(BF16, rows, x.shape[1], [0], 0, 0, at, DTYPES[bias_dtype or torch.float32])
+    kind = BF16 if dtype == torch.bfloat16 else F32
+    place = native.Place.make(kind, rows, x.shape[1], [0], 0, 0, at, DTYPES[bias_dtype or torch.float32])
 
     def run() -> torch.Tensor:
         out = torch.empty(tokens, rows)
-        native.linear(place, both.data_ptr(), BF16, x.data_ptr(), 0, tokens, out.data_ptr(), 0, False, 1)
+        native.linear(place, both.data_ptr(), kind, x.data_ptr(), 0, tokens, out.data_ptr(), 0, False, 1)
         return out
 
     of_each_set(run, elementary.linear_bf16(x, weight, bias))
@@ -144,6 +138,7 @@ def test_product_of_bf16(x: torch.Tensor, rows: int, tokens: int, bias_dtype: to
 @with_native
 @given(numbers(lengths=st.integers(1, 40).map(lambda half: 2 * half), rows=3), st.integers(0, 3))
 def test_turn(rows: torch.Tensor, others: int) -> None:
+    """Halves and pairs."""
     angles = rows[1:].clone()
     head = torch.cat([rows[0], torch.ones(others)])
 
@@ -153,6 +148,14 @@ def test_turn(rows: torch.Tensor, others: int) -> None:
         return out
 
     of_each_set(run, elementary.turn(head.view(1, 1, -1), angles[:1], angles[1:])[0, 0])
+    for parts in (False, True):
+
+        def run_pairs(parts: bool = parts) -> torch.Tensor:
+            out = head.clone()
+            native.turn_pairs(out.data_ptr(), angles.shape[1], angles[0].data_ptr(), angles[1].data_ptr(), parts)
+            return out
+
+        of_each_set(run_pairs, elementary.turn_pairs(head.view(1, 1, -1), angles[:1], angles[1:], parts)[0, 0])
 
 
 @given(numbers(lengths=st.integers(1, 200), size=3.0), numbers(lengths=st.just(1), size=3.0), st.booleans())
@@ -189,9 +192,5 @@ def test_steps_of_rows_are_near_fp64() -> None:
     norm = wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     assert 0 < ((elementary.normalize(x, torch.ones(1000), 1e-6) - norm).abs() / norm.abs()).max() < 4e-7
     assert 0 < ((elementary.softmax(x) - wide.softmax(-1)) / wide.softmax(-1)).abs().max() < 2e-6
-    experts, weights = elementary.route(x, 8, normalize=True)
-    values, index = wide.softmax(-1).topk(8)
-    assert torch.equal(experts, index)
-    assert (weights - values / values.sum(-1, keepdim=True)).abs().max() < 1e-6
-    _, sigmoids = elementary.route(x, 8, normalize=False, scores="sigmoid", scale=2.0)
-    assert (sigmoids - 2 * wide.sigmoid().topk(8).values).abs().max() < 1e-6
+    centred = wide - wide.mean(-1, keepdim=True)
+    assert 0 < (elementary.center(x) - centred).abs().max() < 2e-6

@@ -11,8 +11,8 @@ import torch
 from torch.nn.functional import silu
 
 from fate_moe.kernels.attention import attend
-from fate_moe.kernels.elementary import combine, fused, normalize, turn
-from fate_moe.kernels.native import BF16, matrix_place, native
+from fate_moe.kernels.elementary import combine, fused, normalize, turn, turn_pairs
+from fate_moe.kernels.native import BF16, ROPES, matrix_place, native
 from tests.kernels.test_cpu import SETS, a_blob
 from tests.support.bits import assert_same
 
@@ -88,7 +88,16 @@ class OwnAttention:
 
     heads, kv_heads, dim, hidden = 4, 2, 24, 70
 
-    def __init__(self, norms: str = "", turned: int = 24, clip: float = 0.0, window: int = 0) -> None:
+    def __init__(
+        self,
+        norms: str = "",
+        turned: int = 24,
+        clip: float = 0.0,
+        window: int = 0,
+        rope: str = "halves",
+        half: bool = False,
+        sinks: bool = False,
+    ) -> None:
         generator = torch.Generator().manual_seed(0)
         sizes = [heads * self.dim for heads in (self.heads, self.kv_heads, self.kv_heads)]
         self.made = [matrix(rows, self.hidden, generator) for rows in sizes] + [matrix(self.hidden, sizes[0], generator)]
@@ -96,11 +105,13 @@ class OwnAttention:
         lengths = [self.dim] * 2 if norms == "head" else sizes[:2]
         self.norm_weights = [torch.rand(length, generator=generator).bfloat16() + 0.5 for length in lengths]
         addresses = [weight.data_ptr() if norms else 0 for weight in self.norm_weights]
+        self.rope, self.sinks = rope, torch.randn(self.heads, generator=generator).bfloat16() if sinks else None
         self.of = native.Attention.make(
-            *(at for _, at in self.made), self.heads, self.kv_heads, self.dim, turned, 0.3, *addresses, 1, 1e-6, norms == "all",
-            clip, window,
+            *(at for _, at in self.made), self.heads, self.kv_heads, self.dim, turned, turned // 2 if half else turned,
+            ROPES.index(rope), 0.3, *(native.Norm.make(at, 0, 1, 1e-6, 0.0, False, False) for at in addresses), norms == "all",
+            clip, window, self.sinks.data_ptr() if self.sinks is not None else 0, 1,
         )  # fmt: skip
-        angles = torch.rand(200, turned // 2, generator=generator).repeat(1, 2) * 3
+        angles = torch.rand(200, turned // 2, generator=generator).repeat(1, 1 if half else 2) * 3
         self.cos, self.sin, self.x = angles.cos(), angles.sin(), torch.randn(200, self.hidden, generator=generator)
 
     def product(self, which: int, x: torch.Tensor) -> torch.Tensor:
@@ -123,6 +134,12 @@ class OwnAttention:
             first += length
         return out, keys, values
 
+    def turn(self, x: torch.Tensor) -> torch.Tensor:
+        cos, sin = self.cos[: len(x)], self.sin[: len(x)]
+        if cos.shape[1] < self.turned:
+            cos, sin = cos.repeat(1, 2), sin.repeat(1, 2)
+        return turn(x, cos, sin) if self.rope == "halves" else turn_pairs(x, cos, sin, self.rope == "pairs apart")
+
     def twin(self, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         made = []
         for which in range(3):
@@ -134,15 +151,24 @@ class OwnAttention:
             y = y.view(count, -1, self.dim)
             if self.norms == "head" and which < 2:
                 y = normalize(y, self.norm_weights[which].float(), 1e-6)
-            made.append(y if which == 2 else turn(y, self.cos[:count], self.sin[:count]))
+            made.append(y if which == 2 else self.turn(y))
         keys, values = made[1].bfloat16(), made[2].bfloat16()
-        attended = attend(made[0], keys, values, scaling=0.3, window=self.window or None)
+        attended = attend(made[0], keys, values, scaling=0.3, window=self.window or None, sinks=self.sinks)
         return self.product(3, attended.flatten(1)), keys.transpose(0, 1), values.transpose(0, 1)
 
 
 @pytest.mark.parametrize(
     "kind",
-    [{}, {"norms": "head"}, {"norms": "all", "clip": 1.5}, {"norms": "head", "clip": 1.0}, {"turned": 10}, {"window": 7}],
+    [
+        {},
+        {"norms": "head"},
+        {"norms": "all", "clip": 1.5},
+        {"norms": "head", "clip": 1.0},
+        {"turned": 10},
+        {"window": 7, "sinks": True, "half": True},
+        {"rope": "pairs", "turned": 14},
+        {"rope": "pairs apart", "half": True},
+    ],
     ids=lambda kind: ", ".join(kind) or "plain",
 )
 def test_attention(instructions: str, kind: dict[str, Any]) -> None:

@@ -19,11 +19,13 @@ from fate_moe.engine.patches import Patches
 from fate_moe.kernels.native import native
 from fate_moe.kernels.plain_layer import Norm, PlainLayer
 from fate_moe.layers import modules
+from fate_moe.layers.attentions import native_attention
 from fate_moe.layers.cpu_step import CpuStep
 from fate_moe.layers.frozen import FrozenWeight
-from fate_moe.layers.modules import SmallWeight, accelerate, accelerated_by
-from fate_moe.layers.plain import recognise
+from fate_moe.layers.modules import accelerate, accelerated_by
+from fate_moe.layers.plain import plain_decoder
 from fate_moe.layers.snapshot import StandIn
+from fate_moe.layers.weights import SmallWeight
 from fate_moe.memory.precision import Budget, PrefillPopularity, RoutingWeighted
 from fate_moe.predict.prefetcher import Prefetcher
 from fate_moe.store import dense
@@ -140,22 +142,22 @@ def test_a_layer_that_differs_from_what_was_recognised_is_refused_loudly(
 ) -> None:
     """Another meaning than the family's own: a warning with the layer and the difference, and the family's forward stays."""
 
-    def mistaken(model: Any, stack: Any) -> Any:
-        found = recognise(model, stack)
+    def mistaken(model: Any) -> list[Any]:
+        return [one_mistaken(model, found) for found in plain_decoder(model)]
+
+    def one_mistaken(model: Any, found: Any) -> Any:
         assert isinstance(found, PlainLayer)
         if part == "router":
             return replace(found, router=replace(found.router, normalize=not found.router.normalize))
         if part == "scaling":  # of the accelerated attention, which the layer uses
             attention = found.attention
             layer = model.get_submodule(found.path)
-            weights = [modules.weight_of(getattr(layer.self_attn, f"{name}_proj")) for name in "qkvo"]
-            heads = attention.heads, attention.kv_heads, attention.head_dim
-            wrong = native.Attention.make(*weights, *heads, attention.rotary_dim, 8 * attention.scaling)
+            wrong = native_attention(layer.self_attn, replace(attention, scaling=8 * attention.scaling))
             layer.self_attn.forward = Mistaken(layer.self_attn.forward, wrong)
             return found
         return replace(found, input_norm=replace(found.input_norm, eps=1.0), post_norm=replace(found.post_norm, eps=1.0))
 
-    monkeypatch.setattr("fate_moe.layers.cpu_step.recognise", mistaken)
+    monkeypatch.setattr("fate_moe.layers.cpu_step.plain_decoder", mistaken)
     with caplog.at_level(logging.WARNING):
         model = load_model(store_of("qwen2_moe"))
     assert not any(isinstance(layer.forward, CpuStep) for layer in model.model.layers)

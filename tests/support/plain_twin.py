@@ -8,20 +8,21 @@ import torch
 from torch.nn.functional import linear
 
 from fate_moe.kernels.plain_layer import PlainLayer
-from fate_moe.kernels.reference import decoder_layer, rms_norm
-from fate_moe.layers.plain import plain_layers, recognise_norm
+from fate_moe.kernels.reference import decoder_layer, norm
+from fate_moe.layers.plain import plain_decoder, recognise_norm
 
 
 def plain_of(model: Any) -> list[PlainLayer]:
     """The layers of ``model``, all of them plain."""
-    found = plain_layers(model)
+    found = plain_decoder(model)
     assert all(isinstance(layer, PlainLayer) for layer in found), found
     return [layer for layer in found if isinstance(layer, PlainLayer)]
 
 
 def parameters_of(layer: Any) -> dict[str, torch.Tensor]:
-    """A decoder layer's parameters by name, as ordinary tensors."""
-    return {name: value.detach().as_subclass(torch.Tensor) for name, value in layer.named_parameters()}
+    """A decoder layer's parameters and buffers by name, as ordinary tensors."""
+    numbers = dict(layer.named_parameters()) | dict(layer.named_buffers())
+    return {name: value.detach().as_subclass(torch.Tensor) for name, value in numbers.items()}
 
 
 def twin_layer(
@@ -29,7 +30,8 @@ def twin_layer(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``decoder_layer`` with the weights and the experts of ``model``'s own layer."""
     layer = model.get_submodule(plain.path)
-    return decoder_layer(plain, parameters_of(layer), x, cos, sin, keys, values, layer.get_submodule(plain.block).experts)
+    experts = getattr(layer.get_submodule(plain.block), "experts", None)
+    return decoder_layer(plain, parameters_of(layer), x, cos, sin, keys, values, experts)
 
 
 def empty_cache(plain: PlainLayer, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,6 +48,6 @@ def twin_logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     cos, sin = trunk.rotary_emb(x.unsqueeze(0), torch.arange(len(tokens)).unsqueeze(0))
     for plain in plain_of(model):
         x, _, _ = twin_layer(model, plain, x, cos[0], sin[0], *empty_cache(plain, x.dtype))
-    norm = recognise_norm(trunk.norm)
-    assert not isinstance(norm, list)
-    return linear(rms_norm(norm, trunk.norm.weight, x), model.lm_head.weight)
+    last = recognise_norm(trunk.norm)
+    assert not isinstance(last, list)
+    return linear(norm(last, parameters_of(trunk), "norm", x), model.lm_head.weight)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-__all__ = ["RoomyLayer", "make_room", "room_for"]
+__all__ = ["RoomyLayer", "RoomySlidingLayer", "make_room", "room_for"]
 
 MIN_ROOM = 64  # tokens; else a quarter of what is there
 
@@ -130,15 +130,41 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         return self.is_initialized and self.dtype == dtype and self.batch == batch
 
 
+class RoomySlidingLayer(RoomyLayer):
+    """A RoomyLayer of attention with a sliding window. It keeps all tokens, so that they can be cropped at any time; masks and
+    transformers' own attention see the last of them, as DynamicSlidingWindowLayer keeps. Plans count such layers as full ones."""
+
+    is_sliding = True
+
+    def __init__(self, max_tokens: int, sliding_window: int) -> None:
+        super().__init__(max_tokens)
+        self.sliding_window = sliding_window
+
+    def activate_past_recording(self) -> None:
+        """The past is here."""
+
+    def get_max_length(self) -> int:
+        return self.sliding_window
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        past = self.get_seq_length()
+        return min(past, self.sliding_window - 1) + query_length, max(past - self.sliding_window + 1, 0)
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        seen = self.get_mask_sizes(key_states.shape[-2])[0]
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        return keys[:, :, -seen:], values[:, :, -seen:]
+
+
 def make_room(cache: Any, max_tokens: int) -> None:
-    """Give the layers of a DynamicCache room, those that keep every token; other caches stay as they are."""
+    """Give the layers of a DynamicCache room, those that have kept every token; other caches stay as they are."""
     if type(cache) is not DynamicCache or cache.offloading:
         return
     for index, layer in enumerate(cache.layers):
-        if type(layer) is RoomyLayer:
+        if isinstance(layer, RoomyLayer):
             layer.max_tokens = max_tokens
-        elif type(layer) is DynamicLayer:
-            cache.layers[index] = _roomy(layer, max_tokens)
+        elif (roomy := _roomy(layer, max_tokens)) is not None:
+            cache.layers[index] = roomy
 
 
 def room_for(cache: Any, index: int, kv_heads: int, dim: int, batch: int = 1) -> RoomyLayer | None:
@@ -153,9 +179,9 @@ def room_for(cache: Any, index: int, kv_heads: int, dim: int, batch: int = 1) ->
     if index >= len(layers):
         return None
     layer = layers[index]
-    if type(layer) is DynamicLayer and not layer.is_initialized:
-        layer = layers[index] = _roomy(layer, 0)
-    if type(layer) is not RoomyLayer or layer.has_gradients():
+    if not layer.is_initialized and (roomy := _roomy(layer, 0)) is not None:
+        layer = layers[index] = roomy
+    if not isinstance(layer, RoomyLayer) or layer.has_gradients():
         return None
     if not layer.is_initialized:
         nothing = torch.empty(batch, kv_heads, 0, dim, dtype=torch.bfloat16)
@@ -164,8 +190,14 @@ def room_for(cache: Any, index: int, kv_heads: int, dim: int, batch: int = 1) ->
     return layer if layer.holds(batch, torch.bfloat16) else None
 
 
-def _roomy(layer: DynamicLayer, max_tokens: int) -> RoomyLayer:
-    roomy = RoomyLayer(max_tokens)
+def _roomy(layer: Any, max_tokens: int) -> RoomyLayer | None:
+    """``layer`` with room; None if it is of another kind, or has forgotten tokens."""
+    if type(layer) is DynamicLayer:
+        roomy = RoomyLayer(max_tokens)
+    elif type(layer) is DynamicSlidingWindowLayer and layer.get_seq_length() < layer.sliding_window:
+        roomy = RoomySlidingLayer(max_tokens, layer.sliding_window)
+    else:
+        return None
     for name, value in vars(layer).items():
         setattr(roomy, name, value)
     return roomy

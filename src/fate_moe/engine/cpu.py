@@ -29,6 +29,7 @@ from fate_moe.kernels.cpu import SlotExperts
 from fate_moe.layers.cpu_step import join_layers
 from fate_moe.layers.model_step import ModelStep, SequenceRows, model_step
 from fate_moe.layers.modules import accelerate
+from fate_moe.layers.plain import plain_decoder
 from fate_moe.machine import peak_memory
 from fate_moe.memory.precision import make_precision_policy
 from fate_moe.memory.residency import Residency
@@ -189,7 +190,7 @@ class CpuParts:
         if self._step is not None:
             patches.replace(model, "forward", self._step)
         modules = ", ".join(f"{count} {kind}" for kind, count in accelerated.items()) or "no modules"
-        _log.info("run by the extension, a token at a time: %d of %d layers whole, %s", len(joined), len(stacks), modules)
+        _log.info("run by the extension: %d of %d layers whole, %s", len(joined), len(plain_decoder(model)), modules)
         limit_context(model, plan.context_length, plan.kv_cache_bytes // plan.context_length, patches)
 
     def engine(self, keep_learned: Callable[[], None]) -> CpuEngine:

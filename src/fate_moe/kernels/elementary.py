@@ -13,6 +13,7 @@ import torch
 __all__ = [
     "activate",
     "bf16",
+    "center",
     "combine",
     "exponential",
     "fused",
@@ -22,12 +23,12 @@ __all__ = [
     "linear_bf16",
     "mean_square",
     "normalize",
-    "route",
     "sigmoid",
     "silu",
     "softmax",
     "sum_of_lanes",
     "turn",
+    "turn_pairs",
 ]
 
 _INVERSE_FACTORIALS = (1 / 720, 1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0)
@@ -159,9 +160,19 @@ def normalize(x: torch.Tensor, weight: torch.Tensor, eps: float, rounds: bool = 
     return (bf16(y) if rounds else y) * weight
 
 
+def center(x: torch.Tensor) -> torch.Tensor:
+    """fp32 ``x`` [..., n] less its mean: lane i sums i, i + 16, ... by additions from 0, then ``sum_of_lanes``, divided by n."""
+    lanes = torch.zeros(*x.shape[:-1], 16)
+    for part in _by_lanes(x):
+        lanes = lanes + part
+    return x - (sum_of_lanes(lanes) / x.shape[-1]).unsqueeze(-1)
+
+
 def linear_bf16(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """fp32 [T, R] of ``x`` fp32 [T, C] times ``weight`` bf16 [R, C], the same for any number of rows of x: lane i sums columns i,
-    i + 16, ... with fma from 0, then ``sum_of_lanes``, then the ``bias`` is added."""
+    """fp32 [T, R] of ``x`` fp32 [T, C] times ``weight`` bf16 or fp32 [R, C], the same for any number of rows of x.
+
+    Lane i sums columns i, i + 16, ... with fma from 0, then ``sum_of_lanes``, then the ``bias`` is added.
+    """
     lanes = torch.zeros(len(x), len(weight), 16)
     for numbers, part in zip(_by_lanes(weight.float()), _by_lanes(x), strict=True):
         lanes = fused(numbers, part.unsqueeze(1), lanes)
@@ -182,25 +193,6 @@ def softmax(x: torch.Tensor) -> torch.Tensor:
     return e / sum_of_lanes(lanes).unsqueeze(-1)
 
 
-def route(
-    logits: torch.Tensor, top_k: int, *, normalize: bool, scale: float = 1.0, scores: str = "softmax"
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of fp32 ``logits`` [T, experts] the ``top_k`` experts [T, top_k] int64, likeliest first, and their weights fp32 [T, top_k].
-
-    Scores are the ``softmax`` or the ``sigmoid`` of the logits; of equal ones the lowest index is taken, NaN after all numbers.
-    ``normalize``: divided by the sum of the chosen, added in routing order from 0. Then times ``scale``.
-    """
-    probabilities = softmax(logits) if scores == "softmax" else sigmoid(logits)
-    order = torch.where(probabilities.isnan(), -1.0, probabilities).sort(dim=-1, descending=True, stable=True)[1][:, :top_k]
-    weights = probabilities.gather(1, order)
-    if normalize:
-        total = torch.zeros(len(logits), 1)
-        for j in range(top_k):
-            total = total + weights[:, j : j + 1]
-        weights = weights / total
-    return order, weights * scale
-
-
 def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotary halves of fp32 ``x`` [T, heads, head_dim] by ``cos`` and ``sin`` [T, n]: channels i and i + n / 2 turn together, those
     from n on stay. x_i * cos_i - x_(i + n/2) * sin_i, and x_(i + n/2) * cos_(i + n/2) + x_i * sin_(i + n/2): no fma."""
@@ -210,6 +202,16 @@ def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     low = first * cos[..., :half] - second * sin[..., :half]
     high = second * cos[..., half:] + first * sin[..., half:]
     return torch.cat([low, high, rest], dim=-1)
+
+
+def turn_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, parts: bool) -> torch.Tensor:
+    """As ``turn``, where channels 2i and 2i + 1 of the first n turn together, by cos_i and sin_i. ``parts``: to i and i + n / 2."""
+    n = cos.shape[-1]
+    cos, sin = cos[:, : n // 2].unsqueeze(1), sin[:, : n // 2].unsqueeze(1)
+    first, second = x[..., :n:2], x[..., 1:n:2]
+    low, high = first * cos - second * sin, second * cos + first * sin
+    turned = torch.cat([low, high], dim=-1) if parts else torch.stack([low, high], dim=-1).flatten(-2)
+    return torch.cat([turned, x[..., n:]], dim=-1)
 
 
 def _one_over(x: torch.Tensor) -> torch.Tensor:

@@ -15,8 +15,11 @@ from fate_moe.quant.choices import GROUP_SIZES
 __all__ = [
     "BF16",
     "DTYPES",
+    "F32",
     "INT8",
+    "MOST_TURNED",
     "PLANES",
+    "ROPES",
     "WIDTHS",
     "kernel_facts",
     "matrix_place",
@@ -26,7 +29,9 @@ __all__ = [
 ]
 
 # The extension's enumerations (csrc/ops.h).
-PLANES, INT8, BF16 = 3, 8, 16
+PLANES, INT8, BF16, F32 = 3, 8, 16, 32
+ROPES = ("halves", "pairs", "pairs apart")
+MOST_TURNED = 512  # channels of a head
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _DTYPE_NAMES = {"F32": 0, "BF16": 1, "F16": 2}
 WIDTHS = {(2, 1, 1): PLANES, (8,): INT8}

@@ -5,23 +5,32 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Attention", "Mlp", "Norm", "PlainLayer", "Router", "SharedExpert"]
+__all__ = ["NO_ROUTER", "Attention", "Mlp", "Norm", "PlainLayer", "Router", "SharedExpert"]
 
 
 @dataclass(frozen=True)
 class Norm:
-    """RMS norm: x / sqrt(mean of x squared + eps), times the weight. ``rounds_first``: x is rounded to its dtype before that."""
+    """RMS norm: x / sqrt(mean of x squared + eps), times the weight. ``rounds_first``: x is rounded to its dtype before that.
+
+    ``centered``: the mean of x is taken off first (layer norm). ``offset`` is added to the weight; ``bias``: so is one to the
+    result.
+    """
 
     eps: float
     rounds_first: bool = True
+    centered: bool = False
+    bias: bool = False
+    offset: float = 0.0
 
 
 @dataclass(frozen=True)
 class Attention:
-    """Causal grouped-query attention with rotary halves (the first and the second half of ``rotary_dim`` channels turn together).
+    """Causal grouped-query attention with rotary embedding of a head's first ``rotary_dim`` channels.
 
-    ``index`` is its layer in the KV cache; ``qk_norm`` is applied to each head, or, with ``norm_over_heads``, to all heads of a
-    token together. ``clip`` limits queries, keys and values. ``window``: tokens that a query sees; None: all before it.
+    ``rope``: "halves" (channels i and i + half of them turn together), "pairs" (2i and 2i + 1), or "pairs apart" (these, and the
+    results are at i and i + half); ``half_angles``: cos and sin have one column for both. ``index`` is the layer in the KV cache.
+    ``qk_norm`` is applied to each head, or, with ``norm_over_heads``, to all heads of a token together. ``clip`` limits queries,
+    keys and values. ``window``: tokens that a query sees; None: all before it. ``sinks``: each head has a score of no position.
     """
 
     index: int
@@ -36,17 +45,43 @@ class Attention:
     norm_over_heads: bool = False
     clip: float | None = None
     window: int | None = None
+    sinks: bool = False
+    rope: str = "halves"
+    half_angles: bool = False
+
+    @property
+    def num_angles(self) -> int:
+        """Columns of cos and sin."""
+        return self.rotary_dim // 2 if self.half_angles else self.rotary_dim
 
 
 @dataclass(frozen=True)
 class Router:
-    """Softmax over the experts' logits, then the ``top_k`` largest. ``normalize``: their weights are divided by their sum;
-    ``scale`` multiplies them."""
+    """How ``top_k`` experts are chosen and weighed: ``kernels/routing.py`` defines it.
+
+    ``bias``: logits have one. ``scores``: the "softmax" or the "sigmoid" of the logits, or "sparse mixer" (with ``spread``).
+    ``correction`` names the tensor in the block that is added to scores where experts are chosen. Only experts of the
+    ``top_groups`` groups with the largest sums of ``group_best`` scores are chosen. ``normalize``: weights are divided by their
+    sum, or by ``floor`` where that is more; ``scale`` multiplies them. ``rounds_logits``, ``rounds_weights``: to the model's dtype.
+    """
 
     num_experts: int
     top_k: int
     normalize: bool
     scale: float = 1.0
+    scores: str = "softmax"
+    correction: str | None = None
+    groups: int = 1
+    top_groups: int = 1
+    group_best: int = 1
+    floor: float = 0.0
+    spread: float = 0.0
+    rounds_logits: bool = True
+    rounds_weights: bool = True
+    bias: bool = False
+
+
+NO_ROUTER = Router(0, 0, False)
 
 
 @dataclass(frozen=True)
@@ -60,7 +95,7 @@ class Mlp:
 @dataclass(frozen=True)
 class SharedExpert:
     """An MLP that every token takes beside its experts, times the sigmoid of ``gate`` if it has one. By the names of
-    the block's children."""
+    the block's children; no name: the block is this MLP."""
 
     mlp: Mlp
     name: str
@@ -69,10 +104,12 @@ class SharedExpert:
 
 @dataclass(frozen=True)
 class PlainLayer:
-    """Norm, attention, sum, norm, experts behind a router (and perhaps a shared expert), sum.
+    """Norm, attention, sum, norm, experts behind a router (and perhaps a shared expert), sum. A dense layer has no experts, and its
+    MLP is the shared one.
 
-    ``layer`` counts MoE blocks from 0; ``path`` is the decoder layer's place in the model, ``block`` and ``router`` the names of
-    the MoE block in it and of the router in the block. ``residual_scale`` multiplies what attention and block add.
+    ``layer`` counts MoE blocks from 0, and is -1 in a dense layer; ``path`` is the decoder layer's place in the
+    model, ``block`` and ``router_name`` the names of the MoE block in it and of the router in the block. ``residual_scale``
+    multiplies what attention and block add.
     """
 
     layer: int
@@ -87,6 +124,10 @@ class PlainLayer:
     shared: SharedExpert | None = None
     residual_scale: float = 1.0
 
+    @property
+    def is_dense(self) -> bool:
+        return not self.router.num_experts
+
     def describe(self) -> str:
         """One line for people."""
         attention, router = self.attention, self.router
@@ -95,6 +136,10 @@ class PlainLayer:
             parts.append("norms of queries and keys")
         if attention.window is not None:
             parts.append(f"a window of {attention.window} tokens")
+        if attention.sinks:
+            parts.append("attention sinks")
+        if self.is_dense:
+            return ", ".join([*parts, "no experts"])
         parts.append(
             f"{router.top_k} of {router.num_experts} experts, weights {'normalized' if router.normalize else 'as they are'}"
         )

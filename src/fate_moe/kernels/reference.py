@@ -6,6 +6,7 @@ Activations, norms, softmax, routing and weighted sums are in ``elementary.py``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from torch.nn.functional import linear, pad
 from fate_moe.core import BlobLayout
 from fate_moe.kernels import elementary
 from fate_moe.kernels.elementary import fused
-from fate_moe.kernels.plain_layer import Attention, Mlp, Norm, PlainLayer, Router
+from fate_moe.kernels.plain_layer import Attention, Mlp, Norm, PlainLayer
+from fate_moe.kernels.routing import route
 from fate_moe.quant.planes import unpack
 
 __all__ = [
@@ -24,9 +26,9 @@ __all__ = [
     "expert_weights",
     "fused",
     "linear_quantized",
+    "norm",
     "quantize_activations",
     "quantized_experts",
-    "rms_norm",
 ]
 
 Weights = Mapping[str, torch.Tensor]
@@ -193,32 +195,39 @@ def decoder_layer(
     sin: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    experts: Experts,
+    experts: Experts | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What a plain decoder layer computes: out [T, H] of ``x`` [T, H], and the keys and values [past + T, kv heads, head_dim].
 
-    ``weights`` has the layer's parameters by the names that transformers' module gives them; ``cos`` and ``sin`` [T, rotary_dim]
+    ``weights`` has the layer's parameters by the names that transformers' module gives them; ``cos`` and ``sin`` [T, num_angles]
     belong to the new tokens, ``keys`` and ``values`` [past, kv heads, head_dim] to those before. Results of matrices are rounded to
     x's dtype; norms, softmax and attention are computed in fp32.
     """
-    normed = rms_norm(plain.input_norm, weights["input_layernorm.weight"], x)
+    normed = norm(plain.input_norm, weights, "input_layernorm", x)
     attended, keys, values = _attention(plain.attention, weights, normed, cos, sin, keys, values)
     x = x + attended * plain.residual_scale
-    normed = rms_norm(plain.post_norm, weights["post_attention_layernorm.weight"], x)
-    index, routing_weights = _route(plain.router, weights[f"{plain.block}.{plain.router_name}.weight"], normed)
-    out = experts(normed, index, routing_weights)
+    normed = norm(plain.post_norm, weights, "post_attention_layernorm", x)
+    out = torch.zeros_like(x)
+    if experts is not None and not plain.is_dense:
+        out = experts(normed, *_route(plain, weights, normed))
     if plain.shared is not None:
-        beside = _mlp(plain.shared.mlp, weights, f"{plain.block}.{plain.shared.name}", normed)
+        beside = _mlp(plain.shared.mlp, weights, f"{plain.block}.{plain.shared.name}".removesuffix("."), normed)
         if plain.shared.gate is not None:
             beside = linear(normed, weights[f"{plain.block}.{plain.shared.gate}.weight"]).sigmoid() * beside
         out = out + beside
     return x + out * plain.residual_scale, keys, values
 
 
-def rms_norm(norm: Norm, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def norm(of: Norm, weights: Weights, name: str, x: torch.Tensor) -> torch.Tensor:
     """[..., n] in x's dtype of ``x`` [..., n]: over the last dimension, computed in fp32."""
-    y = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + norm.eps)
-    return weight * y.to(x.dtype) if norm.rounds_first else (weight.float() * y).to(x.dtype)
+    y, weight = x.float(), weights[f"{name}.weight"]
+    if of.centered:
+        y = y - y.mean(-1, keepdim=True)
+    y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + of.eps)
+    if of.rounds_first:
+        return (weight + of.offset) * y.to(x.dtype)
+    y = (weight.float() + of.offset) * y
+    return (y + weights[f"{name}.bias"].float() if of.bias else y).to(x.dtype)
 
 
 def _attention(
@@ -235,15 +244,15 @@ def _attention(
 
     def heads(name: str) -> torch.Tensor:
         y = project(name, x)
-        norm = attention.qk_norm if name != "v" else None
-        if norm is not None and attention.norm_over_heads:
-            y = rms_norm(norm, weights[f"self_attn.{name}_norm.weight"], y)
+        normed = attention.qk_norm if name != "v" else None
+        if normed is not None and attention.norm_over_heads:
+            y = norm(normed, weights, f"self_attn.{name}_norm", y)
         if attention.clip is not None:
             y = y.clamp(-attention.clip, attention.clip)
         y = y.view(len(x), -1, attention.head_dim)
-        if norm is not None and not attention.norm_over_heads:
-            y = rms_norm(norm, weights[f"self_attn.{name}_norm.weight"], y)
-        return y if name == "v" else _rotate(y, cos, sin, attention.rotary_dim)
+        if normed is not None and not attention.norm_over_heads:
+            y = norm(normed, weights, f"self_attn.{name}_norm", y)
+        return y if name == "v" else _rotate(y, cos, sin, attention)
 
     queries = heads("q")
     keys, values = torch.cat([keys, heads("k")]), torch.cat([values, heads("v")])
@@ -253,24 +262,37 @@ def _attention(
     seen = torch.arange(len(keys)).unsqueeze(0) <= at
     if attention.window is not None:
         seen &= torch.arange(len(keys)).unsqueeze(0) > at - attention.window
-    probabilities = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    scores = scores.masked_fill(~seen, -torch.inf)
+    if attention.sinks:
+        sinks = weights["self_attn.sinks"].float().view(-1, 1, 1).expand(-1, len(x), 1)
+        scores = torch.cat([scores, sinks], dim=-1)
+    probabilities = scores.softmax(-1)[..., : len(keys)]
     mixed = torch.einsum("hts,shd->thd", probabilities, values.repeat_interleave(group, 1).float())
     return project("o", mixed.flatten(1).to(x.dtype)), keys, values
 
 
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotary_dim: int) -> torch.Tensor:
-    """[T, heads, head_dim]: channel i and i + rotary_dim / 2 turn together, those from rotary_dim on stay."""
-    turned, rest = x[..., :rotary_dim], x[..., rotary_dim:]
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attention: Attention) -> torch.Tensor:
+    """[T, heads, head_dim]: channels from rotary_dim on stay."""
+    if attention.half_angles:
+        cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([sin, sin], dim=-1)
+    if attention.rope != "halves":
+        return elementary.turn_pairs(x, cos, sin, attention.rope == "pairs apart").to(x.dtype)
+    turned, rest = x[..., : attention.rotary_dim], x[..., attention.rotary_dim :]
     first, second = turned.chunk(2, dim=-1)
     turned = turned * cos.unsqueeze(1) + torch.cat([-second, first], dim=-1) * sin.unsqueeze(1)
     return torch.cat([turned, rest], dim=-1)
 
 
-def _route(router: Router, weight: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each token the experts [T, top_k], likeliest first, and their weights in x's dtype."""
-    chosen = linear(x, weight).float().softmax(-1).topk(router.top_k, dim=-1)
-    weights = chosen.values / chosen.values.sum(-1, keepdim=True) if router.normalize else chosen.values
-    return chosen.indices, (weights * router.scale).to(x.dtype)
+def _route(plain: PlainLayer, weights: Weights, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each token the experts [T, top_k], best first, and their weights, in x's dtype if they are rounded to it."""
+    router, name = plain.router, f"{plain.block}.{plain.router_name}"
+    weight, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
+    logits = linear(x, weight, bias) if router.rounds_logits else linear(x.float(), weight.float(), bias)
+    correction = weights[f"{plain.block}.{router.correction}"].flatten() if router.correction else None
+    if x.dtype != torch.bfloat16:
+        router = replace(router, rounds_logits=False, rounds_weights=False)
+    chosen, scores = route(router, logits.float(), correction)
+    return chosen, scores.to(x.dtype) if router.rounds_weights else scores
 
 
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

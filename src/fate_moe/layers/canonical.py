@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from fate_moe.layers.fingerprint import fingerprint
+from fate_moe.layers.fingerprint import fingerprint, function_fingerprint
 
 __all__ = [
     "ATTENTIONS",
@@ -31,6 +31,7 @@ __all__ = [
     "MlpCode",
     "NormCode",
     "RouterCode",
+    "attends_as",
     "meaning_of",
 ]
 
@@ -39,10 +40,12 @@ Meaning = TypeVar("Meaning")
 
 @dataclass(frozen=True)
 class NormCode:
-    """An RMS norm with its eps in attribute ``eps``; ``rounds_first``: x is rounded to its dtype before the weight."""
+    """An RMS norm with its eps in attribute ``eps``; ``rounds_first``: x is rounded to its dtype before the weight, to which
+    ``offset`` is added."""
 
     eps: str = "variance_epsilon"
     rounds_first: bool = True
+    offset: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,12 @@ class MlpCode:
 
 @dataclass(frozen=True)
 class AttentionCode:
-    """q_proj, k_proj, v_proj, rotary halves, o_proj. ``norms``: q_norm and k_norm are on each "head", on "all" heads together, or
-    not there; ``norms_if`` names the attribute that turns them on. ``clip`` and ``window`` name fields of the configuration,
-    ``partial_rope``: only the channels that cos and sin have are turned. ``rope_if``: field and value without which there is none.
+    """q_proj, k_proj, v_proj, rotary embedding (``rope``, ``half_angles``: plain_layer.Attention), o_proj.
+
+    ``norms``: q_norm and k_norm are on each "head", on "all" heads together, or not there; ``norms_if`` names the attribute that
+    turns them on. ``clip`` and ``window`` name fields of the configuration, ``partial_rope``: only the channels that cos and sin
+    have are turned. ``rope_if``: field and value without which there is none.
+    ``sinks``: the module has them, and runs "eager" attention of its file, which must be that of the family named here.
     """
 
     norms: str = ""
@@ -65,25 +71,41 @@ class AttentionCode:
     window: str | None = None
     partial_rope: bool = False
     rope_if: tuple[str, str] | None = None
+    rope: str = "halves"
+    half_angles: bool = False
+    sinks: str | None = None
 
 
 @dataclass(frozen=True)
 class RouterCode:
-    """Softmax over ``weight`` times x, then the largest. ``normalize``: whether their weights are divided by their sum, or the
-    attribute that says so. ``scale`` and ``method`` name attributes: a factor, and how groups limit the choice ("greedy": not)."""
+    """``weight`` times x (and its bias), scores, the largest (plain_layer.Router). ``normalize``: whether their weights are divided
+    by their sum, or the attribute that says so. ``scale``, ``floor``, ``spread`` and ``method`` name attributes; the last says how
+    groups limit the choice ("greedy": not). ``correction`` is the path of a tensor in the router, ``groups`` the attributes with
+    the number of groups and how many of them are chosen. ``exact``: logits and weights are not rounded to the model's dtype.
+    """
 
     normalize: bool | str
     scale: str | None = None
     method: str | None = None
+    scores: str = "softmax"
+    correction: str | None = None
+    groups: tuple[str, str] | None = None
+    group_best: int = 1
+    floor: float | str = 0.0
+    spread: str | None = None
+    exact: bool = False
+    rounds_weights: bool = False  # nevertheless
 
 
 @dataclass(frozen=True)
 class BlockCode:
-    """A MoE block's children beside ``experts``; ``gate`` is the shared expert's."""
+    """A MoE block's children beside ``experts``; ``gate`` is the shared expert's, which may be None in the block.
+    ``correction``: the tensor that the block gives its router."""
 
     router: str
     shared: str | None = None
     gate: str | None = None
+    correction: str | None = None
 
 
 @dataclass(frozen=True)
@@ -118,16 +140,36 @@ ATTENTIONS: Mapping[str, AttentionCode] = {
     "granitemoehybrid.GraniteMoeHybridAttention": AttentionCode(rope_if=("position_embedding_type", "rope")),
     "glm4_moe.Glm4MoeAttention": AttentionCode(norms="head", norms_if="use_qk_norm", partial_rope=True),
     "glm4v_moe.Glm4vMoeTextAttention": AttentionCode(partial_rope=True),
+    "gpt_oss.GptOssAttention": AttentionCode(half_angles=True, sinks="gpt_oss"),
+    "ernie4_5_moe.Ernie4_5_MoeAttention": AttentionCode(rope="pairs"),
     "olmoe.OlmoeAttention": AttentionCode(norms="all", clip="clip_qkv", window="sliding_window"),
 }
 ROUTERS: Mapping[str, RouterCode] = {
     "qwen3_moe.Qwen3MoeTopKRouter": RouterCode("norm_topk_prob"),
     "mixtral.MixtralTopKRouter": RouterCode(True),
     "qwen3_vl_moe.Qwen3VLMoeTextTopKRouter": RouterCode(True),
-    "deepseek_v2.DeepseekV2TopkRouter": RouterCode(False, scale="routed_scaling_factor", method="topk_method"),
+    "deepseek_v2.DeepseekV2TopkRouter": RouterCode(
+        False, scale="routed_scaling_factor", method="topk_method", groups=("num_group", "topk_group"), exact=True
+    ),
+    "deepseek_v3.DeepseekV3TopkRouter": RouterCode(
+        "norm_topk_prob",
+        scale="routed_scaling_factor",
+        scores="sigmoid",
+        correction="e_score_correction_bias",
+        groups=("num_group", "topk_group"),
+        group_best=2,
+        floor=1e-20,
+        exact=True,
+    ),
+    "hy_v3.HYV3TopKRouter": RouterCode(True, scale="router_scaling_factor", scores="sigmoid", floor=1e-20, exact=True),
+    "ernie4_5_moe.Ernie4_5_MoeTopKRouter": RouterCode(
+        True, correction="moe_statics.e_score_correction_bias", floor="norm_min", exact=True, rounds_weights=True
+    ),
+    "phimoe.PhimoeTopKRouter": RouterCode(False, scores="sparse mixer", spread="router_jitter_noise"),
     # The softmax of the largest logits alone: the same weights as the largest of a softmax, normalized.
     "aria.AriaTextTopKRouter": RouterCode(True),
     "granitemoe.GraniteMoeTopKRouter": RouterCode(True),
+    "gpt_oss.GptOssTopKRouter": RouterCode(True),
 }
 BLOCKS: Mapping[str, BlockCode] = {
     "qwen3_moe.Qwen3MoeSparseMoeBlock": BlockCode("gate"),
@@ -136,11 +178,16 @@ BLOCKS: Mapping[str, BlockCode] = {
     "olmoe.OlmoeSparseMoeBlock": BlockCode("gate"),
     "deepseek_v2.DeepseekV2Moe": BlockCode("gate", "shared_experts"),
     "aria.AriaTextMoELayer": BlockCode("router", "shared_experts"),
+    "hy_v3.HYV3MoE": BlockCode("gate", "shared_experts", correction="e_score_correction_bias"),
+    "ernie4_5_moe.Ernie4_5_MoeSparseMoeBlock": BlockCode("gate", "shared_experts"),
+    "phimoe.PhimoeSparseMoeBlock": BlockCode("router"),
+    "gpt_oss.GptOssMLP": BlockCode("router"),
     "granitemoe.GraniteMoeMoE": BlockCode("router"),
 }
 LAYERS: Mapping[str, LayerCode] = {
     "qwen3_moe.Qwen3MoeDecoderLayer": LayerCode(),
     "mixtral.MixtralDecoderLayer": LayerCode(),
+    "gpt_oss.GptOssDecoderLayer": LayerCode(),
     "granitemoe.GraniteMoeDecoderLayer": LayerCode("block_sparse_moe", residual="residual_multiplier"),
 }
 # Embedding, layers, norm; rotary frequencies as they are; the head on that alone.
@@ -149,13 +196,22 @@ TRUNKS = {
     "qwen2_moe.Qwen2MoeModel": True,
     "mixtral.MixtralModel": True,
     "olmoe.OlmoeModel": True,
+    "gpt_oss.GptOssModel": True,
+    "dots1.Dots1Model": True,
+    "hy_v3.HYV3Model": True,
 }
 ROPES = {
     "qwen3_moe.Qwen3MoeRotaryEmbedding": True,
     "qwen2_moe.Qwen2MoeRotaryEmbedding": True,
     "mixtral.MixtralRotaryEmbedding": True,
+    "gpt_oss.GptOssRotaryEmbedding": True,
+    "ernie4_5_moe.Ernie4_5_MoeRotaryEmbedding": True,
 }
-HEADS = {"qwen3_moe.Qwen3MoeForCausalLM": True}
+HEADS = {
+    "qwen3_moe.Qwen3MoeForCausalLM": True,
+    "glm4_moe.Glm4MoeForCausalLM": True,
+    "hy_v3.HYV3ForCausalLM": True,
+}
 
 
 def meaning_of(kind: type, known: Mapping[str, Meaning]) -> Meaning | None:
@@ -166,6 +222,15 @@ def meaning_of(kind: type, known: Mapping[str, Meaning]) -> Meaning | None:
         if canonical is not None and fingerprint(canonical) == wanted:
             return meaning
     return None
+
+
+def attends_as(kind: type, family: str) -> bool:
+    """Whether the eager attention of ``kind``'s file is that of ``family``'s."""
+    own, other = (
+        getattr(importlib.import_module(name), "eager_attention_forward", None)
+        for name in (kind.__module__, f"transformers.models.{family}.modeling_{family}")
+    )
+    return own is not None and other is not None and function_fingerprint(own) == function_fingerprint(other)
 
 
 @functools.cache

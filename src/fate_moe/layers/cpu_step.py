@@ -11,6 +11,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,12 +21,15 @@ from transformers.cache_utils import DynamicCache
 from fate_moe.adapter.kv_cache import make_room, room_for
 from fate_moe.adapter.meta_model import ExpertStack
 from fate_moe.core import Patcher
-from fate_moe.kernels.native import DTYPES, native
-from fate_moe.kernels.plain_layer import PlainLayer
-from fate_moe.layers.modules import accelerated_by, takes_many, takes_tokens, warn_of_difference, weight_of
-from fate_moe.layers.plain import NotPlain, cpu_reasons, recognise
+from fate_moe.kernels.native import BF16, DTYPES, native
+from fate_moe.kernels.plain_layer import PlainLayer, Router
+from fate_moe.kernels.routing import SCORES
+from fate_moe.layers.attentions import mask_for, takes_tokens
+from fate_moe.layers.modules import accelerated_by
+from fate_moe.layers.plain import NotPlain, cpu_reasons, plain_decoder
 from fate_moe.layers.rows import Masks, batch_rows, contiguous_kv
 from fate_moe.layers.snapshot import ModuleSnapshot, StandIn
+from fate_moe.layers.weights import native_norm, router_weight, takes_many, warn_of_difference, weight_of
 from fate_moe.runtime import ExpertRuntime
 
 __all__ = ["CpuStep", "join_layers"]
@@ -45,8 +49,9 @@ def join_layers(model: Any, stacks: Sequence[ExpertStack], runtime: ExpertRuntim
     """
     shared = Shared(runtime, exact, Masks())
     generator, steps = torch.Generator().manual_seed(0), list[CpuStep]()
-    for stack in stacks:
-        plain = recognise(model, stack)
+    by_layer = {stack.layer: stack for stack in stacks}
+    for plain in plain_decoder(model):
+        stack = by_layer.get(plain.layer)
         if isinstance(plain, NotPlain):
             reasons: Sequence[str] = plain.reasons
         else:
@@ -71,13 +76,13 @@ def join_layers(model: Any, stacks: Sequence[ExpertStack], runtime: ExpertRuntim
         shared.masks.forget()
 
     if steps:
-        decoder = model.get_submodule(stacks[0].block.rpartition(".")[0].rpartition(".")[0].rpartition(".")[0])
+        decoder = model.get_submodule(steps[0].plain.path.rpartition(".")[0].rpartition(".")[0])
         patcher.hook(decoder, "before", before)
         patcher.hook(decoder, "after", after)
     return steps
 
 
-def _missing_kernels(model: Any, plain: PlainLayer, stack: ExpertStack, runtime: ExpertRuntime) -> list[str]:
+def _missing_kernels(model: Any, plain: PlainLayer, stack: ExpertStack | None, runtime: ExpertRuntime) -> list[str]:
     """The parts of a plain layer that the extension cannot run as their weights are."""
     layer = model.get_submodule(plain.path)
     block = layer.get_submodule(plain.block)
@@ -88,14 +93,33 @@ def _missing_kernels(model: Any, plain: PlainLayer, stack: ExpertStack, runtime:
     for name, owner in parts.items():
         if accelerated_by(owner.get_submodule(name)) is None:
             reasons.append(f"no kernel runs its {name}")
-    for name in [plain.router_name, *([plain.shared.gate] if plain.shared is not None and plain.shared.gate else [])]:
-        if weight_of(block.get_submodule(name)) is None:
-            reasons.append(f"no kernel multiplies the weight of its {name}")
-    if layer.input_layernorm.weight.dtype != layer.post_attention_layernorm.weight.dtype:
-        reasons.append("its norms' weights have different dtypes")
+    if plain.shared is not None and plain.shared.gate and weight_of(block.get_submodule(plain.shared.gate)) is None:
+        reasons.append(f"no kernel multiplies the weight of its {plain.shared.gate}")
+    if stack is None:
+        return reasons
+    if router_weight(block.get_submodule(plain.router_name)) is None:
+        reasons.append(f"no kernel multiplies the weight of its {plain.router_name}")
+    if plain.router.correction and _tensor(block, plain.router.correction).dtype not in DTYPES:
+        reasons.append(f"no kernel reads its {plain.router.correction}")
     if not runtime.has_fused(stack.layer, block.experts):
         reasons.append("no kernel runs its experts")
     return reasons
+
+
+def _tensor(block: torch.nn.Module, path: str) -> torch.Tensor:
+    found: Any = block
+    for name in path.split("."):
+        found = getattr(found, name)
+    return found  # type: ignore[no-any-return]
+
+
+def _native_router(block: torch.nn.Module, router: Router) -> Any:
+    correction = _tensor(block, router.correction) if router.correction else None
+    at, dtype = (correction.data_ptr(), DTYPES[correction.dtype]) if correction is not None else (0, 0)
+    return native.Router.make(
+        router.top_k, SCORES.index(router.scores), router.normalize, router.floor, router.scale, at, dtype, router.groups,
+        router.top_groups, router.group_best, router.spread, router.rounds_logits, router.rounds_weights,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -121,33 +145,36 @@ class Shared:
 class CpuStep(StandIn):
     """A plain layer's forward: tokens of sequences in one call, else the layer's own."""
 
-    def __init__(self, model: Any, plain: PlainLayer, stack: ExpertStack, shared: Shared) -> None:
+    def __init__(self, model: Any, plain: PlainLayer, stack: ExpertStack | None, shared: Shared) -> None:
+        """A dense layer has no ``stack``."""
         layer = model.get_submodule(plain.path)
         self.block = layer.get_submodule(plain.block)
-        self.original, self.shared, self.stack, self.experts = layer.forward, shared, stack, self.block.experts
+        self.original, self.shared, self.stack, self.experts = layer.forward, shared, stack, None
+        if stack is not None:
+            self.experts = self.block.experts
         self.plain, self.index, self.hidden = plain, plain.attention.index, plain.hidden
         self.post_norm = layer.post_attention_layernorm
         beside = self.block.get_submodule(plain.shared.name) if plain.shared is not None else None
         projections = [layer.self_attn.get_submodule(f"{name}_proj") for name in "qkvo"]
         if beside is not None:
             projections += [beside.gate_proj, beside.up_proj, beside.down_proj]
-        self.takes_many = takes_many(projections, shared.exact) and shared.runtime.takes_many(stack.layer, self.experts)
+        self.takes_many = takes_many(projections, shared.exact)
         inner = [layer.self_attn, *([beside] if beside is not None else [])]
-        self.snapshot = ModuleSnapshot([layer, self.block, self.experts, *inner])
+        router = gate = native.Weight.make(native.Place.make(BF16, 0, self.hidden, [0], 0, 0, -1, 0), 0, 0, 0)  # none
+        places: tuple[Any, ...] = [], [], []
+        if stack is not None:
+            inner += [self.experts, self.block.get_submodule(plain.router_name)]
+            router, places = router_weight(inner[-1]), shared.runtime.fused(stack.layer, self.experts)
+            self.takes_many = self.takes_many and shared.runtime.takes_many(stack.layer, self.experts)
+        self.snapshot = ModuleSnapshot(list(dict.fromkeys([layer, self.block, *inner])))
         self.ready = True  # set for each pass of the decoder
-        router = weight_of(self.block.get_submodule(plain.router_name))
-        gate = native.Weight.make(router.place, 0, 0, 0)  # address 0: none
         if plain.shared is not None and plain.shared.gate is not None:
             gate = weight_of(self.block.get_submodule(plain.shared.gate))
-        norms = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
-        self.until_experts = native.Layer.make(
-            norms[0].data_ptr(), norms[1].data_ptr(), DTYPES[norms[0].dtype], plain.input_norm.eps, plain.input_norm.rounds_first,
-            accelerated_by(layer.self_attn), router, gate, plain.router.top_k, plain.router.normalize, plain.router.scale,
-            plain.residual_scale,
-        )  # fmt: skip
+        norms = native_norm(layer.input_layernorm, plain.input_norm), native_norm(layer.post_attention_layernorm, plain.post_norm)
+        routing = _native_router(self.block, plain.router)
+        self.until_experts = native.Layer.make(*norms, accelerated_by(layer.self_attn), router, gate, routing, plain.residual_scale)
         self.beside = accelerated_by(beside) if beside is not None else None
-        places = shared.runtime.fused(stack.layer, self.experts)
-        self.of = native.StepLayer.make(stack.layer, self.until_experts, self.beside, *places)
+        self.of = native.StepLayer.make(plain.layer, self.until_experts, self.beside, *places)
         self._alone = native.Step.make([self.of], None)
 
     def is_unchanged(self) -> bool:
@@ -156,7 +183,7 @@ class CpuStep(StandIn):
 
     def is_watched(self) -> bool:
         """Whether somebody hooked a part since, or watches the experts' inputs (tools/calibrate.py)."""
-        return self.snapshot.hooked() or self.experts.fate_runtime is not self.shared.runtime
+        return self.snapshot.hooked() or (self.experts is not None and self.experts.fate_runtime is not self.shared.runtime)
 
     def room_in(self, cache: Any, batch: int) -> Any:
         """The layer's part of a KV cache of ``batch`` sequences; None if it is another kind."""
@@ -176,7 +203,7 @@ class CpuStep(StandIn):
         batch, count, _ = x.shape
         room = self.room_in(cache, batch)
         past = room.get_seq_length() if room is not None else 0
-        padding = shared.masks.padding(mask, batch, count, past) if room is not None or cache is None else None
+        padding = shared.masks.padding(mask, batch, count, past, attention.window) if room is not None or cache is None else None
         rows = batch_rows(batch, count, past, padding) if padding is not None else None
         if rows is None:
             return self.original(hidden_states, *args, **kwargs)
@@ -185,7 +212,7 @@ class CpuStep(StandIn):
         else:  # keys and values are forgotten
             keys, values = torch.zeros(2, batch, attention.kv_heads, count, attention.head_dim, dtype=torch.bfloat16)
         out = rows.pick(x).clone()
-        turned = tuple(map(rows.pick, angles))
+        turned = tuple(rows.pick(of).float() for of in angles)
         shared.run(self._alone, out.data_ptr(), rows.spans, turned, contiguous_kv(keys, values), [], 0)
         if room is not None:
             room.extend(count)
@@ -207,12 +234,13 @@ def _difference(step: CpuStep, generator: torch.Generator) -> str | None:
 
     Experts louder than all else show how they are weighed, silent ones everything else.
     """
-    runtime, hooks = step.experts.fate_runtime, step.block._forward_pre_hooks
-    rows = torch.randn(step.stack.num_experts, step.hidden, generator=generator)
+    holder: Any = step.experts if step.experts is not None else SimpleNamespace(fate_runtime=None)
+    runtime, hooks = holder.fate_runtime, step.block._forward_pre_hooks
+    rows = torch.randn(step.plain.router.num_experts, step.hidden, generator=generator)
     step.block._forward_pre_hooks = OrderedDict()  # ours would start reads
     try:
         for scale in (1e3, 0.0):
-            step.experts.fate_runtime = _Pretender(scale * rows)
+            holder.fate_runtime = _Pretender(scale * rows)
             tokens = (0.02 * torch.randn(_TRIES, 1, _PROBE_TOKENS, step.hidden, generator=generator)).bfloat16()
             differences = [_difference_on(step, scale * rows, x) for x in tokens]
             if None not in differences:
@@ -220,7 +248,7 @@ def _difference(step: CpuStep, generator: torch.Generator) -> str | None:
     except Exception as error:  # whatever a family's layer makes of this call
         return f"it cannot be called with a token and a cache ({error})"
     finally:
-        step.experts.fate_runtime = runtime
+        holder.fate_runtime = runtime
         step.block._forward_pre_hooks = hooks
         step.ready = False
     return None
@@ -232,8 +260,9 @@ def _difference_on(step: CpuStep, experts: torch.Tensor, x: torch.Tensor) -> str
     What attention adds and what the block adds are compared apart.
     """
     residuals = list[torch.Tensor]()
-    dim = step.plain.attention.rotary_dim
-    angles = torch.arange(_PROBE_TOKENS * (dim // 2)).view(1, _PROBE_TOKENS, -1).repeat(1, 1, 2) * 0.7
+    attention = step.plain.attention
+    angles = torch.arange(_PROBE_TOKENS * (attention.rotary_dim // 2)).view(1, _PROBE_TOKENS, -1) * 0.7
+    angles = angles.repeat(1, 1, 1 if attention.half_angles else 2)
     position = angles.cos().bfloat16(), angles.sin().bfloat16()
     first, last = [(x[:, at], tuple(of[:, at] for of in position)) for at in (slice(None, -1), slice(-1, None))]
     caches = DynamicCache(), DynamicCache()
@@ -254,7 +283,9 @@ def _difference_on(step: CpuStep, experts: torch.Tensor, x: torch.Tensor) -> str
 
 
 def _own_forward(step: CpuStep, x: torch.Tensor, angles: tuple[torch.Tensor, ...], cache: Any) -> torch.Tensor:
-    out: torch.Tensor = step.original(x.contiguous(), position_embeddings=angles, attention_mask=None, past_key_values=cache)
+    past = _PROBE_TOKENS - 1 if x.shape[1] == 1 else 0
+    mask = mask_for(step.plain.attention, past, x.shape[1])
+    out: torch.Tensor = step.original(x.contiguous(), position_embeddings=angles, attention_mask=mask, past_key_values=cache)
     return out.float()
 
 
@@ -263,8 +294,8 @@ def _by_parts(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One token through the parts of csrc/step.cpp, with the rows of ``experts`` for outputs: the residual stream after attention,
     and after the block."""
-    threads, exact, top_k, hidden = torch.get_num_threads(), step.shared.exact, step.stack.top_k, step.hidden
-    x, cos, sin = (each.contiguous() for each in (x, *angles))
+    threads, exact, top_k, hidden = torch.get_num_threads(), step.shared.exact, step.plain.router.top_k, step.hidden
+    x, cos, sin = x.contiguous(), *(each.float().contiguous() for each in angles)
     residual, normed, beside, out = (torch.empty(1, 1, hidden, dtype=torch.bfloat16) for _ in range(4))
     chosen, weights, factors = torch.empty(top_k, dtype=torch.int64), torch.empty(top_k), torch.empty(1)
     past, *states = room.reserve(1)

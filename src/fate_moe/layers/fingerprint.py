@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["fingerprint"]
+__all__ = ["fingerprint", "function_fingerprint"]
 
 # Families' code: functions from here are compared by what they do, all others (torch, transformers' own) by their name.
 _FAMILIES = "transformers.models."
@@ -30,6 +30,12 @@ _ARGUMENTS = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
 def fingerprint(owner: type) -> str:
     """Of ``owner.forward`` and, as far as it calls them, the class's own methods."""
     return _of_function(owner.forward, owner, ())  # type: ignore[attr-defined]
+
+
+@functools.cache
+def function_fingerprint(function: Any) -> str:
+    """Of a function of a modelling file."""
+    return _of_function(function, None, ())
 
 
 def _of_function(function: Any, owner: type | None, seen: tuple[Any, ...]) -> str:

@@ -16,13 +16,14 @@ import torch
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
-from fate_moe.kernels.native import DTYPES, native
+from fate_moe.kernels.native import native
 from fate_moe.kernels.plain_layer import Norm
 from fate_moe.layers.canonical import HEADS, ROPES, TRUNKS, meaning_of
 from fate_moe.layers.cpu_step import CpuStep
-from fate_moe.layers.modules import MOST_FEW, accelerated_by, takes_many, weight_of
+from fate_moe.layers.modules import accelerated_by
 from fate_moe.layers.rows import BLOCK, batch_rows, contiguous_kv, padding_of
 from fate_moe.layers.snapshot import ModuleSnapshot, StandIn, Watch
+from fate_moe.layers.weights import MOST_FEW, native_norm, takes_many, weight_of
 
 __all__ = ["ModelStep", "SequenceRows", "model_step"]
 
@@ -68,9 +69,9 @@ class ModelStep(StandIn):
         self.most_rows = sys.maxsize if all(step.takes_many for step in steps) else MOST_FEW
         self._many_logits = takes_many([model.lm_head], self._shared.exact)
         self.head_dim = steps[0].plain.attention.head_dim
+        self._windows = any(step.plain.attention.window for step in steps)
         self._angles = _Angles(self._trunk.rotary_emb)
-        weight = self._trunk.norm.weight
-        head = native.Head.make(weight.data_ptr(), DTYPES[weight.dtype], norm.eps, norm.rounds_first, weight_of(model.lm_head))
+        head = native.Head.make(native_norm(self._trunk.norm, norm), weight_of(model.lm_head))
         self.of = native.Step.make([step.of for step in steps], head)
 
     def note(self) -> None:
@@ -84,7 +85,7 @@ class ModelStep(StandIn):
             self._watch is not None
             and self._watch.same()
             and self._angles.same()
-            and all(step.experts.__dict__["fate_runtime"] is self._shared.runtime for step in self._steps)
+            and all(step.experts is None or step.experts.fate_runtime is self._shared.runtime for step in self._steps)
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -116,6 +117,7 @@ class ModelStep(StandIn):
             or return_dict is False
             or not isinstance(logits_to_keep, int)
             or isinstance(attention_mask, dict)
+            or (attention_mask is not None and attention_mask.dim() != 2 and self._windows)
             or (cache is not None and not use_cache)
             or any(value not in (None, False) for value in others.values())
             or any(getattr(config, name, False) for name in _RECORDS)
@@ -234,7 +236,7 @@ def _pooled_kv(states: torch.Tensor) -> tuple[int, int, int, int, int]:
 
 
 class _Angles:
-    """cos and sin of positions bf16 [n, rotary_dim], from a table that the model's own module makes."""
+    """cos and sin of positions fp32 [n, num_angles], from a table that the model's own module makes."""
 
     def __init__(self, rope: Any) -> None:
         self._rope, self._frequencies, self._scaling = rope, rope.inv_freq, rope.attention_scaling
@@ -250,7 +252,7 @@ class _Angles:
         if last >= len(self._table[0]):
             every = torch.arange(max(256, last + last // 2))[None]
             cos, sin = self._rope(torch.empty(0, dtype=torch.bfloat16), every)
-            self._table = cos[0].contiguous(), sin[0].contiguous()
+            self._table = cos[0].float().contiguous(), sin[0].float().contiguous()
         if len(positions) == 1:
             return self._table[0][last], self._table[1][last]
         return self._table[0][positions], self._table[1][positions]

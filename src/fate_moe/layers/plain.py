@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import nn
 
 from fate_moe.adapter.meta_model import ExpertStack, expert_stacks
 from fate_moe.kernels.native import native, why_not
-from fate_moe.kernels.plain_layer import Attention, Mlp, Norm, PlainLayer, Router, SharedExpert
+from fate_moe.kernels.plain_layer import NO_ROUTER, Attention, Mlp, Norm, PlainLayer, Router, SharedExpert
 from fate_moe.layers.canonical import (
     ATTENTIONS,
     BLOCKS,
@@ -30,6 +30,7 @@ from fate_moe.layers.canonical import (
     AttentionCode,
     BlockCode,
     LayerCode,
+    attends_as,
     meaning_of,
 )
 from fate_moe.switches import fuse
@@ -40,9 +41,11 @@ __all__ = [
     "attention_reasons",
     "cpu_reasons",
     "cuda_reasons",
+    "plain_decoder",
     "plain_layers",
     "recognise",
     "recognise_attention",
+    "recognise_dense",
     "recognise_mlp",
     "recognise_norm",
 ]
@@ -73,40 +76,67 @@ def plain_layers(model: nn.Module) -> list[PlainLayer | NotPlain]:
     return [recognise(model, stack) for stack in expert_stacks(model)]
 
 
+def plain_decoder(model: nn.Module) -> list[PlainLayer | NotPlain]:
+    """All layers of ``model``'s decoder, those without experts too, in their order."""
+    stacks = {stack.block.rpartition(".")[0]: stack for stack in expert_stacks(model)}
+    found = list[PlainLayer | NotPlain]()
+    for decoder in dict.fromkeys(path.rpartition(".")[0] for path in stacks):
+        layers = model.get_submodule(decoder)
+        names = [f"{decoder}.{name}" for name, _ in layers.named_children()] if isinstance(layers, nn.ModuleList) else []
+        for path in names or [path for path in stacks if path.rpartition(".")[0] == decoder]:
+            found.append(recognise(model, stacks[path]) if path in stacks else recognise_dense(model, path))
+    return found
+
+
 def recognise(model: nn.Module, stack: ExpertStack) -> PlainLayer | NotPlain:
     """What the decoder layer around ``stack`` is."""
     path, _, name = stack.block.rpartition(".")
-    layer, block = model.get_submodule(path), model.get_submodule(stack.block)
-    reasons: list[str] = []
-    code = meaning_of(type(layer), LAYERS)
-    if code is None:
-        reasons.append(f"{type(layer).__name__} puts its parts together in a way that is not known")
-    elif code.block != name:
-        reasons.append(f"{type(layer).__name__} has its experts in {name}, not in {code.block}")
+    block = model.get_submodule(stack.block)
+    reasons = list[str]()
+    code = _layer_code(model.get_submodule(path), reasons)
+    if code is not None and code.block != name:
+        reasons.append(f"{type(model.get_submodule(path)).__name__} has its experts in {name}, not in {code.block}")
     if stack.twins:
         reasons.append("another layer has the same experts")
     block_code = meaning_of(type(block), BLOCKS)
     if block_code is None:
         reasons.append(f"{type(block).__name__} runs router and experts in a way that is not known")
-    norms = [_part(layer, child, recognise_norm, reasons) for child in ("input_layernorm", "post_attention_layernorm")]
-    attention = _part(layer, "self_attn", recognise_attention, reasons)
+    around = _around(model, path, code, reasons)
     router = _router(block, block_code, stack, reasons)
     shared = _shared(block, block_code, reasons)
-    if reasons or code is None or block_code is None or attention is None or router is None:
+    if reasons or around is None or block_code is None or router is None:
         return NotPlain(stack.layer, path, tuple(reasons))
-    return PlainLayer(
-        layer=stack.layer,
-        path=path,
-        block=name,
-        router_name=block_code.router,
-        hidden=layer.input_layernorm.weight.numel(),  # type: ignore[operator,union-attr]
-        input_norm=norms[0],
-        attention=attention,
-        post_norm=norms[1],
-        router=router,
-        shared=shared,
-        residual_scale=_scale(layer, code),
-    )
+    return replace(around, layer=stack.layer, block=name, router_name=block_code.router, router=router, shared=shared)
+
+
+def recognise_dense(model: nn.Module, path: str) -> PlainLayer | NotPlain:
+    """What the decoder layer at ``path``, which has no experts, is."""
+    reasons = list[str]()
+    code = _layer_code(model.get_submodule(path), reasons)
+    around = _around(model, path, code, reasons)
+    mlp = _part(model.get_submodule(path), code.block, recognise_mlp, reasons) if code is not None else None
+    if reasons or around is None or mlp is None:
+        return NotPlain(-1, path, tuple(reasons))
+    return replace(around, shared=SharedExpert(mlp, ""))
+
+
+def _layer_code(layer: nn.Module, reasons: list[str]) -> LayerCode | None:
+    code = meaning_of(type(layer), LAYERS)
+    if code is None:
+        reasons.append(f"{type(layer).__name__} puts its parts together in a way that is not known")
+    return code
+
+
+def _around(model: nn.Module, path: str, code: LayerCode | None, reasons: list[str]) -> PlainLayer | None:
+    """What the layer at ``path`` is around its MoE block or MLP; None where ``reasons`` grew."""
+    layer: Any = model.get_submodule(path)
+    norms = [_part(layer, child, recognise_norm, reasons) for child in ("input_layernorm", "post_attention_layernorm")]
+    attention = _part(layer, "self_attn", recognise_attention, reasons)
+    if code is None or attention is None or None in norms:
+        return None
+    hidden = layer.input_layernorm.weight.numel()
+    scale = float(getattr(layer, code.residual)) if code.residual else 1.0
+    return PlainLayer(-1, path, code.block, "", hidden, norms[0], attention, norms[1], NO_ROUTER, residual_scale=scale)
 
 
 def _part(owner: nn.Module, name: str, recognise_it: Any, reasons: list[str]) -> Any:
@@ -122,19 +152,17 @@ def _part(owner: nn.Module, name: str, recognise_it: Any, reasons: list[str]) ->
     return found
 
 
-def _scale(layer: nn.Module, code: LayerCode) -> float:
-    return float(getattr(layer, code.residual)) if code.residual else 1.0
-
-
 def recognise_norm(module: nn.Module) -> Norm | list[str]:
-    """The RMS norm that ``module`` is, or why it is none."""
+    """The norm that ``module`` is, or why it is none."""
+    weight = module._parameters.get("weight")
+    if type(module) is nn.LayerNorm and weight is not None and weight.ndim == 1:
+        return Norm(module.eps, rounds_first=False, centered=True, bias=module.bias is not None)
     code = meaning_of(type(module), NORMS)
     if code is None:
-        return [f"{type(module).__name__} is no RMS norm that is known"]
-    weight = module._parameters.get("weight")
+        return [f"{type(module).__name__} is no norm that is known"]
     if weight is None or weight.ndim != 1:
         return [f"{type(module).__name__} has no weight"]
-    return Norm(float(getattr(module, code.eps)), code.rounds_first)
+    return Norm(float(getattr(module, code.eps)), code.rounds_first, offset=code.offset)
 
 
 def recognise_mlp(module: nn.Module) -> Mlp | list[str]:
@@ -162,6 +190,8 @@ def recognise_attention(module: nn.Module) -> Attention | list[str]:
         if found[0] != found[1]:
             return ["its queries and keys have different norms"]
         norm = found[0]
+    if code.sinks and not attends_as(type(module), code.sinks):
+        return ["its attention sinks are used in a way that is not known"]
     dim = int(of.head_dim)
     return Attention(
         index=int(of.layer_idx),
@@ -176,6 +206,9 @@ def recognise_attention(module: nn.Module) -> Attention | list[str]:
         norm_over_heads=with_norms and code.norms == "all",
         clip=getattr(of.config, code.clip) if code.clip else None,
         window=_window(of, code),
+        sinks=code.sinks is not None,
+        rope=code.rope,
+        half_angles=code.half_angles,
     )
 
 
@@ -204,19 +237,40 @@ def _router(block: nn.Module, code: BlockCode | None, stack: ExpertStack, reason
     router: Any = block.get_submodule(code.router)
     meaning = meaning_of(type(router), ROUTERS)
     if meaning is None:
-        reasons.append(f"{code.router}: {type(router).__name__} is no softmax router that is known")
+        reasons.append(f"{code.router}: {type(router).__name__} is no router that is known")
         return None
-    method = getattr(router, meaning.method) if meaning.method else "greedy"
-    if method != "greedy":
+    method = getattr(router, meaning.method) if meaning.method else None
+    if method not in (None, "greedy", "group_limited_greedy"):
         reasons.append(f"{code.router}: it chooses by {method}")
     if router.top_k != stack.top_k:
         reasons.append(f"{code.router}: it chooses {router.top_k} experts, the configuration says {stack.top_k}")
-    normalize = meaning.normalize if isinstance(meaning.normalize, bool) else bool(getattr(router, meaning.normalize))
-    return Router(stack.num_experts, stack.top_k, normalize, float(getattr(router, meaning.scale)) if meaning.scale else 1.0)
+    groups, top_groups = 1, 1
+    if meaning.groups and method != "greedy":
+        groups, top_groups = (int(getattr(router, name)) for name in meaning.groups)
+    size, rest = divmod(stack.num_experts, max(1, groups))
+    if rest or not 1 <= top_groups <= groups or (groups > 1 and (size < meaning.group_best or size * top_groups < stack.top_k)):
+        reasons.append(f"{code.router}: it chooses {top_groups} of {groups} groups, which {stack.num_experts} experts do not have")
+    correction = f"{code.router}.{meaning.correction}" if meaning.correction else code.correction
+    return Router(
+        stack.num_experts,
+        stack.top_k,
+        meaning.normalize if isinstance(meaning.normalize, bool) else bool(getattr(router, meaning.normalize)),
+        float(getattr(router, meaning.scale)) if meaning.scale else 1.0,
+        scores=meaning.scores,
+        correction=correction,
+        groups=groups,
+        top_groups=top_groups,
+        group_best=meaning.group_best,
+        floor=float(getattr(router, meaning.floor)) if isinstance(meaning.floor, str) else meaning.floor,
+        spread=2 * float(getattr(router, meaning.spread)) if meaning.spread else 0.0,
+        rounds_logits=not meaning.exact,
+        rounds_weights=not meaning.exact or meaning.rounds_weights,
+        bias=getattr(router, "bias", None) is not None,
+    )
 
 
 def _shared(block: nn.Module, code: BlockCode | None, reasons: list[str]) -> SharedExpert | None:
-    if code is None or code.shared is None:
+    if code is None or code.shared is None or getattr(block, code.shared, None) is None:
         return None
     mlp = _part(block, code.shared, recognise_mlp, reasons)
     return None if mlp is None else SharedExpert(mlp, code.shared, code.gate)
@@ -231,15 +285,11 @@ def cpu_reasons(plain: PlainLayer, dtype: torch.dtype) -> list[str]:
         reasons.append("FATE_FUSE=0 turns whole layers off")
     if dtype != torch.bfloat16:
         reasons.append(f"the model is in {_named(dtype)}; whole layers run in bfloat16")
-    if plain.input_norm != plain.post_norm:
-        reasons.append("its two norms differ")
     return reasons
 
 
 def attention_reasons(attention: Attention) -> list[str]:
     """Why no kernel runs ``attention`` on the CPU; none if one does."""
-    if attention.window is not None:  # the cache forgets what is beyond it
-        return [f"its attention has a sliding window ({attention.window} tokens)"]
     if attention.rotary_dim % 2:
         return [f"its rotary embedding turns {attention.rotary_dim} channels, an odd number"]
     return []
@@ -263,6 +313,12 @@ def _layer_cuda_reasons(plain: PlainLayer) -> Iterable[str]:
     attention, shared = plain.attention, plain.shared
     if attention.window is not None:
         yield f"its attention has a sliding window ({attention.window} tokens)"
+    if attention.sinks:
+        yield "its attention has sinks"
+    if attention.rope != "halves" or attention.half_angles:
+        yield "its rotary embedding is of another kind"
+    if any(norm.centered or norm.bias or norm.offset for norm in (plain.input_norm, plain.post_norm, attention.qk_norm) if norm):
+        yield "its norms are of another kind"
     if attention.norm_over_heads:
         yield "its queries and keys are normed over all heads together"
     if attention.clip is not None:
@@ -271,8 +327,11 @@ def _layer_cuda_reasons(plain: PlainLayer) -> Iterable[str]:
         yield f"its rotary embedding turns {attention.rotary_dim} of {attention.head_dim} channels"
     elif attention.head_dim % 2:
         yield f"its heads have {attention.head_dim} channels, an odd number"
-    if plain.router.scale != 1.0:
-        yield f"its experts' weights are scaled by {plain.router.scale:g}"
+    router = plain.router
+    if router.scale != 1.0:
+        yield f"its experts' weights are scaled by {router.scale:g}"
+    if router.scores != "softmax" or router.correction or router.groups > router.top_groups or router.floor or router.bias:
+        yield "its router chooses by more than a softmax"
     if plain.residual_scale != 1.0:
         yield f"what is added to the residual stream is scaled by {plain.residual_scale:g}"
     if attention.scaling != attention.head_dim**-0.5:

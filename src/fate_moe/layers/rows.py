@@ -93,15 +93,28 @@ def batch_rows(batch: int, count: int, past: int, padding: Sequence[int]) -> Bat
     return BatchRows(batch, count, past, tuple(padding)) if any(first < past + count for first in padding) else None
 
 
-def padding_of(mask: torch.Tensor | None, batch: int, count: int, past: int) -> tuple[int, ...] | None:
+def padding_of(mask: torch.Tensor | None, batch: int, count: int, past: int, window: int | None = None) -> tuple[int, ...] | None:
     """The padding of each sequence before its first token, if ``mask`` is causal with nothing but that; else None.
 
     ``mask``: None; [batch, past + count] that is not 0 at tokens; or bool [batch or 1, 1, count, past + count], True where a place
-    may be seen. What a place of the padding sees is not looked at.
+    may be seen; or numbers, 0 there and else the least number (eager attention). What a place of the padding sees is not looked at.
+    With a ``window`` a place sees only so many places, and [batch or 1, 1, count, n] may be of the last n places only; then only
+    masks of sequences without padding are known.
     """
-    if mask is None:
-        return (0,) * batch
     total = past + count
+    if mask is None:
+        return (0,) * batch if window is None or total <= window else None
+    if mask.dim() == 4 and mask.is_floating_point():
+        allowed = mask == 0
+        if not torch.equal(mask, torch.zeros_like(mask).masked_fill(~allowed, torch.finfo(mask.dtype).min)):
+            return None
+        mask = allowed
+    if mask.dim() == 4 and window is not None:
+        cut = total - mask.shape[-1]
+        if mask.shape[:3] not in ((batch, 1, count), (1, 1, count)) or not 0 <= cut <= max(0, past + 1 - window):
+            return None
+        wanted = torch.ones(count, total, dtype=torch.bool).tril(past).triu(past + 1 - window)[:, cut:]
+        return (0,) * batch if mask.dtype == torch.bool and bool((mask[:, 0] == wanted).all()) else None
     if mask.dim() == 2:
         if mask.shape != (batch, total):
             return None
@@ -125,22 +138,25 @@ def padding_of(mask: torch.Tensor | None, batch: int, count: int, past: int) -> 
 
 
 class Masks:
-    """``padding_of`` for the layers of a pass, which are all given the same mask: it is looked at once."""
+    """``padding_of`` for the layers of a pass, which are given the same mask for each window: it is looked at once."""
 
     def __init__(self) -> None:
-        self._last: tuple[torch.Tensor, int, tuple[int, ...] | None] | None = None
+        self._last: dict[int | None, tuple[torch.Tensor, int, tuple[int, ...] | None]] = {}
 
-    def padding(self, mask: torch.Tensor | None, batch: int, count: int, past: int) -> tuple[int, ...] | None:
+    def padding(
+        self, mask: torch.Tensor | None, batch: int, count: int, past: int, window: int | None = None
+    ) -> tuple[int, ...] | None:
         """See ``padding_of``."""
         if mask is None:
-            return (0,) * batch
-        if self._last is None or self._last[0] is not mask or self._last[1] != past:
-            self._last = mask, past, padding_of(mask, batch, count, past)
-        return self._last[2]
+            return padding_of(mask, batch, count, past, window)
+        last = self._last.get(window)
+        if last is None or last[0] is not mask or last[1] != past:
+            last = self._last[window] = mask, past, padding_of(mask, batch, count, past, window)
+        return last[2]
 
     def forget(self) -> None:
         """The pass is over."""
-        self._last = None
+        self._last.clear()
 
 
 def contiguous_kv(keys: torch.Tensor, values: torch.Tensor) -> tuple[int, int, int, int, int]:

@@ -53,10 +53,11 @@ class ModuleSnapshot:
         self._counts = list(map(len, self._hooks))  # some are ours
         modules = list(dict.fromkeys([*owners, *parts]))
         self._numbers = [
-            (part._parameters, name, tensor, _address(tensor))
+            (held, name, tensor, _address(tensor))
             for part in modules
             if not is_experts(part)
-            for name, tensor in part._parameters.items()
+            for held in (part._parameters, part._buffers)
+            for name, tensor in held.items()
             if tensor is not None
         ]
         self._code = [(part, type(part), type(part).forward) for part in modules]

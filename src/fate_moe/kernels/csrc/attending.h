@@ -29,9 +29,10 @@ class Attending {
     cut(last_tasks_, 0, last_);
     const int64_t group = a.heads / a.kv_heads;
     width_ = (a.heads + 2 * a.kv_heads) * a.dim;
-    const int64_t norms = a.norm_over_heads ? (a.heads + a.kv_heads) * a.dim : 2 * a.dim;
-    rows_ = own_.floats.of<float>(num_tokens * (width_ + last_.rows + 2 * a.rotary_dim) + norms);
+    query_norm_ = a.norm_over_heads ? a.heads * a.dim : a.dim, key_norm_ = a.norm_over_heads ? a.kv_heads * a.dim : a.dim;
+    rows_ = own_.floats.of<float>(num_tokens * (width_ + last_.rows + 2 * a.rotary_dim) + 2 * (query_norm_ + key_norm_) + a.heads);
     result_ = rows_ + num_tokens * width_, angles_ = result_ + num_tokens * last_.rows, norms_ = angles_ + num_tokens * 2 * a.rotary_dim;
+    sinks_ = norms_ + 2 * (query_norm_ + key_norm_);
     // Rows enough to share what is read of a block, and tasks enough for all threads.
     const int64_t tokens_of_task = std::max<int64_t>(1, kRowsOfTask / group);
     heads_of_task_ = group;
@@ -47,15 +48,16 @@ class Attending {
   int64_t size() const { return last_.rows; }
 
   // After token t's x is written: the rest of phase 0. cos and sin are all tokens'.
-  void begin(int64_t t, const void* cos, const void* sin, Dtype dtype) const {
-    const int64_t n = a_.rotary_dim;
+  void begin(int64_t t, const float* cos, const float* sin) const {
     own_.tokens.finish(ops_, t);
-    ops_.to_float(at(cos, dtype, t * n), dtype, n, angles_ + 2 * t * n);
-    ops_.to_float(at(sin, dtype, t * n), dtype, n, angles_ + (2 * t + 1) * n);
-    if (t || !a_.q_norm) return;
-    const int64_t of_queries = a_.norm_over_heads ? a_.heads * a_.dim : a_.dim, of_keys = a_.norm_over_heads ? a_.kv_heads * a_.dim : a_.dim;
-    ops_.to_float(a_.q_norm, a_.norm_dtype, of_queries, norms_);
-    ops_.to_float(a_.k_norm, a_.norm_dtype, of_keys, norms_ + of_queries);
+    read_angles(cos + t * a_.num_angles, angles_ + 2 * t * a_.rotary_dim);
+    read_angles(sin + t * a_.num_angles, angles_ + (2 * t + 1) * a_.rotary_dim);
+    if (t) return;
+    if (a_.q_norm.weight) {
+      read_norm(ops_, a_.q_norm, query_norm_, norms_);
+      read_norm(ops_, a_.k_norm, key_norm_, norms_ + 2 * query_norm_);
+    }
+    if (a_.sinks) ops_.to_float(a_.sinks, a_.sinks_dtype, a_.heads, sinks_);
   }
 
   // Phases 1 to 7; calls `done(begin, end)` for rows of all tokens' results that are written.
@@ -114,6 +116,11 @@ class Attending {
 
   int64_t first_of(int64_t which) const { return (which == 0 ? 0 : which == 1 ? a_.heads : a_.heads + a_.kv_heads) * a_.dim; }
 
+  void read_angles(const float* from, float* to) const {
+    std::copy_n(from, a_.num_angles, to);
+    if (a_.num_angles < a_.rotary_dim) std::copy_n(from, a_.num_angles, to + a_.num_angles);
+  }
+
   void clip(float* x, int64_t n) const {
     for (int64_t i = 0; i < n; ++i) x[i] = x[i] > a_.clip ? a_.clip : x[i] < -a_.clip ? -a_.clip : x[i];
   }
@@ -122,22 +129,24 @@ class Attending {
   void place(int64_t t, int64_t begin, int64_t end) const {
     const int64_t dim = a_.dim, group = a_.heads / a_.kv_heads, turned = a_.rotary_dim;
     float *const query = rows_ + t * width_, *const key = query + first_of(1), *const value = query + first_of(2);
-    const float* const key_norm = norms_ + (a_.norm_over_heads ? a_.heads * dim : dim);
-    if (a_.norm_over_heads && a_.q_norm) {
-      ops_.steps->normalize(query, norms_, a_.heads * dim, a_.eps, false, query);
-      ops_.steps->normalize(key, key_norm, a_.kv_heads * dim, a_.eps, false, key);
+    const float* const key_norm = norms_ + 2 * query_norm_;
+    if (a_.norm_over_heads && a_.q_norm.weight) {
+      apply_norm(ops_, a_.q_norm, norms_, query_norm_, Dtype::kF32, query);
+      apply_norm(ops_, a_.k_norm, key_norm, key_norm_, Dtype::kF32, key);
     }
-    const auto finish = [&](float* head, const float* norm) {
+    const bool by_head = a_.q_norm.weight && !a_.norm_over_heads;
+    const float *const cos = angles_ + 2 * t * turned, *const sin = cos + turned;
+    const auto finish = [&](float* head, const Norm& norm, const float* numbers) {
       if (a_.clip != 0.0f) clip(head, dim);
-      if (norm) ops_.steps->normalize(head, norm, dim, a_.eps, false, head);
-      if (turned) ops_.steps->turn(head, turned, angles_ + 2 * t * turned, angles_ + (2 * t + 1) * turned);
+      if (by_head) apply_norm(ops_, norm, numbers, dim, Dtype::kF32, head);
+      if (turned && a_.rope == Rope::kHalves) ops_.steps->turn(head, turned, cos, sin);
+      if (turned && a_.rope != Rope::kHalves) ops_.steps->turn_pairs(head, turned, cos, sin, a_.rope == Rope::kPairsApart);
     };
-    const bool by_head = a_.q_norm && !a_.norm_over_heads;
     const Span& span = *span_of_[t];
     const int64_t position = span.past + t - span.begin, block = position / kPositions;
     for (int64_t h = begin; h < end; ++h) {
-      for (int64_t i = h * group; i < (h + 1) * group; ++i) finish(query + i * dim, by_head ? norms_ : nullptr);
-      finish(key + h * dim, by_head ? key_norm : nullptr);
+      for (int64_t i = h * group; i < (h + 1) * group; ++i) finish(query + i * dim, a_.q_norm, norms_);
+      finish(key + h * dim, a_.k_norm, key_norm);
       if (a_.clip != 0.0f) clip(value + h * dim, dim);
       const int64_t to = start_of(span, h) + (span.blocks ? span.blocks[block] : block) * kv_.block_stride + position % kPositions * dim;
       ops_.from_float(key + h * dim, dim, at(kv_.keys, Dtype::kBf16, to), Dtype::kBf16);
@@ -154,7 +163,7 @@ class Attending {
     of.q = q, of.out = num_tokens_ > 1 ? q : own_.attended.x(0) + head * dim;
     of.stride = width_, of.num_tokens = part.end - part.begin, of.heads = last - first, of.dim = dim;
     of.first = part.span->past + part.begin - part.span->begin;
-    of.window = a_.window, of.scaling = a_.scaling;
+    of.window = a_.window, of.scaling = a_.scaling, of.sinks = a_.sinks ? sinks_ + head : nullptr;
     of.keys = static_cast<const uint16_t*>(at(kv_.keys, Dtype::kBf16, from));
     of.values = static_cast<const uint16_t*>(at(kv_.values, Dtype::kBf16, from));
     of.blocks = part.span->blocks, of.block_stride = kv_.block_stride;
@@ -167,12 +176,12 @@ class Attending {
   const Kv kv_;
   const std::vector<Span>& spans_;
   Own& own_;
-  int64_t num_tokens_, width_, heads_of_task_;
+  int64_t num_tokens_, width_, heads_of_task_, query_norm_, key_norm_;
   std::vector<Part> parts_;
   std::vector<const Span*> span_of_;
   Matrix matrices_[3], last_;
   std::vector<Rows> tasks_, last_tasks_;
-  float *rows_, *result_, *angles_, *norms_;
+  float *rows_, *result_, *angles_, *norms_, *sinks_;
 };
 
 }  // namespace fate

@@ -36,7 +36,7 @@ class Scratch {
 inline int64_t groups_of(int64_t cols, int64_t group = kGroup) { return (cols + group - 1) / group; }
 
 inline int64_t row_bytes(const Matrix& m) {
-  if (m.kind == Kind::kBf16) return m.cols * 2;
+  if (is_numbers(m.kind)) return m.cols * (m.kind == Kind::kBf16 ? 2 : 4);
   const int64_t bits = m.kind == Kind::kInt8 ? 8 : 1 + int64_t(m.kind);
   return m.groups * (m.group * bits / 8 + 4);
 }
@@ -76,7 +76,7 @@ class Inputs {
     const int64_t at = i * groups_ + begin / group_, count = (end - begin) / group_;
     if (integers) {
       ops.quantize(x(i) + begin, count, group_, kind != Kind::kInt8, q_ + at * group_, scale_ + at, sum_ + at);
-    } else if (kind != Kind::kBf16) {
+    } else if (!is_numbers(kind)) {
       ops.sum_groups(x(i) + begin, count, group_, sum_ + at);
     }
   }

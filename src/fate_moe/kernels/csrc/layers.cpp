@@ -16,12 +16,6 @@ float rounded(const Ops& ops, float value) {
   return value;
 }
 
-// `norm` in one pass over a token: fp32 values [n], with which it begins.
-void normalize(const Ops& ops, float* values, const float* weight, int64_t n, float eps, bool rounds_first, Dtype dtype, void* out) {
-  ops.steps->normalize(values, weight, n, eps, rounds_first && dtype == Dtype::kBf16, values);
-  ops.from_float(values, n, out, dtype);
-}
-
 // Of `spans` the rows [first, first + kMostRows), counted from `first`.
 void cut_spans(const std::vector<Span>& spans, int64_t first, std::vector<Span>& out) {
   out.clear();
@@ -39,38 +33,21 @@ Matrix Weight::matrix() const {
   return m;
 }
 
-void run_rms_norm(const Ops& ops, const void* x, Dtype dtype, int64_t num_tokens, int64_t n, const void* weight, Dtype weight_dtype,
-                  float eps, bool rounds_first, void* out, int num_threads) {
+void run_norm(const Ops& ops, const Norm& norm, const void* x, Dtype dtype, int64_t num_tokens, int64_t n, void* out, int num_threads) {
   static thread_local Scratch scratch;
-  float* const factors = scratch.of<float>(n);
-  ops.to_float(weight, weight_dtype, n, factors);
+  float* const numbers = scratch.of<float>(2 * n);
+  read_norm(ops, norm, n, numbers);
   Phases phases(num_threads);
   auto work = [&] {
     phases.each(0, num_tokens, [&](int64_t t) {
       static thread_local Scratch own;
       float* const values = own.of<float>(n);
       ops.to_float(at(x, dtype, t * n), dtype, n, values);
-      normalize(ops, values, factors, n, eps, rounds_first, dtype, at(out, dtype, t * n));
+      apply_norm(ops, norm, numbers, n, dtype, values);
+      ops.from_float(values, n, at(out, dtype, t * n), dtype);
     });
   };
   run_phases(num_tokens > 4 ? num_threads : 1, work);
-}
-
-void run_route(const Ops& ops, float* logits, int64_t num_experts, int64_t top_k, bool normalize, float scale, int64_t* chosen,
-               float* weights) {
-  ops.steps->softmax(logits, num_experts);
-  float sum = 0.0f;
-  for (int64_t k = 0; k < top_k; ++k) {
-    int64_t best = -1;
-    float most = -2.0f;
-    for (int64_t i = 0; i < num_experts; ++i) {
-      const float value = logits[i] == logits[i] ? logits[i] : -1.0f;  // NaN after all numbers
-      if (value > most && std::find(chosen, chosen + k, i) == chosen + k) best = i, most = value;
-    }
-    chosen[k] = best, weights[k] = logits[best], sum += weights[k];
-  }
-  for (int64_t k = 0; normalize && k < top_k; ++k) weights[k] /= sum;
-  for (int64_t k = 0; k < top_k; ++k) weights[k] *= scale;
 }
 
 void run_mlp(const Ops& ops, const Mlp& mlp, const void* x, Dtype dtype, int64_t num_tokens, void* out, bool exact, int num_threads) {
@@ -127,19 +104,20 @@ void run_mlp(const Ops& ops, const Mlp& mlp, const void* x, Dtype dtype, int64_t
   run_phases(num_threads, work);
 }
 
-void run_attention(const Ops& ops, const Attention& a, const void* x, Dtype dtype, const std::vector<Span>& spans, const void* cos,
-                   const void* sin, const Kv& kv, void* out, bool exact, int num_threads) {
+void run_attention(const Ops& ops, const Attention& a, const void* x, Dtype dtype, const std::vector<Span>& spans, const float* cos,
+                   const float* sin, const Kv& kv, void* out, bool exact, int num_threads) {
   const int64_t cols = a.q.place.cols;
   std::vector<Span> some;
   for (int64_t first = 0; first < spans.back().end; first += kMostRows) {
     cut_spans(spans, first, some);
-    const int64_t count = some.back().end, angles = first * a.rotary_dim;
+    const int64_t count = some.back().end;
+    const float *const some_cos = cos + first * a.num_angles, *const some_sin = sin + first * a.num_angles;
     const Attending attending(ops, a, some, kv, exact, num_threads);
     Phases phases(num_threads);
     auto work = [&] {
       phases.each(0, count, [&](int64_t t) {
         ops.to_float(at(x, dtype, (first + t) * cols), dtype, cols, attending.x(t));
-        attending.begin(t, at(cos, dtype, angles), at(sin, dtype, angles), dtype);
+        attending.begin(t, some_cos, some_sin);
       });
       attending.run(phases, [&](int64_t begin, int64_t end) {
         for (int64_t t = 0; t < count; ++t)
@@ -153,7 +131,7 @@ void run_attention(const Ops& ops, const Attention& a, const void* x, Dtype dtyp
 namespace {
 
 // As run_layer, up to kMostRows rows.
-void run_pass(const Ops& ops, const Layer& layer, const void* x, const std::vector<Span>& spans, const void* cos, const void* sin,
+void run_pass(const Ops& ops, const Layer& layer, const void* x, const std::vector<Span>& spans, const float* cos, const float* sin,
               const Kv& kv, const LayerOut& out, bool exact, int num_threads) {
   static thread_local Operand routed;
   static thread_local Scratch scratch;
@@ -163,16 +141,17 @@ void run_pass(const Ops& ops, const Layer& layer, const void* x, const std::vect
   Operand& of_routed = routed;
   const Attending attending(ops, layer.attention, spans, kv, exact, num_threads);
   routed.resize(ops, num_tokens, router.kind, hidden, router.group, exact, true);
-  const int64_t width = router.rows + 1;
-  float *const norm = scratch.of<float>(2 * hidden + num_tokens * width), *const post_norm = norm + hidden, *const logits = norm + 2 * hidden;
-  ops.to_float(layer.norm, layer.norm_dtype, hidden, norm);
-  ops.to_float(layer.post_norm, layer.norm_dtype, hidden, post_norm);
+  const int64_t width = router.rows + 1;  // the shared expert's is the last
+  float *const norm = scratch.of<float>(4 * hidden + num_tokens * width), *const post_norm = norm + 2 * hidden, *const logits = norm + 4 * hidden;
+  read_norm(ops, layer.norm, hidden, norm);
+  read_norm(ops, layer.post_norm, hidden, post_norm);
   std::vector<Rows> tasks;
-  cut(tasks, 0, router);
+  if (layer.router.address) cut(tasks, 0, router);
   if (layer.shared_gate.address) tasks.push_back({1, 0, 1});
-  const auto normed = [&](int64_t t, float* values, const float* weight) {
+  const auto normed = [&](int64_t t, float* values, const Norm& of, const float* numbers) {
     void* const to = at(out.normed, bf16, t * hidden);
-    normalize(ops, values, weight, hidden, layer.eps, layer.rounds_first, bf16, to);
+    apply_norm(ops, of, numbers, hidden, bf16, values);
+    ops.from_float(values, hidden, to, bf16);
     ops.to_float(to, bf16, hidden, values);
   };
   Phases phases(num_threads);
@@ -180,8 +159,8 @@ void run_pass(const Ops& ops, const Layer& layer, const void* x, const std::vect
     phases.each(0, num_tokens, [&](int64_t t) {
       float* const values = attending.x(t);
       ops.to_float(at(x, bf16, t * hidden), bf16, hidden, values);
-      normed(t, values, norm);
-      attending.begin(t, cos, sin, bf16);
+      normed(t, values, layer.norm, norm);
+      attending.begin(t, cos, sin);
     });
     attending.run(phases, [](int64_t, int64_t) {});
     phases.each(8, num_tokens, [&](int64_t t) {
@@ -191,19 +170,17 @@ void run_pass(const Ops& ops, const Layer& layer, const void* x, const std::vect
       ops.steps->add(layer.residual_scale, sum, hidden, values);
       ops.from_float(values, hidden, residual, bf16);
       ops.to_float(residual, bf16, hidden, values);
-      normed(t, values, post_norm);
+      normed(t, values, layer.post_norm, post_norm);
       of_routed.finish(ops, t);
     });
     phases.each(9, int64_t(tasks.size()), [&](int64_t i) {
       const bool shared = tasks[i].expert == 1;
       of_routed.multiply(ops, shared ? shared_gate : router, tasks[i].begin, tasks[i].end, shared ? logits + router.rows : logits, width);
     });
-    // As families have it: logits in bf16, probabilities in fp32, weights in bf16.
     phases.each(10, num_tokens, [&](int64_t t) {
-      float *const scores = logits + t * width, *const weights = out.weights + t * layer.top_k;
-      for (int64_t i = 0; i < router.rows; ++i) scores[i] = rounded(ops, scores[i]);
-      run_route(ops, scores, router.rows, layer.top_k, layer.normalize, layer.scale, out.chosen + t * layer.top_k, weights);
-      for (int64_t k = 0; k < layer.top_k; ++k) weights[k] = rounded(ops, weights[k]);
+      float* const scores = logits + t * width;
+      const int64_t to = t * layer.routing.top_k;
+      if (layer.router.address) run_route(ops, layer.routing, scores, router.rows, out.chosen + to, out.weights + to);
       out.factors[t] = layer.shared_gate.address ? rounded(ops, ops.steps->sigmoid(rounded(ops, scores[router.rows]))) : 1.0f;
     });
   };
@@ -212,18 +189,17 @@ void run_pass(const Ops& ops, const Layer& layer, const void* x, const std::vect
 
 }  // namespace
 
-void run_layer(const Ops& ops, const Layer& layer, const void* x, const std::vector<Span>& spans, const void* cos, const void* sin,
+void run_layer(const Ops& ops, const Layer& layer, const void* x, const std::vector<Span>& spans, const float* cos, const float* sin,
                const Kv& kv, const LayerOut& out, bool exact, int num_threads) {
   const Dtype bf16 = Dtype::kBf16;
-  const int64_t hidden = layer.attention.q.place.cols, turned = layer.attention.rotary_dim;
+  const int64_t hidden = layer.attention.q.place.cols, angles = layer.attention.num_angles, top_k = layer.routing.top_k;
   if (spans.back().end <= kMostRows) return run_pass(ops, layer, x, spans, cos, sin, kv, out, exact, num_threads);
   std::vector<Span> cut;
   for (int64_t first = 0; first < spans.back().end; first += kMostRows) {
     cut_spans(spans, first, cut);
-    const LayerOut some = {at(out.residual, bf16, first * hidden), at(out.normed, bf16, first * hidden), out.chosen + first * layer.top_k,
-                           out.weights + first * layer.top_k, out.factors + first};
-    run_pass(ops, layer, at(x, bf16, first * hidden), cut, at(cos, bf16, first * turned), at(sin, bf16, first * turned), kv, some, exact,
-             num_threads);
+    const LayerOut some = {at(out.residual, bf16, first * hidden), at(out.normed, bf16, first * hidden), out.chosen + first * top_k,
+                           out.weights + first * top_k, out.factors + first};
+    run_pass(ops, layer, at(x, bf16, first * hidden), cut, cos + first * angles, sin + first * angles, kv, some, exact, num_threads);
   }
 }
 

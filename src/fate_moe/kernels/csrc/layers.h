@@ -3,7 +3,9 @@
 #include <cstdint>
 #include <vector>
 
+#include "norms.h"
 #include "products.h"
+#include "routers.h"
 
 namespace fate {
 
@@ -22,16 +24,20 @@ struct Mlp {
   ActivationSpec how;  // not interleaved
 };
 
+enum class Rope : int32_t { kHalves = 0, kPairs = 1, kPairsApart = 2 };  // Steps::turn, turn_pairs, and turn_pairs with `parts`
+
 struct Attention {
   Weight q, k, v, o;
   int64_t heads, kv_heads, dim, rotary_dim;
+  int64_t num_angles;  // of a token in cos and in sin: rotary_dim, or half of it where both halves are the same
+  Rope rope;
   float scaling;
-  const void *q_norm, *k_norm;  // RMSNorm weights over each head [dim], or [heads * dim] and [kv_heads * dim], of norm_dtype; or null
-  Dtype norm_dtype;
-  float eps;
+  Norm q_norm, k_norm;  // over each head [dim], or over [heads * dim] and [kv_heads * dim]; no weight: none
   bool norm_over_heads;
-  float clip;      // queries, keys and values are within plus and minus this; 0: as they are
-  int64_t window;  // positions that a token sees, itself among them; 0: all before it
+  float clip;         // queries, keys and values are within plus and minus this; 0: as they are
+  int64_t window;     // positions that a token sees, itself among them; 0: all before it
+  const void* sinks;  // [heads] of sinks_dtype: scores of no position; or null
+  Dtype sinks_dtype;
 };
 
 // Keys and values of one decoder layer in bf16. Block b of entry i of a batch begins, for head h, at
@@ -48,47 +54,36 @@ struct Span {
   const int32_t* blocks;  // the ids of its blocks; null: 0, 1, 2, ...
 };
 
-// out [num_tokens, n] of dtype, as x: x / sqrt(mean of x squared + eps), with `rounds_first` rounded to dtype, times weight.
-void run_rms_norm(const Ops&, const void* x, Dtype dtype, int64_t num_tokens, int64_t n, const void* weight, Dtype weight_dtype,
-                  float eps, bool rounds_first, void* out, int num_threads);
-
-// Of one token's logits (overwritten) the top_k experts, likeliest first, of equal ones the lowest index, and their softmax, with
-// `normalize` divided by their sum, times scale.
-void run_route(const Ops&, float* logits, int64_t num_experts, int64_t top_k, bool normalize, float scale, int64_t* chosen,
-               float* weights);
+// out [num_tokens, n] of dtype, as x.
+void run_norm(const Ops&, const Norm&, const void* x, Dtype dtype, int64_t num_tokens, int64_t n, void* out, int num_threads);
 
 // out [num_tokens, down.rows] of dtype, as x [num_tokens, gate.cols].
 void run_mlp(const Ops&, const Mlp&, const void* x, Dtype dtype, int64_t num_tokens, void* out, bool exact, int num_threads);
 
-// The rows of `spans`, all of x [num_rows, q.cols], whose keys and values are written: out [num_rows, o.rows] of dtype. cos and sin
-// [num_rows, rotary_dim] of dtype (rotate-half rope). A row's bits do not depend on the other rows of the call.
-void run_attention(const Ops&, const Attention&, const void* x, Dtype dtype, const std::vector<Span>& spans, const void* cos, const void* sin,
-                   const Kv&, void* out, bool exact, int num_threads);
+// The rows of `spans`, all of x [num_rows, q.cols], whose keys and values are written: out [num_rows, o.rows] of dtype, as x. cos and sin
+// [num_rows, num_angles]. A row's bits do not depend on the other rows of the call.
+void run_attention(const Ops&, const Attention&, const void* x, Dtype dtype, const std::vector<Span>& spans, const float* cos,
+                   const float* sin, const Kv&, void* out, bool exact, int num_threads);
 
-// What of a decoder layer comes before its experts: norm, attention, residual, norm, router (softmax, then the largest).
+// What of a decoder layer comes before its experts: norm, attention, residual, norm, router.
 struct Layer {
-  const void *norm, *post_norm;  // [hidden] of norm_dtype
-  Dtype norm_dtype;
-  float eps;
-  bool rounds_first;  // as in run_rms_norm
+  Norm norm, post_norm;
   Attention attention;
-  Weight router;       // bf16 [experts, hidden]
-  Weight shared_gate;  // bf16 [1, hidden], address 0 where there is none
-  int64_t top_k;
-  bool normalize;  // the chosen experts' weights add up to 1
-  float scale;           // of these weights
+  Weight router;       // [experts, hidden] of numbers, address 0 where there are no experts
+  Weight shared_gate;  // [1, hidden] of numbers, address 0 where there is none
+  Router routing;
   float residual_scale;  // of what attention adds: fma(residual_scale, attended, x)
 };
 
 // What run_layer writes of each token; bf16 but for fp32 weights and factors.
 struct LayerOut {
   void *residual, *normed;  // [num_tokens, hidden]: the residual stream after attention, and the experts' input
-  int64_t* chosen;          // [num_tokens, top_k], likeliest first
+  int64_t* chosen;          // [num_tokens, top_k], in routing order
   float *weights, *factors;  // [num_tokens, top_k], and [num_tokens]: the shared expert's, 1 without a shared gate
 };
 
 // As run_attention, for x bf16 [num_tokens, hidden].
-void run_layer(const Ops&, const Layer&, const void* x, const std::vector<Span>& spans, const void* cos, const void* sin, const Kv&,
+void run_layer(const Ops&, const Layer&, const void* x, const std::vector<Span>& spans, const float* cos, const float* sin, const Kv&,
                const LayerOut&, bool exact, int num_threads);
 
 // What comes after: y = the weighted sum of a token's rows [num_rows] (Ops::combine), y = fma(factor, shared, y) unless shared is null,

@@ -92,22 +92,24 @@ uint64_t read_memory(uintptr_t address, int64_t num_bytes, int num_threads) {
   return read_all(reinterpret_cast<const void*>(address), num_bytes, num_threads);
 }
 
-void rms_norm(uintptr_t x, int dtype, int64_t num_tokens, int64_t n, uintptr_t weight, int weight_dtype, float eps, bool rounds_first,
-              uintptr_t out, int num_threads) {
+void norm(const Norm& of, uintptr_t x, int dtype, int64_t num_tokens, int64_t n, uintptr_t out, int num_threads) {
   const nb::gil_scoped_release release;
-  run_rms_norm(*chosen, reinterpret_cast<const void*>(x), Dtype(dtype), num_tokens, n, reinterpret_cast<const void*>(weight),
-               Dtype(weight_dtype), eps, rounds_first, reinterpret_cast<void*>(out), num_threads);
+  run_norm(*chosen, of, reinterpret_cast<const void*>(x), Dtype(dtype), num_tokens, n, reinterpret_cast<void*>(out), num_threads);
 }
 
-std::vector<int64_t> route(uintptr_t logits, int64_t num_experts, int64_t top_k, bool normalize, float scale, uintptr_t weights) {
-  std::vector<int64_t> experts(static_cast<size_t>(top_k));
-  run_route(*chosen, reinterpret_cast<float*>(logits), num_experts, top_k, normalize, scale, experts.data(), reinterpret_cast<float*>(weights));
+std::vector<int64_t> route(const Router& of, uintptr_t logits, int64_t num_experts, uintptr_t weights) {
+  std::vector<int64_t> experts(static_cast<size_t>(of.top_k));
+  run_route(*chosen, of, reinterpret_cast<float*>(logits), num_experts, experts.data(), reinterpret_cast<float*>(weights));
   return experts;
 }
 
 // Steps one by one, for tests: in place.
 void turn(uintptr_t head, int64_t n, uintptr_t cos, uintptr_t sin) {
   chosen->steps->turn(reinterpret_cast<float*>(head), n, reinterpret_cast<const float*>(cos), reinterpret_cast<const float*>(sin));
+}
+
+void turn_pairs(uintptr_t head, int64_t n, uintptr_t cos, uintptr_t sin, bool parts) {
+  chosen->steps->turn_pairs(reinterpret_cast<float*>(head), n, reinterpret_cast<const float*>(cos), reinterpret_cast<const float*>(sin), parts);
 }
 
 void sigmoids(uintptr_t x, int64_t n) {
@@ -122,8 +124,8 @@ void mlp(const Mlp& of, uintptr_t x, int dtype, int64_t num_tokens, uintptr_t ou
 void attention(const Attention& of, uintptr_t x, int dtype, const Spans& rows, uintptr_t cos, uintptr_t sin, const Kv& kv, uintptr_t out,
                bool exact, int num_threads) {
   const nb::gil_scoped_release release;
-  run_attention(*chosen, of, reinterpret_cast<const void*>(x), Dtype(dtype), rows.spans, reinterpret_cast<const void*>(cos),
-                reinterpret_cast<const void*>(sin), kv, reinterpret_cast<void*>(out), exact, num_threads);
+  run_attention(*chosen, of, reinterpret_cast<const void*>(x), Dtype(dtype), rows.spans, reinterpret_cast<const float*>(cos),
+                reinterpret_cast<const float*>(sin), kv, reinterpret_cast<void*>(out), exact, num_threads);
 }
 
 // Attention alone, for tests and benchmarks: queries and out fp32 [num_tokens, heads, dim] of one head of keys and values [length, dim].
@@ -155,28 +157,35 @@ void bind_layers(nb::module_& m) {
   nb::class_<Mlp>(m, "Mlp").def_static("make", [](const Weight& gate, const Weight& up, const Weight& down, const ActivationSpec& how) {
     return Mlp{gate, up, down, how};
   });
+  nb::class_<Norm>(m, "Norm").def_static("make", [](uintptr_t weight, uintptr_t bias, int dtype, float eps, float offset, bool rounds_first, bool centered) {
+    return Norm{reinterpret_cast<const void*>(weight), reinterpret_cast<const void*>(bias), Dtype(dtype), eps, offset, rounds_first, centered};
+  });
+  nb::class_<Router>(m, "Router").def_static(
+      "make",
+      [](int64_t top_k, int scores, bool normalize, float floor, float scale, uintptr_t correction, int correction_dtype, int64_t groups,
+         int64_t top_groups, int64_t group_best, float spread, bool rounds_logits, bool rounds_weights) {
+        return Router{top_k, Scores(scores), normalize, floor, scale, reinterpret_cast<const void*>(correction), Dtype(correction_dtype),
+                      groups, top_groups, group_best, spread, rounds_logits, rounds_weights};
+      });
   nb::class_<Attention>(m, "Attention")
       .def_static(
           "make",
           [](const Weight& q, const Weight& k, const Weight& v, const Weight& o, int64_t heads, int64_t kv_heads, int64_t dim,
-             int64_t rotary_dim, float scaling, uintptr_t q_norm, uintptr_t k_norm, int norm_dtype, float eps, bool norm_over_heads,
-             float clip, int64_t window) {
-            return Attention{q, k, v, o, heads, kv_heads, dim, rotary_dim, scaling, reinterpret_cast<const void*>(q_norm),
-                             reinterpret_cast<const void*>(k_norm), Dtype(norm_dtype), eps, norm_over_heads, clip, window};
-          },
-          nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("o"), nb::arg("heads"), nb::arg("kv_heads"), nb::arg("dim"),
-          nb::arg("rotary_dim"), nb::arg("scaling"), nb::arg("q_norm") = 0, nb::arg("k_norm") = 0, nb::arg("norm_dtype") = 0,
-          nb::arg("eps") = 0.0f, nb::arg("norm_over_heads") = false, nb::arg("clip") = 0.0f, nb::arg("window") = 0);
-  nb::class_<Layer>(m, "Layer")
-      .def_static("make", [](uintptr_t norm, uintptr_t post_norm, int norm_dtype, float eps, bool rounds_first,
-                             const Attention& attention, const Weight& router, const Weight& shared_gate, int64_t top_k, bool normalize, float scale, float residual_scale) {
-        return Layer{reinterpret_cast<const void*>(norm), reinterpret_cast<const void*>(post_norm), Dtype(norm_dtype), eps, rounds_first, attention,
-                     router, shared_gate, top_k, normalize, scale, residual_scale};
+             int64_t rotary_dim, int64_t num_angles, int rope, float scaling, const Norm& q_norm, const Norm& k_norm,
+             bool norm_over_heads, float clip, int64_t window, uintptr_t sinks, int sinks_dtype) {
+            return Attention{q, k, v, o, heads, kv_heads, dim, rotary_dim, num_angles, Rope(rope), scaling, q_norm, k_norm, norm_over_heads,
+                             clip, window, reinterpret_cast<const void*>(sinks), Dtype(sinks_dtype)};
+          });
+  nb::class_<Layer>(m, "Layer").def_static(
+      "make", [](const Norm& norm, const Norm& post_norm, const Attention& attention, const Weight& router, const Weight& shared_gate,
+                 const Router& routing, float residual_scale) {
+        return Layer{norm, post_norm, attention, router, shared_gate, routing, residual_scale};
       });
   m.def("layer_end", &layer_end);
-  m.def("rms_norm", &rms_norm);
+  m.def("norm", &norm);
   m.def("route", &route);
   m.def("turn", &turn);
+  m.def("turn_pairs", &turn_pairs);
   m.def("sigmoid", &sigmoids);
   m.def("mlp", &mlp);
   m.def("attention", &attention);

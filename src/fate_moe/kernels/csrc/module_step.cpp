@@ -34,7 +34,7 @@ void layer(const Layer& of, uintptr_t x, const Spans& rows, uintptr_t cos, uintp
   const nb::gil_scoped_release release;
   const LayerOut out = {reinterpret_cast<void*>(residual), reinterpret_cast<void*>(normed), reinterpret_cast<int64_t*>(experts),
                         reinterpret_cast<float*>(weights), reinterpret_cast<float*>(factors)};
-  run_layer(used_ops(), of, reinterpret_cast<const void*>(x), rows.spans, reinterpret_cast<const void*>(cos), reinterpret_cast<const void*>(sin),
+  run_layer(used_ops(), of, reinterpret_cast<const void*>(x), rows.spans, reinterpret_cast<const float*>(cos), reinterpret_cast<const float*>(sin),
             kv, out, exact, num_threads);
 }
 
@@ -55,7 +55,7 @@ void step(const Step& of, uintptr_t x, const Spans& rows, uintptr_t cos, uintptr
   if (kvs.size() != of.layers.size() || rows.spans.empty()) throw std::invalid_argument("a step without rows, or with another number of layers");
   const nb::gil_scoped_release release;
   run_step(used_ops(), of,
-           {reinterpret_cast<void*>(x), rows.spans, reinterpret_cast<const void*>(cos), reinterpret_cast<const void*>(sin), kvs, wanted,
+           {reinterpret_cast<void*>(x), rows.spans, reinterpret_cast<const float*>(cos), reinterpret_cast<const float*>(sin), kvs, wanted,
             reinterpret_cast<void*>(logits)},
            memory, exact, team, num_threads);
 }
@@ -70,9 +70,7 @@ void bind_step(nb::module_& m) {
   });
   nb::class_<StepLayer>(m, "StepLayer").def_static("make", &make_layer, nb::arg("index"), nb::arg("layer"), nb::arg("shared").none(),
                                                    nb::arg("places"), nb::arg("num_planes"), nb::arg("place_of"));
-  nb::class_<Head>(m, "Head").def_static("make", [](uintptr_t norm, int norm_dtype, float eps, bool rounds_first, const Weight& weight) {
-    return Head{reinterpret_cast<const void*>(norm), Dtype(norm_dtype), eps, rounds_first, weight};
-  });
+  nb::class_<Head>(m, "Head").def_static("make", [](const Norm& norm, const Weight& weight) { return Head{norm, weight}; });
   nb::class_<Step>(m, "Step").def_static("make", [](const std::vector<const StepLayer*>& layers, const Head* head) {
     Step made;
     for (const StepLayer* const layer : layers) made.layers.push_back(*layer);

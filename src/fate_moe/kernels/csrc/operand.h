@@ -7,9 +7,9 @@ namespace fate {
 class Operand {
  public:
   // For up to kMostRows tokens and matrices of one width; the quantized ones of them are of `kind` in groups of `group`. Unless `kept`,
-  // x(t) has to be finished by the thread that wrote it, before it writes another, and no matrix may be bf16.
+  // x(t) has to be finished by the thread that wrote it, before it writes another, and no matrix may be of numbers.
   void resize(const Ops& ops, int64_t num_tokens, Kind kind, int64_t cols, int64_t group, bool exact, bool kept) {
-    num_tokens_ = num_tokens, kind_ = kind, integers_ = !exact && kind != Kind::kBf16;
+    num_tokens_ = num_tokens, kind_ = kind, integers_ = !exact && !is_numbers(kind);
     tiles_ = integers_ && ops.many && num_tokens >= kManyTokens ? (num_tokens + kTile - 1) / kTile : 0;
     inputs_.resize(num_tokens, cols, group, kept || !integers_);
     if (tiles_) packed_.resize(tiles_, inputs_, group);
@@ -30,7 +30,7 @@ class Operand {
 
   // Token t's rows [begin, end) to out + t * stride + row.
   void multiply(const Ops& ops, const Matrix& m, int64_t begin, int64_t end, float* out, int64_t stride) const {
-    const bool integers = integers_ && m.kind != Kind::kBf16;
+    const bool integers = integers_ && !is_numbers(m.kind);
     if (tiles_ && integers) {
       TokenTile tiles[kMostTiles];
       float* outs[kMostRows];

@@ -25,12 +25,13 @@ constexpr int64_t kGroup = 64;  // the step in which unquantized rows are read, 
 constexpr int64_t kMostGroups = 512;  // of a pass, 32768 columns in groups of 64; longer rows are summed in passes
 constexpr int64_t kTokens = 4;  // tokens of one pass over a row: 2 rows x 4 tokens fill the accumulators of AVX2
 
-enum class Kind : int32_t { kPlanes1 = 1, kPlanes2 = 2, kPlanes3 = 3, kInt8 = 8, kBf16 = 16 };  // kPlanesN: N planes of 2+1+1
+enum class Kind : int32_t { kPlanes1 = 1, kPlanes2 = 2, kPlanes3 = 3, kInt8 = 8, kBf16 = 16, kF32 = 32 };  // kPlanesN: N planes of 2+1+1
+constexpr bool is_numbers(Kind kind) { return kind == Kind::kBf16 || kind == Kind::kF32; }
 enum class Dtype : int32_t { kF32 = 0, kBf16 = 1, kF16 = 2 };
 enum class Activation : int32_t { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3, kRelu2 = 4 };
 
 // A matrix [rows, cols] as it lies in a slot. Quantized: planes[i] is [rows, groups, bytes], scale and zero are fp16 [rows, groups].
-// Bf16: planes[0] is [rows, cols] of bf16.
+// Numbers: planes[0] is [rows, cols] of bf16 or, of few matrices, of fp32.
 struct Matrix {
   Kind kind;
   int64_t rows, cols, group, groups;  // group weights share a scale and a zero: 32, 64 or 128; groups = ceil(cols / group)
@@ -111,7 +112,7 @@ FATE_INLINE void with_group(int64_t group, Act act) {
   act(std::integral_constant<int64_t, 64>());
 }
 
-// Calls act(kind, group) with both of a quantized matrix as constants; of bf16, which is numbers already, nothing.
+// Calls act(kind, group) with both of a quantized matrix as constants; of numbers nothing.
 template <class Act>
 FATE_INLINE void with_layout(const Matrix& m, Act act) {
   with_group(m.group, [&](auto group) {
@@ -120,7 +121,7 @@ FATE_INLINE void with_layout(const Matrix& m, Act act) {
       case Kind::kPlanes2: return act(std::integral_constant<Kind, Kind::kPlanes2>(), group);
       case Kind::kPlanes3: return act(std::integral_constant<Kind, Kind::kPlanes3>(), group);
       case Kind::kInt8: return act(std::integral_constant<Kind, Kind::kInt8>(), group);
-      case Kind::kBf16: return;
+      case Kind::kBf16: case Kind::kF32: return;
     }
   });
 }

@@ -13,7 +13,7 @@ Matrix Place::at(uint64_t address, int num_planes) const {
   const Kind used = kind == Kind::kPlanes3 ? Kind(num_planes) : kind;
   Matrix m = {used, rows, cols, group, groups_of(cols, group), {}, nullptr, nullptr, bias < 0 ? nullptr : base + bias, bias_dtype};
   for (int i = 0; i < 3; ++i) m.planes[i] = base + planes[i];
-  if (kind != Kind::kBf16) {
+  if (!is_numbers(kind)) {
     m.scale = reinterpret_cast<const uint16_t*>(base + scale);
     m.zero = reinterpret_cast<const uint16_t*>(base + zero);
   }
@@ -94,7 +94,7 @@ void run_experts(const Ops& ops, const ExpertPlace& place, const Batch& batch, b
   const int64_t num_experts = int64_t(batch.addresses.size());
   const int64_t hidden = place.up.cols, wide = place.up.rows, inner = place.down.cols;
   const Kind kind = place.up.kind;
-  const bool integers = !exact && kind != Kind::kBf16;
+  const bool integers = !exact && !is_numbers(kind);
   const std::vector<Pass> passes = passes_of(batch.starts, integers && ops.many);
   int64_t most_rows = 0, most_tiles = 0;
   for (const Pass& pass : passes) most_rows = std::max(most_rows, pass.end - pass.begin), most_tiles = std::max(most_tiles, pass.num_tiles);
@@ -160,7 +160,7 @@ void run_linear(const Ops& ops, const Matrix& m, const void* x, Dtype x_dtype, i
   static thread_local Inputs tokens;
   static thread_local PackedInputs packed;
   static thread_local Scratch results;
-  const bool integers = !exact && m.kind != Kind::kBf16;
+  const bool integers = !exact && !is_numbers(m.kind);
   const std::vector<Pass> passes = passes_of({0, num_tokens}, integers && ops.many);
   int64_t most_rows = 0, most_tiles = 0;
   for (const Pass& pass : passes) most_rows = std::max(most_rows, pass.end - pass.begin), most_tiles = std::max(most_tiles, pass.num_tiles);

@@ -57,13 +57,17 @@ void run_arrived(const Ops& ops, const StepLayer& of, const Between& own, int64_
 
 void run_one(const Ops& ops, const StepLayer& of, const StepRows& rows, const Kv& kv, Between& own, ExpertMemory& memory, bool exact,
              int num_threads) {
-  const int64_t hidden = of.layer.attention.q.place.cols, num_rows = rows.spans.back().end, top_k = of.layer.top_k;
+  const int64_t hidden = of.layer.attention.q.place.cols, num_rows = rows.spans.back().end, top_k = of.layer.routing.top_k;
   uint16_t* const shared = of.shared.empty() ? nullptr : own.shareds.of<uint16_t>(num_rows * hidden);
   float *const weights = own.floats.of<float>(num_rows * (top_k + 1)), *const factors = weights + num_rows * top_k;
   float* const outputs = own.outputs.of<float>(num_rows * top_k * hidden);
   const LayerOut out = {own.residuals.of<uint16_t>(num_rows * hidden), own.normeds.of<uint16_t>(num_rows * hidden),
                         own.choices.of<int64_t>(num_rows * top_k), weights, factors};
   run_layer(ops, of.layer, rows.x, rows.spans, rows.cos, rows.sin, kv, out, exact, num_threads);
+  if (of.places.empty()) {
+    if (shared) run_mlp(ops, of.shared[0], out.normed, Dtype::kBf16, num_rows, shared, exact, num_threads);
+    return run_layer_end(ops, out.residual, outputs, weights, num_rows, 0, shared, factors, of.layer.residual_scale, hidden, rows.x, num_threads);
+  }
   own.routed.sort(out.chosen, num_rows * top_k, int64_t(of.place_of.size()));
   const int64_t n = int64_t(own.routed.experts.size());
   own.arrived.resize(size_t(n));
@@ -84,7 +88,7 @@ void run_head(const Ops& ops, const Head& head, const StepRows& rows, Between& o
   uint16_t* const some = own.normeds.of<uint16_t>(count * hidden);
   for (int64_t i = 0; i < count; ++i)
     std::copy_n(static_cast<const uint16_t*>(rows.x) + rows.wanted[size_t(i)] * hidden, hidden, some + i * hidden);
-  run_rms_norm(ops, some, Dtype::kBf16, count, hidden, head.norm, head.norm_dtype, head.eps, head.rounds_first, some, num_threads);
+  run_norm(ops, head.norm, some, Dtype::kBf16, count, hidden, some, num_threads);
   run_linear(ops, head.weight.matrix(), some, Dtype::kBf16, count, rows.logits, Dtype::kBf16, exact, num_threads);
 }
 

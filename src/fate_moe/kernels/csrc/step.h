@@ -9,7 +9,7 @@
 namespace fate {
 
 struct StepLayer {
-  int64_t index;  // of its MoE block
+  int64_t index;  // of its MoE block; a layer without experts has no places
   Layer layer;
   std::vector<Mlp> shared;          // one, or none
   std::vector<ExpertPlace> places;  // of the ways in which its experts are stored
@@ -19,10 +19,7 @@ struct StepLayer {
 
 // What turns the last layer's result into logits.
 struct Head {
-  const void* norm;  // [hidden] of norm_dtype
-  Dtype norm_dtype;
-  float eps;
-  bool rounds_first;
+  Norm norm;
   Weight weight;
 };
 
@@ -34,7 +31,7 @@ struct Step {
 struct StepRows {
   void* x;  // bf16 [num_rows, hidden]: what goes into the first layer; overwritten by what comes out of the last
   const std::vector<Span>& spans;
-  const void *cos, *sin;        // bf16 [num_rows, rotary_dim]
+  const float *cos, *sin;       // [num_rows, num_angles], the same of all layers
   const std::vector<Kv>& kv;    // by layer
   const std::vector<int64_t>& wanted;  // the rows whose logits are computed
   void* logits;                 // bf16 [wanted, vocabulary]

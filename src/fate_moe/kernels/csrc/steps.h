@@ -8,6 +8,7 @@ namespace fate {
 struct Matrix;
 struct Token;
 
+constexpr int64_t kMostTurned = 512;  // channels of a head that turn in pairs
 constexpr int64_t kPositions = 64;  // of a block of keys and values; blocks begin at multiples of it
 
 // Query rows that share one head of keys and values, of `num_tokens` positions from `first` on, `heads` of each. Token t's head h has
@@ -39,14 +40,18 @@ static inline int64_t attend_floats(int64_t num_rows, int64_t dim) {
 struct Steps {
   // y = x * f rounded to bf16 if `rounds`, with f = 1 / sqrt(mean of squares + eps); out = y * weight. May be in place.
   void (*normalize)(const float* x, const float* weight, int64_t n, float eps, bool rounds, float* out);
+  // x - the mean of x, in place.
+  void (*center)(float* x, int64_t n);
   void (*softmax)(float* x, int64_t n);
   float (*sigmoid)(float x);
   // Channels i and i + n / 2 of a head turn by the angles of cos and sin [n].
   void (*turn)(float* head, int64_t n, const float* cos, const float* sin);
+  // Channels 2 * i and 2 * i + 1 turn by the angle of cos[i] and sin[i], i < n / 2; with `parts` to places i and i + n / 2.
+  void (*turn_pairs)(float* head, int64_t n, const float* cos, const float* sin, bool parts);
   // y = fma(factor, x, y).
   void (*add)(float factor, const float* x, int64_t n, float* y);
   void (*attend)(const Queries&);
-  // As Ops::product, of a matrix of bf16 numbers.
+  // As Ops::product, of a matrix of numbers.
   void (*product)(const Matrix&, const Token* tokens, int64_t num_tokens, int64_t begin, int64_t end);
 };
 

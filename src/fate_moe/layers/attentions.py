@@ -1,0 +1,167 @@
+"""Attention with its KV cache, run by one call of the extension, for one token or many (``modules.py``)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicCache
+
+from fate_moe.adapter.kv_cache import make_room, room_for
+from fate_moe.kernels.native import DTYPES, MOST_TURNED, ROPES, native
+from fate_moe.kernels.plain_layer import Attention
+from fate_moe.layers.rows import batch_rows, contiguous_kv, padding_of
+from fate_moe.layers.snapshot import ModuleSnapshot, StandIn
+from fate_moe.layers.weights import MOST_FEW, difference_of, is_near, native_norm, takes_many, warn_of_difference, weight_of
+
+__all__ = ["accelerated_attention", "mask_for", "native_attention", "takes_tokens", "way_of"]
+
+_PROBE_TOKENS = 6
+_MOST_SPREAD = 4.0  # standard deviation of a query's scores in a trial
+
+Forward = Callable[..., Any]
+
+
+def seen_tokens(past: int, count: int, window: int | None) -> torch.Tensor:
+    """bool [count, past + count]: which of all tokens each of the last ``count`` sees."""
+    seen = torch.ones(count, past + count, dtype=torch.bool).tril(past)
+    return seen.triu(past + 1 - window) if window else seen
+
+
+def _as_numbers(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+
+
+def mask_for(attention: Attention, past: int, count: int) -> torch.Tensor:
+    """What the family's own forward is given with ``count`` tokens behind ``past`` others, in bf16."""
+    seen = seen_tokens(past, count, attention.window)[None, None]
+    return _as_numbers(seen, torch.bfloat16) if way_of(attention) == "eager" else seen
+
+
+def way_of(attention: Attention) -> str:
+    """The implementation of attention that the family's own forward has to run where ours stands in for it."""
+    return "eager" if attention.sinks else "sdpa"
+
+
+class _Attention(StandIn):
+    def __init__(self, module: Any, of: Any, attention: Attention, exact: bool, many: bool) -> None:
+        self.original, self.of, self._config = module.forward, of, module.config
+        self._size, self._attention, self._exact, self._many = module.q_proj.in_features, attention, exact, many
+        self._snapshot = ModuleSnapshot([module])
+
+    def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        x, angles, attention = hidden_states, kwargs.get("position_embeddings"), self._attention
+        if (
+            angles is None
+            or args
+            or kwargs.get("output_attentions")
+            or not takes_tokens(x, angles, attention, self._many)
+            or self._snapshot.hooked()
+            or not self._snapshot.same()
+        ):
+            return self.original(hidden_states, *args, **kwargs)
+        batch, count, _ = x.shape
+        room = room_for(kwargs.get("past_key_values"), attention.index, attention.kv_heads, attention.head_dim, batch)
+        past = room.get_seq_length() if room is not None else 0
+        padding = padding_of(kwargs.get("attention_mask"), batch, count, past, attention.window) if room is not None else None
+        rows = batch_rows(batch, count, past, padding) if padding is not None else None
+        if rows is None or room is None:
+            return self.original(hidden_states, *args, **kwargs)
+        kv = native.Kv.make(*contiguous_kv(*room.reserve(count)[1:]))
+        hidden, cos, sin = rows.pick(x), rows.pick(angles[0]).float(), rows.pick(angles[1]).float()
+        out = torch.empty_like(hidden)
+        native.attention(
+            self.of, hidden.data_ptr(), 1, rows.spans, cos.data_ptr(), sin.data_ptr(), kv, out.data_ptr(), self._exact,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        room.extend(count)
+        return rows.put(out), None
+
+
+def takes_tokens(x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], attention: Attention, many: bool) -> bool:
+    """Whether ``x`` [batch, tokens, hidden] is bf16 with ``angles``, and unless ``many`` may come of ``MOST_FEW`` rows at most."""
+    return (
+        x.dim() == 3
+        and (many or x.shape[0] * x.shape[1] <= MOST_FEW)
+        and x.dtype == torch.bfloat16
+        and not x.requires_grad
+        and angles[0].dtype in (torch.bfloat16, torch.float32)
+        and angles[0].shape[1:] == (x.shape[1], attention.num_angles)
+        and len(angles[0]) in (1, len(x))
+    )
+
+
+def native_attention(module: Any, attention: Attention) -> Any:
+    """The extension's Attention of ``module``; None if there is no kernel for a part of it."""
+    weights = [weight_of(part) for part in _projections(module)]
+    norms = [module.q_norm, module.k_norm] if attention.qk_norm is not None else []
+    if any(weight is None for weight in weights) or any(norm.weight.dtype not in DTYPES for norm in norms):
+        return None
+    sinks = module.sinks if attention.sinks else None
+    return native.Attention.make(
+        *weights, attention.heads, attention.kv_heads, attention.head_dim, attention.rotary_dim, attention.num_angles,
+        ROPES.index(attention.rope), attention.scaling, *(native_norm(norm, attention.qk_norm) for norm in norms or (None, None)),
+        attention.norm_over_heads, attention.clip or 0.0, attention.window or 0,
+        *((sinks.data_ptr(), DTYPES[sinks.dtype]) if sinks is not None else (0, 0)),
+    )  # fmt: skip
+
+
+def _projections(module: Any) -> list[Any]:
+    return [module.q_proj, module.k_proj, module.v_proj, module.o_proj]
+
+
+def accelerated_attention(name: str, module: Any, attention: Attention, exact: bool, generator: torch.Generator) -> StandIn | None:
+    """What runs ``module`` by the extension; None if there is no kernel, or it gives something else (a warning says so)."""
+    way = getattr(module.config, "_attn_implementation", "")
+    if way != way_of(attention) or attention.index < 0 or attention.rotary_dim > MOST_TURNED:
+        return None
+    of = native_attention(module, attention)
+    if of is None:
+        return None
+    forward = _Attention(module, of, attention, exact, takes_many(_projections(module), exact))
+    try:
+        x = _probe_inputs(module, attention, generator)
+        difference = _attention_difference(forward.original, forward, x, attention, generator)
+    except Exception as error:  # whatever a family's attention makes of this call
+        difference = f"it cannot be called with a token and a cache ({error})"
+    if difference is not None:
+        warn_of_difference(name, difference)
+        return None
+    return forward
+
+
+def _probe_inputs(module: Any, attention: Attention, generator: torch.Generator) -> torch.Tensor:
+    """[1, _PROBE_TOKENS, hidden] of bf16, such that scores differ enough to show another rope or scaling, and not so much that a
+    softmax makes roundings of bf16 large."""
+    x = (2 * torch.randn(1, _PROBE_TOKENS, module.q_proj.in_features, generator=generator)).bfloat16()
+    if attention.qk_norm is not None:
+        return x  # scores do not depend on the size of x
+    queries, keys = (part(x)[0].float().view(_PROBE_TOKENS, -1, attention.head_dim) for part in (module.q_proj, module.k_proj))
+    keys = keys.repeat_interleave(attention.heads // attention.kv_heads, 1)
+    spread = float((torch.einsum("thd,shd->hts", queries, keys) * attention.scaling).std(-1).max())
+    return x * min(1.0, math.sqrt(_MOST_SPREAD / max(spread, 1e-30)))
+
+
+def _attention_difference(
+    original: Forward, forward: Forward, x: torch.Tensor, attention: Attention, generator: torch.Generator
+) -> str | None:
+    """Several tokens of ``x`` by the family's own forward, then the last by each of the two: how output, key or value
+    differ, if they do."""
+    angles = 3 * torch.rand(1, _PROBE_TOKENS, attention.rotary_dim // 2, generator=generator)
+    angles = angles.repeat(1, 1, 1 if attention.half_angles else 2)
+    results = []
+    for attend in (original, forward):
+        cache = DynamicCache()
+        for step in (slice(None, -1), slice(-1, None)):
+            cos, sin = angles[:, step].cos().bfloat16(), angles[:, step].sin().bfloat16()
+            function = original if step.start is None else attend
+            hidden = x[:, step].contiguous()
+            past = step.start % _PROBE_TOKENS if step.start else 0
+            mask = mask_for(attention, past, hidden.shape[1])
+            out = function(hidden, position_embeddings=(cos, sin), attention_mask=mask, past_key_values=cache)[0]
+            make_room(cache, _PROBE_TOKENS)
+        layer = cache.layers[attention.index]
+        results.append((out, layer.keys[:, :, -1:], layer.values[:, :, -1:]))
+    return next((difference_of(got, want) for want, got in zip(*results, strict=True) if not is_near(got, want)), None)
