@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -74,12 +75,14 @@ def test_a_read_that_fails_raises_and_the_block_can_be_ended() -> None:
 def test_a_wait_can_be_interrupted(by_step: bool) -> None:
     residency, source = small(1)
     source.gate.clear()
+    lease = residency.acquire([ExpertId(0, 1)])
+    wait: Callable[[], Any] = partial(next, lease.batches())
+    if by_step:
+        lease.release()
+        wait = partial(run, residency.native, 0, [1])
     threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
-        if by_step:
-            run(residency.native, 0, [1])
-        else:
-            next(residency.acquire([ExpertId(0, 1)]).batches())
+        wait()
     residency.forget_leases()
     source.gate.set()
     residency.wait_idle()
