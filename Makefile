@@ -113,7 +113,7 @@ sanitize: $(VENV)/.installed-dev
 	PYTHONPATH=build/sanitize/src ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
 	  $(BIN)/python -m pytest -p no:cacheprovider tests/kernels/test_cpu.py tests/kernels/test_layers.py tests/kernels/test_attention.py tests/kernels/test_elementary.py \
-	    tests/layers/test_modules.py tests/gpu/test_host_compute.py
+	    tests/layers/test_modules.py tests/gpu/test_host_compute.py tests/memory/test_expert_memory.py tests/memory/test_sources.py
 
 # The NEON kernels without and with SDOT and SMMLA under the same sanitizers, on emulated processors (Debian: g++-aarch64-linux-gnu,
 # qemu-user-static), without Python.
