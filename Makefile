@@ -121,7 +121,7 @@ sanitize: $(VENV)/.installed-dev
 	PYTHONPATH=build/sanitize/src ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
 	  $(BIN)/python -m pytest -n 2 --dist worksteal -p no:cacheprovider tests/kernels/test_cpu.py tests/kernels/test_layers.py tests/kernels/test_attention.py tests/kernels/test_elementary.py \
-	    tests/layers/test_modules.py tests/gpu/test_host_compute.py
+	    tests/layers/test_modules.py tests/gpu/test_host_compute.py tests/memory/test_expert_memory.py tests/memory/test_sources.py
 
 # What runs on several threads under ThreadSanitizer, in a program without Python: the portable kernels, thread team and host compute.
 .PHONY: tsan
@@ -129,7 +129,7 @@ tsan:
 	mkdir -p build/tsan
 	$(CXX) -std=c++17 -O1 -g -Wall -Wextra -Wno-missing-field-initializers -fsanitize=thread -ffp-contract=off -I $(CSRC) -pthread \
 	  -o build/tsan/check_threads tests/kernels/csrc/check_threads.cpp \
-	  $(filter-out %/module.cpp %/neon_dot.cpp %/neon_i8mm.cpp,$(wildcard $(CSRC)/*.cpp)) -ldl
+	  $(filter-out $(wildcard $(CSRC)/module*.cpp) %/neon_dot.cpp %/neon_i8mm.cpp,$(wildcard $(CSRC)/*.cpp)) -ldl
 	TSAN_OPTIONS="suppressions=tests/kernels/csrc/tsan.supp" build/tsan/check_threads
 
 # Damaged files, faults, kills, races and budgets by the thousand (docs/concepts/reliability.md): five minutes, MINUTES= or HOURS=

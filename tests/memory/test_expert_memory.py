@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
-from fate_moe.core import ExpertId
+from fate_moe.core import Counters, ExpertId
 from fate_moe.errors import ClosedModelError, CorruptExpertError
 from fate_moe.journal import ForwardPass
 from fate_moe.kernels.extension import native
+from fate_moe.memory.policies import LRU
 from fate_moe.memory.residency import Residency
 from fate_moe.memory.slots import SlotArena
 from fate_moe.registry import make_policy
@@ -62,6 +68,53 @@ def test_a_read_that_fails_raises_and_the_block_can_be_ended() -> None:
     residency.native.end()
     residency.native.end()
     assert run(residency.native, 0, [1]) == [[], [1]]
+    residency.close()
+
+
+@pytest.mark.parametrize("by_step", [True, False])
+def test_a_wait_can_be_interrupted(by_step: bool) -> None:
+    residency, source = small(1)
+    source.gate.clear()
+    lease = residency.acquire([ExpertId(0, 1)])
+    wait: Callable[[], Any] = partial(next, lease.batches())
+    if by_step:
+        lease.release()
+        wait = partial(run, residency.native, 0, [1])
+    threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        wait()
+    residency.forget_leases()
+    source.gate.set()
+    residency.wait_idle()
+    residency.check_integrity()
+    assert run(residency.native, 0, [1]) == [[1]], "what was under way has arrived"
+    residency.close()
+
+
+def test_counters_are_live_and_their_copies_are_not() -> None:
+    residency, _ = small(2)
+    before = replace(residency.counters)
+    run(residency.native, 0, [1])
+    residency.counters.predicting_seconds += 0.5
+    assert type(before) is Counters
+    assert before.misses == 0
+    since = residency.counters.since(before)
+    assert (since.misses, since.predicting_seconds, residency.counters.ready_on_time) == (1, 0.5, 0.0)
+    residency.close()
+
+
+def test_a_policy_of_ones_own_is_asked() -> None:
+    """One that the extension does not have, here the most recently used goes first."""
+
+    class Newest(LRU):
+        def victim(self, incoming: ExpertId, evictable: Callable[[ExpertId], bool], probability: float = 1.0) -> ExpertId | None:
+            return next(filter(evictable, reversed(self._order)), None)
+
+    source = SourceDouble(MemorySource(marked_blobs(ALL, SLOT)))
+    residency: Any = Residency(source, SlotArena((2, SLOT)), Newest())
+    for expert in (0, 1, 2):
+        run(residency.native, 0, [expert])
+    assert sorted(residency.resident()) == [ExpertId(0, 0), ExpertId(0, 2)]
     residency.close()
 
 

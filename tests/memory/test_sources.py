@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import random
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import xxhash
 
 from fate_moe.core import ExpertId, ExpertSource
 from fate_moe.errors import CorruptExpertError, StoreError
+from fate_moe.kernels.extension import native
 from fate_moe.memory.slots import SlotArena
 from fate_moe.store.convert import convert
 from fate_moe.store.open import Store, open_store
@@ -72,10 +75,21 @@ def blobs_of(store: Store) -> dict[ExpertId, bytes]:
     return blobs
 
 
+WAYS = [False] if native is None else [True, False]  # whether the extension reads
+
+
+def opened(store: Store, by_extension: bool, direct: bool = True) -> DiskSource:
+    source = DiskSource(store, direct)
+    if not by_extension:
+        source.native = None
+    return source
+
+
+@pytest.mark.parametrize("by_extension", WAYS)
 @pytest.mark.parametrize("direct", [True, False])
 @pytest.mark.parametrize("tears", [True, False])
-def test_the_store_keeps_the_contract(store: Store, direct: bool, tears: bool) -> None:
-    source: ExpertSource = DiskSource(store, direct)
+def test_the_store_keeps_the_contract(store: Store, direct: bool, tears: bool, by_extension: bool) -> None:
+    source: ExpertSource = opened(store, by_extension, direct)
     sections = store.manifest.layouts_of(0)[0].sections
     blobs = {expert: blob for expert, blob in blobs_of(store).items() if expert.expert < 3}
     check_source(SourceDouble(source, tears=True) if tears else source, blobs, [s.offset + s.length for s in sections])
@@ -89,16 +103,17 @@ def test_doubles_fail_as_a_source_does(error: type[StoreError], tears: bool) -> 
     check_errors(source, B, A, memory().blobs[A], error)
 
 
-def test_the_store_fails_as_a_source_does(store: Store) -> None:
+@pytest.mark.parametrize("by_extension", WAYS)
+def test_the_store_fails_as_a_source_does(store: Store, by_extension: bool) -> None:
     blobs, path = blobs_of(store), store.shard_of(B)
     offset = store.manifest.layers[B.layer].experts[B.expert].offset
     with path.open("r+b") as file:
         file.seek(offset + 5)
         file.write(bytes([blobs[B][5] ^ 1]))
-    check_errors(DiskSource(store), B, ExpertId(1, 1), blobs[ExpertId(1, 1)], CorruptExpertError)
+    check_errors(opened(store, by_extension), B, ExpertId(1, 1), blobs[ExpertId(1, 1)], CorruptExpertError)
     last = max(blobs, key=lambda e: (e.layer == B.layer, store.manifest.layers[e.layer].experts[e.expert].offset))
     os.truncate(path, path.stat().st_size - 4096)
-    check_errors(DiskSource(store), last, ExpertId(1, 1), blobs[ExpertId(1, 1)], StoreError)
+    check_errors(opened(store, by_extension), last, ExpertId(1, 1), blobs[ExpertId(1, 1)], StoreError)
 
 
 def test_what_a_failed_read_leaves_is_of_no_use() -> None:
@@ -147,3 +162,10 @@ def test_a_double_remembers_and_takes_its_time() -> None:
     assert source.closed
     with pytest.raises(AssertionError, match="after close"):
         source.read(A, slot)
+
+
+@pytest.mark.skipif(native is None, reason="the extension is not built")
+@pytest.mark.parametrize("length", [241, 256, 1024, 1025, 1088, 2049, 70000])
+def test_the_extensions_checksum_is_xxh3(length: int) -> None:
+    content = random.Random(length).randbytes(length)
+    assert native.checksum(content) == xxhash.xxh3_64_intdigest(content)

@@ -21,7 +21,7 @@ class DiskSource:
 
     Each section is compared with its checksum the first time that this object reads it, and again once its file was written to.
     Any number of threads may read at once. ``native`` (None: it is not built) is the extension's part: it reads these files without
-    the interpreter, but for checksums.
+    the interpreter.
     """
 
     def __init__(self, store: Store, direct: bool = True) -> None:
@@ -71,7 +71,10 @@ class DiskSource:
         number_of = {shard: number for number, shard in enumerate(self._files)}
         layouts = [([(one.offset, one.length) for one in layout.sections], layout.length) for layout in manifest.layouts]
         places = [
-            [(index, number_of[layer.shard], expert.offset) for expert, index in zip(layer.experts, layer.layouts, strict=True)]
+            [
+                (index, number_of[layer.shard], expert.offset, [int(one, 16) for one in expert.checksums])
+                for expert, index in zip(layer.experts, layer.layouts, strict=True)
+            ]
             for layer in manifest.layers
         ]
         return native.DiskSource.make(

@@ -18,13 +18,14 @@ class DiskSource final : public Source {
   };
   struct Place {
     int64_t layout, shard, offset;  // offset: of the blob in its file
+    std::vector<uint64_t> checksums;  // of its sections
   };
 
-  // What Python does: it owns the files, and knows checksums.
+  // What Python does: it owns the files, and says what is wrong with bytes.
   class Owner {
    public:
     virtual ~Owner() = default;
-    virtual void check(const ExpertKey& key, const uint8_t* blob, int64_t length, int64_t section) = 0;  // throws if it differs
+    virtual void check(const ExpertKey& key, const uint8_t* blob, int64_t length, int64_t section) = 0;  // throws if its checksum differs
     virtual int reopen(int64_t shard) = 0;  // its file, without O_DIRECT
   };
 
@@ -49,6 +50,7 @@ class DiskSource final : public Source {
   };
 
   const Place& place(const ExpertKey& key) const;
+  bool is_right(const Place& where, const uint8_t* blob, int64_t section) const;
   static State state_of(int file);
   int64_t fill(int64_t shard, uint8_t* memory, int64_t length, int64_t offset, int& error);
 

@@ -8,6 +8,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include "checksum.h"
 #include "disk_source.h"
 #include "residency.h"
 #include "statistics.h"
@@ -131,7 +132,7 @@ int64_t read_into(DiskSource& of, const Pair& expert, nb::handle slot, int64_t f
 
 // `layouts`: the sections' offsets and lengths, and the blob's length; `places` by layer and expert.
 std::shared_ptr<DiskSource> make_disk(nb::object check, nb::object reopen, const std::vector<std::pair<Pairs, int64_t>>& layouts,
-                                      const std::vector<std::vector<std::tuple<int64_t, int64_t, int64_t>>>& places, std::vector<std::string> paths,
+                                      const std::vector<std::vector<std::tuple<int64_t, int64_t, int64_t, std::vector<uint64_t>>>>& places, std::vector<std::string> paths,
                                       const std::vector<int>& files, const std::vector<bool>& direct, std::string advice) {
   std::vector<DiskSource::Layout> of_blobs;
   for (const auto& [sections, length] : layouts) {
@@ -141,7 +142,7 @@ std::shared_ptr<DiskSource> make_disk(nb::object check, nb::object reopen, const
   std::vector<std::vector<DiskSource::Place>> at;
   for (const auto& of_layer : places) {
     at.emplace_back();
-    for (const auto& [layout, shard, offset] : of_layer) at.back().push_back({layout, shard, offset});
+    for (const auto& [layout, shard, offset, checksums] : of_layer) at.back().push_back({layout, shard, offset, checksums});
   }
   return std::make_shared<DiskSource>(std::make_unique<PythonFiles>(std::move(check), std::move(reopen)), std::move(of_blobs), std::move(at),
                                       std::move(paths), files, direct, std::move(advice));
@@ -365,6 +366,10 @@ void bind_residency(nb::module_& m) {
   nb::class_<Source>(m, "Source").def_static("python", [](nb::object read) -> std::shared_ptr<Source> {
     return std::make_shared<PythonSource>(std::move(read));
   });
+  m.def("checksum", [](const nb::bytes& of) {
+    if (of.size() < size_t(kShortest)) throw std::invalid_argument("too short");
+    return xxh3_64(static_cast<const uint8_t*>(of.data()), int64_t(of.size()));
+  }, "For tests.");
   nb::class_<DiskSource, Source>(m, "DiskSource")
       .def_static("make", &make_disk)
       .def("read", &read_into, nb::arg("expert"), nb::arg("slot"), nb::arg("first"), nb::arg("last").none());
