@@ -152,10 +152,12 @@ def _token_times(url: str, body: dict[str, Any]) -> list[float]:
 
 @dataclass(frozen=True)
 class Clients:
-    """``tokens_per_second`` of all clients together, by their number. ``first_*_ms``: to the first token of a new request, alone
+    """``tokens_per_second`` of all clients together, by their number; ``cpu_ms_per_token``: the server's processor time, which says
+    more where other programs run. ``first_*_ms``: to the first token of a new request, alone
     and while others are answered (median and worst). ``gap_beside_ms``: the longest that one of the others waited meanwhile."""
 
     tokens_per_second: dict[int, float]
+    cpu_ms_per_token: dict[int, float]
     first_alone_ms: float
     first_beside_ms: tuple[float, float]
     gap_beside_ms: float
@@ -173,9 +175,11 @@ def clients(url: str, service: Service, tokens: int = 64, rounds: int = 3, other
 
     with ProcessPoolExecutor(1, get_context("spawn")) as client:
         client.submit(_together, url, [body(0)] * 2).result()  # the first ones fill caches
-        speeds = dict[int, float]()
+        speeds, costs = dict[int, float](), dict[int, float]()
         for number in (1, 4, 16):
+            began = time.process_time()
             found = [client.submit(_together, url, [body(i) for i in range(number)]).result() for _ in range(rounds)]
+            costs[number] = round((time.process_time() - began) / (rounds * number * tokens) * 1e3, 2)
             speeds[number] = statistics.median(number * tokens / max(times[-1] for times in one) for one in found)
         alone = [client.submit(_token_times, url, body(99, 1)).result()[0] for _ in range(2 * rounds)]
         beside, gaps = list[float](), list[float]()
@@ -185,6 +189,7 @@ def clients(url: str, service: Service, tokens: int = 64, rounds: int = 3, other
             gaps += [end - start for times in their for start, end in itertools.pairwise(times)]
     return Clients(
         {number: round(speed, 1) for number, speed in speeds.items()},
+        costs,
         round(statistics.median(alone) * 1e3, 1),
         (round(statistics.median(beside) * 1e3, 1), round(max(beside) * 1e3, 1)),
         round(max(gaps) * 1e3, 1),
@@ -282,6 +287,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--threads", type=int, help="of torch; default: its own")
     parser.add_argument("--parallel", type=int, help="requests at once; default: the server's")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=64, help="of an answer")
     parser.add_argument("--precision", default="lossless")
     parser.add_argument("--expert-cache", help="a size or percentage; default: all experts")
     arguments = parser.parse_args()
@@ -299,7 +306,7 @@ def main() -> None:
         elif arguments.what == "soak":
             print(json.dumps(soak(url, service, arguments.clients, arguments.seconds).__dict__))
         else:
-            print(json.dumps(clients(url, service).__dict__))
+            print(json.dumps(clients(url, service, arguments.tokens, arguments.rounds).__dict__))
 
 
 if __name__ == "__main__":

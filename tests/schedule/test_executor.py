@@ -218,7 +218,8 @@ def test_an_entry_that_fails_is_not_the_others(loaded: tuple[Any, Any]) -> None:
         assert isinstance(result, torch.Tensor)
         again = executor.new()
         assert_same(step(executor, Rows(again, [5]))[0], result)
-        assert_same(*step(executor, Rows(good, [6]), Rows(again, [6])))
+        mine, theirs = step(executor, Rows(good, [6]), Rows(again, [6]))
+        assert_same(mine, theirs)
 
 
 def test_cancelling_while_the_prompt_is_read(scheduler: BatchScheduler) -> None:

@@ -116,7 +116,7 @@ class _PoolLayer(DynamicLayer):  # type: ignore[misc]
         """``key_states`` and ``value_states`` [1, kv_heads, tokens, dim]."""
         whole, rest = divmod(key_states.shape[2], KV_BLOCK)
         for which, states in enumerate((key_states[0], value_states[0])):
-            first = states[:, : whole * KV_BLOCK].unflatten(1, (whole, KV_BLOCK)).transpose(0, 1)
+            first = states[:, : whole * KV_BLOCK].reshape(len(states), whole, KV_BLOCK, -1).transpose(0, 1)
             self._states[self._table[:whole], which] = first
             if rest:
                 self._states[self._table[whole], which, :, :rest] = states[:, whole * KV_BLOCK :]
