@@ -53,6 +53,14 @@ def test_a_shape_of_thousands_of_dimensions_is_refused_at_once() -> None:
     assert len(str(caught.value)) < 400
 
 
+@pytest.mark.parametrize("dtype", ['"' + "x" * 5000 + '"', "7", '["U8"]', '"a\\nb"'])
+def test_a_dtype_that_is_no_name_is_refused_in_a_line(dtype: str) -> None:
+    text = b'{"a":{"dtype":%s,"shape":[1],"data_offsets":[0,1]}}' % dtype.encode()
+    with pytest.raises(ValueError, match="tensor a has the dtype") as caught:
+        parse_header(text, len(text) + 9)
+    assert len(str(caught.value)) < 200
+
+
 def archive(path: Path, members: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> Path:
     with zipfile.ZipFile(path, "w", method) as made:
         for name, content in members.items():

@@ -112,10 +112,10 @@ def test_a_read_only_or_full_disk_keeps_no_statistics(tmp_path: Path, monkeypatc
     def fail(*arguments: object, **options: object) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    for name in ("open", "unlink"):  # a read-only file system refuses to remove even what is missing
-        monkeypatch.setattr(Path, name, fail)
-    save_statistics(tmp_path, {"recent": np.zeros(1)})
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:  # a read-only file system refuses to remove even what is missing
+        patch.setattr(Path, "unlink", fail)
+        patch.setattr("builtins.open", fail)
+        save_statistics(tmp_path, {"recent": np.zeros(1)})
     monkeypatch.setattr(np, "savez", fail)
     save_statistics(tmp_path, {"recent": np.zeros(1)})
     assert not list(tmp_path.iterdir())

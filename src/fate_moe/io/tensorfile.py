@@ -24,6 +24,7 @@ __all__ = ["TensorEntry", "data_start", "parse_header", "place_tensors", "read_h
 
 # The limit of the safetensors package itself.
 _MAX_HEADER_BYTES = 100_000_000
+_LONGEST_DTYPE = 32  # characters
 _MOST_DIMENSIONS = 16  # torch has no use for more; the product of millions of huge ones would take hours
 
 
@@ -89,11 +90,13 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _entry(name: str, fields: dict[str, Any], start: int) -> TensorEntry:
     dtype, shape, (begin, end) = fields["dtype"], fields["shape"], fields["data_offsets"]
+    if not isinstance(dtype, str) or len(dtype) > _LONGEST_DTYPE or not dtype.isprintable():
+        raise ValueError(f"tensor {name} has the dtype {str(dtype)[:80]}")
     if len(shape) > _MOST_DIMENSIONS or any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
         raise ValueError(f"tensor {name} has shape {str(shape)[:80]} at {begin}..{end}")
     if dtype in TORCH_DTYPES and math.prod(shape) * TORCH_DTYPES[dtype].itemsize != end - begin:
         raise ValueError(f"tensor {name} of {dtype} {shape} has {end - begin} bytes")
-    return TensorEntry(name, str(dtype), tuple(shape), start + begin, end - begin)
+    return TensorEntry(name, dtype, tuple(shape), start + begin, end - begin)
 
 
 def place_tensors(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, list[TensorEntry]]:

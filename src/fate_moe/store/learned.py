@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from fate_moe.errors import DiskSpaceError, first_line
 from fate_moe.io.arrays import load_arrays
 from fate_moe.io.bounded import load_json
 from fate_moe.io.files import atomic_file
-from fate_moe.io.tensorfile import read_header
+from fate_moe.io.tensorfile import place_tensors, read_header
 from fate_moe.kernels.native import multiplies_bf16
 
 __all__ = [
@@ -63,13 +63,15 @@ class Gates(NamedTuple):
 
 
 def save_gates(store: Path, *ahead: Sequence[torch.Tensor | None], forecast: Sequence[torch.Tensor] = ()) -> Path:
-    """Write fitted gates (see Gates) in bf16 and return the file. Raises OSError if the store cannot be written to."""
+    """Write fitted gates (see Gates) in bf16 and return the file. Raises OSError or DiskSpaceError if that fails."""
     path = store / GATES
     named = {_name(a, layer): w for a, weights in enumerate(ahead, 1) for layer, w in enumerate(weights) if w is not None}
     named |= {f"forecast.{layer}": weight for layer, weight in enumerate(forecast)}
+    header, entries = place_tensors((name, "BF16", tuple(weight.shape)) for name, weight in named.items())
     with atomic_file(path, shared=True) as file:
-        # Into the same file, without a second copy in memory.
-        save_file({name: weight.to(torch.bfloat16).contiguous() for name, weight in named.items()}, file.name)
+        file.write(header)
+        for entry in entries:
+            file.write(named[entry.name].to(torch.bfloat16).contiguous().view(torch.uint8).numpy().data)
     return path
 
 
@@ -148,7 +150,7 @@ def load_statistics(store: Path) -> dict[str, NDArray[Any]] | None:
 
 
 def save_view_losses(store: Path, losses: Mapping[int, float]) -> None:
-    """Save the loss in nats per token of reading every expert as a view of so many bits. Raises OSError if that fails."""
+    """Save the loss in nats per token of reading every expert as a view of so many bits. Raises as ``save_gates``."""
     path = store / VIEW_LOSSES
     with atomic_file(path, shared=True) as file:
         file.write((json.dumps({"nats_lost_by_bits": {str(bits): loss for bits, loss in sorted(losses.items())}}) + "\n").encode())

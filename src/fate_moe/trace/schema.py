@@ -164,12 +164,8 @@ def _check_shape(name: str, array: NDArray[Any], sizes: dict[str, int]) -> None:
     """Raise ValueError unless an optional array has the shape and kind that the docstring above gives; learns E and D from it."""
     letters, kinds = _SHAPES[name]
     found = dict(zip(letters, array.shape, strict=False))
-    expected = {letter: sizes.setdefault(letter, size) for letter, size in found.items() if letter != "R"}
-    if (
-        array.ndim != len(letters)
-        or array.dtype.kind not in kinds
-        or any(found[letter] != size for letter, size in expected.items())
-    ):
+    fits = all(sizes.setdefault(letter, size) == size for letter, size in found.items() if letter != "R")
+    if array.ndim != len(letters) or array.dtype.kind not in kinds or not fits:
         raise ValueError(f"{name} is {array.dtype} {array.shape}")
 
 
