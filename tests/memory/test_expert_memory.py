@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -116,6 +118,30 @@ def test_a_policy_of_ones_own_is_asked() -> None:
         run(residency.native, 0, [expert])
     assert sorted(residency.resident()) == [ExpertId(0, 0), ExpertId(0, 2)]
     residency.close()
+
+
+def test_a_program_may_end_while_a_source_in_python_reads() -> None:
+    program = """
+import time
+from fate_moe.core import ExpertId
+from fate_moe.memory.policies import LRU
+from fate_moe.memory.residency import Residency
+from fate_moe.memory.slots import SlotArena
+
+class Slow:
+    def read(self, expert, slot, first=0, last=None):
+        time.sleep(0.05)
+        return 4096
+
+    def close(self):
+        pass
+
+residency = Residency(Slow(), SlotArena((3, 4096)), LRU())
+residency.acquire([ExpertId(0, 0), ExpertId(0, 1)])
+time.sleep(0.02)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 class Watch:

@@ -6,6 +6,7 @@ The extension's object is also what a step in C++ asks for experts (csrc/expert_
 from __future__ import annotations
 
 import logging
+import weakref
 from array import array
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -110,6 +111,8 @@ class Residency:
                 f"the system does not start {io_threads} threads ({error}); lower --io-threads or raise the limit (ulimit -u)"
             ) from error
         self.native.set_complaint(_complain)
+        # At exit the interpreter would end a thread that asks for its lock, in the midst of C++.
+        weakref.finalize(self, self.native.close)
         self.counters: Counters = LiveCounters(self.native.counters)
         self._journal: list[tuple[ExpertId, bool, float, float]] | None = None
         self._missed: deque[ExpertId] | None = None

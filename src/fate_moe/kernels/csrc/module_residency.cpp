@@ -49,6 +49,16 @@ class PythonInterpreter final : public Interpreter {
   }
 };
 
+// A thread that asks an interpreter that ends for its lock is ended by it, in the midst of C++: reading threads look before they ask.
+void check_interpreter() {
+#if PY_VERSION_HEX >= 0x030D0000
+  const bool ends = Py_IsFinalizing();
+#else
+  const bool ends = _Py_IsFinalizing();
+#endif
+  if (ends || !Py_IsInitialized()) throw std::runtime_error("the interpreter ends");
+}
+
 // An object that may be let go by a thread without the interpreter's lock.
 class Held {
  public:
@@ -81,6 +91,7 @@ class PythonSource final : public Source {
   explicit PythonSource(nb::object read) : read_(std::move(read)) {}
 
   int64_t read(const ExpertKey& key, int64_t slot, uint8_t*, int64_t first, int64_t last) override {
+    check_interpreter();
     const nb::gil_scoped_acquire acquire;
     try {
       return nb::cast<int64_t>((*read_)(key.layer, key.expert, slot, first, last >= kWhole ? nb::object(nb::none()) : nb::cast(last)));
@@ -99,6 +110,7 @@ class PythonFiles final : public DiskSource::Owner {
   PythonFiles(nb::object check, nb::object reopen) : check_(std::move(check)), reopen_(std::move(reopen)) {}
 
   void check(const ExpertKey& key, const uint8_t* blob, int64_t length, int64_t section) override {
+    check_interpreter();
     const nb::gil_scoped_acquire acquire;
     char* bytes = reinterpret_cast<char*>(const_cast<uint8_t*>(blob));
     try {
@@ -108,6 +120,7 @@ class PythonFiles final : public DiskSource::Owner {
     }
   }
   int reopen(int64_t shard) override {
+    check_interpreter();
     const nb::gil_scoped_acquire acquire;
     try {
       return nb::cast<int>((*reopen_)(shard));
@@ -448,6 +461,7 @@ void bind_residency(nb::module_& m) {
       .def("set_complaint", [](Residency& of, nb::object complain) {
         auto held = std::make_shared<Held>(std::move(complain));
         of.set_complaint([held](const ExpertKey& key, const std::exception_ptr& error) {
+          check_interpreter();
           const nb::gil_scoped_acquire acquire;
           std::string what = "?";
           try {

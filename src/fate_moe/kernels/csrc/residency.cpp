@@ -448,7 +448,7 @@ void Residency::run() {
     } catch (...) {  // a policy that breaks its contract: nobody could be told
       const std::exception_ptr error = std::current_exception();
       lock.unlock();
-      if (complaint_) complaint_({-1, -1}, error);
+      complain({-1, -1}, error);
       return;
     }
     prefetching_ += !next.demand;
@@ -512,10 +512,17 @@ void Residency::read(const Next& next, Lock& lock) {
   }
   source.reset();
   lock.lock();
-  if (end(next, first, last, num_bytes, began, error) && complaint_) {
+  if (end(next, first, last, num_bytes, began, error)) {
     lock.unlock();
-    complaint_(next.key, error);
+    complain(next.key, error);
     lock.lock();
+  }
+}
+
+void Residency::complain(const ExpertKey& key, const std::exception_ptr& error) {
+  try {
+    if (complaint_) complaint_(key, error);
+  } catch (...) {  // there is nobody left to hear it
   }
 }
 

@@ -161,6 +161,7 @@ class Residency final : public ExpertMemory {
   bool comes_next(bool begin, Next& next);
   void read(const Next& next, Lock& lock);
   bool end(const Next& next, int64_t first, int64_t last, int64_t num_bytes, double began, const std::exception_ptr& error);
+  void complain(const ExpertKey& key, const std::exception_ptr& error);
   void queue_demand(const ExpertKey& key);
   bool queue_prefetch(const ExpertKey& key);
   void withdraw(const ExpertKey& key);
