@@ -28,9 +28,10 @@ __all__ = ["BatchScheduler", "default_parallel", "executor_of"]
 
 _log = logging.getLogger(__name__)
 
-# Where nobody says how many requests run at once: more rows than this add little to a step's speed on a CPU, and each request
-# should find room for so many tokens, or they preempt one another.
-_PARALLEL, _TOKENS_EACH = 8, 512
+# Where nobody says how many requests run at once: more rows add little to a step's speed on a CPU. Requests that do not share
+# passes gain nothing but that a new one does not wait for the others. Each should find room for so many tokens, or they preempt
+# one another.
+_PARALLEL, _PARALLEL_APART, _TOKENS_EACH = 8, 4, 512
 
 
 def executor_of(model: Any) -> Executor:
@@ -44,7 +45,8 @@ def executor_of(model: Any) -> Executor:
 def default_parallel(executor: Executor) -> int:
     """How many requests run at once unless somebody says: by the KV cache, and by whether they make a step cheaper."""
     fitting = executor.blocks.num_blocks * KV_BLOCK // _TOKENS_EACH
-    return max(1, min(_PARALLEL, fitting, executor.most_sequences or _PARALLEL))
+    useful = _PARALLEL if executor.shares_passes else _PARALLEL_APART
+    return max(1, min(useful, fitting, executor.most_sequences or useful))
 
 
 class BatchScheduler(Scheduler):
