@@ -44,17 +44,6 @@ _YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_ma
 _SPECIAL: dict[str, dict[str, Any]] = {
     "deepseek_v2": {**_DEEPSEEK, "topk_method": "greedy"},
     "deepseek_v3": {**_DEEPSEEK, "n_group": 2, "topk_group": 1},
-    "glm4_moe": {
-        "n_routed_experts": 8,
-        "moe_intermediate_size": 32,
-        "intermediate_size": 96,
-        "head_dim": 16,
-        "n_group": 2,
-        "topk_group": 1,
-        "first_k_dense_replace": 1,
-        "num_hidden_layers": 3,
-        "use_qk_norm": True,
-    },
     "gpt_oss": {"num_local_experts": 8, "intermediate_size": 48, "head_dim": 16, "sliding_window": 16, "rope_parameters": _YARN},
     "mixtral": {"num_local_experts": 8, "intermediate_size": 48},
     "olmoe": {"num_experts": 8, "intermediate_size": 48},
