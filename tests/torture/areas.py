@@ -20,6 +20,6 @@ _AREAS = (
     Area("killed-saving", "learned state or a trace is being written, and killed", kills.killed_saving, 1, 6),
     Area("killed-run", "a process that writes text is killed", kills.killed_run, 1, 3),
     Area("race", "several processes, threads, forks and signals on one store", races.race, 2, 6),
-    Area("budget", "a random budget under a control group", budgets.budget, 3, 0, limit_seconds=200.0),
+    Area("budget", "a random budget under a control group", budgets.budget, 3, 0, limit_seconds=400.0),
 )
 AREAS = {area.name: area for area in _AREAS}

@@ -49,7 +49,7 @@ def budget(case: Case) -> str:
     if group is not None:
         command = ["/bin/sh", "-c", f'echo $$ > {group}/cgroup.procs; exec "$0" "$@"', *command]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=150, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
     finally:
         if group is not None:
             _remove(group)

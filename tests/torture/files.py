@@ -25,7 +25,7 @@ from tests.torture.case import Case, WrongError, refusal
 from tests.torture.damage import damage
 from tests.torture.material import text_of
 
-__all__ = ["damaged_checkpoint", "damaged_gguf", "damaged_home", "damaged_learned", "damaged_store", "damaged_trace"]
+__all__ = ["damaged_checkpoint", "damaged_gguf", "damaged_home", "damaged_learned", "damaged_store", "damaged_trace", "read_all"]
 
 _LEARNED = ("gates.safetensors", "routing.npz", "views.json", "last-used")
 
@@ -57,7 +57,7 @@ def damaged_store(case: Case) -> str:
     before = _config_of(path)
     case.kind = f"{_short(path)}: {damage(path, case.dice, _outside(case, path, name))}"
     text: list[list[int]] = []
-    refused = refusal(lambda: _read_all(store, case.material.home / "stores" / name))
+    refused = refusal(lambda: read_all(store, case.material.home / "stores" / name))
     ran = refusal(lambda: text.append(text_of(store)))
     if text and text[0] != case.material.facts["text"][name]:
         if path.name not in ("config.json", "generation_config.json") or _config_of(path) == before:
@@ -68,7 +68,7 @@ def damaged_store(case: Case) -> str:
     return "refused" if ran or refused else "right"
 
 
-def _read_all(store: Path, whole: Path) -> None:
+def read_all(store: Path, whole: Path) -> None:
     """Every expert through the reader that a run has: its bytes are those of ``whole``. And verify agrees that all is well."""
     prepared, good = prepare(store), prepare(whole)
     arena = SlotArena((2, max(prepared.store.manifest.slot_bytes, good.store.manifest.slot_bytes)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,8 +21,7 @@ from fate_moe.store import open as opening
 from tests.support.checkpoints import tiny_checkpoint
 from tests.torture.case import Area, Case, Material, WrongError, refusal
 from tests.torture.faults import Faults
-from tests.torture.files import damaged_store
-from tests.torture.material import text_of
+from tests.torture.files import read_all
 from tests.torture.workers import do, outcomes
 
 pytestmark = pytest.mark.slow
@@ -74,20 +74,25 @@ def test_crashes_hangs_foreign_errors_and_memory_are_found(tmp_path: Path) -> No
 
 
 def test_a_reader_that_checks_nothing_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the checksums some of these cases write other text, or read other bytes, and say so."""
     from fate_moe.store import reader
     from fate_moe.store.convert import convert
 
     sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 64}
-    source = tiny_checkpoint("mixtral", tmp_path / "material" / "checkpoint", **sizes)
-    for home in ("material", "outside"):
-        convert(source, tmp_path / home / "stores" / "s", "int4")
-    material = Material(tmp_path / "material", {"stores": ["s"], "text": {"s": text_of(tmp_path / "outside" / "stores" / "s")}})
-    area = Area("store", "", damaged_store, 1, 0, most_bytes=1 << 40)
-    assert all(do(area, 1, number, material, tmp_path / "work").good for number in range(4))
+    whole = convert(tiny_checkpoint("mixtral", tmp_path / "checkpoint", **sizes), tmp_path / "whole", "int4")
+
+    def flipped(case: Case) -> str:
+        store = Path(shutil.copytree(whole, case.work / "store"))
+        shard = bytearray((store / "experts-00001-of-00002.safetensors").read_bytes())
+        shard[opening.open_store(whole).manifest.layers[0].experts[3].offset] ^= 1
+        (store / "experts-00001-of-00002.safetensors").write_bytes(shard)
+        return "right" if refusal(lambda: read_all(store, whole)) is None else "refused"
+
+    area = Area("store", "", flipped, 1, 0, most_bytes=1 << 40)
+    assert do(area, 1, 0, Material(tmp_path, {}), tmp_path / "work").outcome == "refused"
     for module in (opening, reader):
         monkeypatch.setattr(module, "check_section", lambda *arguments: None)
-    assert not all(do(area, 1, number, material, tmp_path / "work").good for number in range(100))
+    found = do(area, 1, 0, Material(tmp_path, {}), tmp_path / "work")
+    assert (found.outcome, "other bytes" in found.detail) == ("wrong", True)
 
 
 def test_faults_come_as_often_as_asked_and_go_with_the_block() -> None:
