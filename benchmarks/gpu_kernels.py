@@ -69,7 +69,7 @@ def differences(random: RandomModel, experts: DeviceExperts) -> Iterator[str]:
 
 
 def decode(random: RandomModel, experts: DeviceExperts) -> dict[str, float]:
-    """Microseconds of one token's two launches."""
+    """Microseconds of one token's two launches: each repeated alone, and both in turns."""
     state, layout, top_k = experts.state, experts.state.layouts[0], random.model.config.num_experts_per_tok
     hidden = torch.randn(1, layout.cols, device="cuda", dtype=torch.bfloat16)
     index = torch.arange(top_k, device="cuda")[None]
@@ -88,11 +88,18 @@ def decode(random: RandomModel, experts: DeviceExperts) -> dict[str, float]:
 
         return run
 
+    def gate_up() -> None:
+        experts._gate_up(0, 1, 2)
+
+    def down() -> None:
+        experts._down(0, weights, out, False)
+
+    def both() -> None:
+        gate_up()
+        down()
+
     times = {}
-    for name, launch in (
-        ("gate_up_us", lambda: experts._gate_up(0, 1, 2)),
-        ("down_us", lambda: experts._down(0, weights, out, False)),
-    ):
+    for name, launch in (("gate_up_us", gate_up), ("down_us", down), ("both_us", both)):
         times[name] = round(milliseconds(captured(all_of(launch), ROUNDS)) * 1e3 / ROUNDS / len(some), 2)
     state.slots = kept
     return times

@@ -9,7 +9,7 @@ import torch
 
 from fate_moe.errors import ConfigError
 
-__all__ = ["CONTEXT_BYTES", "Gpu", "find_gpu", "gpu_facts", "vram_peak", "why_no_gpu"]
+__all__ = ["CONTEXT_BYTES", "Gpu", "find_gpu", "gpu_facts", "launches_early", "vram_peak", "why_no_gpu"]
 
 # What a process takes beside its allocations: the driver's context, cuBLAS' and Triton's code. Measured on an H200 (torch 2.11):
 # 526 MiB at first, 764 MiB once a model has run.
@@ -58,6 +58,11 @@ def gpu_facts() -> list[tuple[str, bool, str]]:
         why = "used with --vram" if number == torch.cuda.current_device() else "one GPU is used; choose with CUDA_VISIBLE_DEVICES"
         facts.append((seen.name, number == torch.cuda.current_device(), f"{seen.total_memory / (1 << 30):.0f} GiB, {why}"))
     return facts
+
+
+def launches_early(device: torch.device) -> bool:
+    """Whether a kernel may be launched there before the one before it ends (programmatic dependent launch)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def vram_peak(device: torch.device) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import triton
 
+from fate_moe.gpu.device import launches_early
 from fate_moe.gpu.host_compute import HostCompute
 from fate_moe.gpu.layout import DeviceLayout
 from fate_moe.gpu.prefill import Prefill
@@ -49,6 +50,7 @@ class DeviceExperts:
         self._requested = False  # the residency step may have requested rows from the host that nobody collects yet
         self._listed = False  # the residency step listed prefetches that are not enqueued yet
         self._arriving: Any = None  # the mark of prefetches that the main lane has not waited for
+        self._launches_early = launches_early(device)
         self._prefill = Prefill(state)
 
     def compute(self, layer: int, hidden: torch.Tensor, index: torch.Tensor, routing_weights: torch.Tensor) -> torch.Tensor:
@@ -197,40 +199,56 @@ class DeviceExperts:
             )  # fmt: skip
         self._listed = True
 
+    def _early(self, layer: int) -> bool:
+        """Whether down is launched while gate_up runs and reads its weights meanwhile; then nothing else may come between them."""
+        return self._launches_early and self.state.layouts[layer].planes > 0 and self.state.is_whole(layer)
+
     def _gate_up(self, layer: int, tokens: int, phase: int) -> None:
         state, layout = self.state, self.state.layouts[layer]
-        block, groups, warps = gate_up_tile(layout)
+        block, groups, rows, warps = gate_up_tile(layout)
         gate_up_kernel[(tokens * state.top_k, triton.cdiv(padded(layout.width), block))](
             state.pool.bytes, state.slots, state.pending, state.staged, self._inner, state.pool.slot_bytes, *layout.gate_up,
             top_k=state.top_k, cols=layout.cols, width=layout.width, DTYPE=layout.dtype, PLANES=layout.planes,
-            ACT=layout.activation, PHASE=phase, BN=block, GB=groups, num_warps=warps, enable_fp_fusion=False,
+            ACT=layout.activation, PHASE=phase, BN=block, GB=groups, ROWS=rows, EARLY=self._early(layer),
+            num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
 
     def _down(
         self, layer: int, routing_weights: torch.Tensor, out: torch.Tensor, add: bool, host_compute: HostCompute | None = None
     ) -> None:
         state, layout = self.state, self.state.layouts[layer]
-        choices, block, groups, warps = down_tile(layout, state.top_k)
+        choices, block, groups, rows, warps = down_tile(layout, state.top_k)
+        early = self._early(layer)
         down_kernel[(out.shape[0], triton.cdiv(layout.cols, block))](
             state.pool.bytes, state.slots, state.pending, self._inner,
             self._inner if host_compute is None else host_compute.outside, routing_weights, out, out, state.pool.slot_bytes,
             *layout.down, top_k=state.top_k, cols=layout.cols, width=layout.width,
             DTYPE=layout.dtype, PLANES=layout.planes, RESIDUAL=add, HOST=host_compute is not None,
-            KP=choices, BN=block, GB=groups, num_warps=warps, enable_fp_fusion=False,
+            KP=choices, BN=block, GB=groups, ROWS=rows, EARLY=early, num_warps=warps, enable_fp_fusion=False,
+            **({"launch_pdl": True} if early else {}),
         )  # fmt: skip
 
 
-def gate_up_tile(layout: DeviceLayout) -> tuple[int, int, int]:
-    """(gate rows and up rows of a program, groups at once, warps)."""
+def gate_up_tile(layout: DeviceLayout) -> tuple[int, int, int, int]:
+    """(inner values of a program, lanes of a row or groups at once of unquantized experts, rows at once, warps)."""
     if layout.planes:
-        return 64, 4, 8
-    return 4, min(32, triton.next_power_of_2(padded(layout.cols) // 64)), 4
+        lanes, warps = _lanes(layout.planes, layout.cols), 16
+        return 64, lanes, min(64, warps * 32 // lanes), warps
+    return 4, min(32, triton.next_power_of_2(padded(layout.cols) // 64)), 1, 4
 
 
-def down_tile(layout: DeviceLayout, top_k: int) -> tuple[int, int, int, int]:
-    """(choices, rounded up; output rows of a program; groups at once; warps): a tile of 64 rows (32 of unquantized
-    experts), one per choice and output."""
+def down_tile(layout: DeviceLayout, top_k: int) -> tuple[int, int, int, int, int]:
+    """(choices, rounded up; output rows of a program; lanes of a row or groups at once; rows at once; warps): a tile of 32 rows,
+    one per choice and output."""
     choices = triton.next_power_of_2(top_k)
     if layout.planes:
-        return choices, max(1, 64 // choices), 4, 4
-    return choices, max(1, 32 // choices), min(4, triton.next_power_of_2(padded(layout.width) // 64)), 4
+        lanes, warps = _lanes(layout.planes, layout.width), 4
+        rows = max(choices, warps * 32 // lanes)
+        return choices, max(32, rows) // choices, lanes, rows, warps
+    return choices, max(1, 32 // choices), min(4, triton.next_power_of_2(padded(layout.width) // 64)), 1, 4
+
+
+def _lanes(planes: int, cols: int) -> int:
+    """Lanes that share a row: a group each, of one-byte codes a quarter of one."""
+    groups = int(triton.next_power_of_2(padded(cols) // 64))
+    return min(32, (4 if planes == 8 else 1) * max(4, groups))

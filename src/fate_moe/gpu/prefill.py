@@ -19,7 +19,7 @@ from fate_moe.gpu.host import View
 from fate_moe.gpu.layout import DeviceLayout
 from fate_moe.gpu.state import DeviceState, padded
 from fate_moe.gpu.streams import Lane
-from fate_moe.kernels.triton_grouped import grouped_kernel, tiles_kernel
+from fate_moe.kernels.triton_grouped import grouped_kernel, order_kernel, tiles_kernel
 from fate_moe.kernels.triton_prompt import combine_kernel, down_prompt_kernel, gate_up_prompt_kernel
 from fate_moe.kernels.triton_quantize import quantize_rows_kernel
 
@@ -27,12 +27,12 @@ __all__ = ["Prefill", "dot_dtype"]
 
 # With fewer choices than this per expert of a layer, too many experts are not chosen at all to copy any before the router has run.
 _AHEAD_CHOICES = 4
-_COMBINED, _QUANTIZED = 1024, 16  # columns and groups of a program
+_COMBINED, _QUANTIZED, _ORDERED = 1024, 16, 4096  # columns, groups and choices that a program has at once
 
 
 class _Rows(NamedTuple):
     """Inputs of a product: numbers [rows, cols], or (``quantize_rows_kernel``) codes int8 [rows, padded cols] with scales and sums
-    fp32 [groups, rows]."""
+    fp32 [rows, groups]."""
 
     values: torch.Tensor
     scales: torch.Tensor
@@ -66,7 +66,6 @@ class Prefill:
         self._early: list[tuple[int, int]] = []  # (expert, slot) copied before the router of ``_early_layer`` has run
         self._early_layer = -1
         names = state.tables.num_experts + 1
-        self._names = torch.arange(names, device=device)
         self._mail = torch.empty(3 * names, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._sent = self._mail
         self._sent_mark: Any = None
@@ -76,13 +75,13 @@ class Prefill:
         state, num_experts = self._state, self._state.tables.num_experts
         tokens, top_k = index.shape
         hidden = hidden.contiguous()
-        flat = index.reshape(-1)
-        flat = flat.where((flat >= 0) & (flat < num_experts), num_experts)
-        by_expert, order = torch.sort(flat, stable=True)
-        starts = torch.searchsorted(by_expert, self._names)  # of each expert's rows in ``order``, and the last one's end
+        index = index.contiguous()
+        order = torch.empty(index.numel(), dtype=torch.int64, device=hidden.device)
+        starts = torch.empty(num_experts + 1, dtype=torch.int64, device=hidden.device)
+        order_kernel[(num_experts + 1,)](index, order, starts, index.numel(), num_experts=num_experts, BLOCK=_ORDERED, num_warps=8)
         layout = state.layouts[layer]
         inner = _empty_rows(layout, tokens * top_k, layout.width, hidden)
-        outputs = torch.zeros(tokens * top_k, layout.cols, device=hidden.device)  # rows without an expert stay 0
+        outputs = torch.empty(tokens * top_k, layout.cols, device=hidden.device)
         rows = _Pass(layer, starts, order, _rows(layout, hidden), inner, outputs)
         if all(quota == num_experts for quota in state.tables.quotas[layer : layer + 2]):  # nothing comes, nothing comes early
             self._run_residents(rows)
@@ -93,8 +92,8 @@ class Prefill:
             self._run_missing(rows)
         out = torch.empty_like(hidden)
         combine_kernel[(tokens, triton.cdiv(layout.cols, _COMBINED))](
-            outputs, routing_weights.contiguous(), out, cols=layout.cols, top_k=top_k, BLOCK=_COMBINED, num_warps=4,
-            enable_fp_fusion=False,
+            outputs, index, routing_weights.contiguous(), out, num_experts=num_experts, cols=layout.cols, top_k=top_k,
+            BLOCK=_COMBINED, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
         return out
 
@@ -146,7 +145,7 @@ class Prefill:
         """What ``_send`` sent, once it is here: what has been enqueued since is not waited for."""
         if self._sent_mark is not None:
             self._sent_mark.synchronize()
-        values, names = self._sent.tolist(), self._names.numel()
+        values, names = self._sent.tolist(), self._state.tables.num_experts + 1
         return values[:names], values[names : 2 * names - 1], values[2 * names - 1 :]
 
     def _short_views(self, layer: int, missing: Sequence[int], counts: dict[int, int]) -> dict[int, int]:
@@ -188,7 +187,7 @@ class Prefill:
 
     def _run(self, rows: _Pass, planes: int, placed: Sequence[tuple[int, int, int]]) -> None:
         """Compute experts given as (slot, first place in ``rows.order``, number of rows), from their first ``planes``."""
-        block = self._block(rows.order)
+        block = self._block(rows)
         tiles = [
             (slot, first + start, min(block, count - start)) for slot, first, count in placed for start in range(0, count, block)
         ]
@@ -198,7 +197,7 @@ class Prefill:
 
     def _run_residents(self, rows: _Pass) -> None:
         """Compute the experts that have a slot; which these are, the device looks up itself."""
-        tables, block = self._state.tables, self._block(rows.order)
+        tables, block = self._state.tables, self._block(rows)
         most = rows.order.numel() // block + tables.quotas[rows.layer]
         table = torch.zeros(most, 3, dtype=torch.int32, device=rows.outputs.device)
         tiles_kernel[(1,)](
@@ -207,24 +206,27 @@ class Prefill:
         )  # fmt: skip
         self._multiply(rows, self._state.layouts[rows.layer].planes, table)
 
-    def _block(self, order: torch.Tensor) -> int:
-        """Rows of a tile; for unquantized experts' same numbers it depends on the number of choices alone."""
-        return 16 if order.numel() <= 16 * self._state.tables.num_experts else 64
+    def _block(self, rows: _Pass) -> int:
+        """Rows of a tile. It depends on the number of choices alone: unquantized experts' bits depend on it."""
+        mean = rows.order.numel() / self._state.tables.num_experts
+        if self._state.layouts[rows.layer].planes:
+            return 16 if mean <= 12 else 32
+        return 16 if mean <= 16 else 64
 
     def _multiply(self, rows: _Pass, planes: int, table: torch.Tensor) -> None:
         """Both products of the tiles in ``table``, from the first ``planes`` of the weights."""
-        state, layout, block = self._state, self._state.layouts[rows.layer], self._block(rows.order)
-        choices, pool = rows.order.numel(), state.pool
+        state, layout, block = self._state, self._state.layouts[rows.layer], self._block(rows)
+        pool = state.pool
         if planes:
-            wide, warps, stages = prompt_tile()
+            wide, groups, warps, stages = prompt_tile(planes)
             gate_up_prompt_kernel[(table.shape[0], triton.cdiv(layout.width, 64))](
-                pool.bytes, table, rows.order, *rows.hidden, *rows.inner, len(rows.hidden.values), choices, pool.slot_bytes,
+                pool.bytes, table, rows.order, *rows.hidden, *rows.inner, pool.slot_bytes,
                 *layout.gate_up, top_k=state.top_k, cols=layout.cols, width=layout.width, PLANES=planes, ACT=layout.activation,
-                BM=block, num_warps=warps, num_stages=stages, enable_fp_fusion=False,
+                BM=block, GB=groups, STAGES=stages, num_warps=warps, enable_fp_fusion=False,
             )  # fmt: skip
             down_prompt_kernel[(table.shape[0], triton.cdiv(layout.cols, wide))](
-                pool.bytes, table, rows.order, *rows.inner, rows.outputs, choices, pool.slot_bytes, *layout.down,
-                cols=layout.cols, width=layout.width, PLANES=planes, BM=block, BN=wide, num_warps=warps, num_stages=stages,
+                pool.bytes, table, rows.order, *rows.inner, rows.outputs, pool.slot_bytes, *layout.down,
+                cols=layout.cols, width=layout.width, PLANES=planes, BM=block, BN=wide, GB=groups, STAGES=stages, num_warps=warps,
                 enable_fp_fusion=False,
             )  # fmt: skip
             return
@@ -246,8 +248,9 @@ def _empty_rows(layout: DeviceLayout, rows: int, cols: int, like: torch.Tensor) 
         values = like.new_empty(rows, cols)
         return _Rows(values, values, values)
     groups = padded(cols) // 64
-    scales, sums = (torch.empty(groups, rows, device=like.device) for _ in range(2))
-    return _Rows(torch.empty(rows, groups * 64, dtype=torch.int8, device=like.device), scales, sums)
+    scales, sums = (torch.empty(rows, groups, device=like.device) for _ in range(2))
+    wide = 64 if layout.planes == 8 else 128  # see ``store_codes``
+    return _Rows(torch.empty(rows, groups * wide, dtype=torch.int8, device=like.device), scales, sums)
 
 
 def _rows(layout: DeviceLayout, hidden: torch.Tensor) -> _Rows:
@@ -256,19 +259,17 @@ def _rows(layout: DeviceLayout, hidden: torch.Tensor) -> _Rows:
         return _Rows(hidden, hidden, hidden)
     tokens, cols = hidden.shape
     made = _empty_rows(layout, tokens, cols, hidden)
-    quantize_rows_kernel[(tokens, triton.cdiv(len(made.scales), _QUANTIZED))](
-        hidden, *made, tokens, cols=cols, groups=len(made.scales), PLANES=layout.planes, BG=_QUANTIZED, num_warps=4,
+    groups = made.scales.shape[1]
+    quantize_rows_kernel[(tokens, triton.cdiv(groups, _QUANTIZED))](
+        hidden, *made, cols=cols, groups=groups, PLANES=layout.planes, BG=_QUANTIZED, num_warps=4,
         enable_fp_fusion=False,
     )  # fmt: skip
     return made
 
 
-def prompt_tile() -> tuple[int, int, int]:
-    """(rows of a program of down, warps, stages).
-
-    One group of four warps: with eight, sums were wrong on an H200 (triton 3.6), and twice as slow.
-    """
-    return 128, 4, 3
+def prompt_tile(planes: int) -> tuple[int, int, int, int]:
+    """(rows of a program of down, groups read at once, warps, blocks of groups that are on their way)."""
+    return 128, 4 if planes != 8 else 2, 4, 3
 
 
 def dot_dtype(dtype: torch.dtype, device: torch.device) -> Any:

@@ -4,9 +4,9 @@ Twins: ``reference.linear_quantized`` and ``reference.expert_mlp``; quantized ex
 written out dequantized: a group's integer sum is made of its planes one by one, D = 4 (h . x) + (2 m + l) . x, four products at a
 time.
 
-Tiles of quantized rows are [rows, lanes], lanes along a row's bytes: of planes four groups at a time (a row's 64 neighbouring bytes
-of the 2-bit plane), of one-byte codes one group. So whole sectors are read, and the chain that adds a row's groups in order is made
-in registers: each group's term is handed to all lanes of its row, and these do the same additions.
+Tiles of quantized rows are [rows, lanes]: a lane has one group of 64 columns (of one-byte codes a quarter of one), so a warp reads
+whole rows, and what a lane needs of the activation stays in its registers for all rows. Only the chain that adds a row's groups in
+order wants them in one thread: the terms of all rows of a program are turned around once, when all are there.
 """
 
 from __future__ import annotations
@@ -15,210 +15,214 @@ import triton
 import triton.language as tl
 
 from fate_moe.kernels.triton_activations import activate
-from fate_moe.kernels.triton_quantize import dot4, quantize_groups, store_group, to_float
+from fate_moe.kernels.triton_quantize import dot4, four, halves, quantize_groups, store_group, to_float, two
 
 __all__ = ["down_kernel", "gate_up_kernel"]
 
 
 @triton.jit
-def _factors(blob, at, mask, scale_at, zero_at):
-    """Scales and zeros fp32 of groups ``at`` of a matrix."""
-    scale = tl.load((blob + scale_at).to(tl.pointer_type(tl.float16)) + at, mask=mask, other=0.0).to(tl.float32)
-    zero = tl.load((blob + zero_at).to(tl.pointer_type(tl.float16)) + at, mask=mask, other=0.0).to(tl.float32)
-    return scale, zero
+def _plane(plane, row, mask, first, groups: tl.constexpr, LANES: tl.constexpr, N: tl.constexpr):
+    """int32 [R, N LANES]: N words of a plane for each of the groups ``first`` .. + LANES of rows ``row`` [R, 1]."""
+    n = tl.arange(0, LANES * N)[None, :]
+    if groups % LANES != 0:
+        mask = mask & (first + n // N < groups)
+    return tl.load(plane.to(tl.pointer_type(tl.int32)) + (row * (groups * N) + first * N + n), mask=mask, other=0)
 
 
 @triton.jit
-def _lane(values, lane, k):
-    """[ROWS, 1]: lane ``k`` of ``values`` fp32 [ROWS, GB]. Of bits among zeros, a sum is a copy."""
-    bits = tl.where(lane == k, values.to(tl.int32, bitcast=True), 0)
-    return tl.sum(bits, axis=1)[:, None].to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _four(words, GB: tl.constexpr):
-    """The four words of each group, of ``words`` [ROWS, 4 GB]: each [ROWS, GB]."""
-    rows: tl.constexpr = words.shape[0]
-    even, odd = tl.split(tl.reshape(words, (rows, GB, 2, 2)))
-    w0, w2 = tl.split(even)
-    w1, w3 = tl.split(odd)
-    return w0, w1, w2, w3
-
-
-@triton.jit
-def _two(words, GB: tl.constexpr):
-    """The two words of each group, of ``words`` [ROWS, 2 GB]: each [ROWS, GB]."""
-    rows: tl.constexpr = words.shape[0]
-    return tl.split(tl.reshape(words, (rows, GB, 2)))
-
-
-@triton.jit
-def _plane(plane, row, row_mask, first, groups: tl.constexpr, GB: tl.constexpr, N: tl.constexpr):
-    """int32 [ROWS, N GB]: N words of a plane for each of the groups ``first`` .. + GB of rows ``row`` [ROWS, 1]."""
-    n = tl.arange(0, GB * N)[None, :]
-    at = plane.to(tl.pointer_type(tl.int32)) + (row * (groups * N) + first * N + n)
-    if groups % GB == 0:
-        return tl.load(at, mask=row_mask, other=0)
-    return tl.load(at, mask=row_mask & (first + n // N < groups), other=0)
-
-
-@triton.jit
-def _int4_words(
-    blob, row, row_mask, first, scale_at, zero_at, h_at, m_at, l_at, groups: tl.constexpr, PLANES: tl.constexpr, GB: tl.constexpr
-):
-    """What rows ``row`` [ROWS, 1] have of the groups ``first`` .. + GB: planes, scale and zero."""
-    h = _plane(blob + h_at, row, row_mask, first, groups, GB, 4)
-    m = _plane(blob + m_at, row, row_mask, first, groups, GB, 2) if PLANES > 1 else h
-    low = _plane(blob + l_at, row, row_mask, first, groups, GB, 2) if PLANES > 2 else h
-    g = first + tl.arange(0, GB)[None, :]
-    at = row * groups + g
-    mask = row_mask & (g < groups) if groups % GB != 0 else row_mask & (g >= 0)
-    scale = tl.load((blob + scale_at).to(tl.pointer_type(tl.float16)) + at, mask=mask, other=0.0)
-    zero = tl.load((blob + zero_at).to(tl.pointer_type(tl.float16)) + at, mask=mask, other=0.0)
+def _read(
+    step, blob, place, jump, limit, mask, scale_at, zero_at, h_at, m_at, l_at, groups: tl.constexpr, PLANES: tl.constexpr,
+    HALF: tl.constexpr, STEPS: tl.constexpr, PER: tl.constexpr, LANES: tl.constexpr
+):  # fmt: skip
+    """What is multiplied in ``step``, counted through all blocks of groups (see ``_products``): codes, and of those in planes
+    scales and zeros."""
+    each: tl.constexpr = 4 if PLANES == 8 else 1  # lanes of a group
+    covered: tl.constexpr = LANES // each
+    step = tl.minimum(step, (groups + covered - 1) // covered * STEPS - 1)
+    first, step = step // STEPS * covered, step % STEPS
+    row = place + step % HALF * PER
+    mask = mask & (row < limit)
+    row += step // HALF * jump
+    h = _plane(blob + h_at, row, mask, first, groups, covered, 4 * each)
+    m = _plane(blob + m_at, row, mask, first, groups, covered, 2) if (PLANES == 2 or PLANES == 3) else h
+    low = _plane(blob + l_at, row, mask, first, groups, covered, 2) if PLANES == 3 else h
+    scale, zero = h, h
+    if PLANES != 8:
+        scale, zero = _factors(blob, row, mask, first, scale_at, zero_at, groups, covered)
     return h, m, low, scale, zero
 
 
 @triton.jit
-def _field(h, words, first, MASK: tl.constexpr, J: tl.constexpr, groups: tl.constexpr, GB: tl.constexpr):
-    """Sums of field ``J`` of the 2-bit plane's bytes, four words ``h``, with the staged activation ``words`` [ROWS, 1].
-
-    Beyond the last group these are some words of the same activation; its scale is taken for 0 there.
-    """
-    x = _four(tl.load(words + ((J * groups + first) * 4 + tl.arange(0, GB * 4)[None, :])), GB)
-    total = dot4(h[0] & MASK, x[0], tl.zeros_like(h[0]))
-    total = dot4(h[1] & MASK, x[1], total)
-    total = dot4(h[2] & MASK, x[2], total)
-    return dot4(h[3] & MASK, x[3], total)
-
-
-@triton.jit
-def _pairs(even, odd, words, first, MASK: tl.constexpr, S: tl.constexpr, groups: tl.constexpr, GB: tl.constexpr):
-    """As ``_field`` for the two low bits of elements S and S + 1, + 8, + 16, + 24 of each of two words."""
-    at = words + 16 * groups + tl.arange(0, GB * 2)[None, :]
-    x = _two(tl.load(at + (S * groups + first) * 2), GB)
-    total = dot4(even[0] & MASK, x[0], tl.zeros_like(even[0]))
-    total = dot4(even[1] & MASK, x[1], total)
-    x = _two(tl.load(at + ((S + 1) * groups + first) * 2), GB)
-    total = dot4(odd[0] & MASK, x[0], total)
-    return dot4(odd[1] & MASK, x[1], total)
+def _factors(blob, row, mask, first, scale_at, zero_at, groups: tl.constexpr, COVERED: tl.constexpr):
+    """Scales and zeros [R, COVERED] of the groups from ``first`` on of rows ``row`` [R, 1]."""
+    g = first + tl.arange(0, COVERED)[None, :]
+    if groups % COVERED != 0:
+        mask = mask & (g < groups)
+    at = row * groups + g
+    scale = tl.load((blob + scale_at).to(tl.pointer_type(tl.float16)) + at, mask=mask, other=0.0)
+    zero = tl.load((blob + zero_at).to(tl.pointer_type(tl.float16)) + at, mask=mask, other=0.0)
+    return scale, zero
 
 
 @triton.jit
-def _int4_term(read, words, first, x_sum, groups: tl.constexpr, PLANES: tl.constexpr, GB: tl.constexpr):
-    """[ROWS, GB] fp32: w of the groups ``first`` .. + GB, from what ``_int4_words`` read.
+def _field(words, first, J: tl.constexpr, groups: tl.constexpr, LANES: tl.constexpr):
+    """The activation's elements 16 J .. + 15 of each group, four words. Beyond the last group some words of the same activation:
+    their scale is taken for 0."""
+    return four(tl.load(words + ((J * groups + first) * 4 + tl.arange(0, LANES * 4)[None, :])), LANES)
+
+
+@triton.jit
+def _pairs(words, first, S: tl.constexpr, groups: tl.constexpr, LANES: tl.constexpr):
+    """The activation's elements S, + 8, + 16, + 24 of each half of a group, then those of S + 1: four words."""
+    at = words + 16 * groups + tl.arange(0, LANES * 2)[None, :]
+    e0, e1 = two(tl.load(at + (S * groups + first) * 2), LANES)
+    o0, o1 = two(tl.load(at + ((S + 1) * groups + first) * 2), LANES)
+    return e0, e1, o0, o1
+
+
+@triton.jit
+def _sums(words, first, groups: tl.constexpr, COVERED: tl.constexpr):
+    """The sums [R or 1, COVERED] of the groups' codes."""
+    g = first + tl.arange(0, COVERED)[None, :]
+    at = words.to(tl.pointer_type(tl.float32)) + (33 * groups + g)
+    return tl.load(at, mask=tl.broadcast_to(g < groups, at.shape), other=0.0)
+
+
+@triton.jit
+def _activation(words, first, groups: tl.constexpr, PLANES: tl.constexpr, LANES: tl.constexpr):
+    """What lanes multiply by codes in planes, of the activations staged at ``words`` [R or 1, 1]; first the sums of groups."""
+    x_sum = _sums(words, first, groups, LANES)
+    x0 = _field(words, first, 0, groups, LANES)
+    x1 = _field(words, first, 1, groups, LANES)
+    x2 = _field(words, first, 2, groups, LANES)
+    x3 = _field(words, first, 3, groups, LANES)
+    if PLANES == 1:
+        return x_sum, x0, x1, x2, x3, x0, x0, x0, x0
+    p0 = _pairs(words, first, 0, groups, LANES)
+    p2 = _pairs(words, first, 2, groups, LANES)
+    p4 = _pairs(words, first, 4, groups, LANES)
+    p6 = _pairs(words, first, 6, groups, LANES)
+    return x_sum, x0, x1, x2, x3, p0, p2, p4, p6
+
+
+@triton.jit
+def _dot16(a0, a1, a2, a3, x, MASK: tl.constexpr):
+    """The sum of sixteen products: of the masked bytes of four words with those of ``x``."""
+    total = dot4(a0 & MASK, x[0], tl.zeros_like(a0))
+    total = dot4(a1 & MASK, x[1], total)
+    total = dot4(a2 & MASK, x[2], total)
+    return dot4(a3 & MASK, x[3], total)
+
+
+@triton.jit
+def _term(read, x, PLANES: tl.constexpr, LANES: tl.constexpr):
+    """[R, LANES] fp32: w of each lane's group of codes in planes, from what ``_read`` and ``_activation`` read.
 
     A field is not shifted down before it is multiplied: its sum is a multiple of what it stands higher, and is shifted once.
     """
-    middle: tl.constexpr = 0.0 if PLANES == 3 else (0.5 if PLANES == 2 else 1.5)
+    middle: tl.constexpr = 0.5 if PLANES == 2 else (1.5 if PLANES == 1 else 0.0)
     planes, m, low, scale, zero = read
-    h = _four(planes, GB)
-    D = _field(h, words, first, 0x03030303, 0, groups, GB) << 2
-    D += _field(h, words, first, 0x0C0C0C0C, 1, groups, GB)
-    D += _field(h, words, first, 0x30303030, 2, groups, GB) >> 2
-    D += _field(h, words, first, -0x3F3F3F40, 3, groups, GB) >> 4
-    if PLANES > 1:
+    h0, h1, h2, h3 = four(planes, LANES)
+    D = _dot16(h0, h1, h2, h3, x[1], 0x03030303) << 2
+    D += _dot16(h0, h1, h2, h3, x[2], 0x0C0C0C0C)
+    D += _dot16(h0, h1, h2, h3, x[3], 0x30303030) >> 2
+    D += _dot16(h0, h1, h2, h3, x[4], -0x3F3F3F40) >> 4
+    if PLANES == 2 or PLANES == 3:
         # Bits b, b + 1 = 2 m + l of element b: of even b in `even`, of odd b (one place lower) in `odd`.
         even, odd = (m << 1) & -0x55555556, m & -0x55555556
-        if PLANES > 2:
+        if PLANES == 3:
             even, odd = even | (low & 0x55555555), odd | ((low >> 1) & 0x55555555)
-        evens, odds = _two(even, GB), _two(odd, GB)
-        D += _pairs(evens, odds, words, first, 0x03030303, 0, groups, GB)
-        D += _pairs(evens, odds, words, first, 0x0C0C0C0C, 2, groups, GB) >> 2
-        D += _pairs(evens, odds, words, first, 0x30303030, 4, groups, GB) >> 4
-        D += _pairs(evens, odds, words, first, -0x3F3F3F40, 6, groups, GB) >> 6
+        e0, e1 = two(even, LANES)
+        o0, o1 = two(odd, LANES)
+        D += _dot16(e0, e1, o0, o1, x[5], 0x03030303)
+        D += _dot16(e0, e1, o0, o1, x[6], 0x0C0C0C0C) >> 2
+        D += _dot16(e0, e1, o0, o1, x[7], 0x30303030) >> 4
+        D += _dot16(e0, e1, o0, o1, x[8], -0x3F3F3F40) >> 6
     scale = scale.to(tl.float32)
-    return tl.fma(scale, to_float(D), (scale * middle - zero.to(tl.float32)) * x_sum)
+    offset = (scale * middle - zero.to(tl.float32)) * x[0]
+    return tl.fma(scale, to_float(D), offset)
 
 
 @triton.jit
-def _add(y, w, factors, first, groups: tl.constexpr, GB: tl.constexpr):
-    """The chain ``y`` [ROWS, GB], the same in all lanes, GB groups further; ``factors`` [ROWS, 1] points to the scales of x."""
-    lane = tl.arange(0, GB)[None, :]
-    for k in tl.static_range(GB):
-        each = factors + (first + k + tl.zeros_like(lane))
-        # Beyond the last group a is 0: a chain stays as it is.
-        a = tl.load(each) if groups % GB == 0 else tl.load(each, mask=first + k < groups, other=0.0)
-        y = tl.fma(a, tl.broadcast_to(_lane(w, lane, k), a.shape), y)
+def _byte_sums(codes, x, LANES: tl.constexpr):
+    """[R, LANES] int32: each lane's products of one-byte codes [R, 4 LANES] with ``x``."""
+    c0, c1, c2, c3 = four(codes, LANES)
+    return _dot16(c0, c1, c2, c3, x, -1)
+
+
+@triton.jit
+def _chain(y, w, factors, COUNT: tl.constexpr):
+    """``y`` [R] plus the products of the COUNT columns of ``w`` [R, N] with the numbers at ``factors`` (one pointer, or one per
+    row), added one by one in their order."""
+    if w.shape[1] == 1:
+        factor = tl.load(factors).to(tl.float32)
+        y = tl.fma(factor + tl.zeros_like(y), tl.reshape(w, y.shape), y)
+    else:
+        half: tl.constexpr = w.shape[1] // 2
+        first, second = halves(w)
+        y = _chain(y, first, factors, COUNT)
+        if half < COUNT:
+            y = _chain(y, second, factors + half, COUNT - half)
     return y
 
 
 @triton.jit
-def _int8_step(
-    y, y_up, blob, row, up_row, row_mask, words, g, scale_at, zero_at, codes_at, groups: tl.constexpr, BOTH: tl.constexpr
-):
-    """The chains ``y`` and ``y_up`` [ROWS, 1] group ``g`` of one-byte codes further; lanes are the group's 16 words."""
-    word = tl.arange(0, 16)[None, :]
-    factors = words.to(tl.pointer_type(tl.float32)) + 32 * groups + g
-    a, x_sum = tl.load(factors), tl.load(factors + groups)
-    xs = tl.load(words + (g * 16 + word))
-    codes = (blob + codes_at).to(tl.pointer_type(tl.int32))
-    q = tl.load(codes + row * (groups * 16) + (g * 16 + word), mask=row_mask, other=0)
-    D = tl.sum(dot4(q, xs, tl.zeros_like(q)), axis=1)[:, None]
-    scale, zero = _factors(blob, row * groups + g, row_mask, scale_at, zero_at)
-    y = tl.fma(a, tl.fma(scale, to_float(D), (0.0 - zero) * x_sum), y)
-    if BOTH:
-        q = tl.load(codes + up_row * (groups * 16) + (g * 16 + word), mask=row_mask, other=0)
-        D = tl.sum(dot4(q, xs, tl.zeros_like(q)), axis=1)[:, None]
-        scale, zero = _factors(blob, up_row * groups + g, row_mask, scale_at, zero_at)
-        y_up = tl.fma(a, tl.fma(scale, to_float(D), (0.0 - zero) * x_sum), y_up)
-    return y, y_up
-
-
-@triton.jit
 def _products(
-    blob,
-    row,
-    up_row,
-    row_mask,
-    x,
-    scale_at,
-    zero_at,
-    h_at,
-    m_at,
-    l_at,
-    groups: tl.constexpr,
-    PLANES: tl.constexpr,
-    BOTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    GB: tl.constexpr,
-):
-    """[ROWS] fp32: quantized rows ``row`` [ROWS, 1] times the staged activations at ``x`` [ROWS, 1], and with BOTH rows ``up_row``,
-    which spares the second reading of the activation.
+    blob, place, jump, limit, mask, x, x_of_row, scale_at, zero_at, h_at, m_at, l_at, groups: tl.constexpr, PLANES: tl.constexpr,
+    HALF: tl.constexpr, STEPS: tl.constexpr, PER: tl.constexpr, LANES: tl.constexpr, AHEAD: tl.constexpr, UNROLL: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    """[STEPS R] fp32: quantized rows times staged activations, R rows a step.
 
-    ``blob`` [ROWS, 1] points to the first byte of the rows' blob.
+    In step s these are the rows ``place`` [R, 1] + (s % HALF) PER, if below ``limit`` and in ``mask`` [R, 1], of the matrix that is
+    s // HALF times ``jump`` rows further. ``blob`` [R, 1] points to the first byte of the rows' blob, ``x`` [R or 1, 1] to their
+    activation, and ``x_of_row`` (one pointer, or [STEPS R]) too. What AHEAD steps read is on its way while one is multiplied; with
+    EARLY the first of it before the kernel that writes the activations ends.
     """
+    each: tl.constexpr = 4 if PLANES == 8 else 1
+    covered: tl.constexpr = LANES // each
+    rows: tl.constexpr = place.shape[0]
     words = x.to(tl.pointer_type(tl.int32))
+    factors = x_of_row.to(tl.pointer_type(tl.float32)) + 32 * groups
+    k = tl.arange(0, STEPS)[:, None, None]
+    y = tl.zeros((STEPS * rows,), tl.float32)
     if PLANES == 8:
-        y = tl.zeros((ROWS, 1), tl.float32)
-        y_up = tl.zeros((ROWS, 1), tl.float32)
-        for g in tl.range(0, groups, loop_unroll_factor=4):
-            y, y_up = _int8_step(y, y_up, blob, row, up_row, row_mask, words, g, scale_at, zero_at, h_at, groups, BOTH)
-        return tl.reshape(y, (ROWS,)), tl.reshape(y_up, (ROWS,))
-    y = tl.zeros((ROWS, GB), tl.float32)
-    y_up = tl.zeros((ROWS, GB), tl.float32)
-    factors = words.to(tl.pointer_type(tl.float32)) + 32 * groups
-    lane = tl.arange(0, GB)[None, :]
-    # Two steps are on their way while one is multiplied. Not unrolled further: the code must stay in the instruction cache.
-    last: tl.constexpr = (groups - 1) // GB * GB
-    now = _int4_words(blob, row, row_mask, 0, scale_at, zero_at, h_at, m_at, l_at, groups, PLANES, GB)
-    then = _int4_words(blob, row, row_mask, min(GB, last), scale_at, zero_at, h_at, m_at, l_at, groups, PLANES, GB)
-    if BOTH:
-        now_up = _int4_words(blob, up_row, row_mask, 0, scale_at, zero_at, h_at, m_at, l_at, groups, PLANES, GB)
-        then_up = _int4_words(blob, up_row, row_mask, min(GB, last), scale_at, zero_at, h_at, m_at, l_at, groups, PLANES, GB)
-    for first in tl.range(0, groups, GB, loop_unroll_factor=2):
-        x_sum = tl.load(factors + (groups + first + lane), mask=(first + lane < groups) & (row >= 0), other=0.0)
-        ahead = tl.minimum(first + 2 * GB, last)
-        later = _int4_words(blob, row, row_mask, ahead, scale_at, zero_at, h_at, m_at, l_at, groups, PLANES, GB)
-        if BOTH:
-            later_up = _int4_words(blob, up_row, row_mask, ahead, scale_at, zero_at, h_at, m_at, l_at, groups, PLANES, GB)
-        y = _add(y, _int4_term(now, words, first, x_sum, groups, PLANES, GB), factors, first, groups, GB)
-        now = then
-        then = later
-        if BOTH:
-            y_up = _add(y_up, _int4_term(now_up, words, first, x_sum, groups, PLANES, GB), factors, first, groups, GB)
-            now_up = then_up
-            then_up = later_up
-    return tl.reshape(_lane(y, lane, 0), (ROWS,)), tl.reshape(_lane(y_up, lane, 0), (ROWS,))
+        s = tl.arange(0, STEPS)[:, None]
+        row = tl.reshape(place, (1, rows)) + s % HALF * PER
+        row_mask = tl.reshape(tl.reshape(mask, (1, rows)) & (row < limit), (STEPS * rows, 1))
+        row = tl.reshape(row + s // HALF * jump, (STEPS * rows, 1))
+        blobs = tl.reshape(tl.broadcast_to(tl.reshape(blob, (1, rows)), (STEPS, rows)), (STEPS * rows, 1))
+        words_of_row = (x_of_row + tl.zeros((STEPS * rows,), tl.int32))[:, None].to(tl.pointer_type(tl.int32))
+    coming = ()
+    for n in tl.static_range(AHEAD):
+        coming += (
+            _read(n, blob, place, jump, limit, mask, scale_at, zero_at, h_at, m_at, l_at, groups, PLANES, HALF, STEPS, PER, LANES),
+        )
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+    for first in tl.range(0, groups, covered):
+        if PLANES == 8:  # scales are under way while the products are made
+            x_now = four(tl.load(words + (first * 16 + tl.arange(0, LANES * 4)[None, :])), LANES)
+            scale, zero = _factors(blobs, row, row_mask, first, scale_at, zero_at, groups, covered)
+            x_sum = _sums(words_of_row, first, groups, covered)
+        else:
+            x_now = _activation(words, first, groups, PLANES, LANES)
+        w = tl.zeros((STEPS, rows, LANES), tl.int32 if PLANES == 8 else tl.float32)
+        for step in tl.range(0, STEPS, loop_unroll_factor=UNROLL):
+            later = _read(
+                first // covered * STEPS + step + AHEAD, blob, place, jump, limit, mask, scale_at, zero_at, h_at, m_at, l_at,
+                groups, PLANES, HALF, STEPS, PER, LANES,
+            )  # fmt: skip
+            term = _byte_sums(coming[0][0], x_now, LANES) if PLANES == 8 else _term(coming[0], x_now, PLANES, LANES)
+            w = tl.where(k == step, term[None, :, :], w)
+            coming = coming[1:] + (later,)  # noqa: RUF005 (Triton has no other way)
+        if PLANES == 8:
+            D = tl.sum(tl.reshape(w, (STEPS * rows, covered, 4)), axis=2)
+            w = tl.fma(scale.to(tl.float32), to_float(D), (0.0 - zero.to(tl.float32)) * x_sum)
+        else:
+            w = tl.reshape(w, (STEPS * rows, LANES))
+        y = _chain(y, w, factors + first, min(groups, covered))
+    return y
 
 
 @triton.jit
@@ -269,14 +273,19 @@ def gate_up_kernel(
     PHASE: tl.constexpr,
     BN: tl.constexpr,
     GB: tl.constexpr,
+    ROWS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """inner[r] = act(gate(x)) * up(x), staged, for choice row r = token * top_k + choice. Grid (choice rows, width / BN).
 
     ``slots`` int32 [rows], -1 where a row has no expert (its inner is 0); ``pending`` int32 [rows]: PHASE 0 computes the rows whose
     expert is there, 1 those whose expert is being copied when the residency step ends, 2 all (above 1: the host computes them).
     ``width`` is the experts' inner size; PLANES 0 means unquantized, 8 one byte a code. Of quantized experts BN is 64: a program
-    has a whole group of inner values. GB: groups at once.
+    has a whole group of inner values. GB: lanes of a row, of unquantized experts groups at once; ROWS: rows at once. With EARLY the
+    next kernel may begin at once; it must wait before it reads ``inner``.
     """
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     r = tl.program_id(0)
     slot = tl.load(slots + r)
     wanted = True
@@ -296,13 +305,12 @@ def gate_up_kernel(
                 both = _dense_dot(blob, row, place < width, x, scale_at, cols, groups, DTYPE, 2 * BN, GB)
                 gate, up = tl.split(tl.trans(tl.reshape(both, (2, BN))))
             else:
-                row = n[:, None]
-                each = tl.zeros_like(row)
-                every = tl.full((BN, 1), True, tl.int1) if width % BN == 0 else row < width
-                gate, up = _products(
-                    blob + each, row, row + width, every, x + each, scale_at, zero_at, h_at, m_at, l_at, groups, PLANES, True,
-                    BN, GB,
+                place = tl.program_id(1) * 64 + tl.arange(0, ROWS)[:, None]
+                y = _products(
+                    blob + tl.zeros_like(place), place, width, width, place >= 0, x + tl.zeros((1, 1), tl.int32), x, scale_at,
+                    zero_at, h_at, m_at, l_at, groups, PLANES, 64 // ROWS, 128 // ROWS, ROWS, GB, 4 if PLANES == 8 else 2, 4, False,
                 )  # fmt: skip
+                gate, up = tl.split(tl.trans(tl.reshape(y, (2, 64))))
             value = activate(gate, up, ACT)
         else:
             value = tl.zeros((BN,), tl.float32)
@@ -342,43 +350,43 @@ def down_kernel(
     KP: tl.constexpr,
     BN: tl.constexpr,
     GB: tl.constexpr,
+    ROWS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """out[t] = the sum of routing weight times down(inner) over choices, in routing order (``reference.combine``). Grid (tokens,
     cols / BN).
 
     One tile holds BN output rows of all ``top_k`` experts (KP is the next power of two). ``out`` [T, cols] in its own dtype; with
-    RESIDUAL plus ``residual`` [T, cols], which it may be. With HOST the rows with ``pending`` 2 or more are taken as they are from
-    ``outside`` fp32 [rows, cols].
+    RESIDUAL plus ``residual`` [T, cols], which it may be. With EARLY the launch overlaps ``gate_up_kernel``'s. With HOST the rows
+    with ``pending`` 2 or more are taken as they are from ``outside`` fp32 [rows, cols].
     """
     token = tl.program_id(0)
     inner_groups: tl.constexpr = (width + 63) // 64
-    i = tl.arange(0, KP * BN)[None, :] if PLANES == 0 else tl.arange(0, KP * BN)[:, None]
+    i = tl.arange(0, KP * BN)[None, :] if PLANES == 0 else tl.arange(0, ROWS)[:, None]
     choice = i % KP
     row = tl.program_id(1) * BN + i // KP
     chosen = choice < top_k
     slot = tl.load(slots + token * top_k + choice, mask=chosen, other=-1)
-    mask = (slot >= 0) & (row < cols)
     blob = pool + tl.maximum(slot, 0).to(tl.int64) * slot_bytes
-    x = inner + (token * top_k + tl.minimum(choice, top_k - 1)) * (inner_groups * 64)
+    first = inner + token * top_k * (inner_groups * 64)
+    x = first + tl.minimum(choice, top_k - 1) * (inner_groups * 64)
     if PLANES == 0:
-        y = _dense_dot(blob, row, mask, x, scale_at, width, inner_groups, DTYPE, KP * BN, GB)
+        y = _dense_dot(blob, row, (slot >= 0) & (row < cols), x, scale_at, width, inner_groups, DTYPE, KP * BN, GB)
     else:
-        y, _ = _products(
-            blob, row, row, mask, x, scale_at, zero_at, h_at, m_at, l_at, inner_groups, PLANES, False, KP * BN, GB
+        x_of_row = first + tl.minimum(tl.arange(0, KP * BN) % KP, top_k - 1) * (inner_groups * 64)
+        y = _products(
+            blob, row, 0, cols, slot >= 0, x, x_of_row, scale_at, zero_at, h_at, m_at, l_at, inner_groups, PLANES,
+            BN * KP // ROWS, BN * KP // ROWS, ROWS // KP, GB, 4 if PLANES == 8 else 3, 2, EARLY,
         )  # fmt: skip
     y = tl.reshape(y, (BN, KP))
     n = tl.program_id(1) * BN + tl.arange(0, BN)
-    k = tl.arange(0, KP)[None, :]
     if HOST:
+        k = tl.arange(0, KP)[None, :]
         r = token * top_k + k
         elsewhere = tl.load(pending + r, mask=k < top_k, other=0) > 1
         there = tl.load(outside + r * cols + n[:, None], mask=elsewhere & (n < cols)[:, None], other=0.0)
         y = tl.where(elsewhere, there, y)
-    total = tl.zeros((BN, 1), tl.float32)
-    for c in tl.static_range(top_k):
-        routed = tl.load(routing_weights + token * top_k + c).to(tl.float32)
-        total = tl.fma(routed + tl.zeros_like(total), _lane(y, k, c), total)
-    total = tl.reshape(total, (BN,))
+    total = _chain(tl.zeros((BN,), tl.float32), y, routing_weights + token * top_k, top_k)
     if RESIDUAL:
         total = total.to(out.dtype.element_ty).to(tl.float32)
         total += tl.load(residual + token * cols + n, mask=n < cols, other=0.0).to(tl.float32)

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from fate_moe.kernels.triton_activations import activate
 
-__all__ = ["grouped_kernel", "tiles_kernel"]
+__all__ = ["grouped_kernel", "order_kernel", "tiles_kernel"]
 
 
 @triton.jit
@@ -75,6 +75,33 @@ def grouped_kernel(
         up = _accumulate(tl.zeros((BM, BN), tl.float32), weights, x, valid[:, None], n + rows, n < rows, cols, DOT, BK)
         total = activate(total, up, ACT)
     tl.store(out + r[:, None] * rows + n[None, :], total.to(out.dtype.element_ty), mask=valid[:, None] & (n < rows)[None, :])
+
+
+@triton.jit
+def order_kernel(index, order, first, count, num_experts: tl.constexpr, BLOCK: tl.constexpr):
+    """``order`` int64 [count]: the choices by expert, each expert's in their order. Grid (num_experts + 1,).
+
+    ``index`` int64 [count] has each choice's expert; choices of no expert come last. ``first`` int64 [num_experts + 1]: each
+    expert's first place in the order, and where the last one's end.
+    """
+    expert = tl.program_id(0)
+    lane = tl.arange(0, BLOCK)
+    before = 0
+    for start in range(0, count, BLOCK):
+        chosen = _chosen(index, start + lane, count, num_experts)
+        before += tl.sum((chosen < expert).to(tl.int32), 0)
+    tl.store(first + expert, before)
+    for start in range(0, count, BLOCK):
+        mine = (_chosen(index, start + lane, count, num_experts) == expert).to(tl.int32)
+        tl.store(order + before + tl.cumsum(mine, 0) - 1, (start + lane).to(tl.int64), mask=mine > 0)
+        before += tl.sum(mine, 0)
+
+
+@triton.jit
+def _chosen(index, choice, count, num_experts: tl.constexpr):
+    """The experts of choices; num_experts of those without one, and above that beyond the last choice."""
+    chosen = tl.load(index + choice, mask=choice < count, other=num_experts + 1).to(tl.int32)
+    return tl.where((chosen < 0) | ((chosen > num_experts) & (choice < count)), num_experts, chosen)
 
 
 @triton.jit

@@ -16,7 +16,19 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["ASM", "dot4", "quantize_groups", "quantize_rows_kernel", "stage", "stage_token", "store_group"]
+__all__ = [
+    "ASM",
+    "dot4",
+    "four",
+    "halves",
+    "quantize_groups",
+    "quantize_rows_kernel",
+    "stage",
+    "stage_token",
+    "store_codes",
+    "store_group",
+    "two",
+]
 
 # Whether PTX can be written in place: not under Triton's interpreter. What stands beside it computes the same.
 ASM = tl.constexpr(torch.version.cuda is not None and not triton.knobs.runtime.interpret)
@@ -40,6 +52,31 @@ def dot4(a, b, total):
 def to_float(x):
     """fp32 of int32 ``x`` below 2^22 in magnitude, by one addition instead of a conversion (a quarter of the rate)."""
     return (x + _ROUND_BITS).to(tl.float32, bitcast=True) - _ROUND
+
+
+@triton.jit
+def four(words, N: tl.constexpr):
+    """Four neighbouring words each, of ``words`` [R, 4 N]: each [R, N]."""
+    rows: tl.constexpr = words.shape[0]
+    even, odd = tl.split(tl.reshape(words, (rows, N, 2, 2)))
+    w0, w2 = tl.split(even)
+    w1, w3 = tl.split(odd)
+    return w0, w1, w2, w3
+
+
+@triton.jit
+def two(words, N: tl.constexpr):
+    """Two neighbouring words each, of ``words`` [R, 2 N]: each [R, N]."""
+    rows: tl.constexpr = words.shape[0]
+    return tl.split(tl.reshape(words, (rows, N, 2)))
+
+
+@triton.jit
+def halves(t):
+    """The first and the second half of the columns of ``t`` [R, N]: each [R, N / 2]."""
+    rows: tl.constexpr = t.shape[0]
+    half: tl.constexpr = t.shape[1] // 2
+    return tl.split(tl.permute(tl.reshape(t, (rows, 2, half)), (0, 2, 1)))
 
 
 @triton.jit
@@ -94,28 +131,30 @@ def stage_token(hidden, staged, token, cols: tl.constexpr, groups: tl.constexpr,
 
 
 @triton.jit
-def code_place(PLANES: tl.constexpr):
-    """[64]: where element e of a group lies in a prompt's codes. With planes the four elements of a byte of the 2-bit plane (16
-    apart) are neighbours, so that one byte makes one word of codes."""
-    e = tl.arange(0, 64)
-    if PLANES == 8:
-        return e
-    return e % 16 * 4 + e // 16
+def store_codes(to, codes, mask, PLANES: tl.constexpr):
+    """Write ``codes`` [A, 64] of groups to ``to`` [A, 1] of a prompt's codes: in their order, and for codes in planes once more as
+    a shift and a mask bring them out of the 1-bit planes: four elements of the same parity, 8 apart, in a word."""
+    number: tl.constexpr = codes.shape[0]
+    e = tl.arange(0, 64)[None, :]
+    codes = codes.to(tl.int8)
+    tl.store(to + e, codes, mask=mask)
+    if PLANES != 8:
+        codes = tl.permute(tl.reshape(codes, (number, 2, 4, 4, 2)), (0, 3, 1, 4, 2))
+        tl.store(to + 64 + e, tl.reshape(codes, (number, 64)), mask=mask)
 
 
 @triton.jit
-def quantize_rows_kernel(
-    x, codes, scales, sums, rows, cols: tl.constexpr, groups: tl.constexpr, PLANES: tl.constexpr, BG: tl.constexpr
-):
+def quantize_rows_kernel(x, codes, scales, sums, cols: tl.constexpr, groups: tl.constexpr, PLANES: tl.constexpr, BG: tl.constexpr):
     """A prompt's activations ``x`` [rows, cols] for ``triton_prompt``. Grid (rows, groups / BG).
 
-    ``codes`` int8 [rows, groups, 64] in the order of ``code_place``, ``scales`` and ``sums`` fp32 [groups, rows].
+    ``codes`` int8 [rows, groups, 64 or 128] (see ``store_codes``), ``scales`` and ``sums`` fp32 [rows, groups].
     """
     row = tl.program_id(0)
     g = tl.program_id(1) * BG + tl.arange(0, BG)[:, None]
     element = g * 64 + tl.arange(0, 64)[None, :]
     values = tl.load(x + row.to(tl.int64) * cols + element, mask=element < cols, other=0.0).to(tl.float32)
     made, scale, total = quantize_groups(values)
-    tl.store(codes + row.to(tl.int64) * (groups * 64) + g * 64 + code_place(PLANES)[None, :], made.to(tl.int8), mask=g < groups)
-    tl.store(scales + g * rows + row, scale, mask=g < groups)
-    tl.store(sums + g * rows + row, total, mask=g < groups)
+    wide: tl.constexpr = 64 if PLANES == 8 else 128
+    store_codes(codes + row.to(tl.int64) * (groups * wide) + g * wide, made, g < groups, PLANES)
+    tl.store(scales + row * groups + g, scale, mask=g < groups)
+    tl.store(sums + row * groups + g, total, mask=g < groups)
