@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_the_short_form_finds_nothing() -> None:
-    """Hundreds of cases of all areas but the budgets, which take a process each; the faults were really injected."""
+    """A hundred cases and more, of all areas but the budgets, which take a process each; the faults were really injected."""
     command = [sys.executable, "-m", "tests.torture", "--short", "--seed", "1", "--workers", "1", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[2], env=dict(os.environ))
     assert done.returncode == 0, done.stderr[-3000:]
