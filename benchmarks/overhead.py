@@ -30,7 +30,9 @@ from fate_moe.adapter.kv_cache import RoomyLayer
 from fate_moe.core import ExpertId
 from fate_moe.kernels.native import native
 
-KERNELS = ("expert kernels", "dense kernels")
+# One call of the extension for all layers that are recognised: their kernels, lookups, waits for reads and what is between them.
+STEP = "native step"
+KERNELS = (STEP, "expert kernels", "dense kernels")
 
 
 class Clock:
@@ -98,7 +100,7 @@ def decode(model: Any, prompt: torch.Tensor, new_tokens: int, begin: Callable[[]
 def read_all(model: Any) -> None:
     """Read every expert, as far as there are slots."""
     runtime = model.fate.runtime
-    for layer, count in enumerate(runtime._num_experts):
+    for layer, count in enumerate(runtime.num_experts):
         lease = runtime.residency.acquire([ExpertId(layer, expert) for expert in range(count)])
         for _ in lease.batches():
             pass
@@ -119,6 +121,9 @@ def instrument(model: Any, clock: Clock) -> Iterator[None]:
         for owner, names, part in _functions(model):
             for name in names:
                 wrap(owner, name, part)
+        if model.fate.step is not None:  # a module with a timer would lead to the model's own forward
+            yield
+            return
         routers = model.fate.runtime._routers
         undo.callback(routers.__setitem__, slice(None), list(routers))
         routers[:] = [clock.charge("router, asked early", route) if route else None for route in routers]
@@ -135,15 +140,16 @@ def _functions(model: Any) -> Iterator[tuple[Any, Sequence[str], str]]:
     """Owner, names and part of the functions that are timed, but for modules."""
     runtime = model.fate.runtime
     if native is not None:
-        yield native, ("experts", "combine", "layer_end"), "expert kernels"
-        yield native, ("linear", "mlp", "attention", "layer", "expand"), "dense kernels"
-        yield native, ("rms_norm",), "norms"
+        yield native, ("step",), STEP
+        yield native, ("experts", "combine"), "expert kernels"
+        yield native, ("linear", "mlp", "attention", "expand"), "dense kernels"
+        yield native, ("norm",), "norms"
     yield DynamicLayer, ("update", "get_seq_length", "get_mask_sizes"), "KV cache"
     yield RoomyLayer, ("update", "reserve", "extend", "get_seq_length"), "KV cache"
     yield torch.nn.functional, ("scaled_dot_product_attention",), "attention"
     yield runtime._prefetcher, ("embedded", "entered", "look_ahead", "observe"), "prediction"
-    yield runtime.residency, ("acquire", "unlock", "wait_for"), "residency and policy"
-    yield runtime, ("enter", "compute", "embedded", "begin", "run"), "runtime"
+    yield runtime.residency, ("acquire",), "residency and policy"
+    yield runtime, ("enter", "compute", "embedded", "begin_step", "end_step"), "runtime"
 
 
 def _router(module: torch.nn.Module) -> torch.nn.Module | None:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.overhead import Clock, decode, instrument
-from fate_moe.memory.residency import Residency
-from tests.support.sources import SourceDouble
+from benchmarks.overhead import STEP, Clock, decode, instrument
+from fate_moe import load
+from fate_moe.kernels.native import native
 
 PROMPT = torch.arange(1, 6)[None]
 
@@ -32,17 +32,14 @@ def test_the_innermost_function_is_charged() -> None:
     assert clock.calls == {"inner": 1, "outer": 1}
 
 
-def test_waiting_is_charged_to_the_residency(loaded: Callable[..., Any]) -> None:
-    """Every read takes 5 ms; the runtime, which asks for it, takes none of that."""
-    model = loaded("qwen2_moe", policy="lru", predictor="none", expert_cache="25%")
-    residency = model.fate.runtime.residency
-    residency._source = SourceDouble(residency._source, 5e-3)
+def test_a_step_of_all_layers_is_one_part() -> None:
+    """And it is most of a token, whatever else has a timer."""
     clock = Clock()
-    with instrument(model, clock):
+    with load() as (model, _), instrument(model, clock):
         decode(model, PROMPT, 8, clock.start)
-    assert clock.seconds["residency and policy"] > 0.02
-    assert clock.seconds["runtime"] < 0.5 * clock.seconds["residency and policy"]
-    assert {"prediction", "norms", "embedding"} <= clock.seconds.keys()
+    assert clock.calls[STEP] == 7
+    assert clock.seconds[STEP] > 0.3 * sum(clock.seconds.values())
+    assert {"KV cache", "generate()", "runtime"} <= clock.seconds.keys()
 
 
 def test_timers_are_taken_off_again(loaded: Callable[..., Any]) -> None:
@@ -57,9 +54,9 @@ def test_timers_are_taken_off_again(loaded: Callable[..., Any]) -> None:
     assert not clock.seconds
 
 
-@pytest.mark.parametrize("name", ["wait_for", "unlock"])
+@pytest.mark.parametrize("name", ["step", "combine"])
 def test_a_name_that_is_gone_raises(loaded: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     model = loaded("qwen2_moe")
-    monkeypatch.delattr(Residency, name)
+    monkeypatch.delattr(native, name)
     with pytest.raises(AttributeError, match=name), instrument(model, Clock()):
         pass

@@ -165,7 +165,7 @@ def test_misses_computed_on_the_host(quantized: Callable[..., Path]) -> None:
 def test_where_the_host_cannot_help(checkpoint: Callable[[str], Path]) -> None:
     save_link(Link("simulated", 16, 50e9, 45e9, 160e9, 45e9, 120e9))
     store = store_for(checkpoint("olmoe"), "lossless")
-    with pytest.raises(UnsupportedModelError, match=r"normed over all heads together; .* omit --host-compute"):
+    with pytest.raises(UnsupportedModelError, match=r"normed over all heads together; .*omit --host-compute"):
         simulated_gpu(store, host_compute="0.5")
     model = simulated_gpu(store, host_compute="auto")
     assert model.fate.plan.host_compute == 0.0

@@ -141,7 +141,7 @@ def test_dense_weights_of_one_byte(family: str) -> None:
 @pytest.mark.parametrize(
     ("family", "options", "reason"),
     [
-        ("deepseek_v2", {}, "self_attn: DeepseekV2Attention is no attention that is known"),
+        ("deepseek_v2", {}, "its keys and values are latent rows"),
         ("deepseek_v2", {}, "some of its layers have no experts, or are not plain"),
         ("mixtral", {"sliding_window": 8}, "model.layers.*: its attention has a sliding window (8 tokens)"),
         ("olmoe", {}, "model.layers.*: its queries and keys are normed over all heads together"),

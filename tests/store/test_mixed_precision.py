@@ -184,7 +184,7 @@ def test_a_budget_never_changes_the_output_of_mixed_experts(mixed: Path, precisi
         model = load_model(mixed, expert_cache=expert_cache, precision_policy=precision_policy)
         plan, residency = model.fate.plan, model.fate.runtime.residency
         assert len(plan.slots) == (1 if expert_cache == min_shared else 3)
-        assert len(residency._arena.buffer) == plan.expert_cache_bytes
+        assert len(residency._reader.arena.buffer) == plan.expert_cache_bytes
         assert plan.expert_cache_bytes <= (expert_cache if isinstance(expert_cache, int) else needs.expert_bytes)
         with torch.no_grad():
             prompt = model(tokens, use_cache=True)

@@ -90,6 +90,7 @@ def is_near(got: torch.Tensor, want: torch.Tensor) -> bool:
 
 
 def difference_of(got: torch.Tensor, want: torch.Tensor) -> str:
+    """For people: how far ``got`` is from ``want``."""
     distance = float((got.float() - want.float()).norm() / want.float().norm().clamp(min=1e-30))
     return f"the kernel's result differs from it by {distance:.1%} of its norm"
 
