@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -219,3 +220,15 @@ def test_what_was_used_most_is_read_before_the_first_pass(checkpoint: Callable[[
     assert set(residency.resident()) == set(used_most.hottest(again.fate.plan.num_slots))
     assert torch.equal(write(again), text)
     again.fate.close()
+
+
+def test_a_model_that_runs_whole_goes_when_nobody_has_it() -> None:
+    """What the extension watches holds what holds it."""
+    with torch.no_grad():
+        model, _ = load()
+        model(PROMPT)
+    gone = [weakref.ref(model), weakref.ref(model.fate.runtime), weakref.ref(model.model.layers[0])]
+    assert model.fate.step is not None
+    del model, _
+    gc.collect()
+    assert [each() for each in gone] == [None, None, None]

@@ -14,6 +14,7 @@ from transformers import GenerationConfig, RepetitionPenaltyLogitsProcessor, Tem
 from fate_moe.core import KV_BLOCK, Counters
 from fate_moe.schedule.blocks import Blocks
 from fate_moe.schedule.executor import Result, Rows
+from fate_moe.schedule.prefixes import Prefixes
 
 __all__ = ["POISON", "VOCAB", "FakeExecutor", "FakeModel", "FakeTokenizer"]
 
@@ -59,6 +60,7 @@ class FakeExecutor:
 
     def __init__(self, num_blocks: int, any_cut: bool = True, is_open: bool = True) -> None:
         self.blocks, self.any_cut, self.is_open = Blocks(num_blocks), any_cut, is_open
+        self.prefixes = Prefixes(self.blocks) if any_cut else None
         self.gate = threading.Semaphore(0)
         self.memory: list[list[Any]] = [[None] * KV_BLOCK for _ in range(num_blocks)]
         self.steps: list[list[Rows]] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib
 from typing import Any
 
@@ -35,6 +36,7 @@ def _load() -> tuple[Any, str | None]:
             names = [name for name, of in switches.KERNELS.items() if of in available]
             raise ConfigError(f"FATE_KERNELS: this processor and this build do not have {asked}; they have {', '.join(names)}")
         module.choose(asked)
+    atexit.register(module.end_threads)  # before all others, so that it runs after them
     return module, None
 
 

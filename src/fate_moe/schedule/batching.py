@@ -100,8 +100,9 @@ class BatchScheduler(Scheduler):
     def load(self) -> Load:
         if (steps := self._steps) is None:
             return Load()
-        blocks = steps.executor.blocks
-        return Load(self._num_steps, self._num_rows, steps.preemptions, blocks.used, blocks.num_blocks)
+        blocks, prefixes = steps.executor.blocks, steps.executor.prefixes
+        kept = (len(prefixes), prefixes.hits, prefixes.lookups) if prefixes is not None else (0, 0, 0)
+        return Load(self._num_steps, self._num_rows, steps.preemptions, blocks.used, blocks.num_blocks, *kept)
 
     def submit(self, request: Request) -> QueueTicket:
         ticket = QueueTicket(self._end_cancelled)

@@ -14,6 +14,7 @@ from fate_moe.errors import UnsupportedCallError
 from fate_moe.layers.model_step import ModelStep, SequenceRows
 from fate_moe.schedule.blocks import Blocks
 from fate_moe.schedule.executor import Result, Rows, watched
+from fate_moe.schedule.prefixes import Prefixes
 
 __all__ = ["PoolExecutor"]
 
@@ -33,6 +34,7 @@ class PoolExecutor:
         self.blocks = Blocks(num_blocks)
         self._model, self._step = model, step
         self.any_cut = step.most_rows == sys.maxsize
+        self.prefixes = Prefixes(self.blocks) if self.any_cut else None
         shapes = [(num_blocks, 2, heads, KV_BLOCK, dim) for heads, dim in step.kv_shapes]
         self.pool = [torch.empty(shape, dtype=torch.bfloat16) for shape in shapes]
 

@@ -44,8 +44,8 @@ class Prefixes:
         """How many blocks are kept."""
         return len(self._kept)
 
-    def begin(self, tokens: Sequence[int]) -> tuple[int, int]:
-        """A sequence of ``blocks`` for a text that begins with ``tokens``, and how many of them it has already.
+    def find(self, tokens: Sequence[int]) -> list[int]:
+        """The kept blocks that a text beginning with ``tokens`` may begin with; they are used now.
 
         At least one token is left to compute, whose logits are wanted.
         """
@@ -57,6 +57,11 @@ class Prefixes:
                 break
             kept.used = self._clock
             found.append(kept.block)
+        return found
+
+    def begin(self, tokens: Sequence[int]) -> tuple[int, int]:
+        """A sequence of ``blocks`` for a text that begins with ``tokens``, and how many of them it has already."""
+        found = self.find(tokens)
         self.lookups += len(tokens)
         self.hits += len(found) * KV_BLOCK
         return self._blocks.begin(found), len(found) * KV_BLOCK
@@ -79,11 +84,15 @@ class Prefixes:
             before = name
 
     def free(self, wanted: int) -> bool:
-        """Give up kept blocks until ``wanted`` blocks are free; whether they are."""
+        """Give up kept blocks until ``wanted`` blocks are free; whether they are. Those that a sequence has stay."""
         while self._blocks.free < wanted:
-            if not self._drop_one():
+            if not self.free_one():
                 return False
         return True
+
+    def free_one(self) -> bool:
+        """Give up the least useful block that no sequence has; whether there was one."""
+        return self._drop_one(unshared=True)
 
     def clear(self) -> None:
         """Nothing is kept any more."""
@@ -102,9 +111,13 @@ class Prefixes:
         if any(kept.followers != followers[name] for name, kept in self._kept.items()) or len(self._kept) > self._most:
             raise RuntimeError("kept blocks are miscounted")
 
-    def _drop_one(self, spare: int = -1) -> bool:
-        """The least useful block goes, but none used at ``spare``; whether there was one that nothing follows."""
-        ends = [(kept.used, -kept.depth, name) for name, kept in self._kept.items() if not kept.followers and kept.used != spare]
+    def _drop_one(self, spare: int = -1, unshared: bool = False) -> bool:
+        """The least useful block goes that nothing follows, but none used at ``spare``; whether there was one."""
+        ends = [
+            (kept.used, -kept.depth, name)
+            for name, kept in self._kept.items()
+            if not kept.followers and kept.used != spare and not (unshared and self._blocks.references(kept.block) > 1)
+        ]
         if not ends:
             return False
         name = min(ends)[2]

@@ -23,13 +23,17 @@ class StoppedError(FateError):
 @dataclass(frozen=True)
 class Load:
     """Since the scheduler was started: steps, their rows, and how often a request gave its blocks of the KV cache to others.
-    ``blocks_used`` of ``blocks`` are taken now."""
+    ``blocks_used`` of ``blocks`` are taken now, ``blocks_kept`` of these by what ended; ``cached_tokens`` of ``prompt_tokens`` were
+    there when a prompt was to be read."""
 
     steps: int = 0
     rows: int = 0
     preemptions: int = 0
     blocks_used: int = 0
     blocks: int = 0
+    blocks_kept: int = 0
+    cached_tokens: int = 0
+    prompt_tokens: int = 0
 
 
 class Ticket(Protocol):

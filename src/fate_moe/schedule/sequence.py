@@ -41,6 +41,7 @@ class TextSequence:
         self.request, self.order, self._deliver, self._is_cancelled = request, order, deliver, is_cancelled
         self.tokens = list(request.prompt)
         self.read = 0
+        self.cached: int | None = None  # tokens of the prompt that were there when it was first read
         self.name: int | None = None
         self.sampler: Sampler | None = None
         self.prompt_records: list[TokenRecord] = []
@@ -89,6 +90,11 @@ class TextSequence:
         """Whether log probabilities of the prompt are asked for and not all there."""
         return self.request.prompt_logprobs and len(self.prompt_records) < len(self.request.prompt)
 
+    @property
+    def may_begin_behind(self) -> bool:
+        """Whether it may begin behind what was read for others: nothing is asked of the prompt's own positions."""
+        return self.request.max_new_tokens > 0 and not self.request.prompt_logprobs
+
     def forget(self) -> None:
         """The model has dropped the sequence; it will be read again."""
         self.name, self.read = None, 0
@@ -131,7 +137,7 @@ class TextSequence:
 
     def finished(self, reason: Reason, message: str = "") -> Finished:
         """The last event; before it, text that was held back is delivered where the text is whole."""
-        usage = Usage(len(self.request.prompt), self.generated)
+        usage = Usage(len(self.request.prompt), self.generated, self.cached or 0)
         now = time.perf_counter()
         if self._began is None:
             return Finished(reason, usage, Timings(queued_seconds=now - self._submitted), message=message)

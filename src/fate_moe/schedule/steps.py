@@ -25,7 +25,7 @@ class Steps:
     Decode rows come first. The rest of a step's rows is divided evenly among the prompts that are read: a short prompt does not
     wait for a long one, and none starves. Where blocks run out, the youngest request gives its own back and is read again later.
     The oldest always goes on. Requests with one prompt (several answers to a question) have it read once: the younger ones wait for
-    the oldest, and fork.
+    the oldest, and fork. What a request leaves is kept for those that begin alike, until its blocks are wanted.
     """
 
     executor: Executor
@@ -41,11 +41,10 @@ class Steps:
 
         Who waited for a prompt that will not be read waits to read it.
         """
-        blocks = self.executor.blocks
         waiting = [one for one, leader in self._leaders.items() if leader.name is None or leader not in self.run]
         for one in waiting:
             self.leave(one)
-        while self._growth() > blocks.free and len(self.run) > 1:
+        while not self._has(self._growth()) and len(self.run) > 1:
             waiting.append(youngest := self.run.pop())
             self.leave(youngest)
             youngest.forget()
@@ -65,15 +64,23 @@ class Steps:
             return False
         if self._leader_of(sequence) is not None:
             return True
-        wanted = blocks_for(len(sequence.tokens) + 1)
-        return not self.run or wanted + self._growth() + len(self.run) <= self.executor.blocks.free
+        wanted = blocks_for(len(sequence.tokens) + 1) + (self._growth() + len(self.run) if self.run else 0)
+        blocks, prefixes = self.executor.blocks, self.executor.prefixes
+        if prefixes is None:
+            return not self.run or wanted <= blocks.free
+        # What it may begin with is not taken anew. It is the last to be given up, and then it is.
+        while blocks.free < wanted - (len(prefixes.find(sequence.tokens)) if sequence.may_begin_behind else 0):
+            if not prefixes.free_one():
+                return not self.run
+        return True
 
     def admit(self, sequence: TextSequence) -> None:
         """``sequence`` runs from now on; ``admits`` said so. Its place is by its age."""
         if (leader := self._leader_of(sequence)) is not None:
             self._leaders[sequence] = leader
         else:
-            sequence.name = self.executor.new()
+            self._begin(sequence)
+            assert sequence.name is not None
             self.executor.blocks.reserve(sequence.name, min(len(sequence.tokens) + 1, sequence.most_tokens))
         self.run.append(sequence)
         self.run.sort(key=lambda one: one.order)
@@ -84,6 +91,8 @@ class Steps:
         if sequence in self.run:
             self.run.remove(sequence)
         if sequence.name is not None:
+            if (prefixes := self.executor.prefixes) is not None:
+                prefixes.keep(sequence.name, sequence.tokens[: sequence.read])
             self.executor.drop(sequence.name)
 
     def forked(self, leader: TextSequence) -> list[TextSequence]:
@@ -125,6 +134,21 @@ class Steps:
         wanted = count if records else int(end == len(sequence.tokens))
         watch: Callable[[float], None] | None = sequence.progress if count > 1 else None
         return Rows(sequence.name, sequence.tokens[sequence.read : end], wanted, watch)
+
+    def _begin(self, sequence: TextSequence) -> None:
+        """``sequence`` gets a name, and what is kept of its tokens."""
+        prefixes = self.executor.prefixes
+        if prefixes is None or not sequence.may_begin_behind:
+            sequence.name = self.executor.new()
+            return
+        sequence.name, sequence.read = prefixes.begin(sequence.tokens)
+        if sequence.cached is None:
+            sequence.cached = sequence.read
+
+    def _has(self, wanted: int) -> bool:
+        """Whether ``wanted`` blocks are free, or were given up for it."""
+        blocks, prefixes = self.executor.blocks, self.executor.prefixes
+        return blocks.free >= wanted or (prefixes is not None and prefixes.free(wanted))
 
     def _leader_of(self, sequence: TextSequence) -> TextSequence | None:
         """Who is about to read just what ``sequence`` has to."""

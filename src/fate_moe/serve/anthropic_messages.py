@@ -48,7 +48,7 @@ async def messages(request: Request, body: MessagesRequest, service: Serving) ->
             **head,
             "content": [_whole(block) for block in blocks.blocks],
             **_stop(done, own_stops),
-            "usage": _usage(end.usage.prompt_tokens, end.usage.completion_tokens),
+            "usage": _usage(end.usage.prompt_tokens, end.usage.completion_tokens, end.usage.cached_tokens),
             "timings": end.timings.as_dict(),
         }
     )
@@ -82,7 +82,7 @@ async def _stream(answers: Answers, head: dict[str, Any], prompt_tokens: int, ow
                 yield event("content_block_stop", index=block.index)
         if isinstance(said, Done):
             end = said.finished
-            usage = _usage(end.usage.prompt_tokens, end.usage.completion_tokens)
+            usage = _usage(end.usage.prompt_tokens, end.usage.completion_tokens, end.usage.cached_tokens)
             yield event("message_delta", delta=_stop(said, own_stops), usage=usage, timings=end.timings.as_dict())
             yield event("message_stop")
 
@@ -134,10 +134,10 @@ def _stop(done: Done, own_stops: tuple[str, ...]) -> dict[str, Any]:
     return {"stop_reason": "stop_sequence" if stop is not None else reason, "stop_sequence": stop}
 
 
-def _usage(prompt: int, completion: int) -> dict[str, Any]:
+def _usage(prompt: int, completion: int, cached: int = 0) -> dict[str, Any]:
     return {
-        "input_tokens": prompt,
+        "input_tokens": prompt - cached,
         "output_tokens": completion,
-        "cache_read_input_tokens": 0,
+        "cache_read_input_tokens": cached,
         "cache_creation_input_tokens": 0,
     }

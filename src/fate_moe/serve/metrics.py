@@ -90,7 +90,12 @@ class _Engine:
             "fate_preemptions", "Requests that gave their KV blocks to older ones and were read again.", load.preemptions
         )
         yield _gauge("fate_kv_blocks", f"Blocks of {KV_BLOCK} tokens in the KV cache.", load.blocks)
-        yield _gauge("fate_kv_blocks_used", "Of those, the ones that requests have.", load.blocks_used)
+        yield _gauge("fate_kv_blocks_used", "Of those, the ones that requests have or that are kept for others.", load.blocks_used)
+        yield _gauge("fate_kv_blocks_kept", "Of those, the ones that are kept for requests that begin alike.", load.blocks_kept)
+        yield _counter(
+            "fate_prefix_lookup_tokens", "Tokens of prompts that were looked for among what is kept.", load.prompt_tokens
+        )
+        yield _counter("fate_prefix_hit_tokens", "Of those, the ones that did not have to be read.", load.cached_tokens)
         experts = report.experts
         lookups = CounterMetricFamily("fate_expert_lookups", "Lookups of experts, by what was found.", labels=["result"])
         for result, number in (("hit", experts.hits), ("in_flight", experts.in_flight), ("miss", experts.misses)):

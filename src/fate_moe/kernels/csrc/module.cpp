@@ -60,25 +60,25 @@ void experts(const ExpertPlace& place, std::vector<uint64_t> addresses, std::vec
              int num_threads) {
   const Batch batch = {std::move(addresses), std::move(num_planes), std::move(starts), std::move(choices),
                        reinterpret_cast<const void*>(x), Dtype(x_dtype), num_tokens, top_k, reinterpret_cast<float*>(out)};
-  const nb::gil_scoped_release release;
+  const Unlocked unlocked;
   run_experts(*chosen, place, batch, exact, num_threads);
 }
 
 void linear(const Place& place, uintptr_t address, int num_planes, uintptr_t x, int x_dtype, int64_t num_tokens, uintptr_t out,
             int out_dtype, bool exact, int num_threads) {
-  const nb::gil_scoped_release release;
+  const Unlocked unlocked;
   run_linear(*chosen, place.at(address, num_planes), reinterpret_cast<const void*>(x), Dtype(x_dtype), num_tokens,
              reinterpret_cast<void*>(out), Dtype(out_dtype), exact, num_threads);
 }
 
 void expand(const Place& place, uintptr_t address, int num_planes, uintptr_t out, int dtype, int num_threads) {
-  const nb::gil_scoped_release release;
+  const Unlocked unlocked;
   run_expand(*chosen, place.at(address, num_planes), reinterpret_cast<void*>(out), Dtype(dtype), num_threads);
 }
 
 void combine(uintptr_t rows, uintptr_t weights, int weights_dtype, int64_t num_tokens, int64_t top_k, int64_t hidden, uintptr_t out,
              int out_dtype, int num_threads) {
-  const nb::gil_scoped_release release;
+  const Unlocked unlocked;
   run_combine(*chosen, reinterpret_cast<const float*>(rows), reinterpret_cast<const void*>(weights), Dtype(weights_dtype),
               num_tokens, top_k, hidden, reinterpret_cast<void*>(out), Dtype(out_dtype), num_threads);
 }
@@ -88,12 +88,12 @@ void activate_rows(const ActivationSpec& spec, uintptr_t gate_up, int64_t n, uin
 }
 
 uint64_t read_memory(uintptr_t address, int64_t num_bytes, int num_threads) {
-  const nb::gil_scoped_release release;
+  const Unlocked unlocked;
   return read_all(reinterpret_cast<const void*>(address), num_bytes, num_threads);
 }
 
 void norm(const Norm& of, uintptr_t x, int dtype, int64_t num_tokens, int64_t n, uintptr_t out, int num_threads) {
-  const nb::gil_scoped_release release;
+  const Unlocked unlocked;
   run_norm(*chosen, of, reinterpret_cast<const void*>(x), Dtype(dtype), num_tokens, n, reinterpret_cast<void*>(out), num_threads);
 }
 
@@ -117,13 +117,13 @@ void sigmoids(uintptr_t x, int64_t n) {
 }
 
 void mlp(const Mlp& of, uintptr_t x, int dtype, int64_t num_tokens, uintptr_t out, bool exact, int num_threads) {
-  const nb::gil_scoped_release release;
+  const Unlocked unlocked;
   run_mlp(*chosen, of, reinterpret_cast<const void*>(x), Dtype(dtype), num_tokens, reinterpret_cast<void*>(out), exact, num_threads);
 }
 
 void attention(const Attention& of, uintptr_t x, int dtype, const Spans& rows, uintptr_t cos, uintptr_t sin, const Kv& kv, uintptr_t out,
                bool exact, int num_threads) {
-  const nb::gil_scoped_release release;
+  const Unlocked unlocked;
   run_attention(*chosen, of, reinterpret_cast<const void*>(x), Dtype(dtype), rows.spans, reinterpret_cast<const float*>(cos),
                 reinterpret_cast<const float*>(sin), kv, reinterpret_cast<void*>(out), exact, num_threads);
 }
@@ -131,7 +131,7 @@ void attention(const Attention& of, uintptr_t x, int dtype, const Spans& rows, u
 // Attention alone, for tests and benchmarks: queries and out fp32 [num_tokens, heads, dim] of one head of keys and values [length, dim].
 void attend(uintptr_t queries, int64_t num_tokens, int64_t heads, int64_t dim, uintptr_t keys, uintptr_t values, int64_t length,
             float scaling, int64_t window, float cap, uintptr_t sinks, uintptr_t out) {
-  const nb::gil_scoped_release release;
+  const Unlocked unlocked;
   std::vector<float> scratch(static_cast<size_t>(attend_floats(num_tokens * heads, dim)));
   Queries of = {};
   of.q = reinterpret_cast<const float*>(queries), of.out = reinterpret_cast<float*>(out);
@@ -144,7 +144,7 @@ void attend(uintptr_t queries, int64_t num_tokens, int64_t heads, int64_t dim, u
 
 void layer_end(uintptr_t residual, uintptr_t rows, uintptr_t weights, int64_t num_tokens, int64_t num_rows, uintptr_t shared,
                uintptr_t factors, float residual_scale, int64_t n, uintptr_t out, int num_threads) {
-  const nb::gil_scoped_release release;
+  const Unlocked unlocked;
   run_layer_end(*chosen, reinterpret_cast<const void*>(residual), reinterpret_cast<const float*>(rows),
                 reinterpret_cast<const float*>(weights), num_tokens, num_rows, reinterpret_cast<const void*>(shared),
                 reinterpret_cast<const float*>(factors), residual_scale, n, reinterpret_cast<void*>(out), num_threads);
@@ -204,6 +204,7 @@ const Ops& fate::used_ops() { return *chosen; }
 NB_MODULE(_native, m) {
   nb::set_leak_warnings(false);  // at exit a traceback or a global may still hold what the interpreter never frees
   m.doc() = "Expert kernels on raw addresses; use fate_moe.kernels.cpu.";
+  m.def("end_threads", &Unlocked::end, "The interpreter is about to end.");
   m.def("instruction_sets", &names, "What this processor can run, best first.");
   m.def("instruction_set", [] { return std::string(chosen->name); }, "What is used.");
   m.def("choose", &choose, "Use another instruction set (tests and benchmarks).");

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "layers.h"
+#include "unlocked.h"
 
 namespace fate {
 

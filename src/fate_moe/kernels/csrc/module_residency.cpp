@@ -11,6 +11,7 @@
 #include "checksum.h"
 #include "disk_source.h"
 #include "residency.h"
+#include "unlocked.h"
 #include "statistics.h"
 
 namespace nb = nanobind;
@@ -139,7 +140,7 @@ int64_t read_into(DiskSource& of, const Pair& expert, nb::handle slot, int64_t f
   if (PyObject_GetBuffer(slot.ptr(), &buffer, PyBUF_WRITABLE)) throw nb::python_error();
   const std::unique_ptr<Py_buffer, void (*)(Py_buffer*)> held(&buffer, PyBuffer_Release);
   if (of.end_of(key_of(expert), last.value_or(kWhole)) > buffer.len) throw std::invalid_argument("the slot is too short");
-  const nb::gil_scoped_release release;
+  const Unlocked unlocked;
   return of.read(key_of(expert), 0, static_cast<uint8_t*>(buffer.buf), first, last.value_or(kWhole));
 }
 
@@ -394,14 +395,14 @@ void bind_residency(nb::module_& m) {
   nb::class_<ExpertMemory>(m, "ExpertMemory")  // as a step uses it, for tests
       .def("acquire", [](ExpertMemory& of, int64_t layer, const Numbers& experts, const Numbers& counts, int64_t num_rows, uintptr_t inputs,
                          uintptr_t chosen, uintptr_t weights) {
-        const nb::gil_scoped_release release;
+        const Unlocked unlocked;
         of.acquire(layer, experts.data(), counts.data(), int64_t(experts.size()), num_rows, reinterpret_cast<const void*>(inputs),
                    reinterpret_cast<const int64_t*>(chosen), reinterpret_cast<const float*>(weights));
       })
       .def("arrived", [](ExpertMemory& of, int64_t most) {
         std::vector<ExpertMemory::Arrived> out(static_cast<size_t>(most));
         {
-          const nb::gil_scoped_release release;
+          const Unlocked unlocked;
           out.resize(size_t(of.arrived(out.data())));
         }
         std::vector<std::tuple<int64_t, uint64_t, int>> found;
@@ -409,7 +410,7 @@ void bind_residency(nb::module_& m) {
         return found;
       })
       .def("end", [](ExpertMemory& of) {
-        const nb::gil_scoped_release release;
+        const Unlocked unlocked;
         of.release();
       });
   nb::class_<Residency, ExpertMemory>(m, "Residency")

@@ -31,7 +31,7 @@ std::unique_ptr<Spans> make_spans(const std::vector<int64_t>& counts, const std:
 
 void layer(const Layer& of, uintptr_t x, const Spans& rows, uintptr_t cos, uintptr_t sin, const Kv& kv, uintptr_t residual, uintptr_t normed,
            uintptr_t experts, uintptr_t weights, uintptr_t factors, bool exact, int num_threads) {
-  const nb::gil_scoped_release release;
+  const Unlocked unlocked;
   const LayerOut out = {reinterpret_cast<void*>(residual), reinterpret_cast<void*>(normed), reinterpret_cast<int64_t*>(experts),
                         reinterpret_cast<float*>(weights), reinterpret_cast<float*>(factors)};
   run_layer(used_ops(), of, reinterpret_cast<const void*>(x), rows.spans, reinterpret_cast<const float*>(cos), reinterpret_cast<const float*>(sin),
@@ -53,7 +53,7 @@ void step(const Step& of, uintptr_t x, const Spans& rows, uintptr_t cos, uintptr
   for (size_t i = 0; i + 5 <= kv.size(); i += 5)
     kvs.push_back({reinterpret_cast<void*>(kv[i]), reinterpret_cast<void*>(kv[i + 1]), kv[i + 2], kv[i + 3], kv[i + 4]});
   if (kvs.size() != of.layers.size() || rows.spans.empty()) throw std::invalid_argument("a step without rows, or with another number of layers");
-  const nb::gil_scoped_release release;
+  const Unlocked unlocked;
   run_step(used_ops(), of,
            {reinterpret_cast<void*>(x), rows.spans, reinterpret_cast<const float*>(cos), reinterpret_cast<const float*>(sin), kvs, wanted,
             reinterpret_cast<void*>(logits)},

@@ -4,6 +4,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <tuple>
+#include <type_traits>
 
 #include "module.h"
 
@@ -49,10 +50,44 @@ struct Watch {
   }
 };
 
+// What it holds holds it: without these a model that is gone would stay.
+template <class Visit>
+int each_held(Watch& of, Visit visit) {
+  const auto each = [&](auto& several) {
+    for (auto& one : several)
+      if (const int stop = std::apply([&](auto&... parts) { return (0 | ... | visit(parts)); }, one)) return stop;
+    return 0;
+  };
+  const int stops[] = {each(of.places), each(of.numbers), each(of.sizes), each(of.kinds), each(of.methods)};
+  for (const int stop : stops)
+    if (stop) return stop;
+  return 0;
+}
+
+int traverse(PyObject* self, visitproc visit, void* arg) {
+  Py_VISIT(Py_TYPE(self));
+  if (!nb::inst_ready(self)) return 0;
+  return each_held(*nb::inst_ptr<Watch>(self), [&](auto& part) {
+    if constexpr (std::is_base_of_v<nb::object, std::decay_t<decltype(part)>>)
+      return part.ptr() ? visit(part.ptr(), arg) : 0;
+    else
+      return 0;
+  });
+}
+
+int clear(PyObject* self) {
+  Watch& of = *nb::inst_ptr<Watch>(self);
+  const Watch gone = {std::move(of.places), std::move(of.numbers), std::move(of.sizes), std::move(of.kinds), std::move(of.methods)};
+  of.places.clear(), of.numbers.clear(), of.sizes.clear(), of.kinds.clear(), of.methods.clear();
+  return 0;
+}
+
+PyType_Slot watch_slots[] = {{Py_tp_traverse, reinterpret_cast<void*>(traverse)}, {Py_tp_clear, reinterpret_cast<void*>(clear)}, {0, nullptr}};
+
 }  // namespace
 
 void bind_watch(nb::module_& m) {
-  nb::class_<Watch>(m, "Watch")
+  nb::class_<Watch>(m, "Watch", nb::type_slots(watch_slots))
       .def_static("make", [](std::vector<HeldObject> places, std::vector<HeldTensor> numbers, std::vector<DictSize> sizes, std::vector<ObjectClass> kinds,
                              std::vector<ClassForward> methods) {
         return Watch{std::move(places), std::move(numbers), std::move(sizes), std::move(kinds), std::move(methods)};
