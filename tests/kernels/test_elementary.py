@@ -91,7 +91,7 @@ def test_norm(pair: torch.Tensor, dtype: torch.dtype, rounds_first: bool, center
         return out.float()
 
     centred = elementary.center(x.float()) if centered else x.float()
-    want = elementary.normalize(centred, offset + weight, 1e-6, rounds_first and dtype == torch.bfloat16)
+    want = elementary.normalize(centred, offset + weight if offset else weight, 1e-6, rounds_first and dtype == torch.bfloat16)
     want = want + bias if centered else want
     of_each_set(run, want.to(dtype).float())
 
