@@ -132,7 +132,7 @@ tsan:
 	  $(filter-out $(wildcard $(CSRC)/module*.cpp) %/neon_dot.cpp %/neon_i8mm.cpp,$(wildcard $(CSRC)/*.cpp)) -ldl
 	TSAN_OPTIONS="suppressions=tests/kernels/csrc/tsan.supp" build/tsan/check_threads
 
-# Damaged files, faults, kills, races and budgets by the thousand (docs/concepts/reliability.md): five minutes, MINUTES= or HOURS=
+# Damaged files, faults, kills, races and budgets, each case from a number (docs/concepts/reliability.md): five minutes, MINUTES= or HOURS=
 # otherwise. SEED= repeats a run; each failure prints the command that repeats it alone. FOLDER= is where the files are made.
 .PHONY: torture
 MINUTES ?= $(if $(HOURS),$(shell expr 60 \* $(HOURS)),5)

@@ -86,13 +86,9 @@ class Prefixes:
     def free(self, wanted: int) -> bool:
         """Give up kept blocks until ``wanted`` blocks are free; whether they are. Those that a sequence has stay."""
         while self._blocks.free < wanted:
-            if not self.free_one():
+            if not self._drop_one(unshared=True):
                 return False
         return True
-
-    def free_one(self) -> bool:
-        """Give up the least useful block that no sequence has; whether there was one."""
-        return self._drop_one(unshared=True)
 
     def clear(self) -> None:
         """Nothing is kept any more."""

@@ -68,11 +68,12 @@ class Steps:
         blocks, prefixes = self.executor.blocks, self.executor.prefixes
         if prefixes is None:
             return not self.run or wanted <= blocks.free
-        # What it may begin with is not taken anew. It is the last to be given up, and then it is.
-        while blocks.free < wanted - (len(prefixes.find(sequence.tokens)) if sequence.may_begin_behind else 0):
-            if not prefixes.free_one():
+        while True:  # what it may begin with is not taken anew; it is the last to be given up, and is looked for again then
+            missing = wanted - (len(prefixes.find(sequence.tokens)) if sequence.may_begin_behind else 0)
+            if blocks.free >= missing:
+                return True
+            if not prefixes.free(missing):
                 return not self.run
-        return True
 
     def admit(self, sequence: TextSequence) -> None:
         """``sequence`` runs from now on; ``admits`` said so. Its place is by its age."""
