@@ -150,9 +150,8 @@ class CpuStep(StandIn):
         """A dense layer has no ``stack``."""
         layer = model.get_submodule(plain.path)
         self.block = layer.get_submodule(plain.block)
-        self.original, self.shared, self.stack, self.experts = layer.forward, shared, stack, None
-        if stack is not None:
-            self.experts = self.block.experts
+        self.original, self.shared = layer.forward, shared
+        self.experts = self.block.experts if stack is not None else None
         self.plain, self.index, self.hidden = plain, plain.attention.index, plain.hidden
         self.post_norm = layer.post_attention_layernorm
         beside = self.block.get_submodule(plain.shared.name) if plain.shared is not None else None

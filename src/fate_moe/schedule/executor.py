@@ -42,8 +42,8 @@ class Executor(Protocol):
     """Holds sequences in ``blocks`` of the KV cache and computes steps. Used from one thread.
 
     ``any_cut``: logits do not depend on how a sequence is cut into steps. Where they may, whoever asks for the same numbers reads a
-    prompt in one step and what follows token by token. Where they do not, ``prefixes`` keeps what ended for texts that begin
-    alike. ``most_sequences`` may exist at once (None: as many as there are blocks);
+    prompt in one step and what follows token by token. Where they do not, ``prefixes`` (None: the executor has none) keeps
+    what ended for texts that begin alike. ``most_sequences`` may exist at once (None: as many as there are blocks);
     ``shares_passes``: rows of several sequences in one step take less time than one after the other.
     """
 

@@ -40,9 +40,9 @@ Pairs pairs_of(const std::vector<ExpertKey>& keys) {
 
 class PythonInterpreter final : public Interpreter {
  public:
-  void* leave() override { return PyGILState_Check() ? PyEval_SaveThread() : nullptr; }
+  void* leave() override { return PyGILState_Check() ? Unlocked::leave() : nullptr; }
   void back(void* state) override {
-    if (state) PyEval_RestoreThread(static_cast<PyThreadState*>(state));
+    if (state) Unlocked::back(static_cast<PyThreadState*>(state));
   }
   void check_signals() override {
     const nb::gil_scoped_acquire acquire;

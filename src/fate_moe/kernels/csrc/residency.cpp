@@ -89,9 +89,11 @@ std::shared_ptr<Residency> Residency::make(std::shared_ptr<Source> source, std::
 // --- locking: whoever holds the interpreter's lock never waits for ours without giving it back, so those who hold ours may ask for it ---
 
 void Residency::enter(Lock& lock) {
-  if (lock.try_lock()) return;
-  const Outside outside;
-  lock.lock();
+  while (!lock.try_lock()) {
+    const Outside outside;  // which may stay for ever: without the lock
+    lock.lock();
+    lock.unlock();
+  }
 }
 
 // Until `done()`, which is called with the lock held.

@@ -12,18 +12,26 @@ namespace fate {
 // waits for the end of the process: CPython before 3.14 would end it by unwinding its stack, which no destructor allows.
 class Unlocked {
  public:
-  Unlocked() : state_(PyEval_SaveThread()) { stay_if_ending(); }
-  ~Unlocked() {
+  Unlocked() : state_(leave()) {}
+  ~Unlocked() { back(state_); }
+  Unlocked(const Unlocked&) = delete;
+  Unlocked& operator=(const Unlocked&) = delete;
+
+  // Its two halves, for what cannot be a scope.
+  static PyThreadState* leave() {
+    PyThreadState* const state = PyEval_SaveThread();
+    stay_if_ending();
+    return state;
+  }
+  static void back(PyThreadState* state) {
     ++returning();
     if (ends_for_others()) {
       --returning();
       stay_if_ending();
     }
-    PyEval_RestoreThread(state_);
+    PyEval_RestoreThread(state);
     --returning();
   }
-  Unlocked(const Unlocked&) = delete;
-  Unlocked& operator=(const Unlocked&) = delete;
 
   // Called with the lock as the last thing before the interpreter ends: other threads do not come back to it from here on. Those that
   // wait for the lock already get it, and stay at their next call.
