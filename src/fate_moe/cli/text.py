@@ -59,7 +59,7 @@ def add_verbs(verbs: Any) -> None:
     chat.set_defaults(verb=_chat)
     for verb in (run, chat):
         add_sampling_options(verb, 200 if verb is run else 400)
-        add_offload_options(verb, gpu=True)
+        add_offload_options(verb, gpu=True, prefixes=verb is chat)
 
 
 def _model_and_prompt(arguments: argparse.Namespace) -> tuple[str | None, str]:
