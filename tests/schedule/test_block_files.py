@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from fate_moe.io.files import lock
 from fate_moe.schedule import block_files
 from fate_moe.schedule.block_files import BlockFiles
 
@@ -135,7 +136,7 @@ def test_while_another_process_writes_it_is_tried_again_later(tmp_path: Path) ->
     files, other = files_in(tmp_path), files_in(tmp_path)
     files.write(name(1), 0, parts(1))
     handle = os.open(tmp_path / "lock", os.O_RDWR)
-    assert block_files.lock(handle)
+    assert lock(handle)
     assert not other.write(name(2), 0, parts(2))
     os.close(handle)
     assert other.write(name(2), 0, parts(2))

@@ -6,7 +6,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -124,6 +124,13 @@ class BatchScheduler(Scheduler):
         blocks, prefixes = steps.executor.blocks, steps.executor.prefixes
         kept = (len(prefixes), prefixes.hits, prefixes.lookups) if prefixes is not None else (0, 0, 0)
         return Load(self._num_steps, self._num_rows, steps.preemptions, blocks.used, blocks.num_blocks, *kept)
+
+    def kept_files(self, tokens: Sequence[int]) -> list[str]:
+        """Where what is kept of a text of ``tokens`` is or will be on the disk; none where nothing is kept there."""
+        executor = self._steps.executor if self._steps is not None else None
+        if executor is None or executor.disk is None or executor.prefixes is None:
+            return []
+        return [executor.disk.files.path_of(name) for name in executor.prefixes.names(tokens)]
 
     def submit(self, request: Request) -> QueueTicket:
         ticket = QueueTicket(self._end_cancelled)

@@ -52,9 +52,9 @@ class BlockFiles:
         self._line, self._block_bytes, self._most = f"fate kv 1 {model} {form} {block_bytes} ", block_bytes, most_bytes
         self._last_writer = b""
 
-    def holds(self, name: bytes) -> bool:
-        """Whether there is a file of block ``name``; it may be damaged."""
-        return os.path.exists(self._path(name))
+    def path_of(self, name: bytes) -> str:
+        """Of the file of block ``name``, under ``home``."""
+        return f"{self._folder.name}/{name.hex()}.kv"
 
     def read(self, name: bytes, into: Sequence[memoryview]) -> bool:
         """Fill ``into``, ``block_bytes`` in all, with block ``name``. False: it is not there, and ``into`` may be overwritten.
