@@ -61,6 +61,7 @@ class FakeExecutor:
     """
 
     shares_passes = True
+    block_bytes = 8 * KV_BLOCK
     most_sequences: int | None = None
 
     def __init__(self, num_blocks: int, any_cut: bool = True, is_open: bool = True, files: BlockFiles | None = None) -> None:

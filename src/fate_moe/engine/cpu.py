@@ -23,7 +23,7 @@ from fate_moe.engine.calls import Calls
 from fate_moe.engine.engine import Engine
 from fate_moe.engine.patches import Patches
 from fate_moe.engine.prepare import Prepared
-from fate_moe.engine.report import Report
+from fate_moe.engine.report import PrefixReport, Report
 from fate_moe.engine.weights import fill, leave_on_disk
 from fate_moe.journal import Observer
 from fate_moe.kernels.cpu import SlotExperts
@@ -68,6 +68,7 @@ class CpuEngine(Engine):
     ) -> None:
         """``step`` runs the whole model in one call, if one does. ``store``: where the weights are from."""
         self.step, self.store = step, store
+        self.prefixes: Callable[[], PrefixReport | None] = lambda: None  # told by the scheduler
         self.model, self.plan, self.config, self.patches, self.runtime = model, plan, config, patches, runtime
         self.calls = calls
         self.end_with(runtime, runtime.residency.close, keep_learned)
@@ -102,6 +103,7 @@ class CpuEngine(Engine):
             expert_cache_bytes=plan.expert_cache_bytes,
             precision_policy=config.precision_policy,
             uses_by_bits=runtime.view_selector.by_bits(),
+            prefixes=self.prefixes(),
         )
 
     def bits_used(self) -> dict[tuple[ExpertId, int], int]:

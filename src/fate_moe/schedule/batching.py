@@ -14,6 +14,7 @@ import torch
 from fate_moe.core import KV_BLOCK
 from fate_moe.engine.cpu import CpuEngine
 from fate_moe.engine.fingerprint import kv_fingerprint
+from fate_moe.engine.report import PrefixReport
 from fate_moe.errors import FateError
 from fate_moe.io.files import is_writable
 from fate_moe.schedule.blocks import blocks_for
@@ -22,6 +23,7 @@ from fate_moe.schedule.pool import PoolExecutor
 from fate_moe.schedule.prompt_logprobs import prompt_records
 from fate_moe.schedule.request import Finished, Queued, Reason, Request
 from fate_moe.schedule.sampling import choose
+from fate_moe.schedule.savings import Savings
 from fate_moe.schedule.scheduler import Load, QueueFullError, Scheduler, StoppedError
 from fate_moe.schedule.sequence import CancelledError, TextSequence
 from fate_moe.schedule.steps import Steps
@@ -95,6 +97,7 @@ class BatchScheduler(Scheduler):
         self._steps: Steps | None = None  # of a model that is loaded
         self._order = self._num_steps = self._num_rows = self._generated = 0
         self._changed = threading.Condition()  # reentrant: ending a request may cancel another
+        self._savings = Savings()
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="fate-inference", daemon=True)
         self._thread.start()
@@ -122,8 +125,9 @@ class BatchScheduler(Scheduler):
         if (steps := self._steps) is None:
             return Load()
         blocks, prefixes = steps.executor.blocks, steps.executor.prefixes
-        kept = (len(prefixes), prefixes.hits, prefixes.lookups) if prefixes is not None else (0, 0, 0)
-        return Load(self._num_steps, self._num_rows, steps.preemptions, blocks.used, blocks.num_blocks, *kept)
+        kept = len(prefixes) if prefixes is not None else 0
+        report = self._prefix_report() or PrefixReport()
+        return Load(self._num_steps, self._num_rows, steps.preemptions, blocks.used, blocks.num_blocks, kept, report)
 
     def kept_files(self, tokens: Sequence[int]) -> list[str]:
         """Where what is kept of a text of ``tokens`` is or will be on the disk; none where nothing is kept there."""
@@ -193,6 +197,16 @@ class BatchScheduler(Scheduler):
         self._tickets.pop(sequence).deliver(finished)
         self._changed.notify_all()
 
+    def _prefix_report(self) -> PrefixReport | None:
+        """None where no prefixes are kept."""
+        executor = self._steps.executor if self._steps is not None else None
+        if executor is None or (prefixes := executor.prefixes) is None:
+            return None
+        files = executor.disk.files if executor.disk is not None else None
+        on_disk = (files.num_bytes, files.read_bytes, files.written_bytes) if files is not None else (0, 0, 0)
+        kept_bytes = len(prefixes) * executor.block_bytes
+        return PrefixReport(prefixes.lookups, prefixes.hits, kept_bytes, *on_disk, self._savings.seconds)
+
     # What follows runs in the inference thread.
 
     def _run(self) -> None:
@@ -201,6 +215,7 @@ class BatchScheduler(Scheduler):
             executor = self._make_executor(model)
             most = executor.most_sequences or executor.blocks.num_blocks
             self._steps = Steps(executor, min(self._parallel or default_parallel(executor), most))
+            model.fate.prefixes = self._prefix_report
             self._on_loaded((model, tokenizer))
         except Exception as error:
             self._on_loaded(error)
@@ -214,6 +229,8 @@ class BatchScheduler(Scheduler):
             self._step()
         if executor.disk is not None:
             executor.disk.save_all(_SAVE_SECONDS)
+        report = self._prefix_report()
+        model.fate.prefixes = lambda: report  # which does not hold the KV cache
 
     def _admit(self, model: Any, tokenizer: Any) -> bool:
         """Let requests run as there is room for them, wait where there is none to run; False once closed and empty."""
@@ -268,15 +285,19 @@ class BatchScheduler(Scheduler):
         """One step of the model, and what becomes of it."""
         steps = self._steps
         assert steps is not None
+        began = time.perf_counter()
         steps.restore()
         step = steps.rows()
         if not step:
             return
-        rows = [one for _, one in step]
+        rows, restored = [one for _, one in step], time.perf_counter()
         try:
             results = steps.executor.step(rows)
         except BaseException as error:  # of no single request
             results = [error] * len(rows)
+        self._savings.note([len(one.tokens) for one in rows], time.perf_counter() - restored)
+        if steps.executor.prefixes is not None:
+            self._savings.count(steps.executor.prefixes.hits, restored - began)
         self._num_steps += 1
         self._num_rows += sum(len(one.tokens) for one in rows)
         ready: list[tuple[TextSequence, torch.Tensor]] = []

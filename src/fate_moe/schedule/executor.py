@@ -40,7 +40,7 @@ class Rows:
 
 
 class Executor(Protocol):
-    """Holds sequences in ``blocks`` of the KV cache and computes steps. Used from one thread.
+    """Holds sequences in ``blocks`` of the KV cache, of ``block_bytes`` each (or 0), and computes steps. Used from one thread.
 
     ``any_cut``: logits do not depend on how a sequence is cut into steps. Where they may, whoever asks for the same numbers reads a
     prompt in one step and what follows token by token. Where they do not, ``prefixes`` (None: the executor has none) keeps
@@ -53,6 +53,7 @@ class Executor(Protocol):
     blocks: Blocks
     prefixes: Prefixes | None
     disk: DiskPrefixes | None
+    block_bytes: int
     any_cut: bool
     most_sequences: int | None
     shares_passes: bool
@@ -89,6 +90,7 @@ class ModelExecutor:
     """
 
     shares_passes = False
+    block_bytes = 0
 
     def __init__(self, model: Any, num_blocks: int) -> None:
         self.blocks = Blocks(num_blocks)

@@ -43,6 +43,7 @@ class PoolExecutor:
         self.disk: DiskPrefixes | None = None
         shapes = [(num_blocks, 2, heads, KV_BLOCK, dim) for heads, dim in step.kv_shapes]
         self.pool = [torch.empty(shape, dtype=torch.bfloat16) for shape in shapes]
+        self.block_bytes = sum(part.nbytes for part in self.memory(0)) if num_blocks else 0
 
     def keep_on_disk(self, home: Path, model: bytes, most_bytes: int) -> None:
         """Keep what is kept under ``home`` too. ``model``: the digest of what keys and values depend on."""
@@ -50,8 +51,7 @@ class PoolExecutor:
             return
         shapes = " ".join(f"{states.dtype} {tuple(states.shape[1:])}" for states in self.pool)
         form = f"bf16-{xxhash.xxh3_64_hexdigest(shapes.encode())}"
-        block_bytes = sum(part.nbytes for part in self.memory(0))
-        self.disk = DiskPrefixes(BlockFiles(home, model.hex(), form, block_bytes, most_bytes), self.prefixes, self.memory)
+        self.disk = DiskPrefixes(BlockFiles(home, model.hex(), form, self.block_bytes, most_bytes), self.prefixes, self.memory)
 
     def memory(self, block: int) -> list[memoryview]:
         """The bytes of ``block`` in each layer."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
+from fate_moe.engine.report import PrefixReport
 from fate_moe.errors import FateError
 from fate_moe.schedule.request import Event, Request
 
@@ -23,8 +24,7 @@ class StoppedError(FateError):
 @dataclass(frozen=True)
 class Load:
     """Since the scheduler was started: steps, their rows, and how often a request gave its blocks of the KV cache to others.
-    ``blocks_used`` of ``blocks`` are taken now, ``blocks_kept`` of these by what ended; ``cached_tokens`` of ``prompt_tokens`` were
-    there when a prompt was to be read."""
+    ``blocks_used`` of ``blocks`` are taken now, ``blocks_kept`` of these by what ended, of which ``prefixes`` tells the use."""
 
     steps: int = 0
     rows: int = 0
@@ -32,8 +32,7 @@ class Load:
     blocks_used: int = 0
     blocks: int = 0
     blocks_kept: int = 0
-    cached_tokens: int = 0
-    prompt_tokens: int = 0
+    prefixes: PrefixReport = field(default_factory=PrefixReport)
 
 
 class Ticket(Protocol):
