@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from fate_moe.kernels.native import native
 from fate_moe.layers.cpu_step import CpuStep
 from fate_moe.layers.model_step import SequenceRows
+from fate_moe.schedule.pool import PoolExecutor
 from fate_moe.store import dense
 from fate_moe.store.convert import convert
 from tests.support.bits import assert_same
@@ -24,19 +25,23 @@ pytestmark = pytest.mark.slow
 if native is None:
     pytest.skip("the extension is not built", allow_module_level=True)
 
-FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek_v3")
+MODELS = [
+    *((family, "bf16") for family in ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek_v3")),
+    *((family, "int8") for family in ("gpt_oss", "deepseek_v3")),
+]
 LENGTH = 150
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=MODELS, ids=" ".join)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A tiny model, everything quantized that may be."""
-    folder = tmp_path_factory.mktemp(request.param)
-    checkpoint = tiny_checkpoint(request.param, folder / "checkpoint", torch.bfloat16)
+    """A tiny model, everything quantized that may be, and the format of its KV cache."""
+    family, kv_cache = request.param
+    folder = tmp_path_factory.mktemp(family)
+    checkpoint = tiny_checkpoint(family, folder / "checkpoint", torch.bfloat16)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dense, "MIN_QUANTIZED_ELEMENTS", 1)
         store = convert(checkpoint, folder / "store", "int4")
-        model = load_model(store, expert_cache="50%", context_length=1024)
+        model = load_model(store, expert_cache="50%", context_length=1024, kv_cache=kv_cache)
         model.store = store
         assert all(isinstance(layer.forward, CpuStep) for layer in model.model.layers)
         assert model.fate.step is not None
@@ -139,8 +144,9 @@ def test_rows_of_sequences_in_a_pool_of_blocks_give_their_logits_alone(
     """Each pass takes up to ``most`` rows of every sequence that is not at its end."""
     free, done = random.sample(range(12), 12), [0] * len(lengths)
     blocks = [[free.pop() for _ in range(0, length, 64)] for length in lengths]
-    attention = model.config.num_key_value_heads, 64, model.fate.step.head_dim
-    pool = [torch.full((12, 2, *attention), torch.nan, dtype=torch.bfloat16) for _ in model.model.layers]
+    pool = PoolExecutor(model, model.fate.step, 12).pool
+    for states in pool:
+        states.fill_(255 if states.dtype == torch.uint8 else torch.nan)  # what nobody wrote is never read
     found: list[list[torch.Tensor]] = [[] for _ in lengths]
     while any(at < length for at, length in zip(done, lengths, strict=True)):
         counts = [min(random.randint(1, most), length - at) for at, length in zip(done, lengths, strict=True)]
@@ -174,7 +180,7 @@ def test_generate_runs_all_layers_in_one_call(model: Any, rows_run: list[int], o
 
 
 def test_another_budget_gives_the_same_logits(model: Any) -> None:
-    with load_model(model.store, expert_cache="100%").fate as engine:
+    with load_model(model.store, expert_cache="100%", kv_cache=model.fate.config.kv_cache).fate as engine:
         tokens = tokens_of(30)
         for _ in range(2):  # while slots fill, and with all experts there
             assert_same(logits_in(engine.model, tokens, [20, 1, 9]), logits_in(model, tokens, [30]))

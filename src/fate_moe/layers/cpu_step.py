@@ -43,12 +43,15 @@ _TRIES = 3  # a token whose k-th and next expert are nearly equal may be routed 
 
 
 @torch.no_grad()
-def join_layers(model: Any, stacks: Sequence[ExpertStack], runtime: ExpertRuntime, exact: bool, patcher: Patcher) -> list[CpuStep]:
+def join_layers(
+    model: Any, stacks: Sequence[ExpertStack], runtime: ExpertRuntime, exact: bool, kv_format: str, patcher: Patcher
+) -> list[CpuStep]:
     """Let the plain layers among those of ``stacks`` run so; which do. Comes after ``accelerate``, whose kernels they use.
 
-    ``exact``: quantized weights are multiplied with fp32 activations. Why a layer is left as it is, is logged.
+    ``exact``: quantized weights are multiplied with fp32 activations. ``kv_format``: of the KV caches that are made. Why a layer is
+    left as it is, is logged.
     """
-    shared = Shared(runtime, exact, Masks())
+    shared = Shared(runtime, exact, kv_format, Masks())
     generator, steps = torch.Generator().manual_seed(0), list[CpuStep]()
     by_layer = {stack.layer: stack for stack in stacks}
     for plain in plain_decoder(model):
@@ -129,6 +132,7 @@ class Shared:
 
     runtime: ExpertRuntime
     exact: bool
+    kv_format: str
     masks: Masks
 
     def run(
@@ -187,7 +191,8 @@ class CpuStep(StandIn):
 
     def room_in(self, cache: Any, batch: int) -> Any:
         """The layer's part of a KV cache of ``batch`` sequences; None if it is another kind."""
-        return room_for(cache, self.index, self.plain.attention.kv_heads, self.plain.attention.cached_dims, batch)
+        attention = self.plain.attention
+        return room_for(cache, self.index, attention.kv_heads, attention.cached_dims, batch, self.shared.kv_format)
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         x, angles, attention = hidden_states, cos_and_sin(kwargs.get("position_embeddings")), self.plain.attention

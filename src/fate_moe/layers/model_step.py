@@ -75,9 +75,11 @@ class ModelStep(StandIn):
         self.of = native.Step.make([step.of for step in steps], head)
 
     @property
-    def kv_shapes(self) -> list[tuple[int, int]]:
-        """(heads, dim) of keys and values, by decoder layer."""
-        return [(step.plain.attention.kv_heads, step.plain.attention.head_dim) for step in self._steps]
+    def kv_shapes(self) -> list[tuple[int, int, int]]:
+        """What a block of the KV cache has of each position, by decoder layer: keys and values (2, or 1 for latent rows, which are
+        both), heads of each, channels of a head."""
+        attentions = [step.plain.attention for step in self._steps]
+        return [(1 if each.latent else 2, each.kv_heads, each.head_dim) for each in attentions]
 
     def note(self) -> None:
         """The model is complete: what changes from now on is somebody else's change."""
@@ -190,8 +192,8 @@ class ModelStep(StandIn):
         """Logits bf16 [len(wanted), vocabulary] of the rows ``wanted`` (ascending) among ``tokens``, which are ``most_rows`` at
         most, those of ``sequences`` one after the other.
 
-        ``pool`` has the blocks of each decoder layer's KV cache, bf16 [num_blocks, 2, kv_heads, 64, dim]; a sequence's block ids
-        are the same in all layers, and positions are counted from 0. The rows' keys and values are written behind its ``past``.
+        ``pool`` has the blocks of each decoder layer's KV cache, ``kv_shapes`` of each; a sequence's block ids are the same in all
+        layers, and positions are counted from 0. The rows' keys and values are written behind its ``past``.
         A row's logits depend on its own sequence alone, bit for bit. Called in a turn of the engine (``CpuEngine.run_rows``).
         """
         positions = torch.cat([torch.arange(one.past, one.past + one.count) for one in sequences])
@@ -231,13 +233,14 @@ class ModelStep(StandIn):
         return torch.empty(2, batch, attention.kv_heads, count, attention.head_dim, dtype=torch.bfloat16)
 
 
-def _pooled_kv(states: torch.Tensor) -> tuple[int, int, int, int, int]:
-    _, _, heads, positions, dim = states.shape
+def _pooled_kv(states: torch.Tensor) -> tuple[int, ...]:
+    """``states`` [num_blocks, 1 or 2, kv_heads, 64, row]: bf16, or uint8 as an int8 cache has it."""
+    _, parts, heads, positions, row = states.shape
     assert positions == BLOCK
-    assert states.dtype == torch.bfloat16
     assert states.is_contiguous()
-    keys, size = states.data_ptr(), heads * BLOCK * dim
-    return keys, keys + 2 * size, 0, 2 * size, BLOCK * dim
+    keys, size = states.data_ptr(), heads * BLOCK * row
+    values = keys + (parts - 1) * size * states.itemsize
+    return keys, values, 0, parts * size, BLOCK * row, int(states.dtype == torch.uint8)
 
 
 class _Angles:

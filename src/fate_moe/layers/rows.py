@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -45,6 +45,18 @@ class BatchRows:
         """As the extension wants them."""
         pasts = [max(0, self.past - first) for first in self.padding]
         return native.Spans.make(self.counts, pasts, list(range(self.batch)), list(self.padding))
+
+    def pieces(self, most: int) -> Iterator[tuple[int, int, Any]]:
+        """The rows in runs of up to ``most``: where each begins and ends, and its spans."""
+        for begin in range(0, self.num_rows, most):
+            counts, pasts, first = list[int](), list[int](), 0
+            for count, padding in zip(self.counts, self.padding, strict=True):
+                low, high = max(begin, first), min(begin + most, first + count)
+                counts.append(max(0, high - low))
+                pasts.append(max(0, self.past - padding) + max(0, low - first))
+                first += count
+            spans = native.Spans.make(counts, pasts, list(range(self.batch)), list(self.padding))
+            yield begin, min(begin + most, self.num_rows), spans
 
     @cached_property
     def index(self) -> torch.Tensor:
@@ -159,8 +171,8 @@ class Masks:
         self._last.clear()
 
 
-def contiguous_kv(keys: torch.Tensor, values: torch.Tensor) -> tuple[int, int, int, int, int]:
-    """The extension's Kv of ``keys`` and ``values`` bf16 [batch, kv_heads, room, dim], as RoomyLayer has them: addresses, and
-    strides in numbers."""
+def contiguous_kv(keys: torch.Tensor, values: torch.Tensor) -> tuple[int, ...]:
+    """The extension's Kv of ``keys`` and ``values`` [batch, kv_heads, room, row], as RoomyLayer has them in bf16 and Int8Layer in
+    uint8: addresses, strides in numbers, and the format."""
     of_entry, of_head, of_position, _ = keys.stride()
-    return keys.data_ptr(), values.data_ptr(), of_entry, BLOCK * of_position, of_head
+    return keys.data_ptr(), values.data_ptr(), of_entry, BLOCK * of_position, of_head, int(keys.dtype == torch.uint8)

@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from fate_moe.core import KV_BLOCK
 from fate_moe.errors import UnsupportedCallError
+from fate_moe.kernels.attention import dequantized, quantized, row_width
 from fate_moe.layers.model_step import ModelStep, SequenceRows
 from fate_moe.schedule.blocks import Blocks
 from fate_moe.schedule.executor import Result, Rows, watched
@@ -20,8 +21,9 @@ __all__ = ["PoolExecutor"]
 
 
 class PoolExecutor:
-    """``pool`` has for each decoder layer bf16 [num_blocks, 2, kv_heads, 64, dim]: keys and values. Memory is taken as blocks are
-    first used.
+    """``pool`` has for each decoder layer [num_blocks, 2, kv_heads, 64, row]: keys and values, or latent rows and 1 for the 2.
+    ``kv_format`` says what a row is: bf16 numbers, or uint8 as ``kernels.attention.quantized`` gives it. Memory is taken as blocks
+    are first used.
 
     Where the extension takes few rows at once (weights that are not quantized), a longer prompt goes through the model's own
     forward, as in ``generate()``.
@@ -35,8 +37,10 @@ class PoolExecutor:
         self._model, self._step = model, step
         self.any_cut = step.most_rows == sys.maxsize
         self.prefixes = Prefixes(self.blocks) if self.any_cut else None
-        shapes = [(num_blocks, 2, heads, KV_BLOCK, dim) for heads, dim in step.kv_shapes]
-        self.pool = [torch.empty(shape, dtype=torch.bfloat16) for shape in shapes]
+        self.kv_format: str = model.fate.config.kv_cache
+        dtype = torch.bfloat16 if self.kv_format == "bf16" else torch.uint8
+        shapes = [(parts, heads, KV_BLOCK, row_width(self.kv_format, dim)) for parts, heads, dim in step.kv_shapes]
+        self.pool = [torch.empty(num_blocks, *shape, dtype=dtype) for shape in shapes]
 
     def new(self) -> int:
         return self.blocks.new()
@@ -115,11 +119,18 @@ class _PoolLayer(DynamicLayer):  # type: ignore[misc]
         self._states, self._table = states, table
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """``key_states`` and ``value_states`` [1, kv_heads, tokens, dim]."""
+        """``key_states`` and ``value_states`` [1, kv_heads, tokens, dim]; of latent attention they are parts of one row."""
+        dims = key_states.shape[3], value_states.shape[3]
+        rows = [key_states[0], value_states[0]] if self._states.shape[1] == 2 else [torch.cat([key_states[0], value_states[0]], -1)]
+        if coded := self._states.dtype == torch.uint8:
+            rows = [quantized(each) for each in rows]
         whole, rest = divmod(key_states.shape[2], KV_BLOCK)
-        for which, states in enumerate((key_states[0], value_states[0])):
+        for which, states in enumerate(rows):
             first = states[:, : whole * KV_BLOCK].reshape(len(states), whole, KV_BLOCK, -1).transpose(0, 1)
             self._states[self._table[:whole], which] = first
             if rest:
                 self._states[self._table[whole], which, :, :rest] = states[:, whole * KV_BLOCK :]
-        return key_states, value_states
+        if not coded:
+            return key_states, value_states
+        read = [dequantized(each, sum(dims) if len(rows) == 1 else dims[0])[None] for each in rows]
+        return (read[0], read[1]) if len(rows) == 2 else read[0].split(dims, -1)
