@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fate_moe.kernels.native import native
+from fate_moe.layers import model_step
 from fate_moe.layers.cpu_step import CpuStep
 from fate_moe.layers.model_step import SequenceRows
 from fate_moe.schedule.pool import PoolExecutor
@@ -95,21 +96,22 @@ def test_any_cut_gives_the_same_logits(model: Any, pieces: list[int]) -> None:
 
 
 @st.composite
-def batches(draw: st.DrawFn) -> tuple[list[int], int, list[int], int]:
-    """Lengths of up to four sequences, padding before the longest, the pieces in which all are fed, and threads."""
+def batches(draw: st.DrawFn) -> tuple[list[int], int, list[int], int, int]:
+    """Lengths of up to four sequences, padding before the longest, the pieces in which all are fed, rows of a native call, and
+    threads."""
     lengths = draw(st.lists(st.integers(1, 90), min_size=1, max_size=4))
     padding = draw(st.sampled_from([0, 0, 3, 70]))
     pieces, left = [], max(lengths) + padding
     while left:
         pieces.append(min(left, draw(st.one_of(st.just(1), st.integers(1, 200)))))
         left -= pieces[-1]
-    return lengths, padding, pieces, draw(st.integers(1, 2))
+    return lengths, padding, pieces, draw(st.sampled_from([5, 64, 512])), draw(st.integers(1, 2))
 
 
 @settings(max_examples=8, deadline=None)
 @given(batches())
-def test_any_batch_gives_the_logits_of_its_sequences_alone(model: Any, batch: tuple[list[int], int, list[int], int]) -> None:
-    lengths, padding, pieces, threads = batch
+def test_any_batch_gives_the_logits_of_its_sequences_alone(model: Any, batch: tuple[list[int], int, list[int], int, int]) -> None:
+    lengths, padding, pieces, most, threads = batch
     total, before = max(lengths) + padding, torch.get_num_threads()
     tokens, mask = torch.zeros(2, len(lengths), total, dtype=torch.int64)
     for i, length in enumerate(lengths):
@@ -117,7 +119,8 @@ def test_any_batch_gives_the_logits_of_its_sequences_alone(model: Any, batch: tu
     positions, past, logits, end = (mask.cumsum(1) - 1).clamp(min=0), None, [], 0
     torch.set_num_threads(threads)
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(model_step, "ROWS_AT_ONCE", most)
             for piece in pieces:
                 end += piece
                 part = slice(end - piece, end)

@@ -259,8 +259,8 @@ def make_room(cache: Any, max_tokens: int, unless_given: bool = False, kv_format
 def room_for(
     cache: Any, index: int, kv_heads: int, dims: tuple[int, int], batch: int = 1, kv_format: str = "bf16"
 ) -> RoomyLayer | None:
-    """Layer ``index`` of ``cache`` with keys and values of ``batch`` sequences of a bf16 model (``dims`` of a head of each), made in
-    ``kv_format`` where nothing is cached yet.
+    """Layer ``index`` of ``cache`` with keys and values of ``batch`` sequences of a bf16 model (``dims`` of a head of each), made
+    in ``kv_format`` where nothing is cached yet.
 
     None if it is another kind, or somebody trains what is in it (prefix tuning)."""
     if type(cache) is not DynamicCache or cache.offloading:

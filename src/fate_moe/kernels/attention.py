@@ -24,8 +24,8 @@ def attend(
     cap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """fp32 [T, heads, d] of ``queries`` fp32 [T, heads, d], the last T positions of ``keys`` and ``values`` [S, kv heads, d], in bf16
-    or as ``quantized`` gives them.
+    """fp32 [T, heads, d] of ``queries`` fp32 [T, heads, d], the last T positions of ``keys`` and ``values`` [S, kv heads, d], which
+    are bf16 or as ``quantized`` gives them.
 
     A row sees positions up to its own, with a ``window`` only so many. Positions go in blocks of 64, ascending. In a block::
 

@@ -28,7 +28,7 @@ from fate_moe.layers.attentions import cos_and_sin, embeddings_of, mask_for, pro
 from fate_moe.layers.modules import accelerated_by
 from fate_moe.layers.plain import NotPlain, plain_decoder
 from fate_moe.layers.reasons import cpu_reasons
-from fate_moe.layers.rows import Masks, batch_rows, contiguous_kv
+from fate_moe.layers.rows import Masks, batch_rows, contiguous_kv, forgotten_kv
 from fate_moe.layers.snapshot import ModuleSnapshot, StandIn
 from fate_moe.layers.weights import native_norm, router_weight, takes_many, warn_of_difference, weight_of
 from fate_moe.runtime import ExpertRuntime
@@ -215,7 +215,7 @@ class CpuStep(StandIn):
         if room is not None:
             keys, values = room.reserve(count)[1:]
         else:  # keys and values are forgotten
-            keys, values = torch.zeros(2, batch, attention.kv_heads, count, attention.head_dim, dtype=torch.bfloat16)
+            keys, values = forgotten_kv(attention, batch, count, shared.kv_format)
         out = rows.pick(x).clone()
         turned = tuple(rows.pick(of).float() for of in angles)
         shared.run(self._alone, out.data_ptr(), rows.spans, turned, contiguous_kv(keys, values), [], 0)

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
+from fate_moe.kernels.attention import row_width
 from fate_moe.kernels.native import native
+from fate_moe.kernels.plain_layer import Attention
 
-__all__ = ["BLOCK", "BatchRows", "Masks", "batch_rows", "contiguous_kv", "padding_of"]
+__all__ = ["BLOCK", "BatchRows", "Masks", "batch_rows", "contiguous_kv", "forgotten_kv", "padding_of"]
 
 BLOCK = 64  # positions of a block of the KV cache (csrc/steps.h)
 
@@ -169,6 +171,13 @@ class Masks:
     def forget(self) -> None:
         """The pass is over."""
         self._last.clear()
+
+
+def forgotten_kv(attention: Attention, batch: int, count: int, kv_format: str) -> torch.Tensor:
+    """Keys and values of ``batch`` sequences of ``count`` tokens that no cache keeps; zeros, for places that are no tokens."""
+    row = row_width(kv_format, attention.head_dim)
+    dtype = torch.bfloat16 if kv_format == "bf16" else torch.uint8
+    return torch.zeros(2, batch, attention.kv_heads, count, row, dtype=dtype)
 
 
 def contiguous_kv(keys: torch.Tensor, values: torch.Tensor) -> tuple[int, ...]:
