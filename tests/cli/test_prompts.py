@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from fate_moe import demo
-from fate_moe.cli import build_parser, text
+from fate_moe.cli import build_parser, chat, text
 from fate_moe.errors import ConfigError
+from fate_moe.tools.answering import Answer
 
 
 class Terminal(io.StringIO):
@@ -176,19 +177,17 @@ class Conversation:
 def test_a_turn_that_fails_does_not_end_the_conversation(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def answering(
-        model: object, tokenizer: object, inputs: torch.Tensor, on_text: Callable[[str], None], **options: object
-    ) -> object:
-        if inputs.shape[1] == 4:
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory\nat x")
-        on_text("yes\x1b")
-        return argparse.Namespace(text="yes")
+    class Answers:
+        def answer(self, ids: list[int], most_tokens: int, on_text: Callable[[str], None]) -> Answer:
+            if len(ids) == 4:
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory\nat x")
+            on_text("yes\x1b")
+            return Answer("yes", (3,), len(ids))
 
     lines = iter(["one", "no", "four", "/help", "/nope", "/reset", "four", "a" * 40, "/etc/hosts?", "last"])
-    monkeypatch.setattr(text, "_ask", lambda: next(lines, None))
-    monkeypatch.setattr("fate_moe.tools.generate.generate", answering)
+    monkeypatch.setattr(chat, "_ask", lambda: next(lines, None))
     both = Conversation()
-    text._talk(both, both, 30, {"max_new_tokens": 5})
+    chat._talk(chat.Talk(both, both, Answers(), 30, 5))  # type: ignore[arg-type]
     said = capsys.readouterr()
     assert said.out == "yes␛\n" * 4
     errors = said.err.splitlines()

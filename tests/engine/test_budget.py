@@ -14,7 +14,7 @@ from fate_moe import plan
 from fate_moe.adapter.meta_model import build_meta_model, expert_stacks
 from fate_moe.config import OffloadConfig
 from fate_moe.core import ExpertId
-from fate_moe.engine.budget import footprint, make_plan
+from fate_moe.engine.budget import Plan, footprint, make_plan
 from fate_moe.engine.prepare import prepare, store_for
 from fate_moe.errors import BudgetError, ConfigError
 from fate_moe.memory.classes import fewest, total_bytes
@@ -116,6 +116,24 @@ def test_a_written_out_expert_is_counted(checkpoint: Callable[[str], Path], monk
     monkeypatch.setattr("fate_moe.engine.budget.native", None)
     assert footprint(model, stacks, "int4").scratch_bytes == 2 * numbers
     assert footprint(model, stacks, "lossless").scratch_bytes == 0
+
+
+def test_prefixes_are_a_part_of_the_kv_cache(checkpoint: Callable[[str], Path]) -> None:
+    model = build_meta_model(checkpoint("qwen2_moe"))
+    needs = footprint(model, expert_stacks(model), "lossless")
+
+    def plan(share: str | int) -> Plan:
+        return make_plan(needs, OffloadConfig(prefix_cache=share, context_length=128))
+
+    whole = plan("100%")
+    assert whole.prefix_cache_bytes == whole.kv_cache_bytes
+    assert plan("25%").prefix_cache_bytes == whole.kv_cache_bytes // 4
+    assert plan("off").prefix_cache_bytes == 0
+    assert "prefixes" not in str(plan("off").rows())
+    assert "up to" in next(remark for what, _, remark in plan("25%").rows() if what == "KV cache")
+    assert plan("25%").num_slots == plan("off").num_slots
+    with pytest.raises(ConfigError, match="a larger context_length"):
+        plan(whole.kv_cache_bytes + 1)
 
 
 def test_too_small_budgets_name_the_smallest_that_works(checkpoint: Callable[[str], Path]) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from fate_moe.adapter.meta_model import ExpertStack, parameter_dtypes
 from fate_moe.config import OffloadConfig
 from fate_moe.core import KV_BLOCK
-from fate_moe.errors import BudgetError
+from fate_moe.errors import BudgetError, ConfigError
 from fate_moe.kernels.activations import find_activation
 from fate_moe.kernels.attention import row_width
 from fate_moe.kernels.native import native
@@ -87,6 +87,8 @@ class Plan:
     """Where the budget goes; all amounts in bytes. ``left_bytes`` is what no line needs (all experts fit); ``tied_bytes`` of
     ``dense_bytes`` are the embedding and the head at once.
 
+    ``prefix_cache_bytes`` of the KV cache may hold beginnings of texts that ended, while texts that run do not need them.
+
     ``slots`` by ascending length, several where the store's blobs are of several lengths; ``slot_bytes`` is the longest.
     ``unread``: tensors of the checkpoint that the model does not use, and why."""
 
@@ -101,6 +103,7 @@ class Plan:
     slots: tuple[SlotClass, ...]
     tied_bytes: int = 0
     kv_format: str = "bf16"
+    prefix_cache_bytes: int = 0
     unread: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -135,11 +138,13 @@ class Plan:
     def rows(self) -> list[tuple[str, int, str]]:
         """(what, bytes, remark) for a table."""
         several = len(self.slots) > 1
+        kept = f", up to {format_bytes(self.prefix_cache_bytes)} of it prefixes of texts that ended"
+        prefixes = kept if self.prefix_cache_bytes else ""
         tied = f" ({format_bytes(self.tied_bytes)}, the embedding too)" if self.tied_bytes else ""
         return [
             ("Python, torch, transformers", self.runtime_bytes, "measured in this process"),
             ("dense weights", self.dense_bytes, f"attention, norms, routers, shared experts, head{tied}"),
-            ("KV cache", self.kv_cache_bytes, f"{self.context_length} tokens, {self.kv_format}"),
+            ("KV cache", self.kv_cache_bytes, f"{self.context_length} tokens, {self.kv_format}{prefixes}"),
             ("activations", self.activation_bytes, f"prefill of {self.context_length} tokens"),
             *(
                 (
@@ -280,7 +285,20 @@ def make_plan(needs: Footprint, config: OffloadConfig) -> Plan:
         slots=slots,
         tied_bytes=needs.tied_bytes,
         kv_format=config.kv_cache,
+        prefix_cache_bytes=_prefix_bytes(config, kv),
     )
+
+
+def _prefix_bytes(config: OffloadConfig, kv_bytes: int) -> int:
+    """What prefixes may take of the KV cache. Raises ConfigError for more than it has."""
+    if config.prefix_cache == "off":
+        return 0
+    if (amount := parse_amount(config.prefix_cache, kv_bytes)) > kv_bytes:
+        raise ConfigError(
+            f"prefix_cache {config.prefix_cache} is more than the KV cache of {config.context_length} tokens, "
+            f"{format_bytes(kv_bytes)}, of which it is a part; give at most 100%, or a larger context_length"
+        )
+    return amount
 
 
 def _describe(slots: tuple[SlotClass, ...]) -> str:

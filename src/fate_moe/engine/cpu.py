@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,9 +65,10 @@ class CpuEngine(Engine):
         calls: Calls,
         keep_learned: Callable[[], None],
         step: ModelStep | None = None,
+        store: Path | None = None,
     ) -> None:
-        """``step`` runs the whole model in one call, if one does."""
-        self.step = step
+        """``step`` runs the whole model in one call, if one does. ``store``: where the weights are from."""
+        self.step, self.store = step, store
         self.model, self.plan, self.config, self.patches, self.runtime = model, plan, config, patches, runtime
         self.calls = calls
         self.end_with(runtime, runtime.residency.close, keep_learned)
@@ -203,7 +205,17 @@ class CpuParts:
     def engine(self, keep_learned: Callable[[], None]) -> CpuEngine:
         """What becomes ``model.fate``."""
         calls = Calls(self.runtime.passing, self.runtime.cut_short)
-        return CpuEngine(self._model, self._plan, self._config, self._patches, self.runtime, calls, keep_learned, self._step)
+        return CpuEngine(
+            self._model,
+            self._plan,
+            self._config,
+            self._patches,
+            self.runtime,
+            calls,
+            keep_learned,
+            self._step,
+            self._prepared.store.path,
+        )
 
     def preload(self) -> None:
         """Fill the slots with what earlier runs used most, in the background, until the first pass begins."""

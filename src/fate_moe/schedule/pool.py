@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from fate_moe.core import KV_BLOCK
 from fate_moe.errors import UnsupportedCallError
 from fate_moe.kernels.attention import dequantized, quantized, row_width
 from fate_moe.layers.model_step import ModelStep, SequenceRows
+from fate_moe.schedule.block_files import BlockFiles
 from fate_moe.schedule.blocks import Blocks
+from fate_moe.schedule.disk_prefixes import DiskPrefixes
 from fate_moe.schedule.executor import Result, Rows, watched
 from fate_moe.schedule.prefixes import Prefixes
 
@@ -32,15 +36,30 @@ class PoolExecutor:
     shares_passes = True
     most_sequences: int | None = None
 
-    def __init__(self, model: Any, step: ModelStep, num_blocks: int) -> None:
+    def __init__(self, model: Any, step: ModelStep, num_blocks: int, most_kept: int | None = None) -> None:
+        """``most_kept`` blocks may be kept of texts that ended (None: all)."""
         self.blocks = Blocks(num_blocks)
         self._model, self._step = model, step
         self.any_cut = step.most_rows == sys.maxsize
-        self.prefixes = Prefixes(self.blocks) if self.any_cut else None
+        self.prefixes = Prefixes(self.blocks, most=most_kept) if self.any_cut and most_kept != 0 else None
+        self.disk: DiskPrefixes | None = None
         self.kv_format: str = model.fate.config.kv_cache
         dtype = torch.bfloat16 if self.kv_format == "bf16" else torch.uint8
         shapes = [(parts, heads, KV_BLOCK, row_width(self.kv_format, dim)) for parts, heads, dim in step.kv_shapes]
         self.pool = [torch.empty(num_blocks, *shape, dtype=dtype) for shape in shapes]
+
+    def keep_on_disk(self, home: Path, model: bytes, most_bytes: int) -> None:
+        """Keep what is kept under ``home`` too. ``model``: the digest of what keys and values depend on."""
+        if self.prefixes is None:
+            return
+        shapes = " ".join(f"{states.dtype} {tuple(states.shape[1:])}" for states in self.pool)
+        form = f"{self.kv_format}-{xxhash.xxh3_64_hexdigest(shapes.encode())}"
+        block_bytes = sum(part.nbytes for part in self.memory(0))
+        self.disk = DiskPrefixes(BlockFiles(home, model.hex(), form, block_bytes, most_bytes), self.prefixes, self.memory)
+
+    def memory(self, block: int) -> list[memoryview]:
+        """The bytes of ``block`` in each layer."""
+        return [memoryview(states[block].view(-1).view(torch.uint8).numpy()) for states in self.pool]  # type: ignore[arg-type]
 
     def new(self) -> int:
         return self.blocks.new()
