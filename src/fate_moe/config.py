@@ -6,7 +6,7 @@ import difflib
 from dataclasses import dataclass, fields
 from typing import Any
 
-from fate_moe.core import PRECISIONS
+from fate_moe.core import KV_FORMATS, PRECISIONS
 from fate_moe.errors import ConfigError
 from fate_moe.registry import POLICIES, PREDICTORS, PRESETS, check_name
 from fate_moe.units import Range, parse_amount, parse_host_compute, parse_size
@@ -44,6 +44,7 @@ class OffloadConfig:
     precision: how experts are stored; dense_precision: all other matrices (None: int8 beside quantized experts).
     precision_policy: how many of an INT4 expert's bits are read; anything but "full" trades exactness for bytes.
     context_length: tokens for which KV cache is set aside (prompt and answer together).
+    kv_cache: how the KV cache holds numbers, "bf16" or, where the extension runs the whole model on the CPU, "int8" (about half).
     prefix_cache: how much of the KV cache may hold beginnings of texts that ended, for texts that begin alike: a size, a percentage
         or "off". For servers and chats on the CPU, of models that the extension runs whole.
     prefix_cache_disk: how much of the disk they may take, under ``$FATE_HOME/kv``, to be there after a restart: a size or "off".
@@ -65,6 +66,7 @@ class OffloadConfig:
     dense_precision: str | None = None
     precision_policy: str = "full"
     context_length: int = 2048
+    kv_cache: str = "bf16"
     prefix_cache: str | int = "100%"
     prefix_cache_disk: str | int = "off"
     io_threads: int = 4
@@ -76,6 +78,7 @@ class OffloadConfig:
         check_name("predictor", self.predictor_name, PREDICTORS)
         check_name("precision", self.precision, PRECISIONS)
         check_name("dense_precision", self.dense_precision or "lossless", PRECISIONS)
+        check_name("kv_cache", self.kv_cache, KV_FORMATS)
         check_name("precision_policy", self.precision_policy, PRECISION_POLICIES)
         for name, allowed in COUNTS.items():
             if not allowed.holds(value := getattr(self, name)):
@@ -114,6 +117,8 @@ class OffloadConfig:
             raise ConfigError(
                 f"on a GPU precision_policy is one of {', '.join(GPU_PRECISION_POLICIES)}, not {self.precision_policy}"
             )
+        if self.kv_cache != "bf16":
+            raise ConfigError("on a GPU the KV cache is bf16; omit kv_cache, or run on the CPU")
         if self.exact_activations:
             raise ConfigError("on a GPU quantized experts get int8 activations; omit exact_activations, or run on the CPU")
 

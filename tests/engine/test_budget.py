@@ -87,6 +87,11 @@ def test_footprint_by_hand(checkpoint: Callable[[str], Path]) -> None:
     assert needs.min_slots == 4
     assert needs.slot_bytes == 3 * 2048 * 1408 * 2  # already a multiple of 4096
     assert needs.kv_bytes_per_token == 24 * 2 * 2048 * 2
+    assert needs.int8_kv_bytes_per_token == 24 * 2 * 16 * (128 + 2 * 4)  # a scale for each 64 channels of a head
+    plans = [make_plan(needs, OffloadConfig(ram="20GiB", context_length=1024, kv_cache=kv)) for kv in ("bf16", "int8")]
+    assert [plan.kv_cache_bytes for plan in plans] == [1024 * 24 * 2 * 4096, 1024 * needs.int8_kv_bytes_per_token]
+    assert plans[1].num_slots > plans[0].num_slots
+    assert any("int8" in remark for _, _, remark in plans[1].rows())
     attention = 4 * 2048 * 2048 + 3 * 2048
     per_layer = attention + 3 * 2048 * 5632 + 2048 + 60 * 2048 + 2 * 2048  # shared expert, its gate, router, norms
     assert (needs.dense_bytes, needs.row_bytes) == (2 * (24 * per_layer + 151936 * 2048 + 2048), 2 * 151936 * 2048)

@@ -180,7 +180,7 @@ def executors(model: Any, num_blocks: int) -> dict[str, Executor]:
     assert executor_of(model).shares_passes
     pool = PoolExecutor(model, model.fate.step, num_blocks)
     for states in pool.pool:
-        states.fill_(float("nan"))  # what nobody wrote is never read
+        states.fill_(255 if states.dtype == torch.uint8 else float("nan"))  # what nobody wrote is never read
     return {"model": ModelExecutor(model, num_blocks), "pool": pool}
 
 
@@ -211,6 +211,20 @@ def test_both_executors_give_the_same_logits_and_forks_go_on(loaded: tuple[Any, 
         found.append(logits)
     for mine, theirs in zip(*found, strict=True):
         assert_same(mine, theirs)
+
+
+def test_a_pool_in_int8_has_what_a_cache_in_int8_has() -> None:
+    """Of a prompt that goes through the model's own forward, too."""
+    model, _ = fate_moe.load(expert_cache="25%", context_length=1024, kv_cache="int8")
+    with model.fate:
+        found = []
+        for executor in executors(model, 12).values():
+            name = executor.new()
+            logits = step(executor, Rows(name, PROMPT * 14, wanted=70))
+            logits += step(executor, Rows(name, [7]))
+            found.append([*logits, *step(executor, Rows(executor.new(), PROMPT))])
+        for mine, theirs in zip(*found, strict=True):
+            assert_same(mine, theirs)
 
 
 def test_an_entry_that_fails_is_not_the_others(loaded: tuple[Any, Any]) -> None:

@@ -16,7 +16,7 @@ from fate_moe.adapter.sampling import GREEDY_BELOW, RANGES
 from fate_moe.cli.net import one_line
 from fate_moe.cli.parser import Number, count
 from fate_moe.config import COUNTS, DEVICES, PRECISION_POLICIES, OffloadConfig
-from fate_moe.core import PRECISIONS
+from fate_moe.core import KV_FORMATS, PRECISIONS
 from fate_moe.errors import ConfigError
 from fate_moe.registry import POLICIES, PREDICTORS, PRESETS, Entry, Preset
 from fate_moe.store.home import find_store
@@ -143,6 +143,12 @@ def add_offload_options(parser: argparse.ArgumentParser, gpu: bool = False, pref
     )
     if prefixes:
         add_prefix_options(group)
+    group.add_argument(
+        "--kv-cache",
+        choices=KV_FORMATS,
+        default=DEFAULTS["kv_cache"],
+        help=f"how the KV cache holds numbers{not_there}; int8 takes about half; default: %(default)s",
+    )
     group.add_argument(
         "--io-threads",
         type=Number(COUNTS["io_threads"]),

@@ -14,6 +14,7 @@ from fate_moe.config import OffloadConfig
 from fate_moe.core import KV_BLOCK
 from fate_moe.errors import BudgetError, ConfigError
 from fate_moe.kernels.activations import find_activation
+from fate_moe.kernels.attention import row_width
 from fate_moe.kernels.native import native
 from fate_moe.machine import available_memory, resident_memory
 from fate_moe.memory.classes import SlotClass, divide, fewest, slot_classes, total_bytes
@@ -56,6 +57,7 @@ class Footprint:
     dense_bytes: int
     row_bytes: int
     kv_bytes_per_token: int
+    int8_kv_bytes_per_token: int
     activation_bytes_per_token: int
     slots: tuple[SlotClass, ...]
     min_slots: int
@@ -100,6 +102,7 @@ class Plan:
     context_length: int
     slots: tuple[SlotClass, ...]
     tied_bytes: int = 0
+    kv_format: str = "bf16"
     prefix_cache_bytes: int = 0
     unread: Mapping[str, str] = field(default_factory=dict)
 
@@ -135,12 +138,13 @@ class Plan:
     def rows(self) -> list[tuple[str, int, str]]:
         """(what, bytes, remark) for a table."""
         several = len(self.slots) > 1
-        prefixes = f", up to {format_bytes(self.prefix_cache_bytes)} of it prefixes of texts that ended"
+        kept = f", up to {format_bytes(self.prefix_cache_bytes)} of it prefixes of texts that ended"
+        prefixes = kept if self.prefix_cache_bytes else ""
         tied = f" ({format_bytes(self.tied_bytes)}, the embedding too)" if self.tied_bytes else ""
         return [
             ("Python, torch, transformers", self.runtime_bytes, "measured in this process"),
             ("dense weights", self.dense_bytes, f"attention, norms, routers, shared experts, head{tied}"),
-            ("KV cache", self.kv_cache_bytes, f"{self.context_length} tokens{prefixes if self.prefix_cache_bytes else ''}"),
+            ("KV cache", self.kv_cache_bytes, f"{self.context_length} tokens, {self.kv_format}{prefixes}"),
             ("activations", self.activation_bytes, f"prefill of {self.context_length} tokens"),
             *(
                 (
@@ -218,6 +222,7 @@ def footprint(
         row_bytes=row_bytes,
         tied_bytes=sum(size for name, size in held.items() if name in tied.values() and _is_embedding(model, name)),
         kv_bytes_per_token=_kv_bytes_per_token(text, itemsize),
+        int8_kv_bytes_per_token=_int8_kv_bytes_per_token(text),
         activation_bytes_per_token=activation,
         slots=slot_classes(lengths, at_once),
         min_slots=at_once,
@@ -242,7 +247,8 @@ def make_plan(needs: Footprint, config: OffloadConfig) -> Plan:
     free = available_memory() + resident_memory()
     budget = int(free * AUTO_FRACTION) if config.ram == "auto" else parse_amount(config.ram, free)
     runtime = resident_memory() + RESERVE_BYTES
-    kv = needs.kv_bytes_per_token * -(-config.context_length // KV_BLOCK) * KV_BLOCK  # a server has it in whole blocks
+    per_token = needs.kv_bytes_per_token if config.kv_cache == "bf16" else needs.int8_kv_bytes_per_token
+    kv = per_token * -(-config.context_length // KV_BLOCK) * KV_BLOCK  # a server has it in whole blocks
     activations = needs.activation_bytes_per_token * config.context_length
     activations += needs.exact_scratch_bytes if config.exact_activations else needs.scratch_bytes
     fixed = runtime + needs.dense_bytes + kv + activations
@@ -278,6 +284,7 @@ def make_plan(needs: Footprint, config: OffloadConfig) -> Plan:
         context_length=config.context_length,
         slots=slots,
         tied_bytes=needs.tied_bytes,
+        kv_format=config.kv_cache,
         prefix_cache_bytes=_prefix_bytes(config, kv),
     )
 
@@ -318,6 +325,21 @@ def _kv_bytes_per_token(text: Any, itemsize: int) -> int:
     """Upper bound over all layers: sliding windows and layers without a KV cache count as full ones."""
     layers = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text] * text.num_hidden_layers
     return sum(_kv_width(layer) for layer in layers) * itemsize
+
+
+def _int8_kv_bytes_per_token(text: Any) -> int:
+    """As above, of layers that the extension runs: others have no int8 cache."""
+    layers = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text] * text.num_hidden_layers
+    return sum(_int8_kv_bytes(layer) for layer in layers)
+
+
+def _int8_kv_bytes(layer: Any) -> int:
+    if rank := _width(layer, "kv_lora_rank"):
+        return row_width("int8", rank + layer.qk_rope_head_dim)
+    heads = layer.num_attention_heads
+    head_dim = _width(layer, "head_dim") or layer.hidden_size // heads
+    of_window = 2 * _width(layer, "swa_num_key_value_heads") * row_width("int8", _width(layer, "swa_head_dim"))
+    return max(2 * (_width(layer, "num_key_value_heads") or heads) * row_width("int8", head_dim), of_window)
 
 
 def _kv_width(layer: Any) -> int:

@@ -25,6 +25,7 @@ from fate_moe.engine.patches import Patches
 from fate_moe.engine.prepare import Prepared
 from fate_moe.engine.report import PrefixReport, Report
 from fate_moe.engine.weights import fill, leave_on_disk
+from fate_moe.errors import ConfigError
 from fate_moe.journal import Observer
 from fate_moe.kernels.cpu import SlotExperts
 from fate_moe.layers.cpu_step import join_layers
@@ -190,13 +191,18 @@ class CpuParts:
         )
         accelerated: Counter[str] = accelerate(model, config.exact_activations, patches)
         attach(model, stacks, self.runtime, patches)
-        joined = join_layers(model, stacks, self.runtime, config.exact_activations, patches)
+        joined = join_layers(model, stacks, self.runtime, config.exact_activations, config.kv_cache, patches)
         self._step = model_step(model, joined)
         if self._step is not None:
             patches.replace(model, "forward", self._step)
         modules = ", ".join(f"{count} {kind}" for kind, count in accelerated.items()) or "no modules"
         _log.info("run by the extension: %d of %d layers whole, %s", len(joined), len(plain_decoder(model)), modules)
-        limit_context(model, plan.context_length, plan.kv_cache_bytes // plan.context_length, patches)
+        if config.kv_cache != "bf16" and self._step is None:
+            raise ConfigError(
+                f"the KV cache of {model.config.model_type} is bf16: not all of its layers are run by the extension (fate models "
+                "lists the families); omit kv_cache"
+            )
+        limit_context(model, plan.context_length, plan.kv_cache_bytes // plan.context_length, patches, config.kv_cache)
 
     def engine(self, keep_learned: Callable[[], None]) -> CpuEngine:
         """What becomes ``model.fate``."""

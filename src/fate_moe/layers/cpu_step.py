@@ -28,7 +28,7 @@ from fate_moe.layers.attentions import cos_and_sin, embeddings_of, mask_for, pro
 from fate_moe.layers.modules import accelerated_by
 from fate_moe.layers.plain import NotPlain, plain_decoder
 from fate_moe.layers.reasons import cpu_reasons
-from fate_moe.layers.rows import Masks, batch_rows, contiguous_kv
+from fate_moe.layers.rows import Masks, batch_rows, contiguous_kv, forgotten_kv
 from fate_moe.layers.snapshot import ModuleSnapshot, StandIn
 from fate_moe.layers.weights import native_norm, router_weight, takes_many, warn_of_difference, weight_of
 from fate_moe.runtime import ExpertRuntime
@@ -43,12 +43,15 @@ _TRIES = 3  # a token whose k-th and next expert are nearly equal may be routed 
 
 
 @torch.no_grad()
-def join_layers(model: Any, stacks: Sequence[ExpertStack], runtime: ExpertRuntime, exact: bool, patcher: Patcher) -> list[CpuStep]:
+def join_layers(
+    model: Any, stacks: Sequence[ExpertStack], runtime: ExpertRuntime, exact: bool, kv_format: str, patcher: Patcher
+) -> list[CpuStep]:
     """Let the plain layers among those of ``stacks`` run so; which do. Comes after ``accelerate``, whose kernels they use.
 
-    ``exact``: quantized weights are multiplied with fp32 activations. Why a layer is left as it is, is logged.
+    ``exact``: quantized weights are multiplied with fp32 activations. ``kv_format``: of the KV caches that are made. Why a layer is
+    left as it is, is logged.
     """
-    shared = Shared(runtime, exact, Masks())
+    shared = Shared(runtime, exact, kv_format, Masks())
     generator, steps = torch.Generator().manual_seed(0), list[CpuStep]()
     by_layer = {stack.layer: stack for stack in stacks}
     for plain in plain_decoder(model):
@@ -129,6 +132,7 @@ class Shared:
 
     runtime: ExpertRuntime
     exact: bool
+    kv_format: str
     masks: Masks
 
     def run(
@@ -187,7 +191,8 @@ class CpuStep(StandIn):
 
     def room_in(self, cache: Any, batch: int) -> Any:
         """The layer's part of a KV cache of ``batch`` sequences; None if it is another kind."""
-        return room_for(cache, self.index, self.plain.attention.kv_heads, self.plain.attention.cached_dims, batch)
+        attention = self.plain.attention
+        return room_for(cache, self.index, attention.kv_heads, attention.cached_dims, batch, self.shared.kv_format)
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         x, angles, attention = hidden_states, cos_and_sin(kwargs.get("position_embeddings")), self.plain.attention
@@ -210,7 +215,7 @@ class CpuStep(StandIn):
         if room is not None:
             keys, values = room.reserve(count)[1:]
         else:  # keys and values are forgotten
-            keys, values = torch.zeros(2, batch, attention.kv_heads, count, attention.head_dim, dtype=torch.bfloat16)
+            keys, values = forgotten_kv(attention, batch, count, shared.kv_format)
         out = rows.pick(x).clone()
         turned = tuple(rows.pick(of).float() for of in angles)
         shared.run(self._alone, out.data_ptr(), rows.spans, turned, contiguous_kv(keys, values), [], 0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import weakref
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,14 +22,17 @@ from fate_moe.kernels.plain_layer import Norm
 from fate_moe.layers.canonical import HEADS, ROPES, TRUNKS, meaning_of
 from fate_moe.layers.cpu_step import CpuStep
 from fate_moe.layers.modules import accelerated_by
-from fate_moe.layers.rows import BLOCK, batch_rows, contiguous_kv, padding_of
+from fate_moe.layers.rows import BLOCK, batch_rows, contiguous_kv, forgotten_kv, padding_of
 from fate_moe.layers.snapshot import ModuleSnapshot, StandIn, Watch
 from fate_moe.layers.weights import MOST_FEW, native_norm, takes_many, weight_of
 
-__all__ = ["ModelStep", "SequenceRows", "model_step"]
+__all__ = ["ROWS_AT_ONCE", "ModelStep", "SequenceRows", "model_step"]
 
 # Rotary frequencies that do not depend on how long a text is: one table of angles serves all calls.
 _FIXED_ROPES = {"default", "linear", "llama3", "yarn"}
+# Rows of one native call: what it keeps of a layer's rows bounds a prompt's memory, and on_read and Ctrl-C wait for no more.
+ROWS_AT_ONCE = 512
+_MORE_ANGLES = 4096  # positions that a table of angles is ahead: of long texts it has megabytes
 _RECORDS = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
@@ -57,7 +61,10 @@ def model_step(model: Any, steps: Sequence[CpuStep]) -> ModelStep | None:
 
 
 class ModelStep(StandIn):
-    """The model's forward: rows of sequences through everything in one call, else the model's own."""
+    """The model's forward: rows of sequences through everything, ``ROWS_AT_ONCE`` in a call, else the model's own.
+
+    ``on_read`` is told how many rows of a pass are done, and of how many, after each call but the last; what it raises ends it.
+    """
 
     def __init__(self, model: Any, steps: Sequence[CpuStep], norm: Norm) -> None:
         self.original: Callable[..., Any] = model.forward
@@ -70,14 +77,17 @@ class ModelStep(StandIn):
         self._many_logits = takes_many([model.lm_head], self._shared.exact)
         self._windows = any(step.plain.attention.window for step in steps)
         self.head_dim = steps[0].plain.attention.head_dim
+        self.on_read: Callable[[int, int], None] | None = None
         self._angles = _Angles(self._trunk.rotary_emb)
         head = native.Head.make(native_norm(self._trunk.norm, norm), weight_of(model.lm_head))
         self.of = native.Step.make([step.of for step in steps], head)
 
     @property
-    def kv_shapes(self) -> list[tuple[int, int]]:
-        """(heads, dim) of keys and values, by decoder layer."""
-        return [(step.plain.attention.kv_heads, step.plain.attention.head_dim) for step in self._steps]
+    def kv_shapes(self) -> list[tuple[int, int, int]]:
+        """What a block of the KV cache has of each position, by decoder layer: keys and values (2, or 1 for latent rows, which are
+        both), heads of each, channels of a head."""
+        attentions = [step.plain.attention for step in self._steps]
+        return [(1 if each.latent else 2, each.kv_heads, each.head_dim) for each in attentions]
 
     def note(self) -> None:
         """The model is complete: what changes from now on is somebody else's change."""
@@ -147,18 +157,24 @@ class ModelStep(StandIn):
         if rooms:
             kv = self._reserve(cache, rooms, count)
         else:
-            forgotten = [self._new_kv(step, batch, count) for step in self._steps]
+            forgotten = [forgotten_kv(step.plain.attention, batch, count, self._shared.kv_format) for step in self._steps]
             kv = [number for states in forgotten for number in contiguous_kv(*states)]
         if position_ids is None:
             position_ids = torch.arange(past, past + count)[None]
-        x = self._trunk.embed_tokens(input_ids if not rows.is_padded else input_ids.reshape(1, -1)[:, rows.index])
+        ids = input_ids.reshape(-1)[rows.index] if rows.is_padded else input_ids.reshape(-1)
         positions = rows.pick(position_ids[..., None])[:, 0]
         wanted = rows.last_rows(logits_to_keep or count)
-        logits = self._run(x.reshape(rows.num_rows, self._hidden), rows.spans, positions, kv, wanted)
+        logits = list[torch.Tensor]()
+        for begin, end, spans in rows.pieces(ROWS_AT_ONCE):
+            some = wanted[bisect_left(wanted, begin) : bisect_left(wanted, end)]
+            x = self._trunk.embed_tokens(ids[None, begin:end])[0]
+            logits.append(self._run(x, spans, positions[begin:end], kv, [row - begin for row in some]))
+            if end < rows.num_rows and self.on_read is not None:
+                self.on_read(end, rows.num_rows)
         for room in rooms:
             room.extend(count)
         return MoeCausalLMOutputWithPast(
-            logits=rows.put_last(logits, logits_to_keep or count),
+            logits=rows.put_last(torch.cat(logits) if len(logits) > 1 else logits[0], logits_to_keep or count),
             past_key_values=cache,
         )
 
@@ -190,8 +206,8 @@ class ModelStep(StandIn):
         """Logits bf16 [len(wanted), vocabulary] of the rows ``wanted`` (ascending) among ``tokens``, which are ``most_rows`` at
         most, those of ``sequences`` one after the other.
 
-        ``pool`` has the blocks of each decoder layer's KV cache, bf16 [num_blocks, 2, kv_heads, 64, dim]; a sequence's block ids
-        are the same in all layers, and positions are counted from 0. The rows' keys and values are written behind its ``past``.
+        ``pool`` has the blocks of each decoder layer's KV cache, ``kv_shapes`` of each; a sequence's block ids are the same in all
+        layers, and positions are counted from 0. The rows' keys and values are written behind its ``past``.
         A row's logits depend on its own sequence alone, bit for bit. Called in a turn of the engine (``CpuEngine.run_rows``).
         """
         positions = torch.cat([torch.arange(one.past, one.past + one.count) for one in sequences])
@@ -226,18 +242,15 @@ class ModelStep(StandIn):
         head: torch.Tensor = self._model.lm_head(self._trunk.norm(x[torch.tensor(wanted)]))
         return head
 
-    def _new_kv(self, step: CpuStep, batch: int, count: int) -> torch.Tensor:
-        attention = step.plain.attention
-        return torch.empty(2, batch, attention.kv_heads, count, attention.head_dim, dtype=torch.bfloat16)
 
-
-def _pooled_kv(states: torch.Tensor) -> tuple[int, int, int, int, int]:
-    _, _, heads, positions, dim = states.shape
+def _pooled_kv(states: torch.Tensor) -> tuple[int, ...]:
+    """``states`` [num_blocks, 1 or 2, kv_heads, 64, row]: bf16, or uint8 as an int8 cache has it."""
+    _, parts, heads, positions, row = states.shape
     assert positions == BLOCK
-    assert states.dtype == torch.bfloat16
     assert states.is_contiguous()
-    keys, size = states.data_ptr(), heads * BLOCK * dim
-    return keys, keys + 2 * size, 0, 2 * size, BLOCK * dim
+    keys, size = states.data_ptr(), heads * BLOCK * row
+    values = keys + (parts - 1) * size * states.itemsize
+    return keys, values, 0, parts * size, BLOCK * row, int(states.dtype == torch.uint8)
 
 
 class _Angles:
@@ -255,7 +268,7 @@ class _Angles:
         """Of ``positions`` int64 [n]."""
         last = int(positions[-1]) if len(positions) == 1 else int(positions.max())
         if last >= len(self._table[0]):
-            every = torch.arange(max(256, last + last // 2))[None]
+            every = torch.arange(max(256, min(last + last // 2, last + _MORE_ANGLES)))[None]
             cos, sin = self._rope(torch.empty(0, dtype=torch.bfloat16), every)
             self._table = cos[0].float().contiguous(), sin[0].float().contiguous()
         if len(positions) == 1:

@@ -136,7 +136,8 @@ class ModelExecutor:
         if self._has_positions:
             kwargs["position_ids"] = torch.arange(past, past + count, device=model.device)[None]
         kwargs["logits_to_keep"] = max(1, rows.wanted)  # 0 would be all
-        make_room(kwargs.get("past_key_values"), len(self.blocks.table(rows.sequence)) * KV_BLOCK)
+        room = len(self.blocks.table(rows.sequence)) * KV_BLOCK
+        make_room(kwargs.get("past_key_values"), room, kv_format=model.fate.config.kv_cache)
         try:
             with torch.inference_mode(), watched(model, rows.watch):
                 inputs = torch.tensor([own.tokens], device=model.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from fate_moe.core import KV_BLOCK
 from fate_moe.errors import UnsupportedCallError
+from fate_moe.kernels.attention import dequantized, quantized, row_width
 from fate_moe.layers.model_step import ModelStep, SequenceRows
 from fate_moe.schedule.block_files import BlockFiles
 from fate_moe.schedule.blocks import Blocks
@@ -24,8 +26,9 @@ __all__ = ["PoolExecutor"]
 
 
 class PoolExecutor:
-    """``pool`` has for each decoder layer bf16 [num_blocks, 2, kv_heads, 64, dim]: keys and values. Memory is taken as blocks are
-    first used.
+    """``pool`` has for each decoder layer [num_blocks, 2, kv_heads, 64, row]: keys and values, or latent rows and 1 for the 2.
+    ``kv_format`` says what a row is: bf16 numbers, or uint8 as ``kernels.attention.quantized`` gives it. Memory is taken as blocks
+    are first used.
 
     Where the extension takes few rows at once (weights that are not quantized), a longer prompt goes through the model's own
     forward, as in ``generate()``.
@@ -41,8 +44,10 @@ class PoolExecutor:
         self.any_cut = step.most_rows == sys.maxsize
         self.prefixes = Prefixes(self.blocks, most=most_kept) if self.any_cut and most_kept != 0 else None
         self.disk: DiskPrefixes | None = None
-        shapes = [(num_blocks, 2, heads, KV_BLOCK, dim) for heads, dim in step.kv_shapes]
-        self.pool = [torch.empty(shape, dtype=torch.bfloat16) for shape in shapes]
+        self.kv_format: str = model.fate.config.kv_cache
+        dtype = torch.bfloat16 if self.kv_format == "bf16" else torch.uint8
+        shapes = [(parts, heads, KV_BLOCK, row_width(self.kv_format, dim)) for parts, heads, dim in step.kv_shapes]
+        self.pool = [torch.empty(num_blocks, *shape, dtype=dtype) for shape in shapes]
         self.block_bytes = sum(part.nbytes for part in self.memory(0)) if num_blocks else 0
 
     def keep_on_disk(self, home: Path, model: bytes, most_bytes: int) -> None:
@@ -50,8 +55,9 @@ class PoolExecutor:
         if self.prefixes is None:
             return
         shapes = " ".join(f"{states.dtype} {tuple(states.shape[1:])}" for states in self.pool)
-        form = f"bf16-{xxhash.xxh3_64_hexdigest(shapes.encode())}"
-        self.disk = DiskPrefixes(BlockFiles(home, model.hex(), form, self.block_bytes, most_bytes), self.prefixes, self.memory)
+        form = f"{self.kv_format}-{xxhash.xxh3_64_hexdigest(shapes.encode())}"
+        folder = blake2b(model + form.encode(), digest_size=16).hexdigest()  # blocks in another format have names of their own
+        self.disk = DiskPrefixes(BlockFiles(home, folder, form, self.block_bytes, most_bytes), self.prefixes, self.memory)
 
     def memory(self, block: int) -> list[memoryview]:
         """The bytes of ``block`` in each layer."""
@@ -134,11 +140,18 @@ class _PoolLayer(DynamicLayer):  # type: ignore[misc]
         self._states, self._table = states, table
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """``key_states`` and ``value_states`` [1, kv_heads, tokens, dim]."""
+        """``key_states`` and ``value_states`` [1, kv_heads, tokens, dim]; of latent attention they are parts of one row."""
+        dims = key_states.shape[3], value_states.shape[3]
+        rows = [key_states[0], value_states[0]] if self._states.shape[1] == 2 else [torch.cat([key_states[0], value_states[0]], -1)]
+        if coded := self._states.dtype == torch.uint8:
+            rows = [quantized(each) for each in rows]
         whole, rest = divmod(key_states.shape[2], KV_BLOCK)
-        for which, states in enumerate((key_states[0], value_states[0])):
+        for which, states in enumerate(rows):
             first = states[:, : whole * KV_BLOCK].reshape(len(states), whole, KV_BLOCK, -1).transpose(0, 1)
             self._states[self._table[:whole], which] = first
             if rest:
                 self._states[self._table[whole], which, :, :rest] = states[:, whole * KV_BLOCK :]
-        return key_states, value_states
+        if not coded:
+            return key_states, value_states
+        read = [dequantized(each, sum(dims) if len(rows) == 1 else dims[0])[None] for each in rows]
+        return (read[0], read[1]) if len(rows) == 2 else read[0].split(dims, -1)

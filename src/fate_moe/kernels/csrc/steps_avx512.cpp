@@ -11,7 +11,7 @@ namespace {
 #include "numbers.inc"
 }  // namespace
 
-const Steps kAvx512Steps = {normalize, center, softmax, one_sigmoid, turn, turn_pairs, add, attend, multiply_numbers};
+const Steps kAvx512Steps = {normalize, center, softmax, one_sigmoid, turn, turn_pairs, add, attend, put_codes, multiply_numbers};
 
 }  // namespace fate
 #endif

@@ -11,6 +11,6 @@ namespace {
 #include "numbers.inc"
 }  // namespace
 
-const Steps kPortableSteps = {normalize, center, softmax, one_sigmoid, turn, turn_pairs, add, attend, multiply_numbers};
+const Steps kPortableSteps = {normalize, center, softmax, one_sigmoid, turn, turn_pairs, add, attend, put_codes, multiply_numbers};
 
 }  // namespace fate
