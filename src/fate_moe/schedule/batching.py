@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import secrets
+import statistics
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +24,7 @@ from fate_moe.schedule.sampling import choose
 from fate_moe.schedule.scheduler import Load, QueueFullError, Scheduler, StoppedError
 from fate_moe.schedule.sequence import CancelledError, TextSequence
 from fate_moe.schedule.steps import Steps
-from fate_moe.schedule.ticket import QueueTicket
+from fate_moe.schedule.ticket import Bell, QueueTicket
 
 __all__ = ["BatchScheduler", "default_parallel", "executor_of"]
 
@@ -32,6 +34,7 @@ _log = logging.getLogger(__name__)
 # passes gain nothing but that a new one does not wait for the others. Each should find room for so many tokens, or they preempt
 # one another.
 _PARALLEL, _PARALLEL_APART, _TOKENS_EACH = 8, 4, 512
+_RECENT = 32  # requests by which the time that others will take is estimated
 
 
 def executor_of(model: Any) -> Executor:
@@ -71,6 +74,8 @@ class BatchScheduler(Scheduler):
         self._parallel, self._make_executor = parallel, make_executor
         self._waiting: list[TextSequence] = []  # by age
         self._tickets: dict[TextSequence, QueueTicket] = {}
+        self._seconds: deque[float] = deque(maxlen=_RECENT)  # that requests took once they had begun
+        self._bells: tuple[Bell, ...] = ()  # of all loops that asked
         self._steps: Steps | None = None  # of a model that is loaded
         self._order = self._num_steps = self._num_rows = self._generated = 0
         self._changed = threading.Condition()  # reentrant: ending a request may cancel another
@@ -111,12 +116,16 @@ class BatchScheduler(Scheduler):
                 raise StoppedError("the server is shutting down")
             self._drop_cancelled()
             if len(self._waiting) >= self.capacity:
-                raise QueueFullError(f"{self.capacity} requests wait already; try again later")
+                seconds = len(self._waiting) * statistics.fmean(self._seconds or [0.0]) / self.parallel
+                raise QueueFullError(f"{self.capacity} requests wait already; try again in {seconds:.0f} s", seconds)
             self._order += 1
             sequence = TextSequence(request, self._order, time.perf_counter(), ticket.deliver, lambda: ticket.is_cancelled)
             self._tickets[sequence] = ticket
             self._waiting.append(sequence)
+            if ticket.bell not in self._bells:
+                self._bells = (*(bell for bell in self._bells if not bell.is_closed), ticket.bell)
             ticket.deliver(Queued(self._ahead(len(self._waiting) - 1)))
+            self._ring()
             self._changed.notify_all()
         return ticket
 
@@ -129,6 +138,7 @@ class BatchScheduler(Scheduler):
             for ticket in list(self._tickets.values()):
                 ticket.cancel()
             self._drop_cancelled()
+            self._ring()
             self._changed.notify_all()
         if self._steps is not None:  # loading cannot be told to stop; the thread ends with the process
             self._thread.join()
@@ -137,6 +147,12 @@ class BatchScheduler(Scheduler):
         """What was cancelled while it waited ends now, not when its turn comes."""
         with self._changed:
             self._drop_cancelled()
+            self._ring()
+
+    def _ring(self) -> None:
+        """Let the loops know what was delivered. Until then nothing wakes them: they would take the interpreter."""
+        for bell in self._bells:
+            bell.ring()
 
     def _drop_cancelled(self) -> None:
         """Under the lock: end waiting requests that were cancelled, and tell the others where they stand."""
@@ -161,6 +177,8 @@ class BatchScheduler(Scheduler):
         if self._steps is not None:
             self._steps.leave(sequence)
         finished = sequence.finished(reason, message)
+        if sequence.has_begun:
+            self._seconds.append(finished.timings.prompt_seconds + finished.timings.decode_seconds)
         self._on_finished(sequence.request, finished)
         self._tickets.pop(sequence).deliver(finished)
         self._changed.notify_all()
@@ -171,6 +189,7 @@ class BatchScheduler(Scheduler):
         try:
             model, tokenizer = self._load()
             executor = self._make_executor(model)
+            executor.on_pass = self._ring
             most = executor.most_sequences or executor.blocks.num_blocks
             self._steps = Steps(executor, min(self._parallel or default_parallel(executor), most))
             self._on_loaded((model, tokenizer))
@@ -181,6 +200,7 @@ class BatchScheduler(Scheduler):
                 for left in self._waiting:
                     self._end(left, "error", str(error))
                 self._waiting.clear()
+                self._ring()
             return
         while self._admit(model, tokenizer):
             self._step()
@@ -206,6 +226,7 @@ class BatchScheduler(Scheduler):
                 if begun:
                     self._tell_positions()
                 elif not steps.run:
+                    self._ring()
                     if self._is_closed:
                         return False
                     self._changed.wait()
@@ -238,6 +259,7 @@ class BatchScheduler(Scheduler):
             results = steps.executor.step(rows)
         except BaseException as error:  # of no single request
             results = [error] * len(rows)
+        self._ring()  # an executor that met an error may not have
         self._num_steps += 1
         self._num_rows += sum(len(one.tokens) for one in rows)
         ready: list[tuple[TextSequence, torch.Tensor]] = []
@@ -273,6 +295,8 @@ class BatchScheduler(Scheduler):
         self._generated += 1
         if (reason := sequence.follow(token, logits)) is not None:
             self._finish(sequence, reason)
+        if sequence.generated == 1:  # whoever waits for a first token is told at once
+            self._ring()
 
     def _finish(self, sequence: TextSequence, reason: Reason, message: str = "") -> None:
         with self._changed:

@@ -41,6 +41,8 @@ class Rows:
 class Executor(Protocol):
     """Holds sequences in ``blocks`` of the KV cache and computes steps. Used from one thread.
 
+    ``on_pass`` is called when a pass is about to leave the interpreter, as late as can be: for what others may do meanwhile.
+
     ``any_cut``: logits do not depend on how a sequence is cut into steps. Where they may, whoever asks for the same numbers reads a
     prompt in one step and what follows token by token. Where they do not, ``prefixes`` (None: the executor has none) keeps
     what ended for texts that begin alike. ``most_sequences`` may exist at once (None: as many as there are blocks);
@@ -49,6 +51,7 @@ class Executor(Protocol):
 
     blocks: Blocks
     prefixes: Prefixes | None
+    on_pass: Callable[[], None]
     any_cut: bool
     most_sequences: int | None
     shares_passes: bool
@@ -93,6 +96,7 @@ class ModelExecutor:
         self.most_sequences = 1 if isinstance(model.fate.plan, DevicePlan) else None
         self._model, self._own = model, dict[int, _Own]()
         inputs = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+        self.on_pass = lambda: None
         self._prepared = prepared(model, inputs, GenerationConfig(max_new_tokens=1, pad_token_id=0, do_sample=False)).kwargs
         positions = self._prepared.pop("position_ids", None)
         self._has_positions = positions is not None and positions.dim() == 2
@@ -136,6 +140,7 @@ class ModelExecutor:
                 call = model.prepare_inputs_for_generation(
                     inputs, next_sequence_length=count, is_first_iteration=past == 0, **kwargs
                 )
+                self.on_pass()
                 output = model(**call, return_dict=True)
                 kwargs.pop("position_ids", None)
                 own.kwargs = model._update_model_kwargs_for_generation(output, kwargs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ class PoolExecutor:
     def __init__(self, model: Any, step: ModelStep, num_blocks: int) -> None:
         self.blocks = Blocks(num_blocks)
         self._model, self._step = model, step
+        self.on_pass: Callable[[], None] = lambda: None
         self.any_cut = step.most_rows == sys.maxsize
         self.prefixes = Prefixes(self.blocks) if self.any_cut else None
         shapes = [(num_blocks, 2, heads, KV_BLOCK, dim) for heads, dim in step.kv_shapes]
@@ -83,8 +84,6 @@ class PoolExecutor:
             return {one.sequence: self._run([one])[one.sequence] for one in rows}
 
     def _run_rows(self, rows: list[Rows]) -> dict[int, Result]:
-        if not self._step.is_unchanged():
-            raise UnsupportedCallError("the model was changed while it was served; serve it again")
         tokens, wanted, sequences = list[int](), list[int](), list[SequenceRows]()
         for one in rows:
             tokens += one.tokens
@@ -92,7 +91,9 @@ class PoolExecutor:
             count = len(one.tokens)
             sequences.append(SequenceRows(count, self.blocks.length(one.sequence) - count, self.blocks.table(one.sequence)))
         with torch.inference_mode():
-            logits = self._model.fate.run_rows(tokens, sequences, self.pool, wanted)
+            if not self._step.is_unchanged():
+                raise UnsupportedCallError("the model was changed while it was served; serve it again")
+            logits = self._model.fate.run_rows(tokens, sequences, self.pool, wanted, self.on_pass)
         return dict(zip((one.sequence for one in rows), logits.split([one.wanted for one in rows]), strict=True))
 
     def _forward(self, rows: Rows) -> torch.Tensor:
@@ -103,6 +104,7 @@ class PoolExecutor:
         cache.layers = [_PoolLayer(states, table) for states in self.pool]
         with torch.inference_mode(), watched(self._model, rows.watch):
             inputs = torch.tensor([rows.tokens])
+            self.on_pass()
             output = self._model(inputs, past_key_values=cache, use_cache=True, logits_to_keep=max(1, rows.wanted))
         return output.logits[0, output.logits.shape[1] - rows.wanted :]  # type: ignore[no-any-return]
 

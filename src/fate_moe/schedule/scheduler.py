@@ -13,7 +13,11 @@ __all__ = ["Load", "QueueFullError", "Scheduler", "StoppedError", "Ticket"]
 
 
 class QueueFullError(FateError):
-    """As many requests wait as may wait; try again later."""
+    """As many requests wait as may wait. Those that wait now should have begun in ``retry_seconds``."""
+
+    def __init__(self, message: str, retry_seconds: float) -> None:
+        super().__init__(message)
+        self.retry_seconds = retry_seconds
 
 
 class StoppedError(FateError):

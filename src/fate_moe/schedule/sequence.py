@@ -58,6 +58,8 @@ class TextSequence:
         self._eos = set() if request.ignore_eos else eos_ids(model, tokenizer)
         context = request.prompt[-_CONTEXT_TOKENS:] if request.continues else ()
         self._text = TextStream(decoder(tokenizer, not request.keep_special), request.stop, context)
+        if request.prompt_logprobs:
+            self.prompt_records = [TokenRecord(request.prompt[0])]
         self._deliver(Reading(0, len(request.prompt)))
         if request.max_new_tokens > 0:
             self.sampler = Sampler(model, request, seed)
@@ -111,8 +113,6 @@ class TextSequence:
     def record_prompt(self, logits: torch.Tensor) -> None:
         """``logits`` [rows, vocab] of the positions up to ``read``: what they say of the prompt's next tokens."""
         prompt, top = self.request.prompt, self.request.top_logprobs or 0
-        if not self.prompt_records:
-            self.prompt_records.append(TokenRecord(prompt[0]))
         for place, row in enumerate(logits, self.read - len(logits) + 1):
             if place == len(self.prompt_records) < len(prompt):  # of what is read again, the records are there
                 self.prompt_records.append(record_of(row.float(), prompt[place], top))
