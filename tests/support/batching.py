@@ -61,9 +61,12 @@ class FakeExecutor:
     def __init__(self, num_blocks: int, any_cut: bool = True, is_open: bool = True) -> None:
         self.blocks, self.any_cut, self.is_open = Blocks(num_blocks), any_cut, is_open
         self.prefixes = Prefixes(self.blocks) if any_cut else None
+        self.takes_drafts = any_cut
+        self.on_pass = lambda: None
         self.gate = threading.Semaphore(0)
         self.memory: list[list[Any]] = [[None] * KV_BLOCK for _ in range(num_blocks)]
         self.steps: list[list[Rows]] = []
+        self.cuts = 0
 
     def new(self) -> int:
         return self.blocks.new()
@@ -73,6 +76,10 @@ class FakeExecutor:
 
     def drop(self, sequence: int) -> None:
         self.blocks.drop(sequence)
+
+    def cut(self, sequence: int, length: int) -> None:
+        self.blocks.cut(sequence, length)
+        self.cuts += 1
 
     def step(self, rows: Sequence[Rows]) -> list[Result]:
         while not self.is_open and not self.gate.acquire(timeout=0.01):

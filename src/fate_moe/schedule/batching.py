@@ -23,6 +23,7 @@ from fate_moe.schedule.request import Finished, Queued, Reason, Request
 from fate_moe.schedule.sampling import choose
 from fate_moe.schedule.scheduler import Load, QueueFullError, Scheduler, StoppedError
 from fate_moe.schedule.sequence import CancelledError, TextSequence
+from fate_moe.schedule.speculation import Drafter, Speculation
 from fate_moe.schedule.steps import Steps
 from fate_moe.schedule.ticket import Bell, QueueTicket
 
@@ -57,7 +58,7 @@ class BatchScheduler(Scheduler):
 
     ``load`` gives (model, tokenizer); ``on_loaded`` is called with them, or with the error, in that thread. At most ``capacity``
     requests wait and ``parallel`` run (None: ``default_parallel``; 1: one after the other). ``on_finished`` is told of each request
-    that ended, in the inference thread. A request that fails ends with ``Finished("error")``; all others go on.
+    that ended, in the inference thread. ``speculation``: what is drafted (None: nothing). A request that fails ends with ``Finished("error")``; all others go on.
     """
 
     def __init__(
@@ -68,7 +69,9 @@ class BatchScheduler(Scheduler):
         on_finished: Callable[[Request, Finished], None] = lambda request, finished: None,
         parallel: int | None = None,
         make_executor: Callable[[Any], Executor] = executor_of,
+        speculation: Speculation | None = None,
     ) -> None:
+        self.speculation = speculation or Speculation("off")
         self.capacity = capacity
         self._load, self._on_loaded, self._on_finished = load, on_loaded, on_finished
         self._parallel, self._make_executor = parallel, make_executor
@@ -107,7 +110,7 @@ class BatchScheduler(Scheduler):
             return Load()
         blocks, prefixes = steps.executor.blocks, steps.executor.prefixes
         kept = (len(prefixes), prefixes.hits, prefixes.lookups) if prefixes is not None else (0, 0, 0)
-        return Load(self._num_steps, self._num_rows, steps.preemptions, blocks.used, blocks.num_blocks, *kept)
+        return Load(self._num_steps, self._num_rows, steps.preemptions, blocks.used, blocks.num_blocks, *kept, self.speculation.drafted, self.speculation.accepted)
 
     def submit(self, request: Request) -> QueueTicket:
         ticket = QueueTicket(self._end_cancelled)
@@ -242,6 +245,8 @@ class BatchScheduler(Scheduler):
         assert steps is not None
         seed = request.sampling.seed if request.sampling.seed is not None else secrets.randbits(63)
         sequence.begin(model, tokenizer, seed)
+        if self.speculation.mode != "off" and steps.executor.takes_drafts:
+            sequence.drafter = Drafter(self.speculation)
         if request.prompt_logprobs and not steps.executor.any_cut:
             with torch.inference_mode():
                 inputs = torch.tensor([request.prompt], device=model.device)
@@ -262,30 +267,52 @@ class BatchScheduler(Scheduler):
         self._ring()  # an executor that met an error may not have
         self._num_steps += 1
         self._num_rows += sum(len(one.tokens) for one in rows)
-        ready: list[tuple[TextSequence, torch.Tensor]] = []
+        ready: list[tuple[TextSequence, torch.Tensor]] = []  # and the logits of its last token and of its drafts [rows, vocab]
         for (sequence, one), result in zip(step, results, strict=True):
             if isinstance(result, BaseException):
                 self._fail(sequence, result)
             else:
                 self._guarded(self._take, sequence, one, result, ready)
-        tokens = choose([sequence.sampler for sequence, _ in ready if sequence.sampler is not None], [row for _, row in ready])
-        for (sequence, row), token in zip(ready, tokens, strict=True):
-            if isinstance(token, BaseException):
-                self._fail(sequence, token)
-            elif not sequence.is_cancelled:
-                self._guarded(self._follow, sequence, token, row)
+        drafting = [sequence for sequence, _ in ready if sequence.drafter is not None and len(step) == 1]
+        place = 0  # among the rows
+        while ready:
+            rows_now = [logits[place] for _, logits in ready]
+            tokens = choose([sequence.sampler for sequence, _ in ready if sequence.sampler is not None], rows_now)
+            going_on: list[tuple[TextSequence, torch.Tensor]] = []
+            for (sequence, logits), row, token in zip(ready, rows_now, tokens, strict=True):
+                if isinstance(token, BaseException):
+                    self._fail(sequence, token)
+                elif not sequence.is_cancelled:
+                    self._guarded(self._follow, sequence, token, row)
+                    if sequence in self._tickets and place < len(sequence.draft) and token == sequence.draft[place]:
+                        sequence.read += 1
+                        going_on.append((sequence, logits))
+            ready, place = going_on, place + 1
+        for sequence in drafting:
+            self._guarded(self._end_draft, sequence, place - 1)
+
+    def _end_draft(self, sequence: TextSequence, accepted: int) -> None:
+        """Of the draft of ``sequence``, which ran alone, the first ``accepted`` tokens are part of its text."""
+        steps, drafter = self._steps, sequence.drafter
+        assert steps is not None
+        if sequence.name is not None and sequence in self._tickets and accepted < len(sequence.draft):
+            steps.executor.cut(sequence.name, sequence.read)
+        sequence.draft = []
+        if drafter is not None:
+            drafter.passed(accepted)
 
     def _take(
         self, sequence: TextSequence, rows: Rows, logits: torch.Tensor, ready: list[tuple[TextSequence, torch.Tensor]]
     ) -> None:
         """``rows`` of ``sequence`` were read."""
-        sequence.read += len(rows.tokens)
+        sequence.read += len(rows.tokens) - len(sequence.draft)
         if sequence.wants_prompt_records and len(logits):
             sequence.record_prompt(logits)
         if sequence.sampler is not None and sequence.read == len(sequence.tokens):
             steps = self._steps
             assert steps is not None
-            ready += [(one, logits[-1]) for one in (sequence, *(steps.forked(sequence) if not sequence.generated else ()))]
+            logits = logits[-1 - len(sequence.draft) :]
+            ready += [(one, logits) for one in (sequence, *(steps.forked(sequence) if not sequence.generated else ()))]
         elif sequence.sampler is None and sequence.read == sequence.target:
             self._finish(sequence, "length")
         else:

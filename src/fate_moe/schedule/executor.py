@@ -45,7 +45,8 @@ class Executor(Protocol):
 
     ``any_cut``: logits do not depend on how a sequence is cut into steps. Where they may, whoever asks for the same numbers reads a
     prompt in one step and what follows token by token. Where they do not, ``prefixes`` (None: the executor has none) keeps
-    what ended for texts that begin alike. ``most_sequences`` may exist at once (None: as many as there are blocks);
+    what ended for texts that begin alike. ``takes_drafts``: rows of a sequence may be taken back, and have the bits that they have in
+    passes of their own. ``most_sequences`` may exist at once (None: as many as there are blocks);
     ``shares_passes``: rows of several sequences in one step take less time than one after the other.
     """
 
@@ -53,6 +54,7 @@ class Executor(Protocol):
     prefixes: Prefixes | None
     on_pass: Callable[[], None]
     any_cut: bool
+    takes_drafts: bool
     most_sequences: int | None
     shares_passes: bool
 
@@ -64,6 +66,9 @@ class Executor(Protocol):
 
     def drop(self, sequence: int) -> None:
         """Forget a sequence."""
+
+    def cut(self, sequence: int, length: int) -> None:
+        """Take back what ``sequence`` read behind its first ``length`` tokens. Only where ``takes_drafts``."""
 
     def step(self, rows: Sequence[Rows]) -> list[Result]:
         """Read ``rows``, at most one entry a sequence. An error of one entry stands in its place; its sequence can only be dropped.
@@ -87,7 +92,7 @@ class ModelExecutor:
     A model on a GPU, whose captured step has one cache, takes one sequence.
     """
 
-    shares_passes = False
+    shares_passes = takes_drafts = False
 
     def __init__(self, model: Any, num_blocks: int) -> None:
         self.blocks = Blocks(num_blocks)
@@ -120,6 +125,9 @@ class ModelExecutor:
     def drop(self, sequence: int) -> None:
         self.blocks.drop(sequence)
         self._own.pop(sequence).end()
+
+    def cut(self, sequence: int, length: int) -> None:
+        raise NotImplementedError("takes_drafts is False")
 
     def step(self, rows: Sequence[Rows]) -> list[Result]:
         self.blocks.append_all([(one.sequence, len(one.tokens)) for one in rows])  # a sequence's cache is its own: nothing to copy

@@ -34,7 +34,7 @@ class PoolExecutor:
         self.blocks = Blocks(num_blocks)
         self._model, self._step = model, step
         self.on_pass: Callable[[], None] = lambda: None
-        self.any_cut = step.most_rows == sys.maxsize
+        self.any_cut = self.takes_drafts = step.most_rows == sys.maxsize
         self.prefixes = Prefixes(self.blocks) if self.any_cut else None
         shapes = [(num_blocks, 2, heads, KV_BLOCK, dim) for heads, dim in step.kv_shapes]
         self.pool = [torch.empty(shape, dtype=torch.bfloat16) for shape in shapes]
@@ -47,6 +47,9 @@ class PoolExecutor:
 
     def drop(self, sequence: int) -> None:
         self.blocks.drop(sequence)
+
+    def cut(self, sequence: int, length: int) -> None:
+        self.blocks.cut(sequence, length)
 
     def step(self, rows: Sequence[Rows]) -> list[Result]:
         for old, new in self.blocks.append_all([(one.sequence, len(one.tokens)) for one in rows]):

@@ -28,7 +28,7 @@ class StoppedError(FateError):
 class Load:
     """Since the scheduler was started: steps, their rows, and how often a request gave its blocks of the KV cache to others.
     ``blocks_used`` of ``blocks`` are taken now, ``blocks_kept`` of these by what ended; ``cached_tokens`` of ``prompt_tokens`` were
-    there when a prompt was to be read."""
+    there when a prompt was to be read; ``accepted_tokens`` of ``drafted_tokens`` were kept."""
 
     steps: int = 0
     rows: int = 0
@@ -38,6 +38,8 @@ class Load:
     blocks_kept: int = 0
     cached_tokens: int = 0
     prompt_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class Ticket(Protocol):

@@ -11,6 +11,7 @@ import torch
 from fate_moe.schedule.prompt_logprobs import record_of
 from fate_moe.schedule.request import Event, Finished, Reading, Reason, Request, Timings, TokenRecord, Usage
 from fate_moe.schedule.sampling import Sampler, eos_ids
+from fate_moe.schedule.speculation import Drafter
 from fate_moe.schedule.text import TextStream, decoder
 
 __all__ = ["CancelledError", "TextSequence"]
@@ -44,6 +45,8 @@ class TextSequence:
         self.cached: int | None = None  # tokens of the prompt that were there when it was first read
         self.name: int | None = None
         self.sampler: Sampler | None = None
+        self.drafter: Drafter | None = None
+        self.draft: list[int] = []  # tokens that may follow ``tokens``, read in the pass under way
         self.prompt_records: list[TokenRecord] = []
         self._submitted = submitted
         self._began: float | None = None
@@ -99,7 +102,7 @@ class TextSequence:
 
     def forget(self) -> None:
         """The model has dropped the sequence; it will be read again."""
-        self.name, self.read = None, 0
+        self.name, self.read, self.draft = None, 0, []
 
     def progress(self, share: float) -> None:
         """Called while its rows are computed; ``share`` of them is done. Raises CancelledError."""

@@ -96,6 +96,8 @@ class _Engine:
             "fate_prefix_lookup_tokens", "Tokens of prompts that were looked for among what is kept.", load.prompt_tokens
         )
         yield _counter("fate_prefix_hit_tokens", "Of those, the ones that did not have to be read.", load.cached_tokens)
+        yield _counter("fate_draft_tokens", "Drafted tokens that were checked beside a text's last one.", load.drafted_tokens)
+        yield _counter("fate_draft_tokens_accepted", "Of those, the ones that became part of a text.", load.accepted_tokens)
         experts = report.experts
         lookups = CounterMetricFamily("fate_expert_lookups", "Lookups of experts, by what was found.", labels=["result"])
         for result, number in (("hit", experts.hits), ("in_flight", experts.in_flight), ("miss", experts.misses)):
