@@ -79,7 +79,12 @@ class CpuEngine(Engine):
             self.step.note()
 
     def run_rows(
-        self, tokens: Sequence[int], sequences: Sequence[SequenceRows], pool: Sequence[torch.Tensor], wanted: Sequence[int]
+        self,
+        tokens: Sequence[int],
+        sequences: Sequence[SequenceRows],
+        pool: Sequence[torch.Tensor],
+        wanted: Sequence[int],
+        on_pass: Callable[[], None] = lambda: None,
     ) -> torch.Tensor:
         """Rows of several sequences with their KV cache in blocks, in a turn: see ``ModelStep.run_rows``.
 
@@ -87,7 +92,7 @@ class CpuEngine(Engine):
         """
         assert self.step is not None
         with self.calls.one_pass("cpu"):
-            return self.step.run_rows(tokens, sequences, pool, wanted)
+            return self.step.run_rows(tokens, sequences, pool, wanted, on_pass)
 
     def counters(self) -> Counters:
         return replace(self.runtime.residency.counters)

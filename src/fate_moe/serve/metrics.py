@@ -101,6 +101,8 @@ class _Engine:
         yield _gauge("fate_prefix_disk_bytes", "Bytes that are kept on the disk, of all models.", load.prefixes.disk_bytes)
         yield _counter("fate_prefix_disk_read_bytes", "Bytes that were read from there.", load.prefixes.disk_read_bytes)
         yield _counter("fate_prefix_disk_written_bytes", "Bytes that were written there.", load.prefixes.disk_written_bytes)
+        yield _counter("fate_draft_tokens", "Drafted tokens that were checked beside a text's last one.", load.drafted_tokens)
+        yield _counter("fate_draft_tokens_accepted", "Of those, the ones that became part of a text.", load.accepted_tokens)
         experts = report.experts
         lookups = CounterMetricFamily("fate_expert_lookups", "Lookups of experts, by what was found.", labels=["result"])
         for result, number in (("hit", experts.hits), ("in_flight", experts.in_flight), ("miss", experts.misses)):
