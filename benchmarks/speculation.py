@@ -19,21 +19,22 @@ from typing import Any
 import torch
 
 import fate_moe
+from fate_moe.core import Drafts
 from fate_moe.schedule.batching import BatchScheduler
 from fate_moe.schedule.request import Finished, Piece, Request, Sampling
 from fate_moe.schedule.speculation import Speculation
 
 __all__ = ["Cell", "measure"]
 
-_FILE = '''def area(shape):
+_FILE = """def area(shape):
     if shape.kind == "circle":
         return 3.14159 * shape.radius * shape.radius
     if shape.kind == "square":
         return shape.side * shape.side
     raise ValueError(shape.kind)
-'''
+"""
 WORKLOADS = {
-    "code edit": _FILE + "\n# The same file, with a triangle:\n\n" + _FILE[: _FILE.index("    if shape.kind == \"square\"")],
+    "code edit": _FILE + "\n# The same file, with a triangle:\n\n" + _FILE[: _FILE.index('    if shape.kind == "square"')],
     "repeated text": "The captain looked at the sea. The sea was calm, and the captain looked at the sky. " * 4,
     "chat": "User: Tell me about the lighthouse keeper.\nAssistant: The lighthouse keeper lived",
 }
@@ -53,26 +54,28 @@ class Cell:
 def measure(model: Any, tokenizer: Any, settings: dict[str, Speculation], tokens: int, rounds: int) -> dict[str, dict[str, Cell]]:
     """By workload and setting. Raises RuntimeError where a text is not that of the others."""
     schedulers = {
-        name: BatchScheduler(lambda: (model, tokenizer), parallel=1, speculation=speculation) for name, speculation in settings.items()
+        name: BatchScheduler(lambda: (model, tokenizer), parallel=1, speculation=speculation)
+        for name, speculation in settings.items()
     }
     found: dict[str, dict[str, Cell]] = {}
     try:
         for workload, text in WORKLOADS.items():
             # A penalty on repeating would be one on what is drafted.
-            request = Request(
-                tuple(tokenizer(text)["input_ids"]), tokens, Sampling(0.0, repetition_penalty=1.0), ignore_eos=True
-            )
+            request = Request(tuple(tokenizer(text)["input_ids"]), tokens, Sampling(0.0, repetition_penalty=1.0), ignore_eos=True)
             times, costs, texts = ({name: [] for name in settings} for _ in range(3))
             reads: dict[str, list[float]] = {name: [] for name in settings}
-            before = {name: (one.drafted, one.accepted) for name, one in settings.items()}
+            drafts = {name: Drafts() for name in settings}
             for number in range(rounds + 1):
                 for name, scheduler in schedulers.items():
-                    cpu = time.process_time()
+                    cpu, before = time.process_time(), model.fate.report().drafts
                     text, end = asyncio.run(_answer(scheduler, request))
                     if number:  # the first one fills caches
                         times[name].append(end.timings.decode_tokens_per_second)
                         costs[name].append((time.process_time() - cpu) / tokens * 1e3)
                         reads[name].append(end.timings.bytes_read / tokens)
+                    after = model.fate.report().drafts
+                    drafts[name].drafted += after.drafted - before.drafted
+                    drafts[name].accepted += after.accepted - before.accepted
                     texts[name].append(text)
             if len({text for of in texts.values() for text in of}) > 1:
                 raise RuntimeError(f"{workload}: the texts differ")
@@ -80,11 +83,11 @@ def measure(model: Any, tokenizer: Any, settings: dict[str, Speculation], tokens
                 name: Cell(
                     round(statistics.median(times[name]), 2),
                     round(statistics.median(costs[name]), 2),
-                    one.drafted - before[name][0],
-                    one.accepted - before[name][1],
+                    drafts[name].drafted,
+                    drafts[name].accepted,
                     round(statistics.fmean(reads[name])),
                 )
-                for name, one in settings.items()
+                for name in settings
             }
     finally:
         for scheduler in schedulers.values():

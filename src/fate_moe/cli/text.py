@@ -17,6 +17,7 @@ from fate_moe.cli.options import (
     add_model,
     add_offload_options,
     add_sampling_options,
+    add_speculation,
     generate_options,
     offload_config,
     print_json,
@@ -59,6 +60,7 @@ def add_verbs(verbs: Any) -> None:
     chat.set_defaults(verb=_chat)
     for verb in (run, chat):
         add_sampling_options(verb, 200 if verb is run else 400)
+        add_speculation(verb)
         add_offload_options(verb, gpu=True)
 
 
@@ -130,7 +132,7 @@ def _run(arguments: argparse.Namespace) -> None:
         say(f"prompt and answer take {needed // beams} tokens; this model was made for {longest}")
     model = build(prepared, plan, config)
     with uninterrupted(model.fate.close):
-        options = generate_options(arguments)
+        options = {**generate_options(arguments), **_drafts(arguments, model)}
         if arguments.json:
             answer = generate(model, tokenizer, inputs, **options)
             name = "embedded" if arguments.model is None else str(arguments.model)
@@ -151,6 +153,18 @@ def _printer() -> Any:
     """What prints each piece of a text at once."""
     shown = Shown()
     return lambda text: print(shown(text), end="", flush=True)
+
+
+def _drafts(arguments: argparse.Namespace, model: Any) -> dict[str, Any]:
+    """The option of ``generate()`` that makes it draft. Raises ConfigError where nothing can be drafted."""
+    from fate_moe.schedule.drafted import drafted
+    from fate_moe.schedule.speculation import Speculation
+
+    if arguments.speculate == "off":
+        return {}
+    if _beams(arguments, model) > 1:
+        raise ConfigError("--speculate is for one continuation; omit it, or --num-beams")
+    return {"custom_generate": drafted(Speculation(arguments.speculate, counts=getattr(model.fate, "drafts", None)))}
 
 
 def _beams(arguments: argparse.Namespace, model: Any) -> int:
@@ -196,7 +210,12 @@ def _chat(arguments: argparse.Namespace) -> None:
     with uninterrupted(model.fate.close):
         if not tokenizer.chat_template:
             say("this model has no chat template: it continues the conversation as plain text")
-        _talk(model, tokenizer, config.context_length // _beams(arguments, model), generate_options(arguments))
+        _talk(
+            model,
+            tokenizer,
+            config.context_length // _beams(arguments, model),
+            {**generate_options(arguments), **_drafts(arguments, model)},
+        )
         say(f"\n{model.fate.report()}")
 
 

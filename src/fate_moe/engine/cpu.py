@@ -14,7 +14,7 @@ import torch
 from fate_moe import switches
 from fate_moe.adapter.families import linear_routers, norms_of
 from fate_moe.config import OffloadConfig
-from fate_moe.core import Counters, EvictionPolicy, ExpertId, ExpertSource
+from fate_moe.core import Counters, Drafts, EvictionPolicy, ExpertId, ExpertSource
 from fate_moe.engine.activity import Activity
 from fate_moe.engine.attach import attach, limit_context, routers_of
 from fate_moe.engine.budget import Plan
@@ -67,7 +67,7 @@ class CpuEngine(Engine):
         """``step`` runs the whole model in one call, if one does."""
         self.step = step
         self.model, self.plan, self.config, self.patches, self.runtime = model, plan, config, patches, runtime
-        self.calls = calls
+        self.calls, self.drafts = calls, Drafts()
         self.end_with(runtime, runtime.residency.close, keep_learned)
 
     def note_model(self) -> None:
@@ -105,6 +105,7 @@ class CpuEngine(Engine):
             expert_cache_bytes=plan.expert_cache_bytes,
             precision_policy=config.precision_policy,
             uses_by_bits=runtime.view_selector.by_bits(),
+            drafts=replace(self.drafts),
         )
 
     def bits_used(self) -> dict[tuple[ExpertId, int], int]:

@@ -58,7 +58,8 @@ class BatchScheduler(Scheduler):
 
     ``load`` gives (model, tokenizer); ``on_loaded`` is called with them, or with the error, in that thread. At most ``capacity``
     requests wait and ``parallel`` run (None: ``default_parallel``; 1: one after the other). ``on_finished`` is told of each request
-    that ended, in the inference thread. ``speculation``: what is drafted (None: nothing). A request that fails ends with ``Finished("error")``; all others go on.
+    that ended, in the inference thread. ``speculation``: what is drafted (None: nothing). A request that fails ends with
+    ``Finished("error")``; all others go on.
     """
 
     def __init__(
@@ -108,9 +109,18 @@ class BatchScheduler(Scheduler):
     def load(self) -> Load:
         if (steps := self._steps) is None:
             return Load()
-        blocks, prefixes = steps.executor.blocks, steps.executor.prefixes
+        blocks, prefixes, counts = steps.executor.blocks, steps.executor.prefixes, self.speculation.counts
         kept = (len(prefixes), prefixes.hits, prefixes.lookups) if prefixes is not None else (0, 0, 0)
-        return Load(self._num_steps, self._num_rows, steps.preemptions, blocks.used, blocks.num_blocks, *kept, self.speculation.drafted, self.speculation.accepted)
+        return Load(
+            self._num_steps,
+            self._num_rows,
+            steps.preemptions,
+            blocks.used,
+            blocks.num_blocks,
+            *kept,
+            counts.drafted,
+            counts.accepted,
+        )
 
     def submit(self, request: Request) -> QueueTicket:
         ticket = QueueTicket(self._end_cancelled)
@@ -193,6 +203,7 @@ class BatchScheduler(Scheduler):
             model, tokenizer = self._load()
             executor = self._make_executor(model)
             executor.on_pass = self._ring
+            self.speculation.counts = getattr(model.fate, "drafts", self.speculation.counts)
             most = executor.most_sequences or executor.blocks.num_blocks
             self._steps = Steps(executor, min(self._parallel or default_parallel(executor), most))
             self._on_loaded((model, tokenizer))

@@ -45,8 +45,8 @@ class Executor(Protocol):
 
     ``any_cut``: logits do not depend on how a sequence is cut into steps. Where they may, whoever asks for the same numbers reads a
     prompt in one step and what follows token by token. Where they do not, ``prefixes`` (None: the executor has none) keeps
-    what ended for texts that begin alike. ``takes_drafts``: rows of a sequence may be taken back, and have the bits that they have in
-    passes of their own. ``most_sequences`` may exist at once (None: as many as there are blocks);
+    what ended for texts that begin alike. ``takes_drafts``: rows of a sequence may be taken back, and have the bits of passes of
+    their own. ``most_sequences`` may exist at once (None: as many as there are blocks);
     ``shares_passes``: rows of several sequences in one step take less time than one after the other.
     """
 
