@@ -198,7 +198,7 @@ def add_speculation(group: Any) -> None:
         choices=SPECULATE,
         default="off",
         help="check in the pass of the last token those that may follow it, because they followed the same words before (lookup), "
-        "as many as are measured to pay (auto), or none; the text is the same. Only for models that run whole in the extension with "
+        "as many as are measured to pay (auto), or none; the text is the same. For models that run whole in the extension with "
         "quantized weights; default: %(default)s",
     )
 

@@ -32,7 +32,8 @@ def drafted(speculation: Speculation) -> Callable[..., Any]:
 
 
 def _takes_drafts(model: Any, input_ids: torch.Tensor, options: dict[str, Any]) -> bool:
-    config, cache = options["generation_config"], options.get("past_key_values")
+    config = options["generation_config"]
+    cache: Any = options.get("past_key_values")
     step = getattr(model.fate, "step", None)
     mask = options.get("attention_mask")
     return (
