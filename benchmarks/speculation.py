@@ -2,8 +2,9 @@
 
     python -m benchmarks.speculation --expert-cache 52%
 
-The embedded model, one request at a time, greedy. Each workload is answered in turn by all settings, so that all see the same
-machine; medians over the rounds. The text must be the same in every cell. The last line is one JSON object.
+The embedded model, one request at a time, greedy but for "surprises", where drafts are seldom right. Each workload is answered in turn
+by all settings, so that all see the same machine; medians over the rounds. The text must be the same in every cell. The last line is
+one JSON object.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 import fate_moe
+from fate_moe.core import Drafts
 from fate_moe.schedule.batching import BatchScheduler
 from fate_moe.schedule.request import Finished, Piece, Request, Sampling
 from fate_moe.schedule.speculation import Speculation
@@ -36,6 +38,7 @@ WORKLOADS = {
     "code edit": _FILE + "\n# The same file, with a triangle:\n\n" + _FILE[: _FILE.index('    if shape.kind == "square"')],
     "repeated text": "The captain looked at the sea. The sea was calm, and the captain looked at the sky. " * 4,
     "chat": "User: Tell me about the lighthouse keeper.\nAssistant: The lighthouse keeper lived",
+    "surprises": "Once upon a time",
 }
 
 
@@ -60,18 +63,24 @@ def measure(model: Any, tokenizer: Any, settings: dict[str, Speculation], tokens
     try:
         for workload, text in WORKLOADS.items():
             # A penalty on repeating would be one on what is drafted.
-            request = Request(tuple(tokenizer(text)["input_ids"]), tokens, Sampling(0.0, repetition_penalty=1.0), ignore_eos=True)
+            temperature = 1.2 if workload == "surprises" else 0.0
+            request = Request(
+                tuple(tokenizer(text)["input_ids"]), tokens, Sampling(temperature, repetition_penalty=1.0, seed=1), ignore_eos=True
+            )
             times, costs, texts = ({name: [] for name in settings} for _ in range(3))
             reads: dict[str, list[float]] = {name: [] for name in settings}
-            before = {name: (one.drafted, one.accepted) for name, one in settings.items()}
+            drafts = {name: Drafts() for name in settings}
             for number in range(rounds + 1):
                 for name, scheduler in schedulers.items():
-                    cpu = time.process_time()
+                    cpu, before = time.process_time(), model.fate.report().drafts
                     text, end = asyncio.run(_answer(scheduler, request))
                     if number:  # the first one fills caches
                         times[name].append(end.timings.decode_tokens_per_second)
                         costs[name].append((time.process_time() - cpu) / tokens * 1e3)
                         reads[name].append(end.timings.bytes_read / tokens)
+                    after = model.fate.report().drafts
+                    drafts[name].drafted += after.drafted - before.drafted
+                    drafts[name].accepted += after.accepted - before.accepted
                     texts[name].append(text)
             if len({text for of in texts.values() for text in of}) > 1:
                 raise RuntimeError(f"{workload}: the texts differ")
@@ -79,11 +88,11 @@ def measure(model: Any, tokenizer: Any, settings: dict[str, Speculation], tokens
                 name: Cell(
                     round(statistics.median(times[name]), 2),
                     round(statistics.median(costs[name]), 2),
-                    one.drafted - before[name][0],
-                    one.accepted - before[name][1],
+                    drafts[name].drafted,
+                    drafts[name].accepted,
                     round(statistics.fmean(reads[name])),
                 )
-                for name, one in settings.items()
+                for name in settings
             }
     finally:
         for scheduler in schedulers.values():
@@ -106,6 +115,7 @@ def main() -> None:
     parser.add_argument("--expert-cache", help="a size or percentage; default: all experts")
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--pair", action="store_true", help="off and auto alone")
     parser.add_argument("--threads", type=int, help="of torch; default: its own")
     arguments = parser.parse_args()
     if arguments.threads:
@@ -114,7 +124,8 @@ def main() -> None:
         arguments.model, precision=arguments.precision, expert_cache=arguments.expert_cache, context_length=1024
     )
     settings = {"off": Speculation("off"), "auto": Speculation("auto")}
-    settings |= {f"k = {most}": Speculation("lookup", most) for most in (1, 2, 4, 8)}
+    if not arguments.pair:
+        settings |= {f"k = {most}": Speculation("lookup", most) for most in (1, 2, 4, 8)}
     found = measure(model, tokenizer, settings, arguments.tokens, arguments.rounds)
     for workload, cells in found.items():
         print(workload)

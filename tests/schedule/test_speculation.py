@@ -7,11 +7,13 @@ import random
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fate_moe
 from fate_moe.schedule.batching import BatchScheduler
+from fate_moe.schedule.drafted import drafted
 from fate_moe.schedule.lookup import PromptLookup
 from fate_moe.schedule.request import Event, Finished, Piece, Request, Sampling
 from fate_moe.schedule.speculation import Speculation
@@ -67,8 +69,16 @@ class Oracle(PromptLookup):
     st.integers(0, 99),
 )
 def test_text_and_log_probabilities_are_those_without(
-    prompt: list[int], tokens: int, temperature: float, penalty: float, stop: Any, top: int | None, one_in: int, blocks: int, seed: int
-) -> None:  # fmt: skip
+    prompt: list[int],
+    tokens: int,
+    temperature: float,
+    penalty: float,
+    stop: Any,
+    top: int | None,
+    one_in: int,
+    blocks: int,
+    seed: int,
+) -> None:
     request = Request(
         tuple(prompt),
         tokens,
@@ -86,7 +96,7 @@ def test_text_and_log_probabilities_are_those_without(
     assert said(found) == said(want)
     plain.close()
     drafting.close()
-    assert len(executors[0].steps) - len(executors[1].steps) == drafting.speculation.accepted, "each saves a pass"
+    assert len(executors[0].steps) - len(executors[1].steps) == drafting.speculation.counts.accepted, "each saves a pass"
     executors[1].blocks.check_integrity()
     assert executors[1].blocks.used == len(executors[1].prefixes or ())
 
@@ -94,19 +104,24 @@ def test_text_and_log_probabilities_are_those_without(
 def test_what_is_right_saves_passes_and_what_is_wrong_is_taken_back() -> None:
     request = Request((1, 2, 3), 40, Sampling(0.0), ignore_eos=True)
     executor = FakeExecutor(8)
-    want = said(answers(plain := on(executor, None), request)[0])
+    plain = on(executor, None)
+    want = said(answers(plain, request)[0])
     plain.close()
     for one_in, steps, cuts in ((10**9, 6, 0), (2, 40, None)):
         executor, speculation = FakeExecutor(8), Speculation("lookup")
         Oracle.truth, Oracle.one_in, Oracle.source = [1, 2, 3, *(record.token for record in want[1])], one_in, random.Random(1)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("fate_moe.schedule.speculation.PromptLookup", Oracle)
-            assert said(answers(drafting := on(executor, speculation), request)[0]) == want
+            drafting = on(executor, speculation)
+            assert said(answers(drafting, request)[0]) == want
         drafting.close()
         assert len(executor.steps) <= steps
         assert executor.cuts == cuts if cuts is not None else executor.cuts > 3
-        assert (drafting.load.drafted_tokens, drafting.load.accepted_tokens) == (speculation.drafted, speculation.accepted)
-        assert speculation.accepted == 40 - len(executor.steps)
+        assert (drafting.load.drafted_tokens, drafting.load.accepted_tokens) == (
+            speculation.counts.drafted,
+            speculation.counts.accepted,
+        )
+        assert speculation.counts.accepted == 40 - len(executor.steps)
 
 
 def test_requests_beside_others_are_not_drafted_for() -> None:
@@ -134,8 +149,22 @@ def test_a_real_model_writes_the_same() -> None:
     plain = BatchScheduler(lambda: (model, tokenizer), parallel=1)
     drafting = BatchScheduler(lambda: (model, tokenizer), parallel=1, speculation=speculation)
     for request in wanted:
-        assert said(answers(drafting, request)[0]) == said(answers(plain, request)[0])
-    assert 0 < speculation.accepted < speculation.drafted
+        want = said(answers(plain, request)[0])
+        assert said(answers(drafting, request)[0]) == want
+        options: dict[str, Any] = {"max_new_tokens": 48, "repetition_penalty": 1.0, "eos_token_id": None}
+        if request.sampling.temperature:
+            options |= {"do_sample": True, "temperature": request.sampling.temperature}
+        else:
+            options["do_sample"] = False
+        texts = []
+        for loop in (None, drafted(Speculation("lookup", counts=speculation.counts))):
+            torch.manual_seed(7)
+            texts.append(model.generate(torch.tensor([prompt]), custom_generate=loop, **options)[0].tolist())
+        assert texts[0] == texts[1]
+        if not request.sampling.temperature:
+            assert texts[0][len(prompt) :] == [record.token for record in want[1]]
+    assert model.fate.report().drafts == speculation.counts
+    assert 0 < speculation.counts.accepted < speculation.counts.drafted
     plain.close()
     drafting.close()
     model.fate.close()

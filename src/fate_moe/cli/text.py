@@ -15,6 +15,7 @@ from fate_moe.cli.options import (
     add_model,
     add_offload_options,
     add_sampling_options,
+    add_speculation,
     generate_options,
     offload_config,
     print_json,
@@ -50,6 +51,7 @@ def add_verbs(verbs: Any) -> None:
     run.add_argument("--json", action="store_true", help="print one JSON object instead of text and report")
     run.set_defaults(verb=_run)
     add_sampling_options(run, 200)
+    add_speculation(run)
     add_offload_options(run, gpu=True)
 
 
@@ -121,7 +123,7 @@ def _run(arguments: argparse.Namespace) -> None:
         say(f"prompt and answer take {needed // beams} tokens; this model was made for {longest}")
     model = build(prepared, plan, config)
     with uninterrupted(model.fate.close):
-        options = generate_options(arguments)
+        options = {**generate_options(arguments), **_drafts(arguments, model)}
         if arguments.json:
             answer = generate(model, tokenizer, inputs, **options)
             name = "embedded" if arguments.model is None else str(arguments.model)
@@ -142,6 +144,18 @@ def printer() -> Any:
     """What prints each piece of a text at once."""
     shown = Shown()
     return lambda text: print(shown(text), end="", flush=True)
+
+
+def _drafts(arguments: argparse.Namespace, model: Any) -> dict[str, Any]:
+    """The option of ``generate()`` that makes it draft. Raises ConfigError where nothing can be drafted."""
+    from fate_moe.schedule.drafted import drafted
+    from fate_moe.schedule.speculation import Speculation
+
+    if arguments.speculate == "off":
+        return {}
+    if beams_of(arguments, model) > 1:
+        raise ConfigError("--speculate is for one continuation; omit it, or --num-beams")
+    return {"custom_generate": drafted(Speculation(arguments.speculate, counts=getattr(model.fate, "drafts", None)))}
 
 
 def beams_of(arguments: argparse.Namespace, model: Any) -> int:

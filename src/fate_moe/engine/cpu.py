@@ -15,7 +15,7 @@ import torch
 from fate_moe import switches
 from fate_moe.adapter.families import linear_routers, norms_of
 from fate_moe.config import OffloadConfig
-from fate_moe.core import Counters, EvictionPolicy, ExpertId, ExpertSource
+from fate_moe.core import Counters, Drafts, EvictionPolicy, ExpertId, ExpertSource
 from fate_moe.engine.activity import Activity
 from fate_moe.engine.attach import attach, limit_context, routers_of
 from fate_moe.engine.budget import Plan
@@ -71,7 +71,7 @@ class CpuEngine(Engine):
         self.step, self.store = step, store
         self.prefixes: Callable[[], PrefixReport | None] = lambda: None  # told by the scheduler
         self.model, self.plan, self.config, self.patches, self.runtime = model, plan, config, patches, runtime
-        self.calls = calls
+        self.calls, self.drafts = calls, Drafts()
         self.end_with(runtime, runtime.residency.close, keep_learned)
 
     def note_model(self) -> None:
@@ -110,6 +110,7 @@ class CpuEngine(Engine):
             precision_policy=config.precision_policy,
             uses_by_bits=runtime.view_selector.by_bits(),
             prefixes=self.prefixes(),
+            drafts=replace(self.drafts),
         )
 
     def bits_used(self) -> dict[tuple[ExpertId, int], int]:

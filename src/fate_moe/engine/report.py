@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from fate_moe.core import Counters
+from fate_moe.core import Counters, Drafts
 from fate_moe.units import format_bytes
 
 __all__ = ["PrefixReport", "Report"]
@@ -56,6 +56,7 @@ class Report:
     host_compute: float = 0.0
     num_hosted: int = 0
     prefixes: PrefixReport | None = None
+    drafts: Drafts = field(default_factory=Drafts)
 
     def traffic(self, num_tokens: int) -> str:
         """Bytes moved per token, for people."""
@@ -75,6 +76,7 @@ class Report:
             },
             **({"disk": self.disk.as_dict()} if self.disk is not None else {}),
             **({"prefixes": asdict(self.prefixes)} if self.prefixes is not None else {}),
+            "drafts": {"drafted": self.drafts.drafted, "accepted": self.drafts.accepted},
             "memory": memory,
             "config": {
                 "policy": self.policy,
@@ -99,11 +101,14 @@ class Report:
         bits = ", ".join(f"{count / uses:.1%} of uses with {bits} bits" for bits, count in self.uses_by_bits.items())
         by_policy = f"{self.precision_policy}: {bits}, {experts.upgrades} upgrades\n" if self.precision_policy != "full" else ""
         prefixes = f"{self.prefixes}\n" if self.prefixes is not None and self.prefixes.prompt_tokens else ""
+        drafts = (
+            f"speculation: {self.drafts.accepted} of {self.drafts.drafted} drafted tokens kept\n" if self.drafts.drafted else ""
+        )
         return (
             f"experts: {experts.ready_on_time:.1%} of {experts.lookups} ready on time, {experts.in_flight} in flight, "
             f"{experts.misses} missed{used}\n"
             f"read from disk: {format_bytes(experts.bytes_read)}, {experts.stall_seconds:.2f} s waited for it\n"
-            f"{by_policy}{prefixes}"
+            f"{by_policy}{prefixes}{drafts}"
             f"memory: peak {format_bytes(self.peak_bytes)} of {format_bytes(self.budget_bytes)} budget, "
             f"{format_bytes(self.expert_cache_bytes)} of it expert slots ({self.policy}, {self.predictor}, {self.precision})"
         )

@@ -81,7 +81,8 @@ class BatchScheduler(Scheduler):
 
     ``load`` gives (model, tokenizer); ``on_loaded`` is called with them, or with the error, in that thread. At most ``capacity``
     requests wait and ``parallel`` run (None: ``default_parallel``; 1: one after the other). ``on_finished`` is told of each request
-    that ended, in the inference thread. ``speculation``: what is drafted (None: nothing). A request that fails ends with ``Finished("error")``; all others go on.
+    that ended, in the inference thread. ``speculation``: what is drafted (None: nothing). A request that fails ends with
+    ``Finished("error")``; all others go on.
     """
 
     def __init__(
@@ -135,7 +136,7 @@ class BatchScheduler(Scheduler):
         blocks, prefixes = steps.executor.blocks, steps.executor.prefixes
         kept = len(prefixes) if prefixes is not None else 0
         report = self._prefix_report() or PrefixReport()
-        drafts = self.speculation.drafted, self.speculation.accepted
+        drafts = self.speculation.counts.drafted, self.speculation.counts.accepted
         return Load(
             self._num_steps, self._num_rows, steps.preemptions, blocks.used, blocks.num_blocks, kept, *drafts, prefixes=report
         )
@@ -238,6 +239,7 @@ class BatchScheduler(Scheduler):
             model, tokenizer = self._load()
             executor = self._make_executor(model)
             executor.on_pass = self._ring
+            self.speculation.counts = getattr(model.fate, "drafts", self.speculation.counts)
             most = executor.most_sequences or executor.blocks.num_blocks
             self._steps = Steps(executor, min(self._parallel or default_parallel(executor), most))
             model.fate.prefixes = self._prefix_report

@@ -48,8 +48,8 @@ class Executor(Protocol):
     prompt in one step and what follows token by token. Where they do not, ``prefixes`` (None: the executor has none) keeps
     what ended for texts that begin alike, and ``disk`` (None: nobody) on the disk.
 
-    ``takes_drafts``: rows of a sequence may be taken back, and have the bits that they have in passes of their own.
-    ``most_sequences`` may exist at once (None: as many as there are blocks);
+    ``takes_drafts``: rows of a sequence may be taken back, and have the bits of passes of their own. ``most_sequences`` may exist
+    at once (None: as many as there are blocks);
     ``shares_passes``: rows of several sequences in one step take less time than one after the other.
     """
 

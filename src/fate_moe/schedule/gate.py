@@ -49,15 +49,16 @@ class Gate:
 
         (1 + a1 + a1 a2 + ...) * T(1) / (T(k + 1) + drafting)
 
-    single passes. The best k among 1, 2, 4, ... is taken if that is more than one. Else nothing is drafted, but for probes that keep the
-    figures fresh: one is made only while all that probes have lost stays below ``allowance`` of the whole time. Rows that were never
-    timed are taken to be cheap, so that each number of them is tried: a second row may double the experts of a pass, and a ninth add few.
+    single passes. The best k among 1, 2, 4, ... is taken if that is more than one. Else nothing is drafted, but for probes that
+    keep the figures fresh: one is made only while all that probes have lost stays below ``allowance`` of the whole time. Numbers of
+    rows that were never timed are taken to be cheap, so that each is tried: a second row may double the experts of a pass, and a
+    ninth add few.
     """
 
     def __init__(self, most: int = 8, allowance: float = 0.005) -> None:
         """``most`` drafted tokens in a pass."""
         self.most = most
-        self.drafted = self.accepted = self.passes = self.probes = 0
+        self.passes = self.probes = 0
         self._allowance = allowance
         self._seconds: dict[int, _Mean] = {}  # of a pass by its rows
         self._kinds: dict[Hashable, _Kind] = {}
@@ -94,8 +95,6 @@ class Gate:
         self.passes += 1
         if not drafted:
             return
-        self.drafted += drafted
-        self.accepted += accepted
         means = self._kinds.setdefault(kind, _Kind()).accepted
         for position in range(min(accepted + 1, drafted)):
             at = min(position, _ALIKE - 1)
@@ -107,7 +106,8 @@ class Gate:
             self._lost += max(0.0, seconds - (1 + accepted) * self._seconds[1].value)
 
     def acceptance(self) -> list[float]:
-        """By position (the last one for all behind it too), the share of drafts that are accepted if those before them were: the mean over the kinds seen."""
+        """By position, the share of drafts that are accepted if those before them were: the mean over the kinds seen. The last one
+        is of all positions behind it too."""
         longest = max((len(kind.accepted) for kind in self._kinds.values()), default=0)
         by_position = [[kind.accepted[i] for kind in self._kinds.values() if i < len(kind.accepted)] for i in range(longest)]
         return [sum(mean.value * mean.count for mean in means) / sum(mean.count for mean in means) for means in by_position]

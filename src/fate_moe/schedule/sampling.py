@@ -64,7 +64,7 @@ def prepared(model: Any, inputs: torch.Tensor, config: GenerationConfig, process
 def _rules(model: Any, request: Request, inputs: torch.Tensor) -> tuple[bool, list[Any], list[Any]]:
     """Whether tokens are drawn, the processors of scores, and what may end the text other than its length or its last token.
 
-    ``generate()`` takes about as long to find them as a small model takes for a token: they are kept for requests that ask for the same.
+    ``generate()`` takes about as long to find them as a small model takes for a token: they are kept for requests that ask alike.
     """
     asked, own = request.sampling, list(_processors(request))
     key = (repr(vars(model.generation_config)), request.ignore_eos, *(getattr(asked, name) for name in _OPTIONS))

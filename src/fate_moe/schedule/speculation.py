@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from fate_moe.core import Drafts
 from fate_moe.schedule.gate import Gate
 from fate_moe.schedule.lookup import PromptLookup
 
@@ -23,26 +23,14 @@ _MOST = 8  # drafted tokens of a pass: with the one before them few enough for t
 _LONG = 8  # tokens of a match from which on its drafts are accepted alike
 
 
-@dataclass
 class Speculation:
-    """What is drafted for one model. ``auto`` drafts what pays as measured (``Gate``); ``lookup`` all that is found in the text.
-
-    ``drafted`` tokens were checked, and ``accepted`` of them were kept.
+    """What is drafted for one model: ``auto`` drafts what pays as measured (``Gate``), ``lookup`` all that is found in the text, up
+    to ``most`` tokens for a pass. ``counts``: where it is counted, a model's ``fate.drafts``.
     """
 
-    mode: Mode = "auto"
-    most: int = _MOST
-
-    def __post_init__(self) -> None:
-        self.gate = Gate(self.most)
-
-    @property
-    def drafted(self) -> int:
-        return self.gate.drafted
-
-    @property
-    def accepted(self) -> int:
-        return self.gate.accepted
+    def __init__(self, mode: Mode = "auto", most: int = _MOST, counts: Drafts | None = None) -> None:
+        self.mode, self.most = mode, most
+        self.gate, self.counts = Gate(most), counts or Drafts()
 
 
 class Drafter:
@@ -73,5 +61,7 @@ class Drafter:
     def passed(self, accepted: int) -> None:
         """The pass was this text's alone; the first ``accepted`` drafts were kept. Of no effect where ``draft`` was not called."""
         if self._began is not None:
+            counts = self._of.counts
+            counts.drafted, counts.accepted = counts.drafted + self._count, counts.accepted + accepted
             self._of.gate.passed(time.perf_counter() - self._began, self._count, accepted, self._kind)
             self._began = None

@@ -149,8 +149,10 @@ class Steps:
         return [(sequence, self._rows(sequence, count)) for sequence, count in step]
 
     def _draft(self, sequence: TextSequence) -> None:
-        """``sequence``, which runs alone, reads more than its last token. Beside others a pass has rows enough: each of theirs gives
-        a token, and a draft may not."""
+        """``sequence``, which runs alone, reads more than its last token.
+
+        Beside others it does not: each of their rows gives a token, and a draft may not.
+        """
         drafter, name = sequence.drafter, sequence.name
         if drafter is None or name is None or sequence.target - sequence.read != 1 or not sequence.generated:
             return
