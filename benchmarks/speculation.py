@@ -2,9 +2,9 @@
 
     python -m benchmarks.speculation --expert-cache 52%
 
-The embedded model, one request at a time, greedy but for "surprises", where drafts are seldom right. Each workload is answered in turn
-by all settings, so that all see the same machine; medians over the rounds. The text must be the same in every cell. The last line is
-one JSON object.
+The embedded model, one request at a time, greedy but for "surprises", where drafts are seldom right. Each workload is answered in
+turn by all settings, so that all see the same machine; medians over the rounds. The text must be the same in every cell. The last
+line is one JSON object.
 """
 
 from __future__ import annotations

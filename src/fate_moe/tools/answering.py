@@ -34,10 +34,13 @@ class Answering:
     """A loaded model's answers, one at a time, through a scheduler as a server has it. Beams, which it does not have, are followed
     by ``generate()``, which reads each prompt whole. ``close`` it before the model.
 
-    ``speculate``: whether tokens are drafted. ``options`` are those of ``generate()``; ``seed`` (None: a random one) makes sampling repeatable.
+    ``options`` are those of ``generate()``; ``seed`` (None: a random one) makes sampling repeatable. ``speculate``: whether tokens
+    are drafted.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, options: dict[str, Any], seed: int | None = None, speculate: Mode = "off") -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, options: dict[str, Any], seed: int | None = None, speculate: Mode = "off"
+    ) -> None:
         self._model, self._tokenizer, self._options, self._seed = model, tokenizer, options, seed
         self._turns = 0
         in_beams = (options.get("num_beams") or model.generation_config.num_beams or 1) > 1
