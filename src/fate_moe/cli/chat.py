@@ -175,7 +175,7 @@ def _talk(talk: Talk) -> None:
         if line == "/drop" and full is not None:
             line, oldest = full
             del messages[: 2 * oldest]
-            say(f"forgot the oldest {oldest} turns")
+            say("the oldest turn is forgotten" if oldest == 1 else f"the oldest {oldest} turns are forgotten")
         elif re.fullmatch(r"/\w+", line):
             if line == "/reset":
                 messages.clear()
@@ -194,7 +194,8 @@ def _talk(talk: Talk) -> None:
             messages.pop()
         except _FullError as error:
             say(f"fate: {error}")
-            full = (messages.pop()["content"], error.oldest) if error.oldest else None
+            left_out = messages.pop()["content"]
+            full = (left_out, error.oldest) if error.oldest else None
         except OSError:  # nobody reads the answers
             raise
         except Exception as error:

@@ -49,8 +49,8 @@ class Answering:
         on_text: Callable[[str], None],
         on_read: Callable[[int, int], None] = lambda done, total: None,
     ) -> Answer:
-        """What the model says after ``ids``; ``on_text`` gets each piece, ``on_read`` how many tokens of the prompt are read, of how
-        many. Raises FateError, and what these raise.
+        """What the model says after ``ids``; ``on_text`` gets each piece, ``on_read`` how many tokens of the prompt are read, of
+        how many. Raises FateError, and what these raise.
 
         An interrupt ends the text; the next one may begin.
         """
