@@ -64,8 +64,8 @@ def refuse_beyond(asked: int | None, config: Any, beams: int = 1) -> None:
     if asked is not None and longest is not None and asked > longest * beams:
         each = f" in each of {beams} beams" if beams > 1 else ""
         raise ConfigError(
-            f"--context-length {asked} is more than this model was made for: {longest} tokens{each}; give at most {longest * beams}, "
-            "or scale its rotary embedding in config.json"
+            f"--context-length {asked} is more than this model was made for: {longest} tokens{each}; give at most "
+            f"{longest * beams}, or scale its rotary embedding in config.json"
         )
 
 
