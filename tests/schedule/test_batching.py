@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 
 import fate_moe
 from fate_moe.core import KV_BLOCK
-from fate_moe.schedule.batching import BatchScheduler, default_parallel
+from fate_moe.schedule.batching import BatchScheduler
 from fate_moe.schedule.block_files import BlockFiles
+from fate_moe.schedule.executors import default_parallel
 from fate_moe.schedule.request import Event, Finished, Piece, Queued, Reading, Request, Sampling, TokenRecord
 from fate_moe.schedule.scheduler import QueueFullError, StoppedError, Ticket
 from fate_moe.schedule.ticket import Bell

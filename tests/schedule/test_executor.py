@@ -15,8 +15,9 @@ from transformers import LogitsProcessorList
 import fate_moe
 from fate_moe import demo
 from fate_moe.engine.prepare import load_tokenizer, store_for
-from fate_moe.schedule.batching import BatchScheduler, executor_of
+from fate_moe.schedule.batching import BatchScheduler
 from fate_moe.schedule.executor import Executor, ModelExecutor, Rows
+from fate_moe.schedule.executors import executor_of
 from fate_moe.schedule.pool import PoolExecutor
 from fate_moe.schedule.request import Event, Finished, Piece, Reading, Request, Sampling, Usage
 from fate_moe.schedule.sampling import Sampler, _Penalties, choose, generation_config

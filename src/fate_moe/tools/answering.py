@@ -34,8 +34,8 @@ class Answering:
     """A loaded model's answers, one at a time, through a scheduler as a server has it. Beams, which it does not have, are followed
     by ``generate()``, which reads each prompt whole. ``close`` it before the model.
 
-    ``options`` are those of ``generate()``; ``seed`` (None: a random one) makes sampling repeatable. ``speculate``: whether tokens are
-    drafted.
+    ``options`` are those of ``generate()``; ``seed`` (None: a random one) makes sampling repeatable. ``speculate``: whether tokens
+    are drafted.
     """
 
     def __init__(
