@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -178,7 +179,7 @@ def test_a_turn_that_fails_does_not_end_the_conversation(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class Answers:
-        def answer(self, ids: list[int], most_tokens: int, on_text: Callable[[str], None]) -> Answer:
+        def answer(self, ids: list[int], most_tokens: int, on_text: Callable[[str], None], on_read: Any) -> Answer:
             if len(ids) == 4:
                 raise RuntimeError("DefaultCPUAllocator: can't allocate memory\nat x")
             on_text("yes\x1b")
@@ -196,3 +197,27 @@ def test_a_turn_that_fails_does_not_end_the_conversation(
     assert [line for line in errors if "has 40 tokens and the context 30" in line]
     assert [line for line in errors if "there is no command /nope" in line]
     assert len(errors) == 5
+
+
+def test_a_full_context_is_said_and_the_oldest_turns_go_when_asked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+
+    class Answers:
+        def answer(self, ids: list[int], most_tokens: int, on_text: Callable[[str], None], on_read: Any) -> Answer:
+            asked.append(len(ids))
+            on_read(1, len(ids))
+            on_text("yes")
+            return Answer("yes", (3,), len(ids))
+
+    lines = iter(["/drop", "a" * 10, "b" * 8, "c" * 9, "/drop", "d" * 2, "/drop"])
+    monkeypatch.setattr(chat, "_ask", lambda: next(lines, None))
+    chat._talk(chat.Talk(Conversation(), Conversation(), Answers(), 30, 5))  # type: ignore[arg-type]
+    assert capsys.readouterr().err.splitlines() == [
+        "nothing has to be dropped",
+        "fate: the conversation has 37 tokens and the context 30; /drop forgets the oldest turn and answers, /reset forgets all",
+        "the oldest turn is forgotten",
+        "nothing has to be dropped",
+    ]
+    assert asked == [10, 23, 22, 29]

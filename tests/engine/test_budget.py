@@ -112,10 +112,25 @@ def test_a_written_out_expert_is_counted(checkpoint: Callable[[str], Path], monk
     assert needs.exact_scratch_bytes == 2 * numbers
     for exact, scratch in ((False, needs.scratch_bytes), (True, needs.exact_scratch_bytes)):
         config = OffloadConfig(ram="64GiB", context_length=16, exact_activations=exact)
-        assert make_plan(needs, config).activation_bytes == 16 * needs.activation_bytes_per_token + scratch
+        each = needs.activation_bytes_per_token + needs.angle_bytes_per_token
+        assert make_plan(needs, config).activation_bytes == 16 * each + scratch
     monkeypatch.setattr("fate_moe.engine.budget.native", None)
     assert footprint(model, stacks, "int4").scratch_bytes == 2 * numbers
     assert footprint(model, stacks, "lossless").scratch_bytes == 0
+
+
+def test_prompts_in_pieces_have_the_activations_of_a_piece(checkpoint: Callable[[str], Path]) -> None:
+    model = build_meta_model(checkpoint("qwen2_moe")).bfloat16()
+    stacks = expert_stacks(model)
+    needs = footprint(model, stacks, "int4")
+    assert needs.in_pieces
+    short, long, exact = (
+        make_plan(needs, OffloadConfig(ram="64GiB", context_length=length, exact_activations=exact))
+        for length, exact in ((2048, False), (32768, False), (32768, True))
+    )
+    assert (short.rows_at_once, long.rows_at_once, exact.rows_at_once) == (2048, 2048, 32768)
+    assert long.activation_bytes - short.activation_bytes == (32768 - 2048) * needs.angle_bytes_per_token
+    assert not footprint(build_meta_model(checkpoint("qwen2_moe")), stacks, "int4").in_pieces  # in fp32
 
 
 def test_prefixes_are_a_part_of_the_kv_cache(checkpoint: Callable[[str], Path]) -> None:

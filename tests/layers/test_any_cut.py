@@ -10,13 +10,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fate_moe import demo
+from fate_moe.engine.prepare import load_tokenizer
 from fate_moe.kernels.native import native
 from fate_moe.layers import model_step
 from fate_moe.layers.cpu_step import CpuStep
 from fate_moe.layers.model_step import SequenceRows
+from fate_moe.schedule.batching import BatchScheduler
 from fate_moe.schedule.pool import PoolExecutor
+from fate_moe.schedule.request import Request, Sampling
 from fate_moe.store import dense
 from fate_moe.store.convert import convert
+from tests.schedule.test_batching import answers, end_of
+from tests.schedule.test_batching import tokens_of as tokens_of_answer
 from tests.support.bits import assert_same
 from tests.support.checkpoints import tiny_checkpoint
 from tests.support.engines import load_model
@@ -28,7 +34,7 @@ if native is None:
 
 MODELS = [
     *((family, "bf16") for family in ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek_v3")),
-    *((family, "int8") for family in ("gpt_oss", "deepseek_v3")),
+    *((family, "int8") for family in ("gpt_oss", "deepseek_v2")),
 ]
 LENGTH = 150
 
@@ -180,6 +186,22 @@ def test_generate_runs_all_layers_in_one_call(model: Any, rows_run: list[int], o
     for length, text in zip(lengths, texts, strict=True):
         ids = tokens_of(length)
         assert torch.equal(model.generate(ids, attention_mask=torch.ones_like(ids), **most)[0, length:], text)
+
+
+def test_a_prefix_that_is_there_gives_the_same_logits(model: Any) -> None:
+    """Behind the blocks of another text, in every layer: whole ones, windows and latent rows."""
+    scheduler = BatchScheduler(lambda: (model, load_tokenizer(demo.MODEL)), parallel=2)
+    prompt = tuple(tokens_of(150)[0].tolist())
+    request = Request((*prompt, 9, 8), 6, Sampling(temperature=0), ignore_eos=True, top_logprobs=3)
+    try:
+        alone = answers(scheduler, request)[0]
+        assert end_of(alone).usage.cached_tokens == 0
+        answers(scheduler, Request((*prompt[:130], 5), 3, Sampling(temperature=0), ignore_eos=True))
+        again = answers(scheduler, request)[0]
+        assert end_of(again).usage.cached_tokens == 128
+        assert tokens_of_answer(again) == tokens_of_answer(alone)
+    finally:
+        scheduler.close()
 
 
 def test_another_budget_gives_the_same_logits(model: Any) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fate_moe.adapter.config_rules import longest_context, refuse_beyond
 from fate_moe.cli.listing import ago
 from fate_moe.cli.net import one_line, say, uninterrupted
 from fate_moe.cli.options import (
@@ -28,7 +29,7 @@ from fate_moe.cli.options import (
     store_of,
 )
 from fate_moe.cli.reading import Shown
-from fate_moe.cli.text import beams_of, printer
+from fate_moe.cli.text import ReadingLine, beams_of, printer
 from fate_moe.config import OffloadConfig
 from fate_moe.errors import ConfigError, FateError
 from fate_moe.tools.sessions import (
@@ -48,7 +49,7 @@ __all__ = ["add_verbs"]
 
 _log = logging.getLogger(__name__)
 
-_COMMANDS = "/reset forgets the conversation, /exit or Ctrl-D ends it"
+_COMMANDS = "/reset forgets the conversation, /drop its oldest turns where the context is full, /exit or Ctrl-D ends it"
 # What a session goes on with, unless the command line says something else.
 _SETTINGS = (
     *("max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "num_beams", "seed"),
@@ -126,14 +127,17 @@ def _converse(arguments: argparse.Namespace, session: Session | None) -> None:
     prepared = prepare(store_of(arguments))
     tokenizer = load_tokenizer(prepared.store.path)
     load_generation_config(prepared.model, prepared.store.path)
-    config = offload_config(arguments, OffloadConfig.context_length)
+    beams, longest = beams_of(arguments, prepared.model), longest_context(prepared.model.config)
+    refuse_beyond(arguments.context_length, prepared.model.config, beams)
+    usual = OffloadConfig.context_length
+    config = offload_config(arguments, usual if longest is None else min(usual, longest * beams))
     plan = prepared.plan(config)
     say(plan.line())
     model = build(prepared, plan, config)
     with uninterrupted(model.fate.close):
         if not tokenizer.chat_template:
             say("this model has no chat template: it continues the conversation as plain text")
-        context_length = config.context_length // beams_of(arguments, model)
+        context_length = config.context_length // beams
         answering = Answering(model, tokenizer, generate_options(arguments), arguments.seed, arguments.speculate)
         with uninterrupted(answering.close):
             _talk(Talk(model, tokenizer, answering, context_length, arguments.max_new_tokens, session))
@@ -152,6 +156,14 @@ class Talk:
     session: Session | None = None
 
 
+class _FullError(FateError):
+    """The conversation fills the context; without its ``oldest`` turns it does not (0: the last message alone is too long)."""
+
+    def __init__(self, message: str, oldest: int) -> None:
+        super().__init__(message)
+        self.oldest = oldest
+
+
 def _talk(talk: Talk) -> None:
     """Ask and answer until the person leaves; a turn that fails is said and forgotten."""
     if reconfigure := getattr(sys.stdin, "reconfigure", None):  # before the first read
@@ -160,20 +172,32 @@ def _talk(talk: Talk) -> None:
     messages: list[dict[str, str]] = session.messages if session is not None else []
     if session is not None and messages:
         say(f"session {session.name} goes on after {session.turns} turns, {session.tokens} tokens; /reset forgets them")
+    full: tuple[str, int] | None = None  # a message that had no room, and the turns before it that would have to go
     while (line := _ask()) is not None:
-        if re.fullmatch(r"/\w+", line):
+        if line == "/drop" and full is not None:
+            line, oldest = full
+            del messages[: 2 * oldest]
+            say("the oldest turn is forgotten" if oldest == 1 else f"the oldest {oldest} turns are forgotten")
+        elif re.fullmatch(r"/\w+", line):
             if line == "/reset":
                 messages.clear()
                 _keep(session)
+            elif line == "/drop":
+                say("nothing has to be dropped")
             else:
                 say(_COMMANDS if line == "/help" else f"there is no command {line}; {_COMMANDS}")
             continue
+        full = None
         messages.append({"role": "user", "content": line})
         try:
             answer = _turn(talk, messages)
         except KeyboardInterrupt:  # stop the answer, not the conversation
             print()
             messages.pop()
+        except _FullError as error:
+            say(f"fate: {error}")
+            left_out = messages.pop()["content"]
+            full = (left_out, error.oldest) if error.oldest else None
         except OSError:  # nobody reads the answers
             raise
         except Exception as error:
@@ -195,13 +219,24 @@ def _keep(session: Session | None) -> None:
 
 
 def _turn(talk: Talk, messages: Sequence[dict[str, str]]) -> str:
-    """The model's answer, printed as it is made. Raises ConfigError where the conversation fills the context."""
+    """The model's answer, printed as it is made. Raises _FullError where the conversation fills the context."""
     from fate_moe.tools.tokens import num_rows
 
-    ids = _tokens(talk.tokenizer, messages, num_rows(talk.model))
-    if len(ids) >= talk.context_length:
-        raise ConfigError(f"the conversation has {len(ids)} tokens and the context {talk.context_length}; /reset it, or say less")
-    answer = talk.answering.answer(ids, min(talk.max_new_tokens, talk.context_length - len(ids)), printer())
+    rows, room = num_rows(talk.model), talk.context_length
+    ids = _tokens(talk.tokenizer, messages, rows)
+    if len(ids) >= room:
+        said = f"the conversation has {len(ids)} tokens and the context {room}"
+        spare = min(talk.max_new_tokens, room // 4)  # for the answer
+        for oldest in range(1, len(messages) // 2 + 1):
+            if len(_tokens(talk.tokenizer, messages[2 * oldest :], rows)) + spare <= room:
+                turns = "the oldest turn" if oldest == 1 else f"the oldest {oldest} turns"
+                raise _FullError(f"{said}; /drop forgets {turns} and answers, /reset forgets all", oldest)
+        raise _FullError(f"{said}; the message alone is too long, say less", 0)
+    reading = ReadingLine()
+    try:
+        answer = talk.answering.answer(ids, min(talk.max_new_tokens, room - len(ids)), printer(reading), reading)
+    finally:
+        reading.end()
     print(flush=True)
     _log.info("%d of %d tokens were there", answer.cached_tokens, answer.prompt_tokens)
     if talk.session is not None:

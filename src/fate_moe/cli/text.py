@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fate_moe import demo
-from fate_moe.adapter.config_rules import longest_context
+from fate_moe.adapter.config_rules import longest_context, refuse_beyond
 from fate_moe.cli.net import say, uninterrupted
 from fate_moe.cli.options import (
     add_model,
@@ -115,6 +115,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if inputs.shape[1] == 0:
         raise ConfigError("the prompt is empty")
     beams = beams_of(arguments, prepared.model)
+    refuse_beyond(arguments.context_length, prepared.model.config, beams)
     needed = _needed(inputs.shape[1], arguments.max_new_tokens, beams, arguments.context_length)
     config = offload_config(arguments, needed)
     plan = prepared.plan(config)
@@ -123,14 +124,16 @@ def _run(arguments: argparse.Namespace) -> None:
         say(f"prompt and answer take {needed // beams} tokens; this model was made for {longest}")
     model = build(prepared, plan, config)
     with uninterrupted(model.fate.close):
-        options = {**generate_options(arguments), **_drafts(arguments, model)}
+        options, reading = {**generate_options(arguments), **_drafts(arguments, model)}, ReadingLine()
         if arguments.json:
-            answer = generate(model, tokenizer, inputs, **options)
+            answer = generate(model, tokenizer, inputs, on_read=reading, **options)
+            reading.end()
             name = "embedded" if arguments.model is None else str(arguments.model)
             print_json({"model": name, **answer.as_dict(), **model.fate.report().as_dict()})
             return
         print(Shown()(prompt), end="", flush=True)
-        answer = generate(model, tokenizer, inputs, printer(), **options)
+        answer = generate(model, tokenizer, inputs, printer(reading), reading, **options)
+        reading.end()
         print(flush=True)
         report = model.fate.report()
         traffic = report.traffic(answer.prompt_tokens + len(answer.tokens))
@@ -140,10 +143,34 @@ def _run(arguments: argparse.Namespace) -> None:
         )
 
 
-def printer() -> Any:
-    """What prints each piece of a text at once."""
+def printer(reading: ReadingLine | None = None) -> Any:
+    """What prints each piece of a text at once, in place of ``reading``."""
     shown = Shown()
-    return lambda text: print(shown(text), end="", flush=True)
+
+    def write(text: str) -> None:
+        if reading is not None:
+            reading.end()
+        print(shown(text), end="", flush=True)
+
+    return write
+
+
+class ReadingLine:
+    """A line on standard error, where that is a terminal, that says how much of a prompt is read, until ``end``."""
+
+    def __init__(self) -> None:
+        self._is_there = False
+
+    def __call__(self, done: int, total: int) -> None:
+        if sys.stderr.isatty() and done:
+            self._is_there = True
+            print(f"\rreading the prompt: {done} of {total} tokens", end="", file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        """Take the line back."""
+        if self._is_there:
+            self._is_there = False
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def _drafts(arguments: argparse.Namespace, model: Any) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,9 @@ from fate_moe.core import KV_BLOCK
 from fate_moe.errors import BudgetError, ConfigError
 from fate_moe.kernels.activations import find_activation
 from fate_moe.kernels.attention import row_width
+from fate_moe.kernels.cpu import SMALL
 from fate_moe.kernels.native import native
+from fate_moe.layers.model_step import reads_in_pieces
 from fate_moe.machine import available_memory, resident_memory
 from fate_moe.memory.classes import SlotClass, divide, fewest, slot_classes, total_bytes
 from fate_moe.quant.dtypes import dtype_name
@@ -37,6 +39,12 @@ SPREAD_BYTES = 8 << 20
 # "auto" takes so much of the free memory; the rest is for other programs.
 AUTO_FRACTION = 0.8
 PASS_ROWS = 256  # (token, expert) that are computed at a time (csrc/products.cpp: kMostRows)
+
+
+# Rows of a call for which memory is set aside where prompts are read in pieces (layers/model_step.py): for these, which are
+# shorter, and for calls that the model's own forward has to run.
+MOST_WHOLE = 2048
+_ANGLE_BYTES = 12  # cos and sin of a channel and position, in fp32, and in bf16 as the table is made
 
 
 @dataclass(frozen=True)
@@ -66,7 +74,18 @@ class Footprint:
     inner_bytes_per_token: int
     scratch_bytes: int
     exact_scratch_bytes: int
+    angle_bytes_per_token: int
     tied_bytes: int = 0
+    in_pieces: bool = False
+
+    def kv_bytes(self, config: OffloadConfig) -> int:
+        """Of a token."""
+        return self.kv_bytes_per_token if config.kv_cache == "bf16" else self.int8_kv_bytes_per_token
+
+    def rows_at_once(self, config: OffloadConfig) -> int:
+        """So many tokens of a prompt have activations at once."""
+        longest = MOST_WHOLE if self.in_pieces and not config.exact_activations else config.context_length
+        return min(config.context_length, longest)
 
     @property
     def slot_bytes(self) -> int:
@@ -100,6 +119,7 @@ class Plan:
     kv_cache_bytes: int
     activation_bytes: int
     context_length: int
+    rows_at_once: int
     slots: tuple[SlotClass, ...]
     tied_bytes: int = 0
     kv_format: str = "bf16"
@@ -145,7 +165,7 @@ class Plan:
             ("Python, torch, transformers", self.runtime_bytes, "measured in this process"),
             ("dense weights", self.dense_bytes, f"attention, norms, routers, shared experts, head{tied}"),
             ("KV cache", self.kv_cache_bytes, f"{self.context_length} tokens, {self.kv_format}{prefixes}"),
-            ("activations", self.activation_bytes, f"prefill of {self.context_length} tokens"),
+            ("activations", self.activation_bytes, f"{self.rows_at_once} tokens of a prompt at once"),
             *(
                 (
                     f"expert slots of {format_bytes(of.slot_bytes)}" if several else "expert slots",
@@ -231,7 +251,16 @@ def footprint(
         inner_bytes_per_token=top_k * max(shape[0] for stack in stacks for shape in stack.output_rows_first().values()) * itemsize,
         scratch_bytes=_scratch_bytes(model, stacks, precision, exact=False),
         exact_scratch_bytes=_scratch_bytes(model, stacks, precision, exact=True),
+        in_pieces=_in_pieces(model, stacks, precision, quantized),
+        angle_bytes_per_token=_ANGLE_BYTES * max(_rotary_width(layer) for layer in _layers_of(text)),
     )
+
+
+def _in_pieces(model: PreTrainedModel, stacks: list[ExpertStack], precision: str, quantized: Container[str]) -> bool:
+    """Whether prompts are read in pieces on the CPU."""
+    shapes = [shape for stack in stacks for shape in stack.output_rows_first().values()]
+    many = precision != "lossless" or all(math.prod(shape) <= SMALL for shape in shapes)
+    return many and reads_in_pieces(model, quantized)
 
 
 def _is_embedding(model: nn.Module, parameter: str) -> bool:
@@ -247,9 +276,9 @@ def make_plan(needs: Footprint, config: OffloadConfig) -> Plan:
     free = available_memory() + resident_memory()
     budget = int(free * AUTO_FRACTION) if config.ram == "auto" else parse_amount(config.ram, free)
     runtime = resident_memory() + RESERVE_BYTES
-    per_token = needs.kv_bytes_per_token if config.kv_cache == "bf16" else needs.int8_kv_bytes_per_token
-    kv = per_token * -(-config.context_length // KV_BLOCK) * KV_BLOCK  # a server has it in whole blocks
-    activations = needs.activation_bytes_per_token * config.context_length
+    kv = needs.kv_bytes(config) * -(-config.context_length // KV_BLOCK) * KV_BLOCK  # a server has it in whole blocks
+    rows = needs.rows_at_once(config)
+    activations = needs.activation_bytes_per_token * rows + needs.angle_bytes_per_token * config.context_length
     activations += needs.exact_scratch_bytes if config.exact_activations else needs.scratch_bytes
     fixed = runtime + needs.dense_bytes + kv + activations
     smallest_slots = fewest(needs.slots, needs.min_slots)
@@ -282,6 +311,7 @@ def make_plan(needs: Footprint, config: OffloadConfig) -> Plan:
         kv_cache_bytes=kv,
         activation_bytes=activations,
         context_length=config.context_length,
+        rows_at_once=rows,
         slots=slots,
         tied_bytes=needs.tied_bytes,
         kv_format=config.kv_cache,
@@ -323,14 +353,22 @@ def _scratch_bytes(model: PreTrainedModel, stacks: list[ExpertStack], precision:
 
 def _kv_bytes_per_token(text: Any, itemsize: int) -> int:
     """Upper bound over all layers: sliding windows and layers without a KV cache count as full ones."""
-    layers = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text] * text.num_hidden_layers
-    return sum(_kv_width(layer) for layer in layers) * itemsize
+    return sum(_kv_width(layer) for layer in _layers_of(text)) * itemsize
+
+
+def _layers_of(text: Any) -> list[Any]:
+    """The configuration of each layer."""
+    return text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text] * text.num_hidden_layers
+
+
+def _rotary_width(layer: Any) -> int:
+    """Channels of a head that turn, at most."""
+    return _width(layer, "qk_rope_head_dim") or _width(layer, "head_dim") or layer.hidden_size // layer.num_attention_heads
 
 
 def _int8_kv_bytes_per_token(text: Any) -> int:
     """As above, of layers that the extension runs: others have no int8 cache."""
-    layers = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text] * text.num_hidden_layers
-    return sum(_int8_kv_bytes(layer) for layer in layers)
+    return sum(_int8_kv_bytes(layer) for layer in _layers_of(text))
 
 
 def _int8_kv_bytes(layer: Any) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -25,7 +26,7 @@ from fate_moe.engine.patches import Patches
 from fate_moe.engine.prepare import Prepared
 from fate_moe.engine.report import PrefixReport, Report
 from fate_moe.engine.weights import fill, leave_on_disk
-from fate_moe.errors import ConfigError
+from fate_moe.errors import BudgetError, ConfigError
 from fate_moe.journal import Observer
 from fate_moe.kernels.cpu import SlotExperts
 from fate_moe.layers.cpu_step import join_layers
@@ -203,6 +204,15 @@ class CpuParts:
             patches.replace(model, "forward", self._step)
         modules = ", ".join(f"{count} {kind}" for kind, count in accelerated.items()) or "no modules"
         _log.info("run by the extension: %d of %d layers whole, %s", len(joined), len(plain_decoder(model)), modules)
+        in_pieces = self._step is not None and self._step.most_rows == sys.maxsize
+        if plan.rows_at_once < plan.context_length and not in_pieces:
+            raise BudgetError(
+                f"memory is set aside for {plan.rows_at_once} tokens of a prompt at once, and no kernel reads this model's prompts "
+                f"so (-v says why); give --context-length {plan.rows_at_once}",
+                0,
+            )
+        if self._step is not None:
+            self._step.most_whole = plan.rows_at_once
         if config.kv_cache != "bf16" and self._step is None:
             raise ConfigError(
                 f"the KV cache of {model.config.model_type} is bf16: not all of its layers are run by the extension (fate models "

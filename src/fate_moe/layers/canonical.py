@@ -224,6 +224,7 @@ ROPES = {
     "mixtral.MixtralRotaryEmbedding": True,
     "gpt_oss.GptOssRotaryEmbedding": True,
     "ernie4_5_moe.Ernie4_5_MoeRotaryEmbedding": True,
+    "deepseek_v2.DeepseekV2RotaryEmbedding": True,
 }
 HEADS = {
     "qwen3_moe.Qwen3MoeForCausalLM": True,

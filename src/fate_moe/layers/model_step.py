@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import weakref
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,16 +17,21 @@ import torch
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
+from fate_moe.errors import BudgetError
+from fate_moe.kernels.cpu import SMALL
 from fate_moe.kernels.native import native
 from fate_moe.kernels.plain_layer import Norm
+from fate_moe.layers.attentions import cos_and_sin, projections_of
 from fate_moe.layers.canonical import HEADS, ROPES, TRUNKS, meaning_of
 from fate_moe.layers.cpu_step import CpuStep
 from fate_moe.layers.modules import accelerated_by
+from fate_moe.layers.plain import NotPlain, plain_decoder
+from fate_moe.layers.reasons import cpu_reasons
 from fate_moe.layers.rows import BLOCK, batch_rows, contiguous_kv, forgotten_kv, padding_of
 from fate_moe.layers.snapshot import ModuleSnapshot, StandIn, Watch
 from fate_moe.layers.weights import MOST_FEW, native_norm, takes_many, weight_of
 
-__all__ = ["ROWS_AT_ONCE", "ModelStep", "SequenceRows", "model_step"]
+__all__ = ["ROWS_AT_ONCE", "ModelStep", "SequenceRows", "around_reasons", "model_step", "reads_in_pieces"]
 
 # Rotary frequencies that do not depend on how long a text is: one table of angles serves all calls.
 _FIXED_ROPES = {"default", "linear", "llama3", "yarn"}
@@ -48,22 +53,55 @@ class SequenceRows:
 def model_step(model: Any, steps: Sequence[CpuStep]) -> ModelStep | None:
     """The whole of ``model`` as one step, if it can be one; ``steps`` are those of its layers that are."""
     trunk: Any = getattr(model, "model", None)
-    if not steps or len(steps) != len(getattr(trunk, "layers", ())):
+    if not steps or len(steps) != len(getattr(trunk, "layers", ())) or around_reasons(model):
         return None
-    if meaning_of(type(model), HEADS) is None or meaning_of(type(trunk), TRUNKS) is None:
-        return None
-    rope, head, norm = trunk.rotary_emb, model.lm_head, accelerated_by(trunk.norm)
-    if meaning_of(type(rope), ROPES) is None or getattr(rope, "rope_type", "default") not in _FIXED_ROPES:
-        return None
-    if not isinstance(norm, Norm) or getattr(head, "bias", None) is not None or weight_of(head) is None:
+    norm = accelerated_by(trunk.norm)
+    if not isinstance(norm, Norm) or weight_of(model.lm_head) is None:
         return None
     return ModelStep(model, steps, norm)
+
+
+def around_reasons(model: Any) -> list[str]:
+    """Why what is around the layers of ``model`` (which may have no weights) cannot be run with them; none if it can."""
+    trunk = getattr(model, "model", None)
+    if meaning_of(type(model), HEADS) is None:
+        return [f"{type(model).__name__} makes logits in a way that is not known"]
+    if trunk is None or meaning_of(type(trunk), TRUNKS) is None:
+        return [f"{type(trunk).__name__} runs its layers in a way that is not known"]
+    rope, reasons = trunk.rotary_emb, list[str]()
+    if meaning_of(type(rope), ROPES) is None:
+        reasons.append(f"{type(rope).__name__} makes rotary frequencies in a way that is not known")
+    if (kind := getattr(rope, "rope_type", "default")) not in _FIXED_ROPES:
+        reasons.append(f"its rotary frequencies ({kind}) depend on the length of the text")
+    if getattr(model.lm_head, "bias", None) is not None:
+        reasons.append("its head has a bias")
+    return reasons
+
+
+def reads_in_pieces(model: Any, quantized: Container[str]) -> bool:
+    """Whether prompts of ``model``, which may have no weights, will go through a ModelStep ``ROWS_AT_ONCE`` rows at a time, if its
+    experts' kernels take many rows: all of it is known, and its large matrices (names of parameters) are ``quantized``."""
+    layers, names = plain_decoder(model), {module: name for name, module in model.named_modules()}
+    if not layers or around_reasons(model):
+        return False
+    for plain in layers:
+        if isinstance(plain, NotPlain) or cpu_reasons(plain, model.dtype):
+            return False
+        layer = model.get_submodule(plain.path)
+        parts = projections_of(layer.self_attn)
+        if plain.shared is not None:
+            beside = layer.get_submodule(plain.block).get_submodule(plain.shared.name)
+            parts += [beside.gate_proj, beside.up_proj, beside.down_proj]
+        if any(part.weight.numel() > SMALL and f"{names[part]}.weight" not in quantized for part in parts):
+            return False
+    return True
 
 
 class ModelStep(StandIn):
     """The model's forward: rows of sequences through everything, ``ROWS_AT_ONCE`` in a call, else the model's own.
 
-    ``on_read`` is told how many rows of a pass are done, and of how many, after each call but the last; what it raises ends it.
+    Other calls may have ``most_whole`` rows: memory is set aside for so many. ``on_read`` is told how many rows of a pass are
+    done, and of how many, after each call but the last; what it raises ends the pass.
     """
 
     def __init__(self, model: Any, steps: Sequence[CpuStep], norm: Norm) -> None:
@@ -78,6 +116,7 @@ class ModelStep(StandIn):
         self._windows = any(step.plain.attention.window for step in steps)
         self.head_dim = steps[0].plain.attention.head_dim
         self.on_read: Callable[[int, int], None] | None = None
+        self.most_whole = sys.maxsize
         self._angles = _Angles(self._trunk.rotary_emb)
         head = native.Head.make(native_norm(self._trunk.norm, norm), weight_of(model.lm_head))
         self.of = native.Step.make([step.of for step in steps], head)
@@ -105,7 +144,16 @@ class ModelStep(StandIn):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         out = self._forward(*args, **kwargs)
-        return out if out is not None else self.original(*args, **kwargs)
+        if out is not None:
+            return out
+        ids = args[0] if args else kwargs.get("input_ids")
+        if ids is not None and ids.numel() > self.most_whole:
+            raise BudgetError(
+                f"{ids.numel()} tokens in a call for the model's own forward (hooks, recorded outputs, changed parts), and memory "
+                f"is set aside for {self.most_whole}; give fewer at a time",
+                0,
+            )
+        return self.original(*args, **kwargs)
 
     def _forward(
         self,
@@ -285,7 +333,7 @@ class _Angles:
         last = int(positions[-1]) if len(positions) == 1 else int(positions.max())
         if last >= len(self._table[0]):
             every = torch.arange(max(256, min(last + last // 2, last + _MORE_ANGLES)))[None]
-            cos, sin = self._rope(torch.empty(0, dtype=torch.bfloat16), every)
+            cos, sin = cos_and_sin(self._rope(torch.empty(0, dtype=torch.bfloat16), every))
             self._table = cos[0].float().contiguous(), sin[0].float().contiguous()
         if len(positions) == 1:
             return self._table[0][last], self._table[1][last]

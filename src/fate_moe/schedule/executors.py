@@ -1,4 +1,4 @@
-"""Which executor a loaded model gets, and how many requests run on it at once."""
+"""Which executor runs a loaded model, with how many requests at once, and what it keeps."""
 
 from __future__ import annotations
 

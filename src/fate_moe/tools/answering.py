@@ -9,7 +9,7 @@ from typing import Any
 
 from fate_moe.errors import ConfigError, FateError
 from fate_moe.schedule.batching import BatchScheduler
-from fate_moe.schedule.request import Finished, Piece, Request, Sampling
+from fate_moe.schedule.request import Finished, Piece, Reading, Request, Sampling
 from fate_moe.schedule.speculation import Mode, Speculation
 from fate_moe.tools.generate import generate
 from fate_moe.tools.tokens import as_input
@@ -49,16 +49,23 @@ class Answering:
         speculation = Speculation(speculate)
         self._scheduler = None if in_beams else BatchScheduler(lambda: (model, tokenizer), parallel=1, speculation=speculation)
 
-    def answer(self, ids: Sequence[int], most_tokens: int, on_text: Callable[[str], None]) -> Answer:
-        """What the model says after ``ids``; ``on_text`` gets each piece. Raises FateError, and what ``on_text`` raises.
+    def answer(
+        self,
+        ids: Sequence[int],
+        most_tokens: int,
+        on_text: Callable[[str], None],
+        on_read: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Answer:
+        """What the model says after ``ids``; ``on_text`` gets each piece, ``on_read`` how many tokens of the prompt are read, of
+        how many. Raises FateError, and what these raise.
 
         An interrupt ends the text; the next one may begin.
         """
         if self._scheduler is None:
             options = {**self._options, "max_new_tokens": most_tokens}
-            made = generate(self._model, self._tokenizer, as_input(ids), on_text, **options)
+            made = generate(self._model, self._tokenizer, as_input(ids), on_text, on_read, **options)
             return Answer(made.text, tuple(made.tokens), made.prompt_tokens, first_seconds=made.prefill_seconds)
-        return asyncio.run(self._answer(Request(tuple(ids), most_tokens, self._sampling()), on_text))
+        return asyncio.run(self._answer(Request(tuple(ids), most_tokens, self._sampling()), on_text, on_read))
 
     def kept_files(self, ids: Sequence[int]) -> list[str]:
         """Names, under the folder of ``--prefix-cache-disk``, of the files that a text of ``ids`` has or will have there."""
@@ -80,7 +87,7 @@ class Answering:
         seed = None if self._seed is None else (self._seed + self._turns - 1) % (1 << 63)
         return Sampling(**given, seed=seed)
 
-    async def _answer(self, request: Request, on_text: Callable[[str], None]) -> Answer:
+    async def _answer(self, request: Request, on_text: Callable[[str], None], on_read: Callable[[int, int], None]) -> Answer:
         assert self._scheduler is not None
         ticket, said, tokens = self._scheduler.submit(request), list[str](), list[int]()
         try:
@@ -90,6 +97,8 @@ class Answering:
                         said.append(event.text)
                         tokens += [record.token for record in event.tokens]
                         on_text(event.text)
+                    elif isinstance(event, Reading):
+                        on_read(event.done, event.total)
                     elif isinstance(event, Finished):
                         end = event
         finally:
