@@ -66,12 +66,15 @@ def serving(serve: ServeOptions | None = None, **options: Any) -> Iterator[tuple
 
 @dataclass(frozen=True)
 class Overhead:
-    """Medians of wall clock, in milliseconds; the server's are what a client sees."""
+    """In milliseconds: medians of wall clock, the server's being what a client sees, and the processor time of this process, which
+    says more where other programs run."""
 
     generate_first_ms: float
     server_first_ms: float
     generate_token_ms: float
     server_token_ms: float
+    generate_token_cpu_ms: float
+    server_token_cpu_ms: float
 
     @property
     def request_ms(self) -> float:
@@ -91,14 +94,20 @@ def overhead(url: str, service: Service, rounds: int = 15, tokens: int = 64) -> 
     card = service.card
     assert card is not None
     theirs, ours = list[list[float]](), list[list[float]]()
+    cpu = list[list[float]]()
     prompt = card.encode(PROMPTS[0], special=True)
     body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True, "ignore_eos": True}
     with ProcessPoolExecutor(1, get_context("spawn")) as client:
         for number in range(rounds + 2):
-            direct, served = _generate(card.model, prompt, tokens), client.submit(_token_times, url, body).result()
+            clock = [time.process_time()]
+            direct = _generate(card.model, prompt, tokens)
+            clock.append(time.process_time())
+            served = client.submit(_token_times, url, body).result()
+            clock.append(time.process_time())
             if number >= 2:  # the first ones fill caches
                 theirs.append(direct)
                 ours.append(served)
+                cpu.append([(end - start) / tokens * 1e3 for start, end in itertools.pairwise(clock)])
 
     def first(found: list[list[float]]) -> float:
         return statistics.median(times[0] for times in found) * 1e3
@@ -107,7 +116,8 @@ def overhead(url: str, service: Service, rounds: int = 15, tokens: int = 64) -> 
         steps = [[end - start for start, end in itertools.pairwise(times)] for times in found]
         return statistics.fmean(statistics.median(at) for at in zip(*steps, strict=True)) * 1e3
 
-    return Overhead(first(theirs), first(ours), each(theirs), each(ours))
+    their_cpu, our_cpu = (statistics.median(one) for one in zip(*cpu, strict=True))
+    return Overhead(first(theirs), first(ours), each(theirs), each(ours), their_cpu, our_cpu)
 
 
 def _generate(model: Any, prompt: list[int], tokens: int) -> list[float]:

@@ -21,6 +21,7 @@ __all__ = [
     "SLOT_ALIGNMENT",
     "BlobLayout",
     "Counters",
+    "Drafts",
     "EvictionPolicy",
     "ExpertId",
     "ExpertSource",
@@ -97,6 +98,14 @@ class BlobLayout:
     length: int
     group_size: int = 0
     plane_widths: tuple[int, ...] = ()
+
+
+@dataclass
+class Drafts:
+    """Drafted tokens that were checked since the model was loaded, and those of them that became part of a text."""
+
+    drafted: int = 0
+    accepted: int = 0
 
 
 @dataclass

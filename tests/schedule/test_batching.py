@@ -19,10 +19,12 @@ from hypothesis import strategies as st
 
 import fate_moe
 from fate_moe.core import KV_BLOCK
-from fate_moe.schedule.batching import BatchScheduler, default_parallel
+from fate_moe.schedule.batching import BatchScheduler
 from fate_moe.schedule.block_files import BlockFiles
-from fate_moe.schedule.request import Event, Finished, Piece, Queued, Reading, Request, Sampling
+from fate_moe.schedule.executors import default_parallel
+from fate_moe.schedule.request import Event, Finished, Piece, Queued, Reading, Request, Sampling, TokenRecord
 from fate_moe.schedule.scheduler import QueueFullError, StoppedError, Ticket
+from fate_moe.schedule.ticket import Bell
 from tests.support.batching import POISON, FakeExecutor, FakeModel, FakeTokenizer
 
 
@@ -136,7 +138,7 @@ def test_a_text_is_what_it_is_alone(actions: list[Any], parallel: int, num_block
             assert ticket in left
             assert text_of(want).startswith(text_of(events))
             continue
-        usage = replace(end.usage, cached_tokens=0)
+        usage = replace(end.usage, cached_tokens=0)  # of those that others left
         assert (text_of(events), end.reason, usage) == (text_of(want), end_of(want).reason, end_of(want).usage)
         assert tokens_of(events) == tokens_of(want)
         assert end.prompt == end_of(want).prompt
@@ -274,8 +276,9 @@ def test_a_full_queue_refuses() -> None:
         while not scheduler.running:
             await asyncio.sleep(0.001)
         tickets += [scheduler.submit(one) for _ in range(2)]
-        with pytest.raises(QueueFullError):
+        with pytest.raises(QueueFullError) as refused:
             scheduler.submit(one)
+        assert refused.value.retry_seconds == 0  # nothing is known of what requests take
         executor.is_open = True
         await asyncio.to_thread(scheduler.close, 5.0)
         assert [end_of(await collect(ticket)).reason for ticket in tickets] == ["length"] * 3
@@ -283,12 +286,32 @@ def test_a_full_queue_refuses() -> None:
     asyncio.run(run())
 
 
-def test_what_comes_while_the_loop_is_busy_comes_at_once_and_wakes_it_once() -> None:
+def test_a_full_queue_says_in_what_time_those_that_wait_should_have_begun() -> None:
     async def run() -> None:
-        scheduler, calls = scheduler_on(FakeExecutor(8)), list[Any]()
-        loop = asyncio.get_running_loop()
-        call = loop.call_soon_threadsafe
-        loop.call_soon_threadsafe = lambda *arguments: calls.append(call(*arguments))  # type: ignore[assignment]
+        executor = FakeExecutor(8)
+        scheduler = scheduler_on(executor, parallel=1, capacity=2)
+        took = [end_of(await collect(scheduler.submit(Request((1,), 4, ignore_eos=True)))).timings for _ in range(3)]
+        executor.is_open = False
+        tickets = [scheduler.submit(Request((1,), 1))]
+        while not scheduler.running:
+            await asyncio.sleep(0.001)
+        tickets += [scheduler.submit(Request((1,), 1)) for _ in range(2)]
+        with pytest.raises(QueueFullError) as refused:
+            scheduler.submit(Request((1,), 1))
+        mean = sum(one.prompt_seconds + one.decode_seconds for one in took) / len(took)
+        assert refused.value.retry_seconds == pytest.approx(2 * mean)
+        executor.is_open = True
+        await asyncio.to_thread(scheduler.close, 5.0)
+
+    asyncio.run(run())
+
+
+def test_what_comes_while_the_loop_is_busy_comes_at_once_and_wakes_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rung, calls = Bell._rung, list[Bell]()
+    monkeypatch.setattr(Bell, "_rung", lambda bell: (calls.append(bell), rung(bell)))
+
+    async def run() -> None:
+        scheduler = scheduler_on(FakeExecutor(8))
         ticket = scheduler.submit(Request((1,), 1, ignore_eos=True))
         deadline = time.monotonic() + 5
         while (scheduler.running or scheduler.waiting) and time.monotonic() < deadline:
@@ -317,6 +340,13 @@ def test_a_model_that_does_not_load_ends_what_waits() -> None:
         assert isinstance(told[0], fate_moe.StoreError)
 
     asyncio.run(run())
+
+
+def test_a_prompt_of_one_token_has_nothing_to_say_of_itself() -> None:
+    scheduler = scheduler_on(FakeExecutor(8))
+    end = end_of(answers(scheduler, Request((1,), 0, prompt_logprobs=True))[0])
+    assert (end.reason, end.prompt) == ("length", (TokenRecord(1),))
+    scheduler.close()
 
 
 @pytest.mark.parametrize("where", ["making a constraint", "applying it"])

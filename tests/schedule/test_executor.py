@@ -15,8 +15,9 @@ from transformers import LogitsProcessorList
 import fate_moe
 from fate_moe import demo
 from fate_moe.engine.prepare import load_tokenizer, store_for
-from fate_moe.schedule.batching import BatchScheduler, executor_of
+from fate_moe.schedule.batching import BatchScheduler
 from fate_moe.schedule.executor import Executor, ModelExecutor, Rows
+from fate_moe.schedule.executors import executor_of
 from fate_moe.schedule.pool import PoolExecutor
 from fate_moe.schedule.request import Event, Finished, Piece, Reading, Request, Sampling, Usage
 from fate_moe.schedule.sampling import Sampler, _Penalties, choose, generation_config
@@ -80,7 +81,7 @@ def test_several_at_once_are_what_generate_writes(scheduler: BatchScheduler, loa
         assert ids(events) == generated(loaded[0], request)
         alone = answers(scheduler, request)[0]
         assert tokens_of(events) == tokens_of(alone)  # log probabilities to the bit
-        kept = (len(request.prompt) - 1) // 64 * 64 if scheduler.load.prompt_tokens else 0
+        kept = (len(request.prompt) - 1) // 64 * 64 if scheduler.load.prefixes.prompt_tokens else 0
         assert end_of(alone).usage.cached_tokens == kept  # of the same prompt all that can be is there
         end = end_of(events)
         assert (end.reason, end.usage) == ("length", Usage(len(request.prompt), 24, end.usage.cached_tokens))
@@ -299,8 +300,15 @@ def test_a_prefix_gives_the_same_bits_from_memory_and_from_the_disk(
     answers(scheduler, other)  # the pool has 16 blocks: some of the first text's go
     asks(scheduler, 256)
     scheduler.close()
-    disk = steps.executor.disk
+    disk, report = steps.executor.disk, model.fate.report()
     assert disk is not None
+    assert report.prefixes == scheduler.load.prefixes
+    assert report.prefixes.cached_tokens == 2 * 256
+    assert report.prefixes.kept_bytes == len(steps.executor.prefixes or ()) * 12 * 2 * 4 * 64 * 32 * 2
+    assert (report.prefixes.disk_read_bytes, report.prefixes.disk_bytes > 0) == (disk.files.read_bytes, True)
+    assert report.prefixes.saved_seconds > 0
+    assert "prompt tokens were there" in str(report)
+    assert report.as_dict()["prefixes"]["prompt_tokens"] == report.prefixes.prompt_tokens
     assert disk.files.read_bytes > 0
 
     def restarted(cached: int) -> None:

@@ -61,6 +61,7 @@ class FakeExecutor:
     """
 
     shares_passes = True
+    block_bytes = 8 * KV_BLOCK
     most_sequences: int | None = None
 
     def __init__(self, num_blocks: int, any_cut: bool = True, is_open: bool = True, files: BlockFiles | None = None) -> None:
@@ -69,9 +70,12 @@ class FakeExecutor:
         self.disk: DiskPrefixes | None = None
         if files is not None and self.prefixes is not None:
             self.disk = DiskPrefixes(files, self.prefixes, lambda block: [memoryview(self.memory[block]).cast("B")])
+        self.takes_drafts = any_cut
+        self.on_pass = lambda: None
         self.gate = threading.Semaphore(0)
         self.memory = [array("q", [0] * KV_BLOCK) for _ in range(num_blocks)]
         self.steps: list[list[Rows]] = []
+        self.cuts = 0
 
     def new(self) -> int:
         return self.blocks.new()
@@ -81,6 +85,10 @@ class FakeExecutor:
 
     def drop(self, sequence: int) -> None:
         self.blocks.drop(sequence)
+
+    def cut(self, sequence: int, length: int) -> None:
+        self.blocks.cut(sequence, length)
+        self.cuts += 1
 
     def step(self, rows: Sequence[Rows]) -> list[Result]:
         while not self.is_open and not self.gate.acquire(timeout=0.01):

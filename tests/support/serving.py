@@ -112,7 +112,7 @@ class Scripted(Scheduler):
 
     def submit(self, request: Request) -> Ticket:
         if self.running >= self.capacity:
-            raise QueueFullError("the queue is full")
+            raise QueueFullError("the queue is full", 7.2)
         self.requests.append(request)
         script = self.scripts.pop(0) if len(self.scripts) > 1 else self.scripts[0]
         ticket = ScriptedTicket(request, script, self.go)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.torture import budgets, faults, files, kills, races
+from tests.torture import budgets, faults, files, kept, kills, races
 from tests.torture.case import Area
 
 __all__ = ["AREAS"]
@@ -19,6 +19,7 @@ _AREAS = (
     Area("killed-conversion", "a conversion is killed, then goes on", kills.killed_conversion, 2, 5),
     Area("killed-saving", "learned state or a trace is being written, and killed", kills.killed_saving, 1, 6),
     Area("killed-run", "a process that writes text is killed", kills.killed_run, 1, 3),
+    Area("killed-keeping", "processes that write prefixes or sessions are killed, and blocks damaged", kept.killed_keeping, 1, 10),
     Area("race", "several processes, threads, forks and signals on one store", races.race, 2, 6),
     Area("budget", "a random budget under a control group", budgets.budget, 3, 0, limit_seconds=400.0),
 )

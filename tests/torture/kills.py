@@ -29,7 +29,7 @@ from tests.support.reading import snapshot
 from tests.torture.case import Case, WrongError
 from tests.torture.material import learned_arrays, text_of
 
-__all__ = ["REFUSED", "child", "ended", "killed_conversion", "killed_run", "killed_saving"]
+__all__ = ["REFUSED", "child", "ended", "kill", "killed_conversion", "killed_run", "killed_saving"]
 
 REFUSED = 3  # how a child ends that raised a FateError
 
@@ -57,7 +57,7 @@ def ended(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def _kill(case: Case, pid: int, seconds: float) -> bool:
+def kill(case: Case, pid: int, seconds: float) -> bool:
     """Kill the child at a moment within ``seconds``; whether that hit it."""
     time.sleep(case.dice.uniform(0, seconds))
     with suppress(ProcessLookupError):
@@ -80,7 +80,7 @@ def killed_conversion(case: Case) -> str:
         _durations[name] = time.perf_counter() - began
         shutil.rmtree(case.work / "measured")
     for _ in range(case.dice.randrange(1, 5)):
-        _kill(case, child(lambda: convert(checkpoint, store, precision)), _durations[name] * 1.3)
+        kill(case, child(lambda: convert(checkpoint, store, precision)), _durations[name] * 1.3)
         if store.exists() and snapshot(store) != expected:
             raise WrongError("there is half a store under its name")
     convert(checkpoint, store, precision)
@@ -105,7 +105,7 @@ def killed_saving(case: Case) -> str:
             _save(store, what, 1 + turn % 2)
 
     pid = child(saves)
-    hit = _kill(case, pid, 0.05)
+    hit = kill(case, pid, 0.05)
     state = _load(store, what)
     if state not in (1, 2):
         raise WrongError(f"{what}: a third state: {state!r}")
@@ -161,7 +161,7 @@ def killed_run(case: Case) -> str:
     name = case.dice.choice(case.material.facts["stores"])
     store = Path(shutil.copytree(case.material.home / "stores" / name, case.work / "store"))
     case.kind = "a run"
-    hit = [_kill(case, child(lambda: text_of(store)), 0.4) for _ in range(case.dice.randrange(1, 4))]
+    hit = [kill(case, child(lambda: text_of(store)), 0.4) for _ in range(case.dice.randrange(1, 4))]
     open_store(store)
     if text_of(store) != case.material.facts["text"][name]:
         raise WrongError("after a kill the text is another")

@@ -42,6 +42,7 @@ def test_the_short_form_finds_nothing() -> None:
     assert areas["faulty-run"]["counts"]["failed experts"] > 0
     assert areas["faulty-conversion"]["counts"]["errors"] > 0
     assert areas["killed-conversion"]["counts"]["kills"] > 0
+    assert areas["killed-keeping"]["counts"]["damaged blocks"] > 0
 
 
 def ends(case: Case) -> str:

@@ -143,6 +143,13 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         """``count`` tokens were written to the reserved buffers behind the others."""
         self._length += count
 
+    def take_back(self, count: int) -> None:
+        """The last ``count`` tokens are gone; their room stays. What was returned of them may be written over."""
+        if self._room is None:
+            self.crop(-count)
+        else:
+            self._length -= count
+
     def has_gradients(self) -> bool:
         """Whether gradients are computed for cached keys or values."""
         return torch.is_grad_enabled() and any(states is not None and states.requires_grad for states in self._set)

@@ -19,6 +19,7 @@ from fate_moe.cli.options import (
     add_model,
     add_offload_options,
     add_sampling_options,
+    add_speculation,
     draw_table,
     generate_options,
     offload_config,
@@ -66,6 +67,7 @@ def add_verbs(verbs: Any) -> None:
         help="keep the conversation under this name, with its model and settings, or go on with it; fate sessions shows them",
     )
     add_sampling_options(chat, 400)
+    add_speculation(chat)
     add_offload_options(chat, gpu=True, prefixes=True)
     chat.set_defaults(verb=_chat, usual={name: chat.get_default(name) for name in _SETTINGS})
 
@@ -136,7 +138,7 @@ def _converse(arguments: argparse.Namespace, session: Session | None) -> None:
         if not tokenizer.chat_template:
             say("this model has no chat template: it continues the conversation as plain text")
         context_length = config.context_length // beams
-        answering = Answering(model, tokenizer, generate_options(arguments), arguments.seed)
+        answering = Answering(model, tokenizer, generate_options(arguments), arguments.seed, arguments.speculate)
         with uninterrupted(answering.close):
             _talk(Talk(model, tokenizer, answering, context_length, arguments.max_new_tokens, session))
         say(f"\n{model.fate.report()}")

@@ -12,6 +12,7 @@ from fate_moe.cli.net import say
 from fate_moe.cli.options import (
     add_model,
     add_offload_options,
+    add_speculation,
     offload_config,
     quiet_transformers,
     require_gpu,
@@ -76,6 +77,7 @@ def add_verbs(verbs: Any) -> None:
         metavar="N",
         help="how long answers may take to end after SIGTERM; default: %(default)s",
     )
+    add_speculation(group)
     group.add_argument("--open", action="store_true", help="open the page in a browser once the model is loaded")
     group.add_argument("--log-requests", action="store_true", help="a line on stderr for each request, without its contents")
     group.add_argument("--log-prompts", action="store_true", help="prompts and answers on stderr too")
@@ -102,6 +104,7 @@ def _serve(arguments: argparse.Namespace) -> None:
         log_requests=arguments.log_requests or arguments.log_prompts,
         log_prompts=arguments.log_prompts,
         drain_seconds=arguments.drain_seconds,
+        speculate=arguments.speculate,
     )
     require_gpu(arguments)  # what is misspelt or missing is said before anything is bound
     listener, url = bind(options)

@@ -15,6 +15,7 @@ from fate_moe.cli.options import (
     add_model,
     add_offload_options,
     add_sampling_options,
+    add_speculation,
     generate_options,
     offload_config,
     print_json,
@@ -50,6 +51,7 @@ def add_verbs(verbs: Any) -> None:
     run.add_argument("--json", action="store_true", help="print one JSON object instead of text and report")
     run.set_defaults(verb=_run)
     add_sampling_options(run, 200)
+    add_speculation(run)
     add_offload_options(run, gpu=True)
 
 
@@ -122,7 +124,7 @@ def _run(arguments: argparse.Namespace) -> None:
         say(f"prompt and answer take {needed // beams} tokens; this model was made for {longest}")
     model = build(prepared, plan, config)
     with uninterrupted(model.fate.close):
-        options, reading = generate_options(arguments), ReadingLine()
+        options, reading = {**generate_options(arguments), **_drafts(arguments, model)}, ReadingLine()
         if arguments.json:
             answer = generate(model, tokenizer, inputs, on_read=reading, **options)
             reading.end()
@@ -169,6 +171,18 @@ class ReadingLine:
         if self._is_there:
             self._is_there = False
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def _drafts(arguments: argparse.Namespace, model: Any) -> dict[str, Any]:
+    """The option of ``generate()`` that makes it draft. Raises ConfigError where nothing can be drafted."""
+    from fate_moe.schedule.drafted import drafted
+    from fate_moe.schedule.speculation import Speculation
+
+    if arguments.speculate == "off":
+        return {}
+    if beams_of(arguments, model) > 1:
+        raise ConfigError("--speculate is for one continuation; omit it, or --num-beams")
+    return {"custom_generate": drafted(Speculation(arguments.speculate, counts=getattr(model.fate, "drafts", None)))}
 
 
 def beams_of(arguments: argparse.Namespace, model: Any) -> int:

@@ -16,7 +16,7 @@ import torch
 from fate_moe import switches
 from fate_moe.adapter.families import linear_routers, norms_of
 from fate_moe.config import OffloadConfig
-from fate_moe.core import Counters, EvictionPolicy, ExpertId, ExpertSource
+from fate_moe.core import Counters, Drafts, EvictionPolicy, ExpertId, ExpertSource
 from fate_moe.engine.activity import Activity
 from fate_moe.engine.attach import attach, limit_context, routers_of
 from fate_moe.engine.budget import Plan
@@ -24,7 +24,7 @@ from fate_moe.engine.calls import Calls
 from fate_moe.engine.engine import Engine
 from fate_moe.engine.patches import Patches
 from fate_moe.engine.prepare import Prepared
-from fate_moe.engine.report import Report
+from fate_moe.engine.report import PrefixReport, Report
 from fate_moe.engine.weights import fill, leave_on_disk
 from fate_moe.errors import BudgetError, ConfigError
 from fate_moe.journal import Observer
@@ -70,8 +70,9 @@ class CpuEngine(Engine):
     ) -> None:
         """``step`` runs the whole model in one call, if one does. ``store``: where the weights are from."""
         self.step, self.store = step, store
+        self.prefixes: Callable[[], PrefixReport | None] = lambda: None  # told by the scheduler
         self.model, self.plan, self.config, self.patches, self.runtime = model, plan, config, patches, runtime
-        self.calls = calls
+        self.calls, self.drafts = calls, Drafts()
         self.end_with(runtime, runtime.residency.close, keep_learned)
 
     def note_model(self) -> None:
@@ -79,7 +80,12 @@ class CpuEngine(Engine):
             self.step.note()
 
     def run_rows(
-        self, tokens: Sequence[int], sequences: Sequence[SequenceRows], pool: Sequence[torch.Tensor], wanted: Sequence[int]
+        self,
+        tokens: Sequence[int],
+        sequences: Sequence[SequenceRows],
+        pool: Sequence[torch.Tensor],
+        wanted: Sequence[int],
+        on_pass: Callable[[], None] = lambda: None,
     ) -> torch.Tensor:
         """Rows of several sequences with their KV cache in blocks, in a turn: see ``ModelStep.run_rows``.
 
@@ -87,7 +93,7 @@ class CpuEngine(Engine):
         """
         assert self.step is not None
         with self.calls.one_pass("cpu"):
-            return self.step.run_rows(tokens, sequences, pool, wanted)
+            return self.step.run_rows(tokens, sequences, pool, wanted, on_pass)
 
     def counters(self) -> Counters:
         return replace(self.runtime.residency.counters)
@@ -104,6 +110,8 @@ class CpuEngine(Engine):
             expert_cache_bytes=plan.expert_cache_bytes,
             precision_policy=config.precision_policy,
             uses_by_bits=runtime.view_selector.by_bits(),
+            prefixes=self.prefixes(),
+            drafts=replace(self.drafts),
         )
 
     def bits_used(self) -> dict[tuple[ExpertId, int], int]:

@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from fate_moe.core import Counters
+from fate_moe.core import Counters, Drafts
 from fate_moe.units import format_bytes
 
-__all__ = ["Report"]
+__all__ = ["PrefixReport", "Report"]
+
+
+@dataclass(frozen=True)
+class PrefixReport:
+    """What prefixes of earlier texts were good for: ``cached_tokens`` of ``prompt_tokens`` did not have to be read, which saved
+    ``saved_seconds`` at the speed of those that were. ``kept_bytes`` are kept in RAM now and ``disk_bytes``, of all models, on the
+    disk (when this process last wrote there); ``disk_read_bytes`` and ``disk_written_bytes`` are of this process."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    kept_bytes: int = 0
+    disk_bytes: int = 0
+    disk_read_bytes: int = 0
+    disk_written_bytes: int = 0
+    saved_seconds: float = 0.0
+
+    def __str__(self) -> str:
+        return (
+            f"prefixes: {self.cached_tokens / max(1, self.prompt_tokens):.0%} of {self.prompt_tokens} prompt tokens were there, "
+            f"{self.saved_seconds:.1f} s saved; {format_bytes(self.kept_bytes)} kept, {format_bytes(self.disk_read_bytes)} read "
+            f"from disk, {format_bytes(self.disk_written_bytes)} written"
+        )
 
 
 @dataclass(frozen=True)
@@ -16,6 +38,7 @@ class Report:
     """Counters of the experts' traffic, and memory. ``print(report)`` reads as a short paragraph.
 
     On a GPU ``experts`` counts lookups in VRAM and bytes from RAM, ``disk`` what RAM had to read, where it cannot hold all.
+    ``prefixes``: where a scheduler keeps some.
     """
 
     experts: Counters
@@ -32,6 +55,8 @@ class Report:
     disk: Counters | None = None
     host_compute: float = 0.0
     num_hosted: int = 0
+    prefixes: PrefixReport | None = None
+    drafts: Drafts = field(default_factory=Drafts)
 
     def traffic(self, num_tokens: int) -> str:
         """Bytes moved per token, for people."""
@@ -50,6 +75,8 @@ class Report:
                 **({"hosted": self.num_hosted} if self.vram_budget_bytes else {}),
             },
             **({"disk": self.disk.as_dict()} if self.disk is not None else {}),
+            **({"prefixes": asdict(self.prefixes)} if self.prefixes is not None else {}),
+            "drafts": {"drafted": self.drafts.drafted, "accepted": self.drafts.accepted},
             "memory": memory,
             "config": {
                 "policy": self.policy,
@@ -73,11 +100,15 @@ class Report:
         uses = max(1, sum(self.uses_by_bits.values()))
         bits = ", ".join(f"{count / uses:.1%} of uses with {bits} bits" for bits, count in self.uses_by_bits.items())
         by_policy = f"{self.precision_policy}: {bits}, {experts.upgrades} upgrades\n" if self.precision_policy != "full" else ""
+        prefixes = f"{self.prefixes}\n" if self.prefixes is not None and self.prefixes.prompt_tokens else ""
+        drafts = (
+            f"speculation: {self.drafts.accepted} of {self.drafts.drafted} drafted tokens kept\n" if self.drafts.drafted else ""
+        )
         return (
             f"experts: {experts.ready_on_time:.1%} of {experts.lookups} ready on time, {experts.in_flight} in flight, "
             f"{experts.misses} missed{used}\n"
             f"read from disk: {format_bytes(experts.bytes_read)}, {experts.stall_seconds:.2f} s waited for it\n"
-            f"{by_policy}"
+            f"{by_policy}{prefixes}{drafts}"
             f"memory: peak {format_bytes(self.peak_bytes)} of {format_bytes(self.budget_bytes)} budget, "
             f"{format_bytes(self.expert_cache_bytes)} of it expert slots ({self.policy}, {self.predictor}, {self.precision})"
         )

@@ -249,7 +249,12 @@ class ModelStep(StandIn):
 
     @torch.no_grad()
     def run_rows(
-        self, tokens: Sequence[int], sequences: Sequence[SequenceRows], pool: Sequence[torch.Tensor], wanted: Sequence[int]
+        self,
+        tokens: Sequence[int],
+        sequences: Sequence[SequenceRows],
+        pool: Sequence[torch.Tensor],
+        wanted: Sequence[int],
+        on_pass: Callable[[], None] = lambda: None,
     ) -> torch.Tensor:
         """Logits bf16 [len(wanted), vocabulary] of the rows ``wanted`` (ascending) among ``tokens``, which are ``most_rows`` at
         most, those of ``sequences`` one after the other.
@@ -257,8 +262,9 @@ class ModelStep(StandIn):
         ``pool`` has the blocks of each decoder layer's KV cache, ``kv_shapes`` of each; a sequence's block ids are the same in all
         layers, and positions are counted from 0. The rows' keys and values are written behind its ``past``.
         A row's logits depend on its own sequence alone, bit for bit. Called in a turn of the engine (``CpuEngine.run_rows``).
+        ``on_pass`` is called when the interpreter is about to be let go.
         """
-        positions = torch.cat([torch.arange(one.past, one.past + one.count) for one in sequences])
+        positions = torch.tensor([place for one in sequences for place in range(one.past, one.past + one.count)])
         nothing = [0] * len(sequences)
         spans = native.Spans.make(
             [one.count for one in sequences],
@@ -269,18 +275,28 @@ class ModelStep(StandIn):
         )
         kv = [number for states in pool for number in _pooled_kv(states)]
         x = self._trunk.embed_tokens(torch.tensor([list(tokens)]))
-        return self._run(x.reshape(len(tokens), self._hidden), spans, positions, kv, list(wanted))
+        return self._run(x.reshape(len(tokens), self._hidden), spans, positions, kv, list(wanted), on_pass)
 
-    def _run(self, x: torch.Tensor, spans: Any, positions: torch.Tensor, kv: list[int], wanted: list[int]) -> torch.Tensor:
+    def _run(
+        self,
+        x: torch.Tensor,
+        spans: Any,
+        positions: torch.Tensor,
+        kv: list[int],
+        wanted: list[int],
+        on_pass: Callable[[], None] = lambda: None,
+    ) -> torch.Tensor:
         """Logits of the ``wanted`` rows of ``x`` bf16 [num_rows, hidden]."""
         x, shared = x.clone(memory_format=torch.contiguous_format), self._shared
         native_head = self._many_logits or len(wanted) <= MOST_FEW
         logits = torch.empty(len(wanted), self._vocabulary, dtype=torch.bfloat16)
+        angles = self._angles.at(positions)
+        on_pass()
         shared.run(
             self.of,
             x.data_ptr(),
             spans,
-            self._angles.at(positions),
+            angles,
             kv,
             wanted if native_head else [],
             logits.data_ptr(),

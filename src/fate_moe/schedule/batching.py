@@ -4,70 +4,35 @@ from __future__ import annotations
 
 import logging
 import secrets
+import statistics
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from fate_moe.core import KV_BLOCK
-from fate_moe.engine.cpu import CpuEngine
-from fate_moe.engine.fingerprint import kv_fingerprint
+from fate_moe.engine.report import PrefixReport
 from fate_moe.errors import FateError
-from fate_moe.io.files import is_writable
-from fate_moe.schedule.blocks import blocks_for
-from fate_moe.schedule.executor import Executor, ModelExecutor, Rows
-from fate_moe.schedule.pool import PoolExecutor
+from fate_moe.schedule.executor import Executor, Rows
+from fate_moe.schedule.executors import default_parallel, executor_of
 from fate_moe.schedule.prompt_logprobs import prompt_records
 from fate_moe.schedule.request import Finished, Queued, Reason, Request
 from fate_moe.schedule.sampling import choose
+from fate_moe.schedule.savings import Savings
 from fate_moe.schedule.scheduler import Load, QueueFullError, Scheduler, StoppedError
 from fate_moe.schedule.sequence import CancelledError, TextSequence
+from fate_moe.schedule.speculation import Drafter, Speculation
 from fate_moe.schedule.steps import Steps
-from fate_moe.schedule.ticket import QueueTicket
-from fate_moe.switches import cache_home
+from fate_moe.schedule.ticket import Bell, QueueTicket
 
-__all__ = ["BatchScheduler", "default_parallel", "executor_of"]
+__all__ = ["BatchScheduler"]
 
 _log = logging.getLogger(__name__)
 
-# Where nobody says how many requests run at once: more rows add little to a step's speed on a CPU. Requests that do not share
-# passes gain nothing but that a new one does not wait for the others. Each should find room for so many tokens, or they preempt
-# one another.
-_PARALLEL, _PARALLEL_APART, _TOKENS_EACH = 8, 4, 512
 _SAVE_SECONDS = 10.0  # that what is kept may take to be written at the end
-
-
-def executor_of(model: Any) -> Executor:
-    """The best executor for a loaded model, within the KV cache of its plan."""
-    engine = model.fate
-    num_blocks, step = blocks_for(engine.plan.context_length), getattr(engine, "step", None)
-    if step is None or not step.is_unchanged():
-        return ModelExecutor(model, num_blocks)
-    executor = PoolExecutor(model, step, num_blocks, num_blocks * engine.plan.prefix_cache_bytes // engine.plan.kv_cache_bytes)
-    if engine.config.prefix_disk_bytes:
-        _keep_on_disk(executor, engine)
-    return executor
-
-
-def _keep_on_disk(executor: PoolExecutor, engine: CpuEngine) -> None:
-    """As ``engine.config`` says; a warning where it cannot be."""
-    try:
-        home = cache_home() / "kv"
-        if engine.store is not None and (model := kv_fingerprint(engine.store, engine.config)) is not None:
-            executor.keep_on_disk(home, model, engine.config.prefix_disk_bytes)
-            if executor.disk is not None and not is_writable(home):
-                executor.disk.files.stop(f"{home} cannot be written")
-    except (OSError, FateError) as error:
-        _log.warning("prefixes of texts are not kept on the disk (%s)", error)
-
-
-def default_parallel(executor: Executor) -> int:
-    """How many requests run at once unless somebody says: by the KV cache, and by whether they make a step cheaper."""
-    fitting = executor.blocks.num_blocks * KV_BLOCK // _TOKENS_EACH
-    useful = _PARALLEL if executor.shares_passes else _PARALLEL_APART
-    return max(1, min(useful, fitting, executor.most_sequences or useful))
+_RECENT = 32  # requests by which the time that others will take is estimated
 
 
 class BatchScheduler(Scheduler):
@@ -75,7 +40,8 @@ class BatchScheduler(Scheduler):
 
     ``load`` gives (model, tokenizer); ``on_loaded`` is called with them, or with the error, in that thread. At most ``capacity``
     requests wait and ``parallel`` run (None: ``default_parallel``; 1: one after the other). ``on_finished`` is told of each request
-    that ended, in the inference thread. A request that fails ends with ``Finished("error")``; all others go on.
+    that ended, in the inference thread. ``speculation``: what is drafted (None: nothing). A request that fails ends with
+    ``Finished("error")``; all others go on.
     """
 
     def __init__(
@@ -86,15 +52,20 @@ class BatchScheduler(Scheduler):
         on_finished: Callable[[Request, Finished], None] = lambda request, finished: None,
         parallel: int | None = None,
         make_executor: Callable[[Any], Executor] = executor_of,
+        speculation: Speculation | None = None,
     ) -> None:
+        self.speculation = speculation or Speculation("off")
         self.capacity = capacity
         self._load, self._on_loaded, self._on_finished = load, on_loaded, on_finished
         self._parallel, self._make_executor = parallel, make_executor
         self._waiting: list[TextSequence] = []  # by age
         self._tickets: dict[TextSequence, QueueTicket] = {}
+        self._seconds: deque[float] = deque(maxlen=_RECENT)  # that requests took once they had begun
+        self._bells: tuple[Bell, ...] = ()  # of all loops that asked
         self._steps: Steps | None = None  # of a model that is loaded
         self._order = self._num_steps = self._num_rows = self._generated = 0
         self._changed = threading.Condition()  # reentrant: ending a request may cancel another
+        self._savings = Savings()
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="fate-inference", daemon=True)
         self._thread.start()
@@ -122,8 +93,12 @@ class BatchScheduler(Scheduler):
         if (steps := self._steps) is None:
             return Load()
         blocks, prefixes = steps.executor.blocks, steps.executor.prefixes
-        kept = (len(prefixes), prefixes.hits, prefixes.lookups) if prefixes is not None else (0, 0, 0)
-        return Load(self._num_steps, self._num_rows, steps.preemptions, blocks.used, blocks.num_blocks, *kept)
+        kept = len(prefixes) if prefixes is not None else 0
+        report = self._prefix_report() or PrefixReport()
+        drafts = self.speculation.counts.drafted, self.speculation.counts.accepted
+        return Load(
+            self._num_steps, self._num_rows, steps.preemptions, blocks.used, blocks.num_blocks, kept, *drafts, prefixes=report
+        )
 
     def kept_files(self, tokens: Sequence[int]) -> list[str]:
         """Where what is kept of a text of ``tokens`` is or will be on the disk; none where nothing is kept there."""
@@ -139,12 +114,16 @@ class BatchScheduler(Scheduler):
                 raise StoppedError("the server is shutting down")
             self._drop_cancelled()
             if len(self._waiting) >= self.capacity:
-                raise QueueFullError(f"{self.capacity} requests wait already; try again later")
+                seconds = len(self._waiting) * statistics.fmean(self._seconds or [0.0]) / self.parallel
+                raise QueueFullError(f"{self.capacity} requests wait already; try again in {seconds:.0f} s", seconds)
             self._order += 1
             sequence = TextSequence(request, self._order, time.perf_counter(), ticket.deliver, lambda: ticket.is_cancelled)
             self._tickets[sequence] = ticket
             self._waiting.append(sequence)
+            if ticket.bell not in self._bells:
+                self._bells = (*(bell for bell in self._bells if not bell.is_closed), ticket.bell)
             ticket.deliver(Queued(self._ahead(len(self._waiting) - 1)))
+            self._ring()
             self._changed.notify_all()
         return ticket
 
@@ -157,6 +136,7 @@ class BatchScheduler(Scheduler):
             for ticket in list(self._tickets.values()):
                 ticket.cancel()
             self._drop_cancelled()
+            self._ring()
             self._changed.notify_all()
         if self._steps is not None:  # loading cannot be told to stop; the thread ends with the process
             self._thread.join()
@@ -165,6 +145,12 @@ class BatchScheduler(Scheduler):
         """What was cancelled while it waited ends now, not when its turn comes."""
         with self._changed:
             self._drop_cancelled()
+            self._ring()
+
+    def _ring(self) -> None:
+        """Let the loops know what was delivered. Until then nothing wakes them: they would take the interpreter."""
+        for bell in self._bells:
+            bell.ring()
 
     def _drop_cancelled(self) -> None:
         """Under the lock: end waiting requests that were cancelled, and tell the others where they stand."""
@@ -189,9 +175,21 @@ class BatchScheduler(Scheduler):
         if self._steps is not None:
             self._steps.leave(sequence)
         finished = sequence.finished(reason, message)
+        if sequence.has_begun:
+            self._seconds.append(finished.timings.prompt_seconds + finished.timings.decode_seconds)
         self._on_finished(sequence.request, finished)
         self._tickets.pop(sequence).deliver(finished)
         self._changed.notify_all()
+
+    def _prefix_report(self) -> PrefixReport | None:
+        """None where no prefixes are kept."""
+        executor = self._steps.executor if self._steps is not None else None
+        if executor is None or (prefixes := executor.prefixes) is None:
+            return None
+        files = executor.disk.files if executor.disk is not None else None
+        on_disk = (files.num_bytes, files.read_bytes, files.written_bytes) if files is not None else (0, 0, 0)
+        kept_bytes = len(prefixes) * executor.block_bytes
+        return PrefixReport(prefixes.lookups, prefixes.hits, kept_bytes, *on_disk, self._savings.seconds)
 
     # What follows runs in the inference thread.
 
@@ -199,8 +197,11 @@ class BatchScheduler(Scheduler):
         try:
             model, tokenizer = self._load()
             executor = self._make_executor(model)
+            executor.on_pass = self._ring
+            self.speculation.counts = getattr(model.fate, "drafts", self.speculation.counts)
             most = executor.most_sequences or executor.blocks.num_blocks
             self._steps = Steps(executor, min(self._parallel or default_parallel(executor), most))
+            model.fate.prefixes = self._prefix_report
             self._on_loaded((model, tokenizer))
         except Exception as error:
             self._on_loaded(error)
@@ -209,11 +210,14 @@ class BatchScheduler(Scheduler):
                 for left in self._waiting:
                     self._end(left, "error", str(error))
                 self._waiting.clear()
+                self._ring()
             return
         while self._admit(model, tokenizer):
             self._step()
         if executor.disk is not None:
             executor.disk.save_all(_SAVE_SECONDS)
+        report = self._prefix_report()
+        model.fate.prefixes = lambda: report  # which does not hold the KV cache
 
     def _admit(self, model: Any, tokenizer: Any) -> bool:
         """Let requests run as there is room for them, wait where there is none to run; False once closed and empty."""
@@ -236,6 +240,7 @@ class BatchScheduler(Scheduler):
                 if begun:
                     self._tell_positions()
                 elif not steps.run:
+                    self._ring()
                     if self._is_closed:
                         return False
                     if steps.executor.disk is None or not steps.executor.disk.has_work:
@@ -257,6 +262,8 @@ class BatchScheduler(Scheduler):
         assert steps is not None
         seed = request.sampling.seed if request.sampling.seed is not None else secrets.randbits(63)
         sequence.begin(model, tokenizer, seed)
+        if self.speculation.mode != "off" and steps.executor.takes_drafts:
+            sequence.drafter = Drafter(self.speculation)
         if request.prompt_logprobs and not steps.executor.any_cut:
             with torch.inference_mode():
                 inputs = torch.tensor([request.prompt], device=model.device)
@@ -268,43 +275,70 @@ class BatchScheduler(Scheduler):
         """One step of the model, and what becomes of it."""
         steps = self._steps
         assert steps is not None
+        began = time.perf_counter()
         steps.restore()
         step = steps.rows()
         if not step:
             return
-        rows = [one for _, one in step]
+        rows, restored = [one for _, one in step], time.perf_counter()
         try:
             results = steps.executor.step(rows)
         except BaseException as error:  # of no single request
             results = [error] * len(rows)
+        self._savings.note([len(one.tokens) for one in rows], time.perf_counter() - restored)
+        if steps.executor.prefixes is not None:
+            self._savings.count(steps.executor.prefixes.hits, restored - began)
+        self._ring()  # an executor that met an error may not have
         self._num_steps += 1
         self._num_rows += sum(len(one.tokens) for one in rows)
-        ready: list[tuple[TextSequence, torch.Tensor]] = []
+        ready: list[tuple[TextSequence, torch.Tensor]] = []  # and the logits of its last token and of its drafts [rows, vocab]
         for (sequence, one), result in zip(step, results, strict=True):
             if isinstance(result, BaseException):
                 self._fail(sequence, result)
             else:
                 self._guarded(self._take, sequence, one, result, ready)
-        tokens = choose([sequence.sampler for sequence, _ in ready if sequence.sampler is not None], [row for _, row in ready])
-        for (sequence, row), token in zip(ready, tokens, strict=True):
-            if isinstance(token, BaseException):
-                self._fail(sequence, token)
-            elif not sequence.is_cancelled:
-                self._guarded(self._follow, sequence, token, row)
+        drafting = [sequence for sequence, _ in ready if sequence.drafter is not None and len(step) == 1]
+        place = 0  # among the rows
+        while ready:
+            rows_now = [logits[place] for _, logits in ready]
+            tokens = choose([sequence.sampler for sequence, _ in ready if sequence.sampler is not None], rows_now)
+            going_on: list[tuple[TextSequence, torch.Tensor]] = []
+            for (sequence, logits), row, token in zip(ready, rows_now, tokens, strict=True):
+                if isinstance(token, BaseException):
+                    self._fail(sequence, token)
+                elif not sequence.is_cancelled:
+                    self._guarded(self._follow, sequence, token, row)
+                    if sequence in self._tickets and place < len(sequence.draft) and token == sequence.draft[place]:
+                        sequence.read += 1
+                        going_on.append((sequence, logits))
+            ready, place = going_on, place + 1
+        for sequence in drafting:
+            self._guarded(self._end_draft, sequence, place - 1)
         if steps.executor.disk is not None:
             steps.executor.disk.save_beside()
+
+    def _end_draft(self, sequence: TextSequence, accepted: int) -> None:
+        """Of the draft of ``sequence``, which ran alone, the first ``accepted`` tokens are part of its text."""
+        steps, drafter = self._steps, sequence.drafter
+        assert steps is not None
+        if sequence.name is not None and sequence in self._tickets and accepted < len(sequence.draft):
+            steps.executor.cut(sequence.name, sequence.read)
+        sequence.draft = []
+        if drafter is not None:
+            drafter.passed(accepted)
 
     def _take(
         self, sequence: TextSequence, rows: Rows, logits: torch.Tensor, ready: list[tuple[TextSequence, torch.Tensor]]
     ) -> None:
         """``rows`` of ``sequence`` were read."""
-        sequence.read += len(rows.tokens)
+        sequence.read += len(rows.tokens) - len(sequence.draft)
         if sequence.wants_prompt_records and len(logits):
             sequence.record_prompt(logits)
         if sequence.sampler is not None and sequence.read == len(sequence.tokens):
             steps = self._steps
             assert steps is not None
-            ready += [(one, logits[-1]) for one in (sequence, *(steps.forked(sequence) if not sequence.generated else ()))]
+            logits = logits[-1 - len(sequence.draft) :]
+            ready += [(one, logits) for one in (sequence, *(steps.forked(sequence) if not sequence.generated else ()))]
         elif sequence.sampler is None and sequence.read == sequence.target:
             self._finish(sequence, "length")
         else:
@@ -314,6 +348,8 @@ class BatchScheduler(Scheduler):
         self._generated += 1
         if (reason := sequence.follow(token, logits)) is not None:
             self._finish(sequence, reason)
+        if sequence.generated == 1:  # whoever waits for a first token is told at once
+            self._ring()
 
     def _finish(self, sequence: TextSequence, reason: Reason, message: str = "") -> None:
         with self._changed:

@@ -40,20 +40,26 @@ class Rows:
 
 
 class Executor(Protocol):
-    """Holds sequences in ``blocks`` of the KV cache and computes steps. Used from one thread.
+    """Holds sequences in ``blocks`` of the KV cache, of ``block_bytes`` each (or 0), and computes steps. Used from one thread.
+
+    ``on_pass`` is called when a pass is about to leave the interpreter, as late as can be: for what others may do meanwhile.
 
     ``any_cut``: logits do not depend on how a sequence is cut into steps. Where they may, whoever asks for the same numbers reads a
     prompt in one step and what follows token by token. Where they do not, ``prefixes`` (None: the executor has none) keeps
     what ended for texts that begin alike, and ``disk`` (None: nobody) on the disk.
 
-    ``most_sequences`` may exist at once (None: as many as there are blocks);
+    ``takes_drafts``: rows of a sequence may be taken back, and have the bits of passes of their own. ``most_sequences`` may exist
+    at once (None: as many as there are blocks);
     ``shares_passes``: rows of several sequences in one step take less time than one after the other.
     """
 
     blocks: Blocks
     prefixes: Prefixes | None
     disk: DiskPrefixes | None
+    block_bytes: int
+    on_pass: Callable[[], None]
     any_cut: bool
+    takes_drafts: bool
     most_sequences: int | None
     shares_passes: bool
 
@@ -65,6 +71,9 @@ class Executor(Protocol):
 
     def drop(self, sequence: int) -> None:
         """Forget a sequence."""
+
+    def cut(self, sequence: int, length: int) -> None:
+        """Take back what ``sequence`` read behind its first ``length`` tokens. Only where ``takes_drafts``."""
 
     def step(self, rows: Sequence[Rows]) -> list[Result]:
         """Read ``rows``, at most one entry a sequence. An error of one entry stands in its place; its sequence can only be dropped.
@@ -88,7 +97,8 @@ class ModelExecutor:
     A model on a GPU, whose captured step has one cache, takes one sequence.
     """
 
-    shares_passes = False
+    shares_passes = takes_drafts = False
+    block_bytes = 0
 
     def __init__(self, model: Any, num_blocks: int) -> None:
         self.blocks = Blocks(num_blocks)
@@ -98,6 +108,7 @@ class ModelExecutor:
         self.most_sequences = 1 if isinstance(model.fate.plan, DevicePlan) else None
         self._model, self._own = model, dict[int, _Own]()
         inputs = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+        self.on_pass = lambda: None
         self._prepared = prepared(model, inputs, GenerationConfig(max_new_tokens=1, pad_token_id=0, do_sample=False)).kwargs
         positions = self._prepared.pop("position_ids", None)
         self._has_positions = positions is not None and positions.dim() == 2
@@ -122,6 +133,9 @@ class ModelExecutor:
         self.blocks.drop(sequence)
         self._own.pop(sequence).end()
 
+    def cut(self, sequence: int, length: int) -> None:
+        raise NotImplementedError("takes_drafts is False")
+
     def step(self, rows: Sequence[Rows]) -> list[Result]:
         self.blocks.append_all([(one.sequence, len(one.tokens)) for one in rows])  # a sequence's cache is its own: nothing to copy
         return [self._read(one) for one in rows]
@@ -142,6 +156,7 @@ class ModelExecutor:
                 call = model.prepare_inputs_for_generation(
                     inputs, next_sequence_length=count, is_first_iteration=past == 0, **kwargs
                 )
+                self.on_pass()
                 output = model(**call, return_dict=True)
                 kwargs.pop("position_ids", None)
                 own.kwargs = model._update_model_kwargs_for_generation(output, kwargs)

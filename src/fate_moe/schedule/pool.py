@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +41,15 @@ class PoolExecutor:
         """``most_kept`` blocks may be kept of texts that ended (None: all)."""
         self.blocks = Blocks(num_blocks)
         self._model, self._step = model, step
-        self.any_cut = step.most_rows == sys.maxsize
+        self.on_pass: Callable[[], None] = lambda: None
+        self.any_cut = self.takes_drafts = step.most_rows == sys.maxsize
         self.prefixes = Prefixes(self.blocks, most=most_kept) if self.any_cut and most_kept != 0 else None
         self.disk: DiskPrefixes | None = None
         self.kv_format: str = model.fate.config.kv_cache
         dtype = torch.bfloat16 if self.kv_format == "bf16" else torch.uint8
         shapes = [(parts, heads, KV_BLOCK, row_width(self.kv_format, dim)) for parts, heads, dim in step.kv_shapes]
         self.pool = [torch.empty(num_blocks, *shape, dtype=dtype) for shape in shapes]
+        self.block_bytes = sum(part.nbytes for part in self.memory(0)) if num_blocks else 0
 
     def keep_on_disk(self, home: Path, model: bytes, most_bytes: int) -> None:
         """Keep what is kept under ``home`` too. ``model``: the digest of what keys and values depend on."""
@@ -54,8 +57,8 @@ class PoolExecutor:
             return
         shapes = " ".join(f"{states.dtype} {tuple(states.shape[1:])}" for states in self.pool)
         form = f"{self.kv_format}-{xxhash.xxh3_64_hexdigest(shapes.encode())}"
-        block_bytes = sum(part.nbytes for part in self.memory(0))
-        self.disk = DiskPrefixes(BlockFiles(home, model.hex(), form, block_bytes, most_bytes), self.prefixes, self.memory)
+        folder = blake2b(model + form.encode(), digest_size=16).hexdigest()  # blocks in another format have names of their own
+        self.disk = DiskPrefixes(BlockFiles(home, folder, form, self.block_bytes, most_bytes), self.prefixes, self.memory)
 
     def memory(self, block: int) -> list[memoryview]:
         """The bytes of ``block`` in each layer."""
@@ -69,6 +72,9 @@ class PoolExecutor:
 
     def drop(self, sequence: int) -> None:
         self.blocks.drop(sequence)
+
+    def cut(self, sequence: int, length: int) -> None:
+        self.blocks.cut(sequence, length)
 
     def step(self, rows: Sequence[Rows]) -> list[Result]:
         for old, new in self.blocks.append_all([(one.sequence, len(one.tokens)) for one in rows]):
@@ -106,8 +112,6 @@ class PoolExecutor:
             return {one.sequence: self._run([one])[one.sequence] for one in rows}
 
     def _run_rows(self, rows: list[Rows]) -> dict[int, Result]:
-        if not self._step.is_unchanged():
-            raise UnsupportedCallError("the model was changed while it was served; serve it again")
         tokens, wanted, sequences = list[int](), list[int](), list[SequenceRows]()
         for one in rows:
             tokens += one.tokens
@@ -115,7 +119,9 @@ class PoolExecutor:
             count = len(one.tokens)
             sequences.append(SequenceRows(count, self.blocks.length(one.sequence) - count, self.blocks.table(one.sequence)))
         with torch.inference_mode():
-            logits = self._model.fate.run_rows(tokens, sequences, self.pool, wanted)
+            if not self._step.is_unchanged():
+                raise UnsupportedCallError("the model was changed while it was served; serve it again")
+            logits = self._model.fate.run_rows(tokens, sequences, self.pool, wanted, self.on_pass)
         return dict(zip((one.sequence for one in rows), logits.split([one.wanted for one in rows]), strict=True))
 
     def _forward(self, rows: Rows) -> torch.Tensor:
@@ -126,6 +132,7 @@ class PoolExecutor:
         cache.layers = [_PoolLayer(states, table) for states in self.pool]
         with torch.inference_mode(), watched(self._model, rows.watch):
             inputs = torch.tensor([rows.tokens])
+            self.on_pass()
             output = self._model(inputs, past_key_values=cache, use_cache=True, logits_to_keep=max(1, rows.wanted))
         return output.logits[0, output.logits.shape[1] - rows.wanted :]  # type: ignore[no-any-return]
 

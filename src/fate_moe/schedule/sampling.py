@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -25,6 +27,9 @@ __all__ = ["Prepared", "Sampler", "choose", "eos_ids", "generation_config", "pre
 
 # Processors that look at each row of scores by itself and keep nothing: rows of several requests may go through them at once.
 _BY_ROW = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
+# Those and this one are the same for every prompt, so requests with the same options share them.
+_FOR_ALL_PROMPTS = (*_BY_ROW, RepetitionPenaltyLogitsProcessor)
+_MOST_SHARED = 64
 
 
 class Prepared(NamedTuple):
@@ -56,33 +61,53 @@ def prepared(model: Any, inputs: torch.Tensor, config: GenerationConfig, process
     return found[0]
 
 
+def _rules(model: Any, request: Request, inputs: torch.Tensor) -> tuple[bool, list[Any], list[Any]]:
+    """Whether tokens are drawn, the processors of scores, and what may end the text other than its length or its last token.
+
+    ``generate()`` takes about as long to find them as a small model takes for a token: they are kept for requests that ask alike.
+    """
+    asked, own = request.sampling, list(_processors(request))
+    key = (repr(vars(model.generation_config)), request.ignore_eos, *(getattr(asked, name) for name in _OPTIONS))
+    shared = _shared.setdefault(model, {})
+    is_shared = not own and not asked.logit_bias
+    if is_shared and key in shared:
+        return shared[key]
+    config = generation_config(model, request)
+    found = prepared(model, inputs, config, own)
+    criteria = [one for one in found.criteria if not isinstance(one, MaxLengthCriteria | EosTokenCriteria)]
+    rules = bool(config.do_sample), list(found.processors), criteria
+    if is_shared and not criteria and all(type(one) in _FOR_ALL_PROMPTS for one in found.processors):
+        if len(shared) >= _MOST_SHARED:
+            shared.clear()
+        shared[key] = rules
+    return rules
+
+
+_OPTIONS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+_shared: weakref.WeakKeyDictionary[Any, dict[Any, tuple[bool, list[Any], list[Any]]]] = weakref.WeakKeyDictionary()
+
+
 class Sampler:
     """Chooses the tokens of one request. Its random numbers are its own, so they do not depend on other requests."""
 
     def __init__(self, model: Any, request: Request, seed: int) -> None:
         inputs = torch.tensor([request.prompt], device=model.device)
-        config = generation_config(model, request)
-        found = prepared(model, inputs, config, list(_processors(request)))
-        self._samples = bool(config.do_sample)
+        self._samples, processors, self._criteria = _rules(model, request, inputs)
         self._random = torch.Generator(device=model.device).manual_seed(seed)
         self._ids = torch.empty(1, len(request.prompt) + request.max_new_tokens, dtype=inputs.dtype, device=model.device)
         self._length = inputs.shape[1]
         self._ids[:, : self._length] = inputs
-        # The number of tokens and those that end a text are looked at by the sequence.
-        self._criteria = [one for one in found.criteria if not isinstance(one, MaxLengthCriteria | EosTokenCriteria)]
-        processors = list(found.processors)
         own = next((i for i, one in enumerate(processors) if type(one) in _BY_ROW), len(processors))
         if not all(type(one) in _BY_ROW for one in processors[own:]):
             own = len(processors)
         self._own, self.by_row = processors[:own], processors[own:]
-
-    @property
-    def kind(self) -> Any:
-        """Equal for samplers whose ``by_row`` do the same."""
-        return tuple((type(one), *sorted((name, repr(value)) for name, value in vars(one).items())) for one in self.by_row)
+        # Equal for samplers whose ``by_row`` do the same.
+        self.kind = tuple((type(one), *sorted((name, repr(value)) for name, value in vars(one).items())) for one in self.by_row)
 
     def score(self, logits: torch.Tensor) -> torch.Tensor:
         """``logits`` [vocab] of the latest position as fp32 scores [vocab], as far as they depend on this request alone."""
+        if not self._own and not self.by_row and not self._samples:
+            return logits  # its largest number alone is asked for
         scores = logits.to(copy=True, dtype=torch.float32)[None]
         for processor in self._own:
             scores = processor(self._ids[:, : self._length], scores)
@@ -91,7 +116,7 @@ class Sampler:
     def pick(self, scores: torch.Tensor) -> int:
         """The next token, by its final ``scores`` [vocab]."""
         draw = torch.multinomial(scores.softmax(-1), 1, generator=self._random) if self._samples else scores.argmax(-1)
-        token = int(draw)
+        token = int(draw.item())
         self._ids[0, self._length] = token
         self._length += 1
         return token
@@ -108,14 +133,19 @@ def choose(samplers: Sequence[Sampler], logits: Sequence[torch.Tensor]) -> list[
     groups: dict[Any, list[tuple[int, torch.Tensor]]] = {}
     for index, (sampler, row) in enumerate(zip(samplers, logits, strict=True)):
         try:
-            groups.setdefault(sampler.kind, []).append((index, sampler.score(row)))
+            scores = sampler.score(row)
         except BaseException as error:  # a panic of a library in Rust is no Exception
             chosen[index] = error
+        else:
+            groups.setdefault(sampler.kind, []).append((index, scores))
     for members in groups.values():
-        scores = torch.stack([row for _, row in members])
-        for processor in samplers[members[0][0]].by_row:
-            scores = processor(None, scores)
-        for (index, _), row in zip(members, scores, strict=True):
+        by_row, rows = samplers[members[0][0]].by_row, [row for _, row in members]
+        if by_row:
+            together = torch.stack(rows) if len(rows) > 1 else rows[0][None]
+            for processor in by_row:
+                together = processor(None, together)
+            rows = list(together)
+        for (index, _), row in zip(members, rows, strict=True):
             try:
                 chosen[index] = samplers[index].pick(row)
             except Exception as error:  # no token has a probability

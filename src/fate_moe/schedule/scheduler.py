@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
+from fate_moe.engine.report import PrefixReport
 from fate_moe.errors import FateError
 from fate_moe.schedule.request import Event, Request
 
@@ -13,7 +14,11 @@ __all__ = ["Load", "QueueFullError", "Scheduler", "StoppedError", "Ticket"]
 
 
 class QueueFullError(FateError):
-    """As many requests wait as may wait; try again later."""
+    """As many requests wait as may wait. Those that wait now should have begun in ``retry_seconds``."""
+
+    def __init__(self, message: str, retry_seconds: float) -> None:
+        super().__init__(message)
+        self.retry_seconds = retry_seconds
 
 
 class StoppedError(FateError):
@@ -23,8 +28,8 @@ class StoppedError(FateError):
 @dataclass(frozen=True)
 class Load:
     """Since the scheduler was started: steps, their rows, and how often a request gave its blocks of the KV cache to others.
-    ``blocks_used`` of ``blocks`` are taken now, ``blocks_kept`` of these by what ended; ``cached_tokens`` of ``prompt_tokens`` were
-    there when a prompt was to be read."""
+    ``blocks_used`` of ``blocks`` are taken now, ``blocks_kept`` of these by what ended, of which ``prefixes`` tells the use;
+    ``accepted_tokens`` of ``drafted_tokens`` were kept."""
 
     steps: int = 0
     rows: int = 0
@@ -32,8 +37,9 @@ class Load:
     blocks_used: int = 0
     blocks: int = 0
     blocks_kept: int = 0
-    cached_tokens: int = 0
-    prompt_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    prefixes: PrefixReport = field(default_factory=PrefixReport)
 
 
 class Ticket(Protocol):

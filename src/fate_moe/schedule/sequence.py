@@ -11,6 +11,7 @@ import torch
 from fate_moe.schedule.prompt_logprobs import record_of
 from fate_moe.schedule.request import Event, Finished, Reading, Reason, Request, Timings, TokenRecord, Usage
 from fate_moe.schedule.sampling import Sampler, eos_ids
+from fate_moe.schedule.speculation import Drafter
 from fate_moe.schedule.text import TextStream, decoder
 
 __all__ = ["CancelledError", "TextSequence"]
@@ -44,6 +45,8 @@ class TextSequence:
         self.cached: int | None = None  # tokens of the prompt that were there when it was first read
         self.name: int | None = None
         self.sampler: Sampler | None = None
+        self.drafter: Drafter | None = None
+        self.draft: list[int] = []  # tokens that may follow ``tokens``, read in the pass under way
         self.prompt_records: list[TokenRecord] = []
         self._submitted = submitted
         self._began: float | None = None
@@ -58,6 +61,8 @@ class TextSequence:
         self._eos = set() if request.ignore_eos else eos_ids(model, tokenizer)
         context = request.prompt[-_CONTEXT_TOKENS:] if request.continues else ()
         self._text = TextStream(decoder(tokenizer, not request.keep_special), request.stop, context)
+        if request.prompt_logprobs:
+            self.prompt_records = [TokenRecord(request.prompt[0])]
         self._deliver(Reading(0, len(request.prompt)))
         if request.max_new_tokens > 0:
             self.sampler = Sampler(model, request, seed)
@@ -97,7 +102,7 @@ class TextSequence:
 
     def forget(self) -> None:
         """The model has dropped the sequence; it will be read again."""
-        self.name, self.read = None, 0
+        self.name, self.read, self.draft = None, 0, []
 
     def progress(self, share: float) -> None:
         """Called while its rows are computed; ``share`` of them is done. Raises CancelledError."""
@@ -111,8 +116,6 @@ class TextSequence:
     def record_prompt(self, logits: torch.Tensor) -> None:
         """``logits`` [rows, vocab] of the positions up to ``read``: what they say of the prompt's next tokens."""
         prompt, top = self.request.prompt, self.request.top_logprobs or 0
-        if not self.prompt_records:
-            self.prompt_records.append(TokenRecord(prompt[0]))
         for place, row in enumerate(logits, self.read - len(logits) + 1):
             if place == len(self.prompt_records) < len(prompt):  # of what is read again, the records are there
                 self.prompt_records.append(record_of(row.float(), prompt[place], top))

@@ -144,7 +144,22 @@ class Steps:
                     count = min(count, _LOGIT_ROWS)
                 step.append((sequence, count))
                 budget -= count
+        if len(step) == 1 and decoding:
+            self._draft(decoding[0])
         return [(sequence, self._rows(sequence, count)) for sequence, count in step]
+
+    def _draft(self, sequence: TextSequence) -> None:
+        """``sequence``, which runs alone, reads more than its last token.
+
+        Beside others it does not: each of their rows gives a token, and a draft may not.
+        """
+        drafter, name = sequence.drafter, sequence.name
+        if drafter is None or name is None or sequence.target - sequence.read != 1 or not sequence.generated:
+            return
+        blocks, room = self.executor.blocks, sequence.request.max_new_tokens - sequence.generated - 1
+        if blocks.needed(name, 1 + drafter.most) > blocks.free:  # others have a better use for the blocks that are kept
+            room = min(room, len(blocks.table(name)) * KV_BLOCK - blocks.length(name) - 1)
+        sequence.draft = drafter.draft(sequence.tokens, max(0, room))
 
     def _one_by_one(self, sequence: TextSequence) -> bool:
         """Whether ``sequence``, read again, has to be read as it was written for its numbers to be the same."""
@@ -156,7 +171,8 @@ class Steps:
         records = self.executor.any_cut and sequence.wants_prompt_records
         wanted = count if records else int(end == len(sequence.tokens))
         watch: Callable[[float], None] | None = sequence.progress if count > 1 else None
-        return Rows(sequence.name, sequence.tokens[sequence.read : end], wanted, watch)
+        drafted = len(sequence.draft)
+        return Rows(sequence.name, sequence.tokens[sequence.read : end] + sequence.draft, wanted + drafted, watch)
 
     def _begin(self, sequence: TextSequence) -> None:
         """``sequence`` gets a name, and what is kept of its tokens."""

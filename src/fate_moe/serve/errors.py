@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,15 +35,18 @@ _KINDS = {
     429: ("rate_limit_error", "rate_limit_error"),
     503: ("service_unavailable_error", "overloaded_error"),
 }
-_RETRY_SECONDS = "1"
+_LEAST_RETRY, _MOST_RETRY = 1, 600  # seconds: below, clients would ask all the time; above, an estimate says little
 
 
 class ApiError(Exception):
-    """An answer that is an error: ``param`` is the parameter that is wrong, ``code`` a word for programs."""
+    """An answer that is an error: ``param`` is the parameter that is wrong, ``code`` a word for programs; after ``retry_seconds``
+    the same may succeed, where the status says that it may."""
 
-    def __init__(self, message: str, param: str | None = None, code: str | None = None, status: int = 400) -> None:
+    def __init__(
+        self, message: str, param: str | None = None, code: str | None = None, status: int = 400, retry_seconds: float = 0.0
+    ) -> None:
         super().__init__(message)
-        self.message, self.param, self.code, self.status = message, param, code, status
+        self.message, self.param, self.code, self.status, self.retry_seconds = message, param, code, status, retry_seconds
 
 
 def unsupported(param: str, why: str = "is not supported by this server") -> ApiError:
@@ -62,7 +66,8 @@ def error_body(path: str, error: ApiError) -> dict[str, Any]:
 
 def error_response(path: str, error: ApiError) -> JSONResponse:
     """The whole answer; those that may succeed later say when to try."""
-    headers = {"Retry-After": _RETRY_SECONDS} if error.status in (429, 503) else {}
+    seconds = min(max(math.ceil(error.retry_seconds), _LEAST_RETRY), _MOST_RETRY)
+    headers = {"Retry-After": str(seconds)} if error.status in (429, 503) else {}
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(error_body(path, error), error.status, headers)
@@ -89,7 +94,7 @@ def _api_error(request: Request, error: Exception) -> ApiError:
             return ApiError(f"there is no {request.method} {request.url.path}", status=error.status_code, code="unknown_url")
         return ApiError(str(error.detail), status=error.status_code)
     if isinstance(error, QueueFullError):
-        return ApiError(str(error), status=429, code="queue_full")
+        return ApiError(str(error), status=429, code="queue_full", retry_seconds=error.retry_seconds)
     if isinstance(error, StoppedError):
         return ApiError(str(error), status=503, code="shutting_down")
     _log.error("a request failed", exc_info=error)

@@ -93,9 +93,16 @@ class _Engine:
         yield _gauge("fate_kv_blocks_used", "Of those, the ones that requests have or that are kept for others.", load.blocks_used)
         yield _gauge("fate_kv_blocks_kept", "Of those, the ones that are kept for requests that begin alike.", load.blocks_kept)
         yield _counter(
-            "fate_prefix_lookup_tokens", "Tokens of prompts that were looked for among what is kept.", load.prompt_tokens
+            "fate_prefix_lookup_tokens", "Tokens of prompts that were looked for among what is kept.", load.prefixes.prompt_tokens
         )
-        yield _counter("fate_prefix_hit_tokens", "Of those, the ones that did not have to be read.", load.cached_tokens)
+        yield _counter("fate_prefix_hit_tokens", "Of those, the ones that did not have to be read.", load.prefixes.cached_tokens)
+        yield _counter("fate_prefix_saved_seconds", "Seconds that reading those would have taken.", load.prefixes.saved_seconds)
+        yield _gauge("fate_prefix_kept_bytes", "Bytes of the KV cache that are kept in RAM.", load.prefixes.kept_bytes)
+        yield _gauge("fate_prefix_disk_bytes", "Bytes that are kept on the disk, of all models.", load.prefixes.disk_bytes)
+        yield _counter("fate_prefix_disk_read_bytes", "Bytes that were read from there.", load.prefixes.disk_read_bytes)
+        yield _counter("fate_prefix_disk_written_bytes", "Bytes that were written there.", load.prefixes.disk_written_bytes)
+        yield _counter("fate_draft_tokens", "Drafted tokens that were checked beside a text's last one.", load.drafted_tokens)
+        yield _counter("fate_draft_tokens_accepted", "Of those, the ones that became part of a text.", load.accepted_tokens)
         experts = report.experts
         lookups = CounterMetricFamily("fate_expert_lookups", "Lookups of experts, by what was found.", labels=["result"])
         for result, number in (("hit", experts.hits), ("in_flight", experts.in_flight), ("miss", experts.misses)):

@@ -104,6 +104,7 @@ async def props(service: Serving) -> dict[str, Any]:
         "chat_template_stop": list(PLAIN_STOP) if plain else [],
         "tools": "system message" if tools_by_system_message(card) else "template",
         "sampling_defaults": card.sampling_defaults,
+        "speculate": service.options.speculate,
         "queue": service.options.queue,
         "max_body_bytes": service.options.max_body,
     }

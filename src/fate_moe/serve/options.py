@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from fate_moe.errors import ConfigError
+from fate_moe.schedule.speculation import MODES as SPECULATE
 
 __all__ = ["ServeOptions", "is_loopback"]
 
@@ -15,7 +16,7 @@ class ServeOptions:
     requests that may wait. ``parallel``: requests that run at once (None: chosen by the model and its KV cache). ``max_body``:
     bytes of a request. ``log_requests``: a line for each request on stderr; ``log_prompts``: with prompt and answer.
     ``drain_seconds``: how long answers may take to end after SIGTERM. ``keep_alive_seconds``: between two comments on a stream that
-    say what it waits for and keep the connection open.
+    say what it waits for and keep the connection open. ``speculate``: which drafted tokens are checked (schedule/speculation.py).
     """
 
     host: str = "127.0.0.1"
@@ -29,6 +30,7 @@ class ServeOptions:
     log_prompts: bool = False
     drain_seconds: float = 30.0
     keep_alive_seconds: float = 5.0
+    speculate: str = "off"
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -36,6 +38,8 @@ class ServeOptions:
         for name, least in (("queue", 1), ("max_body", 1), ("drain_seconds", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        if self.speculate not in SPECULATE:
+            raise ConfigError(f"speculate is {', '.join(SPECULATE[:-1])} or {SPECULATE[-1]}, not {self.speculate!r}")
         if self.parallel is not None and self.parallel < 1:
             raise ConfigError(f"parallel must be at least 1, not {self.parallel}")
         if self.api_key is not None and not self.api_key.strip():

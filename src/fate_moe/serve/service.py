@@ -13,6 +13,7 @@ from fastapi import Depends, Request
 from fate_moe.schedule.batching import BatchScheduler
 from fate_moe.schedule.request import Request as TextRequest
 from fate_moe.schedule.scheduler import Scheduler
+from fate_moe.schedule.speculation import Speculation
 from fate_moe.serve.card import ModelCard
 from fate_moe.serve.errors import ApiError
 from fate_moe.serve.metrics import Metrics
@@ -58,7 +59,10 @@ class Service:
                 _log.warning("this model has no chat template: conversations become lines of 'User:' and 'Assistant:'")
             on_loaded(None)
 
-        service._scheduler = BatchScheduler(load, options.queue, loaded, service.metrics.finished, options.parallel)
+        speculation = Speculation(options.speculate)
+        service._scheduler = BatchScheduler(
+            load, options.queue, loaded, service.metrics.finished, options.parallel, speculation=speculation
+        )
         return service
 
     @property

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fate_moe.errors import FateError
+from fate_moe.errors import ConfigError, FateError
 from fate_moe.schedule.batching import BatchScheduler
 from fate_moe.schedule.request import Finished, Piece, Reading, Request, Sampling
+from fate_moe.schedule.speculation import Mode, Speculation
 from fate_moe.tools.generate import generate
 from fate_moe.tools.tokens import as_input
 
@@ -33,14 +34,20 @@ class Answering:
     """A loaded model's answers, one at a time, through a scheduler as a server has it. Beams, which it does not have, are followed
     by ``generate()``, which reads each prompt whole. ``close`` it before the model.
 
-    ``options`` are those of ``generate()``; ``seed`` (None: a random one) makes sampling repeatable.
+    ``options`` are those of ``generate()``; ``seed`` (None: a random one) makes sampling repeatable. ``speculate``: whether tokens
+    are drafted.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, options: dict[str, Any], seed: int | None = None) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, options: dict[str, Any], seed: int | None = None, speculate: Mode = "off"
+    ) -> None:
         self._model, self._tokenizer, self._options, self._seed = model, tokenizer, options, seed
         self._turns = 0
         in_beams = (options.get("num_beams") or model.generation_config.num_beams or 1) > 1
-        self._scheduler = None if in_beams else BatchScheduler(lambda: (model, tokenizer), parallel=1)
+        if in_beams and speculate != "off":
+            raise ConfigError("--speculate is for one continuation; omit it, or --num-beams")
+        speculation = Speculation(speculate)
+        self._scheduler = None if in_beams else BatchScheduler(lambda: (model, tokenizer), parallel=1, speculation=speculation)
 
     def answer(
         self,

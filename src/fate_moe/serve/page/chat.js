@@ -180,9 +180,12 @@ function answered(messages) {
   return messages.filter((message, at) => !failed(at) && !(message.role === "user" && failed(at + 1)));
 }
 
-function statistics({ completion_tokens: tokens, decode_tokens_per_second: speed, ready_on_time: ready, bytes_read: read }) {
+function statistics(counted) {
+  const { completion_tokens: tokens, decode_tokens_per_second: speed, ready_on_time: ready, bytes_read: read } = counted;
+  const [prompt, cached] = [counted.prompt_tokens, counted.prompt_tokens_details?.cached_tokens];
   return [
     tokens !== undefined && `${tokens} tokens`,
+    cached && `${cached} of ${prompt} read before`,
     speed !== undefined && `${speed.toFixed(1)} a second`,
     ready !== undefined && `${percent(ready)} of experts ready on time`,
     read !== undefined && `${megabytes(read)} MB read`,

@@ -1,0 +1,64 @@
+"""The gate loses no more than it may, and takes what pays."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from fate_moe.schedule.gate import Gate
+
+
+def run(
+    row_cost: float, chance: float, tokens: int = 4000, draft_seconds: float = 0.0, most: int = 8, seed: int = 0
+) -> tuple[float, Gate]:
+    """Seconds a token beside not drafting, where a further row costs ``row_cost`` single passes."""
+    draw, gate = random.Random(seed), Gate(most)
+    made, spent = 0, 0.0
+    while made < tokens:
+        count = gate.choose(most, "kind", draft_seconds)
+        accepted = 0
+        while accepted < count and draw.random() < chance:
+            accepted += 1
+        seconds = (1 + row_cost * count) * draw.uniform(0.95, 1.05) + count * draft_seconds
+        gate.passed(seconds, count, accepted, "kind")
+        spent += seconds
+        made += 1 + accepted
+    return spent / made, gate
+
+
+@pytest.mark.parametrize("row_cost", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("chance", [0.0, 0.05])
+def test_what_does_not_pay_costs_less_than_a_hundredth(row_cost: float, chance: float) -> None:
+    per_token, gate = run(row_cost, chance)
+    assert per_token < 1.01
+    assert gate.probes, "the figures were kept fresh"
+
+
+@pytest.mark.parametrize(("row_cost", "chance"), [(0.1, 0.9), (0.1, 0.5), (0.5, 0.9), (0.02, 1.0)])
+def test_what_pays_is_taken(row_cost: float, chance: float) -> None:
+    """Within a tenth of the best fixed k, of which measuring costs some."""
+    best = min((1 + row_cost * k) / sum(chance**j for j in range(k + 1)) for k in range(9))
+    per_token, _ = run(row_cost, chance)
+    assert per_token < 1.1 * best
+
+
+def test_a_dear_draft_is_not_asked_for() -> None:
+    assert run(0.0, 0.5, draft_seconds=1.0)[0] < 1.01
+
+
+def test_acceptance_that_changes_is_followed() -> None:
+    gate = Gate()
+    for _ in range(10):
+        gate.passed(1.0)
+    for _ in range(50):
+        gate.passed(1.1, 4, 4)
+    assert gate.choose(4) == 4
+    for _ in range(50):
+        gate.passed(1.1, 4, 0)
+    assert gate.choose(4) == 0 or gate._is_probe
+    assert gate.acceptance()[0] < 0.05
+
+
+def test_nothing_is_drafted_before_a_single_pass_was_timed() -> None:
+    assert Gate().choose(4) == 0

@@ -1,0 +1,170 @@
+"""Drafts change no text, no log probability and no block: they only save passes."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fate_moe
+from fate_moe.schedule.batching import BatchScheduler
+from fate_moe.schedule.drafted import drafted
+from fate_moe.schedule.lookup import PromptLookup
+from fate_moe.schedule.request import Event, Finished, Piece, Request, Sampling
+from fate_moe.schedule.speculation import Speculation
+from tests.support.batching import VOCAB, FakeExecutor, FakeModel, FakeTokenizer
+
+
+def answers(scheduler: BatchScheduler, *requests: Request) -> list[list[Event]]:
+    async def collect(request: Request) -> list[Event]:
+        return [event async for events in scheduler.submit(request) for event in events]
+
+    async def run() -> list[list[Event]]:
+        return list(await asyncio.gather(*map(collect, requests)))
+
+    return asyncio.run(run())
+
+
+def said(events: list[Event]) -> Any:
+    """All that speculation must not change."""
+    end = events[-1]
+    assert isinstance(end, Finished)
+    pieces = [event for event in events if isinstance(event, Piece)]
+    records = [record for piece in pieces for record in piece.tokens]
+    return "".join(piece.text for piece in pieces), records, end.reason, end.stop, end.usage.completion_tokens
+
+
+def on(executor: FakeExecutor, speculation: Speculation | None) -> BatchScheduler:
+    return BatchScheduler(lambda: (FakeModel(), FakeTokenizer()), make_executor=lambda model: executor, speculation=speculation)
+
+
+class Oracle(PromptLookup):
+    """Knows what will follow, and errs one time in ``one_in``."""
+
+    truth: list[int]
+    one_in: int
+    source: random.Random
+
+    def draft(self, most: int) -> tuple[list[int], int]:
+        right = self.truth[len(self) : len(self) + most]
+        drafted = [token if self.source.randrange(self.one_in) else self.source.randrange(1, VOCAB - 1) for token in right]
+        return drafted, 2
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.integers(1, VOCAB - 2), min_size=1, max_size=70),
+    st.integers(1, 80),
+    st.sampled_from([0.0, 0.7, 1.3]),
+    st.sampled_from([0.0, 0.5]),
+    st.sampled_from([(), ("ab",), ("c",)]),
+    st.sampled_from([None, 2]),
+    st.integers(2, 9),
+    st.integers(3, 8),
+    st.integers(0, 99),
+)
+def test_text_and_log_probabilities_are_those_without(
+    prompt: list[int],
+    tokens: int,
+    temperature: float,
+    penalty: float,
+    stop: Any,
+    top: int | None,
+    one_in: int,
+    blocks: int,
+    seed: int,
+) -> None:
+    request = Request(
+        tuple(prompt),
+        tokens,
+        Sampling(temperature, presence_penalty=penalty, repetition_penalty=1.1, seed=seed),
+        stop=stop,
+        top_logprobs=top,
+    )
+    executors = FakeExecutor(blocks), FakeExecutor(blocks)
+    plain, drafting = on(executors[0], None), on(executors[1], Speculation("lookup"))
+    want = answers(plain, request)[0]
+    Oracle.truth, Oracle.one_in, Oracle.source = prompt + [record.token for record in said(want)[1]], one_in, random.Random(seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fate_moe.schedule.speculation.PromptLookup", Oracle)
+        found = answers(drafting, request)[0]
+    assert said(found) == said(want)
+    plain.close()
+    drafting.close()
+    assert len(executors[0].steps) - len(executors[1].steps) == drafting.speculation.counts.accepted, "each saves a pass"
+    executors[1].blocks.check_integrity()
+    assert executors[1].blocks.used == len(executors[1].prefixes or ())
+
+
+def test_what_is_right_saves_passes_and_what_is_wrong_is_taken_back() -> None:
+    request = Request((1, 2, 3), 40, Sampling(0.0), ignore_eos=True)
+    executor = FakeExecutor(8)
+    plain = on(executor, None)
+    want = said(answers(plain, request)[0])
+    plain.close()
+    for one_in, steps, cuts in ((10**9, 6, 0), (2, 40, None)):
+        executor, speculation = FakeExecutor(8), Speculation("lookup")
+        Oracle.truth, Oracle.one_in, Oracle.source = [1, 2, 3, *(record.token for record in want[1])], one_in, random.Random(1)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("fate_moe.schedule.speculation.PromptLookup", Oracle)
+            drafting = on(executor, speculation)
+            assert said(answers(drafting, request)[0]) == want
+        drafting.close()
+        assert len(executor.steps) <= steps
+        assert executor.cuts == cuts if cuts is not None else executor.cuts > 3
+        assert (drafting.load.drafted_tokens, drafting.load.accepted_tokens) == (
+            speculation.counts.drafted,
+            speculation.counts.accepted,
+        )
+        assert speculation.counts.accepted == 40 - len(executor.steps)
+
+
+def test_requests_beside_others_are_not_drafted_for() -> None:
+    requests = [Request((5, 6) * 8, 30, Sampling(0.0), ignore_eos=True), Request((7, 8) * 8, 30, Sampling(0.0), ignore_eos=True)]
+    executor = FakeExecutor(8, is_open=False)
+    scheduler = on(executor, Speculation("lookup"))
+    executor.is_open = True
+    both = answers(scheduler, *requests)
+    scheduler.close()
+    assert all(len(one.tokens) == 1 for step in executor.steps for one in step[1:] if len(step) > 1 and len(step[0].tokens) == 1)
+    assert [said(events) for events in both] == [said(answers(on(FakeExecutor(8), None), request)[0]) for request in requests]
+
+
+@pytest.mark.slow
+def test_a_real_model_writes_the_same() -> None:
+    """Rows of one pass have the bits of single rows: sampled, greedy, and with log probabilities."""
+    model, tokenizer = fate_moe.load(precision="int4", context_length=512)
+    text = "The cat sat on the mat. The dog sat on the rug. The cat sat on the"
+    prompt = tuple(tokenizer(text)["input_ids"])
+    wanted = [
+        Request(prompt, 48, Sampling(temperature, repetition_penalty=1.0, seed=3), ignore_eos=True, top_logprobs=2)
+        for temperature in (0.0, 0.3, 1.0)
+    ]
+    speculation = Speculation("lookup")
+    plain = BatchScheduler(lambda: (model, tokenizer), parallel=1)
+    drafting = BatchScheduler(lambda: (model, tokenizer), parallel=1, speculation=speculation)
+    for request in wanted:
+        want = said(answers(plain, request)[0])
+        assert said(answers(drafting, request)[0]) == want
+        options: dict[str, Any] = {"max_new_tokens": 48, "repetition_penalty": 1.0, "eos_token_id": None}
+        if request.sampling.temperature:
+            options |= {"do_sample": True, "temperature": request.sampling.temperature}
+        else:
+            options["do_sample"] = False
+        texts = []
+        for loop in (None, drafted(Speculation("lookup", counts=speculation.counts))):
+            torch.manual_seed(7)
+            texts.append(model.generate(torch.tensor([prompt]), custom_generate=loop, **options)[0].tolist())
+        assert texts[0] == texts[1]
+        if not request.sampling.temperature:
+            assert texts[0][len(prompt) :] == [record.token for record in want[1]]
+    assert model.fate.report().drafts == speculation.counts
+    assert 0 < speculation.counts.accepted < speculation.counts.drafted
+    plain.close()
+    drafting.close()
+    model.fate.close()
