@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -297,6 +298,8 @@ def test_a_prefix_gives_the_same_bits_from_memory_and_from_the_disk(
         return
     assert end_of(want).usage.cached_tokens == 0
     asks(scheduler, 256)
+    while steps.executor.disk is not None and steps.executor.disk.has_work:
+        time.sleep(0.01)
     answers(scheduler, other)  # the pool has 16 blocks: some of the first text's go
     asks(scheduler, 256)
     scheduler.close()
