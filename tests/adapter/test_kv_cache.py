@@ -66,7 +66,8 @@ def _as_int8(keys: torch.Tensor, values: torch.Tensor) -> Any:
     dims = keys.shape[-1], values.shape[-1]
     if dims[0] == dims[1]:
         return [dequantized(quantized(states), dims[0]).float() for states in (keys, values)]
-    return dequantized(quantized(torch.cat([keys, values], -1)), sum(dims)).float().split(dims, -1)
+    both = dequantized(quantized(torch.cat([keys, values], -1)), sum(dims)).float()
+    return both[..., : dims[0]], both[..., dims[0] :]
 
 
 def test_what_the_extension_writes_in_int8_is_read_in_bf16() -> None:

@@ -183,7 +183,8 @@ class Int8Layer(RoomyLayer):
         dims = self._dims
         if dims[0] == dims[1]:
             return dequantized(self._filled(self._room[which]), dims[0]).to(self.dtype)
-        return dequantized(self._filled(self._room[0]), sum(dims)).to(self.dtype).split(dims, -1)[which]
+        both = dequantized(self._filled(self._room[0]), sum(dims)).to(self.dtype)
+        return both[..., dims[0] :] if which else both[..., : dims[0]]
 
     def _buffers(self, like: Any, length: int) -> Any:
         self._dims = dims = (like[0].shape[3], like[1].shape[3])

@@ -159,4 +159,4 @@ class _PoolLayer(DynamicLayer):  # type: ignore[misc]
         if not coded:
             return key_states, value_states
         read = [dequantized(each, sum(dims) if len(rows) == 1 else dims[0])[None] for each in rows]
-        return (read[0], read[1]) if len(rows) == 2 else read[0].split(dims, -1)
+        return (read[0], read[1]) if len(rows) == 2 else (read[0][..., : dims[0]], read[0][..., dims[0] :])
