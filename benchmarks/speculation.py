@@ -2,9 +2,9 @@
 
     python -m benchmarks.speculation --expert-cache 52%
 
-The embedded model, one request at a time, greedy but for "surprises", where drafts are seldom right. Each workload is answered in turn
-by all settings, so that all see the same machine; medians over the rounds. The text must be the same in every cell. The last line is
-one JSON object.
+The embedded model, one request at a time, greedy but for "surprises", where drafts are seldom right. Each workload is answered in
+turn by all settings, so that all see the same machine; medians over the rounds. The text must be the same in every cell. The last
+line is one JSON object.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ def measure(model: Any, tokenizer: Any, settings: dict[str, Speculation], tokens
             request = Request(
                 tuple(tokenizer(text)["input_ids"]), tokens, Sampling(temperature, repetition_penalty=1.0, seed=1), ignore_eos=True
             )
-            times, costs, texts = ({name: [] for name in settings} for _ in range(3))
-            reads: dict[str, list[float]] = {name: [] for name in settings}
+            times, costs, reads = ({name: list[float]() for name in settings} for _ in range(3))
+            texts = {name: list[str]() for name in settings}
             drafts = {name: Drafts() for name in settings}
             for number in range(rounds + 1):
                 for name, scheduler in schedulers.items():

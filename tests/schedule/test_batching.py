@@ -308,7 +308,12 @@ def test_a_full_queue_says_in_what_time_those_that_wait_should_have_begun() -> N
 
 def test_what_comes_while_the_loop_is_busy_comes_at_once_and_wakes_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
     rung, calls = Bell._rung, list[Bell]()
-    monkeypatch.setattr(Bell, "_rung", lambda bell: (calls.append(bell), rung(bell)))
+
+    def counted(bell: Bell) -> None:
+        calls.append(bell)
+        rung(bell)
+
+    monkeypatch.setattr(Bell, "_rung", counted)
 
     async def run() -> None:
         scheduler = scheduler_on(FakeExecutor(8))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -71,7 +71,7 @@ class FakeExecutor:
         if files is not None and self.prefixes is not None:
             self.disk = DiskPrefixes(files, self.prefixes, lambda block: [memoryview(self.memory[block]).cast("B")])
         self.takes_drafts = any_cut
-        self.on_pass = lambda: None
+        self.on_pass: Callable[[], None] = lambda: None
         self.gate = threading.Semaphore(0)
         self.memory = [array("q", [0] * KV_BLOCK) for _ in range(num_blocks)]
         self.steps: list[list[Rows]] = []

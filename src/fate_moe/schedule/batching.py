@@ -279,6 +279,7 @@ class BatchScheduler(Scheduler):
         steps.restore()
         step = steps.rows()
         if not step:
+            self._ring()
             return
         rows, restored = [one for _, one in step], time.perf_counter()
         try:

@@ -108,7 +108,7 @@ class ModelExecutor:
         self.most_sequences = 1 if isinstance(model.fate.plan, DevicePlan) else None
         self._model, self._own = model, dict[int, _Own]()
         inputs = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
-        self.on_pass = lambda: None
+        self.on_pass: Callable[[], None] = lambda: None
         self._prepared = prepared(model, inputs, GenerationConfig(max_new_tokens=1, pad_token_id=0, do_sample=False)).kwargs
         positions = self._prepared.pop("position_ids", None)
         self._has_positions = positions is not None and positions.dim() == 2
