@@ -53,6 +53,7 @@ class Session:
 
 
 def sessions_home() -> Path:
+    """The folder of the sessions."""
     return cache_home() / "sessions"
 
 
