@@ -11,7 +11,7 @@ import torch
 
 from fate_moe.kernels.native import native
 
-__all__ = ["BLOCK", "BatchRows", "Masks", "batch_rows", "contiguous_kv", "padding_of"]
+__all__ = ["BLOCK", "BatchRows", "Masks", "batch_rows", "contiguous_kv", "padding_of", "state_kv"]
 
 BLOCK = 64  # positions of a block of the KV cache (csrc/steps.h)
 
@@ -157,6 +157,14 @@ class Masks:
     def forget(self) -> None:
         """The pass is over."""
         self._last.clear()
+
+
+def state_kv(inputs: torch.Tensor, states: torch.Tensor) -> tuple[int, int, int, int, int]:
+    """The extension's Kv of what a gated delta rule keeps (csrc/layers.h), contiguous: bf16 [batch, channels, kernel] and fp32 [batch,
+    value_heads, key_dim, value_dim]."""
+    assert inputs.is_contiguous()
+    assert states.is_contiguous()
+    return inputs.data_ptr(), states.data_ptr(), inputs[0].numel(), states[0].numel(), 0
 
 
 def contiguous_kv(keys: torch.Tensor, values: torch.Tensor) -> tuple[int, int, int, int, int]:
