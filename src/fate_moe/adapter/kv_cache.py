@@ -224,8 +224,8 @@ class StateRoom:
 
     @property
     def buffers(self) -> tuple[torch.Tensor, ...]:
-        """Inputs of the convolution [batch, channels, kernel], the newest last, and states [batch, heads, key_dim, value_dim]; nothing
-        where every input is kept from now on."""
+        """Inputs of the convolution [batch, channels, kernel], the newest last, and states [batch, heads, key_dim, value_dim];
+        nothing where every input is kept from now on."""
         return () if self._layer.record_past else (self._layer.conv_states[0], self._layer.recurrent_states[0])
 
     def get_seq_length(self) -> int:
@@ -242,8 +242,8 @@ class StateRoom:
 
 
 def state_for(cache: Any, index: int, shapes: tuple[tuple[int, ...], tuple[int, ...]], batch: int) -> StateRoom | None:
-    """Layer ``index`` of ``cache`` as one that keeps a state of ``batch`` sequences (bf16 and fp32, of ``shapes``), made where nothing
-    is cached yet. None if it is another kind, or keeps every input (assisted generation)."""
+    """Layer ``index`` of ``cache`` as one that keeps a state of ``batch`` sequences (bf16 and fp32, of ``shapes``), made where
+    nothing is cached yet. None if it is another kind, or keeps every input (assisted generation)."""
     linear = getattr(cache_utils, "LinearAttentionLayer", None)  # younger than the oldest transformers
     if type(cache) is not DynamicCache or cache.offloading or index >= len(cache.layers) or linear is None:
         return None
@@ -256,7 +256,13 @@ def state_for(cache: Any, index: int, shapes: tuple[tuple[int, ...], tuple[int, 
         layer.lazy_initialization(recurrent_states=states)
     found = layer.conv_states[0], layer.recurrent_states[0]
     for states, shape, dtype in zip(found, shapes, (torch.bfloat16, torch.float32), strict=True):
-        if states is None or states.shape != (batch, *shape) or states.dtype != dtype or not states.is_contiguous() or states.requires_grad:
+        if (
+            states is None
+            or states.shape != (batch, *shape)
+            or states.dtype != dtype
+            or not states.is_contiguous()
+            or states.requires_grad
+        ):
             return None
     return StateRoom(layer, batch)
 

@@ -6,10 +6,12 @@ from __future__ import annotations
 import torch
 
 from fate_moe.kernels.elementary import exponential, fused, linear_bf16, sum_of_lanes
+from fate_moe.kernels.plain_layer import Attention
 
-__all__ = ["POSITIONS", "attend", "attend_latent", "soften"]
+__all__ = ["POSITIONS", "attend", "attend_latent", "position_scales", "soften"]
 
 POSITIONS = 64  # of a block; blocks begin at multiples of it
+_SCALES = 4096  # times an attention's ``scale_every``: positions that no text reaches; the last stands for those behind
 
 
 def attend(
@@ -90,3 +92,8 @@ def soften(scores: torch.Tensor, cap: float) -> torch.Tensor:
     """cap * tanh(s / cap) with tanh(u) = 1 - 2 / (1 + e^(2u))."""
     raised = 1 + exponential(2 * (scores / cap))
     return cap * (1 - torch.full_like(raised, 2) / raised)
+
+
+def position_scales(attention: Attention) -> torch.Tensor:
+    """fp32 [n]: what queries are multiplied by, for each ``scale_every`` positions."""
+    return 1 + attention.scale_slope * torch.log(1 + torch.arange(_SCALES).float())

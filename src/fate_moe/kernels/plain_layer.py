@@ -37,11 +37,11 @@ class Latent:
 
 @dataclass(frozen=True)
 class Delta:
-    """What a gated delta rule has in place of keys and values (``kernels/recurrent.py``): of a sequence the last ``kernel`` inputs of a
-    convolution over queries, keys and values, and a state [key_dim, value_dim] of each of ``value_heads``.
+    """What a gated delta rule has in place of keys and values (``kernels/recurrent.py``): of a sequence the last ``kernel`` inputs
+    of a convolution over queries, keys and values, and a state [key_dim, value_dim] of each of ``value_heads``.
 
-    ``inputs`` names the linear layers that make a token's queries, keys, values, gates, strengths and decays: one of the first four and
-    one of the last two, by key head (``by_head``); or four, of queries with keys and values, then one of each.
+    ``inputs`` names the linear layers that make a token's queries, keys, values, gates, strengths and decays: one of the first
+    four and one of the last two, by key head (``by_head``); or four, of queries with keys and values, then one of each.
     """
 
     key_heads: int
@@ -60,8 +60,9 @@ class Delta:
 
     @property
     def places(self) -> tuple[list[int], list[int]]:
-        """In a token's results of ``inputs``, one after the other: where queries, keys, values, gates, strengths (b) and decays (a) of
-        the first key head begin, and how far apart those of two key heads are. The last four are those of all its value heads."""
+        """In a token's results of ``inputs``, one after the other: where queries, keys, values, gates, strengths (b) and decays
+        (a) of the first key head begin, and how far apart those of two key heads are. The last four are those of all its value
+        heads."""
         keys, group = self.key_dim, self.value_heads // self.key_heads
         values, all_keys, all_values = group * self.value_dim, self.key_heads * self.key_dim, self.value_heads * self.value_dim
         if self.by_head:
@@ -81,10 +82,10 @@ class Attention:
     results are at i and i + half); ``half_angles``: cos and sin have one column for both. ``index`` is the layer in the KV cache.
     ``qk_norm`` is applied to each head, or, with ``norm_over_heads``, to all heads of a token together. ``clip`` limits queries,
     keys and values. ``window``: tokens that a query sees; None: all before it. ``sinks``: each head has a score of no position.
-    ``complex_angles``: cos and sin come as one complex tensor. ``norm_names`` are those of queries and keys; ``norm_after_rope``: they
-    come after the turn. ``gated``: q_proj gives each head its queries, then as many gates, and the head's result is multiplied by
-    their sigmoid. ``scale_every``, ``scale_slope``: queries at position p are multiplied by 1 + slope * ln(1 + floor(p / every)).
-    ``delta``: it is no attention, but a gated delta rule.
+    ``complex_angles``: cos and sin come as one complex tensor. ``norm_names`` are those of queries and keys; ``norm_after_rope``:
+    they come after the turn. ``gated``: q_proj gives each head its queries, then as many gates, and the head's result is
+    multiplied by their sigmoid. ``scale_every``, ``scale_slope``: queries at position p are multiplied by 1 + slope * ln(1 +
+    floor(p / every)). ``delta``: it is no attention, but a gated delta rule.
     """
 
     index: int
@@ -153,8 +154,8 @@ NO_ROUTER = Router(0, 0, False)
 
 @dataclass(frozen=True)
 class Mlp:
-    """down(act(gate(x)) * up(x)). With ``limit``, gate(x) is at most that and up(x) within plus and minus that. ``joined``: gate and up
-    are the halves of one matrix."""
+    """down(act(gate(x)) * up(x)). With ``limit``, gate(x) is at most that and up(x) within plus and minus that. ``joined``: gate
+    and up are the halves of one matrix."""
 
     activation: str
     limit: float | None = None

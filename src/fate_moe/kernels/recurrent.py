@@ -66,8 +66,8 @@ def delta_rule(
     strengths: torch.Tensor,
     state: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """fp32 [T, heads, value_dim] and the new state of fp32 ``state`` [heads, key_dim, value_dim]; ``queries`` and ``keys`` [T, heads,
-    key_dim], ``values`` [T, heads, value_dim], ``decays`` and ``strengths`` [T, heads]. Row by row, of a head::
+    """fp32 [T, heads, value_dim] and the new state of fp32 ``state`` [heads, key_dim, value_dim]; ``queries`` and ``keys`` [T,
+    heads, key_dim], ``values`` [T, heads, value_dim], ``decays`` and ``strengths`` [T, heads]. Row by row, of a head::
 
         m_j = fma(k_i, S_ij * decay, m_j) over i, ascending, from 0;  d_j = (v_j - m_j) * strength
         S_ij = fma(k_i, d_j, S_ij * decay);  o_j = fma(q_i, S_ij, o_j) over i, ascending, from 0
@@ -88,16 +88,24 @@ def delta_rule(
 
 
 def empty_state(delta: Delta) -> State:
-    """Of no token: the last inputs of the convolution bf16 [kernel, channels], the newest last, and fp32 [heads, key_dim, value_dim]."""
+    """Of no token: the last inputs of the convolution bf16 [kernel, channels], the newest last, and fp32 [heads, key_dim,
+    value_dim]."""
     inputs = torch.zeros(delta.kernel, delta.channels, dtype=torch.bfloat16)
     return inputs, torch.zeros(delta.value_heads, delta.key_dim, delta.value_dim)
 
 
 def delta_attention(
-    delta: Delta, raw: torch.Tensor, convolution: torch.Tensor, dt_bias: torch.Tensor, log_rates: torch.Tensor, norm: torch.Tensor, state: State
+    delta: Delta,
+    raw: torch.Tensor,
+    convolution: torch.Tensor,
+    dt_bias: torch.Tensor,
+    log_rates: torch.Tensor,
+    norm: torch.Tensor,
+    state: State,
 ) -> tuple[torch.Tensor, State]:
     """fp32 [T, heads * value_dim], what out_proj is given, and the new state, of ``raw`` fp32 [T, width], the results of
-    ``delta.inputs`` one after the other; ``convolution`` [channels, kernel], ``dt_bias`` and ``log_rates`` [heads], ``norm`` [value_dim].
+    ``delta.inputs`` one after the other; ``convolution`` [channels, kernel], ``dt_bias`` and ``log_rates`` [heads], ``norm``
+    [value_dim].
 
     Inputs of the convolution are rounded to bf16. Queries and keys become ``unit``, queries over sqrt(key_dim). The decay is
     e^-(e^log_rate * softplus(a + dt_bias)), the strength sigmoid(b). Results are normed and multiplied by silu(z).

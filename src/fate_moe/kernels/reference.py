@@ -14,6 +14,7 @@ from torch.nn.functional import linear, pad
 
 from fate_moe.core import BlobLayout
 from fate_moe.kernels import elementary, recurrent
+from fate_moe.kernels.attention import position_scales
 from fate_moe.kernels.elementary import fused
 from fate_moe.kernels.plain_layer import Attention, Latent, Mlp, Norm, PlainLayer
 from fate_moe.kernels.routing import route
@@ -27,12 +28,10 @@ __all__ = [
     "fused",
     "linear_quantized",
     "norm",
-    "position_scales",
     "quantize_activations",
     "quantized_experts",
 ]
 
-_SCALES = 4096  # times attention's ``scale_every``: positions that no text reaches; the last stands for those behind
 Weights = Mapping[str, torch.Tensor]
 # (hidden [T, H], expert indices [T, top_k], their weights [T, top_k]) -> [T, H], as transformers calls its experts.
 Experts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -315,11 +314,6 @@ def _scaled(attention: Attention, queries: torch.Tensor, past: int) -> torch.Ten
         return queries
     at = torch.arange(past, past + len(queries)) // attention.scale_every
     return queries * position_scales(attention)[at].to(queries.dtype)[:, None, None]
-
-
-def position_scales(attention: Attention) -> torch.Tensor:
-    """fp32 [n]: what queries are multiplied by, for each ``scale_every`` positions."""
-    return 1 + attention.scale_slope * torch.log(1 + torch.arange(_SCALES).float())
 
 
 def _latent_attention(

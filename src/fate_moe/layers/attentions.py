@@ -10,10 +10,10 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from fate_moe.adapter.kv_cache import make_room, room_for
-from fate_moe.kernels.native import BF16, DTYPES, MOST_TURNED, ROPES, native
+from fate_moe.kernels.attention import position_scales
 from fate_moe.kernels.elementary import exponential
+from fate_moe.kernels.native import BF16, DTYPES, MOST_TURNED, ROPES, native
 from fate_moe.kernels.plain_layer import Attention, Delta
-from fate_moe.kernels.reference import position_scales
 from fate_moe.layers.dense import QuantizedLinear
 from fate_moe.layers.rows import batch_rows, contiguous_kv, padding_of
 from fate_moe.layers.snapshot import ModuleSnapshot, StandIn
@@ -163,15 +163,17 @@ def _native_delta(module: Any, attention: Attention, delta: Delta) -> Any:
     none = native.Weight.make(native.Place.make(BF16, 0, 64, [0], 0, 0, -1, 0), 0, 0, 0)
     nothing = native_norm(None, None)
     return native.Attention.make(
-        none, none, none, out, attention.heads, attention.kv_heads, attention.head_dim, 0, 0, 0, 1.0, nothing, nothing, False, 0.0, 0,
-        0, 0, None, delta=made,
+        none, none, none, out, attention.heads, attention.kv_heads, attention.head_dim, 0, 0, 0, 1.0, nothing, nothing, False, 0.0,
+        0, 0, 0, None, delta=made,
     )  # fmt: skip
 
 
 def projections_of(module: Any) -> list[Any]:
     """The linear layers of an attention, in the order in which ``native_attention`` takes them."""
     if hasattr(module, "conv1d"):
-        combined = ["in_proj_qkvz", "in_proj_ba"] if hasattr(module, "in_proj_ba") else [f"in_proj_{x}" for x in ("qkv", "z", "b", "a")]
+        combined = (
+            ["in_proj_qkvz", "in_proj_ba"] if hasattr(module, "in_proj_ba") else [f"in_proj_{x}" for x in ("qkv", "z", "b", "a")]
+        )
         return [getattr(module, name) for name in (*combined, "out_proj")]
     if not hasattr(module, "kv_b_proj"):
         return [module.q_proj, module.k_proj, module.v_proj, module.o_proj]

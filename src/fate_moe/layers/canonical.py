@@ -110,8 +110,8 @@ class RouterCode:
     """``weight`` times x (and its bias), scores, the largest (plain_layer.Router). ``normalize``: whether their weights are divided
     by their sum, or the attribute that says so. ``scale``, ``floor``, ``spread`` and ``method`` name attributes; the last says how
     groups limit the choice ("greedy": not). ``correction`` is the path of a tensor in the router, ``groups`` the attributes with
-    the number of groups and how many of them are chosen, ``weight`` a linear layer in the router that has it, and whose fp32 numbers
-    leave logits and weights as they are. ``exact_logits``, ``exact_weights``: they are not rounded to the
+    the number of groups and how many of them are chosen, ``weight`` a linear layer in the router that has it, and whose fp32
+    numbers leave logits and weights as they are. ``exact_logits``, ``exact_weights``: they are not rounded to the
     model's dtype.
     """
 

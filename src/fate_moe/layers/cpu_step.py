@@ -187,9 +187,7 @@ class CpuStep(StandIn):
         name, norm = plain.block_norm or ("", None)
         self.block_norm = native_norm(self.block.get_submodule(name), norm)
         self.attention = _attention_of(layer, plain)
-        self.until_experts = native.Layer.make(
-            *norms, self.attention, router, gate, routing, plain.residual_scale, self.block_norm
-        )
+        self.until_experts = native.Layer.make(*norms, self.attention, router, gate, routing, plain.residual_scale, self.block_norm)
         self.beside = accelerated_by(beside) if beside is not None else None
         self._places = places
         self.of = self.step_layer(0)

@@ -38,8 +38,8 @@ _RECORDS = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 @dataclass(frozen=True)
 class SequenceRows:
-    """``count`` rows of a sequence that has ``past`` positions in its ``blocks``, which have room for past + count. ``state`` is its
-    entry in the pool of layers that keep a state."""
+    """``count`` rows of a sequence that has ``past`` positions in its ``blocks``, which have room for past + count. ``state`` is
+    its entry in the pool of layers that keep a state."""
 
     count: int
     past: int
@@ -87,8 +87,8 @@ class ModelStep(StandIn):
         return [step.plain.attention for step in self._steps]
 
     def new_pool(self, num_blocks: int, num_states: int) -> list[Pool]:
-        """For ``run_rows``: by decoder layer the keys and values of ``num_blocks`` blocks, bf16 [num_blocks, 2, kv_heads, 64, dim], or
-        what ``num_states`` sequences keep. Memory is taken as it is first used."""
+        """For ``run_rows``: by decoder layer the keys and values of ``num_blocks`` blocks, bf16 [num_blocks, 2, kv_heads, 64,
+        dim], or what ``num_states`` sequences keep. Memory is taken as it is first used."""
         made = list[Pool]()
         for of in self.attentions:
             if of.delta is None:
@@ -217,8 +217,8 @@ class ModelStep(StandIn):
         """Logits bf16 [len(wanted), vocabulary] of the rows ``wanted`` (ascending) among ``tokens``, which are ``most_rows`` at
         most, those of ``sequences`` one after the other.
 
-        ``pool`` is as ``new_pool`` makes it; a sequence's block ids are the same in all layers, and positions are counted from 0. The
-        rows' keys and values are written behind its ``past``; what a sequence without a past keeps is not read.
+        ``pool`` is as ``new_pool`` makes it; a sequence's block ids are the same in all layers, and positions are counted from 0.
+        The rows' keys and values are written behind its ``past``; what a sequence without a past keeps is not read.
         A row's logits depend on its own sequence alone, bit for bit. Called in a turn of the engine (``CpuEngine.run_rows``).
         """
         positions = torch.cat([torch.arange(one.past, one.past + one.count) for one in sequences])

@@ -160,8 +160,8 @@ class Masks:
 
 
 def state_kv(inputs: torch.Tensor, states: torch.Tensor) -> tuple[int, int, int, int, int]:
-    """The extension's Kv of what a gated delta rule keeps (csrc/layers.h), contiguous: bf16 [batch, channels, kernel] and fp32 [batch,
-    value_heads, key_dim, value_dim]."""
+    """The extension's Kv of what a gated delta rule keeps (csrc/layers.h), contiguous: bf16 [batch, channels, kernel] and fp32
+    [batch, value_heads, key_dim, value_dim]."""
     assert inputs.is_contiguous()
     assert states.is_contiguous()
     return inputs.data_ptr(), states.data_ptr(), inputs[0].numel(), states[0].numel(), 0

@@ -20,9 +20,9 @@ __all__ = ["PoolExecutor"]
 
 
 class PoolExecutor:
-    """``pool`` is the step's: keys and values of each decoder layer in blocks, or what sequences keep in a layer with a state, of which
-    each has one entry. Memory is taken as blocks and entries are first used. A state is that of the last token, so no prefix is kept
-    of models with such layers, and as many sequences may exist as the plan's room for those layers' keys and values holds.
+    """``pool`` is the step's: keys and values of each decoder layer in blocks, or what sequences keep in a layer with a state, of
+    which each has one entry. Memory is taken as blocks and entries are first used. A state is that of the last token, so no prefix
+    is kept of models with such layers, and as many sequences may exist as the plan's room for those layers' keys and values holds.
 
     Where the extension takes few rows at once (weights that are not quantized), a longer prompt goes through the model's own
     forward, as in ``generate()``.
