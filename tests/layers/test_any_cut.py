@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 if native is None:
     pytest.skip("the extension is not built", allow_module_level=True)
 
-FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek_v3")
+FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek_v3", "qwen3_next", "granitemoe_swa")
 LENGTH = 150
 
 
@@ -139,14 +139,15 @@ def test_rows_of_sequences_in_a_pool_of_blocks_give_their_logits_alone(
     """Each pass takes up to ``most`` rows of every sequence that is not at its end."""
     free, done = random.sample(range(12), 12), [0] * len(lengths)
     blocks = [[free.pop() for _ in range(0, length, 64)] for length in lengths]
-    attention = model.config.num_key_value_heads, 64, model.fate.step.head_dim
-    pool = [torch.full((12, 2, *attention), torch.nan, dtype=torch.bfloat16) for _ in model.model.layers]
+    pool, entries = model.fate.step.new_pool(12, 5), random.sample(range(5), 4)
+    for each in (each for of in pool for each in of):
+        each.fill_(torch.nan)  # what nobody wrote is never read
     found: list[list[torch.Tensor]] = [[] for _ in lengths]
     while any(at < length for at, length in zip(done, lengths, strict=True)):
         counts = [min(random.randint(1, most), length - at) for at, length in zip(done, lengths, strict=True)]
         some = [i for i, count in enumerate(counts) if count]
         tokens = [token for i in some for token in tokens_of(lengths[i])[0, done[i] : done[i] + counts[i]].tolist()]
-        rows = [SequenceRows(counts[i], done[i], blocks[i]) for i in some]
+        rows = [SequenceRows(counts[i], done[i], blocks[i], entries[i]) for i in some]
         logits = model.fate.run_rows(tokens, rows, pool, range(len(tokens)))
         for i, of in zip(some, logits.split([counts[i] for i in some]), strict=True):
             found[i].append(of)
@@ -158,6 +159,8 @@ def test_rows_of_sequences_in_a_pool_of_blocks_give_their_logits_alone(
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}], ids=["plain", "beams", "lookup"])
 def test_generate_runs_all_layers_in_one_call(model: Any, rows_run: list[int], options: dict[str, int]) -> None:
     """With padding, beams, and several tokens of one sequence: one native call a pass, and the text of each sequence alone."""
+    if "prompt_lookup_num_tokens" in options and model.fate.step.state_bytes:
+        pytest.skip("transformers guesses no tokens of models with a state, which cannot be cut")
     lengths = [5] if "prompt_lookup_num_tokens" in options else [5, 9, 1]
     tokens, mask = torch.zeros(2, len(lengths), 9, dtype=torch.int64)
     for i, length in enumerate(lengths):

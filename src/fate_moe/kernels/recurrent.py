@@ -119,12 +119,13 @@ def delta_attention(
     )
     inputs = torch.cat([state[0].float(), bf16(torch.cat([part.flatten(1) for part in (q, k, v)], 1))])
     mixed = convolve(inputs[1:], convolution)
-    q, k, v = mixed.split([heads * delta.key_dim, heads * delta.key_dim, delta.value_heads * delta.value_dim], 1)
+    keys = heads * delta.key_dim
+    q, k, v = mixed[:, :keys], mixed[:, keys : 2 * keys], mixed[:, 2 * keys :]
     scale = float(1 / torch.tensor(float(delta.key_dim)).double().sqrt().float())
-    q, k = unit(q.view(count, heads, -1), scale), unit(k.view(count, heads, -1))
+    q, k = unit(q.reshape(count, heads, -1), scale), unit(k.reshape(count, heads, -1))
     decays = exponential(-(exponential(log_rates.float()) * softplus(a.flatten(1) + dt_bias.float())))
     found, memory = delta_rule(
-        q.repeat_interleave(group, 1), k.repeat_interleave(group, 1), v.view(count, delta.value_heads, -1), decays,
+        q.repeat_interleave(group, 1), k.repeat_interleave(group, 1), v.reshape(count, delta.value_heads, -1), decays,
         sigmoid(b.flatten(1)), state[1],
     )  # fmt: skip
     normed = normalize(found, norm.float(), delta.norm.eps)

@@ -228,7 +228,10 @@ def _attention_difference(
             hidden = x[:, step].contiguous()
             past = step.start % _PROBE_TOKENS if step.start else 0
             mask = mask_for(attention, past, hidden.shape[1])
-            out = function(hidden, position_embeddings=embeddings, attention_mask=mask, past_key_values=cache)[0]
+            positions = torch.arange(past, past + hidden.shape[1])[None]
+            out = function(
+                hidden, position_embeddings=embeddings, attention_mask=mask, position_ids=positions, past_key_values=cache
+            )[0]
             make_room(cache, _PROBE_TOKENS)
         layer = cache.layers[attention.index]
         results.append((out, layer.keys[:, :, -1:], layer.values[:, :, -1:]))

@@ -110,7 +110,7 @@ def recognise(model: nn.Module, stack: ExpertStack) -> PlainLayer | NotPlain:
         router_name=".".join(filter(None, (block_code.router, router_weight_of(block.get_submodule(block_code.router))))),
         router=router,
         shared=shared,
-        block_norm=(block_code.norm, norm) if block_code.norm else None,
+        block_norm=(block_code.norm, norm) if block_code.norm and norm is not None else None,
     )
 
 
