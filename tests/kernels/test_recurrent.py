@@ -94,7 +94,7 @@ class OwnDelta:
             counts, firsts = [end - first for first, end in rows.values()], [first for first, _ in rows.values()]
             got, spans = torch.empty_like(x), native.Spans.make(counts, firsts, list(rows), [0] * len(rows))
             native.attention(self.of, x.data_ptr(), 0, spans, 0, 0, kv, got.data_ptr(), True, 2)
-            for (entry, (first, end)), part in zip(rows.items(), got.split(counts), strict=True):
+            for (entry, (first, end)), part in zip(rows.items(), torch.split(got, counts), strict=True):
                 out[entry, first:end] = part
         return out, inputs, states
 

@@ -38,7 +38,7 @@ def twin_layer(
 def empty_cache(plain: PlainLayer, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of no token."""
     if plain.attention.delta is not None:
-        return empty_state(plain.attention.delta)
+        return empty_state(plain.attention.delta, dtype)
     keys, values = (torch.zeros(0, plain.attention.kv_heads, dim, dtype=dtype) for dim in plain.attention.cached_dims)
     return keys, values
 

@@ -27,7 +27,7 @@ from fate_moe.engine.weights import fill, leave_on_disk
 from fate_moe.journal import Observer
 from fate_moe.kernels.cpu import SlotExperts
 from fate_moe.layers.cpu_step import join_layers
-from fate_moe.layers.model_step import ModelStep, SequenceRows, model_step
+from fate_moe.layers.model_step import ModelStep, Pool, SequenceRows, model_step
 from fate_moe.layers.modules import accelerate
 from fate_moe.layers.plain import plain_decoder
 from fate_moe.machine import peak_memory
@@ -75,7 +75,7 @@ class CpuEngine(Engine):
             self.step.note()
 
     def run_rows(
-        self, tokens: Sequence[int], sequences: Sequence[SequenceRows], pool: Sequence[torch.Tensor], wanted: Sequence[int]
+        self, tokens: Sequence[int], sequences: Sequence[SequenceRows], pool: Sequence[Pool], wanted: Sequence[int]
     ) -> torch.Tensor:
         """Rows of several sequences with their KV cache in blocks, in a turn: see ``ModelStep.run_rows``.
 

@@ -85,7 +85,8 @@ class Attention:
     ``complex_angles``: cos and sin come as one complex tensor. ``norm_names`` are those of queries and keys; ``norm_after_rope``:
     they come after the turn. ``gated``: q_proj gives each head its queries, then as many gates, and the head's result is
     multiplied by their sigmoid. ``scale_every``, ``scale_slope``: queries at position p are multiplied by 1 + slope * ln(1 +
-    floor(p / every)). ``delta``: it is no attention, but a gated delta rule.
+    floor(p / every)). ``angles_unused``: nothing turns, and cos and sin
+    come all the same. ``delta``: it is no attention, but a gated delta rule.
     """
 
     index: int
@@ -110,6 +111,7 @@ class Attention:
     gated: bool = False
     scale_every: int = 0
     scale_slope: float = 0.0
+    angles_unused: bool = False
     delta: Delta | None = None
 
     @property

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from fate_moe.kernels.elementary import bf16, exponential, fused, normalize, sigmoid, silu, sum_of_lanes
+from fate_moe.kernels.elementary import exponential, fused, normalize, sigmoid, silu, sum_of_lanes
 from fate_moe.kernels.plain_layer import Delta
 
 __all__ = ["convolve", "delta_attention", "delta_rule", "empty_state", "log_one_plus", "softplus", "unit"]
@@ -87,10 +87,10 @@ def delta_rule(
     return torch.stack(rows), state
 
 
-def empty_state(delta: Delta) -> State:
+def empty_state(delta: Delta, dtype: torch.dtype = torch.bfloat16) -> State:
     """Of no token: the last inputs of the convolution bf16 [kernel, channels], the newest last, and fp32 [heads, key_dim,
     value_dim]."""
-    inputs = torch.zeros(delta.kernel, delta.channels, dtype=torch.bfloat16)
+    inputs = torch.zeros(delta.kernel, delta.channels, dtype=dtype)
     return inputs, torch.zeros(delta.value_heads, delta.key_dim, delta.value_dim)
 
 
@@ -107,7 +107,8 @@ def delta_attention(
     ``delta.inputs`` one after the other; ``convolution`` [channels, kernel], ``dt_bias`` and ``log_rates`` [heads], ``norm``
     [value_dim].
 
-    Inputs of the convolution are rounded to bf16. Queries and keys become ``unit``, queries over sqrt(key_dim). The decay is
+    Inputs of the convolution are rounded to the dtype of the state, bf16 in the kernels.
+    Queries and keys become ``unit``, queries over sqrt(key_dim). The decay is
     e^-(e^log_rate * softplus(a + dt_bias)), the strength sigmoid(b). Results are normed and multiplied by silu(z).
     """
     starts, steps = delta.places
@@ -117,7 +118,7 @@ def delta_attention(
         torch.stack([raw[:, start + h * step : start + h * step + size] for h in range(heads)], 1)
         for start, step, size in zip(starts, steps, sizes, strict=True)
     )
-    inputs = torch.cat([state[0].float(), bf16(torch.cat([part.flatten(1) for part in (q, k, v)], 1))])
+    inputs = torch.cat([state[0], torch.cat([part.flatten(1) for part in (q, k, v)], 1).to(state[0].dtype)]).float()
     mixed = convolve(inputs[1:], convolution)
     keys = heads * delta.key_dim
     q, k, v = mixed[:, :keys], mixed[:, keys : 2 * keys], mixed[:, 2 * keys :]
@@ -130,4 +131,4 @@ def delta_attention(
     )  # fmt: skip
     normed = normalize(found, norm.float(), delta.norm.eps)
     out = normed * silu(z.reshape(count, delta.value_heads, -1))
-    return out.flatten(1), (inputs[-delta.kernel :].bfloat16(), memory)
+    return out.flatten(1), (inputs[-delta.kernel :].to(state[0].dtype), memory)

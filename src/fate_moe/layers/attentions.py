@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from fate_moe.layers.weights import MOST_FEW, difference_of, is_near, native_nor
 
 __all__ = [
     "accelerated_attention",
+    "angles_for",
     "cos_and_sin",
     "embeddings_of",
     "mask_for",
@@ -65,7 +66,7 @@ class _Attention(StandIn):
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         x, attention = hidden_states, self._attention
-        angles = cos_and_sin(kwargs.get("position_embeddings"))
+        angles = angles_for(attention, x, kwargs)
         if (
             angles is None
             or args
@@ -106,6 +107,14 @@ def takes_tokens(x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], att
     )
 
 
+def angles_for(attention: Attention, x: torch.Tensor, kwargs: Mapping[str, Any]) -> Any:
+    """cos and sin that a call with ``x`` [batch, tokens, hidden] has; of no columns where nothing turns."""
+    if attention.num_angles:
+        return cos_and_sin(kwargs.get("position_embeddings"))
+    nothing = x.new_zeros(1, x.shape[1] if x.dim() == 3 else 0, 0)
+    return nothing, nothing
+
+
 def cos_and_sin(embeddings: Any) -> Any:
     """Of what a family's rotary embedding gives: a tuple, or one complex tensor."""
     return (embeddings.real, embeddings.imag) if isinstance(embeddings, torch.Tensor) and embeddings.is_complex() else embeddings
@@ -113,6 +122,8 @@ def cos_and_sin(embeddings: Any) -> Any:
 
 def embeddings_of(attention: Attention, angles: torch.Tensor) -> Any:
     """What a family's attention is given for ``angles`` fp32 [1, T, rotary_dim / 2], in bf16 where that is real."""
+    if not attention.rotary_dim and not attention.angles_unused:
+        return None
     if attention.complex_angles:
         return torch.polar(torch.ones_like(angles), angles)
     angles = angles.repeat(1, 1, 1 if attention.half_angles else 2)

@@ -24,7 +24,15 @@ from fate_moe.core import Patcher
 from fate_moe.kernels.native import BF16, DTYPES, native
 from fate_moe.kernels.plain_layer import Delta, PlainLayer, Router
 from fate_moe.kernels.routing import SCORES
-from fate_moe.layers.attentions import cos_and_sin, embeddings_of, mask_for, native_attention, projections_of, takes_tokens
+from fate_moe.layers.attentions import (
+    angles_for,
+    cos_and_sin,
+    embeddings_of,
+    mask_for,
+    native_attention,
+    projections_of,
+    takes_tokens,
+)
 from fate_moe.layers.modules import accelerated_by, matrices_of
 from fate_moe.layers.plain import NotPlain, plain_decoder
 from fate_moe.layers.reasons import cpu_reasons
@@ -227,7 +235,7 @@ class CpuStep(StandIn):
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         x, attention = hidden_states, self.plain.attention
-        angles = cos_and_sin(kwargs.get("position_embeddings")) if attention.num_angles else _no_angles(x)
+        angles = angles_for(attention, x, kwargs)
         cache, mask, shared = kwargs.get("past_key_values"), kwargs.get("attention_mask"), self.shared
         if (
             angles is None
@@ -256,11 +264,6 @@ class CpuStep(StandIn):
 def state_shapes(delta: Delta) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Of what a gated delta rule keeps of a sequence: bf16 inputs of its convolution, and fp32 states."""
     return (delta.channels, delta.kernel), (delta.value_heads, delta.key_dim, delta.value_dim)
-
-
-def _no_angles(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    nothing = x.new_zeros(1, x.shape[1] if x.dim() == 3 else 0, 0)
-    return nothing, nothing
 
 
 class _Pretender:
@@ -343,7 +346,8 @@ def _by_parts(step: CpuStep, experts: torch.Tensor, x: torch.Tensor, angles: Any
     """One token through the parts of csrc/step.cpp, with the rows of ``experts`` for outputs: the residual stream after attention,
     and after the block."""
     threads, exact, top_k, hidden = torch.get_num_threads(), step.shared.exact, step.plain.router.top_k, step.hidden
-    x, cos, sin = x.contiguous(), *(each.float().contiguous() for each in cos_and_sin(angles))
+    turned = cos_and_sin(angles) if angles is not None else (torch.empty(0), torch.empty(0))
+    x, cos, sin = x.contiguous(), *(each.float().contiguous() for each in turned)
     residual, normed, beside, out = (torch.empty(1, 1, hidden, dtype=torch.bfloat16) for _ in range(4))
     chosen, weights, factors = torch.empty(top_k, dtype=torch.int64), torch.empty(top_k), torch.empty(1)
     past, *states = room.reserve(1)

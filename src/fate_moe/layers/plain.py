@@ -223,6 +223,7 @@ def recognise_attention(module: nn.Module) -> Attention | list[str]:
         norm_names=code.norm_names,
         norm_after_rope=code.norm_after_rope,
         gated=code.gated,
+        angles_unused=code.rope_if_sliding,
     )
 
 

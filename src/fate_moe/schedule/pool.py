@@ -123,7 +123,7 @@ class PoolExecutor:
             raise UnsupportedCallError(f"this model reads {self._step.most_rows} tokens at once behind others")
         table, cache = torch.tensor(self.blocks.table(rows.sequence)), DynamicCache()
         entry = self._entries.get(rows.sequence, 0)
-        cache.layers = [_PoolState(*of, entry) if len(of) == 2 else _PoolLayer(*of, table) for of in self.pool]
+        cache.layers = [_PoolState(*of, entry) if len(of) == 2 else _PoolLayer(of[0], table) for of in self.pool]
         with torch.inference_mode(), watched(self._model, rows.watch):
             inputs = torch.tensor([rows.tokens])
             output = self._model(inputs, past_key_values=cache, use_cache=True, logits_to_keep=max(1, rows.wanted))
