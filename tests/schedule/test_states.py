@@ -60,8 +60,15 @@ def test_no_more_sequences_than_states(model: Any) -> None:
     executor = executor_of(model)
     assert isinstance(executor, PoolExecutor)
     assert executor.most_sequences is not None
-    names = [executor.new() for _ in range(executor.most_sequences + 1)]
+    names = [executor.new() for _ in range(executor.most_sequences)]
     with pytest.raises(OutOfBlocksError, match="room for the states"):
         executor.new()
     executor.drop(names[0])
     step(executor, Rows(executor.new(), [3]))
+
+
+def test_the_plan_has_room_for_a_sequences_state(model: Any) -> None:
+    step, plan = model.fate.step, model.fate.plan
+    tokens = 2 * 2 * model.config.num_key_value_heads * model.config.head_dim * len(step.attentions) * 1024
+    assert plan.kv_cache_bytes == tokens + step.state_bytes
+    assert sum(each[:1].nbytes for of in step.new_pool(1, 1) if len(of) == 2 for each in of) == step.state_bytes > 0

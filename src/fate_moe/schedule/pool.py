@@ -39,9 +39,9 @@ class PoolExecutor:
         if step.state_bytes:
             room = model.fate.plan.kv_cache_bytes * sum(of.delta is not None for of in step.attentions) // len(step.attentions)
             self.most_sequences = max(1, min(num_blocks, room // step.state_bytes))
-        self.pool = step.new_pool(num_blocks, (self.most_sequences or 0) + 1)  # one more for a fork that replaces its origin
+        self.pool = step.new_pool(num_blocks, self.most_sequences or 0)
         self._entries = dict[int, int]()  # by sequence
-        self._free = list(range((self.most_sequences or 0) + 1))[::-1] if step.state_bytes else []
+        self._free = list(range(self.most_sequences or 0))[::-1]
 
     def new(self) -> int:
         return self._entered(self.blocks.new())
