@@ -26,6 +26,9 @@ from fate_moe.units import format_bytes, parse_amount, parse_host_compute, parse
         ({"context_length": 0}, "at least 1"),
         ({"io_threads": 1}, "at least 2"),
         ({"ram": "lots"}, "is not a size"),
+        ({"prefix_cache": "some"}, "prefix_cache: 'some' is not a size"),
+        ({"prefix_cache": "120%"}, "prefix_cache: .* is not between 0 and 100 %"),
+        ({"prefix_cache_disk": "25%"}, "prefix_cache_disk: .* is not a size; .*; or off"),
     ],
 )
 def test_what_has_no_meaning_is_refused(options: dict[str, Any], says: str) -> None:

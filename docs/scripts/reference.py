@@ -116,7 +116,7 @@ def options() -> str:
     said = {}
     for (start, name), (end, _) in zip(begins, [*begins[1:], (len(document), "")], strict=True):
         said[name] = document[start + len(name) + 2 : end].split("\n\n")[0].strip().rstrip(";")
-    verb = verbs(fate_parser())["fate run"]
+    verb = verbs(fate_parser())["fate serve"]
     typed = {action.dest: action.option_strings[-1] for action in verb._actions if action.option_strings}
     rows = (
         (f"`{field.name}`", f"`{typed[field.name]}`" if field.name in typed else "", f"`{field.default!r}`", said[field.name])

@@ -6,10 +6,10 @@ import difflib
 from dataclasses import dataclass, fields
 from typing import Any
 
-from fate_moe.core import PRECISIONS
+from fate_moe.core import KV_FORMATS, PRECISIONS
 from fate_moe.errors import ConfigError
 from fate_moe.registry import POLICIES, PREDICTORS, PRESETS, check_name
-from fate_moe.units import Range, parse_amount, parse_host_compute
+from fate_moe.units import Range, parse_amount, parse_host_compute, parse_size
 
 __all__ = ["COUNTS", "DEVICES", "PRECISION_POLICIES", "OffloadConfig"]
 
@@ -44,6 +44,10 @@ class OffloadConfig:
     precision: how experts are stored; dense_precision: all other matrices (None: int8 beside quantized experts).
     precision_policy: how many of an INT4 expert's bits are read; anything but "full" trades exactness for bytes.
     context_length: tokens for which KV cache is set aside (prompt and answer together).
+    kv_cache: how the KV cache holds numbers, "bf16" or, where the extension runs the whole model on the CPU, "int8" (about half).
+    prefix_cache: how much of the KV cache may hold beginnings of texts that ended, for texts that begin alike: a size, a percentage
+        or "off". For servers and chats on the CPU, of models that the extension runs whole.
+    prefix_cache_disk: how much of the disk they may take, under ``$FATE_HOME/kv``, to be there after a restart: a size or "off".
     io_threads: concurrent reads; one of them is always left for demand reads.
     exact_activations: on the CPU, multiply quantized weights with fp32 activations instead of int8 ones.
     """
@@ -62,6 +66,9 @@ class OffloadConfig:
     dense_precision: str | None = None
     precision_policy: str = "full"
     context_length: int = 2048
+    kv_cache: str = "bf16"
+    prefix_cache: str | int = "100%"
+    prefix_cache_disk: str | int = "off"
     io_threads: int = 4
     exact_activations: bool = False
 
@@ -71,11 +78,12 @@ class OffloadConfig:
         check_name("predictor", self.predictor_name, PREDICTORS)
         check_name("precision", self.precision, PRECISIONS)
         check_name("dense_precision", self.dense_precision or "lossless", PRECISIONS)
+        check_name("kv_cache", self.kv_cache, KV_FORMATS)
         check_name("precision_policy", self.precision_policy, PRECISION_POLICIES)
         for name, allowed in COUNTS.items():
             if not allowed.holds(value := getattr(self, name)):
                 raise ConfigError(f"{name} is {allowed}, not {value!r}")
-        for name, without in (("ram", "auto"), ("expert_cache", None), ("vram", None)):
+        for name, without in (("ram", "auto"), ("expert_cache", None), ("vram", None), ("prefix_cache", "off")):
             if (value := getattr(self, name)) != without and (name, value) != ("vram", "auto"):
                 try:
                     parse_amount(value, 1 << 40)
@@ -84,6 +92,11 @@ class OffloadConfig:
         for name in ("cuda_graph", "exact_activations"):
             if not isinstance(value := getattr(self, name), bool):
                 raise ConfigError(f"{name} is True or False, not {value!r}")
+        if self.prefix_cache_disk != "off":
+            try:
+                parse_size(self.prefix_cache_disk)
+            except ConfigError as error:
+                raise ConfigError(f"prefix_cache_disk: {error}; or off") from error
         if self.device is not None:
             check_name("device", self.device, DEVICES)
         if self.vram is not None and self.device == "cpu":
@@ -104,6 +117,8 @@ class OffloadConfig:
             raise ConfigError(
                 f"on a GPU precision_policy is one of {', '.join(GPU_PRECISION_POLICIES)}, not {self.precision_policy}"
             )
+        if self.kv_cache != "bf16":
+            raise ConfigError("on a GPU the KV cache is bf16; omit kv_cache, or run on the CPU")
         if self.exact_activations:
             raise ConfigError("on a GPU quantized experts get int8 activations; omit exact_activations, or run on the CPU")
 
@@ -118,6 +133,11 @@ class OffloadConfig:
     def on_gpu(self) -> bool:
         """Whether the model computes on a GPU."""
         return self.device == "cuda" or (self.device is None and self.vram is not None)
+
+    @property
+    def prefix_disk_bytes(self) -> int:
+        """What ``prefix_cache_disk`` says; 0: nothing is kept on the disk."""
+        return 0 if "off" in (self.prefix_cache, self.prefix_cache_disk) else parse_size(self.prefix_cache_disk)
 
     @property
     def policy_name(self) -> str:

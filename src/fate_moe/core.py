@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "KV_BLOCK",
+    "KV_FORMATS",
     "PRECISIONS",
     "SLOT_ALIGNMENT",
     "BlobLayout",
@@ -41,6 +42,7 @@ SLOT_ALIGNMENT = 4096
 
 # Positions of a block of the KV cache.
 KV_BLOCK = 64
+KV_FORMATS = ("bf16", "int8")
 
 
 class ExpertId(NamedTuple):

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from fate_moe.adapter.kv_cache import RoomyLayer, RoomySlidingLayer, make_room
+from fate_moe.adapter.kv_cache import Int8Layer, RoomyLayer, RoomySlidingLayer, make_room, room_for
 from fate_moe.engine import attach
+from fate_moe.kernels.attention import dequantized, quantized
 
 STEPS: dict[str, Callable[[Any], Any]] = {
     "crop": lambda layer: layer.crop(-min(3, layer.get_seq_length())),
@@ -28,18 +29,28 @@ STEPS: dict[str, Callable[[Any], Any]] = {
     st.lists(st.one_of(st.integers(1, 90), st.sampled_from(sorted(STEPS)), st.just("copy")), max_size=12),
     st.sampled_from([None, None, 2, 16]),
     st.sampled_from([(4, 4), (4, 2)]),
+    st.booleans(),
 )
-def test_it_holds_what_transformers_own_holds(steps: list[Any], window: int | None, dims: tuple[int, int]) -> None:
+def test_it_holds_what_transformers_own_holds(steps: list[Any], window: int | None, dims: tuple[int, int], int8: bool) -> None:
+    """In int8: what that keeps of it."""
     generator = torch.Generator().manual_seed(0)
-    plain, roomy = DynamicLayer(), RoomyLayer(200)
+    plain, cache = DynamicLayer(), DynamicCache()
     if window:
-        plain, roomy = DynamicSlidingWindowLayer(window), RoomySlidingLayer(200, window)
+        plain = DynamicSlidingWindowLayer(window)
+        cache.layers = [DynamicSlidingWindowLayer(window)]
+    else:
+        cache.layers = [DynamicLayer()]
+    make_room(cache, 200, kv_format="int8" if int8 else "bf16")
+    roomy: Any = cache.layers[0]
+    assert (isinstance(roomy, Int8Layer), isinstance(roomy, RoomySlidingLayer)) == (int8, window is not None)
+    if window:
         # transformers' own has to be told before a crop, and 5.17 keeps zeros at a reset.
         steps = [step for step in steps if step not in ("crop", "reset")]
     for step in steps:
         if isinstance(step, int):
             states = [torch.randn(2, 3, step, dim, generator=generator) for dim in dims]
-            for got, want in zip(roomy.update(*states), plain.update(*states), strict=True):
+            kept = _as_int8(*states) if int8 else states
+            for got, want in zip(roomy.update(*states), plain.update(*kept), strict=True):
                 assert torch.equal(got, want)
         elif step == "copy":
             roomy = copy.deepcopy(roomy)
@@ -48,6 +59,28 @@ def test_it_holds_what_transformers_own_holds(steps: list[Any], window: int | No
             STEPS[step](roomy)
         assert roomy.get_seq_length() == plain.get_seq_length()
         assert roomy.get_mask_sizes(2) == plain.get_mask_sizes(2)
+
+
+def _as_int8(keys: torch.Tensor, values: torch.Tensor) -> Any:
+    """What rows in int8 stand for; latent rows and what turns are one."""
+    dims = keys.shape[-1], values.shape[-1]
+    if dims[0] == dims[1]:
+        return [dequantized(quantized(states), dims[0]).float() for states in (keys, values)]
+    return dequantized(quantized(torch.cat([keys, values], -1)), sum(dims)).float().split(dims, -1)
+
+
+def test_what_the_extension_writes_in_int8_is_read_in_bf16() -> None:
+    cache, states = DynamicCache(), torch.randn(2, 1, 3, 70, 8, generator=torch.Generator().manual_seed(0))
+    layer = room_for(cache, 0, 3, (8, 8), 1, "int8")
+    assert layer is not None
+    for first, count in ((0, 1), (1, 69)):
+        past, *buffers = layer.reserve(count)
+        assert past == first
+        for buffer, rows in zip(buffers, quantized(states[..., first : first + count, :]), strict=True):
+            buffer[:, :, past : past + count] = rows
+        layer.extend(count)
+    assert layer.keys is not None
+    assert torch.equal(torch.stack([layer.keys.float(), layer.values.float()]), torch.stack(_as_int8(*states)))  # type: ignore[union-attr]
 
 
 def test_room_is_not_taken_beyond_what_was_set_aside() -> None:
@@ -95,5 +128,5 @@ def test_generate_as_without_it(loaded: Callable[..., Any], monkeypatch: pytest.
     tokens = torch.tensor([[3, 4, 5, 3, 4, 5, 3, 4]])
     options |= {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(tokens)}
     got = model.generate(tokens, **options)
-    monkeypatch.setattr(attach, "make_room", lambda cache, most, unless_given: None)
+    monkeypatch.setattr(attach, "make_room", lambda cache, most, **_: None)
     assert torch.equal(got, model.generate(tokens, **options))

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import pytest
 
-from fate_moe.cli import listing, main, text
+from fate_moe.cli import chat, listing, main
 from fate_moe.engine.prepare import store_for
 from fate_moe.store.learned import STATISTICS
 
@@ -108,5 +108,5 @@ def test_ctrl_c_at_the_prompt_drops_the_line(monkeypatch: pytest.MonkeyPatch, ca
         (("/reset",), "/reset"),
     ):
         monkeypatch.setattr(builtins, "input", person(*does))
-        assert text._ask() == line
+        assert chat._ask() == line
     assert "/exit or Ctrl-D" in capsys.readouterr().err

@@ -9,13 +9,15 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from fate_moe import demo
-from fate_moe.cli import build_parser, text
+from fate_moe.cli import build_parser, chat, text
 from fate_moe.errors import ConfigError
+from fate_moe.tools.answering import Answer
 
 
 class Terminal(io.StringIO):
@@ -176,19 +178,17 @@ class Conversation:
 def test_a_turn_that_fails_does_not_end_the_conversation(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def answering(
-        model: object, tokenizer: object, inputs: torch.Tensor, on_text: Callable[[str], None], **options: object
-    ) -> object:
-        if inputs.shape[1] == 4:
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory\nat x")
-        on_text("yes\x1b")
-        return argparse.Namespace(text="yes")
+    class Answers:
+        def answer(self, ids: list[int], most_tokens: int, on_text: Callable[[str], None], on_read: Any) -> Answer:
+            if len(ids) == 4:
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory\nat x")
+            on_text("yes\x1b")
+            return Answer("yes", (3,), len(ids))
 
     lines = iter(["one", "no", "four", "/help", "/nope", "/reset", "four", "a" * 40, "/etc/hosts?", "last"])
-    monkeypatch.setattr(text, "_ask", lambda: next(lines, None))
-    monkeypatch.setattr("fate_moe.tools.generate.generate", answering)
+    monkeypatch.setattr(chat, "_ask", lambda: next(lines, None))
     both = Conversation()
-    text._talk(both, both, 30, {"max_new_tokens": 5})
+    chat._talk(chat.Talk(both, both, Answers(), 30, 5))  # type: ignore[arg-type]
     said = capsys.readouterr()
     assert said.out == "yes␛\n" * 4
     errors = said.err.splitlines()
@@ -197,3 +197,27 @@ def test_a_turn_that_fails_does_not_end_the_conversation(
     assert [line for line in errors if "has 40 tokens and the context 30" in line]
     assert [line for line in errors if "there is no command /nope" in line]
     assert len(errors) == 5
+
+
+def test_a_full_context_is_said_and_the_oldest_turns_go_when_asked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+
+    class Answers:
+        def answer(self, ids: list[int], most_tokens: int, on_text: Callable[[str], None], on_read: Any) -> Answer:
+            asked.append(len(ids))
+            on_read(1, len(ids))
+            on_text("yes")
+            return Answer("yes", (3,), len(ids))
+
+    lines = iter(["/drop", "a" * 10, "b" * 8, "c" * 9, "/drop", "d" * 2, "/drop"])
+    monkeypatch.setattr(chat, "_ask", lambda: next(lines, None))
+    chat._talk(chat.Talk(Conversation(), Conversation(), Answers(), 30, 5))  # type: ignore[arg-type]
+    assert capsys.readouterr().err.splitlines() == [
+        "nothing has to be dropped",
+        "fate: the conversation has 37 tokens and the context 30; /drop forgets the oldest turn and answers, /reset forgets all",
+        "the oldest turn is forgotten",
+        "nothing has to be dropped",
+    ]
+    assert asked == [10, 23, 22, 29]

@@ -14,7 +14,7 @@ from fate_moe import plan
 from fate_moe.adapter.meta_model import build_meta_model, expert_stacks
 from fate_moe.config import OffloadConfig
 from fate_moe.core import ExpertId
-from fate_moe.engine.budget import footprint, make_plan
+from fate_moe.engine.budget import Plan, footprint, make_plan
 from fate_moe.engine.prepare import prepare, store_for
 from fate_moe.errors import BudgetError, ConfigError
 from fate_moe.memory.classes import fewest, total_bytes
@@ -87,6 +87,11 @@ def test_footprint_by_hand(checkpoint: Callable[[str], Path]) -> None:
     assert needs.min_slots == 4
     assert needs.slot_bytes == 3 * 2048 * 1408 * 2  # already a multiple of 4096
     assert needs.kv_bytes_per_token == 24 * 2 * 2048 * 2
+    assert needs.int8_kv_bytes_per_token == 24 * 2 * 16 * (128 + 2 * 4)  # a scale for each 64 channels of a head
+    plans = [make_plan(needs, OffloadConfig(ram="20GiB", context_length=1024, kv_cache=kv)) for kv in ("bf16", "int8")]
+    assert [plan.kv_cache_bytes for plan in plans] == [1024 * 24 * 2 * 4096, 1024 * needs.int8_kv_bytes_per_token]
+    assert plans[1].num_slots > plans[0].num_slots
+    assert any("int8" in remark for _, _, remark in plans[1].rows())
     attention = 4 * 2048 * 2048 + 3 * 2048
     per_layer = attention + 3 * 2048 * 5632 + 2048 + 60 * 2048 + 2 * 2048  # shared expert, its gate, router, norms
     assert (needs.dense_bytes, needs.row_bytes) == (2 * (24 * per_layer + 151936 * 2048 + 2048), 2 * 151936 * 2048)
@@ -107,10 +112,43 @@ def test_a_written_out_expert_is_counted(checkpoint: Callable[[str], Path], monk
     assert needs.exact_scratch_bytes == 2 * numbers
     for exact, scratch in ((False, needs.scratch_bytes), (True, needs.exact_scratch_bytes)):
         config = OffloadConfig(ram="64GiB", context_length=16, exact_activations=exact)
-        assert make_plan(needs, config).activation_bytes == 16 * needs.activation_bytes_per_token + scratch
+        each = needs.activation_bytes_per_token + needs.angle_bytes_per_token
+        assert make_plan(needs, config).activation_bytes == 16 * each + scratch
     monkeypatch.setattr("fate_moe.engine.budget.native", None)
     assert footprint(model, stacks, "int4").scratch_bytes == 2 * numbers
     assert footprint(model, stacks, "lossless").scratch_bytes == 0
+
+
+def test_prompts_in_pieces_have_the_activations_of_a_piece(checkpoint: Callable[[str], Path]) -> None:
+    model = build_meta_model(checkpoint("qwen2_moe")).bfloat16()
+    stacks = expert_stacks(model)
+    needs = footprint(model, stacks, "int4")
+    assert needs.in_pieces
+    short, long, exact = (
+        make_plan(needs, OffloadConfig(ram="64GiB", context_length=length, exact_activations=exact))
+        for length, exact in ((2048, False), (32768, False), (32768, True))
+    )
+    assert (short.rows_at_once, long.rows_at_once, exact.rows_at_once) == (2048, 2048, 32768)
+    assert long.activation_bytes - short.activation_bytes == (32768 - 2048) * needs.angle_bytes_per_token
+    assert not footprint(build_meta_model(checkpoint("qwen2_moe")), stacks, "int4").in_pieces  # in fp32
+
+
+def test_prefixes_are_a_part_of_the_kv_cache(checkpoint: Callable[[str], Path]) -> None:
+    model = build_meta_model(checkpoint("qwen2_moe"))
+    needs = footprint(model, expert_stacks(model), "lossless")
+
+    def plan(share: str | int) -> Plan:
+        return make_plan(needs, OffloadConfig(prefix_cache=share, context_length=128))
+
+    whole = plan("100%")
+    assert whole.prefix_cache_bytes == whole.kv_cache_bytes
+    assert plan("25%").prefix_cache_bytes == whole.kv_cache_bytes // 4
+    assert plan("off").prefix_cache_bytes == 0
+    assert "prefixes" not in str(plan("off").rows())
+    assert "up to" in next(remark for what, _, remark in plan("25%").rows() if what == "KV cache")
+    assert plan("25%").num_slots == plan("off").num_slots
+    with pytest.raises(ConfigError, match="a larger context_length"):
+        plan(whole.kv_cache_bytes + 1)
 
 
 def test_too_small_budgets_name_the_smallest_that_works(checkpoint: Callable[[str], Path]) -> None:

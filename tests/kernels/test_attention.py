@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
-from fate_moe.kernels.attention import POSITIONS, attend, soften
+from fate_moe.kernels.attention import POSITIONS, attend, dequantized, quantized, row_width, soften
 from fate_moe.kernels.native import native
 from tests.kernels.test_cpu import SETS
 from tests.support.bits import assert_same
@@ -30,7 +30,7 @@ def of_native(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, s
     out, sinks = torch.empty_like(queries), options.get("sinks")
     native.attend(
         queries.data_ptr(), tokens, heads, dim, keys.data_ptr(), values.data_ptr(), len(keys), scaling, options.get("window") or 0,
-        options.get("cap") or 0.0, 0 if sinks is None else sinks.data_ptr(), out.data_ptr(),
+        options.get("cap") or 0.0, 0 if sinks is None else sinks.data_ptr(), out.data_ptr(), int(keys.dtype == torch.uint8),
     )  # fmt: skip
     return out
 
@@ -45,12 +45,15 @@ def of_native(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, s
     options=st.fixed_dictionaries(
         {"window": st.sampled_from([None, None, 1, 3, 64, 100]), "cap": st.sampled_from([None, None, 2.0]), "sink": st.booleans()}
     ),
+    int8=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_attend_is_the_twin(past: int, tokens: int, heads: int, dim: int, options: dict[str, Any], seed: int) -> None:
+def test_attend_is_the_twin(past: int, tokens: int, heads: int, dim: int, options: dict[str, Any], int8: bool, seed: int) -> None:
     if tokens * dim * heads > 5_000:
         heads, dim = min(heads, 3), min(dim, 24)
     queries, keys, values = an_example(past, tokens, heads, dim, seed)
+    if int8:
+        keys, values = quantized(keys), quantized(values)
     sinks = torch.randn(heads, generator=torch.Generator().manual_seed(seed)) if options["sink"] else None
     chosen: dict[str, Any] = {"scaling": 0.7, "window": options["window"], "cap": options["cap"], "sinks": sinks}
     want = attend(queries, keys, values, **chosen)
@@ -71,12 +74,51 @@ def test_a_row_does_not_see_what_comes_after_it(value: float) -> None:
     queries, keys, values = an_example(60, 9, 2, 16)
     want = attend(queries, keys, values, scaling=0.3)[:5]
     keys[66], values[65:] = value, value
+    coded = quantized(keys), quantized(values)
+    want_coded = attend(queries[:5], coded[0][:65], coded[1][:65], scaling=0.3)
     try:
         for name in SETS:
             native.choose(name)
             assert_same(of_native(queries, keys, values, 0.3)[:5], want, name)
+            assert_same(of_native(queries, *coded, 0.3)[:5], want_coded, name)
     finally:
         native.choose(SETS[0])
+
+
+@with_native
+@settings(max_examples=30, deadline=None)
+@given(
+    st.sampled_from([1, 2, 24, 63, 64, 65, 100, 128, 576]),
+    st.sampled_from([1e-38, 1e-3, 1.0, 3e38]),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_rows_of_an_int8_cache_are_the_twins(n: int, size: float, spoiled: bool, seed: int) -> None:
+    x = size * torch.randn(3, n, generator=torch.Generator().manual_seed(seed))
+    if spoiled:
+        x[1, -1], x[2, 0] = torch.nan, torch.inf
+    want = quantized(x)
+    assert want.shape == (3, row_width("int8", n))
+    try:
+        for name in SETS:
+            native.choose(name)
+            got = torch.empty_like(want)
+            native.put_codes(x.data_ptr(), 3, n, got.data_ptr())
+            assert_same(got[:, :n], want[:, :n], name)
+            assert_same(*(rows[:, n:].contiguous().view(torch.float32) for rows in (got, want)), name)
+    finally:
+        native.choose(SETS[0])
+
+
+def test_a_row_of_an_int8_cache_is_near_what_it_stands_for() -> None:
+    """By half a step of each group, and the roundings to bf16."""
+    x = torch.randn(40, 3, 100, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 100.0]).repeat_interleave(64)[:100]
+    got, largest = dequantized(quantized(x), 100).float(), torch.stack([part.abs().amax(-1) for part in x.split(64, -1)], -1)
+    step = (largest / 127).repeat_interleave(64, -1)[..., :100]
+    assert bool(((got - x).abs() <= 0.5 * step + x.abs() / 64).all())
+    queries, keys, values = an_example(70, 5, 2, 100)
+    exact = attend(queries, keys, values, scaling=0.1)
+    assert 0 < (attend(queries, quantized(keys), quantized(values), scaling=0.1) - exact).abs().max() < 0.02
 
 
 def test_the_twin_is_attention() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from fate_moe.kernels.attention import attend_latent
+from fate_moe.kernels.attention import attend_latent, quantized, row_width
 from fate_moe.kernels.elementary import normalize, turn, turn_pairs
 from fate_moe.kernels.native import BF16, ROPES, matrix_place, native
 from fate_moe.kernels.reference import dequantize
@@ -58,12 +58,14 @@ class OwnLatent:
         native.linear(place, numbers.data_ptr(), BF16, x.data_ptr(), 0, len(x), out.data_ptr(), 0, True, 1)
         return out
 
-    def run(self, count: int, pieces: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(self, count: int, pieces: Sequence[int], int8: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Out of ``count`` tokens, and the cache [count, rank + rope] with room for 3 more."""
         keys = torch.full((count + 3, RANK + ROPE), math.nan, dtype=torch.bfloat16)
+        if int8:
+            keys = torch.full((count + 3, row_width("int8", RANK + ROPE)), 255, dtype=torch.uint8)  # its scales are NaN
         out, first = torch.empty(count, HIDDEN), 0
         for length in pieces:
-            kv = native.Kv.make(keys.data_ptr(), 0, 0, 64 * (RANK + ROPE), 0)
+            kv = native.Kv.make(keys.data_ptr(), 0, 0, 64 * keys.shape[1], 0, int(int8))
             native.attention(
                 self.of, self.x[first].data_ptr(), 0, native.Spans.make([length], [first], [0], [0]), self.cos[first].data_ptr(),
                 self.sin[first].data_ptr(), kv, out[first].data_ptr(), True, 2,
@@ -71,7 +73,7 @@ class OwnLatent:
             first += length
         return out, keys
 
-    def twin(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def twin(self, count: int, int8: bool) -> tuple[torch.Tensor, torch.Tensor]:
         x, cos, sin = self.x[:count], self.cos[:count], self.sin[:count]
 
         def turned(y: torch.Tensor) -> torch.Tensor:
@@ -83,21 +85,23 @@ class OwnLatent:
         row = self.product("kv_a", x)
         latent = normalize(row[:, :RANK], self.norms[1].float(), 1e-6)
         keys = torch.cat([latent, turned(row[:, RANK:].unsqueeze(1))[:, 0]], -1).bfloat16()
+        keys = quantized(keys) if int8 else keys
         attended = attend_latent(queries, keys, self.numbers.view(HEADS, -1, RANK), nope=NOPE, scaling=0.3)
         return self.product("o", attended.flatten(1)), keys
 
 
 @pytest.mark.parametrize(
-    ("two_steps", "kv_b", "rope"), [(True, "bf16", "pairs apart"), (False, "int4", "pairs"), (True, "int8", "halves")]
+    ("two_steps", "kv_b", "rope", "int8"),
+    [(True, "bf16", "pairs apart", False), (False, "int4", "pairs", True), (True, "int8", "halves", False)],
 )
-def test_latent_attention(instructions: str, two_steps: bool, kv_b: str, rope: str) -> None:
+def test_latent_attention(instructions: str, two_steps: bool, kv_b: str, rope: str, int8: bool) -> None:
     attention = OwnLatent(two_steps, kv_b, rope)
-    want, keys = attention.twin(70)
+    want, keys = attention.twin(70, int8)
     for pieces in ([70], [1, 1, 65, 3]):
-        out, cached = attention.run(70, pieces)
+        out, cached = attention.run(70, pieces, int8)
         assert_same(out, want, str(pieces))
         assert_same(cached[:70], keys, str(pieces))
-        assert cached[70:].isnan().all()
+        assert bool((cached[70:] == 255).all()) if int8 else cached[70:].isnan().all()
 
 
 def test_the_twin_is_attention_on_keys_and_values_of_each_head() -> None:

@@ -10,11 +10,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fate_moe import demo
+from fate_moe.engine.prepare import load_tokenizer
 from fate_moe.kernels.native import native
+from fate_moe.layers import model_step
 from fate_moe.layers.cpu_step import CpuStep
 from fate_moe.layers.model_step import SequenceRows
+from fate_moe.schedule.batching import BatchScheduler
+from fate_moe.schedule.request import Request, Sampling
 from fate_moe.store import dense
 from fate_moe.store.convert import convert
+from tests.schedule.test_batching import answers, end_of
+from tests.schedule.test_batching import tokens_of as tokens_of_answer
 from tests.support.bits import assert_same
 from tests.support.checkpoints import tiny_checkpoint
 from tests.support.engines import load_model
@@ -24,19 +31,26 @@ pytestmark = pytest.mark.slow
 if native is None:
     pytest.skip("the extension is not built", allow_module_level=True)
 
-FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek_v3", "qwen3_next", "granitemoe_swa")
+MODELS = [
+    *(
+        (family, "bf16")
+        for family in ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek_v3", "qwen3_next", "granitemoe_swa")
+    ),
+    *((family, "int8") for family in ("gpt_oss", "deepseek_v2", "qwen3_next")),
+]
 LENGTH = 150
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=MODELS, ids=" ".join)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A tiny model, everything quantized that may be."""
-    folder = tmp_path_factory.mktemp(request.param)
-    checkpoint = tiny_checkpoint(request.param, folder / "checkpoint", torch.bfloat16)
+    """A tiny model, everything quantized that may be, and the format of its KV cache."""
+    family, kv_cache = request.param
+    folder = tmp_path_factory.mktemp(family)
+    checkpoint = tiny_checkpoint(family, folder / "checkpoint", torch.bfloat16)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dense, "MIN_QUANTIZED_ELEMENTS", 1)
         store = convert(checkpoint, folder / "store", "int4")
-        model = load_model(store, expert_cache="50%", context_length=1024)
+        model = load_model(store, expert_cache="50%", context_length=1024, kv_cache=kv_cache)
         model.store = store
         assert all(isinstance(layer.forward, CpuStep) for layer in model.model.layers)
         assert model.fate.step is not None
@@ -90,21 +104,22 @@ def test_any_cut_gives_the_same_logits(model: Any, pieces: list[int]) -> None:
 
 
 @st.composite
-def batches(draw: st.DrawFn) -> tuple[list[int], int, list[int], int]:
-    """Lengths of up to four sequences, padding before the longest, the pieces in which all are fed, and threads."""
+def batches(draw: st.DrawFn) -> tuple[list[int], int, list[int], int, int]:
+    """Lengths of up to four sequences, padding before the longest, the pieces in which all are fed, rows of a native call, and
+    threads."""
     lengths = draw(st.lists(st.integers(1, 90), min_size=1, max_size=4))
     padding = draw(st.sampled_from([0, 0, 3, 70]))
     pieces, left = [], max(lengths) + padding
     while left:
         pieces.append(min(left, draw(st.one_of(st.just(1), st.integers(1, 200)))))
         left -= pieces[-1]
-    return lengths, padding, pieces, draw(st.integers(1, 2))
+    return lengths, padding, pieces, draw(st.sampled_from([5, 64, 512])), draw(st.integers(1, 2))
 
 
 @settings(max_examples=8, deadline=None)
 @given(batches())
-def test_any_batch_gives_the_logits_of_its_sequences_alone(model: Any, batch: tuple[list[int], int, list[int], int]) -> None:
-    lengths, padding, pieces, threads = batch
+def test_any_batch_gives_the_logits_of_its_sequences_alone(model: Any, batch: tuple[list[int], int, list[int], int, int]) -> None:
+    lengths, padding, pieces, most, threads = batch
     total, before = max(lengths) + padding, torch.get_num_threads()
     tokens, mask = torch.zeros(2, len(lengths), total, dtype=torch.int64)
     for i, length in enumerate(lengths):
@@ -112,7 +127,8 @@ def test_any_batch_gives_the_logits_of_its_sequences_alone(model: Any, batch: tu
     positions, past, logits, end = (mask.cumsum(1) - 1).clamp(min=0), None, [], 0
     torch.set_num_threads(threads)
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(model_step, "ROWS_AT_ONCE", most)
             for piece in pieces:
                 end += piece
                 part = slice(end - piece, end)
@@ -140,8 +156,8 @@ def test_rows_of_sequences_in_a_pool_of_blocks_give_their_logits_alone(
     free, done = random.sample(range(12), 12), [0] * len(lengths)
     blocks = [[free.pop() for _ in range(0, length, 64)] for length in lengths]
     pool, entries = model.fate.step.new_pool(12, 5), random.sample(range(5), 4)
-    for each in (each for of in pool for each in of):
-        each.fill_(torch.nan)  # what nobody wrote is never read
+    for states in (each for of in pool for each in of):
+        states.fill_(255 if states.dtype == torch.uint8 else torch.nan)  # what nobody wrote is never read
     found: list[list[torch.Tensor]] = [[] for _ in lengths]
     while any(at < length for at, length in zip(done, lengths, strict=True)):
         counts = [min(random.randint(1, most), length - at) for at, length in zip(done, lengths, strict=True)]
@@ -176,8 +192,24 @@ def test_generate_runs_all_layers_in_one_call(model: Any, rows_run: list[int], o
         assert torch.equal(model.generate(ids, attention_mask=torch.ones_like(ids), **most)[0, length:], text)
 
 
+def test_a_prefix_that_is_there_gives_the_same_logits(model: Any) -> None:
+    """Behind the blocks of another text, in every layer: whole ones, windows and latent rows."""
+    scheduler = BatchScheduler(lambda: (model, load_tokenizer(demo.MODEL)), parallel=2)
+    prompt = tuple(tokens_of(150)[0].tolist())
+    request = Request((*prompt, 9, 8), 6, Sampling(temperature=0), ignore_eos=True, top_logprobs=3)
+    try:
+        alone = answers(scheduler, request)[0]
+        assert end_of(alone).usage.cached_tokens == 0
+        answers(scheduler, Request((*prompt[:130], 5), 3, Sampling(temperature=0), ignore_eos=True))
+        again = answers(scheduler, request)[0]
+        assert end_of(again).usage.cached_tokens == 128
+        assert tokens_of_answer(again) == tokens_of_answer(alone)
+    finally:
+        scheduler.close()
+
+
 def test_another_budget_gives_the_same_logits(model: Any) -> None:
-    with load_model(model.store, expert_cache="100%").fate as engine:
+    with load_model(model.store, expert_cache="100%", kv_cache=model.fate.config.kv_cache).fate as engine:
         tokens = tokens_of(30)
         for _ in range(2):  # while slots fill, and with all experts there
             assert_same(logits_in(engine.model, tokens, [20, 1, 9]), logits_in(model, tokens, [30]))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -17,6 +20,7 @@ from hypothesis import strategies as st
 import fate_moe
 from fate_moe.core import KV_BLOCK
 from fate_moe.schedule.batching import BatchScheduler, default_parallel
+from fate_moe.schedule.block_files import BlockFiles
 from fate_moe.schedule.request import Event, Finished, Piece, Queued, Reading, Request, Sampling
 from fate_moe.schedule.scheduler import QueueFullError, StoppedError, Ticket
 from tests.support.batching import POISON, FakeExecutor, FakeModel, FakeTokenizer
@@ -57,6 +61,7 @@ def alone(request: Request, any_cut: bool = True) -> list[Event]:
         scheduler.close()
 
 
+_KEPT = tempfile.TemporaryDirectory()  # what one example leaves on the disk, the next one finds
 COMMON = [[3] * 70, [4] * 128, [5, 6]]  # prompts that several requests have
 
 
@@ -82,10 +87,12 @@ actions = st.lists(
 
 
 @settings(max_examples=40, deadline=None)
-@given(actions, st.integers(1, 4), st.integers(5, 12), st.booleans())
-def test_a_text_is_what_it_is_alone(actions: list[Any], parallel: int, num_blocks: int, any_cut: bool) -> None:
+@given(actions, st.integers(1, 4), st.integers(5, 12), st.sampled_from(["any cut", "on disk", "whole prompts"]))
+def test_a_text_is_what_it_is_alone(actions: list[Any], parallel: int, num_blocks: int, kind: str) -> None:
     """Whatever else comes, is cancelled, fails, or has to give its blocks away, and whenever it does."""
-    executor = FakeExecutor(num_blocks, any_cut, is_open=False)
+    any_cut = kind != "whole prompts"
+    files = BlockFiles(Path(_KEPT.name), "a" * 32, "fake", 8 * KV_BLOCK, 20_000) if kind == "on disk" else None
+    executor = FakeExecutor(num_blocks, any_cut, is_open=False, files=files)
     scheduler = scheduler_on(executor, parallel=parallel, capacity=8)
     taken: list[tuple[Request, Ticket]] = []
     left: set[Ticket] = set()
@@ -129,7 +136,8 @@ def test_a_text_is_what_it_is_alone(actions: list[Any], parallel: int, num_block
             assert ticket in left
             assert text_of(want).startswith(text_of(events))
             continue
-        assert (text_of(events), end.reason, end.usage) == (text_of(want), end_of(want).reason, end_of(want).usage)
+        usage = replace(end.usage, cached_tokens=0)
+        assert (text_of(events), end.reason, usage) == (text_of(want), end_of(want).reason, end_of(want).usage)
         assert tokens_of(events) == tokens_of(want)
         assert end.prompt == end_of(want).prompt
         positions = [event.position for event in events if isinstance(event, Queued)]
@@ -230,6 +238,31 @@ def test_a_cancelled_request_in_the_queue_ends_at_once_and_others_move_up() -> N
             scheduler.submit(Request((1,), 1))
 
     asyncio.run(run())
+
+
+def test_texts_are_the_same_from_memory_from_the_disk_and_after_damage(tmp_path: Path) -> None:
+    """Conversations that begin alike, by several processes one after the other, in little memory and on little disk."""
+    dice = Random(3)
+    shared = [dice.randrange(1, POISON) for _ in range(5 * KV_BLOCK)]
+    talks: list[list[int]] = [shared[: 64 * dice.randrange(1, 6)] + [number] * dice.randrange(1, 90) for number in range(1, 7)]
+    from_disk = 0
+    for process in range(5):
+        files = BlockFiles(tmp_path, "a" * 32, "fake", 8 * KV_BLOCK, 24 * (8 * KV_BLOCK + 150))
+        scheduler = scheduler_on(FakeExecutor(14, files=files), parallel=2)
+        asked = [Request(tuple(talk), 7, Sampling(seed=1), ignore_eos=True, top_logprobs=0) for talk in dice.sample(talks, 4)]
+        found = answers(scheduler, *asked)
+        scheduler.close()
+        for request, events in zip(asked, found, strict=True):
+            assert tokens_of(events) == tokens_of(alone(request))
+            talk = next(talk for talk in talks if tuple(talk) == request.prompt)
+            talk += [record.token for record in tokens_of(events)] + [dice.randrange(1, POISON)] * 20
+        from_disk += files.read_bytes
+        if process:
+            kept = sorted((tmp_path / ("a" * 32)).iterdir())
+            for path in dice.sample(kept, 2):
+                path.write_bytes(path.read_bytes()[:-1] + b"?")
+        assert sum(path.stat().st_size for path in (tmp_path / ("a" * 32)).iterdir()) <= 24 * (8 * KV_BLOCK + 150)
+    assert from_disk > 10 * 8 * KV_BLOCK
 
 
 def test_a_full_queue_refuses() -> None:

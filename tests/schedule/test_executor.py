@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,7 @@ def executors(model: Any, num_blocks: int) -> dict[str, Executor]:
     assert executor_of(model).shares_passes
     pool = PoolExecutor(model, model.fate.step, num_blocks)
     for states in (each for of in pool.pool for each in of):
-        states.fill_(float("nan"))  # what nobody wrote is never read
+        states.fill_(255 if states.dtype == torch.uint8 else float("nan"))  # what nobody wrote is never read
     return {"model": ModelExecutor(model, num_blocks), "pool": pool}
 
 
@@ -210,6 +211,20 @@ def test_both_executors_give_the_same_logits_and_forks_go_on(loaded: tuple[Any, 
         found.append(logits)
     for mine, theirs in zip(*found, strict=True):
         assert_same(mine, theirs)
+
+
+def test_a_pool_in_int8_has_what_a_cache_in_int8_has() -> None:
+    """Of a prompt that goes through the model's own forward, too."""
+    model, _ = fate_moe.load(expert_cache="25%", context_length=1024, kv_cache="int8")
+    with model.fate:
+        found = []
+        for executor in executors(model, 12).values():
+            name = executor.new()
+            logits = step(executor, Rows(name, PROMPT * 14, wanted=70))
+            logits += step(executor, Rows(name, [7]))
+            found.append([*logits, *step(executor, Rows(executor.new(), PROMPT))])
+        for mine, theirs in zip(*found, strict=True):
+            assert_same(mine, theirs)
 
 
 def test_an_entry_that_fails_is_not_the_others(loaded: tuple[Any, Any]) -> None:
@@ -254,6 +269,60 @@ def test_cancelling_stops_within_a_token(scheduler: BatchScheduler) -> None:
 
     assert asyncio.run(run()).reason == "cancelled"
     assert scheduler.load.steps <= steps + 2  # one may be under way, and another may begin before the event loop hears of the piece
+
+
+def test_a_prefix_gives_the_same_bits_from_memory_and_from_the_disk(
+    loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """And after other texts took its room, after a restart, and where files are torn."""
+    model = loaded[0]
+    monkeypatch.setenv("FATE_HOME", str(tmp_path))
+    monkeypatch.setattr(model.fate, "config", replace(model.fate.config, prefix_cache_disk="64MiB"))
+    asked = Request(PROMPT * 64, 6, Sampling(temperature=0), ignore_eos=True, top_logprobs=3)
+    other = Request(tuple(range(100, 1000)), 2, Sampling(temperature=0), ignore_eos=True)
+
+    def asks(scheduler: BatchScheduler, cached: int) -> None:
+        events = answers(scheduler, asked)[0]
+        assert tokens_of(events) == tokens_of(want)
+        assert end_of(events).usage.cached_tokens == cached
+
+    scheduler = BatchScheduler(lambda: loaded)
+    want = answers(scheduler, asked)[0]
+    steps = scheduler._steps
+    assert steps is not None
+    if not steps.executor.any_cut:
+        assert steps.executor.disk is None
+        scheduler.close()
+        return
+    assert end_of(want).usage.cached_tokens == 0
+    asks(scheduler, 256)
+    answers(scheduler, other)  # the pool has 16 blocks: some of the first text's go
+    asks(scheduler, 256)
+    scheduler.close()
+    disk = steps.executor.disk
+    assert disk is not None
+    assert disk.files.read_bytes > 0
+
+    def restarted(cached: int) -> None:
+        scheduler = BatchScheduler(lambda: loaded)
+        asks(scheduler, cached)
+        scheduler.close()
+
+    restarted(256)
+    folder = next(path for path in (tmp_path / "kv").iterdir() if path.is_dir())
+    assert all(path.stat().st_size == disk.files.num_bytes // len(list(folder.iterdir())) for path in folder.iterdir())
+    third = folder / f"{kv_names(model, asked.prompt)[2].hex()}.kv"
+    third.write_bytes(third.read_bytes()[:-1])
+    restarted(128)
+    restarted(256)  # it was written again
+    monkeypatch.setattr(model.fate, "config", replace(model.fate.config, prefix_cache_disk="64MiB", exact_activations=True))
+    restarted(0)  # other numbers: another model
+
+
+def kv_names(model: Any, tokens: tuple[int, ...]) -> list[bytes]:
+    prefixes = executor_of(model).prefixes
+    assert prefixes is not None
+    return prefixes.names(tokens)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from array import array
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,9 @@ import torch
 from transformers import GenerationConfig, RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper
 
 from fate_moe.core import KV_BLOCK, Counters
+from fate_moe.schedule.block_files import BlockFiles
 from fate_moe.schedule.blocks import Blocks
+from fate_moe.schedule.disk_prefixes import DiskPrefixes
 from fate_moe.schedule.executor import Result, Rows
 from fate_moe.schedule.prefixes import Prefixes
 
@@ -52,17 +55,22 @@ class FakeModel:
 class FakeExecutor:
     """Keeps tokens in blocks. Each step waits until ``gate`` lets it, unless ``is_open``.
 
+    ``files``: where prefixes are kept too.
+
     Without ``any_cut`` what comes next depends on the cut too: on where the step that read a token began.
     """
 
     shares_passes = True
     most_sequences: int | None = None
 
-    def __init__(self, num_blocks: int, any_cut: bool = True, is_open: bool = True) -> None:
+    def __init__(self, num_blocks: int, any_cut: bool = True, is_open: bool = True, files: BlockFiles | None = None) -> None:
         self.blocks, self.any_cut, self.is_open = Blocks(num_blocks), any_cut, is_open
         self.prefixes = Prefixes(self.blocks) if any_cut else None
+        self.disk: DiskPrefixes | None = None
+        if files is not None and self.prefixes is not None:
+            self.disk = DiskPrefixes(files, self.prefixes, lambda block: [memoryview(self.memory[block]).cast("B")])
         self.gate = threading.Semaphore(0)
-        self.memory: list[list[Any]] = [[None] * KV_BLOCK for _ in range(num_blocks)]
+        self.memory = [array("q", [0] * KV_BLOCK) for _ in range(num_blocks)]
         self.steps: list[list[Rows]] = []
 
     def new(self) -> int:
@@ -79,7 +87,7 @@ class FakeExecutor:
             pass
         self.steps.append(list(rows))
         for old, new in self.blocks.append_all([(one.sequence, len(one.tokens)) for one in rows]):
-            self.memory[new] = list(self.memory[old])
+            self.memory[new][:] = self.memory[old]
         self.blocks.check_integrity()
         return [self._read(one) for one in rows]
 
@@ -88,8 +96,9 @@ class FakeExecutor:
             return ValueError("poison")
         table, length = self.blocks.table(rows.sequence), self.blocks.length(rows.sequence)
         began = length - len(rows.tokens)
-        for position, token in enumerate(rows.tokens, began):
-            cell = token if self.any_cut else (token, began)
+        for position, token in enumerate(rows.tokens, began):  # a cell depends on all tokens before it, as keys do
+            before = self.memory[table[(position - 1) // KV_BLOCK]][(position - 1) % KV_BLOCK] if position else 0
+            cell = (before * 1_000_003 + token + 1 + (0 if self.any_cut else began << 8)) % (1 << 61)
             self.memory[table[position // KV_BLOCK]][position % KV_BLOCK] = cell
         held = [self.memory[table[position // KV_BLOCK]][position % KV_BLOCK] for position in range(length)]
         logits = [self._logits(held[: length - back]) for back in range(rows.wanted)]

@@ -18,6 +18,7 @@ from fate_moe.checkpoints.source import Checkpoint
 from fate_moe.engine.attach import routers_of
 from fate_moe.engine.patches import Patches
 from fate_moe.engine.prepare import prepare
+from fate_moe.layers.model_step import prefix_reasons
 from fate_moe.layers.plain import NotPlain, plain_decoder
 from fate_moe.layers.reasons import attention_reasons
 from fate_moe.store.convert import convert
@@ -80,7 +81,15 @@ def examine(family: str, folder: Path) -> Family:
         large.fate.close()
     _experts_matter(text_part(model), wanted)
     look_ahead = f"{sum(exact.values())}/{len(exact)}"
-    return Family(family, type(text_part(model)).__name__, "ok", look_ahead, keys, _recognised(prepared.model))
+    layers, prefixes = _recognised(prepared.model), prefixes_of(prepared.model)
+    return Family(family, type(text_part(model)).__name__, "ok", look_ahead, keys, layers, prefixes)
+
+
+def prefixes_of(model: Any) -> str:
+    """As ``Family.prefixes``."""
+    if _recognised(model) != "recognised":
+        return "its layers are not run whole"
+    return "; ".join(prefix_reasons(model)) or "reused"
 
 
 def _recognised(model: Any) -> str:

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fate_moe.errors import CheckpointError
+from fate_moe.errors import CheckpointError, ConfigError
 from fate_moe.io.json_file import read_json
 
-__all__ = ["EXPERT_COUNTS", "broken_config_rule", "longest_context", "read_config"]
+__all__ = ["EXPERT_COUNTS", "broken_config_rule", "longest_context", "read_config", "refuse_beyond"]
 
 # What families call the number of experts in a layer.
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -56,6 +56,17 @@ def longest_context(config: Any) -> int | None:
     """How many tokens the model of ``config`` (transformers' object) was made for; None where it does not say."""
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     return longest if isinstance(longest, int) else None
+
+
+def refuse_beyond(asked: int | None, config: Any, beams: int = 1) -> None:
+    """Raise ConfigError where ``asked`` tokens of context, of all ``beams``, are more than the model of ``config`` was made for."""
+    longest = longest_context(config)
+    if asked is not None and longest is not None and asked > longest * beams:
+        each = f" in each of {beams} beams" if beams > 1 else ""
+        raise ConfigError(
+            f"--context-length {asked} is more than this model was made for: {longest} tokens{each}; give at most "
+            f"{longest * beams}, or scale its rotary embedding in config.json"
+        )
 
 
 def broken_config_rule(config: Any) -> str | None:

@@ -1,14 +1,18 @@
-"""A KV cache with room to grow: a new token is written behind the others, which transformers' own copies every time."""
+"""A KV cache with room to grow: a new token is written behind the others, which transformers' own copies every time. In bf16, or in
+int8 (``kernels/attention.py``)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import cache_utils
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-__all__ = ["RoomyLayer", "RoomySlidingLayer", "StateRoom", "make_room", "room_for", "state_for"]
+from fate_moe.kernels.attention import dequantized, quantized, row_width
+
+__all__ = ["Int8Layer", "RoomyLayer", "RoomySlidingLayer", "StateRoom", "make_room", "room_for", "state_for"]
 
 MIN_ROOM = 64  # tokens; else a quarter of what is there
 
@@ -29,7 +33,7 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
 
     @property
     def keys(self) -> torch.Tensor | None:
-        return self._set[0] if self._room is None else self._filled(self._room[0])
+        return self._set[0] if self._room is None else self._states(0)
 
     @keys.setter
     def keys(self, keys: torch.Tensor | None) -> None:
@@ -37,7 +41,7 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
 
     @property
     def values(self) -> torch.Tensor | None:
-        return self._set[1] if self._room is None else self._filled(self._room[1])
+        return self._set[1] if self._room is None else self._states(1)
 
     @values.setter
     def values(self, values: torch.Tensor | None) -> None:
@@ -49,6 +53,15 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         It is never written again, so a write behind it must not make autograd reject a view that it saved for backward.
         """
         return (buffer if buffer.is_inference() else buffer.data)[:, :, : self._length]
+
+    def _states(self, which: int) -> torch.Tensor:
+        """Keys or values that the buffers hold."""
+        assert self._room is not None
+        return self._filled(self._room[which])
+
+    def _rows(self, keys: torch.Tensor, values: torch.Tensor) -> Sequence[torch.Tensor]:
+        """What the buffers hold for ``keys`` and ``values``."""
+        return keys, values
 
     def _put(self, which: int, states: torch.Tensor | None) -> None:
         if self._room is not None:
@@ -70,8 +83,8 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
             own: tuple[Any, Any] = super().update(key_states, value_states, *args, **kwargs)
             return own  # new tensors: backward needs the earlier ones unchanged
         past, *buffers = self.reserve(count, key_states, value_states)
-        for buffer, states in zip(buffers, (key_states, value_states), strict=True):
-            buffer[:, :, past : past + count] = states
+        for buffer, rows in zip(buffers, self._rows(key_states, value_states), strict=True):
+            buffer[:, :, past : past + count] = rows
         self.extend(count)
         return self.keys, self.values
 
@@ -82,12 +95,14 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         """
         past = self.get_seq_length()
         if self._room is None or not self.has_room(count):
-            old: Any = (self.keys, self.values)
-            wanted, shapes = past + count, like or old
+            shapes: Any = like or (self.keys, self.values)
+            wanted = past + count
             most = max(wanted, self.max_tokens // max(1, shapes[0].shape[0]))
             length = min(most, wanted + max(MIN_ROOM, wanted // 4))
             keys, values = self._buffers(shapes, length)
             if past:
+                own: Any = self._set
+                old = self._rows(*own) if self._room is None else [self._filled(buffer) for buffer in self._room]
                 keys[:, :, :past], values[:, :, :past] = old
             self._room, self._length, self._set = (keys, values), past, [None, None]
         return past, *self._room
@@ -103,8 +118,7 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         both = torch.zeros(*shape, sum(dims), dtype=self.dtype, device=self.device)
         return both[..., : dims[0]], both[..., dims[0] :]
 
-    @staticmethod
-    def _is_apart(keys: torch.Tensor, values: torch.Tensor) -> bool:
+    def _is_apart(self, keys: torch.Tensor, values: torch.Tensor) -> bool:
         """Whether they should be side by side, and are not."""
         dim = keys.shape[3]
         return dim != values.shape[3] and values.data_ptr() != keys.data_ptr() + dim * keys.element_size()
@@ -147,6 +161,53 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         return self.is_initialized and self.dtype == dtype and self.batch == batch
 
 
+class Int8Layer(RoomyLayer):
+    """A RoomyLayer whose buffers have rows in int8 (``quantized``). Its ``keys`` and ``values`` are copies in bf16, and what is put
+    in their place is quantized; cropping and beams change the rows' places alone."""
+
+    _dims = (0, 0)
+
+    def _rows(self, keys: torch.Tensor, values: torch.Tensor) -> Sequence[torch.Tensor]:
+        if keys.shape[-1] == values.shape[-1]:
+            return quantized(keys), quantized(values)
+        return [quantized(torch.cat([keys, values], -1))] * 2
+
+    def _states(self, which: int) -> torch.Tensor:
+        assert self._room is not None
+        dims = self._dims
+        if dims[0] == dims[1]:
+            return dequantized(self._filled(self._room[which]), dims[0]).to(self.dtype)
+        return dequantized(self._filled(self._room[0]), sum(dims)).to(self.dtype).split(dims, -1)[which]
+
+    def _buffers(self, like: Any, length: int) -> Any:
+        self._dims = dims = (like[0].shape[3], like[1].shape[3])
+        width = row_width("int8", dims[0] if dims[0] == dims[1] else sum(dims))
+        shape = (*like[0].shape[:2], length, width)
+        keys = torch.zeros(shape, dtype=torch.uint8, device=self.device)
+        return [keys, torch.zeros_like(keys) if dims[0] == dims[1] else keys]
+
+    def _is_apart(self, keys: torch.Tensor, values: torch.Tensor) -> bool:
+        return False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if self._room is None:
+            super().crop(tokens_to_remove)
+        else:
+            self._length = max(0, self._length - abs(tokens_to_remove))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self._room is None:
+            super().batch_repeat_interleave(repeats)
+        else:
+            self._room = self._room[0].repeat_interleave(repeats, 0), self._room[1].repeat_interleave(repeats, 0)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        if self._room is None:
+            super().batch_select_indices(indices)
+        else:
+            self._room = self._room[0][indices], self._room[1][indices]
+
+
 class RoomySlidingLayer(RoomyLayer):
     """A RoomyLayer of attention with a sliding window. It keeps all tokens, so that they can be cropped at any time; masks and
     transformers' own attention see the last of them, as DynamicSlidingWindowLayer keeps. Plans count such layers as full ones."""
@@ -178,34 +239,40 @@ class RoomySlidingLayer(RoomyLayer):
         return keys[:, :, -seen:], values[:, :, -seen:]
 
 
-def make_room(cache: Any, max_tokens: int, unless_given: bool = False) -> None:
+class _Int8SlidingLayer(RoomySlidingLayer, Int8Layer):
+    pass
+
+
+def make_room(cache: Any, max_tokens: int, unless_given: bool = False, kv_format: str = "bf16") -> None:
     """Give the layers of a DynamicCache room, those that have kept every token; other caches stay as they are.
 
-    ``unless_given``: layers that were given a limit before keep it.
+    ``unless_given``: layers that were given a limit before keep it. Layers with room stay in their format.
     """
     if type(cache) is not DynamicCache or cache.offloading:
         return
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, RoomyLayer):
             layer.max_tokens = layer.max_tokens if unless_given and layer.max_tokens else max_tokens
-        elif (roomy := _roomy(layer, max_tokens)) is not None:
+        elif (roomy := _roomy(layer, max_tokens, kv_format)) is not None:
             cache.layers[index] = roomy
 
 
-def room_for(cache: Any, index: int, kv_heads: int, dims: tuple[int, int], batch: int = 1) -> RoomyLayer | None:
-    """Layer ``index`` of ``cache`` with keys and values of ``batch`` sequences in bf16 (``dims`` of a head of each), made where
-    nothing is cached yet.
+def room_for(
+    cache: Any, index: int, kv_heads: int, dims: tuple[int, int], batch: int = 1, kv_format: str = "bf16"
+) -> RoomyLayer | None:
+    """Layer ``index`` of ``cache`` with keys and values of ``batch`` sequences of a bf16 model (``dims`` of a head of each), made
+    in ``kv_format`` where nothing is cached yet.
 
     None if it is another kind, or somebody trains what is in it (prefix tuning)."""
     if type(cache) is not DynamicCache or cache.offloading:
         return None
     layers = cache.layers
     if index == len(layers) and cache.layer_class_to_replicate is DynamicLayer:
-        layers.append(RoomyLayer())
+        layers.append(RoomyLayer() if kv_format == "bf16" else Int8Layer())
     if index >= len(layers):
         return None
     layer = layers[index]
-    if not layer.is_initialized and (roomy := _roomy(layer, 0)) is not None:
+    if not layer.is_initialized and (roomy := _roomy(layer, 0, kv_format)) is not None:
         layer = layers[index] = roomy
     if not isinstance(layer, RoomyLayer) or layer.has_gradients():
         return None
@@ -267,12 +334,13 @@ def state_for(cache: Any, index: int, shapes: tuple[tuple[int, ...], tuple[int, 
     return StateRoom(layer, batch)
 
 
-def _roomy(layer: Any, max_tokens: int) -> RoomyLayer | None:
+def _roomy(layer: Any, max_tokens: int, kv_format: str) -> RoomyLayer | None:
     """``layer`` with room; None if it is of another kind, or has forgotten tokens."""
+    bf16 = kv_format == "bf16"
     if type(layer) is DynamicLayer:
-        roomy = RoomyLayer(max_tokens)
+        roomy = RoomyLayer(max_tokens) if bf16 else Int8Layer(max_tokens)
     elif type(layer) is DynamicSlidingWindowLayer and layer.get_seq_length() < layer.sliding_window:
-        roomy = RoomySlidingLayer(max_tokens, layer.sliding_window)
+        roomy = (RoomySlidingLayer if bf16 else _Int8SlidingLayer)(max_tokens, layer.sliding_window)
     else:
         return None
     for name, value in vars(layer).items():

@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line; the reference in the docs is made from it."""
     from fate_moe import __version__
-    from fate_moe.cli import doctor, families, listing, quality, serve, stores, text, traces
+    from fate_moe.cli import chat, doctor, families, listing, quality, serve, stores, text, traces
     from fate_moe.cli.options import add_verbosity
     from fate_moe.cli.parser import Parser
 
@@ -54,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"fate {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
-    for group in (text, serve, stores, listing, families, quality, traces, doctor):
+    for group in (text, chat, serve, stores, listing, families, quality, traces, doctor):
         group.add_verbs(verbs)
     add_verbosity(parser)
     return parser

@@ -16,7 +16,7 @@ from fate_moe.store.home import check_removable, find_store, remove_store, store
 from fate_moe.switches import cache_home
 from fate_moe.units import format_bytes
 
-__all__ = ["add_verbs"]
+__all__ = ["add_verbs", "ago"]
 
 
 def add_verbs(verbs: Any) -> None:
@@ -50,12 +50,12 @@ def _list(arguments: argparse.Namespace) -> None:
         table.add_column(name, justify="right" if name == "size" else "left", overflow="fold")
     for store in found:
         what = store.precision if store.state == "whole" else store.state
-        table.add_row(store.name, store.source or "-", what, format_bytes(store.num_bytes), _ago(store.last_used))
+        table.add_row(store.name, store.source or "-", what, format_bytes(store.num_bytes), ago(store.last_used))
     draw_table(table)
     print(f"{format_bytes(sum(store.num_bytes for store in found))} in {stores_home()}")
 
 
-def _ago(last_used: float | None) -> str:
+def ago(last_used: float | None) -> str:
     """ "3 hours ago", from a Unix time in seconds."""
     if last_used is None:
         return "never"

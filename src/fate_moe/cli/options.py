@@ -16,7 +16,7 @@ from fate_moe.adapter.sampling import GREEDY_BELOW, RANGES
 from fate_moe.cli.net import one_line
 from fate_moe.cli.parser import Number, count
 from fate_moe.config import COUNTS, DEVICES, PRECISION_POLICIES, OffloadConfig
-from fate_moe.core import PRECISIONS
+from fate_moe.core import KV_FORMATS, PRECISIONS
 from fate_moe.errors import ConfigError
 from fate_moe.registry import POLICIES, PREDICTORS, PRESETS, Entry, Preset
 from fate_moe.store.home import find_store
@@ -49,6 +49,8 @@ MODEL_HELP = (
 # The version of all JSON that verbs print: a change that breaks readers raises it, a new key does not.
 JSON_SCHEMA = 1
 DEFAULTS = {field.name: field.default for field in fields(OffloadConfig)}
+# Blocks of a few hundred thousand tokens of a small model, of some ten thousand of one with 30 billion parameters.
+PREFIX_DISK = "4GiB"
 # Options of generate(), by their names in transformers; those of _SAMPLES mean nothing without sampling.
 _SAMPLING = {
     "temperature": "higher is more surprising; 0 takes the likeliest token",
@@ -66,8 +68,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", type=model_name, help=f"{MODEL_HELP}; none: the embedded model")
 
 
-def add_offload_options(parser: argparse.ArgumentParser, gpu: bool = False) -> None:
-    """One option for every field of OffloadConfig; those of a GPU for verbs that can use one."""
+def add_offload_options(parser: argparse.ArgumentParser, gpu: bool = False, prefixes: bool = False) -> None:
+    """One option for every field of OffloadConfig; those of a GPU and of prefixes for verbs that can use them."""
     group = parser.add_argument_group("memory and experts")
     if gpu:
         group.add_argument(
@@ -139,6 +141,14 @@ def add_offload_options(parser: argparse.ArgumentParser, gpu: bool = False) -> N
         metavar="N",
         help="tokens to set KV cache aside for; run: as many as it needs",
     )
+    if prefixes:
+        add_prefix_options(group)
+    group.add_argument(
+        "--kv-cache",
+        choices=KV_FORMATS,
+        default=DEFAULTS["kv_cache"],
+        help=f"how the KV cache holds numbers{not_there}; int8 takes about half; default: %(default)s",
+    )
     group.add_argument(
         "--io-threads",
         type=Number(COUNTS["io_threads"]),
@@ -151,6 +161,23 @@ def add_offload_options(parser: argparse.ArgumentParser, gpu: bool = False) -> N
         "--exact-activations",
         action="store_true",
         help=f"multiply quantized weights with fp32 activations, not int8 ones{on_cpu}",
+    )
+
+
+def add_prefix_options(group: Any) -> None:
+    """What is kept of texts that ended."""
+    group.add_argument(
+        "--prefix-cache",
+        default=DEFAULTS["prefix_cache"],
+        metavar="SIZE|PERCENT|off",
+        help="how much of the KV cache may keep what ended, so that a text which begins alike is not read again; not on a GPU; "
+        "default: %(default)s",
+    )
+    group.add_argument(
+        "--prefix-cache-disk",
+        default=PREFIX_DISK,
+        metavar="SIZE|off",
+        help="how much of the disk may keep it, under $FATE_HOME/kv, for later runs; default: %(default)s",
     )
 
 

@@ -157,7 +157,8 @@ def _open(path: Path, config: OffloadConfig, window: int) -> Any:
     prepared = prepare(path)
     needs = prepared.footprint()
     extra = logits_bytes(prepared.model.config.get_text_config().vocab_size, window)
-    per_token = needs.kv_bytes_per_token + needs.activation_bytes_per_token
+    whole = needs.rows_at_once(config) == config.context_length and not needs.in_pieces
+    per_token = needs.kv_bytes(config) + (needs.activation_bytes_per_token if whole else 0)
     roomy = replace(config, context_length=config.context_length + -(-extra // per_token))
     plan = make_plan(needs, roomy)
     say(plan.line())

@@ -80,7 +80,7 @@ def add_verbs(verbs: Any) -> None:
     group.add_argument("--log-requests", action="store_true", help="a line on stderr for each request, without its contents")
     group.add_argument("--log-prompts", action="store_true", help="prompts and answers on stderr too")
     serve.set_defaults(verb=_serve)
-    add_offload_options(serve, gpu=True)
+    add_offload_options(serve, gpu=True, prefixes=True)
 
 
 def _serve(arguments: argparse.Namespace) -> None:

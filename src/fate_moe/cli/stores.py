@@ -42,7 +42,7 @@ def add_verbs(verbs: Any) -> None:
     add_model(plan)
     plan.add_argument("--json", action="store_true", help="print one JSON object")
     plan.set_defaults(verb=_plan)
-    add_offload_options(plan, gpu=True)
+    add_offload_options(plan, gpu=True, prefixes=True)
 
     convert = verbs.add_parser(
         "convert", help="make a store", description="Turn a checkpoint into an expert store; resumes if killed."

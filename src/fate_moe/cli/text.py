@@ -1,18 +1,16 @@
-"""Verbs that write text: run, chat."""
+"""The verb that continues a text: run."""
 
 from __future__ import annotations
 
 import argparse
 import re
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from fate_moe import demo
-from fate_moe.adapter.config_rules import longest_context
-from fate_moe.cli.net import one_line, say, uninterrupted
+from fate_moe.adapter.config_rules import longest_context, refuse_beyond
+from fate_moe.cli.net import say, uninterrupted
 from fate_moe.cli.options import (
     add_model,
     add_offload_options,
@@ -26,13 +24,11 @@ from fate_moe.cli.options import (
 )
 from fate_moe.cli.parser import file_path
 from fate_moe.cli.reading import Shown, argument_text, is_piped, read_stdin, read_text
-from fate_moe.config import OffloadConfig
-from fate_moe.errors import ConfigError, FateError
+from fate_moe.errors import ConfigError
 
-__all__ = ["add_verbs"]
+__all__ = ["add_verbs", "beams_of", "printer"]
 
 _NO_PROMPT = "no prompt; give it after the model, with -p, with --file, or on standard input"
-_COMMANDS = "/reset forgets the conversation, /exit or Ctrl-D ends it"
 # Characters of a prompt that are tokenized at first, to tell from them how many tokens all are.
 _SAMPLE = 1 << 18
 
@@ -53,13 +49,8 @@ def add_verbs(verbs: Any) -> None:
     run.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
     run.add_argument("--json", action="store_true", help="print one JSON object instead of text and report")
     run.set_defaults(verb=_run)
-
-    chat = verbs.add_parser("chat", help="talk", description="Talk with the model; /help lists the commands, /exit or Ctrl-D ends.")
-    add_model(chat)
-    chat.set_defaults(verb=_chat)
-    for verb in (run, chat):
-        add_sampling_options(verb, 200 if verb is run else 400)
-        add_offload_options(verb, gpu=True)
+    add_sampling_options(run, 200)
+    add_offload_options(run, gpu=True)
 
 
 def _model_and_prompt(arguments: argparse.Namespace) -> tuple[str | None, str]:
@@ -121,7 +112,8 @@ def _run(arguments: argparse.Namespace) -> None:
     inputs = as_input(token_ids(tokenizer, text, rows, special=not arguments.chat))
     if inputs.shape[1] == 0:
         raise ConfigError("the prompt is empty")
-    beams = _beams(arguments, prepared.model)
+    beams = beams_of(arguments, prepared.model)
+    refuse_beyond(arguments.context_length, prepared.model.config, beams)
     needed = _needed(inputs.shape[1], arguments.max_new_tokens, beams, arguments.context_length)
     config = offload_config(arguments, needed)
     plan = prepared.plan(config)
@@ -130,14 +122,16 @@ def _run(arguments: argparse.Namespace) -> None:
         say(f"prompt and answer take {needed // beams} tokens; this model was made for {longest}")
     model = build(prepared, plan, config)
     with uninterrupted(model.fate.close):
-        options = generate_options(arguments)
+        options, reading = generate_options(arguments), ReadingLine()
         if arguments.json:
-            answer = generate(model, tokenizer, inputs, **options)
+            answer = generate(model, tokenizer, inputs, on_read=reading, **options)
+            reading.end()
             name = "embedded" if arguments.model is None else str(arguments.model)
             print_json({"model": name, **answer.as_dict(), **model.fate.report().as_dict()})
             return
         print(Shown()(prompt), end="", flush=True)
-        answer = generate(model, tokenizer, inputs, _printer(), **options)
+        answer = generate(model, tokenizer, inputs, printer(reading), reading, **options)
+        reading.end()
         print(flush=True)
         report = model.fate.report()
         traffic = report.traffic(answer.prompt_tokens + len(answer.tokens))
@@ -147,13 +141,37 @@ def _run(arguments: argparse.Namespace) -> None:
         )
 
 
-def _printer() -> Any:
-    """What prints each piece of a text at once."""
+def printer(reading: ReadingLine | None = None) -> Any:
+    """What prints each piece of a text at once, in place of ``reading``."""
     shown = Shown()
-    return lambda text: print(shown(text), end="", flush=True)
+
+    def write(text: str) -> None:
+        if reading is not None:
+            reading.end()
+        print(shown(text), end="", flush=True)
+
+    return write
 
 
-def _beams(arguments: argparse.Namespace, model: Any) -> int:
+class ReadingLine:
+    """A line on standard error, where that is a terminal, that says how much of a prompt is read, until ``end``."""
+
+    def __init__(self) -> None:
+        self._is_there = False
+
+    def __call__(self, done: int, total: int) -> None:
+        if sys.stderr.isatty() and done:
+            self._is_there = True
+            print(f"\rreading the prompt: {done} of {total} tokens", end="", file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        """Take the line back."""
+        if self._is_there:
+            self._is_there = False
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def beams_of(arguments: argparse.Namespace, model: Any) -> int:
     """How many continuations are followed at once."""
     return int(arguments.num_beams or model.generation_config.num_beams or 1)
 
@@ -178,89 +196,3 @@ def _refuse_far_too_long(text: str, sampled: int, limit: int | None) -> None:
             f"the prompt of {len(text)} characters is about {estimate} tokens, and the context has {limit}; give a shorter prompt, "
             "or a larger --context-length"
         )
-
-
-def _chat(arguments: argparse.Namespace) -> None:
-    quiet_transformers()
-    from fate_moe.engine.load import build
-    from fate_moe.engine.prepare import load_generation_config, load_tokenizer, prepare
-
-    require_gpu(arguments)
-    prepared = prepare(store_of(arguments))
-    tokenizer = load_tokenizer(prepared.store.path)
-    load_generation_config(prepared.model, prepared.store.path)
-    config = offload_config(arguments, OffloadConfig.context_length)
-    plan = prepared.plan(config)
-    say(plan.line())
-    model = build(prepared, plan, config)
-    with uninterrupted(model.fate.close):
-        if not tokenizer.chat_template:
-            say("this model has no chat template: it continues the conversation as plain text")
-        _talk(model, tokenizer, config.context_length // _beams(arguments, model), generate_options(arguments))
-        say(f"\n{model.fate.report()}")
-
-
-def _talk(model: Any, tokenizer: Any, context_length: int, sampling: dict[str, Any]) -> None:
-    """Ask and answer until the person leaves; a turn that fails is said and forgotten."""
-    if reconfigure := getattr(sys.stdin, "reconfigure", None):  # before the first read
-        reconfigure(errors="replace")
-    messages: list[dict[str, str]] = []
-    while (line := _ask()) is not None:
-        if re.fullmatch(r"/\w+", line):
-            if line == "/reset":
-                messages.clear()
-            else:
-                say(_COMMANDS if line == "/help" else f"there is no command {line}; {_COMMANDS}")
-            continue
-        messages.append({"role": "user", "content": line})
-        try:
-            answer = _turn(model, tokenizer, context_length, sampling, messages)
-        except KeyboardInterrupt:  # stop the answer, not the conversation
-            print()
-            messages.pop()
-        except OSError:  # nobody reads the answers
-            raise
-        except Exception as error:
-            failed = str(error) if isinstance(error, FateError) else f"{type(error).__name__}: {error}"
-            say(f"fate: this turn failed and is forgotten: {one_line(failed)}")
-            messages.pop()
-        else:
-            messages.append({"role": "assistant", "content": answer})
-
-
-def _turn(model: Any, tokenizer: Any, context_length: int, sampling: dict[str, Any], messages: Sequence[dict[str, str]]) -> str:
-    """The model's answer, printed as it is made. Raises ConfigError where the conversation fills the context."""
-    from fate_moe.tools.generate import generate
-    from fate_moe.tools.tokens import as_input, chat_text, num_rows, token_ids
-
-    templated = bool(tokenizer.chat_template)
-    text = chat_text(tokenizer, messages) if templated else "\n".join(message["content"] for message in messages) + "\n"
-    ids = token_ids(tokenizer, text, num_rows(model), special=not templated)
-    if len(ids) >= context_length:
-        raise ConfigError(f"the conversation has {len(ids)} tokens and the context {context_length}; /reset it, or say less")
-    options = {**sampling, "max_new_tokens": min(sampling["max_new_tokens"], context_length - len(ids))}
-    answer = generate(model, tokenizer, as_input(ids), _printer(), **options)
-    print(flush=True)
-    return answer.text
-
-
-def _ask() -> str | None:
-    """The next line that the person writes; None when they leave. Ctrl-C drops a line, twice in a row leaves."""
-    with suppress(ImportError):  # line editing for input()
-        import readline  # noqa: F401
-
-    interrupted = False
-    while True:
-        try:
-            line = input("> ").strip()
-        except EOFError:
-            return None
-        except KeyboardInterrupt:
-            say("\n(/exit or Ctrl-D ends)")
-            if interrupted:
-                return None
-            interrupted = True
-            continue
-        if line:
-            return None if line in ("/exit", "/quit", "/bye") else line
-        interrupted = False

@@ -79,16 +79,16 @@ def _entering(runtime: ExpertRuntime, layer: int) -> Any:
     return enter
 
 
-def limit_context(model: Any, num_tokens: int, bytes_per_token: int, patcher: Patcher) -> None:
+def limit_context(model: Any, num_tokens: int, bytes_per_token: int, patcher: Patcher, kv_format: str = "bf16") -> None:
     """Refuse a forward pass that would need more KV cache than was set aside (``num_tokens`` over the whole batch); let the cache
-    grow in place up to there."""
+    grow in place up to there, in ``kv_format``."""
 
     def limit(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = next((x for x in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None)
         past = kwargs.get("past_key_values")
         if inputs is None:
             return
-        make_room(past, num_tokens, unless_given=True)
+        make_room(past, num_tokens, unless_given=True, kv_format=kv_format)
         wanted = inputs.shape[0] * (inputs.shape[1] + (past.get_seq_length() if past is not None else 0))
         refuse_longer(wanted, num_tokens, bytes_per_token)
 

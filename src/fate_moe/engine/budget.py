@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +12,12 @@ from torch import nn
 from fate_moe.adapter.meta_model import ExpertStack, parameter_dtypes
 from fate_moe.config import OffloadConfig
 from fate_moe.core import KV_BLOCK
-from fate_moe.errors import BudgetError
+from fate_moe.errors import BudgetError, ConfigError
 from fate_moe.kernels.activations import find_activation
+from fate_moe.kernels.attention import row_width
+from fate_moe.kernels.cpu import SMALL
 from fate_moe.kernels.native import native
+from fate_moe.layers.model_step import reads_in_pieces
 from fate_moe.machine import available_memory, resident_memory
 from fate_moe.memory.classes import SlotClass, divide, fewest, slot_classes, total_bytes
 from fate_moe.quant.dtypes import dtype_name
@@ -38,6 +41,12 @@ AUTO_FRACTION = 0.8
 PASS_ROWS = 256  # (token, expert) that are computed at a time (csrc/products.cpp: kMostRows)
 
 
+# Rows of a call for which memory is set aside where prompts are read in pieces (layers/model_step.py): for these, which are
+# shorter, and for calls that the model's own forward has to run.
+MOST_WHOLE = 2048
+_ANGLE_BYTES = 12  # cos and sin of a channel and position, in fp32, and in bf16 as the table is made
+
+
 @dataclass(frozen=True)
 class Footprint:
     """What a model asks for, whatever the budget. ``min_slots`` are one token's experts in one layer; ``slots`` the fewest for the
@@ -57,6 +66,7 @@ class Footprint:
     dense_bytes: int
     row_bytes: int
     kv_bytes_per_token: int
+    int8_kv_bytes_per_token: int
     activation_bytes_per_token: int
     slots: tuple[SlotClass, ...]
     min_slots: int
@@ -65,8 +75,19 @@ class Footprint:
     inner_bytes_per_token: int
     scratch_bytes: int
     exact_scratch_bytes: int
+    angle_bytes_per_token: int
     tied_bytes: int = 0
     state_bytes: int = 0
+    in_pieces: bool = False
+
+    def kv_bytes(self, config: OffloadConfig) -> int:
+        """Of a token."""
+        return self.kv_bytes_per_token if config.kv_cache == "bf16" else self.int8_kv_bytes_per_token
+
+    def rows_at_once(self, config: OffloadConfig) -> int:
+        """So many tokens of a prompt have activations at once."""
+        longest = MOST_WHOLE if self.in_pieces and not config.exact_activations else config.context_length
+        return min(config.context_length, longest)
 
     @property
     def slot_bytes(self) -> int:
@@ -87,6 +108,8 @@ class Plan:
     """Where the budget goes; all amounts in bytes. ``left_bytes`` is what no line needs (all experts fit); ``tied_bytes`` of
     ``dense_bytes`` are the embedding and the head at once.
 
+    ``prefix_cache_bytes`` of the KV cache may hold beginnings of texts that ended, while texts that run do not need them.
+
     ``slots`` by ascending length, several where the store's blobs are of several lengths; ``slot_bytes`` is the longest.
     ``unread``: tensors of the checkpoint that the model does not use, and why."""
 
@@ -98,8 +121,11 @@ class Plan:
     kv_cache_bytes: int
     activation_bytes: int
     context_length: int
+    rows_at_once: int
     slots: tuple[SlotClass, ...]
     tied_bytes: int = 0
+    kv_format: str = "bf16"
+    prefix_cache_bytes: int = 0
     unread: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -134,12 +160,14 @@ class Plan:
     def rows(self) -> list[tuple[str, int, str]]:
         """(what, bytes, remark) for a table."""
         several = len(self.slots) > 1
+        kept = f", up to {format_bytes(self.prefix_cache_bytes)} of it prefixes of texts that ended"
+        prefixes = kept if self.prefix_cache_bytes else ""
         tied = f" ({format_bytes(self.tied_bytes)}, the embedding too)" if self.tied_bytes else ""
         return [
             ("Python, torch, transformers", self.runtime_bytes, "measured in this process"),
             ("dense weights", self.dense_bytes, f"attention, norms, routers, shared experts, head{tied}"),
-            ("KV cache", self.kv_cache_bytes, f"{self.context_length} tokens"),
-            ("activations", self.activation_bytes, f"prefill of {self.context_length} tokens"),
+            ("KV cache", self.kv_cache_bytes, f"{self.context_length} tokens, {self.kv_format}{prefixes}"),
+            ("activations", self.activation_bytes, f"{self.rows_at_once} tokens of a prompt at once"),
             *(
                 (
                     f"expert slots of {format_bytes(of.slot_bytes)}" if several else "expert slots",
@@ -216,6 +244,7 @@ def footprint(
         row_bytes=row_bytes,
         tied_bytes=sum(size for name, size in held.items() if name in tied.values() and _is_embedding(model, name)),
         kv_bytes_per_token=_kv_bytes_per_token(text, itemsize),
+        int8_kv_bytes_per_token=_int8_kv_bytes_per_token(text),
         activation_bytes_per_token=activation,
         slots=slot_classes(lengths, at_once),
         min_slots=at_once,
@@ -225,7 +254,16 @@ def footprint(
         scratch_bytes=_scratch_bytes(model, stacks, precision, exact=False),
         exact_scratch_bytes=_scratch_bytes(model, stacks, precision, exact=True),
         state_bytes=_state_bytes(text),
+        in_pieces=_in_pieces(model, stacks, precision, quantized),
+        angle_bytes_per_token=_ANGLE_BYTES * max(_rotary_width(layer) for layer in _layers_of(text)),
     )
+
+
+def _in_pieces(model: PreTrainedModel, stacks: list[ExpertStack], precision: str, quantized: Container[str]) -> bool:
+    """Whether prompts are read in pieces on the CPU."""
+    shapes = [shape for stack in stacks for shape in stack.output_rows_first().values()]
+    many = precision != "lossless" or all(math.prod(shape) <= SMALL for shape in shapes)
+    return many and reads_in_pieces(model, quantized)
 
 
 def _is_embedding(model: nn.Module, parameter: str) -> bool:
@@ -241,9 +279,10 @@ def make_plan(needs: Footprint, config: OffloadConfig) -> Plan:
     free = available_memory() + resident_memory()
     budget = int(free * AUTO_FRACTION) if config.ram == "auto" else parse_amount(config.ram, free)
     runtime = resident_memory() + RESERVE_BYTES
-    kv = needs.kv_bytes_per_token * -(-config.context_length // KV_BLOCK) * KV_BLOCK  # a server has it in whole blocks
+    kv = needs.kv_bytes(config) * -(-config.context_length // KV_BLOCK) * KV_BLOCK  # a server has it in whole blocks
     kv += needs.state_bytes
-    activations = needs.activation_bytes_per_token * config.context_length
+    rows = needs.rows_at_once(config)
+    activations = needs.activation_bytes_per_token * rows + needs.angle_bytes_per_token * config.context_length
     activations += needs.exact_scratch_bytes if config.exact_activations else needs.scratch_bytes
     fixed = runtime + needs.dense_bytes + kv + activations
     smallest_slots = fewest(needs.slots, needs.min_slots)
@@ -276,9 +315,24 @@ def make_plan(needs: Footprint, config: OffloadConfig) -> Plan:
         kv_cache_bytes=kv,
         activation_bytes=activations,
         context_length=config.context_length,
+        rows_at_once=rows,
         slots=slots,
         tied_bytes=needs.tied_bytes,
+        kv_format=config.kv_cache,
+        prefix_cache_bytes=_prefix_bytes(config, kv),
     )
+
+
+def _prefix_bytes(config: OffloadConfig, kv_bytes: int) -> int:
+    """What prefixes may take of the KV cache. Raises ConfigError for more than it has."""
+    if config.prefix_cache == "off":
+        return 0
+    if (amount := parse_amount(config.prefix_cache, kv_bytes)) > kv_bytes:
+        raise ConfigError(
+            f"prefix_cache {config.prefix_cache} is more than the KV cache of {config.context_length} tokens, "
+            f"{format_bytes(kv_bytes)}, of which it is a part; give at most 100%, or a larger context_length"
+        )
+    return amount
 
 
 def _describe(slots: tuple[SlotClass, ...]) -> str:
@@ -303,8 +357,31 @@ def _scratch_bytes(model: PreTrainedModel, stacks: list[ExpertStack], precision:
 
 def _kv_bytes_per_token(text: Any, itemsize: int) -> int:
     """Upper bound over all layers: sliding windows and layers without a KV cache count as full ones."""
-    layers = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text] * text.num_hidden_layers
-    return sum(_kv_width(layer) for layer in layers) * itemsize
+    return sum(_kv_width(layer) for layer in _layers_of(text)) * itemsize
+
+
+def _layers_of(text: Any) -> list[Any]:
+    """The configuration of each layer."""
+    return text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text] * text.num_hidden_layers
+
+
+def _rotary_width(layer: Any) -> int:
+    """Channels of a head that turn, at most."""
+    return _width(layer, "qk_rope_head_dim") or _width(layer, "head_dim") or layer.hidden_size // layer.num_attention_heads
+
+
+def _int8_kv_bytes_per_token(text: Any) -> int:
+    """As above, of layers that the extension runs: others have no int8 cache."""
+    return sum(_int8_kv_bytes(layer) for layer in _layers_of(text))
+
+
+def _int8_kv_bytes(layer: Any) -> int:
+    if rank := _width(layer, "kv_lora_rank"):
+        return row_width("int8", rank + layer.qk_rope_head_dim)
+    heads = layer.num_attention_heads
+    head_dim = _width(layer, "head_dim") or layer.hidden_size // heads
+    of_window = 2 * _width(layer, "swa_num_key_value_heads") * row_width("int8", _width(layer, "swa_head_dim"))
+    return max(2 * (_width(layer, "num_key_value_heads") or heads) * row_width("int8", head_dim), of_window)
 
 
 def _state_bytes(text: Any) -> int:

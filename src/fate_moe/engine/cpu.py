@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from fate_moe.engine.patches import Patches
 from fate_moe.engine.prepare import Prepared
 from fate_moe.engine.report import Report
 from fate_moe.engine.weights import fill, leave_on_disk
+from fate_moe.errors import BudgetError, ConfigError
 from fate_moe.journal import Observer
 from fate_moe.kernels.cpu import SlotExperts
 from fate_moe.layers.cpu_step import join_layers
@@ -63,9 +66,10 @@ class CpuEngine(Engine):
         calls: Calls,
         keep_learned: Callable[[], None],
         step: ModelStep | None = None,
+        store: Path | None = None,
     ) -> None:
-        """``step`` runs the whole model in one call, if one does."""
-        self.step = step
+        """``step`` runs the whole model in one call, if one does. ``store``: where the weights are from."""
+        self.step, self.store = step, store
         self.model, self.plan, self.config, self.patches, self.runtime = model, plan, config, patches, runtime
         self.calls = calls
         self.end_with(runtime, runtime.residency.close, keep_learned)
@@ -186,18 +190,42 @@ class CpuParts:
         )
         accelerated: Counter[str] = accelerate(model, config.exact_activations, patches)
         attach(model, stacks, self.runtime, patches)
-        joined = join_layers(model, stacks, self.runtime, config.exact_activations, patches)
+        joined = join_layers(model, stacks, self.runtime, config.exact_activations, config.kv_cache, patches)
         self._step = model_step(model, joined)
         if self._step is not None:
             patches.replace(model, "forward", self._step)
         modules = ", ".join(f"{count} {kind}" for kind, count in accelerated.items()) or "no modules"
         _log.info("run by the extension: %d of %d layers whole, %s", len(joined), len(plain_decoder(model)), modules)
-        limit_context(model, plan.context_length, plan.kv_cache_bytes // plan.context_length, patches)
+        in_pieces = self._step is not None and self._step.most_rows == sys.maxsize
+        if plan.rows_at_once < plan.context_length and not in_pieces:
+            raise BudgetError(
+                f"memory is set aside for {plan.rows_at_once} tokens of a prompt at once, and no kernel reads this model's prompts "
+                f"so (-v says why); give --context-length {plan.rows_at_once}",
+                0,
+            )
+        if self._step is not None:
+            self._step.most_whole = plan.rows_at_once
+        if config.kv_cache != "bf16" and self._step is None:
+            raise ConfigError(
+                f"the KV cache of {model.config.model_type} is bf16: not all of its layers are run by the extension (fate models "
+                "lists the families); omit kv_cache"
+            )
+        limit_context(model, plan.context_length, plan.kv_cache_bytes // plan.context_length, patches, config.kv_cache)
 
     def engine(self, keep_learned: Callable[[], None]) -> CpuEngine:
         """What becomes ``model.fate``."""
         calls = Calls(self.runtime.passing, self.runtime.cut_short)
-        return CpuEngine(self._model, self._plan, self._config, self._patches, self.runtime, calls, keep_learned, self._step)
+        return CpuEngine(
+            self._model,
+            self._plan,
+            self._config,
+            self._patches,
+            self.runtime,
+            calls,
+            keep_learned,
+            self._step,
+            self._prepared.store.path,
+        )
 
     def preload(self) -> None:
         """Fill the slots with what earlier runs used most, in the background, until the first pass begins."""

@@ -14,8 +14,7 @@ from torch.nn.functional import linear, pad
 
 from fate_moe.core import BlobLayout
 from fate_moe.kernels import elementary, recurrent
-from fate_moe.kernels.attention import position_scales
-from fate_moe.kernels.elementary import fused
+from fate_moe.kernels.elementary import fused, position_scales
 from fate_moe.kernels.plain_layer import Attention, Latent, Mlp, Norm, PlainLayer
 from fate_moe.kernels.routing import route
 from fate_moe.quant.planes import unpack
@@ -313,7 +312,7 @@ def _scaled(attention: Attention, queries: torch.Tensor, past: int) -> torch.Ten
     if not attention.scale_every:
         return queries
     at = torch.arange(past, past + len(queries)) // attention.scale_every
-    return queries * position_scales(attention)[at].to(queries.dtype)[:, None, None]
+    return queries * position_scales(attention.scale_slope)[at].to(queries.dtype)[:, None, None]
 
 
 def _latent_attention(

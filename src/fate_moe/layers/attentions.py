@@ -10,8 +10,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from fate_moe.adapter.kv_cache import make_room, room_for
-from fate_moe.kernels.attention import position_scales
-from fate_moe.kernels.elementary import exponential
+from fate_moe.kernels.elementary import exponential, position_scales
 from fate_moe.kernels.native import BF16, DTYPES, MOST_TURNED, ROPES, native
 from fate_moe.kernels.plain_layer import Attention, Delta
 from fate_moe.layers.dense import QuantizedLinear
@@ -154,7 +153,8 @@ def native_attention(module: Any, attention: Attention) -> Any:
         ROPES.index(attention.rope), attention.scaling, *(native_norm(norm, attention.qk_norm) for norm in norms or (None, None)),
         attention.norm_over_heads, attention.clip or 0.0, attention.window or 0,
         *((sinks.data_ptr(), DTYPES[sinks.dtype]) if sinks is not None else (0, 0)), rest, attention.norm_after_rope,
-        attention.gated, position_scales(attention).tolist() if attention.scale_every else [], max(1, attention.scale_every),
+        attention.gated, position_scales(attention.scale_slope).tolist() if attention.scale_every else [],
+        max(1, attention.scale_every),
     )  # fmt: skip
 
 

@@ -36,7 +36,7 @@ from fate_moe.layers.attentions import (
 from fate_moe.layers.modules import accelerated_by, matrices_of
 from fate_moe.layers.plain import NotPlain, plain_decoder
 from fate_moe.layers.reasons import cpu_reasons
-from fate_moe.layers.rows import Masks, batch_rows, contiguous_kv, state_kv
+from fate_moe.layers.rows import Masks, batch_rows, contiguous_kv, forgotten_kv, state_kv
 from fate_moe.layers.snapshot import ModuleSnapshot, StandIn
 from fate_moe.layers.weights import native_norm, router_weight, takes_many, warn_of_difference, weight_of
 from fate_moe.runtime import ExpertRuntime
@@ -51,12 +51,15 @@ _TRIES = 3  # a token whose k-th and next expert are nearly equal may be routed 
 
 
 @torch.no_grad()
-def join_layers(model: Any, stacks: Sequence[ExpertStack], runtime: ExpertRuntime, exact: bool, patcher: Patcher) -> list[CpuStep]:
+def join_layers(
+    model: Any, stacks: Sequence[ExpertStack], runtime: ExpertRuntime, exact: bool, kv_format: str, patcher: Patcher
+) -> list[CpuStep]:
     """Let the plain layers among those of ``stacks`` run so; which do. Comes after ``accelerate``, whose kernels they use.
 
-    ``exact``: quantized weights are multiplied with fp32 activations. Why a layer is left as it is, is logged.
+    ``exact``: quantized weights are multiplied with fp32 activations. ``kv_format``: of the KV caches that are made. Why a layer is
+    left as it is, is logged.
     """
-    shared = Shared(runtime, exact, Masks())
+    shared = Shared(runtime, exact, kv_format, Masks())
     generator, steps = torch.Generator().manual_seed(0), list[CpuStep]()
     by_layer = {stack.layer: stack for stack in stacks}
     for plain in plain_decoder(model):
@@ -147,6 +150,7 @@ class Shared:
 
     runtime: ExpertRuntime
     exact: bool
+    kv_format: str
     masks: Masks
 
     def run(
@@ -215,10 +219,10 @@ class CpuStep(StandIn):
 
     def room_in(self, cache: Any, batch: int) -> Any:
         """The layer's part of a KV cache of ``batch`` sequences; None if it is another kind."""
-        delta = self.plain.attention.delta
-        if delta is not None:
-            return state_for(cache, self.index, state_shapes(delta), batch)
-        return room_for(cache, self.index, self.plain.attention.kv_heads, self.plain.attention.cached_dims, batch)
+        attention = self.plain.attention
+        if attention.delta is not None:
+            return state_for(cache, self.index, state_shapes(attention.delta), batch)
+        return room_for(cache, self.index, attention.kv_heads, attention.cached_dims, batch, self.shared.kv_format)
 
     def forgotten(self, batch: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Room for what ``count`` tokens of ``batch`` sequences leave, where nobody wants it."""
@@ -226,10 +230,10 @@ class CpuStep(StandIn):
         if attention.delta is not None:
             inputs, states = state_shapes(attention.delta)
             return torch.zeros(batch, *inputs, dtype=torch.bfloat16), torch.zeros(batch, *states)
-        shape = batch, attention.kv_heads, count, attention.head_dim
-        return torch.zeros(shape, dtype=torch.bfloat16), torch.zeros(shape, dtype=torch.bfloat16)
+        keys, values = forgotten_kv(attention, batch, count, self.shared.kv_format)
+        return keys, values
 
-    def kv_of(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[int, int, int, int, int]:
+    def kv_of(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[int, ...]:
         """The extension's Kv of the buffers of this layer's part of a cache."""
         return (contiguous_kv if self.plain.attention.delta is None else state_kv)(keys, values)
 

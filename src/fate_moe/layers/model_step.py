@@ -10,7 +10,8 @@ import math
 import operator
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -19,20 +20,28 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from fate_moe.adapter.kv_cache import StateRoom
+from fate_moe.errors import BudgetError
+from fate_moe.kernels.attention import row_width
+from fate_moe.kernels.cpu import SMALL
 from fate_moe.kernels.native import native
-from fate_moe.kernels.plain_layer import Attention, Norm
-from fate_moe.layers.attentions import cos_and_sin
+from fate_moe.kernels.plain_layer import Attention, Norm, PlainLayer
+from fate_moe.layers.attentions import cos_and_sin, projections_of
 from fate_moe.layers.canonical import HEADS, ROPES, TRUNKS, HeadCode, TrunkCode, meaning_of
 from fate_moe.layers.cpu_step import CpuStep, state_shapes
-from fate_moe.layers.modules import accelerated_by
+from fate_moe.layers.modules import accelerated_by, matrices_of
+from fate_moe.layers.plain import NotPlain, plain_decoder
+from fate_moe.layers.reasons import cpu_reasons
 from fate_moe.layers.rows import BLOCK, batch_rows, padding_of, state_kv
 from fate_moe.layers.snapshot import ModuleSnapshot, StandIn, Watch
 from fate_moe.layers.weights import MOST_FEW, native_norm, takes_many, weight_of
 
-__all__ = ["ModelStep", "Pool", "SequenceRows", "model_step", "trunk_reasons"]
+__all__ = ["ROWS_AT_ONCE", "ModelStep", "Pool", "SequenceRows", "around_reasons", "model_step", "prefix_reasons", "reads_in_pieces"]
 
 # Of one decoder layer: keys and values in blocks, or the inputs and states that sequences keep.
 Pool: TypeAlias = "tuple[torch.Tensor, ...]"
+# Rows of one native call: what it keeps of a layer's rows bounds a prompt's memory, and on_read and Ctrl-C wait for no more.
+ROWS_AT_ONCE = 512
+_MORE_ANGLES = 4096  # positions that a table of angles is ahead: of long texts it has megabytes
 _RECORDS = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
@@ -50,19 +59,59 @@ class SequenceRows:
 def model_step(model: Any, steps: Sequence[CpuStep]) -> ModelStep | None:
     """The whole of ``model`` as one step, if it can be one; ``steps`` are those of its layers that are."""
     trunk: Any = getattr(model, "model", None)
-    if not steps or len(steps) != len(getattr(trunk, "layers", ())):
+    if not steps or len(steps) != len(getattr(trunk, "layers", ())) or around_reasons(model):
         return None
-    codes = meaning_of(type(model), HEADS), meaning_of(type(trunk), TRUNKS)
-    if None in codes or trunk_reasons(trunk):
-        return None
-    head, norm = model.lm_head, accelerated_by(trunk.norm)
-    if not isinstance(norm, Norm) or getattr(head, "bias", None) is not None or weight_of(head) is None:
+    codes, norm = (meaning_of(type(model), HEADS), meaning_of(type(trunk), TRUNKS)), accelerated_by(trunk.norm)
+    if not isinstance(norm, Norm) or weight_of(model.lm_head) is None:
         return None
     return ModelStep(model, steps, norm, *codes)  # type: ignore[arg-type]
 
 
+def around_reasons(model: Any) -> list[str]:
+    """Why what is around the layers of ``model`` (which may have no weights) cannot be run with them; none if it can."""
+    trunk = getattr(model, "model", None)
+    if meaning_of(type(model), HEADS) is None:
+        return [f"{type(model).__name__} makes logits in a way that is not known"]
+    if trunk is None or meaning_of(type(trunk), TRUNKS) is None:
+        return [f"{type(trunk).__name__} runs its layers in a way that is not known"]
+    reasons = _angle_reasons(trunk)
+    if getattr(model.lm_head, "bias", None) is not None:
+        reasons.append("its head has a bias")
+    return reasons
+
+
+def prefix_reasons(model: Any) -> list[str]:
+    """Why no text of ``model``, whose layers all run whole, is read from where it differs from earlier ones; none if it is."""
+    if any(isinstance(plain, PlainLayer) and plain.attention.delta is not None for plain in plain_decoder(model)):
+        return ["its layers keep a state, which is that of the last token"]
+    return around_reasons(model)
+
+
+def reads_in_pieces(model: Any, quantized: Container[str]) -> bool:
+    """Whether prompts of ``model``, which may have no weights, will go through a ModelStep ``ROWS_AT_ONCE`` rows at a time, if its
+    experts' kernels take many rows: all of it is known, and its large matrices (names of parameters) are ``quantized``."""
+    layers, names = plain_decoder(model), {module: name for name, module in model.named_modules()}
+    if not layers or around_reasons(model):
+        return False
+    for plain in layers:
+        if isinstance(plain, NotPlain) or cpu_reasons(plain, model.dtype):
+            return False
+        layer = model.get_submodule(plain.path)
+        parts = projections_of(layer.get_submodule(plain.attention_name))
+        if plain.shared is not None:
+            owner = layer if plain.shared.of_layer else layer.get_submodule(plain.block)
+            parts += matrices_of(owner.get_submodule(plain.shared.name))
+        if any(part.weight.numel() > SMALL and f"{names[part]}.weight" not in quantized for part in parts):
+            return False
+    return True
+
+
 class ModelStep(StandIn):
-    """The model's forward: rows of sequences through everything in one call, else the model's own."""
+    """The model's forward: rows of sequences through everything, ``ROWS_AT_ONCE`` in a call, else the model's own.
+
+    Other calls may have ``most_whole`` rows: memory is set aside for so many. ``on_read`` is told how many rows of a pass are
+    done, and of how many, after each call but the last; what it raises ends the pass.
+    """
 
     def __init__(self, model: Any, steps: Sequence[CpuStep], norm: Norm, head_code: HeadCode, trunk_code: TrunkCode) -> None:
         self.original: Callable[..., Any] = model.forward
@@ -77,6 +126,8 @@ class ModelStep(StandIn):
         self._multiplier = float(getattr(self._trunk, trunk_code.embedding)) if trunk_code.embedding else 1.0
         self._counting = next((i for i, step in enumerate(steps) if step.plain.attention.delta is None), 0)
         self._divisor = float(getattr(model.config, head_code.divisor)) if head_code.divisor else 1.0
+        self.on_read: Callable[[int, int], None] | None = None
+        self.most_whole = sys.maxsize
         self._angles, kinds = _angles_of(self._trunk, steps)
         head = native.Head.make(native_norm(self._trunk.norm, norm), weight_of(model.lm_head))
         self.of = native.Step.make([step.step_layer(kind) for step, kind in zip(steps, kinds, strict=True)], head)
@@ -87,12 +138,14 @@ class ModelStep(StandIn):
         return [step.plain.attention for step in self._steps]
 
     def new_pool(self, num_blocks: int, num_states: int) -> list[Pool]:
-        """For ``run_rows``: by decoder layer the keys and values of ``num_blocks`` blocks, bf16 [num_blocks, 2, kv_heads, 64,
-        dim], or what ``num_states`` sequences keep. Memory is taken as it is first used."""
-        made = list[Pool]()
+        """For ``run_rows``: by decoder layer the keys and values of ``num_blocks`` blocks [num_blocks, 2, kv_heads, 64, row], or
+        latent rows and 1 for the 2, or what ``num_states`` sequences keep. A row is bf16 numbers, or uint8 as
+        ``kernels.attention.quantized`` gives it. Memory is taken as it is first used."""
+        made, kv_format = list[Pool](), self._shared.kv_format
         for of in self.attentions:
             if of.delta is None:
-                made.append((torch.empty(num_blocks, 2, of.kv_heads, BLOCK, of.head_dim, dtype=torch.bfloat16),))
+                shape = num_blocks, 1 if of.latent else 2, of.kv_heads, BLOCK, row_width(kv_format, of.head_dim)
+                made.append((torch.empty(shape, dtype=torch.bfloat16 if kv_format == "bf16" else torch.uint8),))
             else:
                 inputs, states = state_shapes(of.delta)
                 made.append((torch.empty(num_states, *inputs, dtype=torch.bfloat16), torch.empty(num_states, *states)))
@@ -120,7 +173,16 @@ class ModelStep(StandIn):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         out = self._forward(*args, **kwargs)
-        return out if out is not None else self.original(*args, **kwargs)
+        if out is not None:
+            return out
+        ids = args[0] if args else kwargs.get("input_ids")
+        if ids is not None and ids.numel() > self.most_whole:
+            raise BudgetError(
+                f"{ids.numel()} tokens in a call for the model's own forward (hooks, recorded outputs, changed parts), and memory "
+                f"is set aside for {self.most_whole}; give fewer at a time",
+                0,
+            )
+        return self.original(*args, **kwargs)
 
     def _forward(
         self,
@@ -176,14 +238,20 @@ class ModelStep(StandIn):
             kv = [number for step, states in zip(self._steps, forgotten, strict=True) for number in step.kv_of(*states)]
         if position_ids is None:
             position_ids = torch.arange(past, past + count)[None]
-        x = self._embedded(input_ids if not rows.is_padded else input_ids.reshape(1, -1)[:, rows.index])
+        ids = input_ids.reshape(-1)[rows.index] if rows.is_padded else input_ids.reshape(-1)
         positions = rows.pick(position_ids[..., None])[:, 0]
         wanted = rows.last_rows(logits_to_keep or count)
-        logits = self._run(x.reshape(rows.num_rows, self._hidden), rows.spans, positions, kv, wanted)
+        logits = list[torch.Tensor]()
+        for begin, end, spans in rows.pieces(ROWS_AT_ONCE):
+            some = wanted[bisect_left(wanted, begin) : bisect_left(wanted, end)]
+            x = self._embedded(ids[None, begin:end])[0]
+            logits.append(self._run(x, spans, positions[begin:end], kv, [row - begin for row in some]))
+            if end < rows.num_rows and self.on_read is not None:
+                self.on_read(end, rows.num_rows)
         for room in rooms:
             room.extend(count)
         return MoeCausalLMOutputWithPast(
-            logits=rows.put_last(logits, logits_to_keep or count),
+            logits=rows.put_last(torch.cat(logits) if len(logits) > 1 else logits[0], logits_to_keep or count),
             past_key_values=cache,
         )
 
@@ -262,16 +330,17 @@ def _held(rooms: Sequence[Any]) -> list[torch.Tensor]:
     return [of for room in rooms for of in room.buffers or ()]
 
 
-def _pooled_kv(states: torch.Tensor) -> tuple[int, int, int, int, int]:
-    _, _, heads, positions, dim = states.shape
+def _pooled_kv(states: torch.Tensor) -> tuple[int, ...]:
+    """``states`` [num_blocks, 1 or 2, kv_heads, 64, row]: bf16, or uint8 as an int8 cache has it."""
+    _, parts, heads, positions, row = states.shape
     assert positions == BLOCK
-    assert states.dtype == torch.bfloat16
     assert states.is_contiguous()
-    keys, size = states.data_ptr(), heads * BLOCK * dim
-    return keys, keys + 2 * size, 0, 2 * size, BLOCK * dim
+    keys, size = states.data_ptr(), heads * BLOCK * row
+    values = keys + (parts - 1) * size * states.itemsize
+    return keys, values, 0, parts * size, BLOCK * row, int(states.dtype == torch.uint8)
 
 
-def trunk_reasons(trunk: Any) -> list[str]:
+def _angle_reasons(trunk: Any) -> list[str]:
     """Why no table of angles serves all calls of a known ``trunk``; none if one does."""
     reasons = list[str]()
     for rope in _ropes_of(trunk):
@@ -323,7 +392,7 @@ class _Angles:
         """Of ``positions`` int64 [n]."""
         last = int(positions[-1]) if len(positions) == 1 else int(positions.max())
         if last >= len(self._table[0]):
-            every = torch.arange(max(256, last + last // 2))[None]
+            every = torch.arange(max(256, min(last + last // 2, last + _MORE_ANGLES)))[None]
             cos, sin = cos_and_sin(self._rope(torch.empty(0, dtype=torch.bfloat16), every, *self._kind))
             self._table = cos[0].float().contiguous(), sin[0].float().contiguous()
         if len(positions) == 1:

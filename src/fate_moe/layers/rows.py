@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 
+from fate_moe.kernels.attention import row_width
 from fate_moe.kernels.native import native
+from fate_moe.kernels.plain_layer import Attention
 
-__all__ = ["BLOCK", "BatchRows", "Masks", "batch_rows", "contiguous_kv", "padding_of", "state_kv"]
+__all__ = ["BLOCK", "BatchRows", "Masks", "batch_rows", "contiguous_kv", "forgotten_kv", "padding_of", "state_kv"]
 
 BLOCK = 64  # positions of a block of the KV cache (csrc/steps.h)
 
@@ -45,6 +47,18 @@ class BatchRows:
         """As the extension wants them."""
         pasts = [max(0, self.past - first) for first in self.padding]
         return native.Spans.make(self.counts, pasts, list(range(self.batch)), list(self.padding))
+
+    def pieces(self, most: int) -> Iterator[tuple[int, int, Any]]:
+        """The rows in runs of up to ``most``: where each begins and ends, and its spans."""
+        for begin in range(0, self.num_rows, most):
+            counts, pasts, first = list[int](), list[int](), 0
+            for count, padding in zip(self.counts, self.padding, strict=True):
+                low, high = max(begin, first), min(begin + most, first + count)
+                counts.append(max(0, high - low))
+                pasts.append(max(0, self.past - padding) + max(0, low - first))
+                first += count
+            spans = native.Spans.make(counts, pasts, list(range(self.batch)), list(self.padding))
+            yield begin, min(begin + most, self.num_rows), spans
 
     @cached_property
     def index(self) -> torch.Tensor:
@@ -159,16 +173,23 @@ class Masks:
         self._last.clear()
 
 
-def state_kv(inputs: torch.Tensor, states: torch.Tensor) -> tuple[int, int, int, int, int]:
+def state_kv(inputs: torch.Tensor, states: torch.Tensor) -> tuple[int, ...]:
     """The extension's Kv of what a gated delta rule keeps (csrc/layers.h), contiguous: bf16 [batch, channels, kernel] and fp32
     [batch, value_heads, key_dim, value_dim]."""
     assert inputs.is_contiguous()
     assert states.is_contiguous()
-    return inputs.data_ptr(), states.data_ptr(), inputs[0].numel(), states[0].numel(), 0
+    return inputs.data_ptr(), states.data_ptr(), inputs[0].numel(), states[0].numel(), 0, 0
 
 
-def contiguous_kv(keys: torch.Tensor, values: torch.Tensor) -> tuple[int, int, int, int, int]:
-    """The extension's Kv of ``keys`` and ``values`` bf16 [batch, kv_heads, room, dim], as RoomyLayer has them: addresses, and
-    strides in numbers."""
+def forgotten_kv(attention: Attention, batch: int, count: int, kv_format: str) -> torch.Tensor:
+    """Keys and values of ``batch`` sequences of ``count`` tokens that no cache keeps; zeros, for places that are no tokens."""
+    row = row_width(kv_format, attention.head_dim)
+    dtype = torch.bfloat16 if kv_format == "bf16" else torch.uint8
+    return torch.zeros(2, batch, attention.kv_heads, count, row, dtype=dtype)
+
+
+def contiguous_kv(keys: torch.Tensor, values: torch.Tensor) -> tuple[int, ...]:
+    """The extension's Kv of ``keys`` and ``values`` [batch, kv_heads, room, row], as RoomyLayer has them in bf16 and Int8Layer in
+    uint8: addresses, strides in numbers, and the format."""
     of_entry, of_head, of_position, _ = keys.stride()
-    return keys.data_ptr(), values.data_ptr(), of_entry, BLOCK * of_position, of_head
+    return keys.data_ptr(), values.data_ptr(), of_entry, BLOCK * of_position, of_head, int(keys.dtype == torch.uint8)

@@ -6,13 +6,16 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from fate_moe.core import KV_BLOCK
+from fate_moe.engine.cpu import CpuEngine
+from fate_moe.engine.fingerprint import kv_fingerprint
 from fate_moe.errors import FateError
+from fate_moe.io.files import is_writable
 from fate_moe.schedule.blocks import blocks_for
 from fate_moe.schedule.executor import Executor, ModelExecutor, Rows
 from fate_moe.schedule.pool import PoolExecutor
@@ -23,6 +26,7 @@ from fate_moe.schedule.scheduler import Load, QueueFullError, Scheduler, Stopped
 from fate_moe.schedule.sequence import CancelledError, TextSequence
 from fate_moe.schedule.steps import Steps
 from fate_moe.schedule.ticket import QueueTicket
+from fate_moe.switches import cache_home
 
 __all__ = ["BatchScheduler", "default_parallel", "executor_of"]
 
@@ -32,14 +36,31 @@ _log = logging.getLogger(__name__)
 # passes gain nothing but that a new one does not wait for the others. Each should find room for so many tokens, or they preempt
 # one another.
 _PARALLEL, _PARALLEL_APART, _TOKENS_EACH = 8, 4, 512
+_SAVE_SECONDS = 10.0  # that what is kept may take to be written at the end
 
 
 def executor_of(model: Any) -> Executor:
     """The best executor for a loaded model, within the KV cache of its plan."""
-    num_blocks, step = blocks_for(model.fate.plan.context_length), getattr(model.fate, "step", None)
-    if step is not None and step.is_unchanged():
-        return PoolExecutor(model, step, num_blocks)
-    return ModelExecutor(model, num_blocks)
+    engine = model.fate
+    num_blocks, step = blocks_for(engine.plan.context_length), getattr(engine, "step", None)
+    if step is None or not step.is_unchanged():
+        return ModelExecutor(model, num_blocks)
+    executor = PoolExecutor(model, step, num_blocks, num_blocks * engine.plan.prefix_cache_bytes // engine.plan.kv_cache_bytes)
+    if engine.config.prefix_disk_bytes:
+        _keep_on_disk(executor, engine)
+    return executor
+
+
+def _keep_on_disk(executor: PoolExecutor, engine: CpuEngine) -> None:
+    """As ``engine.config`` says; a warning where it cannot be."""
+    try:
+        home = cache_home() / "kv"
+        if engine.store is not None and (model := kv_fingerprint(engine.store, engine.config)) is not None:
+            executor.keep_on_disk(home, model, engine.config.prefix_disk_bytes)
+            if executor.disk is not None and not is_writable(home):
+                executor.disk.files.stop(f"{home} cannot be written")
+    except (OSError, FateError) as error:
+        _log.warning("prefixes of texts are not kept on the disk (%s)", error)
 
 
 def default_parallel(executor: Executor) -> int:
@@ -103,6 +124,13 @@ class BatchScheduler(Scheduler):
         blocks, prefixes = steps.executor.blocks, steps.executor.prefixes
         kept = (len(prefixes), prefixes.hits, prefixes.lookups) if prefixes is not None else (0, 0, 0)
         return Load(self._num_steps, self._num_rows, steps.preemptions, blocks.used, blocks.num_blocks, *kept)
+
+    def kept_files(self, tokens: Sequence[int]) -> list[str]:
+        """Where what is kept of a text of ``tokens`` is or will be on the disk; none where nothing is kept there."""
+        executor = self._steps.executor if self._steps is not None else None
+        if executor is None or executor.disk is None or executor.prefixes is None:
+            return []
+        return [executor.disk.files.path_of(name) for name in executor.prefixes.names(tokens)]
 
     def submit(self, request: Request) -> QueueTicket:
         ticket = QueueTicket(self._end_cancelled)
@@ -184,6 +212,8 @@ class BatchScheduler(Scheduler):
             return
         while self._admit(model, tokenizer):
             self._step()
+        if executor.disk is not None:
+            executor.disk.save_all(_SAVE_SECONDS)
 
     def _admit(self, model: Any, tokenizer: Any) -> bool:
         """Let requests run as there is room for them, wait where there is none to run; False once closed and empty."""
@@ -208,13 +238,19 @@ class BatchScheduler(Scheduler):
                 elif not steps.run:
                     if self._is_closed:
                         return False
-                    self._changed.wait()
-                    continue
+                    if steps.executor.disk is None or not steps.executor.disk.has_work:
+                        self._changed.wait()
+                        continue
+                    if (seconds := steps.executor.disk.seconds_to_wait) > 0:
+                        self._changed.wait(seconds)
+                        continue
             for sequence in begun:
                 if not sequence.has_begun:
                     self._guarded(self._begin, sequence, model, tokenizer)
             if steps.run:
                 return True
+            if not begun and steps.executor.disk is not None:
+                steps.executor.disk.save()
 
     def _begin(self, sequence: TextSequence, model: Any, tokenizer: Any) -> None:
         request, steps = sequence.request, self._steps
@@ -232,7 +268,10 @@ class BatchScheduler(Scheduler):
         """One step of the model, and what becomes of it."""
         steps = self._steps
         assert steps is not None
+        steps.restore()
         step = steps.rows()
+        if not step:
+            return
         rows = [one for _, one in step]
         try:
             results = steps.executor.step(rows)
@@ -252,6 +291,8 @@ class BatchScheduler(Scheduler):
                 self._fail(sequence, token)
             elif not sequence.is_cancelled:
                 self._guarded(self._follow, sequence, token, row)
+        if steps.executor.disk is not None:
+            steps.executor.disk.save_beside()
 
     def _take(
         self, sequence: TextSequence, rows: Rows, logits: torch.Tensor, ready: list[tuple[TextSequence, torch.Tensor]]

@@ -16,6 +16,7 @@ from fate_moe.core import KV_BLOCK
 from fate_moe.engine.device_budget import DevicePlan
 from fate_moe.layers.cpu_step import CpuStep
 from fate_moe.schedule.blocks import Blocks
+from fate_moe.schedule.disk_prefixes import DiskPrefixes
 from fate_moe.schedule.prefixes import Prefixes
 from fate_moe.schedule.sampling import prepared
 
@@ -43,12 +44,15 @@ class Executor(Protocol):
 
     ``any_cut``: logits do not depend on how a sequence is cut into steps. Where they may, whoever asks for the same numbers reads a
     prompt in one step and what follows token by token. Where they do not, ``prefixes`` (None: the executor has none) keeps
-    what ended for texts that begin alike. ``most_sequences`` may exist at once (None: as many as there are blocks);
+    what ended for texts that begin alike, and ``disk`` (None: nobody) on the disk.
+
+    ``most_sequences`` may exist at once (None: as many as there are blocks);
     ``shares_passes``: rows of several sequences in one step take less time than one after the other.
     """
 
     blocks: Blocks
     prefixes: Prefixes | None
+    disk: DiskPrefixes | None
     any_cut: bool
     most_sequences: int | None
     shares_passes: bool
@@ -89,6 +93,7 @@ class ModelExecutor:
     def __init__(self, model: Any, num_blocks: int) -> None:
         self.blocks = Blocks(num_blocks)
         self.prefixes: Prefixes | None = None  # a sequence's cache is its own
+        self.disk: DiskPrefixes | None = None
         self.any_cut = _reads_in_any_cut(model)
         self.most_sequences = 1 if isinstance(model.fate.plan, DevicePlan) else None
         self._model, self._own = model, dict[int, _Own]()
@@ -129,7 +134,8 @@ class ModelExecutor:
         if self._has_positions:
             kwargs["position_ids"] = torch.arange(past, past + count, device=model.device)[None]
         kwargs["logits_to_keep"] = max(1, rows.wanted)  # 0 would be all
-        make_room(kwargs.get("past_key_values"), len(self.blocks.table(rows.sequence)) * KV_BLOCK)
+        room = len(self.blocks.table(rows.sequence)) * KV_BLOCK
+        make_room(kwargs.get("past_key_values"), room, kv_format=model.fate.config.kv_cache)
         try:
             with torch.inference_mode(), watched(model, rows.watch):
                 inputs = torch.tensor([own.tokens], device=model.device)

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionLayer
 
 from fate_moe.core import KV_BLOCK
 from fate_moe.errors import UnsupportedCallError
+from fate_moe.kernels.attention import dequantized, quantized
 from fate_moe.layers.model_step import ModelStep, SequenceRows
+from fate_moe.schedule.block_files import BlockFiles
 from fate_moe.schedule.blocks import Blocks, OutOfBlocksError
+from fate_moe.schedule.disk_prefixes import DiskPrefixes
 from fate_moe.schedule.executor import Result, Rows, watched
 from fate_moe.schedule.prefixes import Prefixes
 
@@ -30,11 +35,15 @@ class PoolExecutor:
 
     shares_passes = True
 
-    def __init__(self, model: Any, step: ModelStep, num_blocks: int) -> None:
+    def __init__(self, model: Any, step: ModelStep, num_blocks: int, most_kept: int | None = None) -> None:
+        """``most_kept`` blocks may be kept of texts that ended (None: all)."""
         self.blocks = Blocks(num_blocks)
         self._model, self._step = model, step
         self.any_cut = step.most_rows == sys.maxsize
-        self.prefixes = Prefixes(self.blocks) if self.any_cut and not step.state_bytes else None
+        keeps = self.any_cut and most_kept != 0 and not step.state_bytes
+        self.prefixes = Prefixes(self.blocks, most=most_kept) if keeps else None
+        self.disk: DiskPrefixes | None = None
+        self.kv_format: str = model.fate.config.kv_cache
         self.most_sequences: int | None = None
         if step.state_bytes:
             room = model.fate.plan.kv_cache_bytes * sum(of.delta is not None for of in step.attentions) // len(step.attentions)
@@ -42,6 +51,19 @@ class PoolExecutor:
         self.pool = step.new_pool(num_blocks, self.most_sequences or 0)
         self._entries = dict[int, int]()  # by sequence
         self._free = list(range(self.most_sequences or 0))[::-1]
+
+    def keep_on_disk(self, home: Path, model: bytes, most_bytes: int) -> None:
+        """Keep what is kept under ``home`` too. ``model``: the digest of what keys and values depend on."""
+        if self.prefixes is None:
+            return
+        shapes = " ".join(f"{states.dtype} {tuple(states.shape[1:])}" for of in self.pool for states in of)
+        form = f"{self.kv_format}-{xxhash.xxh3_64_hexdigest(shapes.encode())}"
+        block_bytes = sum(part.nbytes for part in self.memory(0))
+        self.disk = DiskPrefixes(BlockFiles(home, model.hex(), form, block_bytes, most_bytes), self.prefixes, self.memory)
+
+    def memory(self, block: int) -> list[memoryview]:
+        """The bytes of ``block`` in each layer; only where no layer keeps a state."""
+        return [memoryview(of[0][block].view(-1).view(torch.uint8).numpy()) for of in self.pool]  # type: ignore[arg-type]
 
     def new(self) -> int:
         return self._entered(self.blocks.new())
@@ -150,11 +172,18 @@ class _PoolLayer(DynamicLayer):  # type: ignore[misc]
         self._states, self._table = states, table
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """``key_states`` and ``value_states`` [1, kv_heads, tokens, dim]."""
+        """``key_states`` and ``value_states`` [1, kv_heads, tokens, dim]; of latent attention they are parts of one row."""
+        dims = key_states.shape[3], value_states.shape[3]
+        rows = [key_states[0], value_states[0]] if self._states.shape[1] == 2 else [torch.cat([key_states[0], value_states[0]], -1)]
+        if coded := self._states.dtype == torch.uint8:
+            rows = [quantized(each) for each in rows]
         whole, rest = divmod(key_states.shape[2], KV_BLOCK)
-        for which, states in enumerate((key_states[0], value_states[0])):
+        for which, states in enumerate(rows):
             first = states[:, : whole * KV_BLOCK].reshape(len(states), whole, KV_BLOCK, -1).transpose(0, 1)
             self._states[self._table[:whole], which] = first
             if rest:
                 self._states[self._table[whole], which, :, :rest] = states[:, whole * KV_BLOCK :]
-        return key_states, value_states
+        if not coded:
+            return key_states, value_states
+        read = [dequantized(each, sum(dims) if len(rows) == 1 else dims[0])[None] for each in rows]
+        return (read[0], read[1]) if len(rows) == 2 else read[0].split(dims, -1)

@@ -7,6 +7,7 @@ its own tokens. A new sequence begins with the blocks whose names its tokens giv
 from __future__ import annotations
 
 from array import array
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -37,7 +38,7 @@ class Prefixes:
         self.hits = self.lookups = 0  # tokens that were found, and that were asked for
         self._blocks, self._model = blocks, model
         self._most = blocks.num_blocks if most is None else most
-        self._kept: dict[bytes, _Kept] = {}
+        self._kept: OrderedDict[bytes, _Kept] = OrderedDict()  # what goes first is first
         self._clock = 0
 
     def __len__(self) -> int:
@@ -51,13 +52,21 @@ class Prefixes:
         """
         self._clock += 1
         found = []
-        for name in self._names(tokens, (len(tokens) - 1) // KV_BLOCK):
-            kept = self._kept.get(name)
-            if kept is None:
+        for name in self.names(tokens):
+            if name not in self._kept:
                 break
-            kept.used = self._clock
-            found.append(kept.block)
-        return found
+            found.append(name)
+        self._use(found)
+        return [self._kept[name].block for name in found]
+
+    def names(self, tokens: Sequence[int]) -> list[bytes]:
+        """Of the blocks that a text beginning with ``tokens`` may begin with, which leave a token to compute."""
+        return self._names(tokens, (len(tokens) - 1) // KV_BLOCK)
+
+    def block_of(self, name: bytes) -> int | None:
+        """The kept block of this ``name``."""
+        kept = self._kept.get(name)
+        return None if kept is None else kept.block
 
     def begin(self, tokens: Sequence[int]) -> tuple[int, int]:
         """A sequence of ``blocks`` for a text that begins with ``tokens``, and how many of them it has already."""
@@ -66,22 +75,25 @@ class Prefixes:
         self.hits += len(found) * KV_BLOCK
         return self._blocks.begin(found), len(found) * KV_BLOCK
 
-    def keep(self, sequence: int, tokens: Sequence[int]) -> None:
-        """``sequence``, whose positions hold ``tokens``, is about to be dropped: keep its full blocks."""
+    def keep(self, sequence: int, tokens: Sequence[int]) -> list[bytes]:
+        """``sequence``, whose positions hold ``tokens``, is about to be dropped: keep its full blocks. Returns their names."""
         self._clock += 1
-        table, before = self._blocks.table(sequence), self._model
+        table, before, used = self._blocks.table(sequence), self._model, list[bytes]()
         full = min(self._blocks.length(sequence), len(tokens)) // KV_BLOCK
         for depth, name in enumerate(self._names(tokens, full)):
             kept = self._kept.get(name)
             if kept is None:
                 if len(self._kept) >= self._most and not self._drop_one(spare=self._clock):
-                    return
+                    break
                 self._blocks.keep(table[depth])
                 kept = self._kept[name] = _Kept(table[depth], before, depth)
                 if before in self._kept:
                     self._kept[before].followers += 1
             kept.used = self._clock
+            used.append(name)
             before = name
+        self._use(used)
+        return used
 
     def free(self, wanted: int) -> bool:
         """Give up kept blocks until ``wanted`` blocks are free; whether they are. Those that a sequence has stay."""
@@ -107,16 +119,21 @@ class Prefixes:
         if any(kept.followers != followers[name] for name, kept in self._kept.items()) or len(self._kept) > self._most:
             raise RuntimeError("kept blocks are miscounted")
 
+    def _use(self, names: Sequence[bytes]) -> None:
+        """``names``, of one text from its begin, are used now."""
+        for name in reversed(names):
+            self._kept[name].used = self._clock
+            self._kept.move_to_end(name)
+
     def _drop_one(self, spare: int = -1, unshared: bool = False) -> bool:
         """The least useful block goes that nothing follows, but none used at ``spare``; whether there was one."""
-        ends = [
-            (kept.used, -kept.depth, name)
+        ends = (
+            name
             for name, kept in self._kept.items()
             if not kept.followers and kept.used != spare and not (unshared and self._blocks.references(kept.block) > 1)
-        ]
-        if not ends:
+        )
+        if (name := next(ends, None)) is None:
             return False
-        name = min(ends)[2]
         gone = self._kept.pop(name)
         if gone.before in self._kept:
             self._kept[gone.before].followers -= 1

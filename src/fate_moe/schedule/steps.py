@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,6 +18,7 @@ __all__ = ["Steps"]
 _ROWS_BESIDE_DECODE, _ROWS = 256, 512
 # Rows whose logits are kept at once: 128 x 150,000 fp32 numbers are 77 MB, which a budget can spare.
 _LOGIT_ROWS = 128
+_RESTORE_SECONDS = 0.05  # that blocks are read from the disk between two steps
 
 
 @dataclass
@@ -34,6 +37,7 @@ class Steps:
     def __post_init__(self) -> None:
         self.run: list[TextSequence] = []
         self._leaders: dict[TextSequence, TextSequence] = {}  # who waits for whom to read their prompt
+        self._restored: dict[TextSequence, deque[bytes]] = {}  # names of blocks that the disk may have
         self.preemptions = 0
 
     def make_room(self) -> list[TextSequence]:
@@ -89,11 +93,14 @@ class Steps:
     def leave(self, sequence: TextSequence) -> None:
         """``sequence`` does not run any more."""
         self._leaders.pop(sequence, None)
+        self._restored.pop(sequence, None)
         if sequence in self.run:
             self.run.remove(sequence)
         if sequence.name is not None:
             if (prefixes := self.executor.prefixes) is not None:
-                prefixes.keep(sequence.name, sequence.tokens[: sequence.read])
+                names = prefixes.keep(sequence.name, sequence.tokens[: sequence.read])
+                if self.executor.disk is not None:
+                    self.executor.disk.note(names)
             self.executor.drop(sequence.name)
 
     def forked(self, leader: TextSequence) -> list[TextSequence]:
@@ -105,9 +112,24 @@ class Steps:
             one.name, one.read = self.executor.fork(leader.name), leader.read
         return followers
 
+    def restore(self) -> None:
+        """Fill blocks of those who have just begun from the disk, for a while: others wait meanwhile."""
+        until = time.monotonic() + _RESTORE_SECONDS
+        for sequence, names in list(self._restored.items()):
+            while names and time.monotonic() < until:
+                if self._is_on_disk(sequence, names.popleft()):
+                    sequence.read += KV_BLOCK
+                else:
+                    names.clear()
+            if not names:
+                del self._restored[sequence]
+                if sequence.cached is None:
+                    sequence.cached = sequence.read
+
     def rows(self) -> list[tuple[TextSequence, Rows]]:
         """The next step."""
-        left = {sequence: sequence.target - sequence.read for sequence in self.run if sequence not in self._leaders}
+        waiting = self._leaders.keys() | self._restored.keys()
+        left = {sequence: sequence.target - sequence.read for sequence in self.run if sequence not in waiting}
         decoding = [sequence for sequence in left if left[sequence] == 1 or self._one_by_one(sequence)]
         reading = [sequence for sequence in left if left[sequence] > 0 and sequence not in decoding]
         step = [(sequence, 1) for sequence in decoding]
@@ -143,8 +165,22 @@ class Steps:
             sequence.name = self.executor.new()
             return
         sequence.name, sequence.read = prefixes.begin(sequence.tokens)
-        if sequence.cached is None:
+        if self.executor.disk is not None and (names := prefixes.names(sequence.tokens)[sequence.read // KV_BLOCK :]):
+            self._restored[sequence] = deque(names)
+        elif sequence.cached is None:
             sequence.cached = sequence.read
+
+    def _is_on_disk(self, sequence: TextSequence, name: bytes) -> bool:
+        """Whether the next block of ``sequence`` is on the disk as ``name``; it is in its place then."""
+        blocks, disk, prefixes = self.executor.blocks, self.executor.disk, self.executor.prefixes
+        assert sequence.name is not None
+        assert disk is not None
+        assert prefixes is not None
+        if not disk.load(name, blocks.table(sequence.name)[sequence.read // KV_BLOCK]):  # reserved when it was admitted
+            return False
+        blocks.append(sequence.name, KV_BLOCK)
+        prefixes.hits += KV_BLOCK
+        return True
 
     def _has(self, wanted: int) -> bool:
         """Whether ``wanted`` blocks are free, or were given up for it."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,9 +42,15 @@ class Generation:
 
 
 def generate(
-    model: Any, tokenizer: Any, inputs: torch.Tensor, on_text: Callable[[str], None] | None = None, **options: Any
+    model: Any,
+    tokenizer: Any,
+    inputs: torch.Tensor,
+    on_text: Callable[[str], None] | None = None,
+    on_read: Callable[[int, int], None] | None = None,
+    **options: Any,
 ) -> Generation:
-    """Continue ``inputs`` [1, prompt_tokens] with ``model.generate(**options)``; ``on_text`` is called with each piece of text.
+    """Continue ``inputs`` [1, prompt_tokens] with ``model.generate(**options)``; ``on_text`` is called with each piece of text, and
+    ``on_read``, of a prompt that is read in pieces, with the tokens that are read and how many there are.
 
     Beams decide at the end which text it is: with ``num_beams`` the text is one piece.
     """
@@ -52,7 +59,7 @@ def generate(
     watch = {"stopping_criteria": [_Ticks(clock)]} if in_beams else {"streamer": clock}
     if model.generation_config.pad_token_id is None and "pad_token_id" not in options:
         options["pad_token_id"] = tokenizer.eos_token_id
-    with torch.inference_mode():
+    with torch.inference_mode(), _reading(model, on_read):
         output = model.generate(inputs, attention_mask=torch.ones_like(inputs), tokenizer=tokenizer, **watch, **options)
     tokens = output[0, inputs.shape[1] :].tolist()
     text = tokenizer.decode(tokens, skip_special_tokens=True)
@@ -65,6 +72,19 @@ def generate(
         prefill_seconds=clock.times[0] - clock.began if clock.times else 0.0,
         decode_seconds=clock.times[-1] - clock.times[0] if clock.times else 0.0,
     )
+
+
+@contextmanager
+def _reading(model: Any, on_read: Callable[[int, int], None] | None) -> Iterator[None]:
+    step = getattr(model.fate, "step", None)
+    if step is None or on_read is None:
+        yield
+        return
+    step.on_read = on_read
+    try:
+        yield
+    finally:
+        step.on_read = None
 
 
 @dataclass

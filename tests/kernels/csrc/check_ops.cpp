@@ -327,6 +327,20 @@ void check_steps(const Ops& ops) {
         (i ? steps : plain).attend(of);
       }
       check(out[0] == out[1], ops.name, "attend, " + std::to_string(dim) + " channels, " + std::to_string(num_tokens) + " tokens");
+      const int64_t row = kv_row(KvFormat::kInt8, dim);
+      const std::vector<float> x = numbers(count * dim);
+      Guarded<uint8_t> coded[2] = {Guarded<uint8_t>(count * row), Guarded<uint8_t>(count * row)};
+      for (int i = 0; i < 2; ++i)
+        for (int64_t t = 0; t < count; ++t) (i ? steps : plain).put_codes(x.data() + t * dim, dim, &coded[i][t * row]);
+      check(!std::memcmp(coded[0].get(), coded[1].get(), size_t(count * row)), ops.name, "put_codes");
+      for (int i = 0; i < 2; ++i) {
+        Queries of = {};
+        of.q = q.data(), of.out = out[i].data(), of.stride = heads * dim, of.num_tokens = num_tokens, of.heads = heads, of.dim = dim;
+        of.first = 75, of.scaling = 0.3f, of.format = KvFormat::kInt8, of.block_stride = kPositions * row;
+        of.keys = coded[0].get(), of.values = coded[1].get(), of.scratch = scratch.data();
+        (i ? steps : plain).attend(of);
+      }
+      check(out[0] == out[1], ops.name, "attend on int8, " + std::to_string(dim) + " channels, " + std::to_string(num_tokens) + " tokens");
     }
 }
 

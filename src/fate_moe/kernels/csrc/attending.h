@@ -12,7 +12,7 @@ class Attending {
  public:
   // Sizes everything, for the up to kMostRows rows of `spans`.
   Attending(const Ops& ops, const Attention& a, const std::vector<Span>& spans, const Kv& kv, bool exact, int num_threads)
-      : ops_(ops), a_(a), kv_(kv), spans_(spans), own_(own()), num_tokens_(spans.back().end) {
+      : ops_(ops), a_(a), kv_(kv), spans_(spans), own_(own()), num_tokens_(spans.back().end), row_(kv_row(kv.format, a.dim)) {
     const int64_t num_tokens = num_tokens_;
     const Matrix made[] = {a.q.matrix(), a.k.matrix(), a.v.matrix()};
     bool kept = false;
@@ -116,7 +116,7 @@ class Attending {
 
   // Where head h of the first block of a span begins, counted from the layer's keys or values.
   int64_t start_of(const Span& span, int64_t head) const {
-    return span.entry * kv_.batch_stride + span.first * a_.dim + head * kv_.head_stride;
+    return span.entry * kv_.batch_stride + span.first * row_ + head * kv_.head_stride;
   }
 
   int64_t first_of(int64_t which) const { return which == 0 ? 0 : matrices_[0].rows + (which - 1) * a_.kv_heads * a_.dim; }
@@ -159,9 +159,9 @@ class Attending {
       }
       finish(key + h * dim, a_.k_norm, key_norm);
       if (a_.clip != 0.0f) clip(value + h * dim, dim);
-      const int64_t to = start_of(span, h) + (span.blocks ? span.blocks[block] : block) * kv_.block_stride + position % kPositions * dim;
-      ops_.from_float(key + h * dim, dim, at(kv_.keys, Dtype::kBf16, to), Dtype::kBf16);
-      ops_.from_float(value + h * dim, dim, at(kv_.values, Dtype::kBf16, to), Dtype::kBf16);
+      const int64_t to = start_of(span, h) + (span.blocks ? span.blocks[block] : block) * kv_.block_stride + position % kPositions * row_;
+      kv_.put(ops_, key + h * dim, dim, kv_.keys, to);
+      kv_.put(ops_, value + h * dim, dim, kv_.values, to);
     }
   }
 
@@ -175,8 +175,7 @@ class Attending {
     of.stride = query_width_, of.num_tokens = part.end - part.begin, of.heads = last - first, of.dim = dim;
     of.first = part.span->past + part.begin - part.span->begin;
     of.window = a_.window, of.scaling = a_.scaling, of.sinks = a_.sinks ? sinks_ + head : nullptr;
-    of.keys = static_cast<const uint16_t*>(at(kv_.keys, Dtype::kBf16, from));
-    of.values = static_cast<const uint16_t*>(at(kv_.values, Dtype::kBf16, from));
+    of.format = kv_.format, of.keys = kv_.at(kv_.keys, from), of.values = kv_.at(kv_.values, from);
     of.blocks = part.span->blocks, of.block_stride = kv_.block_stride;
     of.scratch = scratch.of<float>(attend_floats(of.num_tokens * of.heads, dim));
     ops_.steps->attend(of);
@@ -187,7 +186,7 @@ class Attending {
   const Kv kv_;
   const std::vector<Span>& spans_;
   Own& own_;
-  int64_t num_tokens_, width_, query_width_, heads_of_task_, query_norm_, key_norm_;
+  int64_t num_tokens_, row_, width_, query_width_, heads_of_task_, query_norm_, key_norm_;
   std::vector<Part> parts_;
   std::vector<const Span*> span_of_;
   Matrix matrices_[3], last_;

@@ -37,6 +37,10 @@ inline Lanes load_bf16(const uint16_t* from) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
 }
 
+inline Lanes load_codes(const int8_t* from) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))))};
+}
+
 // The tree of tree_sum: lane i + lane i + 8, then + 4, + 2, + 1.
 inline float total(Lanes a) {
   const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
@@ -79,6 +83,20 @@ inline void turn_keys(const uint16_t* keys, int64_t stride, int64_t count, float
   }
 }
 
+// Channels [0, kTurnedCodes) of up to 16 keys, likewise.
+constexpr int64_t kTurnedCodes = 64;
+inline void turn_codes(const int8_t* keys, int64_t stride, int64_t count, float* out, int64_t step) {
+  __m512i rows[16];
+  FATE_UNROLL16
+  for (int64_t i = 0; i < 16; ++i) rows[i] = i < count ? _mm512_loadu_si512(keys + i * stride) : _mm512_setzero_si512();
+  transpose(rows);
+  FATE_UNROLL16
+  for (int64_t i = 0; i < 16; ++i) {
+    const auto put = [&](int64_t k, __m512i high) { _mm512_storeu_ps(out + (4 * i + k) * step, _mm512_cvtepi32_ps(_mm512_srai_epi32(high, 24))); };
+    put(0, _mm512_slli_epi32(rows[i], 24)), put(1, _mm512_slli_epi32(rows[i], 16)), put(2, _mm512_slli_epi32(rows[i], 8)), put(3, rows[i]);
+  }
+}
+
 #elif defined(__AVX2__) && !defined(FATE_PLAIN_LANES)
 
 struct Lanes {
@@ -100,6 +118,12 @@ inline Lanes load_bf16(const uint16_t* from) {
   };
   return {half(from), half(from + 8)};
 }
+inline Lanes load_codes(const int8_t* from) {
+  const auto half = [](const int8_t* eight) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(eight))));
+  };
+  return {half(from), half(from + 8)};
+}
 
 inline float total(Lanes a) {
   const __m256 eight = _mm256_add_ps(a.low, a.high);
@@ -110,32 +134,46 @@ inline float total(Lanes a) {
 constexpr bool kTotalsAtOnce = false;
 inline void totals(const Lanes (*)[4], float*) {}
 
+// `act(i, of)` with the i-th 32 bits of eight keys, of which `count` are there, for i < 8.
+template <class Number, class Act>
+FATE_INLINE void turn_eight(const Number* keys, int64_t stride, int64_t count, Act act) {
+  __m256i a[8], b[8];
+  const auto row = [&](int64_t i) {
+    return i < count ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(keys + i * stride)) : _mm256_setzero_si256();
+  };
+  FATE_UNROLL
+  for (int64_t i = 0; i < 8; i += 2) {
+    const __m256i even = row(i), odd = row(i + 1);
+    a[i] = _mm256_unpacklo_epi32(even, odd), a[i + 1] = _mm256_unpackhi_epi32(even, odd);
+  }
+  FATE_UNROLL
+  for (int64_t i = 0; i < 8; i += 4) {  // lane l of b[i + c]: keys i .. i + 3, their 4l + c-th
+    b[i] = _mm256_unpacklo_epi64(a[i], a[i + 2]), b[i + 1] = _mm256_unpackhi_epi64(a[i], a[i + 2]);
+    b[i + 2] = _mm256_unpacklo_epi64(a[i + 1], a[i + 3]), b[i + 3] = _mm256_unpackhi_epi64(a[i + 1], a[i + 3]);
+  }
+  FATE_UNROLL
+  for (int64_t i = 0; i < 8; ++i) {
+    const __m256i low = _mm256_permute2x128_si256(b[i % 4], b[4 + i % 4], 0x20), high = _mm256_permute2x128_si256(b[i % 4], b[4 + i % 4], 0x31);
+    act(i, i < 4 ? low : high);
+  }
+}
+
 constexpr int64_t kTurned = 16;
 inline void turn_keys(const uint16_t* keys, int64_t stride, int64_t count, float* out, int64_t step) {
-  for (int64_t first = 0; first < 16; first += 8, out += 8) {
-    __m256i a[8], b[8];
-    const auto row = [&](int64_t i) {
-      const uint16_t* const from = keys + (first + i) * stride;
-      return first + i < count ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)) : _mm256_setzero_si256();
-    };
-    FATE_UNROLL
-    for (int64_t i = 0; i < 8; i += 2) {
-      const __m256i even = row(i), odd = row(i + 1);
-      a[i] = _mm256_unpacklo_epi32(even, odd), a[i + 1] = _mm256_unpackhi_epi32(even, odd);
-    }
-    FATE_UNROLL
-    for (int64_t i = 0; i < 8; i += 4) {  // lane l of b[i + c]: keys i .. i + 3, pair 4l + c
-      b[i] = _mm256_unpacklo_epi64(a[i], a[i + 2]), b[i + 1] = _mm256_unpackhi_epi64(a[i], a[i + 2]);
-      b[i + 2] = _mm256_unpacklo_epi64(a[i + 1], a[i + 3]), b[i + 3] = _mm256_unpackhi_epi64(a[i + 1], a[i + 3]);
-    }
-    FATE_UNROLL
-    for (int64_t i = 0; i < 8; ++i) {
-      const __m256i pair = _mm256_permute2x128_si256(b[i % 4], b[4 + i % 4], 0x20), pair2 = _mm256_permute2x128_si256(b[i % 4], b[4 + i % 4], 0x31);
-      const __m256i turned = i < 4 ? pair : pair2;
+  for (int64_t first = 0; first < 16; first += 8, out += 8)
+    turn_eight(keys + first * stride, stride, count - first, [&](int64_t i, __m256i turned) {
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 2 * i * step), _mm256_slli_epi32(turned, 16));
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + (2 * i + 1) * step), _mm256_and_si256(turned, _mm256_set1_epi32(int(0xffff0000))));
-    }
-  }
+    });
+}
+
+constexpr int64_t kTurnedCodes = 32;
+inline void turn_codes(const int8_t* keys, int64_t stride, int64_t count, float* out, int64_t step) {
+  for (int64_t first = 0; first < 16; first += 8, out += 8)
+    turn_eight(keys + first * stride, stride, count - first, [&](int64_t i, __m256i turned) {
+      const auto put = [&](int64_t k, __m256i high) { _mm256_storeu_ps(out + (4 * i + k) * step, _mm256_cvtepi32_ps(_mm256_srai_epi32(high, 24))); };
+      put(0, _mm256_slli_epi32(turned, 24)), put(1, _mm256_slli_epi32(turned, 16)), put(2, _mm256_slli_epi32(turned, 8)), put(3, turned);
+    });
 }
 
 #elif defined(__aarch64__) && !defined(FATE_PLAIN_LANES)
@@ -161,6 +199,13 @@ inline Lanes larger(Lanes a, Lanes b) { return each([&](int i) { return vbslq_f3
 inline Lanes load_bf16(const uint16_t* from) {
   return each([&](int i) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(from + 4 * i), 16)); });
 }
+inline Lanes load_codes(const int8_t* from) {
+  const int16x8_t low = vmovl_s8(vld1_s8(from)), high = vmovl_s8(vld1_s8(from + 8));
+  return each([&](int i) {
+    const int16x8_t eight = i < 2 ? low : high;
+    return vcvtq_f32_s32(vmovl_s16(i % 2 ? vget_high_s16(eight) : vget_low_s16(eight)));
+  });
+}
 
 inline float total(Lanes a) {
   const float32x4_t four = vaddq_f32(vaddq_f32(a.v[0], a.v[2]), vaddq_f32(a.v[1], a.v[3]));
@@ -170,19 +215,35 @@ inline float total(Lanes a) {
 constexpr bool kTotalsAtOnce = false;
 inline void totals(const Lanes (*)[4], float*) {}
 
+// `act(i, of)` with the i-th 32 bits of four keys, of which `count` are there, for i < 4.
+template <class Number, class Act>
+FATE_INLINE void turn_four(const Number* keys, int64_t stride, int64_t count, Act act) {
+  const auto row = [&](int64_t i) {
+    return i < count ? vreinterpretq_u32_u8(vld1q_u8(reinterpret_cast<const uint8_t*>(keys + i * stride))) : vdupq_n_u32(0);
+  };
+  const uint32x4x2_t a = vtrnq_u32(row(0), row(1)), b = vtrnq_u32(row(2), row(3));
+  act(0, vcombine_u32(vget_low_u32(a.val[0]), vget_low_u32(b.val[0]))), act(1, vcombine_u32(vget_low_u32(a.val[1]), vget_low_u32(b.val[1])));
+  act(2, vcombine_u32(vget_high_u32(a.val[0]), vget_high_u32(b.val[0]))), act(3, vcombine_u32(vget_high_u32(a.val[1]), vget_high_u32(b.val[1])));
+}
+
 constexpr int64_t kTurned = 8;
 inline void turn_keys(const uint16_t* keys, int64_t stride, int64_t count, float* out, int64_t step) {
-  for (int64_t first = 0; first < 16; first += 4, out += 4) {
-    const auto row = [&](int64_t i) { return first + i < count ? vreinterpretq_u32_u16(vld1q_u16(keys + (first + i) * stride)) : vdupq_n_u32(0); };
-    const uint32x4x2_t a = vtrnq_u32(row(0), row(1)), b = vtrnq_u32(row(2), row(3));
-    const uint32x4_t turned[4] = {
-        vcombine_u32(vget_low_u32(a.val[0]), vget_low_u32(b.val[0])), vcombine_u32(vget_low_u32(a.val[1]), vget_low_u32(b.val[1])),
-        vcombine_u32(vget_high_u32(a.val[0]), vget_high_u32(b.val[0])), vcombine_u32(vget_high_u32(a.val[1]), vget_high_u32(b.val[1]))};
-    for (int64_t i = 0; i < 4; ++i) {
-      vst1q_f32(out + 2 * i * step, vreinterpretq_f32_u32(vshlq_n_u32(turned[i], 16)));
-      vst1q_f32(out + (2 * i + 1) * step, vreinterpretq_f32_u32(vandq_u32(turned[i], vdupq_n_u32(0xffff0000))));
-    }
-  }
+  for (int64_t first = 0; first < 16; first += 4, out += 4)
+    turn_four(keys + first * stride, stride, count - first, [&](int64_t i, uint32x4_t turned) {
+      vst1q_f32(out + 2 * i * step, vreinterpretq_f32_u32(vshlq_n_u32(turned, 16)));
+      vst1q_f32(out + (2 * i + 1) * step, vreinterpretq_f32_u32(vandq_u32(turned, vdupq_n_u32(0xffff0000))));
+    });
+}
+
+constexpr int64_t kTurnedCodes = 16;
+inline void turn_codes(const int8_t* keys, int64_t stride, int64_t count, float* out, int64_t step) {
+  for (int64_t first = 0; first < 16; first += 4, out += 4)
+    turn_four(keys + first * stride, stride, count - first, [&](int64_t i, uint32x4_t turned) {
+      const auto put = [&](int64_t k, uint32x4_t high) {
+        vst1q_f32(out + (4 * i + k) * step, vcvtq_f32_s32(vshrq_n_s32(vreinterpretq_s32_u32(high), 24)));
+      };
+      put(0, vshlq_n_u32(turned, 24)), put(1, vshlq_n_u32(turned, 16)), put(2, vshlq_n_u32(turned, 8)), put(3, turned);
+    });
 }
 
 #else
@@ -212,6 +273,7 @@ inline Lanes operator+(Lanes a, Lanes b) { return each([&](int i) { return a.v[i
 inline Lanes operator/(Lanes a, Lanes b) { return each([&](int i) { return a.v[i] / b.v[i]; }); }
 inline Lanes larger(Lanes a, Lanes b) { return each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; }); }
 inline Lanes load_bf16(const uint16_t* from) { return each([&](int i) { return wide(from[i]); }); }
+inline Lanes load_codes(const int8_t* from) { return each([&](int i) { return float(from[i]); }); }
 
 inline float total(Lanes a) {
   for (int width = 8; width; width /= 2)
@@ -224,6 +286,11 @@ inline void totals(const Lanes (*)[4], float*) {}
 constexpr int64_t kTurned = 1;
 inline void turn_keys(const uint16_t* keys, int64_t stride, int64_t count, float* out, int64_t) {
   for (int64_t i = 0; i < 16; ++i) out[i] = i < count ? wide(keys[i * stride]) : 0.0f;
+}
+
+constexpr int64_t kTurnedCodes = 1;
+inline void turn_codes(const int8_t* keys, int64_t stride, int64_t count, float* out, int64_t) {
+  for (int64_t i = 0; i < 16; ++i) out[i] = i < count ? float(keys[i * stride]) : 0.0f;
 }
 
 #endif

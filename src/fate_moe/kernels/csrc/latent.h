@@ -6,7 +6,7 @@
 namespace fate {
 
 // Up to kMostRows rows of `spans`: result [num_rows, o.rows] from x(t, to), which writes row t [hidden]. A position lies in the cache as
-// [dim]: the latent row, then what turns; values are not written.
+// a row of dim: the latent row, then what turns; values are not written.
 template <class Input>
 void run_latent(const Ops&, const Attention&, const std::vector<Span>& spans, const float* cos, const float* sin, const Kv&, float* result,
                 bool exact, int num_threads, Input x);

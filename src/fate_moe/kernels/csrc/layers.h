@@ -72,13 +72,21 @@ struct Attention {
   int64_t hidden() const { return o.place.rows; }
 };
 
-// Keys and values of one decoder layer in bf16. Block b of entry i of a batch begins, for head h, at
-// keys + i * batch_stride + b * block_stride + h * head_stride and lies there as [kPositions, dim]; strides count numbers. Of a delta
-// rule `keys` has the inputs of the convolution, bf16 [channels, kernel] of entry i at i * batch_stride, the newest last, and `values` the
-// states, fp32 [value_heads, key_dim, value_dim] of entry i at i * block_stride; of an entry without a past they are not read.
+// Keys and values of one decoder layer. Block b of entry i of a batch begins, for head h, at
+// keys + i * batch_stride + b * block_stride + h * head_stride, its positions kv_row apart; strides count as that does. Of a delta rule
+// `keys` has the inputs of the convolution, bf16 [channels, kernel] of entry i at i * batch_stride numbers, the newest last, and `values`
+// the states, fp32 [value_heads, key_dim, value_dim] of entry i at i * block_stride; of an entry without a past they are not read.
 struct Kv {
   void *keys, *values;
   int64_t batch_stride, block_stride, head_stride;
+  KvFormat format;
+
+  void* at(void* states, int64_t index) const { return static_cast<char*>(states) + (format == KvFormat::kBf16 ? 2 * index : index); }
+  // Writes a row [n] that begins at `index` of keys or values.
+  void put(const Ops& ops, const float* x, int64_t n, void* states, int64_t index) const {
+    if (format == KvFormat::kBf16) return ops.from_float(x, n, at(states, index), Dtype::kBf16);
+    ops.steps->put_codes(x, n, at(states, index));
+  }
 };
 
 // Rows [begin, end) of a call that follow one another in one sequence, of which `past` positions are in the KV cache before them.

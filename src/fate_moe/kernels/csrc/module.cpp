@@ -128,18 +128,25 @@ void attention(const Attention& of, uintptr_t x, int dtype, const Spans& rows, u
                 reinterpret_cast<const float*>(sin), kv, reinterpret_cast<void*>(out), exact, num_threads);
 }
 
-// Attention alone, for tests and benchmarks: queries and out fp32 [num_tokens, heads, dim] of one head of keys and values [length, dim].
+// Attention alone, for tests and benchmarks: queries and out fp32 [num_tokens, heads, dim] of one head of `length` keys and values.
 void attend(uintptr_t queries, int64_t num_tokens, int64_t heads, int64_t dim, uintptr_t keys, uintptr_t values, int64_t length,
-            float scaling, int64_t window, float cap, uintptr_t sinks, uintptr_t out) {
+            float scaling, int64_t window, float cap, uintptr_t sinks, uintptr_t out, int format) {
   const Unlocked unlocked;
   std::vector<float> scratch(static_cast<size_t>(attend_floats(num_tokens * heads, dim)));
   Queries of = {};
   of.q = reinterpret_cast<const float*>(queries), of.out = reinterpret_cast<float*>(out);
   of.stride = heads * dim, of.num_tokens = num_tokens, of.heads = heads, of.dim = dim, of.first = length - num_tokens;
   of.window = window, of.scaling = scaling, of.cap = cap, of.sinks = reinterpret_cast<const float*>(sinks);
-  of.keys = reinterpret_cast<const uint16_t*>(keys), of.values = reinterpret_cast<const uint16_t*>(values), of.scratch = scratch.data();
-  of.block_stride = kPositions * dim;
+  of.format = KvFormat(format), of.block_stride = kPositions * kv_row(of.format, dim), of.scratch = scratch.data();
+  of.keys = reinterpret_cast<const void*>(keys), of.values = reinterpret_cast<const void*>(values);
   chosen->steps->attend(of);
+}
+
+// `count` rows of keys or values fp32 [n] as the KV cache has them in int8, one after the other.
+void put_codes(uintptr_t x, int64_t count, int64_t n, uintptr_t to) {
+  const Unlocked unlocked;
+  for (int64_t i = 0; i < count; ++i)
+    chosen->steps->put_codes(reinterpret_cast<const float*>(x) + i * n, n, reinterpret_cast<uint8_t*>(to) + i * kv_row(KvFormat::kInt8, n));
 }
 
 void layer_end(uintptr_t residual, uintptr_t rows, uintptr_t weights, int64_t num_tokens, int64_t num_rows, uintptr_t shared,
@@ -206,7 +213,9 @@ void bind_layers(nb::module_& m) {
   m.def("sigmoid", &sigmoids);
   m.def("mlp", &mlp);
   m.def("attention", &attention);
-  m.def("attend", &attend);
+  m.def("attend", &attend, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+        nb::arg(), nb::arg(), nb::arg("format") = 0);
+  m.def("put_codes", &put_codes);
 }
 
 }  // namespace

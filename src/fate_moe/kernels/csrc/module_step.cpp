@@ -46,12 +46,13 @@ std::unique_ptr<StepLayer> make_layer(int64_t index, const Layer& layer, const M
   return made;
 }
 
-// `angles`: the addresses of cos and sin of each kind of rotary embedding. `kv`: of each layer the addresses of keys and values, and the strides of batch, blocks and heads.
+// `angles`: the addresses of cos and sin of each kind of rotary embedding. `kv`: of each layer the addresses of keys and values, the strides
+// of batch, blocks and heads, and the format.
 void step(const Step& of, uintptr_t x, const Spans& rows, const std::vector<uintptr_t>& angles, const std::vector<int64_t>& kv,
           const std::vector<int64_t>& wanted, uintptr_t logits, ExpertMemory& memory, bool exact, bool team, int num_threads) {
   std::vector<Kv> kvs;
-  for (size_t i = 0; i + 5 <= kv.size(); i += 5)
-    kvs.push_back({reinterpret_cast<void*>(kv[i]), reinterpret_cast<void*>(kv[i + 1]), kv[i + 2], kv[i + 3], kv[i + 4]});
+  for (size_t i = 0; i + 6 <= kv.size(); i += 6)
+    kvs.push_back({reinterpret_cast<void*>(kv[i]), reinterpret_cast<void*>(kv[i + 1]), kv[i + 2], kv[i + 3], kv[i + 4], KvFormat(kv[i + 5])});
   std::vector<Angles> turned;
   for (size_t i = 0; i + 2 <= angles.size(); i += 2)
     turned.push_back({reinterpret_cast<const float*>(angles[i]), reinterpret_cast<const float*>(angles[i + 1])});
@@ -69,9 +70,9 @@ void step(const Step& of, uintptr_t x, const Spans& rows, const std::vector<uint
 void bind_step(nb::module_& m) {
   nb::class_<Spans>(m, "Spans").def_static("make", &make_spans, nb::arg("counts"), nb::arg("pasts"), nb::arg("entries"), nb::arg("firsts"),
                                            nb::arg("blocks") = std::vector<std::vector<int32_t>>());
-  nb::class_<Kv>(m, "Kv").def_static("make", [](uintptr_t keys, uintptr_t values, int64_t batch_stride, int64_t block_stride, int64_t head_stride) {
-    return Kv{reinterpret_cast<void*>(keys), reinterpret_cast<void*>(values), batch_stride, block_stride, head_stride};
-  });
+  nb::class_<Kv>(m, "Kv").def_static("make", [](uintptr_t keys, uintptr_t values, int64_t batch_stride, int64_t block_stride, int64_t head_stride, int format) {
+    return Kv{reinterpret_cast<void*>(keys), reinterpret_cast<void*>(values), batch_stride, block_stride, head_stride, KvFormat(format)};
+  }, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg() = 0);
   nb::class_<StepLayer>(m, "StepLayer").def_static("make", &make_layer, nb::arg("index"), nb::arg("layer"), nb::arg("shared").none(),
                                                    nb::arg("places"), nb::arg("num_planes"), nb::arg("place_of"), nb::arg("angles") = 0);
   nb::class_<Head>(m, "Head").def_static("make", [](const Norm& norm, const Weight& weight) { return Head{norm, weight}; });

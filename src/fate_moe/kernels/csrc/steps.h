@@ -11,6 +11,15 @@ struct Token;
 constexpr int64_t kMostTurned = 512;  // channels of a head that turn in pairs
 constexpr int64_t kPositions = 64;  // of a block of keys and values; blocks begin at multiples of it
 
+// How a position's keys or values of one head lie in memory: as bf16 [dim]; or, defined in kernels/attention.py, as int8 [dim] and then a
+// fp32 scale of each kScaled of these.
+enum class KvFormat : int32_t { kBf16 = 0, kInt8 = 1 };
+constexpr int64_t kScaled = 64;
+// From a position to the next, in what strides count: numbers of bf16, or bytes.
+static inline int64_t kv_row(KvFormat format, int64_t dim) {
+  return format == KvFormat::kBf16 ? dim : dim + (dim + kScaled - 1) / kScaled * int64_t(sizeof(float));
+}
+
 // Query rows that share one head of keys and values, of `num_tokens` positions from `first` on, `heads` of each. Token t's head h has
 // its row at q + t * stride + h * dim, and its result in `out` so.
 struct Queries {
@@ -20,9 +29,10 @@ struct Queries {
   int64_t window;                 // positions that a token sees, itself among them; 0: all before it
   float scaling, cap;             // cap * tanh(score / cap) where cap is not 0
   const float* sinks;             // [heads]: scores of no position; or null
-  // Block b of kPositions positions begins at keys + id * block_stride, where id is blocks[b], or b without `blocks`: bf16
-  // [kPositions][dim]. Values likewise.
-  const uint16_t *keys, *values;
+  // Block b of kPositions positions begins at keys + id * block_stride, where id is blocks[b], or b without `blocks`; they are kv_row
+  // apart. Values likewise.
+  KvFormat format;
+  const void *keys, *values;
   const int32_t* blocks;
   int64_t block_stride;
   float* scratch;                 // [attend_floats]
@@ -34,7 +44,7 @@ constexpr int64_t kRowFloats = 16;  // what is kept of a row beside its sums
 // Of a task of `num_rows` rows. (Static: no linker takes the copy of another instruction set.)
 static inline int64_t attend_floats(int64_t num_rows, int64_t dim) {
   const int64_t padded = (dim + 15) / 16 * 16;
-  return (padded + 32 + padded) * kPositions + num_rows * (padded + kPositions + kRowFloats);
+  return (padded + kScaled + padded) * kPositions + 2 * (padded / kScaled + 1) * kPositions + num_rows * (padded + kPositions + kRowFloats);
 }
 
 // Rows of one sequence, one after the other, through some columns of a value head's state (kernels/recurrent.py, `delta_rule`).
@@ -60,6 +70,8 @@ struct Steps {
   // y = fma(factor, x, y).
   void (*add)(float factor, const float* x, int64_t n, float* y);
   void (*attend)(const Queries&);
+  // A row of keys or values [n] of one head as KvFormat::kInt8 has it.
+  void (*put_codes)(const float* x, int64_t n, void* to);
   // As Ops::product, of a matrix of numbers.
   void (*product)(const Matrix&, const Token* tokens, int64_t num_tokens, int64_t begin, int64_t end);
   // out[c] = silu of the sum of weights[j * stride + c] * rows[j][c] over j < kernel, fused, from 0; c < n.

@@ -12,7 +12,7 @@ namespace {
 #include "recurrent.inc"
 }  // namespace
 
-const Steps kPortableSteps = {normalize, center, softmax, one_sigmoid, turn, turn_pairs, add, attend, multiply_numbers,
+const Steps kPortableSteps = {normalize, center, softmax, one_sigmoid, turn, turn_pairs, add, attend, put_codes, multiply_numbers,
                             convolve, unit, decays, gate, delta};
 
 }  // namespace fate
