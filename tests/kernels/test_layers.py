@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import silu
 
 from fate_moe.kernels.attention import attend
-from fate_moe.kernels.elementary import combine, fused, normalize, turn, turn_pairs
+from fate_moe.kernels.elementary import combine, fused, normalize, sigmoid, turn, turn_pairs
 from fate_moe.kernels.native import BF16, ROPES, matrix_place, native
 from tests.kernels.test_cpu import SETS, a_blob
 from tests.support.bits import assert_same
@@ -97,10 +97,15 @@ class OwnAttention:
         rope: str = "halves",
         half: bool = False,
         sinks: bool = False,
+        after: bool = False,
+        gated: bool = False,
+        every: int = 0,
     ) -> None:
         generator = torch.Generator().manual_seed(0)
         sizes = [heads * self.dim for heads in (self.heads, self.kv_heads, self.kv_heads)]
-        self.made = [matrix(rows, self.hidden, generator) for rows in sizes] + [matrix(self.hidden, sizes[0], generator)]
+        of_matrices = [sizes[0] * (2 if gated else 1), *sizes[1:]]
+        self.made = [matrix(rows, self.hidden, generator) for rows in of_matrices] + [matrix(self.hidden, sizes[0], generator)]
+        self.after, self.gated, self.every, self.scales = after, gated, every, torch.rand(5, generator=generator)
         self.norms, self.turned, self.clip, self.window = norms, turned, clip, window
         lengths = [self.dim] * 2 if norms == "head" else sizes[:2]
         self.norm_weights = [torch.rand(length, generator=generator).bfloat16() + 0.5 for length in lengths]
@@ -109,7 +114,8 @@ class OwnAttention:
         self.of = native.Attention.make(
             *(at for _, at in self.made), self.heads, self.kv_heads, self.dim, turned, turned // 2 if half else turned,
             ROPES.index(rope), 0.3, *(native.Norm.make(at, 0, 1, 1e-6, 0.0, False, False) for at in addresses), norms == "all",
-            clip, window, self.sinks.data_ptr() if self.sinks is not None else 0, 1,
+            clip, window, self.sinks.data_ptr() if self.sinks is not None else 0, 1, None, after, gated,
+            self.scales.tolist() if every else [], max(1, every),
         )  # fmt: skip
         angles = torch.rand(200, turned // 2, generator=generator).repeat(1, 1 if half else 2) * 3
         self.cos, self.sin, self.x = angles.cos(), angles.sin(), torch.randn(200, self.hidden, generator=generator)
@@ -141,20 +147,29 @@ class OwnAttention:
         return turn(x, cos, sin) if self.rope == "halves" else turn_pairs(x, cos, sin, self.rope == "pairs apart")
 
     def twin(self, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        made = []
+        made, gates = list[torch.Tensor](), torch.ones(0)
         for which in range(3):
             y = self.product(which, self.x[:count])
+            if self.gated and which == 0:
+                y, gates = (part.flatten(1) for part in y.view(count, self.heads, -1).chunk(2, dim=-1))
             if self.norms == "all" and which < 2:
                 y = normalize(y, self.norm_weights[which].float(), 1e-6)
             if self.clip:
                 y = y.clamp(-self.clip, self.clip)
             y = y.view(count, -1, self.dim)
-            if self.norms == "head" and which < 2:
+            by_head = self.norms == "head" and which < 2
+            if by_head and not self.after:
                 y = normalize(y, self.norm_weights[which].float(), 1e-6)
-            made.append(y if which == 2 else self.turn(y))
+            y = y if which == 2 else self.turn(y)
+            if by_head and self.after:
+                y = normalize(y, self.norm_weights[which].float(), 1e-6)
+            if self.every and which == 0:
+                y = y * self.scales[(torch.arange(count) // self.every).clamp(max=4)][:, None, None]
+            made.append(y)
         keys, values = made[1].bfloat16(), made[2].bfloat16()
         attended = attend(made[0], keys, values, scaling=0.3, window=self.window or None, sinks=self.sinks)
-        return self.product(3, attended.flatten(1)), keys.transpose(0, 1), values.transpose(0, 1)
+        attended = attended.flatten(1) * sigmoid(gates) if self.gated else attended.flatten(1)
+        return self.product(3, attended), keys.transpose(0, 1), values.transpose(0, 1)
 
 
 @pytest.mark.parametrize(
@@ -168,6 +183,8 @@ class OwnAttention:
         {"window": 7, "sinks": True, "half": True},
         {"rope": "pairs", "turned": 14},
         {"rope": "pairs apart", "half": True},
+        {"norms": "head", "after": True, "every": 9},
+        {"norms": "head", "gated": True, "turned": 12},
     ],
     ids=lambda kind: ", ".join(kind) or "plain",
 )
@@ -194,15 +211,19 @@ def test_passes_of_many_tokens(instructions: str) -> None:
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_layer_end(instructions: str, shared: bool) -> None:
+    """Without a norm of what is added, and with one."""
     generator = torch.Generator().manual_seed(0)
     residual, beside = (torch.randn(2, 70, generator=generator).bfloat16() for _ in range(2))
     rows, weights, factors = torch.randn(2, 3, 70, generator=generator), torch.rand(2, 3, generator=generator), torch.rand(2, 1)
     out = torch.empty_like(residual)
     address = beside.data_ptr() if shared else 0
-    native.layer_end(
-        residual.data_ptr(), rows.data_ptr(), weights.data_ptr(), 2, 3, address, factors.data_ptr(), 0.75, 70, out.data_ptr(), 2
-    )
+    norm = torch.rand(70, generator=generator)
     summed = combine(rows, weights)
     if shared:
         summed = fused(factors, beside, summed)
-    assert_same(out, fused(0.75, summed, residual).bfloat16())
+    for added, at in ((summed, 0), (normalize(summed, norm, 1e-5), norm.data_ptr())):
+        native.layer_end(
+            residual.data_ptr(), rows.data_ptr(), weights.data_ptr(), 2, 3, address, factors.data_ptr(), 0.75,
+            native.Norm.make(at, 0, 0, 1e-5, 0.0, True, False), 70, out.data_ptr(), 2,
+        )  # fmt: skip
+        assert_same(out, fused(0.75, added, residual).bfloat16())

@@ -17,7 +17,6 @@ from fate_moe.layers import model_step
 from fate_moe.layers.cpu_step import CpuStep
 from fate_moe.layers.model_step import SequenceRows
 from fate_moe.schedule.batching import BatchScheduler
-from fate_moe.schedule.pool import PoolExecutor
 from fate_moe.schedule.request import Request, Sampling
 from fate_moe.store import dense
 from fate_moe.store.convert import convert
@@ -33,8 +32,11 @@ if native is None:
     pytest.skip("the extension is not built", allow_module_level=True)
 
 MODELS = [
-    *((family, "bf16") for family in ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek_v3")),
-    *((family, "int8") for family in ("gpt_oss", "deepseek_v2")),
+    *(
+        (family, "bf16")
+        for family in ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek_v3", "qwen3_next", "granitemoe_swa")
+    ),
+    *((family, "int8") for family in ("gpt_oss", "deepseek_v2", "qwen3_next")),
 ]
 LENGTH = 150
 
@@ -153,15 +155,15 @@ def test_rows_of_sequences_in_a_pool_of_blocks_give_their_logits_alone(
     """Each pass takes up to ``most`` rows of every sequence that is not at its end."""
     free, done = random.sample(range(12), 12), [0] * len(lengths)
     blocks = [[free.pop() for _ in range(0, length, 64)] for length in lengths]
-    pool = PoolExecutor(model, model.fate.step, 12).pool
-    for states in pool:
+    pool, entries = model.fate.step.new_pool(12, 5), random.sample(range(5), 4)
+    for states in (each for of in pool for each in of):
         states.fill_(255 if states.dtype == torch.uint8 else torch.nan)  # what nobody wrote is never read
     found: list[list[torch.Tensor]] = [[] for _ in lengths]
     while any(at < length for at, length in zip(done, lengths, strict=True)):
         counts = [min(random.randint(1, most), length - at) for at, length in zip(done, lengths, strict=True)]
         some = [i for i, count in enumerate(counts) if count]
         tokens = [token for i in some for token in tokens_of(lengths[i])[0, done[i] : done[i] + counts[i]].tolist()]
-        rows = [SequenceRows(counts[i], done[i], blocks[i]) for i in some]
+        rows = [SequenceRows(counts[i], done[i], blocks[i], entries[i]) for i in some]
         logits = model.fate.run_rows(tokens, rows, pool, range(len(tokens)))
         for i, of in zip(some, logits.split([counts[i] for i in some]), strict=True):
             found[i].append(of)
@@ -173,6 +175,8 @@ def test_rows_of_sequences_in_a_pool_of_blocks_give_their_logits_alone(
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}], ids=["plain", "beams", "lookup"])
 def test_generate_runs_all_layers_in_one_call(model: Any, rows_run: list[int], options: dict[str, int]) -> None:
     """With padding, beams, and several tokens of one sequence: one native call a pass, and the text of each sequence alone."""
+    if "prompt_lookup_num_tokens" in options and model.fate.step.state_bytes:
+        pytest.skip("transformers guesses no tokens of models with a state, which cannot be cut")
     lengths = [5] if "prompt_lookup_num_tokens" in options else [5, 9, 1]
     tokens, mask = torch.zeros(2, len(lengths), 9, dtype=torch.int64)
     for i, length in enumerate(lengths):

@@ -45,7 +45,10 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
     ("deepseek_v3", {"q_lora_rank": None, "rope_interleave": False}),
     ("deepseek_v2", {}),
 ]
-OF_OTHER_FAMILIES = ("aria_text", "dots1", "ernie4_5_moe", "glm4_moe", "granitemoe", "hy_v3", "mellum", "minimax_m2", "phimoe")
+FURTHER = ("axk1", "exaone_moe", "granitemoeshared", "hunyuan_v1_moe", "mistral4", "qwen3_5_moe_text", "qwen3_next")
+OF_OTHER_FAMILIES = (
+    "aria_text", "dots1", "ernie4_5_moe", "glm4_moe", "granitemoe", "hy_v3", "mellum", "minimax_m2", "phimoe", *FURTHER
+)  # fmt: skip
 
 
 def of_kind(family: str, dtype: torch.dtype, **overrides: Any) -> Any:
@@ -60,6 +63,7 @@ class OwnLayer:
         self.model, self.plain, self.layer = model, plain, model.get_submodule(plain.path)
         self.x = torch.randn(count, plain.hidden, generator=generator).to(model.dtype)
         rotary = next(module for module in model.modules() if type(module).__name__.endswith("RotaryEmbedding"))
+        self.recurrent = plain.attention.delta is not None
         kind = {"layer_type": model.config.layer_types[plain.attention.index]} if "mellum" in model.config.model_type else {}
         self.positions = rotary(self.x.unsqueeze(0), torch.arange(count).unsqueeze(0), **kind)
         self.cos, self.sin = cos_and_sin(self.positions)
@@ -69,7 +73,9 @@ class OwnLayer:
 
     @torch.no_grad()
     def own(self) -> torch.Tensor:
-        out = self.layer(self.x.unsqueeze(0), position_embeddings=self.positions, attention_mask=self.mask[None, None])
+        mask = None if self.recurrent else self.mask[None, None]
+        positions = torch.arange(len(self.x))[None]
+        out = self.layer(self.x.unsqueeze(0), position_embeddings=self.positions, attention_mask=mask, position_ids=positions)
         return out[0]  # type: ignore[no-any-return]
 
     @torch.no_grad()
@@ -86,7 +92,7 @@ class OwnLayer:
 
 @pytest.mark.parametrize(
     ("family", "overrides"),
-    [*KINDS, *((family, {}) for family in ("aria_text", "dots1", "granitemoe", "hy_v3", "mellum", "minimax_m2"))],
+    [*KINDS, *((family, {}) for family in ("aria_text", "dots1", "granitemoe", "hy_v3", "mellum", "minimax_m2", *FURTHER))],
 )
 def test_the_twin_is_the_familys_own_layer(family: str, overrides: dict[str, Any]) -> None:
     model = of_kind(family, torch.float32, **overrides)

@@ -181,7 +181,7 @@ def test_rows_of_one_kind_are_scored_together_and_alike(loaded: tuple[Any, Any])
 def executors(model: Any, num_blocks: int) -> dict[str, Executor]:
     assert executor_of(model).shares_passes
     pool = PoolExecutor(model, model.fate.step, num_blocks)
-    for states in pool.pool:
+    for states in (each for of in pool.pool for each in of):
         states.fill_(255 if states.dtype == torch.uint8 else float("nan"))  # what nobody wrote is never read
     return {"model": ModelExecutor(model, num_blocks), "pool": pool}
 

@@ -41,15 +41,27 @@ _DEEPSEEK: dict[str, Any] = {
     "topk_group": 1,
 }
 _YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64, "truncate": False}
+# fmt: off
 _SPECIAL: dict[str, dict[str, Any]] = {
     "deepseek_v2": {**_DEEPSEEK, "topk_method": "greedy"},
     "deepseek_v3": {**_DEEPSEEK, "n_group": 2, "topk_group": 1},
     "gpt_oss": {"num_local_experts": 8, "intermediate_size": 48, "head_dim": 16, "sliding_window": 16, "rope_parameters": _YARN},
+    "granitemoe_swa": {
+        "num_hidden_layers": 3, "num_local_experts": 8, "intermediate_size": 48, "shared_intermediate_size": 40, "head_dim": 16,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention"], "sliding_window": 16,
+        "layer_rope_theta": [0, 10000.0, 500.0], "embedding_multiplier": 4.0, "logits_scaling": 2.0, "residual_multiplier": 0.5,
+    },
+    "qwen3_next": {
+        "num_experts": 8, "moe_intermediate_size": 32, "intermediate_size": 96, "head_dim": 16, "num_hidden_layers": 3,
+        "shared_expert_intermediate_size": 64, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "linear_key_head_dim": 16, "linear_value_head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    },
     "mixtral": {"num_local_experts": 8, "intermediate_size": 48},
     "olmoe": {"num_experts": 8, "intermediate_size": 48},
     "qwen2_moe": {"num_experts": 8, "moe_intermediate_size": 32, "intermediate_size": 96, "shared_expert_intermediate_size": 64},
     "qwen3_moe": {"num_experts": 8, "moe_intermediate_size": 32, "intermediate_size": 96, "head_dim": 16, "norm_topk_prob": True},
 }
+# fmt: on
 
 
 def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> Any:

@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import linear
 
 from fate_moe.kernels.plain_layer import PlainLayer
+from fate_moe.kernels.recurrent import empty_state
 from fate_moe.kernels.reference import decoder_layer, norm
 from fate_moe.layers.plain import plain_decoder, recognise_norm
 
@@ -36,6 +37,8 @@ def twin_layer(
 
 def empty_cache(plain: PlainLayer, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of no token."""
+    if plain.attention.delta is not None:
+        return empty_state(plain.attention.delta, dtype)
     keys, values = (torch.zeros(0, plain.attention.kv_heads, dim, dtype=dtype) for dim in plain.attention.cached_dims)
     return keys, values
 

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from transformers import cache_utils
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from fate_moe.kernels.attention import dequantized, quantized, row_width
 
-__all__ = ["Int8Layer", "RoomyLayer", "RoomySlidingLayer", "make_room", "room_for"]
+__all__ = ["Int8Layer", "RoomyLayer", "RoomySlidingLayer", "StateRoom", "make_room", "room_for", "state_for"]
 
 MIN_ROOM = 64  # tokens; else a quarter of what is there
 
@@ -288,6 +289,57 @@ def room_for(
         layer.lazy_initialization(*nothing)
         layer.keys, layer.values = nothing
     return layer if layer.holds(batch, torch.bfloat16) else None
+
+
+class StateRoom:
+    """What a recurrent layer of a DynamicCache keeps of ``batch`` sequences, in transformers' own tensors."""
+
+    def __init__(self, layer: Any, batch: int) -> None:
+        self._layer, self.batch = layer, batch
+
+    @property
+    def buffers(self) -> tuple[torch.Tensor, ...]:
+        """Inputs of the convolution [batch, channels, kernel], the newest last, and states [batch, heads, key_dim, value_dim];
+        nothing where every input is kept from now on."""
+        return () if self._layer.record_past else (self._layer.conv_states[0], self._layer.recurrent_states[0])
+
+    def get_seq_length(self) -> int:
+        """1 if there is something; how many tokens it comes from is not kept."""
+        return int(self._layer.has_previous_state[0])
+
+    def reserve(self, count: int) -> tuple[Any, ...]:
+        """As RoomyLayer's."""
+        return self.get_seq_length(), *self.buffers
+
+    def extend(self, count: int) -> None:
+        """``count`` tokens went through."""
+        self._layer.has_previous_state[0] = True
+
+
+def state_for(cache: Any, index: int, shapes: tuple[tuple[int, ...], tuple[int, ...]], batch: int) -> StateRoom | None:
+    """Layer ``index`` of ``cache`` as one that keeps a state of ``batch`` sequences (bf16 and fp32, of ``shapes``), made where
+    nothing is cached yet. None if it is another kind, or keeps every input (assisted generation)."""
+    linear = getattr(cache_utils, "LinearAttentionLayer", None)  # younger than the oldest transformers
+    if type(cache) is not DynamicCache or cache.offloading or index >= len(cache.layers) or linear is None:
+        return None
+    layer = cache.layers[index]
+    if type(layer) is not linear or getattr(layer, "number_of_states", 0) != 1 or layer.record_past:
+        return None
+    if not layer.is_conv_states_initialized[0] and not layer.is_recurrent_states_initialized[0]:
+        inputs, states = torch.zeros(batch, *shapes[0], dtype=torch.bfloat16), torch.zeros(batch, *shapes[1])
+        layer.lazy_initialization(conv_states=inputs)
+        layer.lazy_initialization(recurrent_states=states)
+    found = layer.conv_states[0], layer.recurrent_states[0]
+    for states, shape, dtype in zip(found, shapes, (torch.bfloat16, torch.float32), strict=True):
+        if (
+            states is None
+            or states.shape != (batch, *shape)
+            or states.dtype != dtype
+            or not states.is_contiguous()
+            or states.requires_grad
+        ):
+            return None
+    return StateRoom(layer, batch)
 
 
 def _roomy(layer: Any, max_tokens: int, kv_format: str) -> RoomyLayer | None:

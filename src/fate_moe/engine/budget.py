@@ -57,7 +57,8 @@ class Footprint:
     Linear modules a byte a weight, all others (embeddings, what is tied) as numbers of the model's dtype, routers twice (the step
     has them beside one another). A layer's experts have ``inner_bytes_per_token`` between up and down. A prompt has
     ``scratch_bytes`` whatever its length, for what is kept of a pass over experts; with exact activations it has
-    ``exact_scratch_bytes``: an expert of many tokens is written out as numbers.
+    ``exact_scratch_bytes``: an expert of many tokens is written out as numbers. A sequence has ``state_bytes`` beside its tokens'
+    keys and values.
     """
 
     family: str
@@ -76,6 +77,7 @@ class Footprint:
     exact_scratch_bytes: int
     angle_bytes_per_token: int
     tied_bytes: int = 0
+    state_bytes: int = 0
     in_pieces: bool = False
 
     def kv_bytes(self, config: OffloadConfig) -> int:
@@ -251,6 +253,7 @@ def footprint(
         inner_bytes_per_token=top_k * max(shape[0] for stack in stacks for shape in stack.output_rows_first().values()) * itemsize,
         scratch_bytes=_scratch_bytes(model, stacks, precision, exact=False),
         exact_scratch_bytes=_scratch_bytes(model, stacks, precision, exact=True),
+        state_bytes=_state_bytes(text),
         in_pieces=_in_pieces(model, stacks, precision, quantized),
         angle_bytes_per_token=_ANGLE_BYTES * max(_rotary_width(layer) for layer in _layers_of(text)),
     )
@@ -277,6 +280,7 @@ def make_plan(needs: Footprint, config: OffloadConfig) -> Plan:
     budget = int(free * AUTO_FRACTION) if config.ram == "auto" else parse_amount(config.ram, free)
     runtime = resident_memory() + RESERVE_BYTES
     kv = needs.kv_bytes(config) * -(-config.context_length // KV_BLOCK) * KV_BLOCK  # a server has it in whole blocks
+    kv += needs.state_bytes
     rows = needs.rows_at_once(config)
     activations = needs.activation_bytes_per_token * rows + needs.angle_bytes_per_token * config.context_length
     activations += needs.exact_scratch_bytes if config.exact_activations else needs.scratch_bytes
@@ -378,6 +382,15 @@ def _int8_kv_bytes(layer: Any) -> int:
     head_dim = _width(layer, "head_dim") or layer.hidden_size // heads
     of_window = 2 * _width(layer, "swa_num_key_value_heads") * row_width("int8", _width(layer, "swa_head_dim"))
     return max(2 * (_width(layer, "num_key_value_heads") or heads) * row_width("int8", head_dim), of_window)
+
+
+def _state_bytes(text: Any) -> int:
+    """Of one sequence in all layers with a gated delta rule: the convolution's inputs in bf16 and the states in fp32."""
+    names = ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_kernel_dim")
+    key_heads, value_heads, key_dim, value_dim, kernel = (_width(text, f"linear_{name}") for name in names)
+    channels = 2 * key_heads * key_dim + value_heads * value_dim
+    layers = list(getattr(text, "layer_types", None) or ()).count("linear_attention")
+    return layers * (2 * channels * kernel + 4 * value_heads * key_dim * value_dim)
 
 
 def _kv_width(layer: Any) -> int:

@@ -30,7 +30,7 @@ from fate_moe.errors import BudgetError, ConfigError
 from fate_moe.journal import Observer
 from fate_moe.kernels.cpu import SlotExperts
 from fate_moe.layers.cpu_step import join_layers
-from fate_moe.layers.model_step import ModelStep, SequenceRows, model_step
+from fate_moe.layers.model_step import ModelStep, Pool, SequenceRows, model_step
 from fate_moe.layers.modules import accelerate
 from fate_moe.layers.plain import plain_decoder
 from fate_moe.machine import peak_memory
@@ -83,7 +83,7 @@ class CpuEngine(Engine):
         self,
         tokens: Sequence[int],
         sequences: Sequence[SequenceRows],
-        pool: Sequence[torch.Tensor],
+        pool: Sequence[Pool],
         wanted: Sequence[int],
         on_pass: Callable[[], None] = lambda: None,
     ) -> torch.Tensor:

@@ -23,6 +23,7 @@ __all__ = [
     "linear_bf16",
     "mean_square",
     "normalize",
+    "position_scales",
     "sigmoid",
     "silu",
     "softmax",
@@ -212,6 +213,12 @@ def turn_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, parts: boo
     low, high = first * cos - second * sin, second * cos + first * sin
     turned = torch.cat([low, high], dim=-1) if parts else torch.stack([low, high], dim=-1).flatten(-2)
     return torch.cat([turned, x[..., n:]], dim=-1)
+
+
+def position_scales(slope: float) -> torch.Tensor:
+    """fp32 [n]: 1 + slope * ln(1 + i), what queries are multiplied by that come i times an attention's ``scale_every`` positions
+    late; the last stands for those behind, which no text reaches."""
+    return 1 + slope * torch.log(1 + torch.arange(4096).float())
 
 
 def _one_over(x: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["NO_ROUTER", "Attention", "Latent", "Mlp", "Norm", "PlainLayer", "Router", "SharedExpert"]
+__all__ = ["NO_ROUTER", "Attention", "Delta", "Latent", "Mlp", "Norm", "PlainLayer", "Router", "SharedExpert"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,45 @@ class Latent:
 
 
 @dataclass(frozen=True)
+class Delta:
+    """What a gated delta rule has in place of keys and values (``kernels/recurrent.py``): of a sequence the last ``kernel`` inputs
+    of a convolution over queries, keys and values, and a state [key_dim, value_dim] of each of ``value_heads``.
+
+    ``inputs`` names the linear layers that make a token's queries, keys, values, gates, strengths and decays: one of the first
+    four and one of the last two, by key head (``by_head``); or four, of queries with keys and values, then one of each.
+    """
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    kernel: int
+    norm: Norm
+    inputs: tuple[str, ...]
+    by_head: bool
+
+    @property
+    def channels(self) -> int:
+        """Of the convolution: all queries, all keys, all values."""
+        return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+
+    @property
+    def places(self) -> tuple[list[int], list[int]]:
+        """In a token's results of ``inputs``, one after the other: where queries, keys, values, gates, strengths (b) and decays
+        (a) of the first key head begin, and how far apart those of two key heads are. The last four are those of all its value
+        heads."""
+        keys, group = self.key_dim, self.value_heads // self.key_heads
+        values, all_keys, all_values = group * self.value_dim, self.key_heads * self.key_dim, self.value_heads * self.value_dim
+        if self.by_head:
+            last = 2 * all_keys + 2 * all_values
+            step = 2 * keys + 2 * values
+            return [0, keys, 2 * keys, 2 * keys + values, last, last + group], [step] * 4 + [2 * group] * 2
+        first = 2 * all_keys + all_values
+        starts = [0, all_keys, 2 * all_keys, first, first + all_values, first + all_values + self.value_heads]
+        return starts, [keys, keys, values, values, group, group]
+
+
+@dataclass(frozen=True)
 class Attention:
     """Causal grouped-query attention with rotary embedding of a head's first ``rotary_dim`` channels.
 
@@ -43,7 +82,11 @@ class Attention:
     results are at i and i + half); ``half_angles``: cos and sin have one column for both. ``index`` is the layer in the KV cache.
     ``qk_norm`` is applied to each head, or, with ``norm_over_heads``, to all heads of a token together. ``clip`` limits queries,
     keys and values. ``window``: tokens that a query sees; None: all before it. ``sinks``: each head has a score of no position.
-    ``complex_angles``: cos and sin come as one complex tensor.
+    ``complex_angles``: cos and sin come as one complex tensor. ``norm_names`` are those of queries and keys; ``norm_after_rope``:
+    they come after the turn. ``gated``: q_proj gives each head its queries, then as many gates, and the head's result is
+    multiplied by their sigmoid. ``scale_every``, ``scale_slope``: queries at position p are multiplied by 1 + slope * ln(1 +
+    floor(p / every)). ``angles_unused``: nothing turns, and cos and sin
+    come all the same. ``delta``: it is no attention, but a gated delta rule.
     """
 
     index: int
@@ -63,6 +106,13 @@ class Attention:
     half_angles: bool = False
     latent: Latent | None = None
     complex_angles: bool = False
+    norm_names: tuple[str, str] = ("q_norm", "k_norm")
+    norm_after_rope: bool = False
+    gated: bool = False
+    scale_every: int = 0
+    scale_slope: float = 0.0
+    angles_unused: bool = False
+    delta: Delta | None = None
 
     @property
     def cached_dims(self) -> tuple[int, int]:
@@ -106,20 +156,23 @@ NO_ROUTER = Router(0, 0, False)
 
 @dataclass(frozen=True)
 class Mlp:
-    """down(act(gate(x)) * up(x)). With ``limit``, gate(x) is at most that and up(x) within plus and minus that."""
+    """down(act(gate(x)) * up(x)). With ``limit``, gate(x) is at most that and up(x) within plus and minus that. ``joined``: gate
+    and up are the halves of one matrix."""
 
     activation: str
     limit: float | None = None
+    joined: bool = False
 
 
 @dataclass(frozen=True)
 class SharedExpert:
     """An MLP that every token takes beside its experts, times the sigmoid of ``gate`` if it has one. By the names of
-    the block's children; no name: the block is this MLP."""
+    the block's children, or, ``of_layer``, the layer's; no name: the block is this MLP."""
 
     mlp: Mlp
     name: str
     gate: str | None = None
+    of_layer: bool = False
 
 
 @dataclass(frozen=True)
@@ -129,7 +182,8 @@ class PlainLayer:
 
     ``layer`` counts MoE blocks from 0, and is -1 in a dense layer; ``path`` is the decoder layer's place in the
     model, ``block`` and ``router_name`` the names of the MoE block in it and of the router in the block. ``residual_scale``
-    multiplies what attention and block add.
+    multiplies what attention and block add. ``block_norm`` is of what experts and shared expert add together, and the child of the
+    block with that name.
     """
 
     layer: int
@@ -143,6 +197,12 @@ class PlainLayer:
     router: Router
     shared: SharedExpert | None = None
     residual_scale: float = 1.0
+    block_norm: tuple[str, Norm] | None = None
+
+    @property
+    def attention_name(self) -> str:
+        """The attention's place in the layer."""
+        return "self_attn" if self.attention.delta is None else "linear_attn"
 
     @property
     def is_dense(self) -> bool:
@@ -154,6 +214,9 @@ class PlainLayer:
         parts = [f"{attention.heads} heads over {attention.kv_heads} of keys and values, {attention.head_dim} wide"]
         if attention.latent is not None:
             parts = [f"{attention.heads} heads over latent rows of {attention.latent.rank}"]
+        elif attention.delta is not None:
+            of = attention.delta
+            parts = [f"gated delta rule, {of.value_heads} heads with states of {of.key_dim} by {of.value_dim}"]
         elif attention.qk_norm is not None:
             parts.append("norms of queries and keys")
         if attention.window is not None:

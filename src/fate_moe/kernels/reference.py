@@ -13,8 +13,8 @@ import torch
 from torch.nn.functional import linear, pad
 
 from fate_moe.core import BlobLayout
-from fate_moe.kernels import elementary
-from fate_moe.kernels.elementary import fused
+from fate_moe.kernels import elementary, recurrent
+from fate_moe.kernels.elementary import fused, position_scales
 from fate_moe.kernels.plain_layer import Attention, Latent, Mlp, Norm, PlainLayer
 from fate_moe.kernels.routing import route
 from fate_moe.quant.planes import unpack
@@ -204,17 +204,21 @@ def decoder_layer(
     x's dtype; norms, softmax and attention are computed in fp32.
     """
     normed = norm(plain.input_norm, weights, "input_layernorm", x)
-    attended, keys, values = _attention(plain.attention, weights, normed, cos, sin, keys, values)
+    mix = _attention if plain.attention.delta is None else _delta_attention
+    attended, keys, values = mix(plain.attention, weights, normed, cos, sin, keys, values)
     x = x + attended * plain.residual_scale
     normed = norm(plain.post_norm, weights, "post_attention_layernorm", x)
     out = torch.zeros_like(x)
     if experts is not None and not plain.is_dense:
         out = experts(normed, *_route(plain, weights, normed))
     if plain.shared is not None:
-        beside = _mlp(plain.shared.mlp, weights, f"{plain.block}.{plain.shared.name}".removesuffix("."), normed)
+        name = plain.shared.name if plain.shared.of_layer else f"{plain.block}.{plain.shared.name}".removesuffix(".")
+        beside = _mlp(plain.shared.mlp, weights, name, normed)
         if plain.shared.gate is not None:
             beside = linear(normed, weights[f"{plain.block}.{plain.shared.gate}.weight"]).sigmoid() * beside
         out = out + beside
+    if plain.block_norm is not None:
+        out = norm(plain.block_norm[1], weights, f"{plain.block}.{plain.block_norm[0]}", out)
     return x + out * plain.residual_scale, keys, values
 
 
@@ -245,19 +249,28 @@ def _attention(
     if attention.latent is not None:
         return _latent_attention(attention, attention.latent, weights, project, x, cos, sin, keys, values)
 
+    gate = torch.ones(0)
+
     def heads(name: str) -> torch.Tensor:
+        nonlocal gate
         y = project(name, x)
         normed = attention.qk_norm if name != "v" else None
+        norm_name = f"self_attn.{attention.norm_names[name == 'k']}"
+        if name == "q" and attention.gated:
+            y, gate = (part.flatten(1) for part in y.view(len(x), attention.heads, -1).chunk(2, dim=-1))
         if normed is not None and attention.norm_over_heads:
-            y = norm(normed, weights, f"self_attn.{name}_norm", y)
+            y = norm(normed, weights, norm_name, y)
         if attention.clip is not None:
             y = y.clamp(-attention.clip, attention.clip)
         y = y.view(len(x), -1, attention.head_dim)
-        if normed is not None and not attention.norm_over_heads:
-            y = norm(normed, weights, f"self_attn.{name}_norm", y)
-        return y if name == "v" else _rotate(y, cos, sin, attention)
+        by_head = normed if not attention.norm_over_heads else None
+        if by_head is not None and not attention.norm_after_rope:
+            y = norm(by_head, weights, norm_name, y)
+        if name != "v" and attention.rotary_dim:
+            y = _rotate(y, cos, sin, attention)
+        return norm(by_head, weights, norm_name, y) if by_head is not None and attention.norm_after_rope else y
 
-    queries = heads("q")
+    queries = _scaled(attention, heads("q"), len(keys))
     keys, values = torch.cat([keys, heads("k")]), torch.cat([values, heads("v")])
     group = attention.heads // attention.kv_heads
     scores = torch.einsum("thd,shd->hts", queries.float(), keys.repeat_interleave(group, 1).float()) * attention.scaling
@@ -270,8 +283,36 @@ def _attention(
         sinks = weights["self_attn.sinks"].float().view(-1, 1, 1).expand(-1, len(x), 1)
         scores = torch.cat([scores, sinks], dim=-1)
     probabilities = scores.softmax(-1)[..., : len(keys)]
-    mixed = torch.einsum("hts,shd->thd", probabilities, values.repeat_interleave(group, 1).float())
-    return project("o", mixed.flatten(1).to(x.dtype)), keys, values
+    mixed = torch.einsum("hts,shd->thd", probabilities, values.repeat_interleave(group, 1).float()).flatten(1).to(x.dtype)
+    return project("o", mixed * gate.sigmoid() if attention.gated else mixed), keys, values
+
+
+def _delta_attention(
+    attention: Attention,
+    weights: Weights,
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    inputs: torch.Tensor,
+    state: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``inputs`` [1, kernel, channels] and ``state`` [heads, key_dim, value_dim] are what ``recurrent.empty_state`` has."""
+    delta = attention.delta
+    assert delta is not None
+    own = {name: weights[f"linear_attn.{name}"] for name in ("conv1d.weight", "dt_bias", "A_log", "norm.weight")}
+    raw = torch.cat([linear(x, weights[f"linear_attn.{name}.weight"]) for name in delta.inputs], dim=1).float()
+    made, (inputs, state) = recurrent.delta_attention(
+        delta, raw, own["conv1d.weight"][:, 0], own["dt_bias"], own["A_log"], own["norm.weight"], (inputs, state)
+    )
+    return linear(made.to(x.dtype), weights["linear_attn.out_proj.weight"]), inputs, state
+
+
+def _scaled(attention: Attention, queries: torch.Tensor, past: int) -> torch.Tensor:
+    """``queries`` [T, heads, n] behind ``past`` positions."""
+    if not attention.scale_every:
+        return queries
+    at = torch.arange(past, past + len(queries)) // attention.scale_every
+    return queries * position_scales(attention.scale_slope)[at].to(queries.dtype)[:, None, None]
 
 
 def _latent_attention(
@@ -296,6 +337,7 @@ def _latent_attention(
     turned = _rotate(made[:, latent.rank :].unsqueeze(1), cos, sin, attention)
     keys, values = torch.cat([keys, rows.unsqueeze(1)]), torch.cat([values, turned])
     queries = torch.cat([queries[..., : latent.nope], _rotate(queries[..., latent.nope :], cos, sin, attention)], dim=-1)
+    queries = _scaled(attention, queries, len(keys) - len(x))
     both = project("kv_b", keys[:, 0]).view(len(keys), attention.heads, -1)
     whole = torch.cat([both[..., : latent.nope], values.expand(-1, attention.heads, -1)], dim=-1)
     scores = torch.einsum("thd,shd->hts", queries.float(), whole.float()) * attention.scaling
@@ -338,6 +380,9 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def _mlp(mlp: Mlp, weights: Weights, name: str, x: torch.Tensor) -> torch.Tensor:
+    if mlp.joined:
+        gate, up = linear(x, weights[f"{name}.input_linear.weight"]).chunk(2, dim=-1)
+        return linear(_ACTIVATIONS[mlp.activation](gate) * up, weights[f"{name}.output_linear.weight"])
     gate, up = (
         linear(x, weights[f"{name}.{part}_proj.weight"], weights.get(f"{name}.{part}_proj.bias")) for part in ("gate", "up")
     )

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicCache
 
 from fate_moe.adapter.kv_cache import make_room, room_for
+from fate_moe.kernels.elementary import exponential, position_scales
 from fate_moe.kernels.native import BF16, DTYPES, MOST_TURNED, ROPES, native
-from fate_moe.kernels.plain_layer import Attention
+from fate_moe.kernels.plain_layer import Attention, Delta
+from fate_moe.layers.dense import QuantizedLinear
 from fate_moe.layers.rows import batch_rows, contiguous_kv, padding_of
 from fate_moe.layers.snapshot import ModuleSnapshot, StandIn
 from fate_moe.layers.weights import MOST_FEW, difference_of, is_near, native_norm, takes_many, warn_of_difference, weight_of
 
 __all__ = [
     "accelerated_attention",
+    "angles_for",
     "cos_and_sin",
     "embeddings_of",
     "mask_for",
@@ -62,7 +65,7 @@ class _Attention(StandIn):
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         x, attention = hidden_states, self._attention
-        angles = cos_and_sin(kwargs.get("position_embeddings"))
+        angles = angles_for(attention, x, kwargs)
         if (
             angles is None
             or args
@@ -103,6 +106,14 @@ def takes_tokens(x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], att
     )
 
 
+def angles_for(attention: Attention, x: torch.Tensor, kwargs: Mapping[str, Any]) -> Any:
+    """cos and sin that a call with ``x`` [batch, tokens, hidden] has; of no columns where nothing turns."""
+    if attention.num_angles:
+        return cos_and_sin(kwargs.get("position_embeddings"))
+    nothing = x.new_zeros(1, x.shape[1] if x.dim() == 3 else 0, 0)
+    return nothing, nothing
+
+
 def cos_and_sin(embeddings: Any) -> Any:
     """Of what a family's rotary embedding gives: a tuple, or one complex tensor."""
     return (embeddings.real, embeddings.imag) if isinstance(embeddings, torch.Tensor) and embeddings.is_complex() else embeddings
@@ -110,6 +121,8 @@ def cos_and_sin(embeddings: Any) -> Any:
 
 def embeddings_of(attention: Attention, angles: torch.Tensor) -> Any:
     """What a family's attention is given for ``angles`` fp32 [1, T, rotary_dim / 2], in bf16 where that is real."""
+    if not attention.rotary_dim and not attention.angles_unused:
+        return None
     if attention.complex_angles:
         return torch.polar(torch.ones_like(angles), angles)
     angles = angles.repeat(1, 1, 1 if attention.half_angles else 2)
@@ -118,8 +131,11 @@ def embeddings_of(attention: Attention, angles: torch.Tensor) -> Any:
 
 def native_attention(module: Any, attention: Attention) -> Any:
     """The extension's Attention of ``module``; None if there is no kernel for a part of it."""
+    if attention.delta is not None:
+        return _native_delta(module, attention, attention.delta)
     weights = [weight_of(part) for part in projections_of(module)]
-    norms = [module.q_norm, module.k_norm] if attention.qk_norm is not None and attention.latent is None else []
+    apart = attention.qk_norm is not None and attention.latent is None
+    norms = [getattr(module, name) for name in attention.norm_names] if apart else []
     latent = attention.latent
     if latent is not None:
         norms = [module.q_a_layernorm if latent.two_steps else module.kv_a_layernorm, module.kv_a_layernorm]
@@ -136,15 +152,43 @@ def native_attention(module: Any, attention: Attention) -> Any:
         *weights, attention.heads, attention.kv_heads, attention.head_dim, attention.rotary_dim, attention.num_angles,
         ROPES.index(attention.rope), attention.scaling, *(native_norm(norm, attention.qk_norm) for norm in norms or (None, None)),
         attention.norm_over_heads, attention.clip or 0.0, attention.window or 0,
-        *((sinks.data_ptr(), DTYPES[sinks.dtype]) if sinks is not None else (0, 0)), rest,
+        *((sinks.data_ptr(), DTYPES[sinks.dtype]) if sinks is not None else (0, 0)), rest, attention.norm_after_rope,
+        attention.gated, position_scales(attention.scale_slope).tolist() if attention.scale_every else [],
+        max(1, attention.scale_every),
+    )  # fmt: skip
+
+
+def _native_delta(module: Any, attention: Attention, delta: Delta) -> Any:
+    *parts, last = projections_of(module)
+    weights, out = [weight_of(part) for part in parts], weight_of(last)
+    small = [module.conv1d.weight, module.dt_bias, module.A_log]
+    if out is None or any(weight is None for weight in weights) or module.norm.weight.dtype not in DTYPES:
+        return None
+    if len({part.kind for part in parts if isinstance(part, QuantizedLinear)}) > 1:
+        return None  # inputs are rounded once, for one kind of matrix
+    convolution, biases, rates = (part.detach().float() for part in small)
+    made = native.Delta.make(
+        weights, delta.key_heads, delta.value_heads, delta.key_dim, delta.value_dim, delta.kernel, *delta.places,
+        convolution[:, 0].T.flatten().tolist(), biases.tolist(), exponential(rates).tolist(), native_norm(module.norm, delta.norm),
+    )  # fmt: skip
+    none = native.Weight.make(native.Place.make(BF16, 0, 64, [0], 0, 0, -1, 0), 0, 0, 0)
+    nothing = native_norm(None, None)
+    return native.Attention.make(
+        none, none, none, out, attention.heads, attention.kv_heads, attention.head_dim, 0, 0, 0, 1.0, nothing, nothing, False, 0.0,
+        0, 0, 0, None, delta=made,
     )  # fmt: skip
 
 
 def projections_of(module: Any) -> list[Any]:
     """The linear layers of an attention, in the order in which ``native_attention`` takes them."""
+    if hasattr(module, "conv1d"):
+        combined = (
+            ["in_proj_qkvz", "in_proj_ba"] if hasattr(module, "in_proj_ba") else [f"in_proj_{x}" for x in ("qkv", "z", "b", "a")]
+        )
+        return [getattr(module, name) for name in (*combined, "out_proj")]
     if not hasattr(module, "kv_b_proj"):
         return [module.q_proj, module.k_proj, module.v_proj, module.o_proj]
-    queries = [module.q_proj] if module.q_lora_rank is None else [module.q_a_proj, module.q_b_proj]
+    queries = [module.q_proj] if getattr(module, "q_lora_rank", None) is None else [module.q_a_proj, module.q_b_proj]
     return [*queries, module.kv_a_proj_with_mqa, module.kv_b_proj, module.o_proj]
 
 
@@ -195,7 +239,10 @@ def _attention_difference(
             hidden = x[:, step].contiguous()
             past = step.start % _PROBE_TOKENS if step.start else 0
             mask = mask_for(attention, past, hidden.shape[1])
-            out = function(hidden, position_embeddings=embeddings, attention_mask=mask, past_key_values=cache)[0]
+            positions = torch.arange(past, past + hidden.shape[1])[None]
+            out = function(
+                hidden, position_embeddings=embeddings, attention_mask=mask, position_ids=positions, past_key_values=cache
+            )[0]
             make_room(cache, _PROBE_TOKENS)
         layer = cache.layers[attention.index]
         results.append((out, layer.keys[:, :, -1:], layer.values[:, :, -1:]))

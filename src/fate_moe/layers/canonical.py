@@ -18,6 +18,8 @@ from fate_moe.layers.fingerprint import fingerprint, function_fingerprint
 __all__ = [
     "ATTENTIONS",
     "BLOCKS",
+    "DELTAS",
+    "GATED_NORMS",
     "HEADS",
     "LAYERS",
     "MLPS",
@@ -27,10 +29,14 @@ __all__ = [
     "TRUNKS",
     "AttentionCode",
     "BlockCode",
+    "DeltaCode",
+    "HeadCode",
     "LayerCode",
     "MlpCode",
     "NormCode",
+    "RopeCode",
     "RouterCode",
+    "TrunkCode",
     "attends_as",
     "meaning_of",
 ]
@@ -50,9 +56,11 @@ class NormCode:
 
 @dataclass(frozen=True)
 class MlpCode:
-    """down_proj(act_fn(gate_proj(x)) * up_proj(x)); ``limit`` names the attribute that limits both factors."""
+    """down_proj(act_fn(gate_proj(x)) * up_proj(x)); ``limit`` names the attribute that limits both factors. ``joined``:
+    output_linear(activation(first half) * second half) of input_linear(x)."""
 
     limit: str | None = None
+    joined: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,9 @@ class AttentionCode:
     ``latent``: q_proj or q_a_proj, q_a_layernorm, q_b_proj; kv_a_proj_with_mqa, kv_a_layernorm, kv_b_proj; rotary
     embedding ("pairs apart" if the configuration's ``rope_interleave`` says so), o_proj. ``sinks``: the module has them, and runs
     "eager" attention of its file, which must be that of the family named here.
+    ``norm_names``, ``norm_after_rope``, ``gated``: plain_layer.Attention. ``rope_if_sliding``: with sliding layers only those turn.
+    ``bases``: the field of the configuration with each layer's base of rotary frequencies, 0 where there is none.
+    ``scaled``: queries are scaled by position, as the configuration's ``rope_parameters`` say.
     """
 
     norms: str = ""
@@ -78,6 +89,20 @@ class AttentionCode:
     sinks: str | None = None
     latent: bool = False
     complex_angles: bool = False
+    norm_names: tuple[str, str] = ("q_norm", "k_norm")
+    norm_after_rope: bool = False
+    gated: bool = False
+    rope_if_sliding: bool = False
+    bases: str | None = None
+    scaled: bool = False
+
+
+@dataclass(frozen=True)
+class DeltaCode:
+    """A gated delta rule (plain_layer.Delta) with conv1d, dt_bias, A_log, a gated norm, out_proj and these ``inputs``."""
+
+    inputs: tuple[str, ...]
+    by_head: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,7 +110,8 @@ class RouterCode:
     """``weight`` times x (and its bias), scores, the largest (plain_layer.Router). ``normalize``: whether their weights are divided
     by their sum, or the attribute that says so. ``scale``, ``floor``, ``spread`` and ``method`` name attributes; the last says how
     groups limit the choice ("greedy": not). ``correction`` is the path of a tensor in the router, ``groups`` the attributes with
-    the number of groups and how many of them are chosen. ``exact_logits``, ``exact_weights``: they are not rounded to the
+    the number of groups and how many of them are chosen, ``weight`` a linear layer in the router that has it, and whose fp32
+    numbers leave logits and weights as they are. ``exact_logits``, ``exact_weights``: they are not rounded to the
     model's dtype.
     """
 
@@ -98,6 +124,7 @@ class RouterCode:
     group_best: int = 1
     floor: float | str = 0.0
     spread: str | None = None
+    weight: str | None = None
     exact_logits: bool = False
     exact_weights: bool = False
 
@@ -105,21 +132,49 @@ class RouterCode:
 @dataclass(frozen=True)
 class BlockCode:
     """A MoE block's children beside ``experts``; ``gate`` is the shared expert's, which may be None in the block.
-    ``correction``: the tensor that the block gives its router."""
+    ``correction``: the tensor that the block gives its router. ``norm``: of what experts and shared expert add."""
 
     router: str
     shared: str | None = None
     gate: str | None = None
     correction: str | None = None
+    norm: str | None = None
 
 
 @dataclass(frozen=True)
 class LayerCode:
-    """input_layernorm, self_attn, sum, post_attention_layernorm, ``block``, sum; ``residual`` names the attribute that scales what
-    is added."""
+    """input_layernorm, self_attn (or linear_attn), sum, post_attention_layernorm, ``block``, sum; ``residual`` names the attribute
+    that scales what is added, ``shared`` the shared expert that is the layer's child, and may be None."""
 
     block: str = "mlp"
     residual: str | None = None
+    shared: str | None = None
+
+
+@dataclass(frozen=True)
+class TrunkCode:
+    """Embedding, layers, norm. ``embedding`` names the attribute that multiplies embeddings; ``by_kind``: each kind of layer in the
+    configuration's ``layer_types`` has its own rotary embedding; ``by_base``: each base in its ``layer_rope_theta``."""
+
+    embedding: str | None = None
+    by_kind: bool = False
+    by_base: bool = False
+
+
+@dataclass(frozen=True)
+class RopeCode:
+    """Rotary frequencies that depend on the position alone, where ``rope_type`` is one of ``kinds``. ``long_scales``: fields of
+    ``rope_parameters`` that must be equal; with others, long texts turn otherwise than short ones."""
+
+    kinds: frozenset[str] = frozenset({"default", "linear", "llama3", "yarn"})
+    long_scales: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class HeadCode:
+    """lm_head on the trunk's result; ``divisor`` names a field of the configuration by which logits are divided."""
+
+    divisor: str | None = None
 
 
 NORMS: Mapping[str, NormCode] = {
@@ -127,13 +182,16 @@ NORMS: Mapping[str, NormCode] = {
     "gpt_oss.GptOssRMSNorm": NormCode(rounds_first=False),
     "nemotron_h.NemotronHRMSNorm": NormCode(rounds_first=False),
     "gemma4.Gemma4RMSNorm": NormCode(eps="eps", rounds_first=False),
+    "qwen3_next.Qwen3NextRMSNorm": NormCode(eps="eps", rounds_first=False, offset=1.0),
 }
+GATED_NORMS: Mapping[str, NormCode] = {"qwen3_next.Qwen3NextRMSNormGated": NormCode()}  # times the silu of a gate
 MLPS: Mapping[str, MlpCode] = {
     "qwen2_moe.Qwen2MoeMLP": MlpCode(),
     "beam.BeamMLP": MlpCode(),  # the product in fp32
     "glm4v_moe.Glm4vMoeisionMlp": MlpCode(),
     "deepseek_v4.DeepseekV4MLP": MlpCode(limit="limit"),
     "glm5_next.Glm5NextTextMLP": MlpCode(limit="swiglu_limit"),
+    "granitemoeshared.GraniteMoeSharedMLP": MlpCode(joined=True),
 }
 ATTENTIONS: Mapping[str, AttentionCode] = {
     "qwen2_moe.Qwen2MoeAttention": AttentionCode(),
@@ -151,6 +209,18 @@ ATTENTIONS: Mapping[str, AttentionCode] = {
     "ernie4_5_moe.Ernie4_5_MoeAttention": AttentionCode(rope="pairs"),
     "minimax_m2.MiniMaxM2Attention": AttentionCode(norms="all", partial_rope=True),
     "olmoe.OlmoeAttention": AttentionCode(norms="all", clip="clip_qkv", window="sliding_window"),
+    "hunyuan_v1_moe.HunYuanMoEV1Attention": AttentionCode(
+        norms="head", norm_names=("query_layernorm", "key_layernorm"), norm_after_rope=True
+    ),
+    "exaone_moe.ExaoneMoeAttention": AttentionCode(norms="head", rope_if_sliding=True),
+    "granitemoe_swa.GraniteMoeSWAAttention": AttentionCode(sinks="granitemoe_swa", bases="layer_rope_theta"),
+    "axk1.AXK1Attention": AttentionCode(latent=True),
+    "mistral4.Mistral4Attention": AttentionCode(latent=True, scaled=True),
+    "qwen3_next.Qwen3NextAttention": AttentionCode(norms="head", partial_rope=True, gated=True),
+}
+DELTAS: Mapping[str, DeltaCode] = {
+    "qwen3_next.Qwen3NextGatedDeltaNet": DeltaCode(("in_proj_qkvz", "in_proj_ba"), by_head=True),
+    "qwen3_5_moe.Qwen3_5MoeGatedDeltaNet": DeltaCode(("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")),
 }
 ROUTERS: Mapping[str, RouterCode] = {
     "qwen3_moe.Qwen3MoeTopKRouter": RouterCode("norm_topk_prob"),
@@ -187,6 +257,10 @@ ROUTERS: Mapping[str, RouterCode] = {
     "aria.AriaTextTopKRouter": RouterCode(True),
     "granitemoe.GraniteMoeTopKRouter": RouterCode(True),
     "gpt_oss.GptOssTopKRouter": RouterCode(True),
+    "hunyuan_v1_moe.HunYuanMoEV1Gate": RouterCode(True, weight="wg"),
+    "mistral4.Mistral4TopkRouter": RouterCode(
+        "norm_topk_prob", scale="routed_scaling_factor", groups=("num_group", "topk_group"), group_best=2, floor=1e-20
+    ),
 }
 BLOCKS: Mapping[str, BlockCode] = {
     "qwen3_moe.Qwen3MoeSparseMoeBlock": BlockCode("gate"),
@@ -201,35 +275,48 @@ BLOCKS: Mapping[str, BlockCode] = {
     "phimoe.PhimoeSparseMoeBlock": BlockCode("router"),
     "gpt_oss.GptOssMLP": BlockCode("router"),
     "granitemoe.GraniteMoeMoE": BlockCode("router"),
+    "hunyuan_v1_moe.HunYuanMoEV1Moe": BlockCode("gate", "shared_mlp"),
+    "axk1.AXK1MoE": BlockCode("gate", "shared_experts", norm="post_mlp_layernorm"),
 }
 LAYERS: Mapping[str, LayerCode] = {
     "qwen3_moe.Qwen3MoeDecoderLayer": LayerCode(),
     "mixtral.MixtralDecoderLayer": LayerCode(),
     "gpt_oss.GptOssDecoderLayer": LayerCode(),
     "granitemoe.GraniteMoeDecoderLayer": LayerCode("block_sparse_moe", residual="residual_multiplier"),
+    "granitemoeshared.GraniteMoeSharedDecoderLayer": LayerCode("block_sparse_moe", "residual_multiplier", "shared_mlp"),
+    "qwen3_next.Qwen3NextDecoderLayer": LayerCode(),
+    "qwen3_5_moe.Qwen3_5MoeDecoderLayer": LayerCode(),
 }
-# Embedding, layers, norm; rotary frequencies as they are; the head on that alone.
-TRUNKS = {
-    "qwen3_moe.Qwen3MoeModel": True,
-    "qwen2_moe.Qwen2MoeModel": True,
-    "mixtral.MixtralModel": True,
-    "olmoe.OlmoeModel": True,
-    "gpt_oss.GptOssModel": True,
-    "dots1.Dots1Model": True,
-    "hy_v3.HYV3Model": True,
+TRUNKS: Mapping[str, TrunkCode] = {
+    "qwen3_moe.Qwen3MoeModel": TrunkCode(),
+    "qwen2_moe.Qwen2MoeModel": TrunkCode(),
+    "mixtral.MixtralModel": TrunkCode(),
+    "olmoe.OlmoeModel": TrunkCode(),
+    "gpt_oss.GptOssModel": TrunkCode(),
+    "dots1.Dots1Model": TrunkCode(),
+    "hy_v3.HYV3Model": TrunkCode(),
+    "mellum.MellumModel": TrunkCode(by_kind=True),
+    "granitemoe.GraniteMoeModel": TrunkCode("embedding_multiplier"),
+    "granitemoe_swa.GraniteMoeSWAModel": TrunkCode("embedding_multiplier", by_base=True),
+    "qwen3_next.Qwen3NextModel": TrunkCode(),
+    "qwen3_5_moe.Qwen3_5MoeTextModel": TrunkCode(),
 }
-ROPES = {
-    "qwen3_moe.Qwen3MoeRotaryEmbedding": True,
-    "qwen2_moe.Qwen2MoeRotaryEmbedding": True,
-    "mixtral.MixtralRotaryEmbedding": True,
-    "gpt_oss.GptOssRotaryEmbedding": True,
-    "ernie4_5_moe.Ernie4_5_MoeRotaryEmbedding": True,
-    "deepseek_v2.DeepseekV2RotaryEmbedding": True,
+ROPES: Mapping[str, RopeCode] = {
+    "qwen3_moe.Qwen3MoeRotaryEmbedding": RopeCode(),
+    "qwen2_moe.Qwen2MoeRotaryEmbedding": RopeCode(),
+    "mixtral.MixtralRotaryEmbedding": RopeCode(),
+    "gpt_oss.GptOssRotaryEmbedding": RopeCode(),
+    "ernie4_5_moe.Ernie4_5_MoeRotaryEmbedding": RopeCode(),
+    "deepseek_v2.DeepseekV2RotaryEmbedding": RopeCode(),
+    "mellum.MellumRotaryEmbedding": RopeCode(),
+    "qwen3_5_moe.Qwen3_5MoeTextRotaryEmbedding": RopeCode(),
+    "phimoe.PhimoeRotaryEmbedding": RopeCode(frozenset({"default", "longrope"}), ("short_mscale", "long_mscale")),
 }
-HEADS = {
-    "qwen3_moe.Qwen3MoeForCausalLM": True,
-    "glm4_moe.Glm4MoeForCausalLM": True,
-    "hy_v3.HYV3ForCausalLM": True,
+HEADS: Mapping[str, HeadCode] = {
+    "qwen3_moe.Qwen3MoeForCausalLM": HeadCode(),
+    "glm4_moe.Glm4MoeForCausalLM": HeadCode(),
+    "hy_v3.HYV3ForCausalLM": HeadCode(),
+    "granitemoe.GraniteMoeForCausalLM": HeadCode("logits_scaling"),
 }
 
 

@@ -18,17 +18,25 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
-from fate_moe.adapter.kv_cache import make_room, room_for
+from fate_moe.adapter.kv_cache import make_room, room_for, state_for
 from fate_moe.adapter.meta_model import ExpertStack
 from fate_moe.core import Patcher
 from fate_moe.kernels.native import BF16, DTYPES, native
-from fate_moe.kernels.plain_layer import PlainLayer, Router
+from fate_moe.kernels.plain_layer import Delta, PlainLayer, Router
 from fate_moe.kernels.routing import SCORES
-from fate_moe.layers.attentions import cos_and_sin, embeddings_of, mask_for, projections_of, takes_tokens
-from fate_moe.layers.modules import accelerated_by
+from fate_moe.layers.attentions import (
+    angles_for,
+    cos_and_sin,
+    embeddings_of,
+    mask_for,
+    native_attention,
+    projections_of,
+    takes_tokens,
+)
+from fate_moe.layers.modules import accelerated_by, matrices_of
 from fate_moe.layers.plain import NotPlain, plain_decoder
 from fate_moe.layers.reasons import cpu_reasons
-from fate_moe.layers.rows import Masks, batch_rows, contiguous_kv, forgotten_kv
+from fate_moe.layers.rows import Masks, batch_rows, contiguous_kv, forgotten_kv, state_kv
 from fate_moe.layers.snapshot import ModuleSnapshot, StandIn
 from fate_moe.layers.weights import native_norm, router_weight, takes_many, warn_of_difference, weight_of
 from fate_moe.runtime import ExpertRuntime
@@ -91,12 +99,16 @@ def _missing_kernels(model: Any, plain: PlainLayer, stack: ExpertStack | None, r
     layer = model.get_submodule(plain.path)
     block = layer.get_submodule(plain.block)
     reasons = []
-    parts = {"input_layernorm": layer, "post_attention_layernorm": layer, "self_attn": layer}
+    parts = {"input_layernorm": layer, "post_attention_layernorm": layer}
     if plain.shared is not None:
-        parts[plain.shared.name] = block
+        parts[plain.shared.name] = layer if plain.shared.of_layer else block
+    if plain.block_norm is not None:
+        parts[plain.block_norm[0]] = block
     for name, owner in parts.items():
         if accelerated_by(owner.get_submodule(name)) is None:
             reasons.append(f"no kernel runs its {name}")
+    if _attention_of(layer, plain) is None:
+        reasons.append(f"no kernel runs its {plain.attention_name}")
     if plain.shared is not None and plain.shared.gate and weight_of(block.get_submodule(plain.shared.gate)) is None:
         reasons.append(f"no kernel multiplies the weight of its {plain.shared.gate}")
     if stack is None:
@@ -108,6 +120,12 @@ def _missing_kernels(model: Any, plain: PlainLayer, stack: ExpertStack | None, r
     if not runtime.has_fused(stack.layer, block.experts):
         reasons.append("no kernel runs its experts")
     return reasons
+
+
+def _attention_of(layer: Any, plain: PlainLayer) -> Any:
+    """The extension's Attention of ``layer``'s; None if there is no kernel."""
+    module = layer.get_submodule(plain.attention_name)
+    return accelerated_by(module) if plain.attention.delta is None else native_attention(module, plain.attention)
 
 
 def _tensor(block: torch.nn.Module, path: str) -> torch.Tensor:
@@ -136,13 +154,12 @@ class Shared:
     masks: Masks
 
     def run(
-        self, step: Any, x: int, spans: Any, angles: tuple[torch.Tensor, ...], kv: Sequence[int], wanted: list[int], logits: int
+        self, step: Any, x: int, spans: Any, angles: Sequence[torch.Tensor], kv: Sequence[int], wanted: list[int], logits: int
     ) -> None:
         """Run the extension's ``step`` on the rows at ``x``, which become those after it; csrc/step.h has the rest."""
-        cos, sin = angles
         team = not self.runtime.is_watched  # Python in between may want threads of its own
         native.step(
-            step, x, spans, cos.data_ptr(), sin.data_ptr(), kv, wanted, logits, self.runtime.memory, self.exact, team,
+            step, x, spans, [of.data_ptr() for of in angles], kv, wanted, logits, self.runtime.memory, self.exact, team,
             torch.get_num_threads(),
         )  # fmt: skip
 
@@ -152,22 +169,25 @@ class CpuStep(StandIn):
 
     def __init__(self, model: Any, plain: PlainLayer, stack: ExpertStack | None, shared: Shared) -> None:
         """A dense layer has no ``stack``."""
-        layer = model.get_submodule(plain.path)
+        layer, self.config = model.get_submodule(plain.path), model.config
         self.block = layer.get_submodule(plain.block)
         self.original, self.shared = layer.forward, shared
         self.experts = self.block.experts if stack is not None else None
         self.plain, self.index, self.hidden = plain, plain.attention.index, plain.hidden
         self.post_norm = layer.post_attention_layernorm
-        beside = self.block.get_submodule(plain.shared.name) if plain.shared is not None else None
-        projections = projections_of(layer.self_attn)
+        owner = layer if plain.shared is not None and plain.shared.of_layer else self.block
+        beside = owner.get_submodule(plain.shared.name) if plain.shared is not None else None
+        mixer = layer.get_submodule(plain.attention_name)
+        projections = projections_of(mixer)
         if beside is not None:
-            projections += [beside.gate_proj, beside.up_proj, beside.down_proj]
+            projections += matrices_of(beside)
         self.takes_many = takes_many(projections, shared.exact)
-        inner = [layer.self_attn, *([beside] if beside is not None else [])]
+        inner = [mixer, *([beside] if beside is not None else [])]
         router = gate = native.Weight.make(native.Place.make(BF16, 0, self.hidden, [0], 0, 0, -1, 0), 0, 0, 0)  # none
         places: tuple[Any, ...] = [], [], []
         if stack is not None:
-            inner += [self.experts, self.block.get_submodule(plain.router_name)]
+            of_router = [".".join(plain.router_name.split(".")[: 1 + depth]) for depth in range(plain.router_name.count(".") + 1)]
+            inner += [self.experts, *map(self.block.get_submodule, of_router)]
             router, places = router_weight(inner[-1]), shared.runtime.fused(stack.layer, self.experts)
             self.takes_many = self.takes_many and shared.runtime.takes_many(stack.layer, self.experts)
         self.snapshot = ModuleSnapshot(list(dict.fromkeys([layer, self.block, *inner])))
@@ -176,10 +196,18 @@ class CpuStep(StandIn):
             gate = weight_of(self.block.get_submodule(plain.shared.gate))
         norms = native_norm(layer.input_layernorm, plain.input_norm), native_norm(layer.post_attention_layernorm, plain.post_norm)
         routing = _native_router(self.block, plain.router)
-        self.until_experts = native.Layer.make(*norms, accelerated_by(layer.self_attn), router, gate, routing, plain.residual_scale)
+        name, norm = plain.block_norm or ("", None)
+        self.block_norm = native_norm(self.block.get_submodule(name), norm)
+        self.attention = _attention_of(layer, plain)
+        self.until_experts = native.Layer.make(*norms, self.attention, router, gate, routing, plain.residual_scale, self.block_norm)
         self.beside = accelerated_by(beside) if beside is not None else None
-        self.of = native.StepLayer.make(plain.layer, self.until_experts, self.beside, *places)
+        self._places = places
+        self.of = self.step_layer(0)
         self._alone = native.Step.make([self.of], None)
+
+    def step_layer(self, angles: int) -> Any:
+        """The extension's StepLayer, which turns by the pair of cos and sin number ``angles`` of a pass."""
+        return native.StepLayer.make(self.plain.layer, self.until_experts, self.beside, *self._places, angles)
 
     def is_unchanged(self) -> bool:
         """Whether the layer is as it was found."""
@@ -192,10 +220,26 @@ class CpuStep(StandIn):
     def room_in(self, cache: Any, batch: int) -> Any:
         """The layer's part of a KV cache of ``batch`` sequences; None if it is another kind."""
         attention = self.plain.attention
+        if attention.delta is not None:
+            return state_for(cache, self.index, state_shapes(attention.delta), batch)
         return room_for(cache, self.index, attention.kv_heads, attention.cached_dims, batch, self.shared.kv_format)
 
+    def forgotten(self, batch: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Room for what ``count`` tokens of ``batch`` sequences leave, where nobody wants it."""
+        attention = self.plain.attention
+        if attention.delta is not None:
+            inputs, states = state_shapes(attention.delta)
+            return torch.zeros(batch, *inputs, dtype=torch.bfloat16), torch.zeros(batch, *states)
+        keys, values = forgotten_kv(attention, batch, count, self.shared.kv_format)
+        return keys, values
+
+    def kv_of(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[int, ...]:
+        """The extension's Kv of the buffers of this layer's part of a cache."""
+        return (contiguous_kv if self.plain.attention.delta is None else state_kv)(keys, values)
+
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        x, angles, attention = hidden_states, cos_and_sin(kwargs.get("position_embeddings")), self.plain.attention
+        x, attention = hidden_states, self.plain.attention
+        angles = angles_for(attention, x, kwargs)
         cache, mask, shared = kwargs.get("past_key_values"), kwargs.get("attention_mask"), self.shared
         if (
             angles is None
@@ -212,16 +256,18 @@ class CpuStep(StandIn):
         rows = batch_rows(batch, count, past, padding) if padding is not None else None
         if rows is None:
             return self.original(hidden_states, *args, **kwargs)
-        if room is not None:
-            keys, values = room.reserve(count)[1:]
-        else:  # keys and values are forgotten
-            keys, values = forgotten_kv(attention, batch, count, shared.kv_format)
+        states = room.reserve(count)[1:] if room is not None else self.forgotten(batch, count)
         out = rows.pick(x).clone()
         turned = tuple(rows.pick(of).float() for of in angles)
-        shared.run(self._alone, out.data_ptr(), rows.spans, turned, contiguous_kv(keys, values), [], 0)
+        shared.run(self._alone, out.data_ptr(), rows.spans, turned, self.kv_of(*states), [], 0)
         if room is not None:
             room.extend(count)
         return rows.put(out)
+
+
+def state_shapes(delta: Delta) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of what a gated delta rule keeps of a sequence: bf16 inputs of its convolution, and fp32 states."""
+    return (delta.channels, delta.kernel), (delta.value_heads, delta.key_dim, delta.value_dim)
 
 
 class _Pretender:
@@ -266,9 +312,10 @@ def _difference_on(step: CpuStep, experts: torch.Tensor, x: torch.Tensor) -> str
     """
     residuals = list[torch.Tensor]()
     attention = step.plain.attention
-    angles = torch.arange(_PROBE_TOKENS * (attention.rotary_dim // 2)).view(1, _PROBE_TOKENS, -1) * 0.7
+    angles = torch.arange(_PROBE_TOKENS * (attention.rotary_dim // 2)).view(1, _PROBE_TOKENS, attention.rotary_dim // 2) * 0.7
     first, last = [(x[:, at], embeddings_of(attention, angles[:, at])) for at in (slice(None, -1), slice(-1, None))]
-    caches = DynamicCache(), DynamicCache()
+    config = step.config if attention.delta is not None else None  # a state is no layer of keys and values
+    caches = DynamicCache(config=config), DynamicCache(config=config)
     for cache in caches:
         _own_forward(step, *first, cache)
         make_room(cache, _PROBE_TOKENS)
@@ -288,7 +335,14 @@ def _difference_on(step: CpuStep, experts: torch.Tensor, x: torch.Tensor) -> str
 def _own_forward(step: CpuStep, x: torch.Tensor, angles: Any, cache: Any) -> torch.Tensor:
     past = _PROBE_TOKENS - 1 if x.shape[1] == 1 else 0
     mask = mask_for(step.plain.attention, past, x.shape[1])
-    out: torch.Tensor = step.original(x.contiguous(), position_embeddings=angles, attention_mask=mask, past_key_values=cache)
+    positions = torch.arange(past, past + x.shape[1])[None]
+    out: torch.Tensor = step.original(
+        x.contiguous(),
+        position_embeddings=angles,
+        attention_mask=mask if step.plain.attention.delta is None else None,
+        position_ids=positions,
+        past_key_values=cache,
+    )
     return out.float()
 
 
@@ -296,13 +350,14 @@ def _by_parts(step: CpuStep, experts: torch.Tensor, x: torch.Tensor, angles: Any
     """One token through the parts of csrc/step.cpp, with the rows of ``experts`` for outputs: the residual stream after attention,
     and after the block."""
     threads, exact, top_k, hidden = torch.get_num_threads(), step.shared.exact, step.plain.router.top_k, step.hidden
-    x, cos, sin = x.contiguous(), *(each.float().contiguous() for each in cos_and_sin(angles))
+    turned = cos_and_sin(angles) if angles is not None else (torch.empty(0), torch.empty(0))
+    x, cos, sin = x.contiguous(), *(each.float().contiguous() for each in turned)
     residual, normed, beside, out = (torch.empty(1, 1, hidden, dtype=torch.bfloat16) for _ in range(4))
     chosen, weights, factors = torch.empty(top_k, dtype=torch.int64), torch.empty(top_k), torch.empty(1)
     past, *states = room.reserve(1)
     native.layer(
         step.until_experts, x.data_ptr(), native.Spans.make([1], [past], [0], [0]), cos.data_ptr(), sin.data_ptr(),
-        native.Kv.make(*contiguous_kv(*states)), residual.data_ptr(), normed.data_ptr(), chosen.data_ptr(), weights.data_ptr(),
+        native.Kv.make(*step.kv_of(*states)), residual.data_ptr(), normed.data_ptr(), chosen.data_ptr(), weights.data_ptr(),
         factors.data_ptr(), exact, threads,
     )  # fmt: skip
     room.extend(1)
@@ -311,7 +366,7 @@ def _by_parts(step: CpuStep, experts: torch.Tensor, x: torch.Tensor, angles: Any
     rows, at = experts[chosen].contiguous(), beside.data_ptr() if step.beside is not None else 0
     native.layer_end(
         residual.data_ptr(), rows.data_ptr(), weights.data_ptr(), 1, top_k, at, factors.data_ptr(), step.plain.residual_scale,
-        hidden, out.data_ptr(), 1,
+        step.block_norm, hidden, out.data_ptr(), 1,
     )  # fmt: skip
     return residual.float(), out.float()
 

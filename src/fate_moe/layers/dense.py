@@ -101,6 +101,19 @@ class QuantizedLinear(nn.Linear):
         self.address = blob.data_ptr()
         self._tiles = self._cut(max(1, _TILE_BYTES // (2 * self.in_features))) if self.place is not None else []
 
+    def place_of(self, first: int, count: int) -> Any:
+        """The extension's Place of ``count`` rows, counted from ``address``; only where ``place`` is one."""
+        offsets = {part.name: part.offset + first * self._parts[part.name][0].nbytes for part in self._layout.parts}
+        planes = [offsets[f"weight.plane{i}"] for i in range(len(self._layout.plane_widths))]
+        kind = PLANES if len(planes) == PLANES else 8
+        where = planes, offsets["weight.scale"], offsets["weight.zero"]
+        return native.Place.make(kind, count, self.in_features, *where, -1, 0, self._layout.group_size)
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What inputs have to be rounded for."""
+        return self._layout.plane_widths, self._layout.group_size
+
     @property
     def is_own(self) -> bool:
         """Whether ``weight`` is still that of the blob."""
@@ -157,12 +170,7 @@ class QuantizedLinear(nn.Linear):
         tiles = []
         for first in range(0, self.out_features, step):
             count = min(step, self.out_features - first)
-            offsets = {part.name: part.offset + first * self._parts[part.name][0].nbytes for part in self._layout.parts}
-            planes = [offsets[f"weight.plane{i}"] for i in range(len(self._layout.plane_widths))]
-            kind = PLANES if len(planes) == PLANES else 8
-            where = planes, offsets["weight.scale"], offsets["weight.zero"]
-            place = native.Place.make(kind, count, self.in_features, *where, -1, 0, self._layout.group_size)
-            tiles.append((place, count))
+            tiles.append((self.place_of(first, count), count))
         return tiles
 
 

@@ -6,35 +6,39 @@ for all other calls: hooks on parts, changed parts, recorded outputs, other cach
 
 from __future__ import annotations
 
+import math
+import operator
 import sys
 import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
+from fate_moe.adapter.kv_cache import StateRoom
 from fate_moe.errors import BudgetError
+from fate_moe.kernels.attention import row_width
 from fate_moe.kernels.cpu import SMALL
 from fate_moe.kernels.native import native
-from fate_moe.kernels.plain_layer import Norm
+from fate_moe.kernels.plain_layer import Attention, Norm, PlainLayer
 from fate_moe.layers.attentions import cos_and_sin, projections_of
-from fate_moe.layers.canonical import HEADS, ROPES, TRUNKS, meaning_of
-from fate_moe.layers.cpu_step import CpuStep
-from fate_moe.layers.modules import accelerated_by
+from fate_moe.layers.canonical import HEADS, ROPES, TRUNKS, HeadCode, TrunkCode, meaning_of
+from fate_moe.layers.cpu_step import CpuStep, state_shapes
+from fate_moe.layers.modules import accelerated_by, matrices_of
 from fate_moe.layers.plain import NotPlain, plain_decoder
 from fate_moe.layers.reasons import cpu_reasons
-from fate_moe.layers.rows import BLOCK, batch_rows, contiguous_kv, forgotten_kv, padding_of
+from fate_moe.layers.rows import BLOCK, batch_rows, padding_of, state_kv
 from fate_moe.layers.snapshot import ModuleSnapshot, StandIn, Watch
 from fate_moe.layers.weights import MOST_FEW, native_norm, takes_many, weight_of
 
-__all__ = ["ROWS_AT_ONCE", "ModelStep", "SequenceRows", "around_reasons", "model_step", "reads_in_pieces"]
+__all__ = ["ROWS_AT_ONCE", "ModelStep", "Pool", "SequenceRows", "around_reasons", "model_step", "prefix_reasons", "reads_in_pieces"]
 
-# Rotary frequencies that do not depend on how long a text is: one table of angles serves all calls.
-_FIXED_ROPES = {"default", "linear", "llama3", "yarn"}
+# Of one decoder layer: keys and values in blocks, or the inputs and states that sequences keep.
+Pool: TypeAlias = "tuple[torch.Tensor, ...]"
 # Rows of one native call: what it keeps of a layer's rows bounds a prompt's memory, and on_read and Ctrl-C wait for no more.
 ROWS_AT_ONCE = 512
 _MORE_ANGLES = 4096  # positions that a table of angles is ahead: of long texts it has megabytes
@@ -43,11 +47,13 @@ _RECORDS = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 @dataclass(frozen=True)
 class SequenceRows:
-    """``count`` rows of a sequence that has ``past`` positions in its ``blocks``, which have room for past + count."""
+    """``count`` rows of a sequence that has ``past`` positions in its ``blocks``, which have room for past + count. ``state`` is
+    its entry in the pool of layers that keep a state."""
 
     count: int
     past: int
     blocks: Sequence[int]
+    state: int = 0
 
 
 def model_step(model: Any, steps: Sequence[CpuStep]) -> ModelStep | None:
@@ -55,10 +61,10 @@ def model_step(model: Any, steps: Sequence[CpuStep]) -> ModelStep | None:
     trunk: Any = getattr(model, "model", None)
     if not steps or len(steps) != len(getattr(trunk, "layers", ())) or around_reasons(model):
         return None
-    norm = accelerated_by(trunk.norm)
+    codes, norm = (meaning_of(type(model), HEADS), meaning_of(type(trunk), TRUNKS)), accelerated_by(trunk.norm)
     if not isinstance(norm, Norm) or weight_of(model.lm_head) is None:
         return None
-    return ModelStep(model, steps, norm)
+    return ModelStep(model, steps, norm, *codes)  # type: ignore[arg-type]
 
 
 def around_reasons(model: Any) -> list[str]:
@@ -68,14 +74,17 @@ def around_reasons(model: Any) -> list[str]:
         return [f"{type(model).__name__} makes logits in a way that is not known"]
     if trunk is None or meaning_of(type(trunk), TRUNKS) is None:
         return [f"{type(trunk).__name__} runs its layers in a way that is not known"]
-    rope, reasons = trunk.rotary_emb, list[str]()
-    if meaning_of(type(rope), ROPES) is None:
-        reasons.append(f"{type(rope).__name__} makes rotary frequencies in a way that is not known")
-    if (kind := getattr(rope, "rope_type", "default")) not in _FIXED_ROPES:
-        reasons.append(f"its rotary frequencies ({kind}) depend on the length of the text")
+    reasons = _angle_reasons(trunk)
     if getattr(model.lm_head, "bias", None) is not None:
         reasons.append("its head has a bias")
     return reasons
+
+
+def prefix_reasons(model: Any) -> list[str]:
+    """Why no text of ``model``, whose layers all run whole, is read from where it differs from earlier ones; none if it is."""
+    if any(isinstance(plain, PlainLayer) and plain.attention.delta is not None for plain in plain_decoder(model)):
+        return ["its layers keep a state, which is that of the last token"]
+    return around_reasons(model)
 
 
 def reads_in_pieces(model: Any, quantized: Container[str]) -> bool:
@@ -88,10 +97,10 @@ def reads_in_pieces(model: Any, quantized: Container[str]) -> bool:
         if isinstance(plain, NotPlain) or cpu_reasons(plain, model.dtype):
             return False
         layer = model.get_submodule(plain.path)
-        parts = projections_of(layer.self_attn)
+        parts = projections_of(layer.get_submodule(plain.attention_name))
         if plain.shared is not None:
-            beside = layer.get_submodule(plain.block).get_submodule(plain.shared.name)
-            parts += [beside.gate_proj, beside.up_proj, beside.down_proj]
+            owner = layer if plain.shared.of_layer else layer.get_submodule(plain.block)
+            parts += matrices_of(owner.get_submodule(plain.shared.name))
         if any(part.weight.numel() > SMALL and f"{names[part]}.weight" not in quantized for part in parts):
             return False
     return True
@@ -104,7 +113,7 @@ class ModelStep(StandIn):
     done, and of how many, after each call but the last; what it raises ends the pass.
     """
 
-    def __init__(self, model: Any, steps: Sequence[CpuStep], norm: Norm) -> None:
+    def __init__(self, model: Any, steps: Sequence[CpuStep], norm: Norm, head_code: HeadCode, trunk_code: TrunkCode) -> None:
         self.original: Callable[..., Any] = model.forward
         self.__wrapped__ = model.forward  # transformers looks at the signature
         self._model, self._trunk, self._steps, self._shared = model, model.model, steps, steps[0].shared
@@ -114,19 +123,39 @@ class ModelStep(StandIn):
         self.most_rows = sys.maxsize if all(step.takes_many for step in steps) else MOST_FEW
         self._many_logits = takes_many([model.lm_head], self._shared.exact)
         self._windows = any(step.plain.attention.window for step in steps)
-        self.head_dim = steps[0].plain.attention.head_dim
+        self._multiplier = float(getattr(self._trunk, trunk_code.embedding)) if trunk_code.embedding else 1.0
+        self._counting = next((i for i, step in enumerate(steps) if step.plain.attention.delta is None), 0)
+        self._divisor = float(getattr(model.config, head_code.divisor)) if head_code.divisor else 1.0
         self.on_read: Callable[[int, int], None] | None = None
         self.most_whole = sys.maxsize
-        self._angles = _Angles(self._trunk.rotary_emb)
+        self._angles, kinds = _angles_of(self._trunk, steps)
         head = native.Head.make(native_norm(self._trunk.norm, norm), weight_of(model.lm_head))
-        self.of = native.Step.make([step.of for step in steps], head)
+        self.of = native.Step.make([step.step_layer(kind) for step, kind in zip(steps, kinds, strict=True)], head)
 
     @property
-    def kv_shapes(self) -> list[tuple[int, int, int]]:
-        """What a block of the KV cache has of each position, by decoder layer: keys and values (2, or 1 for latent rows, which are
-        both), heads of each, channels of a head."""
-        attentions = [step.plain.attention for step in self._steps]
-        return [(1 if each.latent else 2, each.kv_heads, each.head_dim) for each in attentions]
+    def attentions(self) -> list[Attention]:
+        """By decoder layer."""
+        return [step.plain.attention for step in self._steps]
+
+    def new_pool(self, num_blocks: int, num_states: int) -> list[Pool]:
+        """For ``run_rows``: by decoder layer the keys and values of ``num_blocks`` blocks [num_blocks, 2, kv_heads, 64, row], or
+        latent rows and 1 for the 2, or what ``num_states`` sequences keep. A row is bf16 numbers, or uint8 as
+        ``kernels.attention.quantized`` gives it. Memory is taken as it is first used."""
+        made, kv_format = list[Pool](), self._shared.kv_format
+        for of in self.attentions:
+            if of.delta is None:
+                shape = num_blocks, 1 if of.latent else 2, of.kv_heads, BLOCK, row_width(kv_format, of.head_dim)
+                made.append((torch.empty(shape, dtype=torch.bfloat16 if kv_format == "bf16" else torch.uint8),))
+            else:
+                inputs, states = state_shapes(of.delta)
+                made.append((torch.empty(num_states, *inputs, dtype=torch.bfloat16), torch.empty(num_states, *states)))
+        return made
+
+    @property
+    def state_bytes(self) -> int:
+        """Of all that one sequence keeps beside keys and values."""
+        shapes = [state_shapes(of.delta) for of in self.attentions if of.delta is not None]
+        return sum(2 * math.prod(inputs) + 4 * math.prod(states) for inputs, states in shapes)
 
     def note(self) -> None:
         """The model is complete: what changes from now on is somebody else's change."""
@@ -138,7 +167,7 @@ class ModelStep(StandIn):
         return (
             self._watch is not None
             and self._watch.same()
-            and self._angles.same()
+            and all(angles.same() for angles in self._angles)
             and all(step.experts is None or step.experts.__dict__["fate_runtime"] is self._shared.runtime for step in self._steps)
         )
 
@@ -197,16 +226,16 @@ class ModelStep(StandIn):
         rooms = self._rooms(cache, batch) if cache is not None else []
         if rooms is None:
             return None
-        past = rooms[0].get_seq_length() if rooms else 0
+        past = rooms[self._counting].get_seq_length() if rooms else 0
         padding = padding_of(attention_mask, batch, count, past)
         rows = batch_rows(batch, count, past, padding) if padding is not None else None
-        if rows is None or (position_ids is not None and position_ids.shape[-1] != count):
+        if rows is None or (position_ids is not None and (position_ids.dim() != 2 or position_ids.shape[-1] != count)):
             return None
         if rooms:
             kv = self._reserve(cache, rooms, count)
         else:
-            forgotten = [forgotten_kv(step.plain.attention, batch, count, self._shared.kv_format) for step in self._steps]
-            kv = [number for states in forgotten for number in contiguous_kv(*states)]
+            forgotten = [step.forgotten(batch, count) for step in self._steps]
+            kv = [number for step, states in zip(self._steps, forgotten, strict=True) for number in step.kv_of(*states)]
         if position_ids is None:
             position_ids = torch.arange(past, past + count)[None]
         ids = input_ids.reshape(-1)[rows.index] if rows.is_padded else input_ids.reshape(-1)
@@ -215,7 +244,7 @@ class ModelStep(StandIn):
         logits = list[torch.Tensor]()
         for begin, end, spans in rows.pieces(ROWS_AT_ONCE):
             some = wanted[bisect_left(wanted, begin) : bisect_left(wanted, end)]
-            x = self._trunk.embed_tokens(ids[None, begin:end])[0]
+            x = self._embedded(ids[None, begin:end])[0]
             logits.append(self._run(x, spans, positions[begin:end], kv, [row - begin for row in some]))
             if end < rows.num_rows and self.on_read is not None:
                 self.on_read(end, rows.num_rows)
@@ -228,23 +257,25 @@ class ModelStep(StandIn):
 
     def _rooms(self, cache: Any, batch: int) -> list[Any] | None:
         """The layers of ``cache``; None if one is of another kind."""
-        if self._cached and self._cached[0]() is cache and cache.layers == self._cached[1]:
+        if self._cached and self._cached[0]() is cache and cache.layers == self._cached[4]:
             rooms: list[Any] = self._cached[1]
-            if (
-                all(room.buffers is buffers for room, buffers in zip(rooms, self._cached[2], strict=True))
-                and rooms[0].batch == batch
-            ):
+            now, then = _held(rooms), self._cached[2]
+            if rooms[0].batch == batch and len(now) == len(then) and all(map(operator.is_, now, then)):
                 return rooms
         self._cached = ()
         rooms = [step.room_in(cache, batch) for step in self._steps]
-        return None if None in rooms or len({room.get_seq_length() for room in rooms}) > 1 else rooms
+        if None in rooms:
+            return None
+        lengths = {room.get_seq_length() for room in rooms if not isinstance(room, StateRoom)}
+        started = {bool(room.get_seq_length()) for room in rooms}
+        return rooms if len(lengths) == 1 and len(started) == 1 else None
 
     def _reserve(self, cache: Any, rooms: list[Any], count: int) -> list[int]:
         """The extension's Kv of all ``rooms``, with room for ``count`` more."""
-        if not self._cached or not rooms[0].has_room(count):
+        if not self._cached or not rooms[self._counting].has_room(count):
             states = [room.reserve(count)[1:] for room in rooms]
-            kv = [number for of in states for number in contiguous_kv(*of)]
-            self._cached = weakref.ref(cache), rooms, [room.buffers for room in rooms], kv
+            kv = [number for step, of in zip(self._steps, states, strict=True) for number in step.kv_of(*of)]
+            self._cached = weakref.ref(cache), rooms, _held(rooms), kv, list(cache.layers)
         return self._cached[3]  # type: ignore[no-any-return]
 
     @torch.no_grad()
@@ -252,29 +283,28 @@ class ModelStep(StandIn):
         self,
         tokens: Sequence[int],
         sequences: Sequence[SequenceRows],
-        pool: Sequence[torch.Tensor],
+        pool: Sequence[Pool],
         wanted: Sequence[int],
         on_pass: Callable[[], None] = lambda: None,
     ) -> torch.Tensor:
         """Logits bf16 [len(wanted), vocabulary] of the rows ``wanted`` (ascending) among ``tokens``, which are ``most_rows`` at
         most, those of ``sequences`` one after the other.
 
-        ``pool`` has the blocks of each decoder layer's KV cache, ``kv_shapes`` of each; a sequence's block ids are the same in all
-        layers, and positions are counted from 0. The rows' keys and values are written behind its ``past``.
+        ``pool`` is as ``new_pool`` makes it; a sequence's block ids are the same in all layers, and positions are counted from 0.
+        The rows' keys and values are written behind its ``past``; what a sequence without a past keeps is not read.
         A row's logits depend on its own sequence alone, bit for bit. Called in a turn of the engine (``CpuEngine.run_rows``).
         ``on_pass`` is called when the interpreter is about to be let go.
         """
         positions = torch.tensor([place for one in sequences for place in range(one.past, one.past + one.count)])
-        nothing = [0] * len(sequences)
         spans = native.Spans.make(
             [one.count for one in sequences],
             [one.past for one in sequences],
-            nothing,
-            nothing,
+            [one.state for one in sequences],
+            [0] * len(sequences),
             [list(one.blocks) for one in sequences],
         )
-        kv = [number for states in pool for number in _pooled_kv(states)]
-        x = self._trunk.embed_tokens(torch.tensor([list(tokens)]))
+        kv = [number for states in pool for number in (state_kv(*states) if len(states) == 2 else _pooled_kv(*states))]
+        x = self._embedded(torch.tensor([list(tokens)]))
         return self._run(x.reshape(len(tokens), self._hidden), spans, positions, kv, list(wanted), on_pass)
 
     def _run(
@@ -290,21 +320,30 @@ class ModelStep(StandIn):
         x, shared = x.clone(memory_format=torch.contiguous_format), self._shared
         native_head = self._many_logits or len(wanted) <= MOST_FEW
         logits = torch.empty(len(wanted), self._vocabulary, dtype=torch.bfloat16)
-        angles = self._angles.at(positions)
+        tables = [table for angles in self._angles for table in angles.at(positions)]
         on_pass()
         shared.run(
             self.of,
             x.data_ptr(),
             spans,
-            angles,
+            tables,
             kv,
             wanted if native_head else [],
             logits.data_ptr(),
         )
-        if native_head:
-            return logits
-        head: torch.Tensor = self._model.lm_head(self._trunk.norm(x[torch.tensor(wanted)]))
-        return head
+        if not native_head:
+            logits = self._model.lm_head(self._trunk.norm(x[torch.tensor(wanted)]))
+        return logits if self._divisor == 1.0 else logits / self._divisor
+
+    def _embedded(self, tokens: torch.Tensor) -> torch.Tensor:
+        """bf16 [..., hidden]."""
+        x: torch.Tensor = self._trunk.embed_tokens(tokens)
+        return x if self._multiplier == 1.0 else x * self._multiplier
+
+
+def _held(rooms: Sequence[Any]) -> list[torch.Tensor]:
+    """Their buffers."""
+    return [of for room in rooms for of in room.buffers or ()]
 
 
 def _pooled_kv(states: torch.Tensor) -> tuple[int, ...]:
@@ -317,23 +356,60 @@ def _pooled_kv(states: torch.Tensor) -> tuple[int, ...]:
     return keys, values, 0, parts * size, BLOCK * row, int(states.dtype == torch.uint8)
 
 
-class _Angles:
-    """cos and sin of positions fp32 [n, num_angles], from a table that the model's own module makes."""
+def _angle_reasons(trunk: Any) -> list[str]:
+    """Why no table of angles serves all calls of a known ``trunk``; none if one does."""
+    reasons = list[str]()
+    for rope in _ropes_of(trunk):
+        code, kinds = meaning_of(type(rope), ROPES), getattr(rope, "rope_type", "default")
+        if code is None:
+            reasons.append(f"{type(rope).__name__} makes rotary frequencies in a way that is not known")
+            continue
+        others = (set(kinds.values()) if isinstance(kinds, dict) else {kinds}) - code.kinds
+        reasons += [f"its rotary frequencies ({kind}) depend on how long a text is" for kind in sorted(others)]
+        parameters = getattr(rope.config, "rope_parameters", None) or {}
+        if code.long_scales and len({parameters.get(name) for name in code.long_scales}) > 1:
+            reasons.append("its rotary angles are scaled otherwise in long texts")
+    return reasons
 
-    def __init__(self, rope: Any) -> None:
-        self._rope, self._frequencies, self._scaling = rope, rope.inv_freq, rope.attention_scaling
+
+def _ropes_of(trunk: Any) -> list[Any]:
+    return list(getattr(trunk, "rotary_embs", ())) or [trunk.rotary_emb]
+
+
+def _angles_of(trunk: Any, steps: Sequence[CpuStep]) -> tuple[list[_Angles], list[int]]:
+    """All kinds of angles that layers turn by, and the kind of each of ``steps``."""
+    code, config = meaning_of(type(trunk), TRUNKS), trunk.config
+    if code is not None and code.by_kind:
+        names = list(dict.fromkeys(config.layer_types))
+        return [_Angles(trunk.rotary_emb, name) for name in names], [names.index(config.layer_types[step.index]) for step in steps]
+    if code is not None and code.by_base:
+        bases = [rope.config.rope_parameters["rope_theta"] for rope in trunk.rotary_embs]
+        of_layers = [config.layer_rope_theta[step.index] for step in steps]
+        return list(map(_Angles, trunk.rotary_embs)), [bases.index(base) if base else 0 for base in of_layers]
+    return [_Angles(trunk.rotary_emb)], [0] * len(steps)
+
+
+class _Angles:
+    """cos and sin of positions fp32 [n, num_angles], from a table that the model's own module makes; of a ``kind`` of layer, if it
+    knows several."""
+
+    def __init__(self, rope: Any, kind: str | None = None) -> None:
+        self._rope, self._kind = rope, [] if kind is None else [kind]
+        self._names = [f"{kind}_{name}" if kind else name for name in ("inv_freq", "attention_scaling")]
+        self._found = [getattr(rope, name) for name in self._names]
         self._table = (torch.empty(0, 0), torch.empty(0, 0))
 
     def same(self) -> bool:
         """Whether the module is as it was found."""
-        return self._rope.inv_freq is self._frequencies and self._rope.attention_scaling == self._scaling
+        frequencies, scaling = (getattr(self._rope, name) for name in self._names)
+        return frequencies is self._found[0] and scaling == self._found[1]
 
     def at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Of ``positions`` int64 [n]."""
         last = int(positions[-1]) if len(positions) == 1 else int(positions.max())
         if last >= len(self._table[0]):
             every = torch.arange(max(256, min(last + last // 2, last + _MORE_ANGLES)))[None]
-            cos, sin = cos_and_sin(self._rope(torch.empty(0, dtype=torch.bfloat16), every))
+            cos, sin = cos_and_sin(self._rope(torch.empty(0, dtype=torch.bfloat16), every, *self._kind))
             self._table = cos[0].float().contiguous(), sin[0].float().contiguous()
         if len(positions) == 1:
             return self._table[0][last], self._table[1][last]

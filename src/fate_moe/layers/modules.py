@@ -29,6 +29,7 @@ from fate_moe.layers.snapshot import ModuleSnapshot, StandIn
 from fate_moe.layers.weights import (
     SmallWeight,
     difference_of,
+    halves_of,
     is_near,
     native_norm,
     takes_many,
@@ -38,7 +39,7 @@ from fate_moe.layers.weights import (
 )
 from fate_moe.switches import fuse
 
-__all__ = ["accelerate", "accelerated_by"]
+__all__ = ["accelerate", "accelerated_by", "matrices_of"]
 
 
 @torch.no_grad()
@@ -79,7 +80,7 @@ def _accelerated(name: str, module: nn.Module, model: Any, exact: bool, generato
     if not children and weight is not None and weight.dim() == 1:
         norm = recognise_norm(module)
         return "norms", _norm(name, module, norm, model.dtype, generator) if isinstance(norm, Norm) else None
-    if {"gate_proj", "up_proj", "down_proj"} <= children:
+    if {"gate_proj", "up_proj", "down_proj"} <= children or {"input_linear", "output_linear"} <= children:
         mlp = recognise_mlp(module)
         return "MLPs", _mlp(name, module, mlp, model.dtype, exact, generator) if isinstance(mlp, Mlp) else None
     if {"q_proj", "k_proj", "v_proj", "o_proj"} <= children or {"kv_b_proj", "kv_a_proj_with_mqa", "o_proj"} <= children:
@@ -150,16 +151,23 @@ class _Mlp(StandIn):
         return out
 
 
+def matrices_of(mlp: Any) -> list[Any]:
+    """The linear layers of a gated MLP."""
+    if hasattr(mlp, "input_linear"):
+        return [mlp.input_linear, mlp.output_linear]
+    return [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+
+
 def _mlp(name: str, module: Any, mlp: Mlp, dtype: torch.dtype, exact: bool, generator: torch.Generator) -> StandIn | None:
-    parts = [getattr(module, part) for part in ("gate_proj", "up_proj", "down_proj")]
-    weights = [weight_of(part) for part in parts]
+    parts = matrices_of(module)
+    weights = [*halves_of(parts[0]), weight_of(parts[1])] if mlp.joined else [weight_of(part) for part in parts]
     if any(weight is None for weight in weights):
         return None
-    activation = find_activation(_Activation(module.act_fn, mlp.limit))
+    activation = find_activation(_Activation(module.activation if mlp.joined else module.act_fn, mlp.limit))
     if activation is None:
         return None
-    size = module.gate_proj.in_features
-    if module.down_proj.out_features != size or module.up_proj.in_features != size:
+    size = parts[0].in_features
+    if parts[-1].out_features != size or parts[-2].in_features != size:
         return None
     forward = _Mlp(module, native.Mlp.make(*weights, activation), size, exact, takes_many(parts, exact))
     x = torch.randn(2, size, generator=generator).to(dtype)

@@ -9,19 +9,23 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from fate_moe.adapter.meta_model import ExpertStack, expert_stacks
-from fate_moe.kernels.plain_layer import NO_ROUTER, Attention, Latent, Mlp, Norm, PlainLayer, Router, SharedExpert
+from fate_moe.kernels.plain_layer import NO_ROUTER, Attention, Delta, Latent, Mlp, Norm, PlainLayer, Router, SharedExpert
 from fate_moe.layers.canonical import (
     ATTENTIONS,
     BLOCKS,
+    DELTAS,
+    GATED_NORMS,
     LAYERS,
     MLPS,
     NORMS,
     ROUTERS,
     AttentionCode,
     BlockCode,
+    DeltaCode,
     LayerCode,
     attends_as,
     meaning_of,
@@ -93,9 +97,21 @@ def recognise(model: nn.Module, stack: ExpertStack) -> PlainLayer | NotPlain:
     around = _around(model, path, code, reasons)
     router = _router(block, block_code, stack, reasons)
     shared = _shared(block, block_code, reasons)
+    if code is not None and code.shared and getattr(model.get_submodule(path), code.shared) is not None:
+        mlp = _part(model.get_submodule(path), code.shared, recognise_mlp, reasons)
+        shared = SharedExpert(mlp, code.shared, of_layer=True)
+    norm = _part(block, block_code.norm, recognise_norm, reasons) if block_code is not None and block_code.norm else None
     if reasons or around is None or block_code is None or router is None:
         return NotPlain(stack.layer, path, tuple(reasons))
-    return replace(around, layer=stack.layer, block=name, router_name=block_code.router, router=router, shared=shared)
+    return replace(
+        around,
+        layer=stack.layer,
+        block=name,
+        router_name=".".join(filter(None, (block_code.router, router_weight_of(block.get_submodule(block_code.router))))),
+        router=router,
+        shared=shared,
+        block_norm=(block_code.norm, norm) if block_code.norm and norm is not None else None,
+    )
 
 
 def recognise_dense(model: nn.Module, path: str) -> PlainLayer | NotPlain:
@@ -120,7 +136,8 @@ def _around(model: nn.Module, path: str, code: LayerCode | None, reasons: list[s
     """What the layer at ``path`` is around its MoE block or MLP; None where ``reasons`` grew."""
     layer: Any = model.get_submodule(path)
     norms = [_part(layer, child, recognise_norm, reasons) for child in ("input_layernorm", "post_attention_layernorm")]
-    attention = _part(layer, "self_attn", recognise_attention, reasons)
+    name = "linear_attn" if "linear_attn" in dict(layer.named_children()) else "self_attn"
+    attention = _part(layer, name, recognise_attention, reasons)
     if code is None or attention is None or None in norms:
         return None
     hidden = layer.input_layernorm.weight.numel()
@@ -160,22 +177,25 @@ def recognise_mlp(module: nn.Module) -> Mlp | list[str]:
     if code is None:
         return [f"{type(module).__name__} is no gated MLP that is known"]
     limit = getattr(module, code.limit) if code.limit else None
-    name = type(module.act_fn).__name__
-    return Mlp(_ACTIVATIONS.get(name, name), None if limit is None else float(limit))
+    name = type(module.activation if code.joined else module.act_fn).__name__
+    return Mlp(_ACTIVATIONS.get(name, name), None if limit is None else float(limit), code.joined)
 
 
 def recognise_attention(module: nn.Module) -> Attention | list[str]:
     """The attention that ``module`` is, or every reason why it is none."""
+    of: Any = module
+    delta = meaning_of(type(module), DELTAS)
+    if delta is not None:
+        return _delta(of, delta)
     code = meaning_of(type(module), ATTENTIONS)
     if code is None:
         return [f"{type(module).__name__} is no attention that is known"]
-    of: Any = module
     if code.latent:
         return _latent_attention(of, code)
     with_norms = bool(code.norms) and bool(getattr(of, code.norms_if) if code.norms_if else True)
     norm = None
     if with_norms:
-        found = [recognise_norm(of.q_norm), recognise_norm(of.k_norm)]
+        found = [recognise_norm(getattr(of, name)) for name in code.norm_names]
         if reasons := [f"its norms: {reason}" for each in found if isinstance(each, list) for reason in each]:
             return list(dict.fromkeys(reasons))
         if found[0] != found[1]:
@@ -186,11 +206,11 @@ def recognise_attention(module: nn.Module) -> Attention | list[str]:
     dim = int(of.head_dim)
     return Attention(
         index=int(of.layer_idx),
-        heads=of.q_proj.out_features // dim,
+        heads=of.q_proj.out_features // (2 * dim if code.gated else dim),
         kv_heads=of.k_proj.out_features // dim,
         head_dim=dim,
         scaling=float(of.scaling),
-        rotary_dim=_rotary_dim(of.config, code, dim),
+        rotary_dim=_rotary_dim(of, code, dim),
         qkv_bias=of.q_proj.bias is not None,
         out_bias=of.o_proj.bias is not None,
         qk_norm=norm,  # type: ignore[arg-type]
@@ -200,7 +220,33 @@ def recognise_attention(module: nn.Module) -> Attention | list[str]:
         sinks=code.sinks is not None,
         rope=code.rope,
         half_angles=code.half_angles,
+        norm_names=code.norm_names,
+        norm_after_rope=code.norm_after_rope,
+        gated=code.gated,
+        angles_unused=code.rope_if_sliding,
     )
+
+
+def _delta(of: Any, code: DeltaCode) -> Attention | list[str]:
+    norm = meaning_of(type(of.norm), GATED_NORMS)
+    if norm is None:
+        return [f"its norm: {type(of.norm).__name__} is no norm with a gate that is known"]
+    if of.activation != "silu" or of.norm.activation != "silu":
+        return [f"its activation is {of.activation}"]
+    if of.conv1d.bias is not None or any(getattr(of, name).bias is not None for name in (*code.inputs, "out_proj")):
+        return ["its matrices have biases"]
+    found = Norm(float(getattr(of.norm, norm.eps)), norm.rounds_first, offset=norm.offset)
+    delta = Delta(
+        key_heads=int(of.num_k_heads),
+        value_heads=int(of.num_v_heads),
+        key_dim=int(of.head_k_dim),
+        value_dim=int(of.head_v_dim),
+        kernel=int(of.conv_kernel_size),
+        norm=found,
+        inputs=code.inputs,
+        by_head=code.by_head,
+    )
+    return Attention(int(of.layer_idx), delta.value_heads, delta.key_heads, delta.value_dim, 1.0, 0, delta=delta)
 
 
 def _latent_attention(of: Any, code: AttentionCode) -> Attention | list[str]:
@@ -212,6 +258,9 @@ def _latent_attention(of: Any, code: AttentionCode) -> Attention | list[str]:
         return ["its queries and keys have different norms"]
     if of.kv_b_proj.bias is not None or (two_steps and of.q_b_proj.bias is not None):
         return ["its matrices after latent rows have biases"]
+    parameters = of.config.rope_parameters if code.scaled else {}
+    if any(parameters.get(name, 0) is None for name in ("original_max_position_embeddings", "llama_4_scaling_beta")):
+        return ["how it scales queries by position is not said"]
     apart = code.rope == "halves" and bool(getattr(of.config, "rope_interleave", False))
     rank, rope = int(of.kv_lora_rank), int(of.qk_rope_head_dim)
     return Attention(
@@ -228,11 +277,18 @@ def _latent_attention(of: Any, code: AttentionCode) -> Attention | list[str]:
         half_angles=code.half_angles,
         latent=Latent(rank, int(of.qk_nope_head_dim), int(of.v_head_dim), two_steps),
         complex_angles=code.complex_angles,
+        scale_every=int(parameters["original_max_position_embeddings"]) if code.scaled else 0,
+        scale_slope=float(parameters["llama_4_scaling_beta"]) if code.scaled else 0.0,
     )
 
 
-def _rotary_dim(config: Any, code: AttentionCode, dim: int) -> int:
+def _rotary_dim(module: Any, code: AttentionCode, dim: int) -> int:
     """How many channels of a head are turned."""
+    config = module.config
+    if code.rope_if_sliding and module.sliding_window is not None and not module.is_sliding:
+        return 0
+    if code.bases and not getattr(config, code.bases)[module.layer_idx]:
+        return 0
     if code.rope_if is not None and getattr(config, code.rope_if[0], None) != code.rope_if[1]:
         return 0
     parameters = getattr(config, "rope_parameters", None) or {}
@@ -244,6 +300,8 @@ def _window(module: Any, code: AttentionCode) -> int | None:
     config = module.config
     kinds = getattr(config, "layer_types", None)
     masked = "sliding" in kinds[module.layer_idx] if kinds else bool(getattr(config, "use_sliding_window", True))
+    if code.rope_if_sliding:
+        return int(module.sliding_window) if module.is_sliding else None
     window = getattr(module, "sliding_window", None) or (getattr(config, code.window, None) if code.window else None)
     if masked:
         window = window or getattr(config, "sliding_window", None)
@@ -269,6 +327,8 @@ def _router(block: nn.Module, code: BlockCode | None, stack: ExpertStack, reason
     size, rest = divmod(stack.num_experts, max(1, groups))
     if rest or not 1 <= top_groups <= groups or (groups > 1 and (size < meaning.group_best or size * top_groups < stack.top_k)):
         reasons.append(f"{code.router}: it chooses {top_groups} of {groups} groups, which {stack.num_experts} experts do not have")
+    weight = router if meaning.weight is None else getattr(router, meaning.weight)
+    wide = meaning.weight is not None and weight.weight.dtype == torch.float32
     correction = f"{code.router}.{meaning.correction}" if meaning.correction else code.correction
     return Router(
         stack.num_experts,
@@ -282,10 +342,16 @@ def _router(block: nn.Module, code: BlockCode | None, stack: ExpertStack, reason
         group_best=meaning.group_best,
         floor=float(getattr(router, meaning.floor)) if isinstance(meaning.floor, str) else meaning.floor,
         spread=2 * float(getattr(router, meaning.spread)) if meaning.spread else 0.0,
-        rounds_logits=not meaning.exact_logits,
-        rounds_weights=not meaning.exact_weights,
-        bias=getattr(router, "bias", None) is not None,
+        rounds_logits=not meaning.exact_logits and not wide,
+        rounds_weights=not meaning.exact_weights and not wide,
+        bias=getattr(weight, "bias", None) is not None,
     )
+
+
+def router_weight_of(router: nn.Module) -> str | None:
+    """The child of ``router`` that has its weight, if it has not itself."""
+    meaning = meaning_of(type(router), ROUTERS)
+    return meaning.weight if meaning is not None else None
 
 
 def _shared(block: nn.Module, code: BlockCode | None, reasons: list[str]) -> SharedExpert | None:

@@ -10,7 +10,7 @@ import torch
 
 from fate_moe.kernels.native import native, why_not
 from fate_moe.kernels.plain_layer import Attention, PlainLayer
-from fate_moe.layers.canonical import HEADS, ROPES, TRUNKS, meaning_of
+from fate_moe.layers.canonical import HEADS, ROPES, TRUNKS, HeadCode, RopeCode, TrunkCode, meaning_of
 from fate_moe.layers.plain import NotPlain, recognise_norm
 from fate_moe.switches import fuse
 
@@ -33,6 +33,9 @@ def attention_reasons(attention: Attention) -> list[str]:
     """Why no kernel runs ``attention`` on the CPU; none if one does."""
     if attention.latent is not None and attention.latent.rank % 16:
         return [f"its latent rows have {attention.latent.rank} channels, which 16 does not divide"]
+    delta = attention.delta
+    if delta is not None and (delta.value_dim % 16 or delta.value_heads % delta.key_heads):
+        return [f"its heads have {delta.value_dim} values, which 16 does not divide, or no whole number of them shares keys"]
     if attention.rotary_dim % 2:
         return [f"its rotary embedding turns {attention.rotary_dim} channels, an odd number"]
     return []
@@ -58,9 +61,11 @@ def _layer_cuda_reasons(plain: PlainLayer) -> Iterable[str]:
         yield f"its attention has a sliding window ({attention.window} tokens)"
     if attention.sinks:
         yield "its attention has sinks"
-    if attention.latent is not None:
-        yield "its keys and values are latent rows"
+    if attention.latent is not None or attention.delta is not None:
+        yield "its keys and values are latent rows" if attention.delta is None else "it keeps a state, and no keys and values"
         return
+    if attention.gated or attention.norm_after_rope or attention.scale_every:
+        yield "its attention is of another kind"
     if attention.rope != "halves" or attention.half_angles:
         yield "its rotary embedding is of another kind"
     if any(norm.centered or norm.bias or norm.offset for norm in (plain.input_norm, plain.post_norm, attention.qk_norm) if norm):
@@ -73,6 +78,8 @@ def _layer_cuda_reasons(plain: PlainLayer) -> Iterable[str]:
         yield f"its rotary embedding turns {attention.rotary_dim} of {attention.head_dim} channels"
     elif attention.head_dim % 2:
         yield f"its heads have {attention.head_dim} channels, an odd number"
+    if plain.block_norm is not None or (shared is not None and (shared.of_layer or shared.mlp.joined)):
+        yield "its MoE block is of another kind"
     router = plain.router
     if router.scale != 1.0:
         yield f"its experts' weights are scaled by {router.scale:g}"
@@ -111,12 +118,12 @@ def _trunk_reasons(model: Any, plain: Sequence[PlainLayer]) -> Iterable[str]:
     trunk = getattr(model, "model", None)
     if len(plain) < len(getattr(trunk, "layers", ())):
         yield "some of its layers have no experts, or are not plain"
-    if meaning_of(type(model), HEADS) is None:
+    if meaning_of(type(model), HEADS) != HeadCode():
         yield f"{type(model).__name__} makes logits in a way that is not known"
-    if trunk is None or meaning_of(type(trunk), TRUNKS) is None:
+    if trunk is None or meaning_of(type(trunk), TRUNKS) != TrunkCode():
         yield f"{type(trunk).__name__} runs its layers in a way that is not known"
         return
-    if meaning_of(type(trunk.rotary_emb), ROPES) is None:
+    if meaning_of(type(trunk.rotary_emb), ROPES) != RopeCode():
         yield f"{type(trunk.rotary_emb).__name__} makes rotary frequencies in a way that is not known"
     if getattr(trunk.rotary_emb, "rope_type", "default") != "default":
         yield "its rotary frequencies are scaled"

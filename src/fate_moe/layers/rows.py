@@ -13,7 +13,7 @@ from fate_moe.kernels.attention import row_width
 from fate_moe.kernels.native import native
 from fate_moe.kernels.plain_layer import Attention
 
-__all__ = ["BLOCK", "BatchRows", "Masks", "batch_rows", "contiguous_kv", "forgotten_kv", "padding_of"]
+__all__ = ["BLOCK", "BatchRows", "Masks", "batch_rows", "contiguous_kv", "forgotten_kv", "padding_of", "state_kv"]
 
 BLOCK = 64  # positions of a block of the KV cache (csrc/steps.h)
 
@@ -171,6 +171,14 @@ class Masks:
     def forget(self) -> None:
         """The pass is over."""
         self._last.clear()
+
+
+def state_kv(inputs: torch.Tensor, states: torch.Tensor) -> tuple[int, ...]:
+    """The extension's Kv of what a gated delta rule keeps (csrc/layers.h), contiguous: bf16 [batch, channels, kernel] and fp32
+    [batch, value_heads, key_dim, value_dim]."""
+    assert inputs.is_contiguous()
+    assert states.is_contiguous()
+    return inputs.data_ptr(), states.data_ptr(), inputs[0].numel(), states[0].numel(), 0, 0
 
 
 def forgotten_kv(attention: Attention, batch: int, count: int, kv_format: str) -> torch.Tensor:

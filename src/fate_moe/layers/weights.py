@@ -20,6 +20,7 @@ __all__ = [
     "MOST_FEW",
     "SmallWeight",
     "difference_of",
+    "halves_of",
     "is_near",
     "native_norm",
     "router_weight",
@@ -116,6 +117,18 @@ def router_weight(router: Any) -> Any:
         return None
     place = native.Place.make(kinds[weight.dtype], *weight.shape, [0], 0, 0, -1, 0)
     return native.Weight.make(place, weight.data_ptr(), *((bias.data_ptr(), DTYPES[bias.dtype]) if bias is not None else (0, 0)))
+
+
+def halves_of(layer: Any) -> list[Any]:
+    """The extension's Weights of the first and of the second half of a linear layer's rows; None where there is no kernel."""
+    whole, rows = weight_of(layer), layer.out_features // 2
+    if whole is None or layer.bias is not None:
+        return [None, None]
+    if not isinstance(layer, QuantizedLinear):
+        step = rows * layer.in_features * 2
+        places = [native.Place.make(BF16, rows, layer.in_features, [0], 0, 0, -1, 0)] * 2
+        return [native.Weight.make(place, layer.weight.data_ptr() + i * step, 0, 0) for i, place in enumerate(places)]
+    return [native.Weight.make(layer.place_of(i * rows, rows), layer.address, 0, 0) for i in range(2)]
 
 
 def weight_of(layer: Any) -> Any:

@@ -279,6 +279,33 @@ void check_steps(const Ops& ops) {
     want = got = x;
     plain.add(0.3f, weight.data(), n, want.data()), steps.add(0.3f, weight.data(), n, got.data());
     check(want == got, ops.name, "add");
+    want = got = x;
+    plain.unit(want.data(), n, 0.3f), steps.unit(got.data(), n, 0.3f);
+    check(want == got, ops.name, "unit");
+    plain.decays(x.data(), weight.data(), x.data(), n, want.data()), steps.decays(x.data(), weight.data(), x.data(), n, got.data());
+    check(want == got, ops.name, "decays");
+    const float* const inputs[] = {x.data(), weight.data(), x.data()};
+    const std::vector<float> kernel = numbers(3 * n);
+    plain.convolve(inputs, kernel.data(), n, 3, n, want.data()), steps.convolve(inputs, kernel.data(), n, 3, n, got.data());
+    check(want == got, ops.name, "convolve");
+    for (const bool silu : {false, true}) {
+      want = got = x;
+      plain.gate(weight.data(), silu, n, want.data()), steps.gate(weight.data(), silu, n, got.data());
+      check(want == got, ops.name, "gate");
+    }
+  }
+  for (const int64_t columns : {16, 64, 112}) {
+    const int64_t num_rows = 5, key_dim = 24;
+    const std::vector<float> keys = numbers(num_rows * key_dim), values = numbers(num_rows * columns), decays(num_rows, 0.9f), first = numbers(key_dim * columns);
+    std::vector<float> states[2] = {first, first}, out[2] = {std::vector<float>(values.size()), std::vector<float>(values.size())};
+    for (int i = 0; i < 2; ++i) {
+      DeltaRows of = {};
+      of.q = of.k = keys.data(), of.v = values.data(), of.decay = of.beta = decays.data();
+      of.key_stride = key_dim, of.value_stride = of.out_stride = of.state_stride = of.columns = columns, of.gate_stride = 1;
+      of.out = out[i].data(), of.state = states[i].data(), of.num_rows = num_rows, of.key_dim = key_dim;
+      (i ? steps : plain).delta(of);
+    }
+    check(out[0] == out[1] && states[0] == states[1], ops.name, "delta, " + std::to_string(columns) + " columns");
   }
   for (const int64_t dim : {8, 24, 32, 100, 128})
     for (const int64_t num_tokens : {1, 7, 40}) {

@@ -28,9 +28,11 @@ class Attending {
     for (int i = 0; i < 3; ++i) cut(tasks_, i, matrices_[i]);
     cut(last_tasks_, 0, last_);
     const int64_t group = a.heads / a.kv_heads;
-    width_ = (a.heads + 2 * a.kv_heads) * a.dim;
+    width_ = matrices_[0].rows + 2 * a.kv_heads * a.dim, query_width_ = a.gated ? a.heads * a.dim : width_;
     query_norm_ = a.norm_over_heads ? a.heads * a.dim : a.dim, key_norm_ = a.norm_over_heads ? a.kv_heads * a.dim : a.dim;
-    rows_ = own_.floats.of<float>(num_tokens * (width_ + last_.rows + 2 * a.rotary_dim) + 2 * (query_norm_ + key_norm_) + a.heads);
+    const int64_t of_queries = a.gated ? query_width_ : 0;
+    rows_ = own_.floats.of<float>(num_tokens * (width_ + of_queries + last_.rows + 2 * a.rotary_dim) + 2 * (query_norm_ + key_norm_) + a.heads);
+    queries_ = a.gated ? rows_ + num_tokens * (width_ + last_.rows + 2 * a.rotary_dim) + 2 * (query_norm_ + key_norm_) + a.heads : rows_;
     result_ = rows_ + num_tokens * width_, angles_ = result_ + num_tokens * last_.rows, norms_ = angles_ + num_tokens * 2 * a.rotary_dim;
     sinks_ = norms_ + 2 * (query_norm_ + key_norm_);
     // Rows enough to share what is read of a block, and tasks enough for all threads.
@@ -79,7 +81,10 @@ class Attending {
       attend(head, piece * heads_of_task_, std::min(group, (piece + 1) * heads_of_task_), parts_[i % parts]);
     });
     phases.each(5, num_tokens_, [&](int64_t t) {
-      if (num_tokens_ > 1) std::copy_n(rows_ + t * width_, a_.heads * a_.dim, own_.attended.x(t));
+      float* const to = own_.attended.x(t);
+      if (num_tokens_ > 1) std::copy_n(queries_ + t * query_width_, a_.heads * a_.dim, to);
+      for (int64_t h = 0; a_.gated && h < a_.heads; ++h)
+        ops_.steps->gate(rows_ + t * width_ + (2 * h + 1) * a_.dim, false, a_.dim, to + h * a_.dim);
       own_.attended.finish(ops_, t);
     });
     phases.each(6, own_.attended.tiles(), [&](int64_t i) { own_.attended.pack(ops_, i); });
@@ -114,7 +119,7 @@ class Attending {
     return span.entry * kv_.batch_stride + span.first * row_ + head * kv_.head_stride;
   }
 
-  int64_t first_of(int64_t which) const { return (which == 0 ? 0 : which == 1 ? a_.heads : a_.heads + a_.kv_heads) * a_.dim; }
+  int64_t first_of(int64_t which) const { return which == 0 ? 0 : matrices_[0].rows + (which - 1) * a_.kv_heads * a_.dim; }
 
   void read_angles(const float* from, float* to) const {
     std::copy_n(from, a_.num_angles, to);
@@ -128,7 +133,7 @@ class Attending {
   // Heads [begin, end) of keys and values of token t, with their queries: normalized, turned, and in the cache.
   void place(int64_t t, int64_t begin, int64_t end) const {
     const int64_t dim = a_.dim, group = a_.heads / a_.kv_heads, turned = a_.rotary_dim;
-    float *const query = rows_ + t * width_, *const key = query + first_of(1), *const value = query + first_of(2);
+    float *const query = queries_ + t * query_width_, *const key = rows_ + t * width_ + first_of(1), *const value = rows_ + t * width_ + first_of(2);
     const float* const key_norm = norms_ + 2 * query_norm_;
     if (a_.norm_over_heads && a_.q_norm.weight) {
       apply_norm(ops_, a_.q_norm, norms_, query_norm_, Dtype::kF32, query);
@@ -138,14 +143,20 @@ class Attending {
     const float *const cos = angles_ + 2 * t * turned, *const sin = cos + turned;
     const auto finish = [&](float* head, const Norm& norm, const float* numbers) {
       if (a_.clip != 0.0f) clip(head, dim);
-      if (by_head) apply_norm(ops_, norm, numbers, dim, Dtype::kF32, head);
+      if (by_head && !a_.norm_after_rope) apply_norm(ops_, norm, numbers, dim, Dtype::kF32, head);
       if (turned && a_.rope == Rope::kHalves) ops_.steps->turn(head, turned, cos, sin);
       if (turned && a_.rope != Rope::kHalves) ops_.steps->turn_pairs(head, turned, cos, sin, a_.rope == Rope::kPairsApart);
+      if (by_head && a_.norm_after_rope) apply_norm(ops_, norm, numbers, dim, Dtype::kF32, head);
     };
     const Span& span = *span_of_[t];
     const int64_t position = span.past + t - span.begin, block = position / kPositions;
     for (int64_t h = begin; h < end; ++h) {
-      for (int64_t i = h * group; i < (h + 1) * group; ++i) finish(query + i * dim, a_.q_norm, norms_);
+      for (int64_t i = h * group; i < (h + 1) * group; ++i) {
+        float* const head = query + i * dim;
+        if (a_.gated) std::copy_n(rows_ + t * width_ + 2 * i * dim, dim, head);
+        finish(head, a_.q_norm, norms_);
+        for (int64_t c = 0; !a_.scales.empty() && c < dim; ++c) head[c] *= a_.scale_at(position);
+      }
       finish(key + h * dim, a_.k_norm, key_norm);
       if (a_.clip != 0.0f) clip(value + h * dim, dim);
       const int64_t to = start_of(span, h) + (span.blocks ? span.blocks[block] : block) * kv_.block_stride + position % kPositions * row_;
@@ -158,10 +169,10 @@ class Attending {
   void attend(int64_t key_head, int64_t first, int64_t last, const Part& part) const {
     static thread_local Scratch scratch;
     const int64_t dim = a_.dim, head = key_head * (a_.heads / a_.kv_heads) + first, from = start_of(*part.span, key_head);
-    float* const q = rows_ + part.begin * width_ + head * dim;
+    float* const q = queries_ + part.begin * query_width_ + head * dim;
     Queries of = {};
     of.q = q, of.out = num_tokens_ > 1 ? q : own_.attended.x(0) + head * dim;
-    of.stride = width_, of.num_tokens = part.end - part.begin, of.heads = last - first, of.dim = dim;
+    of.stride = query_width_, of.num_tokens = part.end - part.begin, of.heads = last - first, of.dim = dim;
     of.first = part.span->past + part.begin - part.span->begin;
     of.window = a_.window, of.scaling = a_.scaling, of.sinks = a_.sinks ? sinks_ + head : nullptr;
     of.format = kv_.format, of.keys = kv_.at(kv_.keys, from), of.values = kv_.at(kv_.values, from);
@@ -175,12 +186,12 @@ class Attending {
   const Kv kv_;
   const std::vector<Span>& spans_;
   Own& own_;
-  int64_t num_tokens_, row_, width_, heads_of_task_, query_norm_, key_norm_;
+  int64_t num_tokens_, row_, width_, query_width_, heads_of_task_, query_norm_, key_norm_;
   std::vector<Part> parts_;
   std::vector<const Span*> span_of_;
   Matrix matrices_[3], last_;
   std::vector<Rows> tasks_, last_tasks_;
-  float *rows_, *result_, *angles_, *norms_, *sinks_;
+  float *rows_, *queries_, *result_, *angles_, *norms_, *sinks_;
 };
 
 }  // namespace fate

@@ -5,6 +5,7 @@
 
 #include "attending.h"
 #include "latent.h"
+#include "recurrent.h"
 
 namespace fate {
 namespace {
@@ -114,11 +115,14 @@ void run_attention(const Ops& ops, const Attention& a, const void* x, Dtype dtyp
     cut_spans(spans, first, some);
     const int64_t count = some.back().end;
     const float *const some_cos = cos + first * a.num_angles, *const some_sin = sin + first * a.num_angles;
-    if (a.latent.value_dim) {
+    if (a.latent.value_dim || a.delta.value_dim) {
       static thread_local Scratch scratch;
       float* const result = scratch.of<float>(count * cols);
-      run_latent(ops, a, some, some_cos, some_sin, kv, result, exact, num_threads,
-                 [&](int64_t t, float* to) { ops.to_float(at(x, dtype, (first + t) * cols), dtype, cols, to); });
+      const auto input = [&](int64_t t, float* to) { ops.to_float(at(x, dtype, (first + t) * cols), dtype, cols, to); };
+      if (a.delta.value_dim)
+        run_delta(ops, a, some, kv, result, exact, num_threads, input);
+      else
+        run_latent(ops, a, some, some_cos, some_sin, kv, result, exact, num_threads, input);
       ops.from_float(result, count * cols, at(out, dtype, first * cols), dtype);
       continue;
     }
@@ -149,10 +153,10 @@ void run_pass(const Ops& ops, const Layer& layer, const void* x, const std::vect
   const int64_t hidden = layer.attention.hidden(), num_tokens = spans.back().end;
   const Matrix router = layer.router.matrix(), shared_gate = layer.shared_gate.matrix();
   Operand& of_routed = routed;
-  const bool latent = layer.attention.latent.value_dim != 0;
+  const bool delta = layer.attention.delta.value_dim != 0, latent = layer.attention.latent.value_dim != 0, apart = delta || latent;
   std::optional<Attending> attending;
-  if (!latent) attending.emplace(ops, layer.attention, spans, kv, exact, num_threads);
-  float* const attended = latent ? sums.of<float>(num_tokens * hidden) : attending->result(0);
+  if (!apart) attending.emplace(ops, layer.attention, spans, kv, exact, num_threads);
+  float* const attended = apart ? sums.of<float>(num_tokens * hidden) : attending->result(0);
   routed.resize(ops, num_tokens, router.kind, hidden, router.group, exact, true);
   const int64_t width = router.rows + 1;  // the shared expert's is the last
   float *const norm = scratch.of<float>(4 * hidden + num_tokens * width), *const post_norm = norm + 2 * hidden, *const logits = norm + 4 * hidden;
@@ -171,7 +175,10 @@ void run_pass(const Ops& ops, const Layer& layer, const void* x, const std::vect
     ops.to_float(at(x, bf16, t * hidden), bf16, hidden, values);
     normed(t, values, layer.norm, norm);
   };
-  if (latent) run_latent(ops, layer.attention, spans, cos, sin, kv, attended, exact, num_threads, input);
+  if (delta)
+    run_delta(ops, layer.attention, spans, kv, attended, exact, num_threads, input);
+  else if (latent)
+    run_latent(ops, layer.attention, spans, cos, sin, kv, attended, exact, num_threads, input);
   Phases phases(num_threads);
   auto work = [&] {
     if (attending) {
@@ -222,8 +229,11 @@ void run_layer(const Ops& ops, const Layer& layer, const void* x, const std::vec
 }
 
 void run_layer_end(const Ops& ops, const void* residual, const float* rows, const float* weights, int64_t num_tokens, int64_t num_rows,
-                   const void* shared, const float* factors, float residual_scale, int64_t n, void* out, int num_threads) {
+                   const void* shared, const float* factors, float residual_scale, const Norm& block_norm, int64_t n, void* out, int num_threads) {
   const Dtype bf16 = Dtype::kBf16;
+  static thread_local Scratch norms;
+  float* const numbers = norms.of<float>(2 * n);
+  if (block_norm.weight) read_norm(ops, block_norm, n, numbers);
   Phases phases(num_threads);
   auto work = [&] {
     phases.each(0, num_tokens, [&](int64_t t) {
@@ -234,6 +244,7 @@ void run_layer_end(const Ops& ops, const void* residual, const float* rows, cons
         ops.to_float(at(shared, bf16, t * n), bf16, n, other);
         ops.steps->add(factors[t], other, n, sum);
       }
+      if (block_norm.weight) apply_norm(ops, block_norm, numbers, n, Dtype::kF32, sum);
       ops.to_float(at(residual, bf16, t * n), bf16, n, other);
       ops.steps->add(residual_scale, sum, n, other);
       ops.from_float(other, n, at(out, bf16, t * n), bf16);

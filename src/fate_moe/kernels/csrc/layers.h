@@ -1,5 +1,6 @@
 // Whole modules of a plain decoder layer, each in one call: RMSNorm, a gated MLP, attention with its KV cache.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -31,6 +32,21 @@ struct Latent {
   int64_t nope, value_dim;  // value_dim 0: it is no such attention
 };
 
+// Of a gated delta rule (Yang et al., arXiv 2412.06464; recurrent.h), which has a state of fixed size in place of keys and values. Rows of
+// `inputs` one after the other are a token's raw row, where q, k, v, z, b and a of key head h begin at starts[i] + h * steps[i]; the last
+// four are those of all value heads that share the key head. Numbers that are not matrices are copies in fp32.
+struct Delta {
+  std::vector<Weight> inputs;
+  int64_t key_heads = 0, value_heads = 0, key_dim = 0, value_dim = 0;  // value_dim 0: it is no such layer
+  int64_t kernel = 0;                                                   // rows that the convolution sees, its own among them
+  std::vector<int64_t> starts, steps;
+  std::vector<float> convolution;   // [kernel][channels], channels are all q, all k, all v
+  std::vector<float> biases, rates;  // [value_heads]: dt_bias and e^A_log
+  Norm norm;                         // of a value head's result
+
+  int64_t channels() const { return 2 * key_heads * key_dim + value_heads * value_dim; }
+};
+
 enum class Rope : int32_t { kHalves = 0, kPairs = 1, kPairsApart = 2 };  // Steps::turn, turn_pairs, and turn_pairs with `parts`
 
 struct Attention {
@@ -46,12 +62,20 @@ struct Attention {
   const void* sinks;  // [heads] of sinks_dtype: scores of no position; or null
   Dtype sinks_dtype;
   Latent latent;
+  bool norm_after_rope = false;  // q_norm and k_norm come after the turn
+  bool gated = false;            // a head of q has its queries, then as many gates, by whose sigmoid its result is multiplied
+  std::vector<float> scales;     // queries at position p are multiplied by number p / scale_every of these, or by the last; empty: they are not
+  int64_t scale_every = 1;
+  Delta delta;
 
+  float scale_at(int64_t position) const { return scales[size_t(std::min<int64_t>(position / scale_every, int64_t(scales.size()) - 1))]; }
   int64_t hidden() const { return o.place.rows; }
 };
 
 // Keys and values of one decoder layer. Block b of entry i of a batch begins, for head h, at
-// keys + i * batch_stride + b * block_stride + h * head_stride, its positions kv_row apart; strides count as that does.
+// keys + i * batch_stride + b * block_stride + h * head_stride, its positions kv_row apart; strides count as that does. Of a delta rule
+// `keys` has the inputs of the convolution, bf16 [channels, kernel] of entry i at i * batch_stride numbers, the newest last, and `values`
+// the states, fp32 [value_heads, key_dim, value_dim] of entry i at i * block_stride; of an entry without a past they are not read.
 struct Kv {
   void *keys, *values;
   int64_t batch_stride, block_stride, head_stride;
@@ -91,6 +115,7 @@ struct Layer {
   Weight shared_gate;  // [1, hidden] of numbers, address 0 where there is none
   Router routing;
   float residual_scale;  // of what attention adds: fma(residual_scale, attended, x)
+  Norm block_norm;       // of what the experts and the shared one add together; no weight: none
 };
 
 // What run_layer writes of each token; bf16 but for fp32 weights and factors.
@@ -104,9 +129,9 @@ struct LayerOut {
 void run_layer(const Ops&, const Layer&, const void* x, const std::vector<Span>& spans, const float* cos, const float* sin, const Kv&,
                const LayerOut&, bool exact, int num_threads);
 
-// What comes after: y = the weighted sum of a token's rows [num_rows] (Ops::combine), y = fma(factor, shared, y) unless shared is null,
-// out bf16 [num_tokens, n] = fma(residual_scale, y, residual), rounded once more.
+// What comes after: y = the weighted sum of a token's rows [num_rows] (Ops::combine), y = fma(factor, shared, y) unless shared is null, its
+// norm, if there is one, out bf16 [num_tokens, n] = fma(residual_scale, y, residual), rounded once more.
 void run_layer_end(const Ops&, const void* residual, const float* rows, const float* weights, int64_t num_tokens, int64_t num_rows,
-                   const void* shared, const float* factors, float residual_scale, int64_t n, void* out, int num_threads);
+                   const void* shared, const float* factors, float residual_scale, const Norm& block_norm, int64_t n, void* out, int num_threads);
 
 }  // namespace fate

@@ -150,11 +150,11 @@ void put_codes(uintptr_t x, int64_t count, int64_t n, uintptr_t to) {
 }
 
 void layer_end(uintptr_t residual, uintptr_t rows, uintptr_t weights, int64_t num_tokens, int64_t num_rows, uintptr_t shared,
-               uintptr_t factors, float residual_scale, int64_t n, uintptr_t out, int num_threads) {
+               uintptr_t factors, float residual_scale, const Norm& block_norm, int64_t n, uintptr_t out, int num_threads) {
   const Unlocked unlocked;
   run_layer_end(*chosen, reinterpret_cast<const void*>(residual), reinterpret_cast<const float*>(rows),
                 reinterpret_cast<const float*>(weights), num_tokens, num_rows, reinterpret_cast<const void*>(shared),
-                reinterpret_cast<const float*>(factors), residual_scale, n, reinterpret_cast<void*>(out), num_threads);
+                reinterpret_cast<const float*>(factors), residual_scale, block_norm, n, reinterpret_cast<void*>(out), num_threads);
 }
 
 void bind_layers(nb::module_& m) {
@@ -177,21 +177,33 @@ void bind_layers(nb::module_& m) {
   nb::class_<Latent>(m, "Latent").def_static("make", [](const Weight& q_a, const Weight& kv_a, const Weight& kv_b, int64_t nope, int64_t value_dim) {
     return Latent{q_a, kv_a, kv_b, nope, value_dim};
   });
+  nb::class_<Delta>(m, "Delta").def_static(
+      "make", [](const std::vector<const Weight*>& inputs, int64_t key_heads, int64_t value_heads, int64_t key_dim, int64_t value_dim, int64_t kernel,
+                 std::vector<int64_t> starts, std::vector<int64_t> steps, std::vector<float> convolution, std::vector<float> biases,
+                 std::vector<float> rates, const Norm& norm) {
+        Delta made = {{}, key_heads, value_heads, key_dim, value_dim, kernel, std::move(starts), std::move(steps), std::move(convolution),
+                      std::move(biases), std::move(rates), norm};
+        for (const Weight* const weight : inputs) made.inputs.push_back(*weight);
+        return made;
+      });
   nb::class_<Attention>(m, "Attention")
       .def_static(
           "make",
           [](const Weight& q, const Weight& k, const Weight& v, const Weight& o, int64_t heads, int64_t kv_heads, int64_t dim,
              int64_t rotary_dim, int64_t num_angles, int rope, float scaling, const Norm& q_norm, const Norm& k_norm,
-             bool norm_over_heads, float clip, int64_t window, uintptr_t sinks, int sinks_dtype, const Latent* latent) {
+             bool norm_over_heads, float clip, int64_t window, uintptr_t sinks, int sinks_dtype, const Latent* latent, bool norm_after_rope,
+             bool gated, std::vector<float> scales, int64_t scale_every, const Delta* delta) {
             return Attention{q, k, v, o, heads, kv_heads, dim, rotary_dim, num_angles, Rope(rope), scaling, q_norm, k_norm, norm_over_heads,
-                             clip, window, reinterpret_cast<const void*>(sinks), Dtype(sinks_dtype), latent ? *latent : Latent{}};
+                             clip, window, reinterpret_cast<const void*>(sinks), Dtype(sinks_dtype), latent ? *latent : Latent{}, norm_after_rope, gated,
+                             std::move(scales), scale_every, delta ? *delta : Delta{}};
           },
           nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-          nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg("latent").none() = nb::none());
+          nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg("latent").none() = nb::none(), nb::arg("norm_after_rope") = false,
+          nb::arg("gated") = false, nb::arg("scales") = std::vector<float>(), nb::arg("scale_every") = 1, nb::arg("delta").none() = nb::none());
   nb::class_<Layer>(m, "Layer").def_static(
       "make", [](const Norm& norm, const Norm& post_norm, const Attention& attention, const Weight& router, const Weight& shared_gate,
-                 const Router& routing, float residual_scale) {
-        return Layer{norm, post_norm, attention, router, shared_gate, routing, residual_scale};
+                 const Router& routing, float residual_scale, const Norm& block_norm) {
+        return Layer{norm, post_norm, attention, router, shared_gate, routing, residual_scale, block_norm};
       });
   m.def("layer_end", &layer_end);
   m.def("norm", &norm);

@@ -39,24 +39,29 @@ void layer(const Layer& of, uintptr_t x, const Spans& rows, uintptr_t cos, uintp
 }
 
 std::unique_ptr<StepLayer> make_layer(int64_t index, const Layer& layer, const Mlp* shared, const std::vector<const ExpertPlace*>& places,
-                                      std::vector<int> num_planes, std::vector<int32_t> place_of) {
-  auto made = std::make_unique<StepLayer>(StepLayer{index, layer, {}, {}, std::move(num_planes), std::move(place_of)});
+                                      std::vector<int> num_planes, std::vector<int32_t> place_of, int64_t angles) {
+  auto made = std::make_unique<StepLayer>(StepLayer{index, layer, {}, {}, std::move(num_planes), std::move(place_of), angles});
   if (shared) made->shared.push_back(*shared);
   for (const ExpertPlace* const place : places) made->places.push_back(*place);
   return made;
 }
 
-// `kv`: of each layer the addresses of keys and values, the strides of batch, blocks and heads, and the format.
-void step(const Step& of, uintptr_t x, const Spans& rows, uintptr_t cos, uintptr_t sin, const std::vector<int64_t>& kv,
+// `angles`: the addresses of cos and sin of each kind of rotary embedding. `kv`: of each layer the addresses of keys and values, the strides
+// of batch, blocks and heads, and the format.
+void step(const Step& of, uintptr_t x, const Spans& rows, const std::vector<uintptr_t>& angles, const std::vector<int64_t>& kv,
           const std::vector<int64_t>& wanted, uintptr_t logits, ExpertMemory& memory, bool exact, bool team, int num_threads) {
   std::vector<Kv> kvs;
   for (size_t i = 0; i + 6 <= kv.size(); i += 6)
     kvs.push_back({reinterpret_cast<void*>(kv[i]), reinterpret_cast<void*>(kv[i + 1]), kv[i + 2], kv[i + 3], kv[i + 4], KvFormat(kv[i + 5])});
+  std::vector<Angles> turned;
+  for (size_t i = 0; i + 2 <= angles.size(); i += 2)
+    turned.push_back({reinterpret_cast<const float*>(angles[i]), reinterpret_cast<const float*>(angles[i + 1])});
+  for (const StepLayer& layer : of.layers)
+    if (size_t(layer.angles) >= turned.size()) throw std::invalid_argument("a step without the angles of a layer");
   if (kvs.size() != of.layers.size() || rows.spans.empty()) throw std::invalid_argument("a step without rows, or with another number of layers");
   const Unlocked unlocked;
   run_step(used_ops(), of,
-           {reinterpret_cast<void*>(x), rows.spans, reinterpret_cast<const float*>(cos), reinterpret_cast<const float*>(sin), kvs, wanted,
-            reinterpret_cast<void*>(logits)},
+           {reinterpret_cast<void*>(x), rows.spans, turned, kvs, wanted, reinterpret_cast<void*>(logits)},
            memory, exact, team, num_threads);
 }
 
@@ -69,7 +74,7 @@ void bind_step(nb::module_& m) {
     return Kv{reinterpret_cast<void*>(keys), reinterpret_cast<void*>(values), batch_stride, block_stride, head_stride, KvFormat(format)};
   }, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg() = 0);
   nb::class_<StepLayer>(m, "StepLayer").def_static("make", &make_layer, nb::arg("index"), nb::arg("layer"), nb::arg("shared").none(),
-                                                   nb::arg("places"), nb::arg("num_planes"), nb::arg("place_of"));
+                                                   nb::arg("places"), nb::arg("num_planes"), nb::arg("place_of"), nb::arg("angles") = 0);
   nb::class_<Head>(m, "Head").def_static("make", [](const Norm& norm, const Weight& weight) { return Head{norm, weight}; });
   nb::class_<Step>(m, "Step").def_static("make", [](const std::vector<const StepLayer*>& layers, const Head* head) {
     Step made;

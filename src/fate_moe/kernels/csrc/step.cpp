@@ -63,10 +63,11 @@ void run_one(const Ops& ops, const StepLayer& of, const StepRows& rows, const Kv
   float* const outputs = own.outputs.of<float>(num_rows * top_k * hidden);
   const LayerOut out = {own.residuals.of<uint16_t>(num_rows * hidden), own.normeds.of<uint16_t>(num_rows * hidden),
                         own.choices.of<int64_t>(num_rows * top_k), weights, factors};
-  run_layer(ops, of.layer, rows.x, rows.spans, rows.cos, rows.sin, kv, out, exact, num_threads);
+  const Angles& angles = rows.angles[size_t(of.angles)];
+  run_layer(ops, of.layer, rows.x, rows.spans, angles.cos, angles.sin, kv, out, exact, num_threads);
   if (of.places.empty()) {
     if (shared) run_mlp(ops, of.shared[0], out.normed, Dtype::kBf16, num_rows, shared, exact, num_threads);
-    return run_layer_end(ops, out.residual, outputs, weights, num_rows, 0, shared, factors, of.layer.residual_scale, hidden, rows.x, num_threads);
+    return run_layer_end(ops, out.residual, outputs, weights, num_rows, 0, shared, factors, of.layer.residual_scale, of.layer.block_norm, hidden, rows.x, num_threads);
   }
   own.routed.sort(out.chosen, num_rows * top_k, int64_t(of.place_of.size()));
   const int64_t n = int64_t(own.routed.experts.size());
@@ -80,7 +81,7 @@ void run_one(const Ops& ops, const StepLayer& of, const StepRows& rows, const Kv
     missing -= count;
   }
   memory.release();
-  run_layer_end(ops, out.residual, outputs, weights, num_rows, top_k, shared, factors, of.layer.residual_scale, hidden, rows.x, num_threads);
+  run_layer_end(ops, out.residual, outputs, weights, num_rows, top_k, shared, factors, of.layer.residual_scale, of.layer.block_norm, hidden, rows.x, num_threads);
 }
 
 void run_head(const Ops& ops, const Head& head, const StepRows& rows, Between& own, bool exact, int num_threads) {

@@ -15,6 +15,7 @@ struct StepLayer {
   std::vector<ExpertPlace> places;  // of the ways in which its experts are stored
   std::vector<int> num_planes;      // of each place: all
   std::vector<int32_t> place_of;    // by expert
+  int64_t angles;                   // its place in StepRows::angles
 };
 
 // What turns the last layer's result into logits.
@@ -28,10 +29,14 @@ struct Step {
   std::vector<Head> head;         // one, or none
 };
 
+struct Angles {
+  const float *cos, *sin;  // [num_rows, num_angles]
+};
+
 struct StepRows {
   void* x;  // bf16 [num_rows, hidden]: what goes into the first layer; overwritten by what comes out of the last
   const std::vector<Span>& spans;
-  const float *cos, *sin;       // [num_rows, num_angles], the same of all layers
+  const std::vector<Angles>& angles;  // of each kind of rotary embedding
   const std::vector<Kv>& kv;    // by layer
   const std::vector<int64_t>& wanted;  // the rows whose logits are computed
   void* logits;                 // bf16 [wanted, vocabulary]

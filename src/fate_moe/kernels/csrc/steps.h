@@ -47,6 +47,15 @@ static inline int64_t attend_floats(int64_t num_rows, int64_t dim) {
   return (padded + kScaled + padded) * kPositions + 2 * (padded / kScaled + 1) * kPositions + num_rows * (padded + kPositions + kRowFloats);
 }
 
+// Rows of one sequence, one after the other, through some columns of a value head's state (kernels/recurrent.py, `delta_rule`).
+struct DeltaRows {
+  const float *q, *k, *v, *decay, *beta;  // of row t at t times their stride
+  int64_t key_stride, value_stride, gate_stride;  // of q and k, of v, of decay and beta
+  float *out, *state;                             // of row t at t * out_stride; [key_dim] rows of `columns` numbers, state_stride apart
+  int64_t out_stride, state_stride;
+  int64_t num_rows, key_dim, columns;  // a multiple of 16 columns
+};
+
 struct Steps {
   // y = x * f rounded to bf16 if `rounds`, with f = 1 / sqrt(mean of squares + eps); out = y * weight. May be in place.
   void (*normalize)(const float* x, const float* weight, int64_t n, float eps, bool rounds, float* out);
@@ -65,6 +74,15 @@ struct Steps {
   void (*put_codes)(const float* x, int64_t n, void* to);
   // As Ops::product, of a matrix of numbers.
   void (*product)(const Matrix&, const Token* tokens, int64_t num_tokens, int64_t begin, int64_t end);
+  // out[c] = silu of the sum of weights[j * stride + c] * rows[j][c] over j < kernel, fused, from 0; c < n.
+  void (*convolve)(const float* const* rows, const float* weights, int64_t stride, int64_t kernel, int64_t n, float* out);
+  // x over the root of its sum of squares and 1e-6, times `scale`.
+  void (*unit)(float* x, int64_t n, float scale);
+  // out = e^-(rate * softplus(a + bias)); may be in place of a.
+  void (*decays)(const float* a, const float* biases, const float* rates, int64_t n, float* out);
+  // x times the sigmoid of `gates`, or times their silu.
+  void (*gate)(const float* gates, bool silu, int64_t n, float* x);
+  void (*delta)(const DeltaRows&);
 };
 
 extern const Steps kAvx512Steps, kAvx2Steps, kNeonSteps, kPortableSteps;

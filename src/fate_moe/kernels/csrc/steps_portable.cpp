@@ -9,8 +9,10 @@ namespace {
 #include "steps.inc"
 #include "attend.inc"
 #include "numbers.inc"
+#include "recurrent.inc"
 }  // namespace
 
-const Steps kPortableSteps = {normalize, center, softmax, one_sigmoid, turn, turn_pairs, add, attend, put_codes, multiply_numbers};
+const Steps kPortableSteps = {normalize, center, softmax, one_sigmoid, turn, turn_pairs, add, attend, put_codes, multiply_numbers,
+                            convolve, unit, decays, gate, delta};
 
 }  // namespace fate
