@@ -116,6 +116,12 @@ class Residency:
         with self._lock:
             return self._table.missing(experts)
 
+    @property
+    def holds_all(self) -> bool:
+        """Whether each expert has a slot."""
+        with self._lock:
+            return self._table.holds_all
+
     def cancel_prefetches(self) -> None:
         """Forget the prefetches that have not begun."""
         with self._arrival:

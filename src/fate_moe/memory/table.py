@@ -53,6 +53,11 @@ class SlotTable:
         self._unlocked = [self._candidates(number, spare=False) for number in range(self._last_class + 1)]  # by class
         self._unprotected = [self._candidates(number, spare=True) for number in range(self._last_class + 1)]
 
+    @property
+    def holds_all(self) -> bool:
+        """Whether each expert of ``class_of_expert`` has a slot: none will have to give up its own."""
+        return 0 < len(self._class_of_expert) <= len(self._slots)
+
     # --- what changes the table ---
 
     def route(
@@ -72,7 +77,8 @@ class SlotTable:
         if not experts:
             return found
         layer = experts[0].layer
-        self._policy.routed(layer, [expert.expert for expert in experts], counts, num_tokens)
+        if not self.holds_all:
+            self._policy.routed(layer, [expert.expert for expert in experts], counts, num_tokens)
         touched, slots, in_flight, short, unused = self._policy.touched, self._slots, self._in_flight, self._short, self._unused
         counters, misses, arriving = self.counters, 0, 0
         for expert in experts:

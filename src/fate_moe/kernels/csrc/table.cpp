@@ -41,7 +41,7 @@ SlotTable::SlotTable(std::unique_ptr<Policy> policy, std::vector<int> class_of_s
 void SlotTable::route(int64_t layer, const int64_t* experts, int64_t n, const int64_t* counts, int64_t num_tokens,
                       const int64_t* wanted, Found* found) {
   if (!n) return;
-  policy_->routed(layer, experts, n, counts, num_tokens);
+  if (!holds_all()) policy_->routed(layer, experts, n, counts, num_tokens);
   int64_t hits = 0, arriving = 0;
   for (int64_t i = 0; i < n; ++i) {
     const ExpertKey key = {layer, experts[i]};

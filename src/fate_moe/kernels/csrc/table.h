@@ -62,6 +62,7 @@ class SlotTable {
   int64_t sections_of(const ExpertKey& key) const { return find(key).sections; }
   int class_of(const ExpertKey& key) const;
   int64_t num_in_flight() const { return num_in_flight_; }
+  bool holds_all() const { return !class_of_expert_.empty() && placed_.size() >= class_of_expert_.size(); }
   std::vector<std::pair<ExpertKey, int64_t>> slots() const;
   std::string broken() const;   // what does not hold, empty if all does
   void spoil();                 // puts a slot in two places, for tests of `broken`
