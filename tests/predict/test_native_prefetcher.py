@@ -33,7 +33,10 @@ SIZES = [EXPERTS, 12, EXPERTS, EXPERTS]
 def known(policy: Any = None, *, fitted: bool = False, dtype: torch.dtype = torch.bfloat16) -> Known:
     generator = torch.Generator().manual_seed(1)
     routers = [torch.randn(size, HIDDEN, generator=generator).to(dtype) for size in SIZES]
-    gates = [[torch.randn(size, HIDDEN + 1, generator=generator) for size in SIZES], [None] * LAYERS]
+    gates: list[list[torch.Tensor | None]] = [
+        [torch.randn(size, HIDDEN + 1, generator=generator) for size in SIZES],
+        [None] * LAYERS,
+    ]
     return Known(
         [None] * LAYERS,
         linear=routers,

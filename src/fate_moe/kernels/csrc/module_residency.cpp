@@ -287,8 +287,9 @@ void bind_counters(nb::module_& m) {
 
 void bind_table(nb::module_& m) {
   nb::class_<SlotTable>(m, "SlotTable")
-      .def("__init__", [](SlotTable* self, PolicyOnce& policy, std::vector<int> class_of_slot, const Pairs& experts, const Numbers& classes) {
-        new (self) SlotTable(policy.take(), std::move(class_of_slot), classes_of(experts, classes));
+      .def("__init__", [](SlotTable* self, PolicyOnce& policy, std::vector<int> class_of_slot, const Pairs& experts, const Numbers& classes,
+                          int64_t num_experts) {
+        new (self) SlotTable(policy.take(), std::move(class_of_slot), classes_of(experts, classes), num_experts);
       })
       .def_prop_ro("counters", [](SlotTable& of) -> Counters& { return of.counters; }, nb::rv_policy::reference_internal)
       .def("route", &route, nb::arg("experts"), nb::arg("counts").none(), nb::arg("num_tokens"), nb::arg("wanted").none())

@@ -64,7 +64,7 @@ void Interpreter::set(Interpreter* other) { interpreter = other ? other : &no_in
 
 Residency::Residency(std::shared_ptr<Source> source, std::unique_ptr<Policy> policy, Slots slots, int num_threads)
     : source_(std::move(source)),
-      table_(std::move(policy), slots.class_of, slots.class_of_expert),
+      table_(std::move(policy), slots.class_of, slots.class_of_expert, int64_t(slots.blob_bytes.size())),
       slots_(std::move(slots)),
       most_prefetching_(num_threads - 1),
       process_(this_process()) {

@@ -92,7 +92,7 @@ class Residency final : public ExpertMemory, public std::enable_shared_from_this
     std::vector<uint64_t> addresses;   // [num_slots]
     int64_t longest;                   // bytes of the longest slots
     SlotTable::Classes class_of_expert;
-    std::unordered_map<ExpertKey, int64_t, HashKey> blob_bytes;  // others are as long as the longest slots
+    std::unordered_map<ExpertKey, int64_t, HashKey> blob_bytes;  // of each expert; none: all are as long as the longest slots
     std::shared_ptr<void> owner;       // of the memory
   };
 
