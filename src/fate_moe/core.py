@@ -159,7 +159,7 @@ class EvictionPolicy(Protocol):
     The residency layer calls ``admitted`` when an expert is given a slot, ``touched`` at every lookup of an expert that has one
     (once per forward pass of its layer, also for the lookup that caused a demand read: admitted, then touched), and ``removed``
     when the slot is taken away. ``victim`` changes nothing: the caller follows with ``removed(victim)`` and ``admitted(incoming)``,
-    or with neither. ``routed`` comes once per forward pass of a layer, before its ``touched``.
+    or with neither. ``routed`` comes once per forward pass of a layer, before its ``touched``; not while every expert has a slot.
     """
 
     def routed(self, layer: int, experts: Sequence[int], counts: Sequence[int] | None = None, num_tokens: int = 1) -> None:

@@ -18,7 +18,7 @@ from fate_moe.kernels.cpu import SlotExperts
 from fate_moe.kernels.gradients import flows, frozen, refuse_transforms
 from fate_moe.memory.residency import Lease, Residency
 from fate_moe.memory.view_selector import ViewSelector
-from fate_moe.predict.prefetcher import Prefetcher
+from fate_moe.predict.native_prefetcher import make_prefetcher
 from fate_moe.turns import Turn
 
 __all__ = ["ExpertRuntime", "rows_by_expert"]
@@ -65,7 +65,7 @@ class ExpertRuntime:
         self.residency = residency
         self.passing = Turn()
         self.view_selector = view_selector
-        self._prefetcher = Prefetcher(residency, predictor, len(routers), look_ahead=look_ahead)
+        self._prefetcher = make_prefetcher(residency, predictor, len(routers), look_ahead)
         self._routers = routers
         self._slots = slots
         self.num_experts = num_experts
@@ -73,7 +73,8 @@ class ExpertRuntime:
         self._journal: Journal | None = None  # while somebody observes
         self._check = check
         self._top_k, self._hidden = top_k, 0
-        self._watching = False
+        self.is_watched = False  # a step in C++ calls Python for each layer of this pass
+        self._watcher = "none"  # what watches ``memory``
         self._in_step: list[int] = []  # the experts of the block that a step runs, as it named them
         # The object that a step in C++ asks for experts (csrc/expert_memory.h); None where the extension is not built.
         self.memory: Any = getattr(residency, "native", None)
@@ -151,7 +152,7 @@ class ExpertRuntime:
         """``compute``, and with how many planes each expert was computed."""
         rows, lease = self._acquire(layer, index, routing_weights)
         if self._journal is not None:
-            self._journal.routed(layer, index, routing_weights, lease.lookups, self._prefetcher.predicted.get(layer, ()))
+            self._journal.routed(layer, index, routing_weights, lease.lookups, self._prefetcher.prediction_of(layer))
         outputs = self._slots.outputs(layer, experts, hidden, index.numel())
         num_planes: dict[int, int | None] = {}
         try:
@@ -226,7 +227,7 @@ class ExpertRuntime:
         asked = [ExpertId(layer, expert) for expert in experts]
         lease = self.residency.acquire(asked, None if num_tokens == 1 else counts, num_tokens, sections=sections)
         if self._journal is not None:
-            self._journal.routed(layer, index, gates, lease.lookups, self._prefetcher.predicted.get(layer, ()))
+            self._journal.routed(layer, index, gates, lease.lookups, self._prefetcher.prediction_of(layer))
         self._prefetcher.look_ahead(layer, hidden)
         return lease.native  # type: ignore[attr-defined]
 
@@ -236,11 +237,17 @@ class ExpertRuntime:
         self._finish(layer, self._in_step)
 
     def _watch(self) -> None:
-        """A pass begins: let a step in C++ call ``begin_step`` and ``end_step`` if they have anything to do."""
-        watches = self._journal is not None or self._check or self._prefetcher.prefetching or self.view_selector.policy is not None
-        if watches == self._watching:
+        """A pass begins: let a step in C++ look ahead by itself, or call ``begin_step`` and ``end_step`` if only they can do it."""
+        prefetcher = self._prefetcher
+        self.is_watched = self._journal is not None or self._check or self.view_selector.policy is not None
+        self.is_watched |= prefetcher.prefetching and prefetcher.native is None
+        watcher = "python" if self.is_watched else "native" if prefetcher.prefetching else "none"
+        if watcher == self._watcher:
             return
-        self._watching, me = watches, weakref.ref(self)  # the extension's references are not seen by the garbage collector
+        self._watcher, me = watcher, weakref.ref(self)  # the extension's references are not seen by the garbage collector
+        if watcher == "native":
+            prefetcher.native.watch(self.memory)
+            return
 
         def begin(*args: Any) -> Any:
             runtime = me()
@@ -252,16 +259,11 @@ class ExpertRuntime:
             assert runtime is not None
             runtime.end_step(*args)
 
-        self.memory.watch(begin if watches else None, end if watches else None)
+        self.memory.watch(begin if self.is_watched else None, end if self.is_watched else None)
 
     def has_fused(self, layer: int, experts: Any) -> bool:
         """Whether a step in C++ may run ``layer``: all its experts have fused kernels."""
         return self._slots.has_fused(layer, experts)
-
-    @property
-    def is_watched(self) -> bool:
-        """Whether a step in C++ calls Python for each layer of this pass."""
-        return self._watching
 
     def takes_many(self, layer: int, experts: Any) -> bool:
         """Whether kernels are the way for any number of tokens of ``layer``'s experts."""

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +24,9 @@ from fate_moe.memory.policies import LRU
 from fate_moe.memory.residency import Residency
 from fate_moe.memory.slots import SlotArena
 from fate_moe.registry import make_policy
+from fate_moe.store.convert import convert
+from tests.support.checkpoints import tiny_checkpoint
+from tests.support.engines import load_model
 from tests.support.sources import MemorySource, SourceDouble, marked_blobs
 
 pytestmark = pytest.mark.skipif(native is None, reason="the extension is not built")
@@ -187,3 +191,38 @@ def test_observers_and_counts_see_what_a_step_runs(loaded: Callable[..., Any]) -
         assert torch.equal(block.weights, weights)
     added = [after - old for after, old in zip(runtime.view_selector.uses(), before, strict=True)]
     assert [added[1], added[3], sum(added)] == [3, 3, 12], "counted with and without Python"
+
+
+def test_a_pass_that_reads_ahead_calls_no_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same logits and counts as by the calls that observers make; and nothing is predicted once all experts are there."""
+    store = convert(tiny_checkpoint("qwen2_moe", tmp_path / "checkpoint", torch.bfloat16), tmp_path / "store", "int4")
+    ids = torch.randint(0, 60, (1, 6), generator=torch.Generator().manual_seed(0))
+
+    @torch.no_grad()
+    def logits(model: Any) -> torch.Tensor:
+        out, rows = model(ids, use_cache=True), []
+        for token in ids[0]:
+            out = model(token.view(1, 1), past_key_values=out.past_key_values, use_cache=True)
+            rows.append(out.logits[0, -1])
+        return torch.stack(rows)
+
+    model = load_model(store, expert_cache="50%", preset="best", context_length=64)
+    runtime = model.fate.runtime
+    with runtime.observe(Watch()):
+        want = logits(model)
+    uses, prefetched = sum(runtime.view_selector.uses()), model.fate.counters().prefetched
+    monkeypatch.setattr(type(runtime), "begin_step", None)
+    assert torch.equal(logits(model), want)
+    assert sum(runtime.view_selector.uses()) == 2 * uses
+    assert model.fate.counters().prefetched > prefetched
+    model.fate.close()
+
+    whole = load_model(store, expert_cache="100%", preset="best", context_length=64)
+    runtime = whole.fate.runtime
+    for layer, size in enumerate(runtime.num_experts):
+        lease = runtime.residency.acquire([ExpertId(layer, expert) for expert in range(size)])
+        assert len(list(lease.arrivals())) == size
+        lease.release()
+    assert torch.equal(logits(whole), want)
+    assert whole.fate.counters().predicting_seconds == 0
+    whole.fate.close()

@@ -54,8 +54,9 @@ class Journal(EvictionPolicy):
 class Model:
     """The rules, one record an expert; only what design.md says, with no thought of speed."""
 
-    def __init__(self, policy: Journal, class_of_slot: list[int], class_of_expert: dict[ExpertId, int]) -> None:
+    def __init__(self, policy: Journal, class_of_slot: list[int], class_of_expert: dict[ExpertId, int], num_experts: int) -> None:
         self.policy, self.class_of_slot, self.class_of_expert = policy, class_of_slot, class_of_expert
+        self.num_experts = num_experts
         self.slot: dict[ExpertId, int] = {}
         self.state = dict.fromkeys(ALL, "missing")
         self.sections = dict.fromkeys(ALL, 0)
@@ -69,7 +70,8 @@ class Model:
     ) -> list[Lookup]:
         if not experts:
             return []
-        self.policy.routed(experts[0].layer, [e.expert for e in experts], counts, num_tokens)
+        if not 0 < self.num_experts <= sum(state != "missing" for state in self.state.values()):
+            self.policy.routed(experts[0].layer, [e.expert for e in experts], counts, num_tokens)
         self.protected = {e for e in self.protected if e.layer != experts[0].layer}
         return [self.look_up(expert, wanted.get(expert, WHOLE)) for expert in experts]
 
@@ -142,8 +144,11 @@ class Model:
 class Native:
     """The extension's table, with the face of its twin."""
 
-    def __init__(self, policy: EvictionPolicy, class_of_slot: list[int], class_of_expert: dict[ExpertId, int]) -> None:
-        self.native = native.SlotTable(native_policy(policy), class_of_slot, list(class_of_expert), list(class_of_expert.values()))
+    def __init__(
+        self, policy: EvictionPolicy, class_of_slot: list[int], class_of_expert: dict[ExpertId, int], num_experts: int
+    ) -> None:
+        experts, classes = list(class_of_expert), list(class_of_expert.values())
+        self.native = native.SlotTable(native_policy(policy), class_of_slot, experts, classes, num_experts)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.native, name)
@@ -223,20 +228,21 @@ class TableMachine(RuleBasedStateMachine):
         policy=st.sampled_from(list(POLICIES)),
         slots=st.lists(st.integers(1, 4), min_size=1, max_size=2),
         others=st.sets(st.sampled_from(ALL)),
+        num_experts=st.sampled_from([0, 2, len(ALL)]),  # with 2 it is as if the others never came
     )
-    def begin_with(self, policy: str, slots: list[int], others: set[ExpertId]) -> None:
+    def begin_with(self, policy: str, slots: list[int], others: set[ExpertId], num_experts: int) -> None:
         class_of_slot = [number for number, count in enumerate(slots) for _ in range(count)]
         last = len(slots) - 1
         classes = {expert: 0 if expert in others else last for expert in ALL}
         sizes = [NUM_EXPERTS] * NUM_LAYERS
         mine, its = (Journal(make_policy(policy, len(class_of_slot), sizes)) for _ in range(2))
-        self.model = Model(mine, class_of_slot, classes)
+        self.model = Model(mine, class_of_slot, classes, num_experts)
         given = {e: n for e, n in classes.items() if n != last}  # those of the last class may be omitted
-        self.table: Any = SlotTable(its, class_of_slot, given)
+        self.table: Any = SlotTable(its, class_of_slot, given, num_experts)
         self.policy = its
         if native is not None:
             other = make_policy(policy, len(class_of_slot), sizes)
-            self.table = Twins(self.table, Native(other, class_of_slot, given))
+            self.table = Twins(self.table, Native(other, class_of_slot, given, num_experts))
 
     @rule(
         layer=st.integers(0, NUM_LAYERS - 1),

@@ -15,6 +15,7 @@ class Idle:
     """Slots from which nothing is ever missing."""
 
     read_seconds = 0.001
+    holds_all = False
 
     def __init__(self) -> None:
         self.counters = Counters()

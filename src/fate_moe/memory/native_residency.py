@@ -193,6 +193,10 @@ class Residency:
         found: list[bool] = self.native.missing(experts)
         return found
 
+    @property
+    def holds_all(self) -> bool:
+        return bool(self.native.holds_all())
+
     def cancel_prefetches(self) -> None:
         self.native.cancel_prefetches()
 

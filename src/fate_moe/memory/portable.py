@@ -51,9 +51,8 @@ class Residency:
         self._lock = threading.Lock()
         self._arrival = threading.Condition(self._lock)
         self._blob_bytes = blob_bytes or {}
-        self._table = SlotTable(
-            policy, arena.class_of, {expert: arena.class_for(length) for expert, length in self._blob_bytes.items()}
-        )
+        classes = {expert: arena.class_for(length) for expert, length in self._blob_bytes.items()}
+        self._table = SlotTable(policy, arena.class_of, classes, len(classes))
         self.counters = self._table.counters
         self._waiting: dict[ExpertId, list[Lease]] = {}  # that wait for an arrival
         self._probability: dict[ExpertId, float] = {}  # of queued prefetches
@@ -115,6 +114,12 @@ class Residency:
         """Which of ``experts`` are neither resident nor in flight."""
         with self._lock:
             return self._table.missing(experts)
+
+    @property
+    def holds_all(self) -> bool:
+        """Whether each expert has a slot."""
+        with self._lock:
+            return self._table.holds_all
 
     def cancel_prefetches(self) -> None:
         """Forget the prefetches that have not begun."""

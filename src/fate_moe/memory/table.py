@@ -33,13 +33,21 @@ class SlotTable:
     """
 
     def __init__(
-        self, policy: EvictionPolicy, class_of_slot: Sequence[int], class_of_expert: Mapping[ExpertId, int] | None = None
+        self,
+        policy: EvictionPolicy,
+        class_of_slot: Sequence[int],
+        class_of_expert: Mapping[ExpertId, int] | None = None,
+        num_experts: int = 0,
     ) -> None:
-        """``class_of_slot`` [num_slots]: the class of each slot, from 0. Experts that ``class_of_expert`` omits are of the last."""
+        """``class_of_slot`` [num_slots]: the class of each slot, from 0. Experts that ``class_of_expert`` omits are of the last.
+
+        ``num_experts``: of the model; 0 where that is not known.
+        """
         self.counters = Counters()  # hits, in_flight, misses, upgrades, prefetched and prefetch_used are counted here
         self._policy = policy
         self._class_of_slot = list(class_of_slot)
         self._class_of_expert = class_of_expert or {}
+        self._num_experts = num_experts
         self._last_class = max(class_of_slot)
         self._free: list[list[int]] = [[] for _ in range(self._last_class + 1)]  # by class, the next one to be taken last
         for slot in reversed(range(len(self._class_of_slot))):
@@ -52,6 +60,11 @@ class SlotTable:
         self._unused: set[ExpertId] = set()
         self._unlocked = [self._candidates(number, spare=False) for number in range(self._last_class + 1)]  # by class
         self._unprotected = [self._candidates(number, spare=True) for number in range(self._last_class + 1)]
+
+    @property
+    def holds_all(self) -> bool:
+        """Whether each expert of the model has a slot: none will have to give up its own, so the policy need not count uses."""
+        return 0 < self._num_experts <= len(self._slots)
 
     # --- what changes the table ---
 
@@ -72,7 +85,8 @@ class SlotTable:
         if not experts:
             return found
         layer = experts[0].layer
-        self._policy.routed(layer, [expert.expert for expert in experts], counts, num_tokens)
+        if not self.holds_all:
+            self._policy.routed(layer, [expert.expert for expert in experts], counts, num_tokens)
         touched, slots, in_flight, short, unused = self._policy.touched, self._slots, self._in_flight, self._short, self._unused
         counters, misses, arriving = self.counters, 0, 0
         for expert in experts:

@@ -22,14 +22,14 @@ class Blend:
     Logistic regression from the sources' scores of all experts to the chosen experts: one Newton step per token that is learned
     from, starting at the weights ``start``. (Least squares depend too little on the few experts at the border between chosen and
     not, and gave recent use no weight.) A source that adds no information to the others gets weight 0, however good it is alone;
-    weights are never negative.
+    weights are never negative. In double, as its twin csrc/chances.cpp, so that the order of sums does not show in the weights.
     """
 
     def __init__(self, size: int, start: Sequence[float]) -> None:
-        weights = np.array(start, np.float32)
-        self.weights: Floats = np.tile(weights / weights[0], (size, 1))
-        self._slopes: Floats = np.tile(np.append(np.float32(SLOPE) * weights, np.float32(0)), (size, 1))  # the last one: intercept
-        self._squares: Floats = np.tile(np.float32(PRIOR) * np.eye(len(weights) + 1, dtype=np.float32), (size, 1, 1))
+        weights = np.array(start)
+        self.weights: Floats = np.tile((weights / weights[0]).astype(np.float32), (size, 1))
+        self._slopes: NDArray[np.float64] = np.tile(np.append(SLOPE * weights, 0), (size, 1))  # the last one: intercept
+        self._squares: NDArray[np.float64] = np.tile(PRIOR * np.eye(len(weights) + 1), (size, 1, 1))
         self._turn = np.arange(size) % LEARN_EVERY
 
     def is_due(self, which: int) -> bool:
@@ -39,7 +39,7 @@ class Blend:
 
     def learn(self, which: int, scores: Sequence[Floats], used: Sequence[int]) -> None:
         """Update set ``which``: ``scores`` are [E] by source, and the experts in ``used`` were chosen."""
-        rows = np.stack([*scores, np.ones_like(scores[0])])  # [S + 1, E]
+        rows = np.stack([*scores, np.ones_like(scores[0])]).astype(np.float64)  # [S + 1, E]
         slopes = self._slopes[which]
         probabilities = 1 / (1 + np.exp(-np.clip(slopes @ rows, -30, 30)))
         self._squares[which] += (rows * (probabilities * (1 - probabilities))) @ rows.T

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fate_moe.predict.gates import Scorer, affine
+from fate_moe.predict.gates import Affine, Scorer
 
 __all__ = ["Forecast", "forecast_source"]
 
@@ -27,9 +27,9 @@ class Forecast(Scorer):
         sizes = [len(weight) for weight in weights]
         hidden = (weights[0].shape[1] - 1) // 2
         token_weights = torch.cat([weight[:, [*range(hidden), -1]] for weight in weights])
-        self._token_map = affine(token_weights)  # D -> the experts of all layers, with their biases
+        self._token_map = Affine(token_weights)  # D -> the experts of all layers, with their biases
         nothing = torch.zeros(max(sizes), 1, dtype=weights[0].dtype)
-        self._layer_maps = [affine(torch.cat([w[:, hidden:-1], nothing[: len(w)]], 1)) for w in weights]  # D -> one layer's experts
+        self._layer_maps = [Affine(torch.cat([w[:, hidden:-1], nothing[: len(w)]], 1)) for w in weights]  # D -> one layer's experts
         self._sizes = sizes
         # Router inputs: those of the previous token, and those of this one, of the layers that have run.
         self._previous, self._current = (torch.zeros(len(sizes), hidden, dtype=torch.float32) for _ in range(2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from fate_moe.core import Routing
 from fate_moe.kernels.native import BF16, DTYPES, multiplies_bf16, native
 
-__all__ = ["FittedGates", "LinearRouters", "RouterScorer", "Scorer", "Scorers", "affine"]
+__all__ = ["Affine", "FittedGates", "LinearMap", "LinearRouters", "NotLinear", "RouterScorer", "Scorer", "Scorers"]
 
 
 class Scorer(Protocol):
@@ -23,6 +24,27 @@ class Scorer(Protocol):
         """``layer``'s router chose the experts ``routed``."""
         return
 
+    def map(self, layer: int, ahead: int) -> LinearMap | NotLinear | None:
+        """What ``scores`` computes in the extension; None where it has no scores."""
+        return NotLinear()
+
+
+@dataclass(frozen=True)
+class LinearMap:
+    """The product of ``weight`` bf16 [E, D] with a router input, times ``ratio`` [D] in the input's dtype, plus ``bias`` [E]."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    ratio: torch.Tensor | None = None
+
+
+class NotLinear:
+    """Scores that the extension does not compute."""
+
+
+def _linear_map(weight: torch.Tensor, bias: torch.Tensor | None = None, ratio: torch.Tensor | None = None) -> LinearMap | NotLinear:
+    return LinearMap(weight, bias, ratio) if _is_native(weight) else NotLinear()
+
 
 class FittedGates(Scorer):
     """Affine maps [E, D + 1] by layer and look-ahead, from the router input that many layers before.
@@ -32,11 +54,18 @@ class FittedGates(Scorer):
     """
 
     def __init__(self, *by_ahead: Sequence[torch.Tensor | None]) -> None:
-        self._maps = [[None if weight is None else affine(weight) for weight in weights] for weights in by_ahead]
+        self._maps = [[None if weight is None else Affine(weight) for weight in weights] for weights in by_ahead]
 
     def scores(self, layer: int, router_input: torch.Tensor, ahead: int = 1) -> torch.Tensor | None:
-        product = self._maps[ahead - 1][layer] if ahead <= len(self._maps) else None
-        return None if product is None else product(router_input)
+        gate = self._gate(layer, ahead)
+        return None if gate is None else gate(router_input)
+
+    def map(self, layer: int, ahead: int) -> LinearMap | NotLinear | None:
+        gate = self._gate(layer, ahead)
+        return None if gate is None else _linear_map(gate.weight, gate.bias)
+
+    def _gate(self, layer: int, ahead: int) -> Affine | None:
+        return self._maps[ahead - 1][layer] if ahead <= len(self._maps) else None
 
 
 class RouterScorer(Scorer):
@@ -63,6 +92,9 @@ class Scorers(Scorer):
         for scorer in self._scorers:
             scorer.observe(layer, routed)
 
+    def map(self, layer: int, ahead: int) -> LinearMap | NotLinear | None:
+        return next((found for scorer in self._scorers if (found := scorer.map(layer, ahead)) is not None), None)
+
 
 class LinearRouters(Scorer):
     """As RouterScorer, for routers that are one matrix [E, D] each, without softmax and top-k; the matrices are not copied.
@@ -83,6 +115,12 @@ class LinearRouters(Scorer):
         x = router_input if self._norms is None else router_input * self._ratio(layer - ahead, layer, router_input.dtype)
         return self._products[layer](x)
 
+    def map(self, layer: int, ahead: int) -> LinearMap | NotLinear | None:
+        if layer < ahead:
+            return None
+        ratio = None if self._norms is None else self._ratio(layer - ahead, layer, torch.float32)
+        return _linear_map(self._routers[layer], None, ratio)
+
     def matrix(self, layer: int, ahead: int) -> torch.Tensor:
         """The matrix of ``scores`` in the form of FittedGates, [E, D + 1]. ``layer`` must be at least ``ahead``."""
         weight = self._routers[layer].float()
@@ -101,16 +139,26 @@ class LinearRouters(Scorer):
         return ratio
 
 
-def affine(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """x [n, D] -> [n, E] fp32 by ``weight`` [E, D + 1], the bias last; in bf16 if the extension multiplies bf16 at this width."""
-    matrix, bias = weight[:, :-1], weight[:, -1].float().contiguous()
-    return _product(matrix.to(torch.bfloat16 if multiplies_bf16(matrix.shape[1]) else torch.float32).contiguous(), bias)
+class Affine:
+    """x [n, D] -> [n, E] fp32 by a matrix [E, D + 1], the bias last; in bf16 if the extension multiplies bf16 at this width."""
+
+    def __init__(self, matrix: torch.Tensor) -> None:
+        matrix, self.bias = matrix[:, :-1], matrix[:, -1].float().contiguous()
+        self.weight = matrix.to(torch.bfloat16 if multiplies_bf16(matrix.shape[1]) else torch.float32).contiguous()
+        self._product = _product(self.weight, self.bias)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self._product(x)
+
+
+def _is_native(weight: torch.Tensor) -> bool:
+    return multiplies_bf16(weight.shape[1]) and weight.dtype == torch.bfloat16 and weight.is_contiguous()
 
 
 def _product(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
     """x [n, D] -> [n, E] fp32 by ``weight`` [E, D] and ``bias`` [E], which are not copied."""
     rows, columns = weight.shape
-    if not multiplies_bf16(columns) or weight.dtype != torch.bfloat16 or not weight.is_contiguous():
+    if not _is_native(weight):
         full = weight.float()
         return lambda x: torch.nn.functional.linear(x.float(), full, bias)
     place: Any = native.Place.make(BF16, rows, columns, [0], 0, 0, -1, 0)

@@ -19,7 +19,7 @@ from fate_moe.predict.probability import ExpectedUses, ProbabilityPredictor
 from fate_moe.predict.recursive import RecursiveRouters
 from fate_moe.predict.temporal import Temporal
 
-__all__ = ["Known"]
+__all__ = ["Counting", "Known"]
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def combined(sizes: Sequence[int], top_k: int, known: Known, look_ahead: int) ->
     own = RoutingStatistics(sizes, co_activation=False) if known.history is None else None
     history = known.history if own is None else own
     predictor = ProbabilityPredictor(scorer, sizes, top_k, look_ahead=look_ahead, history=history, forecast=whole_token)
-    return predictor if own is None else _Counting(predictor, own, top_k)
+    return predictor if own is None else Counting(predictor, own, top_k)
 
 
 def _best_routers(known: Known) -> Scorer:
@@ -95,16 +95,16 @@ def _best_routers(known: Known) -> Scorer:
     return RouterScorer(known.routers) if known.linear is None else LinearRouters(known.linear, known.norms)
 
 
-class _Counting:
+class Counting:
     """A predictor with statistics of its own, where the policy has none."""
 
     gives_probabilities = True
 
     def __init__(self, predictor: ProbabilityPredictor, statistics: RoutingStatistics, top_k: int) -> None:
-        self._predictor, self._statistics, self._top_k = predictor, statistics, top_k
+        self.predictor, self._statistics, self.top_k = predictor, statistics, top_k
         self.predict = predictor.predict
 
     def observe(self, layer: int, routed: Sequence[int]) -> None:
-        self._predictor.observe(layer, routed)
-        if len(routed) <= self._top_k:
+        self.predictor.observe(layer, routed)
+        if len(routed) <= self.top_k:
             self._statistics.routed(layer, routed)

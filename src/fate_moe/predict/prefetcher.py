@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fate_moe.core import Counters, ExpertId, Predictor
 from fate_moe.predict.null import NoPrediction
@@ -33,6 +33,10 @@ class Slots(Protocol):
 
     def cancel_prefetches(self) -> None:
         """Forget the prefetches that have not begun."""
+
+    @property
+    def holds_all(self) -> bool:
+        """Whether each expert has a slot."""
 
 
 class Trial:
@@ -108,7 +112,12 @@ class Trial:
 
 
 class Prefetcher:
-    """Predicts the next layers' experts and queues the reads that pay, nearer layers first. Called from one thread."""
+    """Predicts the next layers' experts and queues the reads that pay, nearer layers first. Called from one thread.
+
+    ``native``: what a step in C++ uses instead (native_prefetcher.py).
+    """
+
+    native: Any = None
 
     def __init__(
         self,
@@ -142,16 +151,26 @@ class Prefetcher:
         if self._preloading:
             self._preloading = False
             self._residency.cancel_prefetches()
-        if self._trial is not None:
+        if self._residency.holds_all:
+            self._prefetching = False
+            if self._trial is not None:
+                self._trial.pause()
+        elif self._trial is not None:
             if embeddings.shape[0] == 1:
                 self._prefetching = self._trial.token(self._clock(), self._lost(), self._residency.counters.predicting_seconds)
             else:
                 self._trial.pause()
                 self._prefetching = True
-        self._entered = None
-        self.predicted.clear()
+        else:
+            self._prefetching = not self.idle
+        self._begin()
         if self._prefetching:
             self._read(-1, embeddings)
+
+    def _begin(self) -> None:
+        """Nothing is known of this pass."""
+        self._entered = None
+        self.predicted.clear()
 
     @property
     def prefetching(self) -> bool:
@@ -187,9 +206,17 @@ class Prefetcher:
             self.predictor.observe(layer, routed)
             self._residency.counters.predicting_seconds += self._clock() - began
 
+    def layer_seconds(self, num_tokens: int) -> float:
+        """One layer's time for ``num_tokens`` tokens without its stalls; 0.0 before it is known."""
+        return self._layer_seconds.get(num_tokens.bit_length(), 0.0)
+
+    def prediction_of(self, layer: int) -> Sequence[tuple[int, float]]:
+        """The last prediction of ``layer`` in this pass."""
+        return self.predicted.get(layer, ())
+
     def affordable(self, num_tokens: int) -> float:
         """How many experts can be read while one layer computes ``num_tokens`` tokens; 0.0 before that is known."""
-        window, read_seconds = self._layer_seconds.get(num_tokens.bit_length(), 0.0), self._residency.read_seconds
+        window, read_seconds = self.layer_seconds(num_tokens), self._residency.read_seconds
         return window / read_seconds if read_seconds else 0.0
 
     def _read(self, layer: int, router_input: torch.Tensor) -> None:
@@ -203,7 +230,7 @@ class Prefetcher:
 
     def _predict(self, layer: int, router_input: torch.Tensor, ahead: int, queued: int) -> int:
         """Queue reads of ``layer`` behind ``queued`` others; how many."""
-        layer_seconds = self._layer_seconds.get(router_input.shape[0].bit_length(), 0.0)
+        layer_seconds = self.layer_seconds(len(router_input))
         read_seconds = self._residency.read_seconds
         if ahead > 1 and not (ahead - 1) * layer_seconds < MAX_MISSING * read_seconds:
             return 0  # predicting it one layer later is early enough

@@ -55,46 +55,46 @@ class ProbabilityPredictor:
         history: ExpectedUses | None = None,
         forecast: Scorer | None = None,
     ) -> None:
-        self._scorer = scorer
-        self._forecast = forecast
-        self._history = history
-        self._sizes = list(experts_per_layer)
-        self._num_layers = len(self._sizes)
-        self._top_k = [min(top_k, size - 1) or 1 for size in self._sizes]
-        self._look_ahead = look_ahead
-        self._probabilities = ScoreProbabilities(self._num_layers * look_ahead, max(self._sizes))
+        self.scorer = scorer
+        self.forecast = forecast
+        self.history = history
+        self.sizes = list(experts_per_layer)
+        self._num_layers = len(self.sizes)
+        self.top_k = [min(top_k, size - 1) or 1 for size in self.sizes]
+        self.look_ahead = look_ahead
+        self._probabilities = ScoreProbabilities(self._num_layers * look_ahead, max(self.sizes))
         self._predicted: dict[int, NDArray[np.int8]] = {}  # bins of the experts' scores, by (look-ahead - 1) * layers + layer
         start = [1.0, *([HISTORY] if history is not None else []), *([FORECAST] if forecast is not None else [])]
         self._blend = Blend(self._num_layers * look_ahead, start)
         self._source_scores: dict[int, list[Floats]] = {}  # [E] by source, where every source had scores
 
     def observe(self, layer: int, routed: Sequence[int]) -> None:
-        one_token = len(routed) <= self._top_k[layer]
-        for which in range(layer, self._num_layers * self._look_ahead, self._num_layers):
+        one_token = len(routed) <= self.top_k[layer]
+        for which in range(layer, self._num_layers * self.look_ahead, self._num_layers):
             bins, sources = self._predicted.pop(which, None), self._source_scores.pop(which, None)
             if bins is not None and one_token:
                 self._probabilities.learn(which, bins, list(routed))
                 if sources is not None and self._blend.is_due(which):
                     self._blend.learn(which, sources, routed)
         if one_token:
-            self._scorer.observe(layer, routed)
+            self.scorer.observe(layer, routed)
 
     def predict(self, layer: int, router_input: torch.Tensor, ahead: int = 1) -> list[tuple[int, float]]:
-        if ahead > self._look_ahead or (ahead > 1 and len(router_input) > 1):
+        if ahead > self.look_ahead or (ahead > 1 and len(router_input) > 1):
             return []
-        scored = self._scorer.scores(layer, router_input, ahead)
+        scored = self.scorer.scores(layer, router_input, ahead)
         scores = None if scored is None else scored.float().numpy(force=True)
-        far = None if self._forecast is None else self._forecast.scores(layer, router_input, ahead)
+        far = None if self.forecast is None else self.forecast.scores(layer, router_input, ahead)
         if len(router_input) > 1:
             return [] if scores is None else self._predict_many(layer, scores)
         sources: dict[int, Floats] = {}  # [E] by source's index in the blend
         if scores is not None:
-            sources[0] = self._distance(layer, scores[0])
-        if self._history is not None:
-            uses = np.maximum(self._history.expected_uses[layer, : self._sizes[layer]], 0.0)
-            sources[1] = np.log(uses + np.float32(0.01)) + np.float32(2)
+            sources[0] = self._distances(layer, scores)[0]
+        if self.history is not None:
+            uses = np.maximum(self.history.expected_uses[layer, : self.sizes[layer]], 0.0)
+            sources[1] = np.log(uses + np.float32(0.01), dtype=np.float64).astype(np.float32) + np.float32(2)
         if far is not None:
-            sources[len(self._blend.weights[0]) - 1] = self._distance(layer, far.numpy(force=True)[0])
+            sources[len(self._blend.weights[0]) - 1] = self._distances(layer, far.numpy(force=True))[0]
         if not sources:
             return []
         which = (ahead - 1) * self._num_layers + layer
@@ -116,23 +116,21 @@ class ProbabilityPredictor:
             self._source_scores[which] = list(sources.values())
         return distance
 
-    def _distance(self, layer: int, scores: Floats) -> Floats:
-        """[num_experts]: distances from the border, in standard deviations."""
-        k = self._top_k[layer]
-        ordered = np.sort(scores)
-        border = 0.5 * (ordered[-k] + ordered[-k - 1])
-        mean = scores.sum() / len(scores)
-        spread = np.sqrt(max(float(scores.dot(scores)) / len(scores) - mean * mean, 0.0)) + 1e-6
-        return np.asarray((scores - border) * np.float32(1 / spread), np.float32)
+    def _distances(self, layer: int, scores: Floats) -> Floats:
+        """[num_tokens, num_experts]: distances from the border, in standard deviations."""
+        k = self.top_k[layer]
+        ordered = np.partition(scores, (-k - 1, -k), axis=1)
+        border = 0.5 * (ordered[:, -k - 1] + ordered[:, -k])
+        wide = scores.astype(np.float64)
+        spread = np.sqrt(np.maximum((wide * wide).mean(1) - wide.mean(1) ** 2, 0.0)) + 1e-6
+        return np.asarray((scores - border[:, None]) * (1 / spread).astype(np.float32)[:, None], np.float32)
 
     def _predict_many(self, layer: int, scores: Floats) -> list[tuple[int, float]]:
         """The probabilities that at least one of many tokens chooses each expert, from ``scores`` [num_tokens, num_experts]."""
-        k = self._top_k[layer]
-        ordered = np.partition(scores, (-k - 1, -k), axis=1)
-        border = 0.5 * (ordered[:, -k - 1] + ordered[:, -k])
-        distance = np.asarray((scores - border[:, None]) / (scores.std(1, keepdims=True) + 1e-6), np.float32)
-        votes = self._probabilities.rates[layer][ScoreProbabilities.bins(distance)].sum(0)
-        probabilities = (1 - np.exp(-votes)) * (1 - 1e-3) + 1e-3 * votes / (votes.max() + 1e-6)  # the second term breaks ties
+        bins = ScoreProbabilities.bins(self._distances(layer, scores))
+        votes = self._probabilities.rates[layer][bins].sum(0, dtype=np.float64)
+        chances = (1 - np.exp(-votes)) * (1 - 1e-3) + 1e-3 * votes / (votes.max() + 1e-6)  # the second term breaks ties
+        probabilities = chances.astype(np.float32)
         likely = (probabilities > MIN_PROBABILITY).nonzero()[0]
         likely = likely[(-probabilities[likely]).argsort(kind="stable")]
         return list(zip(likely.tolist(), np.clip(probabilities[likely], 0, 1).tolist(), strict=True))

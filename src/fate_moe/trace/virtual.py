@@ -79,6 +79,11 @@ class VirtualResidency:
             table.protect(expert)
         return queued
 
+    @property
+    def holds_all(self) -> bool:
+        """See ``memory.portable``."""
+        return self._table.holds_all
+
     def missing(self, experts: Sequence[ExpertId]) -> list[bool]:
         """As Residency.missing."""
         return self._table.missing(experts)

@@ -253,5 +253,6 @@ NB_MODULE(_native, m) {
   bind_layers(m);
   bind_residency(m);
   bind_step(m);
+  bind_predict(m);
   bind_watch(m);
 }

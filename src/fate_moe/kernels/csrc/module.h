@@ -19,6 +19,7 @@ struct Spans {
 };
 
 void bind_step(nanobind::module_& m);
+void bind_predict(nanobind::module_& m);  // after what it uses: bind_residency
 void bind_watch(nanobind::module_& m);
 
 }  // namespace fate

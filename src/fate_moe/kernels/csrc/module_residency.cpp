@@ -10,6 +10,7 @@
 
 #include "checksum.h"
 #include "disk_source.h"
+#include "held.h"
 #include "residency.h"
 #include "unlocked.h"
 #include "statistics.h"
@@ -59,26 +60,6 @@ void check_interpreter() {
 #endif
   if (ends || !Py_IsInitialized()) throw std::runtime_error("the interpreter ends");
 }
-
-// An object that may be let go by a thread without the interpreter's lock.
-class Held {
- public:
-  explicit Held(nb::object object) : object_(std::move(object)) {}
-  ~Held() {
-    if (!Py_IsInitialized()) {
-      object_.release();
-      return;
-    }
-    const nb::gil_scoped_acquire acquire;
-    object_.reset();
-  }
-  Held(const Held&) = delete;
-  Held& operator=(const Held&) = delete;
-  const nb::object& operator*() const { return object_; }
-
- private:
-  nb::object object_;
-};
 
 // What Python raised in a reading thread, to be raised again in those that wait.
 struct PythonFailure : std::runtime_error {
@@ -306,8 +287,9 @@ void bind_counters(nb::module_& m) {
 
 void bind_table(nb::module_& m) {
   nb::class_<SlotTable>(m, "SlotTable")
-      .def("__init__", [](SlotTable* self, PolicyOnce& policy, std::vector<int> class_of_slot, const Pairs& experts, const Numbers& classes) {
-        new (self) SlotTable(policy.take(), std::move(class_of_slot), classes_of(experts, classes));
+      .def("__init__", [](SlotTable* self, PolicyOnce& policy, std::vector<int> class_of_slot, const Pairs& experts, const Numbers& classes,
+                          int64_t num_experts) {
+        new (self) SlotTable(policy.take(), std::move(class_of_slot), classes_of(experts, classes), num_experts);
       })
       .def_prop_ro("counters", [](SlotTable& of) -> Counters& { return of.counters; }, nb::rv_policy::reference_internal)
       .def("route", &route, nb::arg("experts"), nb::arg("counts").none(), nb::arg("num_tokens"), nb::arg("wanted").none())
@@ -328,6 +310,7 @@ void bind_table(nb::module_& m) {
       .def("sections_of", [](const SlotTable& of, const Pair& expert) { return of.sections_of(key_of(expert)); })
       .def("class_of", [](const SlotTable& of, const Pair& expert) { return of.class_of(key_of(expert)); })
       .def_prop_ro("num_in_flight", &SlotTable::num_in_flight)
+      .def_prop_ro("holds_all", &SlotTable::holds_all)
       .def("slots", [](const SlotTable& of) {
         std::vector<std::pair<Pair, int64_t>> found;
         for (const auto& [key, slot] : of.slots()) found.emplace_back(pair_of(key), slot);
@@ -434,6 +417,7 @@ void bind_residency(nb::module_& m) {
       }, nb::arg("expected"), nb::arg("most"), nb::arg("probabilities").none())
       .def("cancel_prefetches", &Residency::cancel_prefetches)
       .def("missing", [](Residency& of, const Pairs& experts) { return of.missing(keys_of(experts)); })
+      .def("holds_all", &Residency::holds_all)
       .def("is_ready", [](Residency& of, const Pair& expert) { return of.is_ready(key_of(expert)); })
       .def("slot_of", [](Residency& of, const Pair& expert) { return of.slot_of(key_of(expert)); })
       .def("held", [](Residency& of, const Pair& expert) { return of.held(key_of(expert)); })

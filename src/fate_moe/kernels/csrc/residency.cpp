@@ -64,7 +64,7 @@ void Interpreter::set(Interpreter* other) { interpreter = other ? other : &no_in
 
 Residency::Residency(std::shared_ptr<Source> source, std::unique_ptr<Policy> policy, Slots slots, int num_threads)
     : source_(std::move(source)),
-      table_(std::move(policy), slots.class_of, slots.class_of_expert),
+      table_(std::move(policy), slots.class_of, slots.class_of_expert, int64_t(slots.blob_bytes.size())),
       slots_(std::move(slots)),
       most_prefetching_(num_threads - 1),
       process_(this_process()) {
@@ -142,9 +142,9 @@ void Residency::release() {
   if (!lease) return;
   release(*lease);
   if (ran_.size() != lease->items.size()) return;  // it was cut short
-  if (const std::shared_ptr<Watcher> watcher = watcher_) {
-    watcher->ran(layer_, ran_, planes_);
-  } else if (uses_ && layer_ >= 0 && layer_ + 1 < int64_t(first_use_.size())) {
+  const std::shared_ptr<Watcher> watcher = watcher_;
+  if (watcher) watcher->ran(layer_, ran_, planes_);
+  if (!(watcher && watcher->counts_uses()) && uses_ && layer_ >= 0 && layer_ + 1 < int64_t(first_use_.size())) {
     for (int64_t expert : ran_)
       if (first_use_[size_t(layer_)] + expert < first_use_[size_t(layer_) + 1]) ++uses_[first_use_[size_t(layer_)] + expert];
   }
@@ -310,6 +310,12 @@ std::vector<bool> Residency::missing(const std::vector<ExpertKey>& keys) {
   std::vector<bool> found;
   for (const ExpertKey& key : keys) found.push_back(!table_.has_slot(key));
   return found;
+}
+
+bool Residency::holds_all() {
+  Lock lock(mutex_, std::defer_lock);
+  enter(lock);
+  return table_.holds_all();
 }
 
 bool Residency::is_ready(const ExpertKey& key) {

@@ -82,16 +82,17 @@ class Watcher {
                                          const void* inputs, const int64_t* chosen, const float* weights) = 0;
   // `layer` has run these experts, with so many planes (0: all).
   virtual void ran(int64_t layer, const std::vector<int64_t>& experts, const std::vector<int64_t>& num_planes) = 0;
+  virtual bool counts_uses() const { return true; }  // so that the residency does not
 };
 
-class Residency final : public ExpertMemory {
+class Residency final : public ExpertMemory, public std::enable_shared_from_this<Residency> {
  public:
   struct Slots {
     std::vector<int> class_of;         // [num_slots]
     std::vector<uint64_t> addresses;   // [num_slots]
     int64_t longest;                   // bytes of the longest slots
     SlotTable::Classes class_of_expert;
-    std::unordered_map<ExpertKey, int64_t, HashKey> blob_bytes;  // others are as long as the longest slots
+    std::unordered_map<ExpertKey, int64_t, HashKey> blob_bytes;  // of each expert; none: all are as long as the longest slots
     std::shared_ptr<void> owner;       // of the memory
   };
 
@@ -115,6 +116,7 @@ class Residency final : public ExpertMemory {
   int64_t prefetch(const std::vector<ExpertKey>& expected, int64_t most, const std::vector<double>* probabilities);
   void cancel_prefetches();
   std::vector<bool> missing(const std::vector<ExpertKey>& keys);
+  bool holds_all();
   bool is_ready(const ExpertKey& key);
   int64_t slot_of(const ExpertKey& key);
   int64_t held(const ExpertKey& key);

@@ -30,8 +30,11 @@ class SlotTable::Unlocked final : public Evictable {
   const bool spare_;
 };
 
-SlotTable::SlotTable(std::unique_ptr<Policy> policy, std::vector<int> class_of_slot, Classes class_of_expert)
-    : policy_(std::move(policy)), class_of_slot_(std::move(class_of_slot)), class_of_expert_(std::move(class_of_expert)) {
+SlotTable::SlotTable(std::unique_ptr<Policy> policy, std::vector<int> class_of_slot, Classes class_of_expert, int64_t num_experts)
+    : policy_(std::move(policy)),
+      class_of_slot_(std::move(class_of_slot)),
+      class_of_expert_(std::move(class_of_expert)),
+      num_experts_(num_experts) {
   if (class_of_slot_.empty()) throw std::invalid_argument("no slots");
   last_class_ = *std::max_element(class_of_slot_.begin(), class_of_slot_.end());
   free_.resize(size_t(last_class_) + 1);
@@ -41,7 +44,7 @@ SlotTable::SlotTable(std::unique_ptr<Policy> policy, std::vector<int> class_of_s
 void SlotTable::route(int64_t layer, const int64_t* experts, int64_t n, const int64_t* counts, int64_t num_tokens,
                       const int64_t* wanted, Found* found) {
   if (!n) return;
-  policy_->routed(layer, experts, n, counts, num_tokens);
+  if (!holds_all()) policy_->routed(layer, experts, n, counts, num_tokens);
   int64_t hits = 0, arriving = 0;
   for (int64_t i = 0; i < n; ++i) {
     const ExpertKey key = {layer, experts[i]};

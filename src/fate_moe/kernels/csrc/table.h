@@ -38,8 +38,9 @@ class SlotTable {
  public:
   using Classes = std::unordered_map<ExpertKey, int, HashKey>;
 
-  // `class_of_slot`: the class of each slot, from 0. Experts that `class_of_expert` omits are of the last.
-  SlotTable(std::unique_ptr<Policy> policy, std::vector<int> class_of_slot, Classes class_of_expert);
+  // `class_of_slot`: the class of each slot, from 0. Experts that `class_of_expert` omits are of the last. `num_experts`: of the model, 0
+  // where that is not known.
+  SlotTable(std::unique_ptr<Policy> policy, std::vector<int> class_of_slot, Classes class_of_expert, int64_t num_experts);
 
   // Of `layer`, n distinct ones; `wanted` null: all sections of all.
   void route(int64_t layer, const int64_t* experts, int64_t n, const int64_t* counts, int64_t num_tokens, const int64_t* wanted, Found* found);
@@ -62,6 +63,7 @@ class SlotTable {
   int64_t sections_of(const ExpertKey& key) const { return find(key).sections; }
   int class_of(const ExpertKey& key) const;
   int64_t num_in_flight() const { return num_in_flight_; }
+  bool holds_all() const { return num_experts_ > 0 && int64_t(placed_.size()) >= num_experts_; }
   std::vector<std::pair<ExpertKey, int64_t>> slots() const;
   std::string broken() const;   // what does not hold, empty if all does
   void spoil();                 // puts a slot in two places, for tests of `broken`
@@ -88,6 +90,7 @@ class SlotTable {
   std::unique_ptr<Policy> policy_;
   std::vector<int> class_of_slot_;
   Classes class_of_expert_;
+  const int64_t num_experts_;
   int last_class_ = 0;
   std::vector<std::vector<int64_t>> free_;                     // by class, the next one to be taken last
   std::vector<std::vector<Entry>> entries_;                    // by layer and expert, as far as they were mentioned
