@@ -143,7 +143,7 @@ class DeviceExperts:
             logits, next_logits, routing_weights, state.slots, state.pending, self._demand, self._demand[-1], listed, listed[-1],
             tables.slot_of, tables.score, tables.unused, tables.counters, tables.clock, layer, len(state.layouts) - 1,
             options.half_life, options.num_predicted or state.top_k, options.min_probability if by_router else 0.0, options.limit,
-            1 - options.host_compute, questions, asked, hidden,
+            state.shares, questions, asked, hidden,
             num_experts=tables.num_experts, top_k=state.top_k, cols=state.layouts[layer].cols,
             NORMALIZE=normalize, FREQUENCY=options.eviction != "recency", WEIGHED=options.eviction == "probability",
             HOST=self._requested, MOST=most,

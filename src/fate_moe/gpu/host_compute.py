@@ -2,7 +2,7 @@
 
 The host reads its memory two to three times as fast as the link carries it, so it may compute a missing expert in less time than a
 copy takes. Of quantized experts it gives the device's bits. Unquantized ones are summed in another order here than there, so that
-for these the guarantee "same numbers" is given up between budgets.
+these are computed here only where that was asked for by number: it gives up the guarantee "same numbers" between budgets.
 
 Mail: the device writes a question (which blobs, and the activation) and counts it in ``asked``; the threads write the answer (each
 expert's output). csrc/host_compute.h says where each word lies.

@@ -56,7 +56,7 @@ def _assign_slots(
     layer,
     last,
     half_life,
-    link_fraction,
+    shares,
     questions,
     asked,
     x,
@@ -74,8 +74,8 @@ def _assign_slots(
 
     With WEIGHED every expert's use grows by the root of its ``probability`` [E], else the chosen ones' by 1.
 
-    With HOST only ``link_fraction`` of the misses, rounded down, are listed, those of highest score; the host is asked for
-    the others (``ask_experts``), whose slots stay -1, and ``pending_rows`` is 2 + their place in its answer.
+    With HOST the host is asked for as many misses as ``shares`` int32 [num_rows + 1] says of their number (``ask_experts``), those
+    of lowest score; their slots stay -1, and ``pending_rows`` is 2 + their place in its answer. The others are listed.
     """
     expert = tl.arange(0, E)
     known = expert < num_experts
@@ -107,7 +107,7 @@ def _assign_slots(
     pending = missing | (routed & under_way)
     num_copied = num_missing
     if HOST:
-        num_copied = (num_missing.to(tl.float32) * link_fraction).to(tl.int32)
+        num_copied = num_missing - tl.load(shares + num_missing)
     for i in range(num_copied):
         incoming = tl.min(tl.where(missing, expert, E), axis=0)
         if HOST:
@@ -177,7 +177,7 @@ def residency_kernel(
         choice = tl.load(index + r, mask=r < num_rows, other=-1).to(tl.int32)
         _assign_slots(
             choice, choice, slots, pending_rows, wanted, count, slot_of, score, unused, counters, clock, layer, last, half_life,
-            1.0, count, count, hidden, num_experts, num_rows, cols, FREQUENCY, False, False, 0, E, R,
+            count, count, count, hidden, num_experts, num_rows, cols, FREQUENCY, False, False, 0, E, R,
         )  # fmt: skip
 
 
@@ -310,7 +310,7 @@ def route_kernel(
     num_predicted,
     min_probability,
     limit,
-    link_fraction,
+    shares,
     questions,
     asked,
     x,
@@ -357,5 +357,5 @@ def route_kernel(
         tl.store(routing_weights + r, weight.to(routing_weights.dtype.element_ty), mask=r < top_k)
         _assign_slots(
             choice, p, slots, pending_rows, wanted, count, slot_of, score, unused, counters, clock, layer, last, half_life,
-            link_fraction, questions, asked, x, num_experts, top_k, cols, FREQUENCY, WEIGHED, HOST, MOST, E, R,
+            shares, questions, asked, x, num_experts, top_k, cols, FREQUENCY, WEIGHED, HOST, MOST, E, R,
         )  # fmt: skip
