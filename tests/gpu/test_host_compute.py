@@ -21,6 +21,7 @@ from fate_moe.gpu.host_compute import HostCompute
 from fate_moe.gpu.options import DeviceOptions
 from fate_moe.gpu.state import DeviceState
 from fate_moe.kernels.native import native
+from fate_moe.kernels.plain_layer import Router
 from fate_moe.kernels.triton_quantize import stage_token
 from tests.support.device import CPU, Model, SwiGLU, random_model, twin
 
@@ -44,7 +45,7 @@ def step(experts: DeviceExperts, model: Model, layer: int, x: torch.Tensor) -> t
     logits = model.routers[layer] @ x[0]
     weights, out = torch.zeros(1, model.top_k), torch.zeros_like(x)
     stage_kernel[(1,)](x, experts.state.staged, cols=x.shape[1], groups=x.shape[1] // 64)
-    experts.route(layer, logits, model.routers[-1] @ x[0], x[0], weights, normalize=True)
+    experts.route(layer, logits, model.routers[-1] @ x[0], x[0], weights, Router(len(logits), model.top_k, normalize=True))
     experts.run(layer, weights, out)
     return out, weights, torch.topk(logits, model.top_k).indices[None]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, StaticCache, StaticLayer
 
-__all__ = ["RoomyLayer", "RoomySlidingLayer", "make_room", "room_for"]
+__all__ = ["RoomyLayer", "RoomySlidingLayer", "make_room", "room_for", "whole_cache"]
 
 MIN_ROOM = 64  # tokens; else a quarter of what is there
 
@@ -226,3 +226,10 @@ def _roomy(layer: Any, max_tokens: int) -> RoomyLayer | None:
     for name, value in vars(layer).items():
         setattr(roomy, name, value)
     return roomy
+
+
+def whole_cache(config: Any, length: int) -> StaticCache:
+    """A static cache whose layers have all of ``length`` tokens, those with a window too; masks say what these see."""
+    cache = StaticCache(config=config, max_cache_len=length)
+    cache.layers = [StaticLayer(max_cache_len=length) for _ in cache.layers]
+    return cache

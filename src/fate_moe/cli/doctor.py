@@ -108,7 +108,7 @@ def _doctor_model(name: str, as_json: bool) -> None:
     with config_folder(Path(name) if is_store(name) else resolve_checkpoint(name)) as folder:
         model: Any = build_meta_model(folder)
     layers = plain_layers(model)
-    groups, on_gpu = _groups(model, layers), cuda_reasons(model, layers)
+    groups, on_gpu = _groups(model, layers), cuda_reasons(model)
     if as_json:
         print_json({"family": model.config.model_type, "layers": groups, "gpu": on_gpu})
         return

@@ -38,7 +38,6 @@ from fate_moe.gpu.state import DeviceState
 from fate_moe.gpu.tables import ResidencyTables, layer_quotas
 from fate_moe.io.progress import progress_bar
 from fate_moe.journal import Observer
-from fate_moe.layers.plain import plain_layers
 from fate_moe.layers.reasons import cuda_reasons
 from fate_moe.machine import peak_memory
 from fate_moe.memory.precision import make_precision_policy
@@ -120,7 +119,7 @@ class CudaParts:
         self._model, self._stacks = prepared.model, prepared.stacks
         self._device = device or find_gpu().device
         self._layouts = _layouts(prepared)
-        self._reasons = cuda_reasons(prepared.model, plain_layers(prepared.model))
+        self._reasons = cuda_reasons(prepared.model)
         self._plan = plan = _with_host_compute(plan, prepared, self._reasons)
         if PRESETS[config.preset].device.activation_path and self._reasons:
             why = "; ".join(self._reasons)

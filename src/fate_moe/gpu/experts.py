@@ -18,6 +18,7 @@ from fate_moe.gpu.layout import DeviceLayout
 from fate_moe.gpu.prefill import Prefill
 from fate_moe.gpu.state import MAX_DECODE_TOKENS, DeviceState, padded
 from fate_moe.gpu.streams import Lane
+from fate_moe.kernels.plain_layer import Router
 from fate_moe.kernels.triton_experts import down_kernel, gate_up_kernel
 from fate_moe.kernels.triton_fetch import fetch_kernel
 from fate_moe.kernels.triton_residency import logits_kernel, prefetch_kernel, residency_kernel, route_kernel
@@ -128,24 +129,33 @@ class DeviceExperts:
         next_logits: torch.Tensor,
         hidden: torch.Tensor,
         routing_weights: torch.Tensor,
-        normalize: bool,
+        router: Router,
+        corrections: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+        predicted: bool = False,
     ) -> None:
-        """One token's routing, residency step and prefetch list from router logits: see ``route_kernel``. Then ``run``.
+        """One token's routing, residency step and prefetch list from logits of ``router``: see ``route_kernel``. Then ``run``.
 
+        ``corrections``: this layer's and the next one's, [num_experts], where the router has them. ``predicted``: ``next_logits`` are
+        logarithms of probabilities, not those of the next layer's router.
         ``hidden`` [hidden] is the router input, which the host is given if it computes misses.
         """
         state, tables, options, mail = self.state, self.state.tables, self.state.options, self.state.host_compute
         ahead, listed = self._looks_ahead_to(layer + 1), self._ahead[(layer + 1) % 2]
-        by_router = not ahead or state.fitted[layer + 1] is None  # a fitted gate's logits have an order, and are no probabilities
+        by_router = not predicted and (not ahead or state.fitted[layer + 1] is None)  # a fitted gate's logits have only an order
+        softmax, (correction, next_correction) = router.scores == "softmax", corrections
         self._requested = mail is not None and not state.is_whole(layer)
         questions, asked, most = (mail.questions, mail.asked, mail.most) if mail is not None else (listed, listed, 0)
         route_kernel[(1 + ahead,)](
             logits, next_logits, routing_weights, state.slots, state.pending, self._demand, self._demand[-1], listed, listed[-1],
             tables.slot_of, tables.score, tables.unused, tables.counters, tables.clock, layer, len(state.layouts) - 1,
-            options.half_life, options.num_predicted or state.top_k, options.min_probability if by_router else 0.0, options.limit,
-            state.shares, questions, asked, hidden,
-            num_experts=tables.num_experts, top_k=state.top_k, cols=state.layouts[layer].cols,
-            NORMALIZE=normalize, FREQUENCY=options.eviction != "recency", WEIGHED=options.eviction == "probability",
+            options.half_life, options.num_predicted or state.top_k, options.min_probability if predicted or (by_router and softmax) else 0.0, options.limit,
+            state.shares, questions, asked, hidden, logits if correction is None else correction,
+            logits if next_correction is None else next_correction, router.scale, router.floor, router.spread,
+            num_experts=tables.num_experts, top_k=state.top_k, cols=state.layouts[layer].cols, SCORES=router.scores,
+            CORRECTED=router.correction is not None, GROUPS=router.groups, TOP_GROUPS=router.top_groups,
+            GROUP_BEST=router.group_best, NORMALIZE=router.normalize, ROUNDS=router.rounds_logits,
+            SIGMOID_NEXT=by_router and router.scores == "sigmoid",
+            FREQUENCY=options.eviction != "recency", WEIGHED=softmax and options.eviction == "probability",
             HOST=self._requested, MOST=most,
             E=triton.next_power_of_2(tables.num_experts), R=triton.next_power_of_2(state.top_k), num_warps=4,
         )  # fmt: skip

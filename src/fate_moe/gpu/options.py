@@ -14,7 +14,7 @@ class DeviceOptions:
     """Who gives up a slot and what is fetched ahead.
 
     eviction: "frequency" (uses, halved every ``half_life`` tokens), "probability" (the same, of what the router gave every expert,
-    where the step has it: fused ones) or "recency".
+    where the step has it: fused ones with a softmax router) or "recency".
     limit: prefetches per layer, at most; 0 for none (``gpu/prefetch_trial.py`` finds out where they do not pay).
     num_predicted: that many of the likeliest experts are expected (0: the router's top-k), if their softmax probability is at
     least ``min_probability``.

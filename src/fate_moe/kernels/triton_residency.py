@@ -215,14 +215,21 @@ def _look_ahead(
     num_experts: tl.constexpr,
     FREQUENCY: tl.constexpr,
     E: tl.constexpr,
+    correction=None,
+    SIGMOID: tl.constexpr = False,
+    CORRECTED: tl.constexpr = False,
 ):
-    """See ``prefetch_kernel``."""
+    """See ``prefetch_kernel``; with SIGMOID scores are what the softmax is of."""
     expert = tl.arange(0, E)
     known = expert < num_experts
     at = layer * num_experts + expert
     none = tl.zeros((E,), tl.float32) + 1.0
     for token in range(num_tokens):
         x = tl.load(logits + token * num_experts + expert, mask=known, other=float("-inf"))
+        if SIGMOID:
+            x = tl.where(known, tl.sigmoid(x), float("-inf"))
+            if CORRECTED:
+                x += tl.load(correction + expert, mask=known, other=0.0).to(tl.float32)
         p = tl.exp(x - tl.max(x, axis=0))
         none *= 1.0 - p / tl.sum(p, axis=0)
     chance = tl.where(known, 1.0 - none, -1.0)
@@ -288,6 +295,68 @@ def prefetch_kernel(
     )  # fmt: skip
 
 
+@triton.jit
+def _choose(
+    logits, correction, kind: tl.constexpr, scale, floor, spread, num_experts: tl.constexpr, top_k: tl.constexpr,
+    SCORES: tl.constexpr, CORRECTED: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, GROUP_BEST: tl.constexpr,
+    NORMALIZE: tl.constexpr, ROUNDS: tl.constexpr, E: tl.constexpr, R: tl.constexpr
+):  # fmt: skip
+    """The ``top_k`` experts that a router chooses int32 [R] (-1 beyond), their weights [R], and all scores [E].
+
+    What the parameters mean says ``plain_layer.Router``; ROUNDS: logits are rounded to ``kind`` first. Ties go to the lowest index.
+    """
+    expert = tl.arange(0, E)
+    known = expert < num_experts
+    r = tl.arange(0, R)
+    logit = tl.load(logits + expert, mask=known, other=float("-inf"))
+    if ROUNDS:
+        logit = logit.to(kind).to(tl.float32)
+    choice = tl.zeros((R,), tl.int32) - 1
+    weight = tl.zeros((R,), tl.float32)
+    if SCORES == "sigmoid":
+        p = tl.sigmoid(logit)
+    else:
+        p = tl.exp(logit - tl.max(logit, axis=0))
+        p = p / tl.sum(p, axis=0)
+    value = p if SCORES != "sparse mixer" else logit
+    if CORRECTED:
+        value += tl.load(correction + expert, mask=known, other=0.0).to(tl.float32)
+    value = tl.where(known, value, float("-inf"))
+    if GROUPS > TOP_GROUPS:
+        group = expert // (num_experts // GROUPS)
+        sums = tl.zeros((E,), tl.float32)
+        for g in tl.static_range(GROUPS):
+            rest = tl.where(group == g, value, float("-inf"))
+            total = 0.0
+            for _ in tl.static_range(GROUP_BEST):
+                best = tl.max(rest, axis=0)
+                rest = tl.where(expert == tl.min(tl.where(rest == best, expert, E), axis=0), float("-inf"), rest)
+                total += best
+            sums = tl.where(group == g, total, sums)
+        sums = tl.where(known, sums, float("-inf"))
+        allowed = expert < 0
+        for _ in tl.static_range(TOP_GROUPS):
+            first = tl.min(tl.where(sums == tl.max(sums, axis=0), group, GROUPS), axis=0)
+            allowed = allowed | (group == first)
+            sums = tl.where(group == first, float("-inf"), sums)
+        value = tl.where(allowed, value, float("-inf"))
+    for i in tl.static_range(top_k):
+        best = tl.max(value, axis=0)
+        which = tl.min(tl.where(value == best, expert, E), axis=0)
+        if SCORES == "sparse mixer":
+            far = (best - logit) / tl.maximum(tl.abs(logit), best) > spread
+            near = tl.where(far, float("-inf"), value)
+            given = 1.0 / tl.sum(tl.exp(near - best), axis=0)
+        else:
+            given = tl.sum(tl.where(expert == which, p, 0.0), axis=0)
+        choice = tl.where(r == i, which, choice)
+        weight = tl.where(r == i, given, weight)
+        value = tl.where(expert == which, float("-inf"), value)
+    if NORMALIZE:
+        weight = weight / tl.maximum(tl.sum(weight, axis=0), floor)
+    return choice, weight * scale, p
+
+
 @triton.jit(do_not_specialize=["layer", "last", "num_predicted", "limit"])
 def route_kernel(
     logits,
@@ -314,10 +383,22 @@ def route_kernel(
     questions,
     asked,
     x,
+    correction,
+    next_correction,
+    scale,
+    floor,
+    spread,
     num_experts: tl.constexpr,
     top_k: tl.constexpr,
     cols: tl.constexpr,
+    SCORES: tl.constexpr,
+    CORRECTED: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+    GROUP_BEST: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    SIGMOID_NEXT: tl.constexpr,
     FREQUENCY: tl.constexpr,
     WEIGHED: tl.constexpr,
     HOST: tl.constexpr,
@@ -325,35 +406,24 @@ def route_kernel(
     E: tl.constexpr,
     R: tl.constexpr,
 ):
-    """For one token, a softmax router, its residency step and the next layer's prefetch in one launch. Grid (1) or (2).
+    """For one token, a router (``kernels/routing.py``), its residency step and the next layer's prefetch in one launch. Grid (1) or (2).
 
-    ``logits`` fp32 [num_experts] are this layer's, ``next_logits`` the next one's on the same router input. Program 0 takes the
-    ``top_k`` likeliest (ties to the lowest index), their probabilities (summing to 1 with NORMALIZE) as ``routing_weights``
-    [top_k], and does what ``residency_kernel`` does; program 1 what ``prefetch_kernel`` does for ``layer + 1``, into ``ahead`` and
-    ``ahead_count``. With HOST the host is asked for misses on the router input ``x`` [cols]: see ``_assign_slots``.
+    ``logits`` fp32 [num_experts] are this layer's, ``next_logits`` the next one's on the same router input. Program 0 writes
+    ``routing_weights`` [top_k] (see ``_choose``), and does what ``residency_kernel`` does; program 1 what ``prefetch_kernel`` does
+    for ``layer + 1``, into ``ahead`` and ``ahead_count``; with SIGMOID_NEXT from the sigmoids of ``next_logits`` plus
+    ``next_correction`` [num_experts]. With HOST the host is asked for misses on the router input ``x`` [cols]: see ``_assign_slots``.
     """
     if tl.program_id(0) == 1:
         _look_ahead(
             next_logits, ahead, ahead_count, slot_of, score, unused, counters, clock, layer + 1, 1, num_predicted,
-            min_probability, limit, num_experts, FREQUENCY, E,
+            min_probability, limit, num_experts, FREQUENCY, E, next_correction, SIGMOID_NEXT, CORRECTED,
         )  # fmt: skip
     else:
-        expert = tl.arange(0, E)
         r = tl.arange(0, R)
-        logit = tl.load(logits + expert, mask=expert < num_experts, other=float("-inf"))
-        p = tl.exp(logit - tl.max(logit, axis=0))
-        p = p / tl.sum(p, axis=0)
-        left = p
-        choice = tl.zeros((R,), tl.int32) - 1
-        weight = tl.zeros((R,), tl.float32)
-        for i in tl.static_range(top_k):
-            best = tl.max(left, axis=0)
-            which = tl.min(tl.where(left == best, expert, E), axis=0)
-            choice = tl.where(r == i, which, choice)
-            weight = tl.where(r == i, best, weight)
-            left = tl.where(expert == which, -1.0, left)
-        if NORMALIZE:
-            weight = weight / tl.sum(weight, axis=0)
+        choice, weight, p = _choose(
+            logits, correction, x.dtype.element_ty, scale, floor, spread, num_experts, top_k, SCORES, CORRECTED, GROUPS, TOP_GROUPS,
+            GROUP_BEST, NORMALIZE, ROUNDS, E, R,
+        )  # fmt: skip
         tl.store(routing_weights + r, weight.to(routing_weights.dtype.element_ty), mask=r < top_k)
         _assign_slots(
             choice, p, slots, pending_rows, wanted, count, slot_of, score, unused, counters, clock, layer, last, half_life,

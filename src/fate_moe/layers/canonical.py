@@ -18,6 +18,7 @@ from fate_moe.layers.fingerprint import fingerprint, function_fingerprint
 __all__ = [
     "ATTENTIONS",
     "BLOCKS",
+    "FIXED_ROPES",
     "HEADS",
     "LAYERS",
     "MLPS",
@@ -224,7 +225,10 @@ ROPES = {
     "mixtral.MixtralRotaryEmbedding": True,
     "gpt_oss.GptOssRotaryEmbedding": True,
     "ernie4_5_moe.Ernie4_5_MoeRotaryEmbedding": True,
+    "phimoe.PhimoeRotaryEmbedding": True,  # of the default kind; others depend on the length
 }
+# Kinds of rotary frequencies that do not depend on how long a text is.
+FIXED_ROPES = {"default", "linear", "llama3", "yarn"}
 HEADS = {
     "qwen3_moe.Qwen3MoeForCausalLM": True,
     "glm4_moe.Glm4MoeForCausalLM": True,

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from fate_moe.kernels.native import native
 from fate_moe.kernels.plain_layer import Norm
-from fate_moe.layers.canonical import HEADS, ROPES, TRUNKS, meaning_of
+from fate_moe.layers.canonical import FIXED_ROPES, HEADS, ROPES, TRUNKS, meaning_of
 from fate_moe.layers.cpu_step import CpuStep
 from fate_moe.layers.modules import accelerated_by
 from fate_moe.layers.rows import BLOCK, batch_rows, contiguous_kv, padding_of
@@ -27,8 +27,6 @@ from fate_moe.layers.weights import MOST_FEW, native_norm, takes_many, weight_of
 
 __all__ = ["ModelStep", "SequenceRows", "model_step"]
 
-# Rotary frequencies that do not depend on how long a text is: one table of angles serves all calls.
-_FIXED_ROPES = {"default", "linear", "llama3", "yarn"}
 _RECORDS = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
@@ -49,7 +47,7 @@ def model_step(model: Any, steps: Sequence[CpuStep]) -> ModelStep | None:
     if meaning_of(type(model), HEADS) is None or meaning_of(type(trunk), TRUNKS) is None:
         return None
     rope, head, norm = trunk.rotary_emb, model.lm_head, accelerated_by(trunk.norm)
-    if meaning_of(type(rope), ROPES) is None or getattr(rope, "rope_type", "default") not in _FIXED_ROPES:
+    if meaning_of(type(rope), ROPES) is None or getattr(rope, "rope_type", "default") not in FIXED_ROPES:
         return None
     if not isinstance(norm, Norm) or getattr(head, "bias", None) is not None or weight_of(head) is None:
         return None
