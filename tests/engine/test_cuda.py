@@ -71,13 +71,13 @@ def test_activation_paths(checkpoint: Callable[[str], Path], loaded: Callable[..
     assert model.fate.experts.state.counters().prefetched > 0
     model.fate.close()
     with pytest.raises(UnsupportedModelError, match="choose --preset best"):
-        simulated_gpu(store_for(checkpoint("olmoe"), "lossless"), preset="eap")
+        simulated_gpu(store_for(checkpoint("deepseek_v2"), "lossless"), preset="eap")
 
 
 def test_layers_that_are_not_plain_run_as_they_are(checkpoint: Callable[[str], Path], loaded: Callable[..., Any]) -> None:
-    model = simulated_gpu(store_for(checkpoint("olmoe"), "lossless"), 6, 4)
+    model = simulated_gpu(store_for(checkpoint("deepseek_v2"), "lossless"), 6, 4)
     assert model.fate.decode is None
-    assert tokens(model) == tokens(loaded("olmoe"))
+    assert tokens(model) == tokens(loaded("deepseek_v2"))
     model.fate.close()
 
 

@@ -219,7 +219,7 @@ class DeviceExperts:
         gate_up_kernel[(tokens * state.top_k, triton.cdiv(padded(layout.width), block))](
             state.pool.bytes, state.slots, state.pending, state.staged, self._inner, state.pool.slot_bytes, *layout.gate_up,
             top_k=state.top_k, cols=layout.cols, width=layout.width, DTYPE=layout.dtype, PLANES=layout.planes,
-            ACT=layout.activation, PHASE=phase, BN=block, GB=groups, ROWS=rows, EARLY=self._early(layer),
+            PHASE=phase, **layout.gate_constants, BN=block, GB=groups, ROWS=rows, EARLY=self._early(layer),
             num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
 
@@ -233,7 +233,7 @@ class DeviceExperts:
             state.pool.bytes, state.slots, state.pending, self._inner,
             self._inner if host_compute is None else host_compute.outside, routing_weights, out, out, state.pool.slot_bytes,
             *layout.down, top_k=state.top_k, cols=layout.cols, width=layout.width,
-            DTYPE=layout.dtype, PLANES=layout.planes, RESIDUAL=add, HOST=host_compute is not None,
+            DTYPE=layout.dtype, PLANES=layout.planes, **layout.down_constants, RESIDUAL=add, HOST=host_compute is not None,
             KP=choices, BN=block, GB=groups, ROWS=rows, EARLY=early, num_warps=warps, enable_fp_fusion=False,
             **({"launch_pdl": True} if early else {}),
         )  # fmt: skip

@@ -32,7 +32,7 @@ def _plane(plane, row, mask, first, groups: tl.constexpr, LANES: tl.constexpr, N
 @triton.jit
 def _read(
     step, blob, place, jump, limit, mask, scale_at, zero_at, h_at, m_at, l_at, groups: tl.constexpr, PLANES: tl.constexpr,
-    HALF: tl.constexpr, STEPS: tl.constexpr, PER: tl.constexpr, LANES: tl.constexpr
+    HALF: tl.constexpr, STEPS: tl.constexpr, PER: tl.constexpr, LANES: tl.constexpr, APART: tl.constexpr
 ):  # fmt: skip
     """What is multiplied in ``step``, counted through all blocks of groups (see ``_products``): codes, and of those in planes
     scales and zeros."""
@@ -42,7 +42,7 @@ def _read(
     first, step = step // STEPS * covered, step % STEPS
     row = place + step % HALF * PER
     mask = mask & (row < limit)
-    row += step // HALF * jump
+    row = row * APART + step // HALF * jump
     h = _plane(blob + h_at, row, mask, first, groups, covered, 4 * each)
     m = _plane(blob + m_at, row, mask, first, groups, covered, 2) if (PLANES == 2 or PLANES == 3) else h
     low = _plane(blob + l_at, row, mask, first, groups, covered, 2) if PLANES == 3 else h
@@ -170,12 +170,12 @@ def _chain(y, w, factors, COUNT: tl.constexpr):
 def _products(
     blob, place, jump, limit, mask, x, x_of_row, scale_at, zero_at, h_at, m_at, l_at, groups: tl.constexpr, PLANES: tl.constexpr,
     HALF: tl.constexpr, STEPS: tl.constexpr, PER: tl.constexpr, LANES: tl.constexpr, AHEAD: tl.constexpr, UNROLL: tl.constexpr,
-    EARLY: tl.constexpr,
+    EARLY: tl.constexpr, APART: tl.constexpr = 1,
 ):  # fmt: skip
     """[STEPS R] fp32: quantized rows times staged activations, R rows a step.
 
-    In step s these are the rows ``place`` [R, 1] + (s % HALF) PER, if below ``limit`` and in ``mask`` [R, 1], of the matrix that is
-    s // HALF times ``jump`` rows further. ``blob`` [R, 1] points to the first byte of the rows' blob, ``x`` [R or 1, 1] to their
+    In step s these are the rows ``place`` [R, 1] + (s % HALF) PER, if below ``limit`` and in ``mask`` [R, 1], of the matrix whose
+    rows are APART and begin s // HALF times ``jump`` rows further. ``blob`` [R, 1] points to the first byte of the rows' blob, ``x`` [R or 1, 1] to their
     activation, and ``x_of_row`` (one pointer, or [STEPS R]) too. What AHEAD steps read is on its way while one is multiplied; with
     EARLY the first of it before the kernel that writes the activations ends.
     """
@@ -190,13 +190,13 @@ def _products(
         s = tl.arange(0, STEPS)[:, None]
         row = tl.reshape(place, (1, rows)) + s % HALF * PER
         row_mask = tl.reshape(tl.reshape(mask, (1, rows)) & (row < limit), (STEPS * rows, 1))
-        row = tl.reshape(row + s // HALF * jump, (STEPS * rows, 1))
+        row = tl.reshape(row * APART + s // HALF * jump, (STEPS * rows, 1))
         blobs = tl.reshape(tl.broadcast_to(tl.reshape(blob, (1, rows)), (STEPS, rows)), (STEPS * rows, 1))
         words_of_row = (x_of_row + tl.zeros((STEPS * rows,), tl.int32))[:, None].to(tl.pointer_type(tl.int32))
     coming = ()
     for n in tl.static_range(AHEAD):
         coming += (
-            _read(n, blob, place, jump, limit, mask, scale_at, zero_at, h_at, m_at, l_at, groups, PLANES, HALF, STEPS, PER, LANES),
+            _read(n, blob, place, jump, limit, mask, scale_at, zero_at, h_at, m_at, l_at, groups, PLANES, HALF, STEPS, PER, LANES, APART),
         )
     if EARLY:
         tl.extra.cuda.gdc_wait()
@@ -211,7 +211,7 @@ def _products(
         for step in tl.range(0, STEPS, loop_unroll_factor=UNROLL):
             later = _read(
                 first // covered * STEPS + step + AHEAD, blob, place, jump, limit, mask, scale_at, zero_at, h_at, m_at, l_at,
-                groups, PLANES, HALF, STEPS, PER, LANES,
+                groups, PLANES, HALF, STEPS, PER, LANES, APART,
             )  # fmt: skip
             term = _byte_sums(coming[0][0], x_now, LANES) if PLANES == 8 else _term(coming[0], x_now, PLANES, LANES)
             w = tl.where(k == step, term[None, :, :], w)
@@ -270,6 +270,12 @@ def gate_up_kernel(
     DTYPE: tl.constexpr,
     PLANES: tl.constexpr,
     ACT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    OFFSET: tl.constexpr,
+    MIXED: tl.constexpr,
+    BIAS_AT: tl.constexpr,
+    BIAS: tl.constexpr,
     PHASE: tl.constexpr,
     BN: tl.constexpr,
     GB: tl.constexpr,
@@ -281,7 +287,8 @@ def gate_up_kernel(
     ``slots`` int32 [rows], -1 where a row has no expert (its inner is 0); ``pending`` int32 [rows]: PHASE 0 computes the rows whose
     expert is there, 1 those whose expert is being copied when the residency step ends, 2 all (above 1: the host computes them).
     ``width`` is the experts' inner size; PLANES 0 means unquantized, 8 one byte a code. Of quantized experts BN is 64: a program
-    has a whole group of inner values. GB: lanes of a row, of unquantized experts groups at once; ROWS: rows at once. With EARLY the
+    has a whole group of inner values; with MIXED gate and up rows take turns, and with BIAS_AT not negative there are biases of dtype
+    BIAS in the blob. GB: lanes of a row, of unquantized experts groups at once; ROWS: rows at once. With EARLY the
     next kernel may begin at once; it must wait before it reads ``inner``.
     """
     if EARLY:
@@ -307,11 +314,16 @@ def gate_up_kernel(
             else:
                 place = tl.program_id(1) * 64 + tl.arange(0, ROWS)[:, None]
                 y = _products(
-                    blob + tl.zeros_like(place), place, width, width, place >= 0, x + tl.zeros((1, 1), tl.int32), x, scale_at,
+                    blob + tl.zeros_like(place), place, 1 if MIXED else width, width, place >= 0, x + tl.zeros((1, 1), tl.int32), x, scale_at,
                     zero_at, h_at, m_at, l_at, groups, PLANES, 64 // ROWS, 128 // ROWS, ROWS, GB, 4 if PLANES == 8 else 2, 4, False,
+                    2 if MIXED else 1,
                 )  # fmt: skip
                 gate, up = tl.split(tl.trans(tl.reshape(y, (2, 64))))
-            value = activate(gate, up, ACT)
+                if BIAS_AT >= 0:
+                    bias = (blob + BIAS_AT).to(tl.pointer_type(BIAS))
+                    gate += tl.load(bias + (2 * n if MIXED else n), mask=n < width, other=0.0).to(tl.float32)
+                    up += tl.load(bias + (2 * n + 1 if MIXED else n + width), mask=n < width, other=0.0).to(tl.float32)
+            value = activate(gate, up, ACT, ALPHA, LIMIT, OFFSET)
         else:
             value = tl.zeros((BN,), tl.float32)
         value = tl.where(n < width, value, 0.0)
@@ -346,6 +358,8 @@ def down_kernel(
     DTYPE: tl.constexpr,
     PLANES: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    BIAS_AT: tl.constexpr,
+    BIAS: tl.constexpr,
     HOST: tl.constexpr,
     KP: tl.constexpr,
     BN: tl.constexpr,
@@ -380,6 +394,11 @@ def down_kernel(
         )  # fmt: skip
     y = tl.reshape(y, (BN, KP))
     n = tl.program_id(1) * BN + tl.arange(0, BN)
+    if BIAS_AT >= 0:
+        k = tl.arange(0, KP)[None, :]
+        of = tl.load(slots + token * top_k + k, mask=k < top_k, other=-1)
+        bias = (pool + tl.maximum(of, 0).to(tl.int64) * slot_bytes + BIAS_AT).to(tl.pointer_type(BIAS))
+        y += tl.load(bias + n[:, None], mask=(of >= 0) & (n < cols)[:, None], other=0.0).to(tl.float32)
     if HOST:
         k = tl.arange(0, KP)[None, :]
         r = token * top_k + k
