@@ -45,8 +45,8 @@ _COMMON: dict[str, Any] = {
     "eos_token_id": 2,
 }  # fmt: skip
 _GROUPED: dict[str, Any] = {
-    "n_routed_experts": 16, "n_shared_experts": 1, "first_k_dense_replace": 1, "moe_intermediate_size": 128, "intermediate_size": 256,
-    "n_group": 4, "topk_group": 2,
+    "n_routed_experts": 16, "n_shared_experts": 1, "first_k_dense_replace": 1, "moe_intermediate_size": 128,
+    "intermediate_size": 256, "n_group": 4, "topk_group": 2,
 }  # fmt: skip
 MODELS: dict[str, dict[str, Any]] = {
     "medium": {  # where tokens a second say something
@@ -68,6 +68,12 @@ MODELS: dict[str, dict[str, Any]] = {
         "model_type": "deepseek_v2", **_GROUPED, "topk_method": "greedy",
         "kv_lora_rank": 64, "q_lora_rank": None, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 32,
         "num_key_value_heads": 8,
+    },
+    "gpt_oss": {
+        "model_type": "gpt_oss", "num_local_experts": 16, "intermediate_size": 128, "head_dim": 32, "sliding_window": 20,
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128, "truncate": False,
+        },
     },
     "windows": {"model_type": "mixtral", "num_local_experts": 16, "intermediate_size": 128, "sliding_window": 20},
     "glm4_moe": {"model_type": "glm4_moe", **_GROUPED, "head_dim": 32, "use_qk_norm": True},

@@ -3,8 +3,8 @@
     PYTHONPATH=src python -m benchmarks.gpu_families --folder FOLDER [--models olmoe glm4_moe ...]
 
 One line a family: how far the captured step's logits are from those of transformers' own layers on the same card with the same
-experts (in fp32, and in bf16 where the rounding of a router's logits may choose another expert), and whether they are equal in every
-bit with 25 % of the experts in VRAM, with the misses divided between link and host, and without a graph. Exit code 1 if not.
+experts (in fp32, and in bf16 where the rounding of a router's logits may choose another expert), and whether they are equal in
+every bit with 25 % of the experts in VRAM, with the misses divided between link and host, and without a graph. Exit code 1 if not.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _equalities(check: Check, row: dict[str, Any]) -> None:
             state = model.fate.experts.state
             if "measured" in cell:
                 row["shares"] = "/".join(map(str, state.shares.tolist()))
-            if "hosted" in found and found["hosted"]:
+            if found.get("hosted"):
                 row[f"hosted, {cell}"] = found["hosted"]
             if "tokens_per_second" in found:
                 row[f"tok/s, {cell}"] = round(found["tokens_per_second"])

@@ -74,6 +74,19 @@ def test_activation_paths(checkpoint: Callable[[str], Path], loaded: Callable[..
         simulated_gpu(store_for(checkpoint("deepseek_v2"), "lossless"), preset="eap")
 
 
+def test_windows_sinks_and_clamped_experts(checkpoint: Callable[[str], Path]) -> None:
+    """gpt_oss: the fused step against its layers as they are, with the same experts."""
+    model = simulated_gpu(store_for(checkpoint("gpt_oss"), "int4"), 7, host_compute="off")
+    prompt = torch.tensor([[3, 17, 9, 4, 8, 22, 40, 7, 31, 5, 6, 11, 90, 2, 51, 33, 60]])  # beyond the window of 16
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "output_logits": True, "return_dict_in_generate": True}
+    said = model.generate(prompt, max_new_tokens=3, **options)
+    assert model.fate.decode.steps == 2
+    with torch.no_grad():
+        whole = model(said.sequences[:, :-1]).logits[0, -2:]
+    torch.testing.assert_close(torch.cat(said.logits[1:]), whole, rtol=1e-3, atol=1e-3)
+    model.fate.close()
+
+
 def test_layers_that_are_not_plain_run_as_they_are(checkpoint: Callable[[str], Path], loaded: Callable[..., Any]) -> None:
     model = simulated_gpu(store_for(checkpoint("deepseek_v2"), "lossless"), 6, 4)
     assert model.fate.decode is None

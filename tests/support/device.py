@@ -52,7 +52,7 @@ class Model:
     num_experts: int
     top_k: int
     dtype: torch.dtype
-    module: Any = SwiGLU()
+    module: Any
 
     @property
     def hidden(self) -> int:

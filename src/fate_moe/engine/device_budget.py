@@ -33,7 +33,8 @@ class DevicePlan:
     ``budget_bytes``, ``runtime_bytes``, ``passing_bytes`` and host slots are RAM.
 
     ``passing_bytes``: dense weights on their way to the GPU, given back before the host slots are filled. ``host_compute``: of the
-    experts missing in VRAM, how many the CPU computes (None: as many as is measured while loading). ``unread``: tensors of the checkpoint that the model does not use, and why.
+    experts missing in VRAM, how many the CPU computes (None: as many as is measured while loading). ``unread``: tensors of the
+    checkpoint that the model does not use, and why.
     """
 
     family: str
@@ -86,7 +87,9 @@ class DevicePlan:
         """What the CPU computes, in words; empty if nothing."""
         if self.host_compute == 0 or self.num_slots == self.num_experts:
             return ""
-        share = "those of them that it has sooner than the link" if self.host_compute is None else f"{self.host_compute:.0%} of them"
+        share = (
+            "those of them that it has sooner than the link" if self.host_compute is None else f"{self.host_compute:.0%} of them"
+        )
         return f"of experts missing in VRAM the CPU computes {share}"
 
     def as_dict(self) -> dict[str, Any]:

@@ -135,9 +135,9 @@ class DeviceExperts:
     ) -> None:
         """One token's routing, residency step and prefetch list from logits of ``router``: see ``route_kernel``. Then ``run``.
 
-        ``corrections``: this layer's and the next one's, [num_experts], where the router has them. ``predicted``: ``next_logits`` are
-        logarithms of probabilities, not those of the next layer's router.
-        ``hidden`` [hidden] is the router input, which the host is given if it computes misses.
+        ``corrections``: this layer's and the next one's, [num_experts], where the router has them. ``predicted``: ``next_logits``
+        are logarithms of probabilities, not those of the next layer's router. ``hidden`` [hidden] is the router input, which the
+        host is given if it computes misses.
         """
         state, tables, options, mail = self.state, self.state.tables, self.state.options, self.state.host_compute
         ahead, listed = self._looks_ahead_to(layer + 1), self._ahead[(layer + 1) % 2]
@@ -148,7 +148,8 @@ class DeviceExperts:
         route_kernel[(1 + ahead,)](
             logits, next_logits, routing_weights, state.slots, state.pending, self._demand, self._demand[-1], listed, listed[-1],
             tables.slot_of, tables.score, tables.unused, tables.counters, tables.clock, layer, len(state.layouts) - 1,
-            options.half_life, options.num_predicted or state.top_k, options.min_probability if predicted or (by_router and softmax) else 0.0, options.limit,
+            options.half_life, options.num_predicted or state.top_k,
+            options.min_probability if predicted or (by_router and softmax) else 0.0, options.limit,
             state.shares, questions, asked, hidden, logits if correction is None else correction,
             logits if next_correction is None else next_correction, router.scale, router.floor, router.spread,
             num_experts=tables.num_experts, top_k=state.top_k, cols=state.layouts[layer].cols, SCORES=router.scores,

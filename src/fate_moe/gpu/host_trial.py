@@ -74,7 +74,7 @@ def _timed(experts: DeviceExperts, host: HostCompute) -> list[list[float]]:
 
 
 def make_trial(experts: DeviceExperts, host: HostCompute) -> tuple[torch.Tensor, torch.Tensor, Any]:
-    """(misses int32 [1], how many of them the host computes int32 [1], a function that enqueues so many layers with such misses)."""
+    """(misses int32 [1], how many of them the host computes int32 [1], a function that enqueues so many layers like that)."""
     state, device, rows = experts.state, experts.state.device, triton.next_power_of_2(host.most)
     misses, hosted = (torch.ones(1, dtype=torch.int32, device=device) for _ in range(2))
     turn, pending = torch.zeros(1, dtype=torch.int32, device=device), torch.zeros(rows, dtype=torch.int32, device=device)

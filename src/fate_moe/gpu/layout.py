@@ -34,7 +34,8 @@ class DeviceLayout:
     """One layer's experts as the kernels see them: [2 * width, cols] and [cols, width], and byte offsets of their parts in a blob.
 
     ``planes`` is 0 for unquantized weights and 8 for codes of one byte. ``gate_up`` and ``down`` are (scale or weights, zero, h or
-    codes, m, l). ``*_bias``: where biases of ``bias_dtype`` lie, -1 for none. A view is the first p planes: ``views[p - 1]`` are its bits, ``view_bytes[p - 1]`` is how much of a blob it needs.
+    codes, m, l). ``*_bias``: where biases of ``bias_dtype`` lie, -1 for none. A view is the first p planes: ``views[p - 1]`` are
+    its bits, ``view_bytes[p - 1]`` is how much of a blob it needs.
     """
 
     cols: int
@@ -81,7 +82,9 @@ def device_layout(layout: BlobLayout, shapes: dict[str, tuple[int, ...]], expert
     if gate is None:
         reasons.append("the family combines gate and up in its own way")
     elif layout.precision == "lossless" and (gate != Gate() or biases <= set(shapes)):
-        reasons.append("unquantized experts with biases or gates of this kind have no kernel (those of precision int4 and int8 have)")
+        reasons.append(
+            "unquantized experts with biases or gates of this kind have no kernel (those of precision int4 and int8 have)"
+        )
     if getattr(experts, "has_post_expert_norm", False):
         reasons.append("a norm follows each expert")
     activation = "silu" if gate is not None and gate.mixed else _activation(getattr(experts, "act_fn", None))

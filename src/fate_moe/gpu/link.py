@@ -1,4 +1,4 @@
-"""How fast experts travel from RAM to this GPU and how fast the CPU reads them, each alone and both at once: ``fate doctor --measure``."""
+"""How fast experts travel from RAM to this GPU and how fast the CPU reads them (``fate doctor --measure``)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from fate_moe.gpu.memory import PinnedArena, VramPool
 
 __all__ = ["Link", "measure_link"]
+
 
 @dataclass(frozen=True)
 class Link:

@@ -226,8 +226,8 @@ class Prefill:
             )  # fmt: skip
             down_prompt_kernel[(table.shape[0], triton.cdiv(layout.cols, wide))](
                 pool.bytes, table, rows.order, *rows.inner, rows.outputs, pool.slot_bytes, *layout.down,
-                cols=layout.cols, width=layout.width, PLANES=planes, **layout.down_constants, BM=block, BN=wide, GB=groups, STAGES=stages, num_warps=warps,
-                enable_fp_fusion=False,
+                cols=layout.cols, width=layout.width, PLANES=planes, **layout.down_constants, BM=block, BN=wide,
+                GB=groups, STAGES=stages, num_warps=warps, enable_fp_fusion=False,
             )  # fmt: skip
             return
         hidden, inner = rows.hidden.values, rows.inner.values

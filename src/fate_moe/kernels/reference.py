@@ -170,8 +170,8 @@ def quantized_experts(
 ) -> torch.Tensor:
     """[T, H] of ``hidden`` [T, H] through its experts ``index`` [T, top_k], summed with ``weights`` [T, top_k]; in its dtype.
 
-    ``parts`` gives an expert's gate_up_proj and down_proj as they lie in a slot of ``layout``, perhaps with biases, which are added to
-    whole sums. ``mixed``: gate and up rows take turns; ``gate`` is ``elementary.gated``'s. Every kernel gives these bits.
+    ``parts`` gives an expert's gate_up_proj and down_proj as they lie in a slot of ``layout``, perhaps with biases, which are added
+    to whole sums. ``mixed``: gate and up rows take turns; ``gate`` is ``elementary.gated``'s. Every kernel gives these bits.
     """
 
     def product(of: Mapping[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:

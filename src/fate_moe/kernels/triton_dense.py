@@ -64,8 +64,8 @@ def matvec_kernel(
     """out[n] = f(weight[n] . x), n < rows; ``x`` [cols], ``weight`` [rows, cols]. Grid (rows / BN).
 
     CODES: ``weight`` is uint8 [rows, groups * 64] under ``scale`` and ``zero`` fp16 [rows, groups] (gpu/dense.py).
-    NORM: x is RMS-normalized first (times ``norm`` [cols]; with ROUNDS it is rounded before that, with CENTERED its mean is taken off
-    before, with NORM_BIAS ``norm_bias`` [cols] is added). BIAS: plus ``bias`` [rows]. SILU: ``weight`` has 2 * rows rows and
+    NORM: x is RMS-normalized first (times ``norm`` [cols]; with ROUNDS it is rounded before that, with CENTERED its mean is taken
+    off before, with NORM_BIAS ``norm_bias`` [cols] is added). BIAS: plus ``bias`` [rows]. SILU: ``weight`` has 2 * rows rows and
     out = silu(first half) * second half. GATE: times the shared gate's sigmoid (``gate`` [1]). RESIDUAL: plus ``residual`` [rows].
     STAGE: program 0 also writes the normalized x to ``normed``, and program 1 its staged form for the experts. Rounded to out's
     dtype where transformers rounds.
@@ -190,7 +190,8 @@ def heads_kernel(
     i = tl.arange(0, BLOCK)
     value = tl.load(at + i, mask=i < n, other=0.0).to(tl.float32)
     if NORM:
-        factor = tl.load(tl.where(part == 0, q_norm, k_norm) + i, mask=i < n, other=0.0).to(tl.float32)
+        factor = tl.load(q_norm + i, mask=(i < n) & (part == 0), other=0.0).to(tl.float32)
+        factor += tl.load(k_norm + i, mask=(i < n) & (part == 1), other=0.0).to(tl.float32)
         rstd = tl.rsqrt(tl.sum(value * value, axis=0) / n + eps)
         normed = ((value * rstd).to(kind).to(tl.float32) * factor).to(kind).to(tl.float32)
         value = tl.where(part < 2, normed, value)
@@ -232,8 +233,8 @@ def attend_kernel(
 
     Grid (kv heads, splits); ``qkv`` [(group + 2) * kv heads * D], ``keys``/``values`` [kv heads, length, D], ``position`` int64
     [1]. Of a head's channels the first TURNED have rotary positions (``_head``), cos and sin times ``rope_scale``. The query sees
-    the WINDOW latest tokens (0: all). GP is the group's size, at least 16; products are made in DOT. Writes each split's maximum and sum of weights [heads,
-    splits] and weighted values [heads, splits, D], fp32.
+    the WINDOW latest tokens (0: all). GP is the group's size, at least 16; products are made in DOT. Writes each split's maximum
+    and sum of weights [heads, splits] and weighted values [heads, splits, D], fp32.
     """
     head, split = tl.program_id(0), tl.program_id(1)
     splits = tl.num_programs(1)

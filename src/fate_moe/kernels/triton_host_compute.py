@@ -63,9 +63,10 @@ def trial_kernel(
     questions, asked, pending_rows, wanted, count, turn, misses, hosted, x, num_blobs, staging, num_staging, cols: tl.constexpr,
     MOST: tl.constexpr, E: tl.constexpr
 ):  # fmt: skip
-    """Serve ``misses`` int32 [1] experts, others each time: ask the host for ``hosted`` int32 [1] of them, list the rest. One program.
+    """Serve ``misses`` int32 [1] experts, others each time: ask the host for ``hosted`` int32 [1], list the rest. One program.
 
-    What is listed in ``wanted`` and ``count`` goes to the ``num_staging`` slots from ``staging`` on; ``turn`` int32 [1] counts calls.
+    What is listed in ``wanted`` and ``count`` goes to the ``num_staging`` slots from ``staging`` on; ``turn`` int32 [1] counts
+    calls.
     """
     i = tl.arange(0, E)
     now = tl.load(turn)

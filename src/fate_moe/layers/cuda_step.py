@@ -41,8 +41,8 @@ class _Norm:
 
 @dataclass
 class _Layer:
-    """One decoder layer's weights and what it is; q, k and v are one matrix, and so are an MLP's gate and up. ``mlp_*``: of a shared
-    expert, or of a layer without experts. ``correction`` is its router's."""
+    """One decoder layer's weights and what it is; q, k and v are one matrix, and so are an MLP's gate and up. ``mlp_*``: of a
+    shared expert, or of a layer without experts. ``correction`` is its router's."""
 
     plain: PlainLayer
     norm: _Norm
@@ -230,7 +230,8 @@ class FusedStep:
         of = NO_NORM if norm is None else norm.kind
         block, wide, warps = matvec_tile(rows, cols)
         matvec_kernel[(triton.cdiv(rows, block),)](
-            x, none if norm is None else norm.weight, none if norm is None or norm.bias is None else norm.bias, weight, scale, zero, none if bias is None else bias,
+            x, none if norm is None else norm.weight, none if norm is None or norm.bias is None else norm.bias, weight, scale, zero,
+            none if bias is None else bias,
             none if residual is None else residual, none if gate is None else gate, self._normed, self._experts.state.staged, out,
             of.eps, cols=cols, rows=rows, CODES=codes, NORM=norm is not None, ROUNDS=of.rounds_first, CENTERED=of.centered,
             NORM_BIAS=of.bias, BIAS=bias is not None,
