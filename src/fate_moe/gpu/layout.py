@@ -106,7 +106,7 @@ def device_layout(layout: BlobLayout, shapes: dict[str, tuple[int, ...]], expert
         )
     assert gate is not None
     bias = {part.name: part for part in layout.parts if part.name in biases}
-    at = [bias[name].offset if name in bias else -1 for name in ("gate_up_proj_bias", "down_proj_bias")]
+    up_bias, down_bias = (bias[name].offset if name in bias else -1 for name in ("gate_up_proj_bias", "down_proj_bias"))
     kind = next((_DTYPES[part.dtype] for part in bias.values()), tl.float32)
     parts = {
         name: tuple(offsets.get(f"{name}.{part}", 0) for part in ("scale", "zero", "plane0", "plane1", "plane2"))  # type: ignore[misc]
@@ -117,7 +117,7 @@ def device_layout(layout: BlobLayout, shapes: dict[str, tuple[int, ...]], expert
     views = tuple(accumulate(layout.plane_widths))
     return DeviceLayout(
         cols, width, planes, tl.float16, activation, parts["gate_up_proj"], parts["down_proj"], views, ends, layout.length, gate,
-        *at, kind,
+        up_bias, down_bias, kind,
     )  # fmt: skip
 
 
