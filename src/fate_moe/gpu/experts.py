@@ -48,6 +48,8 @@ class DeviceExperts:
         self._demand = lists[0]  # pairs (blob, slot); the last row's first entry is their number
         self._ahead = lists[1], lists[2]  # for even and odd layers: one is still read while the next is written
         self._main, self._demands, self._prefetches, self._host_results = (Lane(device, side) for side in (False, True, True, True))
+        self._behind = torch.zeros(len(state.layouts), 2, 2, dtype=torch.int32, device=device)  # pair, number
+        self._trailing = False  # copies behind the step that the main lane has not waited for
         self._requested = False  # the residency step may have requested rows from the host that nobody collects yet
         self._listed = False  # the residency step listed prefetches that are not enqueued yet
         self._arriving: Any = None  # the mark of prefetches that the main lane has not waited for
@@ -103,6 +105,11 @@ class DeviceExperts:
             with self._prefetches:
                 self.fetch(self._ahead[(layer + 1) % 2])
             self._arriving, self._listed = self._prefetches.mark(), False
+        if host_compute is not None and state.options.admit_every:
+            self._prefetches.follow(self._demands)
+            with self._prefetches:
+                self.fetch(self._behind[layer])
+            self._trailing = True
         if whole or not state.options.overlap:
             if beside is not None:
                 beside()
@@ -121,6 +128,9 @@ class DeviceExperts:
         if host_compute is not None:
             self._main.follow(self._host_results)
         self._down(layer, routing_weights, out, add, host_compute)
+        if self._trailing and layer == len(state.layouts) - 1:  # the next token finds them
+            self._main.follow(self._prefetches)
+            self._trailing = False
 
     def route(
         self,
@@ -150,14 +160,15 @@ class DeviceExperts:
             tables.slot_of, tables.score, tables.unused, tables.counters, tables.clock, layer, len(state.layouts) - 1,
             options.half_life, options.num_predicted or state.top_k,
             options.min_probability if predicted or (by_router and softmax) else 0.0, options.limit,
-            state.shares, questions, asked, hidden, logits if correction is None else correction,
+            state.shares, questions, asked, self._behind[layer], options.admit_every, hidden,
+            logits if correction is None else correction,
             logits if next_correction is None else next_correction, router.scale, router.floor, router.spread,
             num_experts=tables.num_experts, top_k=state.top_k, cols=state.layouts[layer].cols, SCORES=router.scores,
             CORRECTED=router.correction is not None, GROUPS=router.groups, TOP_GROUPS=router.top_groups,
             GROUP_BEST=router.group_best, NORMALIZE=router.normalize, ROUNDS=router.rounds_logits,
             SIGMOID_NEXT=by_router and router.scores == "sigmoid",
             FREQUENCY=options.eviction != "recency", WEIGHED=softmax and options.eviction == "probability",
-            HOST=self._requested, MOST=most,
+            HOST=self._requested, ADMITS=self._requested and options.admit_every > 0, MOST=most,
             E=triton.next_power_of_2(tables.num_experts), R=triton.next_power_of_2(state.top_k), num_warps=4,
         )  # fmt: skip
         if ahead:

@@ -22,6 +22,8 @@ class DeviceOptions:
     activation_path: fetch what followed the same path of experts before (layers/cuda_path_step.py), not what the next router says.
     host_compute: that fraction of a layer's missing experts (rounded up) is computed on the host instead of copied, in fused
     steps; None: as many as a measurement says (``gpu/host_trial.py``).
+    admit_every: one layer of so many copies one of the experts that the host computed behind the step, so that what is resident
+    follows the routing; 0: none (``gpu/prefetch_trial.py`` finds out how many the link has time for).
     """
 
     eviction: str = "probability"
@@ -34,11 +36,13 @@ class DeviceOptions:
     activation_path: bool = False
     fetch_programs: int = 16
     host_compute: float | None = 0.0
+    admit_every: int = 0
 
     def __post_init__(self) -> None:
         if self.eviction not in ("frequency", "probability", "recency"):
             raise ConfigError(f"eviction {self.eviction!r} is not one of frequency, probability, recency")
-        if self.limit < 0 or self.num_predicted < 0 or self.num_whole < 0 or self.half_life <= 0 or self.fetch_programs < 1:
+        counts = self.limit, self.num_predicted, self.num_whole, self.admit_every
+        if min(counts) < 0 or self.half_life <= 0 or self.fetch_programs < 1:
             raise ConfigError(f"{self}: counts must not be negative, half-life and fetch programs must be positive")
         if self.host_compute is not None and not 0 <= self.host_compute <= 1:
             raise ConfigError(f"host_compute {self.host_compute} is not between 0 and 1")

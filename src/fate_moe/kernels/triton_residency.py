@@ -60,6 +60,8 @@ def _assign_slots(
     shares,
     questions,
     asked,
+    behind,
+    admit_every,
     x,
     num_experts: tl.constexpr,
     num_rows: tl.constexpr,
@@ -67,6 +69,7 @@ def _assign_slots(
     FREQUENCY: tl.constexpr,
     WEIGHED: tl.constexpr,
     HOST: tl.constexpr,
+    ADMITS: tl.constexpr,
     MOST: tl.constexpr,
     E: tl.constexpr,
     R: tl.constexpr,
@@ -76,7 +79,9 @@ def _assign_slots(
     With WEIGHED every expert's use grows by the root of its ``probability`` [E], else the chosen ones' by 1.
 
     With HOST the host is asked for as many misses as ``shares`` int32 [num_rows + 1] says of their number (``ask_experts``), those
-    of lowest score; their slots stay -1, and ``pending_rows`` is 2 + their place in its answer. The others are listed.
+    of lowest score; their slots stay -1, and ``pending_rows`` is 2 + their place in its answer. The others are listed. With ADMITS,
+    where nothing else is copied, the one of highest score still gets a slot for the next token, if its turn (one layer of
+    ``admit_every``) has come and its score is above the victim's: ``behind`` int32 [2, 2] is its pair and their number.
     """
     expert = tl.arange(0, E)
     known = expert < num_experts
@@ -121,16 +126,29 @@ def _assign_slots(
         tl.store(wanted + 2 * i, layer * num_experts + incoming)
         tl.store(wanted + 2 * i + 1, freed)
     tl.store(count, num_copied)
+    tl.store(slots + r, tl.max(tl.where(chosen, slot[None, :], -1), axis=1), mask=r < num_rows)
+    counted = counters + layer * 5
+    if ADMITS:
+        incoming = _highest(value, missing, expert, E)
+        victim = _lowest(value, (slot >= 0) & ~routed & ~under_way, expert, E)
+        gain = tl.max(tl.where(expert == incoming, value, float("-inf")), axis=0)
+        loss = tl.max(tl.where(expert == victim, value, float("-inf")), axis=0)
+        admits = ((now + layer) % admit_every == 0) & (num_copied == 0) & (victim < E) & (gain > loss)
+        freed = tl.max(tl.where(expert == victim, slot, -1), axis=0)
+        slot = tl.where(admits & (expert == victim), -1, tl.where(admits & (expert == incoming), freed, slot))
+        waiting = tl.where(admits & (expert == victim), 0, tl.where(admits & (expert == incoming), 1, waiting))
+        tl.store(behind, layer * num_experts + incoming)
+        tl.store(behind + 1, freed)
+        tl.store(behind + 2, admits.to(tl.int32))
+        tl.store(counted + 2, tl.load(counted + 2) + admits.to(tl.int64))
     tl.store(slot_of + at, slot, mask=known)
     tl.store(score + at, value, mask=known)
     tl.store(unused + at, waiting, mask=known)
-    tl.store(slots + r, tl.max(tl.where(chosen, slot[None, :], -1), axis=1), mask=r < num_rows)
     state = pending.to(tl.int32)
     if HOST:
         place = ask_experts(questions, asked, missing.to(tl.int32), at, x, cols, MOST, 1024)
         state = tl.where(missing, 2 + place, state)
     tl.store(pending_rows + r, tl.max(tl.where(chosen, state[None, :], 0), axis=1), mask=r < num_rows)
-    counted = counters + layer * 5
     tl.store(counted, tl.load(counted) + num_routed - num_missing)
     tl.store(counted + 1, tl.load(counted + 1) + num_missing)
     tl.store(counted + 3, tl.load(counted + 3) + num_used)
@@ -178,7 +196,7 @@ def residency_kernel(
         choice = tl.load(index + r, mask=r < num_rows, other=-1).to(tl.int32)
         _assign_slots(
             choice, choice, slots, pending_rows, wanted, count, slot_of, score, unused, counters, clock, layer, last, half_life,
-            count, count, count, hidden, num_experts, num_rows, cols, FREQUENCY, False, False, 0, E, R,
+            count, count, count, count, 0, hidden, num_experts, num_rows, cols, FREQUENCY, False, False, False, 0, E, R,
         )  # fmt: skip
 
 
@@ -296,7 +314,7 @@ def prefetch_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["layer", "last", "num_predicted", "limit"])
+@triton.jit(do_not_specialize=["layer", "last", "num_predicted", "limit", "admit_every"])
 def route_kernel(
     logits,
     next_logits,
@@ -321,6 +339,8 @@ def route_kernel(
     shares,
     questions,
     asked,
+    behind,
+    admit_every,
     x,
     correction,
     next_correction,
@@ -341,6 +361,7 @@ def route_kernel(
     FREQUENCY: tl.constexpr,
     WEIGHED: tl.constexpr,
     HOST: tl.constexpr,
+    ADMITS: tl.constexpr,
     MOST: tl.constexpr,
     E: tl.constexpr,
     R: tl.constexpr,
@@ -350,8 +371,8 @@ def route_kernel(
     ``logits`` fp32 [num_experts] are this layer's, ``next_logits`` the next one's on the same router input. Program 0 writes
     ``routing_weights`` [top_k] (see ``choose``), and does what ``residency_kernel`` does; program 1 what ``prefetch_kernel`` does
     for ``layer + 1``, into ``ahead`` and ``ahead_count``; with SIGMOID_NEXT from the sigmoids of ``next_logits`` plus
-    ``next_correction`` [num_experts]. With HOST the host is asked for misses on the router input ``x`` [cols]: see
-    ``_assign_slots``.
+    ``next_correction`` [num_experts]. With HOST the host is asked for misses on the router input ``x`` [cols], and with ADMITS some
+    of them get slots behind the step: see ``_assign_slots``.
     """
     if tl.program_id(0) == 1:
         _look_ahead(
@@ -367,5 +388,6 @@ def route_kernel(
         tl.store(routing_weights + r, weight.to(routing_weights.dtype.element_ty), mask=r < top_k)
         _assign_slots(
             choice, p, slots, pending_rows, wanted, count, slot_of, score, unused, counters, clock, layer, last, half_life,
-            shares, questions, asked, x, num_experts, top_k, cols, FREQUENCY, WEIGHED, HOST, MOST, E, R,
+            shares, questions, asked, behind, admit_every, x, num_experts, top_k, cols, FREQUENCY, WEIGHED, HOST, ADMITS, MOST,
+            E, R,
         )  # fmt: skip
