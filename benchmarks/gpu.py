@@ -103,6 +103,7 @@ def decode(
         "hosted_of": "/".join(map(str, experts.state.shares.tolist())),
         "trial_seconds": trial_seconds,
         "copied_ahead": experts.state.options.limit,
+        "admit_every": experts.state.options.admit_every,
         "ready": counted.ready_on_time,
         "misses_per_token": counted.misses / measured,
         "hosted_per_token": (experts.state.tables.hosted() - hosted) / measured,

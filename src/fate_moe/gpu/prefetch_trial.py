@@ -59,7 +59,9 @@ def run_prefetch_trial(experts: DeviceExperts, record: Callable[[], object], one
     """Time one copy and one step, turn prefetching off if it cannot pay, and ``record`` the decode step with what remains.
 
     Where nothing is copied ahead and the host computes misses, experts move in behind the step instead, as fast as the link carries
-    them (``admit_every``): else those that the host computes would never be resident. ``one_token`` as ``measured``'s. On a CPU, which only simulates a device, nothing is timed and prefetching stays on.
+    them (``admit_every``): else those that the host computes would never be resident.
+
+    ``one_token`` as ``measured``'s. On a CPU, which only simulates a device, nothing is timed and prefetching stays on.
     """
     state = experts.state
     limit = state.options.limit
