@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -12,13 +14,14 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from fate_moe.errors import UnsupportedModelError
 from fate_moe.gpu.host_compute import HostCompute
+from fate_moe.gpu.host_trial import make_trial
 from fate_moe.gpu.options import DeviceOptions
 from fate_moe.kernels.native import native
 from tests.support.device import CPU, Model, random_model, route, twin
 
 pytestmark = pytest.mark.slow
 
-GATE = {"mixed": True, "alpha": 1.702, "limit": 0.75, "up_offset": 1.0}
+GATE: dict[str, Any] = {"mixed": True, "alpha": 1.702, "limit": 0.75, "up_offset": 1.0}
 
 
 def clamped(precision: str = "int4", width: int = 72) -> Model:
@@ -48,8 +51,6 @@ def test_unquantized_ones_are_refused() -> None:
 def test_the_hosts_bits() -> None:
     model = clamped()
     host = HostCompute(model.layout, model.shapes, model.module, model.arena, model.top_k, CPU, threads=2)
-    from fate_moe.gpu.host_trial import make_trial
-
     experts = model.experts(3, DeviceOptions(limit=0, host_compute=1.0), host_compute=host)
     misses, hosted, layers = make_trial(experts, host)
     for each in (misses, hosted):

@@ -63,7 +63,7 @@ def _timed(experts: DeviceExperts, host: HostCompute) -> list[list[float]]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         layers(_LAYERS)
-    rows = []
+    rows = list[list[float]]()
     for most in range(1, experts.state.top_k + 1):
         misses.fill_(most)
         rows.append([])
