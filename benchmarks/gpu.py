@@ -29,6 +29,7 @@ from benchmarks.gpu_peers import accelerated, activation_paths
 from benchmarks.gpu_routing import as_array, belady_misses, better_gates, fit_gates, predicted, recorded
 from fate_moe.errors import FateError
 from fate_moe.gpu.dense import ByteLinear
+from fate_moe.gpu.host_trial import run_host_trial
 from fate_moe.gpu.options import DeviceOptions
 from fate_moe.gpu.prefetch_trial import run_prefetch_trial
 from fate_moe.gpu.tables import layer_quotas
@@ -50,9 +51,12 @@ METHODS: dict[str, DeviceOptions] = {
     "fitted": DeviceOptions(),  # next layer's choice by gates fitted to this model
     "prefetch 2": DeviceOptions(limit=2),
     "host": DeviceOptions(host_compute=0.5),
+    "measured": DeviceOptions(host_compute=None),  # what the product does (gpu/host_trial.py)
+    "slow link": DeviceOptions(fetch_programs=1),  # about a quarter of the link
+    "slow link, measured": DeviceOptions(fetch_programs=1, host_compute=None),
     "host, prefetch 2": DeviceOptions(limit=2, host_compute=0.7),
 }
-_PROFILED = ("load on demand", "best", "host")  # a profile takes as long as a cell
+_PROFILED = ("load on demand", "best", "measured")  # a profile takes as long as a cell
 
 
 def decode(
@@ -70,6 +74,11 @@ def decode(
         step.begin(first, PROMPT)
         step.replay()
 
+    began = time.perf_counter()
+    run_host_trial(experts)
+    trial_seconds = time.perf_counter() - began
+    if METHODS[method].host_compute is None and experts.state.host_compute is None:
+        random.host = None  # its threads were stopped
     step.begin(first, PROMPT)
     if method == "always ahead":
         step.capture()
@@ -91,7 +100,10 @@ def decode(
     row = {
         "tokens_per_second": 1e3 / took,
         "ms": took,
+        "hosted_of": "/".join(map(str, experts.state.shares.tolist())),
+        "trial_seconds": trial_seconds,
         "copied_ahead": experts.state.options.limit,
+        "admit_every": experts.state.options.admit_every,
         "ready": counted.ready_on_time,
         "misses_per_token": counted.misses / measured,
         "hosted_per_token": (experts.state.tables.hosted() - hosted) / measured,

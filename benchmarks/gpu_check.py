@@ -44,6 +44,10 @@ _COMMON: dict[str, Any] = {
     "max_position_embeddings": 512, "tie_word_embeddings": False, "num_experts_per_tok": 2, "pad_token_id": 0, "bos_token_id": 1,
     "eos_token_id": 2,
 }  # fmt: skip
+_GROUPED: dict[str, Any] = {
+    "n_routed_experts": 16, "n_shared_experts": 1, "first_k_dense_replace": 1, "moe_intermediate_size": 128,
+    "intermediate_size": 256, "n_group": 4, "topk_group": 2,
+}  # fmt: skip
 MODELS: dict[str, dict[str, Any]] = {
     "medium": {  # where tokens a second say something
         "model_type": "qwen3_moe", "vocab_size": 8192, "hidden_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 16,
@@ -59,7 +63,31 @@ MODELS: dict[str, dict[str, Any]] = {
         "shared_expert_intermediate_size": 256,
     },
     "mixtral": {"model_type": "mixtral", "num_local_experts": 16, "intermediate_size": 128},
-    "olmoe": {"model_type": "olmoe", "num_experts": 16, "intermediate_size": 128},  # its layers run as transformers has them
+    "olmoe": {"model_type": "olmoe", "num_experts": 16, "intermediate_size": 128},
+    "deepseek_v2": {  # its layers run as transformers has them
+        "model_type": "deepseek_v2", **_GROUPED, "topk_method": "greedy",
+        "kv_lora_rank": 64, "q_lora_rank": None, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 32,
+        "num_key_value_heads": 8,
+    },
+    "gpt_oss": {
+        "model_type": "gpt_oss", "num_local_experts": 16, "intermediate_size": 128, "head_dim": 32, "sliding_window": 20,
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128, "truncate": False,
+        },
+    },
+    "windows": {"model_type": "mixtral", "num_local_experts": 16, "intermediate_size": 128, "sliding_window": 20},
+    "glm4_moe": {"model_type": "glm4_moe", **_GROUPED, "head_dim": 32, "use_qk_norm": True},
+    "dots1": {"model_type": "dots1", **_GROUPED, "head_dim": 32},
+    "ernie4_5_moe": {
+        "model_type": "ernie4_5_moe", "moe_num_experts": 16, "moe_k": 2, "moe_intermediate_size": 128, "intermediate_size": 256,
+        "moe_num_shared_experts": 1, "moe_layer_start_index": 1,
+    },
+    "phimoe": {"model_type": "phimoe", "num_local_experts": 16, "intermediate_size": 128, "lm_head_bias": True},
+    "minimax_m2": {"model_type": "minimax_m2", "num_local_experts": 16, "intermediate_size": 128, "head_dim": 32, "rotary_dim": 16},
+    "hy_v3": {
+        "model_type": "hy_v3", "num_experts": 16, "moe_intermediate_size": 128, "intermediate_size": 256, "head_dim": 32,
+        "num_shared_experts": 1, "first_k_dense_replace": 1,
+    },
 }  # fmt: skip
 
 
@@ -258,8 +286,8 @@ def digest(logits: torch.Tensor) -> str:
     return hashlib.sha256(logits.contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
-def checkpoint(name: str, folder: Path) -> Path:
-    """A random bf16 checkpoint with a tokenizer in ``folder``, made with transformers alone and only once."""
+def checkpoint(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """A random checkpoint of ``dtype`` with a tokenizer in ``folder``, made with transformers alone and only once."""
     if (folder / "tokenizer.json").exists():
         return folder
     described = {**_COMMON, **MODELS[name]}
@@ -270,7 +298,7 @@ def checkpoint(name: str, folder: Path) -> Path:
         for value in model.parameters():
             if value.ndim > 1:  # keeps the size of what goes through, so that routers spread their choices
                 value.normal_(0, value.shape[-1] ** -0.5)
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder)
     words = Tokenizer(WordLevel({f"w{i}": i for i in range(described["vocab_size"])}, unk_token="w0"))
     transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)  # last: the folder is whole
     return folder

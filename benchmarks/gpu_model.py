@@ -117,7 +117,7 @@ class RandomModel:
         tables = ResidencyTables(quotas, num_experts, device)
         pool = VramPool(tables.num_slots, 2 * min(32, num_experts), self.layout.length, device)
         routers = router_weights(self.model, self.stacks)
-        host_compute = self.host_compute() if options.host_compute else None
+        host_compute = self.host_compute() if options.host_compute != 0 else None
         state = DeviceState(
             self.device_layouts, self.arena, pool, tables, routers, top_k=top_k, options=options, host_compute=host_compute,
             fitted=fitted,

@@ -19,7 +19,7 @@ from fate_moe.units import format_bytes, parse_amount, parse_host_compute, parse
         ({"vram": "1GiB", "exact_activations": True}, "omit exact_activations"),
         ({"vram": "1GiB", "predictor": "temporal"}, "next layer's router"),
         ({"vram": "1GiB", "precision_policy": "budget"}, "precision_policy is one of"),
-        ({"host_compute": "auto"}, "give vram too"),
+        ({"host_compute": 0.5}, "give vram too"),
         ({"vram": "1GiB", "host_compute": "most"}, "not auto, off or a fraction"),
         ({"cuda_graph": False}, "cuda_graph is for a GPU"),
         ({"device": "cpu", "vram": "1GiB"}, "omit it"),

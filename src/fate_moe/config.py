@@ -34,7 +34,7 @@ class OffloadConfig:
     vram: memory on the GPU: a size, a fraction of what is free there or "auto" (most of it); then ``ram`` is for the experts
         behind it. None: "auto" with device "cuda".
     host_compute: on a GPU, the fraction of missing experts that the CPU computes instead of copying them: a fraction, "auto" (as
-        ``fate doctor --measure`` found) or "off". The CPU rounds otherwise, so tokens may differ from fully resident.
+        many as a measurement while loading says; none where that would change numbers, as with lossless experts) or "off".
     cuda_graph: decode steps as one captured graph where the family allows it; without, the same kernels one by one.
     expert_cache: bytes for expert slots: a size or a percentage of all experts ("25%"); None: what the budget leaves.
     preset: what works best here, or what a published system does (registry.PRESETS): a policy and a predictor, on a GPU their like.
@@ -55,7 +55,7 @@ class OffloadConfig:
     ram: str | int | float = "auto"
     device: str | None = None
     vram: str | int | float | None = None
-    host_compute: str | int | float = "off"
+    host_compute: str | int | float = "auto"
     cuda_graph: bool = True
     expert_cache: str | int | None = None
     preset: str = "best"
@@ -124,7 +124,7 @@ class OffloadConfig:
 
     def _check_cpu(self) -> None:
         """Refuse what has a meaning on a GPU alone."""
-        if parse_host_compute(self.host_compute) != 0:
+        if parse_host_compute(self.host_compute):
             raise ConfigError("host_compute is for the experts that a GPU misses; give vram too, or omit it")
         if not self.cuda_graph:
             raise ConfigError("cuda_graph is for a GPU; give vram too, or omit it")

@@ -17,10 +17,8 @@ from fate_moe.engine.budget import Footprint, footprint
 from fate_moe.engine.device_budget import DevicePlan, make_device_plan, min_slots
 from fate_moe.errors import BudgetError, ConfigError
 from fate_moe.gpu.device import Gpu
-from fate_moe.gpu.link import Link, save_link
 from fate_moe.gpu.options import DeviceOptions
 from fate_moe.registry import PRESETS
-from fate_moe.switches import cache_home
 
 CONFIG = Path(__file__).parents[1] / "data" / "configs" / "Qwen3-30B-A3B"
 GPU = Gpu("simulated", torch.device("cpu"), 24 << 30, 20 << 30)
@@ -31,11 +29,6 @@ def needs(checkpoint: Callable[[str], Path]) -> Footprint:
     """Qwen3-30B-A3B's, at int4."""
     model = build_meta_model(CONFIG)
     return footprint(model, expert_stacks(model), "int4")
-
-
-@pytest.fixture
-def fast_link() -> None:
-    save_link(Link(GPU.name, 16, 50e9, 45e9, 160e9, 45e9, 120e9))
 
 
 def small(needs: Footprint) -> Footprint:
@@ -100,10 +93,10 @@ def test_everything_fits(needs: Footprint) -> None:
     assert "6144/6144 expert slots" in plan.line()
 
 
-def test_the_hosts_share_needs_every_expert_in_ram(needs: Footprint, fast_link: None) -> None:
+def test_the_hosts_share_needs_every_expert_in_ram(needs: Footprint) -> None:
     assert planned(needs, vram="4GiB").host_compute == 0.0
     whole = small(needs)
-    plan = planned(whole, vram="4GiB", ram="8GiB", host_compute="50%")
+    plan = planned(whole, vram="4GiB", ram="8GiB", host_compute="50%", expert_cache="50%")
     assert plan.host_compute == 0.5
     assert "the CPU computes 50% of" in plan.line()
     assert "the CPU computes 50% of" in str(plan.rows())
@@ -111,15 +104,13 @@ def test_the_hosts_share_needs_every_expert_in_ram(needs: Footprint, fast_link: 
         planned(needs, vram="4GiB", ram="8GiB", host_compute=0.5)
     with patch("fate_moe.engine.device_budget.available_memory", return_value=64 << 30):
         assert planned(needs, vram="4GiB", ram=caught.value.smallest_bytes + (4 << 20), host_compute=0.5).host_compute == 0.5
-    assert planned(needs, vram="4GiB", ram="8GiB", host_compute="auto").host_compute == 0.0
 
 
-def test_auto_asks_what_was_measured(needs: Footprint, fast_link: None) -> None:
-    whole = small(needs)
-    assert planned(whole, ram="8GiB", host_compute="auto").host_compute == pytest.approx(0.65 * 120 / (0.65 * 120 + 45))
-    (cache_home() / "link.json").unlink()
-    with pytest.raises(ConfigError, match="fate doctor --measure"):
-        planned(whole, ram="8GiB", host_compute="auto")
+def test_what_the_host_computes_is_measured_while_loading_by_default(needs: Footprint) -> None:
+    plan = planned(small(needs), ram="8GiB", expert_cache="50%")
+    assert plan.host_compute is None
+    assert "the CPU computes those of them that it has sooner than the link" in plan.line()
+    assert "the CPU" not in planned(small(needs), ram="8GiB").line(), "every expert is in VRAM"
 
 
 def test_options_that_mean_nothing_are_errors() -> None:

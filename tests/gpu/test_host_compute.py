@@ -21,6 +21,7 @@ from fate_moe.gpu.host_compute import HostCompute
 from fate_moe.gpu.options import DeviceOptions
 from fate_moe.gpu.state import DeviceState
 from fate_moe.kernels.native import native
+from fate_moe.kernels.plain_layer import Router
 from fate_moe.kernels.triton_quantize import stage_token
 from tests.support.device import CPU, Model, SwiGLU, random_model, twin
 
@@ -44,7 +45,7 @@ def step(experts: DeviceExperts, model: Model, layer: int, x: torch.Tensor) -> t
     logits = model.routers[layer] @ x[0]
     weights, out = torch.zeros(1, model.top_k), torch.zeros_like(x)
     stage_kernel[(1,)](x, experts.state.staged, cols=x.shape[1], groups=x.shape[1] // 64)
-    experts.route(layer, logits, model.routers[-1] @ x[0], x[0], weights, normalize=True)
+    experts.route(layer, logits, model.routers[-1] @ x[0], x[0], weights, Router(len(logits), model.top_k, normalize=True))
     experts.run(layer, weights, out)
     return out, weights, torch.topk(logits, model.top_k).indices[None]
 
@@ -73,6 +74,26 @@ def test_same_sums_as_the_twin_and_only_the_links_misses_move_in(model: Model, c
     counted = experts.state.counters()
     assert counted.bytes_read == (counted.misses - hosted + counted.prefetched) * model.layout.length
     experts.state.tables.check_integrity()
+
+
+def test_what_the_host_computes_moves_in_behind_the_step(model: Model, computing: HostCompute) -> None:
+    options = DeviceOptions(limit=0, host_compute=1.0, admit_every=2)
+    experts = model.experts(10, options, host_compute=computing)
+    tables, x = experts.state.tables, torch.randn(1, 128, generator=torch.Generator().manual_seed(5))
+    counted = []
+    for _ in range(9):  # each layer misses at most four, and every other token is its turn
+        before = experts.state.counters()
+        for layer in (0, 1):
+            out, weights, index = step(experts, model, layer, x)
+            assert torch.equal(out, twin(model, layer, x, index, weights))
+        counted.append(experts.state.counters().since(before))
+    tables.check_integrity()
+    assert all(spent.prefetched <= 1 for spent in counted), "a layer in two admits"
+    assert counted[0].misses > 0
+    assert counted[-1].misses == 0
+    assert sum(spent.prefetched for spent in counted) == sum(spent.prefetch_used for spent in counted) == counted[0].misses
+    for layer, expert, slot in tables.residents():
+        assert experts.state.pool.slot(slot)[: model.layout.length].equal(model.arena.blob(layer * 8 + expert))
 
 
 def test_threads_end_before_the_memory_that_they_read_goes(model: Model) -> None:

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("triton")
 
 from fate_moe.gpu.options import DeviceOptions
-from fate_moe.gpu.prefetch_trial import measured_limit, prefetch_limit
+from fate_moe.gpu.prefetch_trial import measured, prefetch_limit
 from tests.support.device import random_model
 
 pytestmark = pytest.mark.slow
@@ -31,8 +31,8 @@ def test_both_times_are_measured() -> None:
     model = random_model(layers=2, experts=8)
     experts = model.experts(6)
     experts.state.options = replace(experts.state.options, limit=0)
-    assert measured_limit(experts, 2, lambda: time.sleep(1.0)) == 2
-    assert measured_limit(experts, 2, lambda: None) == 0
+    assert prefetch_limit(2, *measured(experts, lambda: time.sleep(1.0))) == 2
+    assert prefetch_limit(2, *measured(experts, lambda: None)) == 0
     staged = experts.state.pool.slot(experts.state.pool.num_slots)[: model.layout.length]
     assert staged.equal(model.arena.blob(0)), "the copy that was measured is not one of an expert"
     experts.state.tables.check_integrity()

@@ -37,8 +37,10 @@ def test_same_choice_slots_and_lists_as_the_twin(weighed: bool, seed: int, quota
             route_kernel[(1 + looks,)](
                 logits, ahead, weights, slots, pending, lists[0], lists[0, -1], lists[1], lists[1, -1],
                 tables.slot_of, tables.score, tables.unused, tables.counters, tables.clock, layer, 1, HALF_LIFE,
-                TOP_K, 0.0, LIMIT, 1.0, lists[1], lists[1], logits, num_experts=EXPERTS, top_k=TOP_K, cols=EXPERTS,
-                NORMALIZE=False, FREQUENCY=True, WEIGHED=weighed, HOST=False, MOST=0, E=8, R=2,
+                TOP_K, 0.0, LIMIT, lists[1], lists[1], lists[1], lists[1], 0, logits, logits, logits, 1.0, 0.0, 0.0,
+                num_experts=EXPERTS, top_k=TOP_K, cols=EXPERTS, SCORES="softmax", CORRECTED=False,
+                GROUPS=1, TOP_GROUPS=1, GROUP_BEST=1, NORMALIZE=False, ROUNDS=True,
+                SIGMOID_NEXT=False, FREQUENCY=True, WEIGHED=weighed, HOST=False, ADMITS=False, MOST=0, E=8, R=2,
             )  # fmt: skip
             probabilities = logits.softmax(0)
             best = probabilities.topk(TOP_K)

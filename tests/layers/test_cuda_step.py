@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import StaticCache
 
 pytest.importorskip("triton")
 
+from fate_moe.adapter.kv_cache import whole_cache
 from fate_moe.adapter.meta_model import expert_stacks
 from fate_moe.engine.cuda_attach import attach_device, router_weights
 from fate_moe.engine.patches import Patches
@@ -22,11 +22,11 @@ from fate_moe.gpu.options import DeviceOptions
 from fate_moe.gpu.state import DeviceState
 from fate_moe.gpu.tables import ResidencyTables, layer_quotas
 from fate_moe.layers.cuda_step import FusedStep
-from fate_moe.layers.plain import plain_layers
 from fate_moe.layers.reasons import cuda_reasons
 from fate_moe.quant.blob import encode
 from fate_moe.store.format import blob_layout
-from tests.support.checkpoints import tiny_model
+from tests.support import tiny
+from tests.support.checkpoints import FAMILIES, tiny_model
 from tests.support.plain_twin import twin_logits
 
 pytestmark = pytest.mark.slow
@@ -57,38 +57,64 @@ def on_device(model: Any, num_slots: int, fitted: Any = (), **options: Any) -> D
     return device
 
 
+LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
 PROMPT = torch.tensor([[3, 17]])  # before the first step, each costs as much as one
 
 
-def fused_logits(model: Any, num_slots: int, steps: int, **options: Any) -> tuple[torch.Tensor, list[int], DeviceExperts]:
+def fused_logits(
+    model: Any, num_slots: int, steps: int, prompt: torch.Tensor = PROMPT, **options: Any
+) -> tuple[torch.Tensor, list[int], DeviceExperts]:
     """Logits [steps, vocabulary] and tokens after PROMPT, by fused steps."""
     device = on_device(model, num_slots, **options)
-    cache = StaticCache(config=model.config, max_cache_len=32)
+    cache = whole_cache(model.config, 32)
     with torch.no_grad():
-        first = int(model(PROMPT, past_key_values=cache).logits[0, -1].argmax())
+        first = int(model(prompt, past_key_values=cache).logits[0, -1].argmax())
     fused = FusedStep(model, device, cache)
-    fused.begin(first, PROMPT.shape[1])
+    fused.begin(first, prompt.shape[1])
     rows = []
     for _ in range(steps):
         fused.step()
         rows.append(fused.logits.clone())
     device.state.tables.check_integrity()
-    return torch.stack(rows), [first, *fused.tokens[PROMPT.shape[1] + 1 :][:steps].tolist()], device
+    return torch.stack(rows), [first, *fused.tokens[prompt.shape[1] + 1 :][:steps].tolist()], device
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "mixtral"])
-def test_fused_steps_are_the_models_own(family: str) -> None:
-    model = tiny_model(family)
-    assert cuda_reasons(model, plain_layers(model)) == []
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("qwen3_moe", {"mlp_only_layers": [1], "attention_bias": True, "rope_parameters": LINEAR}),
+        ("qwen2_moe", {}),
+        ("mixtral", {"sliding_window": 3}),
+        ("olmoe", {"clip_qkv": 0.5, "norm_topk_prob": True}),
+        ("glm4_moe", {}),
+        ("ernie4_5_moe", {}),
+        ("phimoe", {}),
+        ("hy_v3", {}),
+    ],
+)
+def test_fused_steps_are_the_models_own(family: str, options: dict[str, Any]) -> None:
+    model = tiny_model(family, **options) if family in FAMILIES else of_two_layers(family)
+    assert cuda_reasons(model) == []
+    prompt = torch.tensor([[3, 17, 40, 9][: 4 if options.get("sliding_window") else 2]])
+    logits, tokens, _ = fused_logits(model, num_slots=7, steps=2, prompt=prompt)
+    sequence = [*prompt[0].tolist(), *tokens[:-1]]
     with torch.no_grad():
-        expected = model.generate(PROMPT, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 2:].tolist()
-    logits, tokens, _ = fused_logits(model, num_slots=7, steps=3)
-    assert tokens == expected
-    with torch.no_grad():
-        whole = model(torch.tensor([[*PROMPT[0].tolist(), *tokens[:-1]]])).logits[0, 2:]  # through the same experts, no cache
+        whole = model(torch.tensor([sequence])).logits[0, -2:]  # through the same experts, no cache
     torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-4)
-    twin = twin_logits(model, torch.tensor([*PROMPT[0].tolist(), *tokens[:-1]]))[2:]
-    torch.testing.assert_close(logits, twin, rtol=1e-4, atol=1e-4)
+    assert tokens[1:] == whole.argmax(-1).tolist()
+    if family in ("qwen2_moe", "mixtral"):
+        torch.testing.assert_close(logits, twin_logits(model, torch.tensor(sequence))[-2:], rtol=1e-4, atol=1e-4)
+
+
+def of_two_layers(family: str) -> Any:
+    """A tiny model's first two layers, of which the first may be dense."""
+    model = tiny.tiny_model(family).float()
+    model.model.layers = model.model.layers[:2]
+    model.config.num_hidden_layers = 2
+    for name in ("layer_types", "mlp_layer_types"):
+        if getattr(model.config, name, None):
+            setattr(model.config, name, getattr(model.config, name)[:2])
+    return model
 
 
 def test_same_numbers_for_every_budget_and_option() -> None:
@@ -142,19 +168,15 @@ def test_dense_weights_of_one_byte(family: str) -> None:
     ("family", "options", "reason"),
     [
         ("deepseek_v2", {}, "its keys and values are latent rows"),
-        ("deepseek_v2", {}, "some of its layers have no experts, or are not plain"),
-        ("mixtral", {"sliding_window": 8}, "model.layers.*: its attention has a sliding window (8 tokens)"),
-        ("olmoe", {}, "model.layers.*: its queries and keys are normed over all heads together"),
-        ("qwen3_moe", {"hidden_act": "gelu"}, "its activation is gelu"),
-        ("qwen2_moe", {"hidden_act": "gelu"}, "model.layers.*: its shared expert's activation is gelu"),
-        ("qwen3_moe", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "frequencies are scaled"),
-        ("qwen3_moe", {"attention_bias": True}, "model.layers.*: its attention's output has a bias"),
-        ("qwen3_moe", {"mlp_only_layers": [1]}, "some of its layers have no experts"),
+        ("qwen3_moe", {"head_dim": 24}, "model.layers.*: its heads have 24 channels, which is no power of two"),
+        ("qwen3_moe", {"hidden_act": "gelu", "mlp_only_layers": [1]}, "model.layers.*: its MLP's activation is gelu"),
+        ("qwen2_moe", {"hidden_act": "gelu"}, "model.layers.*: its MLP's activation is gelu"),
+        ("qwen3_moe", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "depend on the length"),
     ],
 )
 def test_other_models_say_every_reason(family: str, options: dict[str, Any], reason: str) -> None:
     model = tiny_model(family, **options)
-    reasons = cuda_reasons(model, plain_layers(model))
+    reasons = cuda_reasons(model)
     assert any(reason in each for each in reasons), reasons
     with pytest.raises(UnsupportedModelError, match="no fused decode step"):
         FusedStep(model, None, None)  # type: ignore[arg-type]

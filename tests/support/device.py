@@ -52,6 +52,7 @@ class Model:
     num_experts: int
     top_k: int
     dtype: torch.dtype
+    module: Any
 
     @property
     def hidden(self) -> int:
@@ -75,7 +76,7 @@ class Model:
             CPU,
         )
         pool = VramPool(tables.num_slots, num_staging, self.layout.length, CPU)
-        device = device_layout(self.layout, self.shapes, SwiGLU())
+        device = device_layout(self.layout, self.shapes, self.module)
         state = DeviceState(
             [device] * layers, host or self.arena, pool, tables, self.routers, top_k=self.top_k, options=options,
             host_compute=host_compute, precision=precision,
@@ -97,17 +98,21 @@ def random_model(
     hidden: int = 128,
     width: int = 64,
     seed: int = 0,
+    module: Any = None,
 ) -> Model:
+    """With ``module`` experts have biases."""
     random = torch.Generator().manual_seed(seed)
     shapes: dict[str, tuple[int, ...]] = {"gate_up_proj": (2 * width, hidden), "down_proj": (hidden, width)}
+    if module is not None:
+        shapes |= {"gate_up_proj_bias": (2 * width,), "down_proj_bias": (hidden,)}
     name = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]
     layout = blob_layout(precision, shapes, name)
     arena = PinnedArena(layers * experts, layout.length, CPU)
     for number in range(layers * experts):
-        tensors = {key: torch.randn(shape, generator=random) * shape[1] ** -0.5 for key, shape in shapes.items()}
+        tensors = {key: torch.randn(shape, generator=random) * shape[-1] ** -0.5 for key, shape in shapes.items()}
         arena.blob(number).copy_(torch.frombuffer(encode(layout, {k: v.to(dtype) for k, v in tensors.items()}), dtype=torch.uint8))
     routers = [torch.randn(experts, hidden, generator=random) for _ in range(layers)]
-    return Model(layout, shapes, arena, routers, experts, top_k, dtype)
+    return Model(layout, shapes, arena, routers, experts, top_k, dtype, module or SwiGLU())
 
 
 def route(model: Model, layer: int, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -146,8 +151,9 @@ def twin(
     weights: torch.Tensor,
     num_planes: int | None = None,
     activation: str = "silu",
+    **gate: Any,
 ) -> torch.Tensor:
     """What the kernels must give of quantized experts, to the bit, in ``hidden``'s dtype."""
     return quantized_experts(
-        model.layout, lambda expert: model.parts(layer, expert), hidden, index, weights, num_planes, activation
+        model.layout, lambda expert: model.parts(layer, expert), hidden, index, weights, num_planes, activation, **gate
     )

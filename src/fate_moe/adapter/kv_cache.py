@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from transformers import cache_utils
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, StaticCache, StaticLayer
 
 from fate_moe.kernels.attention import dequantized, quantized, row_width
 
-__all__ = ["Int8Layer", "RoomyLayer", "RoomySlidingLayer", "StateRoom", "make_room", "room_for", "state_for"]
+__all__ = ["Int8Layer", "RoomyLayer", "RoomySlidingLayer", "StateRoom", "make_room", "room_for", "state_for", "whole_cache"]
 
 MIN_ROOM = 64  # tokens; else a quarter of what is there
 
@@ -354,3 +354,10 @@ def _roomy(layer: Any, max_tokens: int, kv_format: str) -> RoomyLayer | None:
     for name, value in vars(layer).items():
         setattr(roomy, name, value)
     return roomy
+
+
+def whole_cache(config: Any, length: int) -> StaticCache:
+    """A static cache whose layers have all of ``length`` tokens, those with a window too; masks say what these see."""
+    cache = StaticCache(config=config, max_cache_len=length)
+    cache.layers = [StaticLayer(max_cache_len=length) for _ in cache.layers]
+    return cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         "of our kernels, and every reason why others do not (nothing is loaded)",
     )
     doctor.add_argument("model", nargs="?", type=model_name, metavar="MODEL", help="checkpoint folder, GGUF file, hub id or store")
-    doctor.add_argument("--measure", action="store_true", help="measure the link from RAM to the GPU, and save the result")
+    doctor.add_argument("--measure", action="store_true", help="measure the link from RAM to the GPU")
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
     doctor.set_defaults(verb=_doctor)
 
@@ -107,7 +108,7 @@ def _doctor_model(name: str, as_json: bool) -> None:
     with config_folder(Path(name) if is_store(name) else resolve_checkpoint(name)) as folder:
         model: Any = build_meta_model(folder)
     layers = plain_layers(model)
-    groups, on_gpu = _groups(model, layers), cuda_reasons(model, layers)
+    groups, on_gpu = _groups(model, layers), cuda_reasons(model)
     if as_json:
         print_json({"family": model.config.model_type, "layers": groups, "gpu": on_gpu})
         return
@@ -152,19 +153,13 @@ def _span(numbers: Sequence[int]) -> str:
 
 def _measure(as_json: bool) -> None:
     from fate_moe.gpu.device import find_gpu
-    from fate_moe.gpu.link import measure_link, save_link
+    from fate_moe.gpu.link import measure_link
 
     gpu = find_gpu()
     link = measure_link(gpu.name, gpu.device)
-    path = save_link(link)
     if as_json:
-        print_json({**link.as_dict(), "path": path})
+        print_json(asdict(link))
         return
-    decision = (
-        f"the CPU may compute {link.cpu_fraction:.0%} of the misses"
-        if link.cpu_fraction
-        else "the link is fast enough: the CPU computes no misses"
-    )
     amounts = [
         ("RAM to GPU, copy engine", link.dma, "pinned memory"),
         ("RAM to GPU, zero-copy", link.zero_copy, "a kernel reads pinned memory: what a captured step does"),
@@ -173,4 +168,4 @@ def _measure(as_json: bool) -> None:
         ("both at once: CPU reads", link.both_memory, ""),
     ]
     rows = [(what, f"{format_bytes(rate)}/s", remark) for what, rate, remark in amounts]
-    print_table(f"{gpu.name}, saved in {path}", [*rows, ("both against zero-copy alone", f"{link.gain:.2f}x", decision)])
+    print_table(gpu.name, rows)

@@ -84,8 +84,8 @@ def add_offload_options(parser: argparse.ArgumentParser, gpu: bool = False, pref
             "--host-compute",
             default=DEFAULTS["host_compute"],
             metavar="auto|FRACTION|off",
-            help="of the experts missing in VRAM, how many the CPU computes instead of copying them (auto: as doctor --measure "
-            "found); it rounds otherwise, so that tokens may depend on what is in VRAM; default: %(default)s",
+            help="of the experts missing in VRAM, how many the CPU computes instead of copying them (auto: as many as a "
+            "measurement while loading says, none of lossless experts, whose numbers that would change); default: %(default)s",
         )
         group.add_argument(
             "--no-cuda-graph",

@@ -30,6 +30,7 @@ from fate_moe.gpu.device import CONTEXT_BYTES, find_gpu, vram_peak
 from fate_moe.gpu.experts import DeviceExperts
 from fate_moe.gpu.host import DiskBelow, HostTier, WholeHost, read_all
 from fate_moe.gpu.host_compute import HostCompute
+from fate_moe.gpu.host_trial import run_host_trial
 from fate_moe.gpu.layout import DeviceLayout, device_layout
 from fate_moe.gpu.memory import PinnedArena, VramPool
 from fate_moe.gpu.prefetch_trial import run_prefetch_trial
@@ -37,7 +38,6 @@ from fate_moe.gpu.state import DeviceState
 from fate_moe.gpu.tables import ResidencyTables, layer_quotas
 from fate_moe.io.progress import progress_bar
 from fate_moe.journal import Observer
-from fate_moe.layers.plain import plain_layers
 from fate_moe.layers.reasons import cuda_reasons
 from fate_moe.machine import peak_memory
 from fate_moe.memory.precision import make_precision_policy
@@ -93,7 +93,7 @@ class CudaEngine(Engine):
             vram_budget_bytes=plan.vram_budget_bytes,
             vram_peak_bytes=vram_peak(state.device),
             disk=replace(state.host.counters()) if plan.reads_disk else None,
-            host_compute=plan.host_compute,
+            host_compute=state.hosted_most / state.top_k,
             num_hosted=state.tables.hosted(),
         )
 
@@ -119,8 +119,8 @@ class CudaParts:
         self._model, self._stacks = prepared.model, prepared.stacks
         self._device = device or find_gpu().device
         self._layouts = _layouts(prepared)
-        self._reasons = cuda_reasons(prepared.model, plain_layers(prepared.model))
-        self._plan = plan = _without_host_compute(plan, config, self._reasons)
+        self._reasons = cuda_reasons(prepared.model)
+        self._plan = plan = _with_host_compute(plan, prepared, self._reasons)
         if PRESETS[config.preset].device.activation_path and self._reasons:
             why = "; ".join(self._reasons)
             raise UnsupportedModelError(
@@ -194,6 +194,7 @@ class CudaParts:
         else:
             paths = self._options.activation_path
             self._decode = CapturedDecode(model, experts, plan.context_length, per_token, config.cuda_graph, patches, paths=paths)
+        run_host_trial(experts)
         self._try_prefetch(experts)
         experts.state.tables.counters.zero_()
         patches.replace(model, "generate", _with_inputs_on(device, model.generate, plan))
@@ -229,7 +230,7 @@ class CudaParts:
             self._routers,
             top_k=self._top_k,
             options=options,
-            host_compute=self._host_compute() if plan.host_compute else None,
+            host_compute=self._host_compute() if plan.host_compute != 0 else None,
             precision=make_precision_policy(self._config.precision_policy, losses),
             fitted=self._fitted,
         )
@@ -237,11 +238,18 @@ class CudaParts:
         host.check()
         return DeviceExperts(state)
 
-    def _host_compute(self) -> HostCompute:
-        """Threads that compute misses. Raises UnsupportedModelError where they cannot compute these experts."""
+    def _host_compute(self) -> HostCompute | None:
+        """Threads that compute misses. Where they cannot compute these experts None, or UnsupportedModelError if they were asked
+        for by number."""
         stack, manifest = self._stacks[0], self._prepared.store.manifest
         module, shapes = self._model.get_submodule(stack.name), stack.output_rows_first()
-        return HostCompute(manifest.layouts[0], shapes, module, self._arena, self._top_k, self._device)
+        try:
+            return HostCompute(manifest.layouts[0], shapes, module, self._arena, self._top_k, self._device)
+        except UnsupportedModelError as reason:
+            if self._plan.host_compute is not None:
+                raise
+            _log.info("%s", reason)
+            return None
 
     def _try_prefetch(self, experts: DeviceExperts) -> None:
         """Time copies and steps, turn copying ahead off where it cannot pay, and record the decode step."""
@@ -254,14 +262,23 @@ class CudaParts:
         _log.info("copied ahead: at most %d experts a layer", experts.state.options.limit)
 
 
-def _without_host_compute(plan: DevicePlan, config: OffloadConfig, reasons: Sequence[str]) -> DevicePlan:
-    """``plan``, without host compute where layers are not plain. Raises UnsupportedModelError if it was asked for by number."""
-    if not plan.host_compute or not reasons:
+def _with_host_compute(plan: DevicePlan, prepared: Prepared, reasons: Sequence[str]) -> DevicePlan:
+    """``plan``, without host compute where it cannot help, or changes the text and was not asked for by number.
+
+    ``reasons``: why there is no fused step. Raises UnsupportedModelError if it was asked for by number and there is none.
+    """
+    if plan.host_compute == 0 or (plan.host_compute is not None and not reasons):
         return plan
-    why = f"the CPU computes misses of fused steps only, and {'; '.join(reasons)}"
-    if config.host_compute != "auto":
+    why = f"the CPU computes misses of fused steps only, and {'; '.join(reasons)}" if reasons else ""
+    if plan.host_compute is not None:
         raise UnsupportedModelError(f"{why}; omit --host-compute")
-    _log.warning("%s: it computes none", why)
+    if prepared.store.manifest.layouts[0].precision == "lossless":
+        why = "the CPU adds the products of unquantized experts in another order"
+    if plan.num_slots == plan.num_experts:
+        why = "every expert is in VRAM"
+    if not why:
+        return plan
+    _log.info("the CPU computes no experts: %s", why)
     return replace(plan, host_compute=0.0)
 
 

@@ -18,6 +18,7 @@ from transformers import StaticCache
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from fate_moe.adapter.contract import is_experts
+from fate_moe.adapter.kv_cache import whole_cache
 from fate_moe.core import Patcher
 from fate_moe.engine.attach import refuse_longer
 from fate_moe.errors import UnsupportedCallError
@@ -48,7 +49,7 @@ class CapturedDecode:
         self._model, self._experts, self._length = model, experts, length
         self._bytes_per_token = bytes_per_token
         self._forward, self._generate, self._prepare = model.forward, model.generate, model.prepare_inputs_for_generation
-        self.cache = StaticCache(config=config, max_cache_len=length)
+        self.cache = whole_cache(config, length)
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.cache.early_initialization(1, config.num_key_value_heads, dim, model.dtype, model.device)
         self._step = (PathStep if paths else FusedStep)(model, experts, self.cache)

@@ -10,7 +10,6 @@ from fate_moe.config import OffloadConfig
 from fate_moe.engine.budget import AUTO_FRACTION, SPREAD_BYTES, Footprint
 from fate_moe.errors import BudgetError
 from fate_moe.gpu.device import CONTEXT_BYTES, Gpu
-from fate_moe.gpu.link import chosen_fraction
 from fate_moe.gpu.options import DeviceOptions
 from fate_moe.machine import available_memory, resident_memory
 from fate_moe.units import format_bytes, parse_amount, parse_host_compute
@@ -34,7 +33,8 @@ class DevicePlan:
     ``budget_bytes``, ``runtime_bytes``, ``passing_bytes`` and host slots are RAM.
 
     ``passing_bytes``: dense weights on their way to the GPU, given back before the host slots are filled. ``host_compute``: of the
-    experts missing in VRAM, how many the CPU computes. ``unread``: tensors of the checkpoint that the model does not use, and why.
+    experts missing in VRAM, how many the CPU computes (None: as many as is measured while loading). ``unread``: tensors of the
+    checkpoint that the model does not use, and why.
     """
 
     family: str
@@ -54,7 +54,7 @@ class DevicePlan:
     runtime_bytes: int
     passing_bytes: int
     num_host_slots: int
-    host_compute: float
+    host_compute: float | None
     unread: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -82,6 +82,16 @@ class DevicePlan:
         """Of RAM."""
         return self.budget_bytes - self.runtime_bytes - max(self.passing_bytes, self.host_cache_bytes)
 
+    @property
+    def computed(self) -> str:
+        """What the CPU computes, in words; empty if nothing."""
+        if self.host_compute == 0 or self.num_slots == self.num_experts:
+            return ""
+        share = (
+            "those of them that it has sooner than the link" if self.host_compute is None else f"{self.host_compute:.0%} of them"
+        )
+        return f"of experts missing in VRAM the CPU computes {share}"
+
     def as_dict(self) -> dict[str, Any]:
         names = ("expert_cache_bytes", "host_cache_bytes", "reads_disk", "vram_left_bytes", "left_bytes")
         return {**asdict(self), **{name: getattr(self, name) for name in names}}
@@ -89,7 +99,7 @@ class DevicePlan:
     def rows(self) -> list[tuple[str, int, str]]:
         """(what, bytes, remark) for a table."""
         below = "the disk is read for the others" if self.reads_disk else "the disk is not read after loading"
-        below += f"; the CPU computes {self.host_compute:.0%} of those missing in VRAM" if self.host_compute else ""
+        below += f"; {self.computed}" if self.computed else ""
         return [
             ("VRAM: CUDA, kernels, graph", self.vram_runtime_bytes, self.gpu),
             ("VRAM: dense weights", self.dense_bytes, "attention, norms, routers, shared experts, embeddings"),
@@ -117,7 +127,7 @@ class DevicePlan:
             f"left {format_bytes(self.vram_left_bytes)}; RAM {format_bytes(self.budget_bytes)} = "
             f"runtime {format_bytes(self.runtime_bytes)} + {self.num_host_slots}/{self.num_experts} pinned slots "
             f"{format_bytes(self.host_cache_bytes)} + left {format_bytes(self.left_bytes)}"
-            f"{f'; the CPU computes {self.host_compute:.0%} of the missing experts' if self.host_compute else ''}"
+            f"{f'; {self.computed}' if self.computed else ''}"
         )
 
     def _fraction_of(self, slots: int) -> str:
@@ -132,8 +142,7 @@ def min_slots(needs: Footprint, options: DeviceOptions) -> int:
 def make_device_plan(needs: Footprint, config: OffloadConfig, gpu: Gpu, options: DeviceOptions) -> DevicePlan:
     """Divide both budgets. Call it after torch, transformers and the GPU are in use: what they take in RAM is measured.
 
-    Raises BudgetError, naming the smallest budget that works, for the tier that is too small, and ConfigError where host_compute
-    is "auto" and nothing has been measured.
+    Raises BudgetError, naming the smallest budget that works, for the tier that is too small.
     """
     slot, fewest_slots = needs.slot_bytes, min_slots(needs, options)
     vram = (
@@ -174,10 +183,10 @@ def make_device_plan(needs: Footprint, config: OffloadConfig, gpu: Gpu, options:
                 fixed + (max(fewest_slots, wanted) + 2) * slot,
             )
         num_slots, staging = min(needs.num_experts, wanted), min(staging, (room - min(needs.num_experts, wanted)) // 2 * 2)
-    fraction = chosen_fraction(config.host_compute, gpu.name)
+    fraction = parse_host_compute(config.host_compute)
     ram, process, num_host = _ram(needs, config)
-    if fraction and num_host < needs.num_experts:
-        if parse_host_compute(config.host_compute) is not None:
+    if fraction != 0 and num_host < needs.num_experts:
+        if fraction is not None:
             works = process + needs.num_experts * slot + SPREAD_BYTES
             raise BudgetError(
                 f"--host-compute {config.host_compute} needs every expert in RAM, and {format_bytes(ram)} hold {num_host} of "

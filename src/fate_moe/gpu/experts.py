@@ -18,6 +18,7 @@ from fate_moe.gpu.layout import DeviceLayout
 from fate_moe.gpu.prefill import Prefill
 from fate_moe.gpu.state import MAX_DECODE_TOKENS, DeviceState, padded
 from fate_moe.gpu.streams import Lane
+from fate_moe.kernels.plain_layer import Router
 from fate_moe.kernels.triton_experts import down_kernel, gate_up_kernel
 from fate_moe.kernels.triton_fetch import fetch_kernel
 from fate_moe.kernels.triton_residency import logits_kernel, prefetch_kernel, residency_kernel, route_kernel
@@ -47,6 +48,8 @@ class DeviceExperts:
         self._demand = lists[0]  # pairs (blob, slot); the last row's first entry is their number
         self._ahead = lists[1], lists[2]  # for even and odd layers: one is still read while the next is written
         self._main, self._demands, self._prefetches, self._host_results = (Lane(device, side) for side in (False, True, True, True))
+        self._behind = torch.zeros(len(state.layouts), 2, 2, dtype=torch.int32, device=device)  # pair, number
+        self._trailing = False  # copies behind the step that the main lane has not waited for
         self._requested = False  # the residency step may have requested rows from the host that nobody collects yet
         self._listed = False  # the residency step listed prefetches that are not enqueued yet
         self._arriving: Any = None  # the mark of prefetches that the main lane has not waited for
@@ -102,6 +105,11 @@ class DeviceExperts:
             with self._prefetches:
                 self.fetch(self._ahead[(layer + 1) % 2])
             self._arriving, self._listed = self._prefetches.mark(), False
+        if host_compute is not None and state.options.admit_every:
+            self._prefetches.follow(self._demands)
+            with self._prefetches:
+                self.fetch(self._behind[layer])
+            self._trailing = True
         if whole or not state.options.overlap:
             if beside is not None:
                 beside()
@@ -120,6 +128,9 @@ class DeviceExperts:
         if host_compute is not None:
             self._main.follow(self._host_results)
         self._down(layer, routing_weights, out, add, host_compute)
+        if self._trailing and layer == len(state.layouts) - 1:  # the next token finds them
+            self._main.follow(self._prefetches)
+            self._trailing = False
 
     def route(
         self,
@@ -128,25 +139,36 @@ class DeviceExperts:
         next_logits: torch.Tensor,
         hidden: torch.Tensor,
         routing_weights: torch.Tensor,
-        normalize: bool,
+        router: Router,
+        corrections: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+        predicted: bool = False,
     ) -> None:
-        """One token's routing, residency step and prefetch list from router logits: see ``route_kernel``. Then ``run``.
+        """One token's routing, residency step and prefetch list from logits of ``router``: see ``route_kernel``. Then ``run``.
 
-        ``hidden`` [hidden] is the router input, which the host is given if it computes misses.
+        ``corrections``: this layer's and the next one's, [num_experts], where the router has them. ``predicted``: ``next_logits``
+        are logarithms of probabilities, not those of the next layer's router. ``hidden`` [hidden] is the router input, which the
+        host is given if it computes misses.
         """
         state, tables, options, mail = self.state, self.state.tables, self.state.options, self.state.host_compute
         ahead, listed = self._looks_ahead_to(layer + 1), self._ahead[(layer + 1) % 2]
-        by_router = not ahead or state.fitted[layer + 1] is None  # a fitted gate's logits have an order, and are no probabilities
+        by_router = not predicted and (not ahead or state.fitted[layer + 1] is None)  # a fitted gate's logits have only an order
+        softmax, (correction, next_correction) = router.scores == "softmax", corrections
         self._requested = mail is not None and not state.is_whole(layer)
         questions, asked, most = (mail.questions, mail.asked, mail.most) if mail is not None else (listed, listed, 0)
         route_kernel[(1 + ahead,)](
             logits, next_logits, routing_weights, state.slots, state.pending, self._demand, self._demand[-1], listed, listed[-1],
             tables.slot_of, tables.score, tables.unused, tables.counters, tables.clock, layer, len(state.layouts) - 1,
-            options.half_life, options.num_predicted or state.top_k, options.min_probability if by_router else 0.0, options.limit,
-            1 - options.host_compute, questions, asked, hidden,
-            num_experts=tables.num_experts, top_k=state.top_k, cols=state.layouts[layer].cols,
-            NORMALIZE=normalize, FREQUENCY=options.eviction != "recency", WEIGHED=options.eviction == "probability",
-            HOST=self._requested, MOST=most,
+            options.half_life, options.num_predicted or state.top_k,
+            options.min_probability if predicted or (by_router and softmax) else 0.0, options.limit,
+            state.shares, questions, asked, self._behind[layer], options.admit_every, hidden,
+            logits if correction is None else correction,
+            logits if next_correction is None else next_correction, router.scale, router.floor, router.spread,
+            num_experts=tables.num_experts, top_k=state.top_k, cols=state.layouts[layer].cols, SCORES=router.scores,
+            CORRECTED=router.correction is not None, GROUPS=router.groups, TOP_GROUPS=router.top_groups,
+            GROUP_BEST=router.group_best, NORMALIZE=router.normalize, ROUNDS=router.rounds_logits,
+            SIGMOID_NEXT=by_router and router.scores == "sigmoid",
+            FREQUENCY=options.eviction != "recency", WEIGHED=softmax and options.eviction == "probability",
+            HOST=self._requested, ADMITS=self._requested and options.admit_every > 0, MOST=most,
             E=triton.next_power_of_2(tables.num_experts), R=triton.next_power_of_2(state.top_k), num_warps=4,
         )  # fmt: skip
         if ahead:
@@ -209,7 +231,7 @@ class DeviceExperts:
         gate_up_kernel[(tokens * state.top_k, triton.cdiv(padded(layout.width), block))](
             state.pool.bytes, state.slots, state.pending, state.staged, self._inner, state.pool.slot_bytes, *layout.gate_up,
             top_k=state.top_k, cols=layout.cols, width=layout.width, DTYPE=layout.dtype, PLANES=layout.planes,
-            ACT=layout.activation, PHASE=phase, BN=block, GB=groups, ROWS=rows, EARLY=self._early(layer),
+            PHASE=phase, **layout.gate_constants, BN=block, GB=groups, ROWS=rows, EARLY=self._early(layer),
             num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
 
@@ -223,7 +245,7 @@ class DeviceExperts:
             state.pool.bytes, state.slots, state.pending, self._inner,
             self._inner if host_compute is None else host_compute.outside, routing_weights, out, out, state.pool.slot_bytes,
             *layout.down, top_k=state.top_k, cols=layout.cols, width=layout.width,
-            DTYPE=layout.dtype, PLANES=layout.planes, RESIDUAL=add, HOST=host_compute is not None,
+            DTYPE=layout.dtype, PLANES=layout.planes, **layout.down_constants, RESIDUAL=add, HOST=host_compute is not None,
             KP=choices, BN=block, GB=groups, ROWS=rows, EARLY=early, num_warps=warps, enable_fp_fusion=False,
             **({"launch_pdl": True} if early else {}),
         )  # fmt: skip

@@ -2,7 +2,7 @@
 
 The host reads its memory two to three times as fast as the link carries it, so it may compute a missing expert in less time than a
 copy takes. Of quantized experts it gives the device's bits. Unquantized ones are summed in another order here than there, so that
-for these the guarantee "same numbers" is given up between budgets.
+these are computed here only where that was asked for by number: it gives up the guarantee "same numbers" between budgets.
 
 Mail: the device writes a question (which blobs, and the activation) and counts it in ``asked``; the threads write the answer (each
 expert's output). csrc/host_compute.h says where each word lies.
@@ -10,7 +10,6 @@ expert's output). csrc/host_compute.h says where each word lies.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from fate_moe.gpu.memory import PinnedArena
 from fate_moe.kernels.cpu import layer_kernel
 from fate_moe.kernels.native import native
 from fate_moe.kernels.triton_host_compute import collect_kernel
+from fate_moe.machine import usable_cpus
 
 __all__ = ["HostCompute"]
 
@@ -30,7 +30,7 @@ _BLOCK = 512  # words of a collecting program: 4 KiB
 class HostCompute:
     """Threads that compute experts of ``arena``, all of ``layout``, for up to ``top_k`` choices of one token at a time.
 
-    ``threads`` (None: all processors but two, which are left to the driver and Python) spin while questions come.
+    ``threads`` (None: all usable processors but two, which are left to the driver and Python) spin while questions come.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class HostCompute:
         self.questions, self.answers = words[:question], words[question : question + answer]
         self.asked = torch.zeros(1, dtype=torch.int32, device=device)
         self.outside = torch.zeros(top_k, self.cols, dtype=torch.float32, device=device)
-        threads = threads or max(1, (os.cpu_count() or 1) - 2)
+        threads = threads or max(1, usable_cpus() - 2)
         self._team: Any = native.HostCompute.make(
             kernel.whole,
             arena.bytes.data_ptr(),

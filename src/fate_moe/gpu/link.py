@@ -1,32 +1,16 @@
-"""How fast experts travel from RAM to this GPU and how fast the CPU reads them, each alone and both at once.
-
-Measured once a machine by ``fate doctor --measure``; the result is a file under FATE_HOME.
-"""
+"""How fast experts travel from RAM to this GPU and how fast the CPU reads them (``fate doctor --measure``)."""
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
-from fate_moe.errors import ConfigError
 from fate_moe.gpu.memory import PinnedArena, VramPool
-from fate_moe.io.bounded import load_json
-from fate_moe.io.files import atomic_file
-from fate_moe.switches import cache_home
-from fate_moe.units import parse_host_compute
 
-__all__ = ["Link", "chosen_fraction", "load_link", "measure_link", "save_link"]
-
-_NAME = "link.json"
-# Computing misses on the CPU pays for its synchronization only where misses are served this much faster.
-_MIN_GAIN = 1.25
-# Of the rate at which the CPU reads, that at which it computes INT4 experts: 64 of 98 GB/s (one H200's host, 14 threads).
-_COMPUTES = 0.65
+__all__ = ["Link", "measure_link"]
 
 
 @dataclass(frozen=True)
@@ -41,59 +25,6 @@ class Link:
     memory: float
     both_zero_copy: float
     both_memory: float
-
-    @property
-    def computing(self) -> float:
-        """Bytes of experts per second that the CPU computes while the link copies."""
-        return _COMPUTES * self.both_memory
-
-    @property
-    def gain(self) -> float:
-        """How much faster misses could be served by both at once than by the link alone."""
-        return (self.both_zero_copy + self.computing) / self.zero_copy
-
-    @property
-    def cpu_fraction(self) -> float:
-        """The fraction of misses that the CPU should compute: as many as it can in the time the link copies the rest; 0.0 where
-        that gains little."""
-        return self.computing / (self.both_zero_copy + self.computing) if self.gain >= _MIN_GAIN else 0.0
-
-    def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "gain": self.gain, "cpu_fraction": self.cpu_fraction}
-
-
-def save_link(link: Link) -> str:
-    """Write ``link`` for later runs; returns the file's path. Raises ConfigError if it cannot be written."""
-    path = cache_home() / _NAME
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path, shared=True) as file:
-            file.write(json.dumps(asdict(link), indent=1).encode())
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written ({error.strerror}); set FATE_HOME to a folder of yours") from error
-    return str(path)
-
-
-def load_link(gpu: str) -> Link | None:
-    """What was measured with this ``gpu``; None if nothing was, or it cannot be read."""
-    try:
-        link = Link(**load_json(cache_home() / _NAME))
-    except (OSError, ValueError, TypeError):
-        return None
-    return link if link.gpu == gpu else None
-
-
-def chosen_fraction(host_compute: str | int | float, gpu: str) -> float:
-    """The fraction that OffloadConfig.host_compute means on ``gpu``. Raises ConfigError for "auto" where nothing was measured."""
-    fraction = parse_host_compute(host_compute)
-    if fraction is not None:
-        return fraction
-    if (link := load_link(gpu)) is None:
-        raise ConfigError(
-            f"--host-compute auto needs to know this machine's link to the {gpu}; run `fate doctor --measure` once, or give a "
-            "fraction such as 0.5"
-        )
-    return link.cpu_fraction
 
 
 def measure_link(

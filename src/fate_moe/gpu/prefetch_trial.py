@@ -11,6 +11,7 @@ prefetch may arrive late too. Measured (docs/notebook/gpu.md): prefetching wins 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +20,7 @@ import torch
 
 from fate_moe.gpu.experts import DeviceExperts
 
-__all__ = ["measured_limit", "prefetch_limit", "run_prefetch_trial"]
+__all__ = ["measured", "prefetch_limit", "run_prefetch_trial"]
 
 MAX_LAYERS = 2.0
 _TIMES = 4
@@ -30,11 +31,11 @@ def prefetch_limit(limit: int, copy_seconds: float, layer_seconds: float) -> int
     return limit if copy_seconds <= MAX_LAYERS * layer_seconds else 0
 
 
-def measured_limit(experts: DeviceExperts, limit: int, one_token: Callable[[], object]) -> int:
-    """What remains of ``limit`` (prefetches a layer) with these experts on this machine.
+def measured(experts: DeviceExperts, one_token: Callable[[], object]) -> tuple[float, float]:
+    """Seconds of one expert's copy, and of one layer that misses none.
 
     ``one_token`` passes always the same token through the model, so that from the second time on no expert is missing; nothing may
-    be copied ahead meanwhile (``experts.state.options.limit`` is 0).
+    be copied ahead meanwhile (``experts.state.options.limit`` is 0), nor computed by the host (``share``).
     """
     state, device = experts.state, experts.state.device
 
@@ -51,21 +52,29 @@ def measured_limit(experts: DeviceExperts, limit: int, one_token: Callable[[], o
     staging = state.pool.num_slots
     wanted = torch.tensor([[0, staging], [1, 0]], dtype=torch.int32, device=device)
     copy = seconds(lambda: experts.fetch(wanted))
-    return prefetch_limit(limit, copy, seconds(one_token) / len(state.layouts))
+    return copy, seconds(one_token) / len(state.layouts)
 
 
 def run_prefetch_trial(experts: DeviceExperts, record: Callable[[], object], one_token: Callable[[], object]) -> None:
     """Time one copy and one step, turn prefetching off if it cannot pay, and ``record`` the decode step with what remains.
 
-    ``one_token`` as ``measured_limit``'s. On a CPU, which only simulates a device, nothing is timed and prefetching stays on.
+    Where nothing is copied ahead and the host computes misses, experts move in behind the step instead, as fast as the link carries
+    them (``admit_every``): else those that the host computes would never be resident.
+
+    ``one_token`` as ``measured``'s. On a CPU, which only simulates a device, nothing is timed and prefetching stays on.
     """
     state = experts.state
     limit = state.options.limit
-    if limit and state.device.type == "cuda":
-        state.options = replace(state.options, limit=0)
+    hosted = state.shares.tolist()
+    if (limit or hosted[-1]) and state.device.type == "cuda":
+        state.options = replace(state.options, limit=0, admit_every=0)
+        state.share([0] * len(hosted))
         record()
-        limit = measured_limit(experts, limit, one_token)
-        state.options = replace(state.options, limit=limit)
+        copy, layer = measured(experts, one_token)
+        limit = prefetch_limit(limit, copy, layer)
+        state.share(hosted)
+        every = math.ceil(copy / layer) if hosted[-1] and not limit else 0
+        state.options = replace(state.options, limit=limit, admit_every=every)
     record()
 
 

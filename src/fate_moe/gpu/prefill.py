@@ -221,13 +221,13 @@ class Prefill:
             wide, groups, warps, stages = prompt_tile(planes)
             gate_up_prompt_kernel[(table.shape[0], triton.cdiv(layout.width, 64))](
                 pool.bytes, table, rows.order, *rows.hidden, *rows.inner, pool.slot_bytes,
-                *layout.gate_up, top_k=state.top_k, cols=layout.cols, width=layout.width, PLANES=planes, ACT=layout.activation,
-                BM=block, GB=groups, STAGES=stages, num_warps=warps, enable_fp_fusion=False,
+                *layout.gate_up, top_k=state.top_k, cols=layout.cols, width=layout.width, PLANES=planes,
+                **layout.gate_constants, BM=block, GB=groups, STAGES=stages, num_warps=warps, enable_fp_fusion=False,
             )  # fmt: skip
             down_prompt_kernel[(table.shape[0], triton.cdiv(layout.cols, wide))](
                 pool.bytes, table, rows.order, *rows.inner, rows.outputs, pool.slot_bytes, *layout.down,
-                cols=layout.cols, width=layout.width, PLANES=planes, BM=block, BN=wide, GB=groups, STAGES=stages, num_warps=warps,
-                enable_fp_fusion=False,
+                cols=layout.cols, width=layout.width, PLANES=planes, **layout.down_constants, BM=block, BN=wide,
+                GB=groups, STAGES=stages, num_warps=warps, enable_fp_fusion=False,
             )  # fmt: skip
             return
         hidden, inner = rows.hidden.values, rows.inner.values

@@ -30,7 +30,9 @@ class DeviceState:
     layouts: of each layer. host: where missing experts come from. pool, tables: the slots, and who has them. routers: each layer's
     weight [num_experts, hidden], None where it has none that can be applied early. fitted: [num_experts, hidden + 1] predicts a
     layer from the router input before, better than its router does; None where the router does. precision: how many bits of each
-    missing expert prefill copies (None: all). host_compute: computes on the CPU what ``options.host_compute`` gives it, else None.
+    missing expert prefill copies (None: all). host_compute: computes on the CPU what ``shares`` gives it, else None.
+
+    shares int32 [top_k + 1]: of m misses of a layer, the host computes ``shares[m]``.
 
     Decode's buffers: staged fp32 [MAX_DECODE_TOKENS, padded hidden], the activations in the kernels' order; slots and pending int32
     [rows], of each choice row (token * top_k + choice) its slot (-1: none) and whether its expert is on its way (see
@@ -62,9 +64,11 @@ class DeviceState:
         self.top_k, self.options, self.precision = top_k, options or DeviceOptions(), precision
         self.routers = list(routers)
         self.fitted = list(fitted) or [None] * len(self.routers)
-        self.host_compute = host_compute if self.options.host_compute > 0 else None
+        self.host_compute = host_compute if self.options.host_compute != 0 else None
         if self.host_compute is not None and not isinstance(self.host, WholeHost):
             raise ValueError("the host computes misses only where it holds every expert at its own place")
+        self.shares = torch.zeros(top_k + 1, dtype=torch.int32, device=self.device)
+        self.share(self.options.hosted(top_k))
         rows = MAX_DECODE_TOKENS * top_k
         self.staged = torch.zeros(MAX_DECODE_TOKENS, padded(self.layouts[0].cols), dtype=torch.float32, device=self.device)
         self.slots = torch.full((rows,), -1, dtype=torch.int32, device=self.device)
@@ -74,6 +78,18 @@ class DeviceState:
     def device(self) -> torch.device:
         """Where the pool is."""
         return self.pool.bytes.device
+
+    def share(self, hosted: Sequence[int]) -> None:
+        """Of m misses of a layer let the host compute ``hosted[m]``; from the next step on, recorded or not."""
+        self.hosted_most = hosted[-1]
+        self.shares.copy_(torch.tensor(hosted, dtype=torch.int32))
+
+    def stop_host_compute(self) -> None:
+        """Let the link bring every miss; the device must have ended its work, and steps be recorded anew."""
+        if self.host_compute is not None:
+            self.host_compute.close()
+        self.host_compute = None
+        self.share([0] * (self.top_k + 1))
 
     def is_whole(self, layer: int) -> bool:
         """Whether every expert of ``layer`` has a slot."""

@@ -165,25 +165,30 @@ def quantized_experts(
     weights: torch.Tensor,
     num_planes: int | None = None,
     activation: str = "silu",
+    mixed: bool = False,
+    **gate: float,
 ) -> torch.Tensor:
     """[T, H] of ``hidden`` [T, H] through its experts ``index`` [T, top_k], summed with ``weights`` [T, top_k]; in its dtype.
 
-    ``parts`` gives an expert's gate_up_proj and down_proj as they lie in a slot of ``layout``. Every kernel gives these bits.
+    ``parts`` gives an expert's gate_up_proj and down_proj as they lie in a slot of ``layout``, perhaps with biases, which are added
+    to whole sums. ``mixed``: gate and up rows take turns; ``gate`` is ``elementary.gated``'s. Every kernel gives these bits.
     """
 
     def product(of: Mapping[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:
         planes = [of[f"{name}.plane{i}"] for i in range(len(layout.plane_widths))]
-        return linear_quantized(
+        y = linear_quantized(
             x, planes, of[f"{name}.scale"], of[f"{name}.zero"], group_size=layout.group_size, widths=layout.plane_widths,
             num_planes=num_planes,
         )  # fmt: skip
+        return y + of[f"{name}_bias"].float() if f"{name}_bias" in of else y
 
     rows = torch.zeros(*index.shape, hidden.shape[1])
     for expert in sorted(set(index.flatten().tolist())):
         of = parts(expert)
         token, choice = (index == expert).nonzero(as_tuple=True)
-        gate, up = product(of, "gate_up_proj", hidden[token].float()).chunk(2, dim=-1)
-        rows[token, choice] = product(of, "down_proj", elementary.gated(gate, up, activation))
+        both = product(of, "gate_up_proj", hidden[token].float())
+        first, up = (both[:, ::2], both[:, 1::2]) if mixed else both.chunk(2, dim=-1)
+        rows[token, choice] = product(of, "down_proj", elementary.gated(first, up, activation, **gate))
     return elementary.combine(rows, weights.float()).to(hidden.dtype)
 
 

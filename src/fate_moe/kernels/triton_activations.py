@@ -54,8 +54,15 @@ def _gelu(x):
 
 
 @triton.jit
-def activate(gate, up, ACT: tl.constexpr):
-    """act(gate) * up."""
+def activate(
+    gate, up, ACT: tl.constexpr, ALPHA: tl.constexpr = 1.0, LIMIT: tl.constexpr = 0.0, OFFSET: tl.constexpr = 0.0
+):  # fmt: skip
+    """``elementary.gated``: act(gate) * (up + OFFSET); ALPHA is silu's slope, LIMIT 0 is none."""
+    if LIMIT > 0:
+        gate = tl.where(gate > LIMIT, LIMIT, gate)
+        up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
+    if OFFSET != 0:
+        up = up + OFFSET
     if ACT == "silu":
-        return tl.div_rn(gate, 1.0 + exponential(-gate)) * up
+        return tl.div_rn(gate, 1.0 + exponential(-(ALPHA * gate))) * up
     return _gelu(gate) * up

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from fate_moe.kernels.triton_quantize import stage
 
-__all__ = ["attend_kernel", "combine_kernel", "matvec_kernel"]
+__all__ = ["attend_kernel", "combine_kernel", "heads_kernel", "matvec_kernel"]
 
 
 @triton.jit
@@ -34,6 +34,7 @@ def _codes_dot(codes, scale, zero, n, n_mask, xs, start: tl.constexpr, groups: t
 def matvec_kernel(
     x,
     norm,
+    norm_bias,
     weight,
     scale,
     zero,
@@ -48,6 +49,9 @@ def matvec_kernel(
     rows: tl.constexpr,
     CODES: tl.constexpr,
     NORM: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    CENTERED: tl.constexpr,
+    NORM_BIAS: tl.constexpr,
     BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
     GATE: tl.constexpr,
@@ -60,7 +64,8 @@ def matvec_kernel(
     """out[n] = f(weight[n] . x), n < rows; ``x`` [cols], ``weight`` [rows, cols]. Grid (rows / BN).
 
     CODES: ``weight`` is uint8 [rows, groups * 64] under ``scale`` and ``zero`` fp16 [rows, groups] (gpu/dense.py).
-    NORM: x is RMS-normalized first (times ``norm`` [cols]). BIAS: plus ``bias`` [rows]. SILU: ``weight`` has 2 * rows rows and
+    NORM: x is RMS-normalized first (times ``norm`` [cols]; with ROUNDS it is rounded before that, with CENTERED its mean is taken
+    off before, with NORM_BIAS ``norm_bias`` [cols] is added). BIAS: plus ``bias`` [rows]. SILU: ``weight`` has 2 * rows rows and
     out = silu(first half) * second half. GATE: times the shared gate's sigmoid (``gate`` [1]). RESIDUAL: plus ``residual`` [rows].
     STAGE: program 0 also writes the normalized x to ``normed``, and program 1 its staged form for the experts. Rounded to out's
     dtype where transformers rounds.
@@ -68,11 +73,20 @@ def matvec_kernel(
     kind: tl.constexpr = x.dtype.element_ty
     groups: tl.constexpr = (cols + 63) // 64
     rstd = 1.0
+    mean = 0.0
+    if CENTERED:
+        sums = tl.zeros((BK,), tl.float32)
+        for start in tl.static_range(0, cols, BK):
+            k = start + tl.arange(0, BK)
+            sums += tl.load(x + k, mask=k < cols, other=0.0).to(tl.float32)
+        mean = tl.sum(sums, axis=0) / cols
     if NORM:
         squares = tl.zeros((BK,), tl.float32)
         for start in tl.static_range(0, cols, BK):
             k = start + tl.arange(0, BK)
             part = tl.load(x + k, mask=k < cols, other=0.0).to(tl.float32)
+            if CENTERED:
+                part = tl.where(k < cols, part - mean, 0.0)
             squares += part * part
         rstd = tl.rsqrt(tl.sum(squares, axis=0) / cols + eps)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -83,7 +97,15 @@ def matvec_kernel(
         xs = tl.load(x + k, mask=k < cols, other=0.0).to(tl.float32)
         if NORM:
             factor = tl.load(norm + k, mask=k < cols, other=0.0).to(tl.float32)
-            xs = ((xs * rstd).to(kind).to(tl.float32) * factor).to(kind).to(tl.float32)
+            if CENTERED:
+                xs = tl.where(k < cols, xs - mean, 0.0)
+            xs = xs * rstd
+            if ROUNDS:
+                xs = xs.to(kind).to(tl.float32)
+            xs = xs * factor
+            if NORM_BIAS:
+                xs += tl.load(norm_bias + k, mask=k < cols, other=0.0).to(tl.float32)
+            xs = xs.to(kind).to(tl.float32)
             if STAGE:
                 if tl.program_id(0) == 0:
                     tl.store(normed + k, xs.to(kind), mask=k < cols)
@@ -120,22 +142,62 @@ def matvec_kernel(
 
 
 @triton.jit
-def _head(base, norm, d, eps, position, inv_freq, NORM: tl.constexpr, D: tl.constexpr):
-    """Heads ``base`` [rows, 1] + d [1, D], normalized and turned by rotary position (halves), in fp32; rounded where transformers
-    does."""
+def _head(
+    base, norm, d, eps, position, inv_freq, rope_scale, NORM: tl.constexpr, D: tl.constexpr, TURNED: tl.constexpr,
+    PAIRS: tl.constexpr, ROUNDS: tl.constexpr
+):  # fmt: skip
+    """Heads ``base`` [rows, 1] + d [1, D], normalized, their first TURNED channels turned by rotary position, in fp32; rounded
+    where transformers does.
+
+    Channels i and i + TURNED / 2 turn together, with PAIRS 2 i and 2 i + 1; with ROUNDS cos and sin are rounded.
+    """
     kind: tl.constexpr = base.dtype.element_ty
-    half: tl.constexpr = D // 2
-    other = tl.where(d < half, d + half, d - half)
+    half: tl.constexpr = TURNED // 2
+    if PAIRS:
+        first, angle_of = d % 2 == 0, d // 2
+        other = tl.where(first, d + 1, d - 1)
+    else:
+        first, angle_of = d < half, d % half
+        other = tl.where(first, d + half, d - half)
+    other = tl.where(d < TURNED, other, d)
+    angle_of = tl.where(d < TURNED, angle_of, 0)
     value = tl.load(base + d).to(tl.float32)
     turned = tl.load(base + other).to(tl.float32)
     if NORM:
         rstd = tl.rsqrt(tl.sum(value * value, axis=1)[:, None] / D + eps)
         value = ((value * rstd).to(kind).to(tl.float32) * tl.load(norm + d).to(tl.float32)).to(kind).to(tl.float32)
         turned = ((turned * rstd).to(kind).to(tl.float32) * tl.load(norm + other).to(tl.float32)).to(kind).to(tl.float32)
-    angle = position.to(tl.float32) * tl.load(inv_freq + d % half)
-    cos = tl.cos(angle).to(kind).to(tl.float32)
-    sin = tl.sin(angle).to(kind).to(tl.float32)
-    return (value * cos + tl.where(d < half, -turned, turned) * sin).to(kind).to(tl.float32)
+    angle = position.to(tl.float32) * tl.load(inv_freq + angle_of)
+    cos = tl.cos(angle) * rope_scale
+    sin = tl.sin(angle) * rope_scale
+    if ROUNDS:
+        cos = cos.to(kind).to(tl.float32)
+        sin = sin.to(kind).to(tl.float32)
+    turned = value * cos + tl.where(first, -turned, turned) * sin
+    return tl.where(d < TURNED, turned, value).to(kind).to(tl.float32)
+
+
+@triton.jit
+def heads_kernel(
+    qkv, q_norm, k_norm, eps, clip, Q: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr, CLIP: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Queries [Q], keys [K] and values [K] in place: the former two normalized over all heads together, all three clipped. Grid
+    (3)."""
+    kind: tl.constexpr = qkv.dtype.element_ty
+    part = tl.program_id(0)
+    at = qkv + tl.where(part == 0, 0, Q + (part - 1) * K)
+    n = tl.where(part == 0, Q, K)
+    i = tl.arange(0, BLOCK)
+    value = tl.load(at + i, mask=i < n, other=0.0).to(tl.float32)
+    if NORM:
+        factor = tl.load(q_norm + i, mask=(i < n) & (part == 0), other=0.0).to(tl.float32)
+        factor += tl.load(k_norm + i, mask=(i < n) & (part == 1), other=0.0).to(tl.float32)
+        rstd = tl.rsqrt(tl.sum(value * value, axis=0) / n + eps)
+        normed = ((value * rstd).to(kind).to(tl.float32) * factor).to(kind).to(tl.float32)
+        value = tl.where(part < 2, normed, value)
+    if CLIP:
+        value = tl.minimum(tl.maximum(value, -clip), clip)
+    tl.store(at + i, value.to(kind), mask=i < n)
 
 
 @triton.jit
@@ -152,10 +214,15 @@ def attend_kernel(
     parts,
     eps,
     scaling,
+    rope_scale,
     length,
     num_kv: tl.constexpr,
     group: tl.constexpr,
     NORM: tl.constexpr,
+    TURNED: tl.constexpr,
+    PAIRS: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    WINDOW: tl.constexpr,
     DOT: tl.constexpr,
     D: tl.constexpr,
     GP: tl.constexpr,
@@ -165,8 +232,9 @@ def attend_kernel(
     """One query token over a part of the cache; the part that holds ``position`` also appends the new key and value.
 
     Grid (kv heads, splits); ``qkv`` [(group + 2) * kv heads * D], ``keys``/``values`` [kv heads, length, D], ``position`` int64
-    [1]. GP is the group's size, at least 16; products are made in DOT. Writes each split's maximum and sum of weights [heads,
-    splits] and weighted values [heads, splits, D], fp32.
+    [1]. Of a head's channels the first TURNED have rotary positions (``_head``), cos and sin times ``rope_scale``. The query sees
+    the WINDOW latest tokens (0: all). GP is the group's size, at least 16; products are made in DOT. Writes each split's maximum
+    and sum of weights [heads, splits] and weighted values [heads, splits, D], fp32.
     """
     head, split = tl.program_id(0), tl.program_id(1)
     splits = tl.num_programs(1)
@@ -174,17 +242,24 @@ def attend_kernel(
     d = tl.arange(0, D)[None, :]
     i = tl.arange(0, GP)
     query = qkv + (head * group + tl.minimum(i, group - 1))[:, None] * D
-    q = _head(query, q_norm, d, eps, at, inv_freq, NORM, D).to(DOT)  # [GP, D]
+    q = _head(query, q_norm, d, eps, at, inv_freq, rope_scale, NORM, D, TURNED, PAIRS, ROUNDS).to(DOT)  # [GP, D]
     heads: tl.constexpr = num_kv * group
     one = tl.zeros((1, 1), tl.int32)
-    k_new = _head(qkv + (heads + head) * D + one, k_norm, d, eps, at, inv_freq, NORM, D)  # [1, D]
+    k_new = _head(
+        qkv + (heads + head) * D + one, k_norm, d, eps, at, inv_freq, rope_scale, NORM, D, TURNED, PAIRS, ROUNDS
+    )  # [1, D]
     v_new = tl.load(qkv + (heads + num_kv + head) * D + d).to(tl.float32)
     kind: tl.constexpr = keys.dtype.element_ty
     top = tl.zeros((GP,), tl.float32) - float("inf")
     total = tl.zeros((GP,), tl.float32)
     acc = tl.zeros((GP, D), tl.float32)
     first = split * CHUNK
-    for start in range(first, tl.minimum(first + CHUNK, (at + 1).to(tl.int32)), BS):
+    begin, stop = first, tl.minimum(first + CHUNK, (at + 1).to(tl.int32))
+    if WINDOW > 0:
+        low = tl.maximum(at - WINDOW + 1, 0).to(tl.int32)
+        begin = first + tl.maximum(low - first, 0) // BS * BS
+        stop = tl.where(low < first + CHUNK, stop, begin)  # no block without a token that is seen
+    for start in range(begin, stop, BS):
         s = start + tl.arange(0, BS)
         here = (head * length + s)[:, None] * D + d
         mine = s < first + CHUNK
@@ -195,7 +270,10 @@ def attend_kernel(
         tl.store(keys + here, (k_new + tl.zeros((BS, 1), tl.float32)).to(kind), mask=new)
         tl.store(values + here, (v_new + tl.zeros((BS, 1), tl.float32)).to(kind), mask=new)
         score = tl.dot(q, tl.trans(k.to(DOT)), input_precision="ieee") * scaling  # [GP, BS]
-        score = tl.where((mine & (s <= at))[None, :], score, float("-inf"))
+        seen = mine & (s <= at)
+        if WINDOW > 0:
+            seen = seen & (s >= low)
+        score = tl.where(seen[None, :], score, float("-inf"))
         higher = tl.maximum(top, tl.max(score, axis=1))
         p = tl.exp(score - higher[:, None])
         old_scale = tl.exp(top - higher)
@@ -209,13 +287,20 @@ def attend_kernel(
 
 
 @triton.jit
-def combine_kernel(most, sums, parts, out, splits, D: tl.constexpr, SP: tl.constexpr):
-    """The splits of each head together: ``out`` [heads * D]. Grid (heads)."""
+def combine_kernel(most, sums, parts, sinks, out, splits, SINKS: tl.constexpr, D: tl.constexpr, SP: tl.constexpr):
+    """The splits of each head together: ``out`` [heads * D]. With SINKS a head has another score of no value, ``sinks`` [heads].
+    Grid (heads)."""
     head = tl.program_id(0)
     s = tl.arange(0, SP)
     d = tl.arange(0, D)
     top = tl.load(most + head * splits + s, mask=s < splits, other=float("-inf"))
-    scale = tl.exp(top - tl.max(top, axis=0))
+    highest = tl.max(top, axis=0)
+    if SINKS:
+        sink = tl.load(sinks + head).to(tl.float32)
+        highest = tl.maximum(highest, sink)
+    scale = tl.exp(top - highest)
     total = tl.sum(scale * tl.load(sums + head * splits + s, mask=s < splits, other=0.0), axis=0)
+    if SINKS:
+        total += tl.exp(sink - highest)
     part = tl.load(parts + (head * splits + s)[:, None] * D + d[None, :], mask=(s < splits)[:, None], other=0.0)
     tl.store(out + head * D + d, (tl.sum(part * scale[:, None], axis=0) / total).to(out.dtype.element_ty))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["ask_experts", "collect_kernel"]
+__all__ = ["ask_experts", "collect_kernel", "trial_kernel"]
 
 
 @triton.jit
@@ -56,3 +56,26 @@ def collect_kernel(pending_rows, asked, answers, outside, cols: tl.constexpr, BL
             value = tl.load(row + c, mask=mask, other=0, volatile=True)
             missing = tl.sum((mask & ((value >> 32) != number)).to(tl.int32), axis=0)
         tl.store(outside + tl.program_id(0) * cols + c, value.to(tl.int32).to(tl.float32, bitcast=True), mask=mask)
+
+
+@triton.jit
+def trial_kernel(
+    questions, asked, pending_rows, wanted, count, turn, misses, hosted, x, num_blobs, staging, num_staging, cols: tl.constexpr,
+    MOST: tl.constexpr, E: tl.constexpr
+):  # fmt: skip
+    """Serve ``misses`` int32 [1] experts, others each time: ask the host for ``hosted`` int32 [1], list the rest. One program.
+
+    What is listed in ``wanted`` and ``count`` goes to the ``num_staging`` slots from ``staging`` on; ``turn`` int32 [1] counts
+    calls.
+    """
+    i = tl.arange(0, E)
+    now = tl.load(turn)
+    tl.store(turn, now + 1)
+    most, asks = tl.load(misses), tl.load(hosted)
+    blob = (now * 97 + i * 13) % num_blobs
+    copied = (i >= asks) & (i < most)
+    tl.store(wanted + 2 * (i - asks), blob, mask=copied)
+    tl.store(wanted + 2 * (i - asks) + 1, staging + (i - asks) % num_staging, mask=copied)
+    tl.store(count, most - asks)
+    place = ask_experts(questions, asked, (i < asks).to(tl.int32), blob, x, cols, MOST, 1024)
+    tl.store(pending_rows + i, tl.where(i < asks, 2 + place, 0), mask=i < MOST)

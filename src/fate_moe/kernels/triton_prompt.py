@@ -174,6 +174,12 @@ def _words(plane, at, mask, first, groups: tl.constexpr, GB: tl.constexpr, N: tl
 
 
 @triton.jit
+def _bias(blob, row, mask, BIAS_AT: tl.constexpr, BIAS: tl.constexpr):
+    """[BN, 1] fp32: the biases of rows ``row`` [BN]."""
+    return tl.load((blob + BIAS_AT).to(tl.pointer_type(BIAS)) + row, mask=mask, other=0.0).to(tl.float32)[:, None]
+
+
+@triton.jit
 def gate_up_prompt_kernel(
     pool,
     tiles,
@@ -195,6 +201,12 @@ def gate_up_prompt_kernel(
     width: tl.constexpr,
     PLANES: tl.constexpr,
     ACT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    OFFSET: tl.constexpr,
+    MIXED: tl.constexpr,
+    BIAS_AT: tl.constexpr,
+    BIAS: tl.constexpr,
     BM: tl.constexpr,
     GB: tl.constexpr,
     STAGES: tl.constexpr,
@@ -203,7 +215,8 @@ def gate_up_prompt_kernel(
 
     ``tiles`` int32 [.., 3]: slot, first place in ``order``, number of rows (at most BM; 0: no tile). ``order`` int64 [choices]
     sorts choices (token * top_k + choice) by expert. ``codes``, ``scales``, ``sums`` of tokens are as
-    ``quantize_rows_kernel`` makes them, and so are ``inner``, ``inner_scales``, ``inner_sums`` of choices.
+    ``quantize_rows_kernel`` makes them, and so are ``inner``, ``inner_scales``, ``inner_sums`` of choices. The others are as in
+    ``triton_experts.gate_up_kernel``.
     """
     tile = tiles + 3 * tl.program_id(0)
     count = tl.load(tile + 2)
@@ -217,14 +230,16 @@ def gate_up_prompt_kernel(
     choice = tl.load(order + tl.load(tile + 1) + i, mask=valid, other=0).to(tl.int32)
     r = tl.arange(0, 128)
     place = tl.program_id(1) * 64 + r // 2
-    row = tl.where(r % 2 == 0, place, place + width)  # a gate row, then its up row
+    row = 2 * place + r % 2 if MIXED else tl.where(r % 2 == 0, place, place + width)  # a gate row, then its up row
     y = _product(
         blob, row, place < width, codes, scales, sums, choice // top_k, valid, scale_at, zero_at, h_at, m_at, l_at,
         groups, PLANES, 128, BM, GB, STAGES,
     )  # fmt: skip
+    if BIAS_AT >= 0:
+        y += _bias(blob, row, place < width, BIAS_AT, BIAS)
     gate, up = tl.split(tl.permute(tl.reshape(y, (64, 2, BM)), (2, 0, 1)))  # [BM, 64]
     n = tl.program_id(1) * 64 + tl.arange(0, 64)
-    value = tl.where((n < width)[None, :], activate(gate, up, ACT), 0.0)
+    value = tl.where((n < width)[None, :], activate(gate, up, ACT, ALPHA, LIMIT, OFFSET), 0.0)
     made, scale, total = quantize_groups(value)
     wide: tl.constexpr = 64 if PLANES == 8 else 128
     at = choice[:, None]
@@ -251,6 +266,8 @@ def down_prompt_kernel(
     cols: tl.constexpr,
     width: tl.constexpr,
     PLANES: tl.constexpr,
+    BIAS_AT: tl.constexpr,
+    BIAS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     GB: tl.constexpr,
@@ -271,6 +288,8 @@ def down_prompt_kernel(
         blob, row, row < cols, inner, inner_scales, inner_sums, choice, valid, scale_at, zero_at, h_at, m_at, l_at,
         groups, PLANES, BN, BM, GB, STAGES,
     )  # fmt: skip
+    if BIAS_AT >= 0:
+        y += _bias(blob, row, row < cols, BIAS_AT, BIAS)
     tl.store(out + choice.to(tl.int64)[None, :] * cols + row[:, None], y, mask=valid[None, :] & (row < cols)[:, None])
 
 

@@ -21,6 +21,7 @@ import triton.language as tl
 
 from fate_moe.kernels.triton_host_compute import ask_experts
 from fate_moe.kernels.triton_quantize import stage_token
+from fate_moe.kernels.triton_router import choose
 
 __all__ = ["logits_kernel", "prefetch_kernel", "residency_kernel", "route_kernel"]
 
@@ -56,9 +57,11 @@ def _assign_slots(
     layer,
     last,
     half_life,
-    link_fraction,
+    shares,
     questions,
     asked,
+    behind,
+    admit_every,
     x,
     num_experts: tl.constexpr,
     num_rows: tl.constexpr,
@@ -66,6 +69,7 @@ def _assign_slots(
     FREQUENCY: tl.constexpr,
     WEIGHED: tl.constexpr,
     HOST: tl.constexpr,
+    ADMITS: tl.constexpr,
     MOST: tl.constexpr,
     E: tl.constexpr,
     R: tl.constexpr,
@@ -74,8 +78,10 @@ def _assign_slots(
 
     With WEIGHED every expert's use grows by the root of its ``probability`` [E], else the chosen ones' by 1.
 
-    With HOST only ``link_fraction`` of the misses, rounded down, are listed, those of highest score; the host is asked for
-    the others (``ask_experts``), whose slots stay -1, and ``pending_rows`` is 2 + their place in its answer.
+    With HOST the host is asked for as many misses as ``shares`` int32 [num_rows + 1] says of their number (``ask_experts``), those
+    of lowest score; their slots stay -1, and ``pending_rows`` is 2 + their place in its answer. The others are listed. With ADMITS,
+    where nothing else is copied, the one of highest score still gets a slot for the next token, if its turn (one layer of
+    ``admit_every``) has come and its score is above the victim's: ``behind`` int32 [2, 2] is its pair and their number.
     """
     expert = tl.arange(0, E)
     known = expert < num_experts
@@ -107,7 +113,7 @@ def _assign_slots(
     pending = missing | (routed & under_way)
     num_copied = num_missing
     if HOST:
-        num_copied = (num_missing.to(tl.float32) * link_fraction).to(tl.int32)
+        num_copied = num_missing - tl.load(shares + num_missing)
     for i in range(num_copied):
         incoming = tl.min(tl.where(missing, expert, E), axis=0)
         if HOST:
@@ -120,16 +126,29 @@ def _assign_slots(
         tl.store(wanted + 2 * i, layer * num_experts + incoming)
         tl.store(wanted + 2 * i + 1, freed)
     tl.store(count, num_copied)
+    tl.store(slots + r, tl.max(tl.where(chosen, slot[None, :], -1), axis=1), mask=r < num_rows)
+    counted = counters + layer * 5
+    if ADMITS:
+        incoming = _highest(value, missing, expert, E)
+        victim = _lowest(value, (slot >= 0) & ~routed & ~under_way, expert, E)
+        gain = tl.max(tl.where(expert == incoming, value, float("-inf")), axis=0)
+        loss = tl.max(tl.where(expert == victim, value, float("-inf")), axis=0)
+        admits = ((now + layer) % admit_every == 0) & (num_copied == 0) & (victim < E) & (gain > loss)
+        freed = tl.max(tl.where(expert == victim, slot, -1), axis=0)
+        slot = tl.where(admits & (expert == victim), -1, tl.where(admits & (expert == incoming), freed, slot))
+        waiting = tl.where(admits & (expert == victim), 0, tl.where(admits & (expert == incoming), 1, waiting))
+        tl.store(behind, layer * num_experts + incoming)
+        tl.store(behind + 1, freed)
+        tl.store(behind + 2, admits.to(tl.int32))
+        tl.store(counted + 2, tl.load(counted + 2) + admits.to(tl.int64))
     tl.store(slot_of + at, slot, mask=known)
     tl.store(score + at, value, mask=known)
     tl.store(unused + at, waiting, mask=known)
-    tl.store(slots + r, tl.max(tl.where(chosen, slot[None, :], -1), axis=1), mask=r < num_rows)
     state = pending.to(tl.int32)
     if HOST:
         place = ask_experts(questions, asked, missing.to(tl.int32), at, x, cols, MOST, 1024)
         state = tl.where(missing, 2 + place, state)
     tl.store(pending_rows + r, tl.max(tl.where(chosen, state[None, :], 0), axis=1), mask=r < num_rows)
-    counted = counters + layer * 5
     tl.store(counted, tl.load(counted) + num_routed - num_missing)
     tl.store(counted + 1, tl.load(counted + 1) + num_missing)
     tl.store(counted + 3, tl.load(counted + 3) + num_used)
@@ -177,7 +196,7 @@ def residency_kernel(
         choice = tl.load(index + r, mask=r < num_rows, other=-1).to(tl.int32)
         _assign_slots(
             choice, choice, slots, pending_rows, wanted, count, slot_of, score, unused, counters, clock, layer, last, half_life,
-            1.0, count, count, hidden, num_experts, num_rows, cols, FREQUENCY, False, False, 0, E, R,
+            count, count, count, count, 0, hidden, num_experts, num_rows, cols, FREQUENCY, False, False, False, 0, E, R,
         )  # fmt: skip
 
 
@@ -215,14 +234,21 @@ def _look_ahead(
     num_experts: tl.constexpr,
     FREQUENCY: tl.constexpr,
     E: tl.constexpr,
+    correction=None,
+    SIGMOID: tl.constexpr = False,
+    CORRECTED: tl.constexpr = False,
 ):
-    """See ``prefetch_kernel``."""
+    """See ``prefetch_kernel``; with SIGMOID scores are what the softmax is of."""
     expert = tl.arange(0, E)
     known = expert < num_experts
     at = layer * num_experts + expert
     none = tl.zeros((E,), tl.float32) + 1.0
     for token in range(num_tokens):
         x = tl.load(logits + token * num_experts + expert, mask=known, other=float("-inf"))
+        if SIGMOID:
+            x = tl.where(known, tl.sigmoid(x), float("-inf"))
+            if CORRECTED:
+                x += tl.load(correction + expert, mask=known, other=0.0).to(tl.float32)
         p = tl.exp(x - tl.max(x, axis=0))
         none *= 1.0 - p / tl.sum(p, axis=0)
     chance = tl.where(known, 1.0 - none, -1.0)
@@ -288,7 +314,7 @@ def prefetch_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["layer", "last", "num_predicted", "limit"])
+@triton.jit(do_not_specialize=["layer", "last", "num_predicted", "limit", "admit_every"])
 def route_kernel(
     logits,
     next_logits,
@@ -310,52 +336,58 @@ def route_kernel(
     num_predicted,
     min_probability,
     limit,
-    link_fraction,
+    shares,
     questions,
     asked,
+    behind,
+    admit_every,
     x,
+    correction,
+    next_correction,
+    scale,
+    floor,
+    spread,
     num_experts: tl.constexpr,
     top_k: tl.constexpr,
     cols: tl.constexpr,
+    SCORES: tl.constexpr,
+    CORRECTED: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+    GROUP_BEST: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    SIGMOID_NEXT: tl.constexpr,
     FREQUENCY: tl.constexpr,
     WEIGHED: tl.constexpr,
     HOST: tl.constexpr,
+    ADMITS: tl.constexpr,
     MOST: tl.constexpr,
     E: tl.constexpr,
     R: tl.constexpr,
 ):
-    """For one token, a softmax router, its residency step and the next layer's prefetch in one launch. Grid (1) or (2).
+    """For one token, a router (``kernels/routing.py``), its residency step and the next layer's prefetch. Grid (1) or (2).
 
-    ``logits`` fp32 [num_experts] are this layer's, ``next_logits`` the next one's on the same router input. Program 0 takes the
-    ``top_k`` likeliest (ties to the lowest index), their probabilities (summing to 1 with NORMALIZE) as ``routing_weights``
-    [top_k], and does what ``residency_kernel`` does; program 1 what ``prefetch_kernel`` does for ``layer + 1``, into ``ahead`` and
-    ``ahead_count``. With HOST the host is asked for misses on the router input ``x`` [cols]: see ``_assign_slots``.
+    ``logits`` fp32 [num_experts] are this layer's, ``next_logits`` the next one's on the same router input. Program 0 writes
+    ``routing_weights`` [top_k] (see ``choose``), and does what ``residency_kernel`` does; program 1 what ``prefetch_kernel`` does
+    for ``layer + 1``, into ``ahead`` and ``ahead_count``; with SIGMOID_NEXT from the sigmoids of ``next_logits`` plus
+    ``next_correction`` [num_experts]. With HOST the host is asked for misses on the router input ``x`` [cols], and with ADMITS some
+    of them get slots behind the step: see ``_assign_slots``.
     """
     if tl.program_id(0) == 1:
         _look_ahead(
             next_logits, ahead, ahead_count, slot_of, score, unused, counters, clock, layer + 1, 1, num_predicted,
-            min_probability, limit, num_experts, FREQUENCY, E,
+            min_probability, limit, num_experts, FREQUENCY, E, next_correction, SIGMOID_NEXT, CORRECTED,
         )  # fmt: skip
     else:
-        expert = tl.arange(0, E)
         r = tl.arange(0, R)
-        logit = tl.load(logits + expert, mask=expert < num_experts, other=float("-inf"))
-        p = tl.exp(logit - tl.max(logit, axis=0))
-        p = p / tl.sum(p, axis=0)
-        left = p
-        choice = tl.zeros((R,), tl.int32) - 1
-        weight = tl.zeros((R,), tl.float32)
-        for i in tl.static_range(top_k):
-            best = tl.max(left, axis=0)
-            which = tl.min(tl.where(left == best, expert, E), axis=0)
-            choice = tl.where(r == i, which, choice)
-            weight = tl.where(r == i, best, weight)
-            left = tl.where(expert == which, -1.0, left)
-        if NORMALIZE:
-            weight = weight / tl.sum(weight, axis=0)
+        choice, weight, p = choose(
+            logits, correction, x.dtype.element_ty, scale, floor, spread, num_experts, top_k, SCORES, CORRECTED, GROUPS, TOP_GROUPS,
+            GROUP_BEST, NORMALIZE, ROUNDS, E, R,
+        )  # fmt: skip
         tl.store(routing_weights + r, weight.to(routing_weights.dtype.element_ty), mask=r < top_k)
         _assign_slots(
             choice, p, slots, pending_rows, wanted, count, slot_of, score, unused, counters, clock, layer, last, half_life,
-            link_fraction, questions, asked, x, num_experts, top_k, cols, FREQUENCY, WEIGHED, HOST, MOST, E, R,
+            shares, questions, asked, behind, admit_every, x, num_experts, top_k, cols, FREQUENCY, WEIGHED, HOST, ADMITS, MOST,
+            E, R,
         )  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -17,30 +18,45 @@ from fate_moe.errors import UnsupportedModelError
 from fate_moe.gpu.dense import ByteLinear, Matrix, joined
 from fate_moe.gpu.experts import DeviceExperts
 from fate_moe.gpu.prefill import dot_dtype
-from fate_moe.kernels.plain_layer import PlainLayer
-from fate_moe.kernels.triton_dense import attend_kernel, combine_kernel, matvec_kernel
-from fate_moe.layers.plain import plain_layers
+from fate_moe.kernels.plain_layer import Norm, PlainLayer
+from fate_moe.kernels.triton_dense import attend_kernel, combine_kernel, heads_kernel, matvec_kernel
+from fate_moe.layers.plain import plain_decoder, recognise_norm
 from fate_moe.layers.reasons import cuda_reasons
 
 __all__ = ["FusedStep"]
 
 ATTEND_ROWS = 32
+NO_NORM = Norm(0.0)
 _SPLITS = 16  # of the KV cache's length, per head: 64 programs for 4 key-value heads
 
 
 @dataclass
-class _Layer:
-    """One layer's weights; q, k and v are one matrix, and so are a shared expert's gate and up. ``qkv_bias`` may be empty."""
+class _Norm:
+    """A norm's weights; ``bias`` where it has one."""
 
-    norm: torch.Tensor
+    kind: Norm
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
+@dataclass
+class _Layer:
+    """One decoder layer's weights and what it is; q, k and v are one matrix, and so are an MLP's gate and up. ``mlp_*``: of a
+    shared expert, or of a layer without experts. ``correction`` is its router's."""
+
+    plain: PlainLayer
+    norm: _Norm
     qkv: Matrix
     qkv_bias: torch.Tensor | None
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
+    sinks: torch.Tensor | None
     out: Matrix
-    post_norm: torch.Tensor
-    shared_gate_up: Matrix | None
-    shared_down: Matrix | None
+    out_bias: torch.Tensor | None
+    post_norm: _Norm
+    mlp_gate_up: Matrix | None
+    mlp_down: Matrix | None
+    correction: torch.Tensor | None
     keys: torch.Tensor  # [kv heads, length, head_dim]
     values: torch.Tensor
 
@@ -55,22 +71,25 @@ class FusedStep:
 
     def __init__(self, model: Any, experts: DeviceExperts, cache: Any) -> None:
         """Raises UnsupportedModelError, with every reason, where ``cuda_reasons`` has some."""
-        found = plain_layers(model)
-        if reasons := cuda_reasons(model, found):
+        if reasons := cuda_reasons(model):
             raise UnsupportedModelError(f"no fused decode step: {'; '.join(reasons)}; let transformers' layers run")
-        layers = [layer for layer in found if isinstance(layer, PlainLayer)]
-        plain = layers[0]  # the others differ in their weights alone
+        layers = [layer for layer in plain_decoder(model) if isinstance(layer, PlainLayer)]
+        with_experts = [layer for layer in layers if not layer.is_dense]
+        plain = with_experts[0]  # the others differ in their weights and windows alone, or have no experts
         self._experts, self._model, self._cache = experts, model, cache
-        self._eps = plain.input_norm.eps
         self._heads, self._kv, self._dim = plain.attention.heads, plain.attention.kv_heads, plain.attention.head_dim
-        self._normalize = plain.router.normalize
+        self._router = plain.router
         self._layers = [_layer(model, layer, cache.layers[layer.attention.index]) for layer in layers]
         self._length = self._layers[0].keys.shape[1]
         device, dtype = model.device, model.dtype
         self._dot = dot_dtype(dtype, device)
-        self._rows = plain.router.num_experts + (plain.shared is not None)
-        self._routers = _routers(model, layers, experts.state.fitted)
-        self._inv_freq = model.model.rotary_emb.inv_freq.float()
+        self._rows = plain.router.num_experts + (plain.shared is not None and plain.shared.gate is not None)
+        self._routers = _routers(model, with_experts, experts.state.fitted)
+        self._corrections = [*(layer.correction for layer in self._layers if not layer.plain.is_dense), None]
+        rope = model.model.rotary_emb
+        self._inv_freq, self._rope_scale = rope.inv_freq.float(), float(rope.attention_scaling)
+        one = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        self._rounds_angles = rope(torch.zeros(1, 1, plain.hidden, dtype=dtype, device=device), one)[0].dtype == dtype
         hidden = plain.hidden
 
         def empty(*shape: int, kind: torch.dtype = torch.float32) -> torch.Tensor:
@@ -81,10 +100,11 @@ class FusedStep:
         self._most, self._sums = empty(self._heads, _SPLITS), empty(self._heads, _SPLITS)
         self._parts = empty(self._heads, _SPLITS, self._dim)
         self._router_logits = empty(2 * self._rows)
-        self._weights = empty(1, experts.state.top_k, kind=dtype)
-        down = self._layers[0].shared_down
-        self._shared = empty(1 if down is None else _shape(down)[1], kind=dtype)
-        self._head = joined([model.lm_head])
+        self._weights = empty(1, experts.state.top_k, kind=dtype if plain.router.rounds_weights else torch.float32)
+        self._inner = empty(max(1 if layer.mlp_down is None else _shape(layer.mlp_down)[1] for layer in self._layers), kind=dtype)
+        last = recognise_norm(model.model.norm)
+        assert isinstance(last, Norm)
+        self._last_norm, self._head = _norm(last, model.model.norm), joined([model.lm_head])
         self.token, self.position = empty(1, kind=torch.int64), empty(1, kind=torch.int64)
         self.logits = empty(_shape(self._head)[0])
         self.tokens = empty(self._length + 1, kind=torch.int64)
@@ -102,10 +122,15 @@ class FusedStep:
     @torch.no_grad()
     def step(self) -> None:
         torch.index_select(self._model.model.embed_tokens.weight, 0, self.token, out=self._x)
-        for number, layer in enumerate(self._layers):
+        number = 0
+        for layer in self._layers:
             self._attend(layer)
-            self._moe(number, layer)
-        self._matvec(self._x, self._head, self.logits, norm=self._model.model.norm.weight)
+            if layer.plain.is_dense:
+                self._mlp(layer, self._x, layer.post_norm)
+            else:
+                self._moe(number, layer)
+                number += 1
+        self._matvec(self._x, self._head, self.logits, norm=self._last_norm, bias=self._model.lm_head.bias)
         torch.argmax(self.logits, 0, keepdim=True, out=self.token)
         self.position.add_(1)
         self.tokens.index_copy_(0, self.position, self.token)
@@ -133,40 +158,54 @@ class FusedStep:
         self._graph.replay()
 
     def _attend(self, layer: _Layer) -> None:
+        attention = layer.plain.attention
         self._matvec(self._x, layer.qkv, self._qkv, norm=layer.norm, bias=layer.qkv_bias)
-        group = self._heads // self._kv
-        norm = layer.q_norm is not None
+        group, norm, none = self._heads // self._kv, attention.qk_norm, self._qkv
+        q_norm, k_norm = (none if weight is None else weight for weight in (layer.q_norm, layer.k_norm))
+        eps = 0.0 if norm is None else norm.eps
+        if attention.norm_over_heads or attention.clip is not None:
+            heads_kernel[(3,)](
+                self._qkv, q_norm, k_norm, eps, attention.clip or 0.0, Q=self._heads * self._dim, K=self._kv * self._dim,
+                NORM=attention.norm_over_heads, CLIP=attention.clip is not None,
+                BLOCK=triton.next_power_of_2(self._heads * self._dim), num_warps=8,
+            )  # fmt: skip
         attend_kernel[(self._kv, _SPLITS)](
-            self._qkv, layer.q_norm if norm else self._qkv, layer.k_norm if norm else self._qkv, self._inv_freq, self.position,
-            layer.keys, layer.values, self._most, self._sums, self._parts, self._eps, self._dim**-0.5, self._length,
-            num_kv=self._kv, group=group, NORM=norm, D=self._dim, GP=max(16, triton.next_power_of_2(group)), DOT=self._dot,
+            self._qkv, q_norm, k_norm, self._inv_freq, self.position,
+            layer.keys, layer.values, self._most, self._sums, self._parts, eps, attention.scaling, self._rope_scale, self._length,
+            num_kv=self._kv, group=group, NORM=norm is not None and not attention.norm_over_heads, TURNED=attention.rotary_dim,
+            PAIRS=attention.rope == "pairs", ROUNDS=self._rounds_angles, WINDOW=attention.window or 0,
+            D=self._dim, GP=max(16, triton.next_power_of_2(group)), DOT=self._dot,
             CHUNK=triton.cdiv(self._length, _SPLITS), BS=ATTEND_ROWS, num_warps=4,
         )  # fmt: skip
         combine_kernel[(self._heads,)](
-            self._most,
-            self._sums,
-            self._parts,
-            self._attended,
-            _SPLITS,
-            D=self._dim,
-            SP=triton.next_power_of_2(_SPLITS),
-            num_warps=4,
-        )
-        self._matvec(self._attended, layer.out, self._x, residual=self._x)
+            self._most, self._sums, self._parts, none if layer.sinks is None else layer.sinks, self._attended, _SPLITS,
+            SINKS=layer.sinks is not None, D=self._dim, SP=triton.next_power_of_2(_SPLITS), num_warps=4,
+        )  # fmt: skip
+        self._matvec(self._attended, layer.out, self._x, bias=layer.out_bias, residual=self._x)
+
+    def _mlp(self, layer: _Layer, x: torch.Tensor, norm: _Norm | None, gate: torch.Tensor | None = None) -> None:
+        """Add the MLP of ``x`` to the residual stream."""
+        assert layer.mlp_gate_up is not None
+        assert layer.mlp_down is not None
+        self._matvec(x, layer.mlp_gate_up, self._inner, norm=norm, silu=True)
+        self._matvec(self._inner, layer.mlp_down, self._x, residual=self._x, gate=gate)
 
     def _moe(self, number: int, layer: _Layer) -> None:
-        last = number == len(self._layers) - 1
+        last = number == len(self._routers) - 1
         rows, bias = self._routers[number]
         self._matvec(self._x, rows, self._router_logits, norm=layer.post_norm, bias=bias, stage=True)
-        ahead = self._router_logits[self._rows :] if self.predicted is None or last else self.predicted[number + 1]
-        self._experts.route(number, self._router_logits, ahead, self._normed, self._weights, self._normalize)
-        beside = None
-        if layer.shared_gate_up is not None and layer.shared_down is not None:
-            gate_up, down, gate = layer.shared_gate_up, layer.shared_down, self._router_logits[self._rows - 1 :]
+        predicted = self.predicted is not None and not last
+        ahead = self.predicted[number + 1] if predicted and self.predicted is not None else self._router_logits[self._rows :]
+        corrections = self._corrections[number], self._corrections[number + 1]
+        self._experts.route(
+            number, self._router_logits, ahead, self._normed, self._weights, self._router, corrections, predicted=predicted
+        )
+        beside, shared = None, layer.plain.shared
+        if shared is not None:
+            gate = self._router_logits[self._rows - 1 :] if shared.gate is not None else None
 
             def beside() -> None:
-                self._matvec(self._normed, gate_up, self._shared, silu=True)
-                self._matvec(self._shared, down, self._x, residual=self._x, gate=gate)
+                self._mlp(layer, self._normed, None, gate)
 
         self._experts.run(number, self._weights, self._x, add=True, beside=beside)
 
@@ -176,7 +215,7 @@ class FusedStep:
         matrix: Matrix,
         out: torch.Tensor,
         *,
-        norm: torch.Tensor | None = None,
+        norm: _Norm | None = None,
         bias: torch.Tensor | None = None,
         residual: torch.Tensor | None = None,
         gate: torch.Tensor | None = None,
@@ -188,11 +227,14 @@ class FusedStep:
         none = out  # a pointer for what a flag turns off
         codes = isinstance(matrix, ByteLinear)
         weight, scale, zero = (matrix.codes, matrix.scale, matrix.zero) if isinstance(matrix, ByteLinear) else (matrix, none, none)
+        of = NO_NORM if norm is None else norm.kind
         block, wide, warps = matvec_tile(rows, cols)
         matvec_kernel[(triton.cdiv(rows, block),)](
-            x, none if norm is None else norm, weight, scale, zero, none if bias is None else bias,
+            x, none if norm is None else norm.weight, none if norm is None or norm.bias is None else norm.bias, weight, scale, zero,
+            none if bias is None else bias,
             none if residual is None else residual, none if gate is None else gate, self._normed, self._experts.state.staged, out,
-            self._eps, cols=cols, rows=rows, CODES=codes, NORM=norm is not None, BIAS=bias is not None,
+            of.eps, cols=cols, rows=rows, CODES=codes, NORM=norm is not None, ROUNDS=of.rounds_first, CENTERED=of.centered,
+            NORM_BIAS=of.bias, BIAS=bias is not None,
             RESIDUAL=residual is not None, GATE=gate is not None, SILU=silu, STAGE=stage,
             STAGE_PLANES=self._experts.state.layouts[0].planes, BN=block, BK=wide, num_warps=warps,
             enable_fp_fusion=False,
@@ -206,23 +248,32 @@ def matvec_tile(rows: int, cols: int) -> tuple[int, int, int]:
 
 def _layer(model: Any, plain: PlainLayer, cache: Any) -> _Layer:
     block = model.get_submodule(plain.path)
-    attention = block.self_attn
-    shared = block.get_submodule(f"{plain.block}.{plain.shared.name}") if plain.shared is not None else None
+    attention, moe = block.self_attn, block.get_submodule(plain.block)
+    mlp = None if plain.shared is None else moe.get_submodule(plain.shared.name)
     parts = [attention.q_proj, attention.k_proj, attention.v_proj]
     with_norms = plain.attention.qk_norm is not None
+    correction = attrgetter(plain.router.correction)(moe).flatten() if plain.router.correction else None
     return _Layer(
-        norm=block.input_layernorm.weight,
+        plain=plain,
+        norm=_norm(plain.input_norm, block.input_layernorm),
         qkv=joined(parts),
         qkv_bias=_with_views([part.bias for part in parts]) if plain.attention.qkv_bias else None,
         q_norm=attention.q_norm.weight if with_norms else None,
         k_norm=attention.k_norm.weight if with_norms else None,
+        sinks=attention.sinks if plain.attention.sinks else None,
         out=joined([attention.o_proj]),
-        post_norm=block.post_attention_layernorm.weight,
-        shared_gate_up=joined([shared.gate_proj, shared.up_proj]) if shared is not None else None,
-        shared_down=joined([shared.down_proj]) if shared is not None else None,
+        out_bias=attention.o_proj.bias,
+        post_norm=_norm(plain.post_norm, block.post_attention_layernorm),
+        mlp_gate_up=joined([mlp.gate_proj, mlp.up_proj]) if mlp is not None else None,
+        mlp_down=joined([mlp.down_proj]) if mlp is not None else None,
+        correction=correction,
         keys=cache.keys[0],
         values=cache.values[0],
     )
+
+
+def _norm(kind: Norm, module: Any) -> _Norm:
+    return _Norm(kind, module.weight, module.bias if kind.bias else None)
 
 
 def _routers(
@@ -232,22 +283,32 @@ def _routers(
 
     Where that is the next layer's own router, which comes next, the matrix is a view.
     """
-    blocks, rows = [], layers[0].router.num_experts + (layers[0].shared is not None)
+    first = layers[0]
+    with_gate = first.shared is not None and first.shared.gate is not None
+    blocks, biases, rows = [], list[torch.Tensor](), first.router.num_experts + with_gate
     for layer in layers:
         block = model.get_submodule(f"{layer.path}.{layer.block}")
-        blocks.append(block.get_submodule(layer.router_name).weight)
-        if layer.shared is not None and layer.shared.gate is not None:
+        router = block.get_submodule(layer.router_name)
+        blocks.append(router.weight)
+        if layer.router.bias:
+            biases.append(router.bias)
+        if with_gate and layer.shared is not None and layer.shared.gate is not None:
             blocks.append(block.get_submodule(layer.shared.gate).weight)
+            if layer.router.bias:
+                biases.append(torch.zeros_like(router.bias[:1]))
     whole, per_layer = _with_views(blocks), len(blocks) // len(layers)
+    biases = [torch.cat(biases)] if biases else []  # as whole's rows
     made: list[tuple[torch.Tensor, torch.Tensor | None]] = []
     for number, gate in enumerate([*fitted[1:], None]):
         own = whole[number * rows : (number + 1) * rows]
+        own_bias = biases[0][number * rows : (number + 1) * rows] if biases else None
         if gate is None:
-            made.append((whole[number * rows : (number + 2) * rows], None))
+            both = slice(number * rows, (number + 2) * rows)
+            made.append((whole[both], biases[0][both] if biases else None))
         else:
             weight, bias = gate[:, :-1].to(own), gate[:, -1].to(own)
-            both = _with_views(blocks[number * per_layer : (number + 1) * per_layer], weight)
-            made.append((both, torch.nn.functional.pad(bias, (rows, 0))))
+            joint = _with_views(blocks[number * per_layer : (number + 1) * per_layer], weight)
+            made.append((joint, torch.cat([torch.zeros_like(bias[:1]).expand(rows) if own_bias is None else own_bias, bias])))
     return made
 
 

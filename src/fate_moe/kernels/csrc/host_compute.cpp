@@ -155,10 +155,12 @@ void HostCompute::answer(Own& own, int64_t number, uint32_t question, int64_t co
   const auto up = [&](int64_t e, int64_t begin, int64_t end) {
     const Matrix m = place_.up.at(blob(e), int(place_.up.kind));
     const int64_t n = end - begin;
-    ops_.product(m, &token, 1, begin, end);
-    if (place_.activation.gated) ops_.product(m, &token, 1, inner + begin, inner + end);
-    std::copy_n(own.rows.data() + begin, n, own.pair.data());
-    if (place_.activation.gated) std::copy_n(own.rows.data() + inner + begin, n, own.pair.data() + n);
+    const int64_t each = place_.activation.gated && place_.activation.interleaved ? 2 : 1;  // rows side by side in the matrix too
+    const bool apart = place_.activation.gated && each == 1;
+    ops_.product(m, &token, 1, each * begin, each * end);
+    if (apart) ops_.product(m, &token, 1, inner + begin, inner + end);
+    std::copy_n(own.rows.data() + each * begin, each * n, own.pair.data());
+    if (apart) std::copy_n(own.rows.data() + inner + begin, n, own.pair.data() + n);
     ops_.activate(place_.activation, own.pair.data(), n, inner_.data() + e * inner + begin);
   };
   const Split ups(count, inner), downs(count, place_.down.rows);

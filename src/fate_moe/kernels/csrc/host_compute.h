@@ -23,7 +23,7 @@ struct Mail {
 // after 20 ms without one. They divide the rows of a question's experts, first of gate and up, then of down.
 class HostCompute {
  public:
-  // Blob b lies at arena + b * blob_bytes. All gate rows lie before all up rows.
+  // Blob b lies at arena + b * blob_bytes.
   HostCompute(const Ops& ops, const ExpertPlace& place, uint64_t arena, int64_t blob_bytes, const Mail& mail, int num_threads);
   ~HostCompute();  // no question may be open
 
