@@ -1,31 +1,35 @@
 """Compares engines: the same weights, memory limit and machine for each, in one run.
 
-python -m benchmarks run CHECKPOINT --home DIR --results FILE.json    measure; continues an interrupted run
-python -m benchmarks report FILE.json ... --page docs/results/benchmarks.md   tables and pictures
+python -m benchmarks run CHECKPOINT --home DIR [--results FILE.json]  measure; continues an interrupted run
+python -m benchmarks report [FILE.json ...] [--page PAGE.md]          tables and pictures, of all results by default
 python -m benchmarks peers                                            list the engines
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import random
 import sys
-from collections.abc import Callable
+from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from transformers import AutoConfig, AutoTokenizer
 
-from benchmarks.facts import machine_facts
+from benchmarks.facts import machine_facts, processor_facts, processor_folder
 from benchmarks.limits import can_limit
 from benchmarks.measure import Cell, run_cell
-from benchmarks.peers import Peer
+from benchmarks.peers import Peer, Variant
 from benchmarks.peers.llama_based import LlamaCpp
 from benchmarks.peers.transformers_based import Accelerate, Fate
 from benchmarks.pictures import plot
 from benchmarks.report import cell_text, limit_name, markdown
-from benchmarks.results import Results, model_facts
-from benchmarks.workloads import WORKLOADS, context_tokens, samples
+from benchmarks.results import Results, code_state, model_facts
+from benchmarks.workloads import WORKLOADS, Workload, context_tokens, samples
 from fate_moe.units import parse_amount
 
 PEERS: dict[str, Callable[[], Peer]] = {
@@ -35,6 +39,7 @@ PEERS: dict[str, Callable[[], Peer]] = {
     "accelerate": Accelerate,
 }
 LIMITS = ("none", "78%", "65%", "52%", "39%")
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
 HEADER = """# Benchmarks
 
 Made by `python -m benchmarks report` from the result files beside the pictures. Every cell is its own process, started with cold
@@ -69,18 +74,30 @@ def default_workloads(limit: str) -> list[str]:
     return list(WORKLOADS) if limit in ("none", "52%") else ["decode", "prefill-512"]
 
 
+@dataclass(frozen=True)
+class Planned:
+    """A cell that is to be measured, by which peer (with its interpreter and its copy of the model) and with which settings."""
+
+    peer: Peer
+    python: Path
+    model: Path
+    variant: Variant
+    workload: Workload
+    limit_bytes: int | None
+
+
 def run(arguments: argparse.Namespace) -> None:
-    """Install and prepare each peer once, then measure cell after cell, the peers taking turns at each limit."""
+    """Install and prepare each peer once, then measure every cell once a round, in an order drawn anew for each round."""
     console = Console(stderr=True)
-    results_file: Path = arguments.results
-    facts = model_facts(arguments.checkpoint)
+    facts, code, processor = model_facts(arguments.checkpoint), code_state(), processor_facts()
+    results_file: Path = arguments.results or RESULTS / processor_folder(processor) / f"{facts.name}.json"
     if results_file.exists():
         results = Results.load(results_file)
-        if results.model != facts:
-            sys.exit(f"{results_file} has results of {results.model.name}, not of {facts.name}; give another file")
+        results.refuse_others(facts, processor, code)
     else:
         largest = max(arguments.checkpoint.glob("*.safetensors"), key=lambda path: path.stat().st_size)
-        results = Results(facts, machine_facts(largest, arguments.threads))
+        results = Results(facts, machine_facts(largest, arguments.threads), code=code)
+        results_file.parent.mkdir(parents=True, exist_ok=True)
     limits = [None if text == "none" else parse_amount(text, facts.model_bytes) for text in arguments.limits]
     if (reason := can_limit()) and any(limits):
         console.print(reason)
@@ -95,40 +112,57 @@ def run(arguments: argparse.Namespace) -> None:
             ready.append((peer, peer.install(arguments.home), peer.prepare(arguments.checkpoint, arguments.home)))
         except (RuntimeError, OSError) as error:
             console.print(f"{name}: skipped, {error}")
-    for limit, limit_text in zip(limits, arguments.limits, strict=False):
-        for workload in (WORKLOADS[name] for name in arguments.workloads or default_workloads(limit_text)):
-            prompts = samples(workload, tokenizer, vocab_size)
-            for peer, python, model in ready:
-                for variant in peer.variants(model, limit):
-                    cell = Cell(peer.name, variant.name, workload.name, limit)
-                    if results.has(cell.key) and not arguments.again:
-                        continue
-                    job = {
-                        "model": str(model),
-                        "workload": workload.kind,
-                        "samples": prompts,
-                        "new_tokens": workload.new_tokens,
-                        "context_tokens": context_tokens(workload, prompts),
-                        "threads": arguments.threads,
-                        "limit_bytes": limit,
-                        "settings": variant.settings,
-                        "scratch": str(arguments.home / "scratch" / arguments.checkpoint.name),
-                    }
-                    run_cell(python, peer.worker, job, cell, workload, arguments.seconds)
-                    results.add(cell)
-                    results.save(results_file)
-                    label = f"{limit_name(limit)}, {workload.name}, {peer.name} {variant.name}".rstrip()
-                    console.print(f"{label}: {cell_text(cell)} {cell.message}", highlight=False)
+    planned = [
+        Planned(peer, python, model, variant, WORKLOADS[name], limit)
+        for limit, limit_text in zip(limits, arguments.limits, strict=False)
+        for name in arguments.workloads or default_workloads(limit_text)
+        for peer, python, model in ready
+        for variant in peer.variants(model, limit)
+    ]
+    for number in range(arguments.rounds):
+        for job in shuffled(planned, number):
+            cell = Cell(job.peer.name, job.variant.name, job.workload.name, job.limit_bytes, number)
+            if results.has(cell.key, number):
+                continue
+            if code_state() != code:
+                sys.exit("the code changed while it was measured; start again with an empty result file")
+            measure(job, cell, samples(job.workload, tokenizer, vocab_size), arguments)
+            results.add(cell)
+            results.save(results_file)
+            label = f"{limit_name(job.limit_bytes)}, {job.workload.name}, {job.peer.name} {job.variant.name}".rstrip()
+            console.print(f"{number + 1}/{arguments.rounds} {label}: {cell_text(cell)} {cell.message}", highlight=False)
+    print(results_file)
+
+
+def shuffled(planned: Sequence[Planned], number: int) -> list[Planned]:
+    """The order of round ``number``: the same whenever a run is continued."""
+    return random.Random(number).sample(planned, len(planned))
+
+
+def measure(planned: Planned, cell: Cell, prompts: list[list[list[int]]], arguments: argparse.Namespace) -> None:
+    """Run one cell in its own process; fills ``cell``."""
+    job: dict[str, Any] = {
+        "model": str(planned.model),
+        "workload": planned.workload.kind,
+        "samples": prompts,
+        "new_tokens": planned.workload.new_tokens,
+        "context_tokens": context_tokens(planned.workload, prompts),
+        "threads": arguments.threads,
+        "limit_bytes": planned.limit_bytes,
+        "settings": planned.variant.settings,
+        "scratch": str(arguments.home / "scratch" / arguments.checkpoint.name),
+    }
+    run_cell(planned.python, planned.peer.worker, job, cell, planned.workload, arguments.seconds)
 
 
 def report(arguments: argparse.Namespace) -> None:
     """Write the page and its pictures from result files."""
     page: Path = arguments.page
     text = HEADER
-    for file in arguments.files:
+    for file in arguments.files or sorted(RESULTS.glob("*/*.json")):
         results = Results.load(file)
-        pictures = plot(results, page.parent / "benchmarks")
-        text += markdown(results) + "\n" + "\n".join(f"![{p.stem}](benchmarks/{p.name})" for p in pictures) + "\n\n"
+        links = [f"![{picture.stem}]({os.path.relpath(picture, page.parent)})" for picture in plot(results, file.parent)]
+        text += markdown(results) + "\n" + "\n".join(links) + "\n\n"
     page.write_text(text.rstrip() + "\n")
     print(page)
 
@@ -139,7 +173,7 @@ def main(argv: list[str] | None = None) -> None:
     verb = verbs.add_parser("run", help="measure")
     verb.add_argument("checkpoint", type=Path, help="a Hugging Face checkpoint folder")
     verb.add_argument("--home", type=Path, required=True, help="folder for environments, stores and GGUF files, which are large")
-    verb.add_argument("--results", type=Path, required=True, help="result file; continued if it exists")
+    verb.add_argument("--results", type=Path, help="result file, continued if it exists; default: docs/results/PROCESSOR/MODEL.json")
     verb.add_argument("--tokenizer", type=Path, help="folder of the tokenizer; default: the checkpoint")
     verb.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS))
     verb.add_argument("--limits", nargs="+", default=list(LIMITS), help="sizes, fractions of the INT4 size, or none")
@@ -148,10 +182,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     verb.add_argument("--threads", type=int, default=2)
     verb.add_argument("--seconds", type=float, default=240, help="time limit of a cell")
-    verb.add_argument("--again", action="store_true", help="measure cells again that the result file has")
+    verb.add_argument("--rounds", type=int, default=3, help="how often each cell is measured")
     verb.set_defaults(do=run)
     verb = verbs.add_parser("report", help="tables and pictures from result files")
-    verb.add_argument("files", type=Path, nargs="+")
+    verb.add_argument("files", type=Path, nargs="*", help="result files; default: all under docs/results")
     verb.add_argument("--page", type=Path, default=Path("docs/results/benchmarks.md"))
     verb.set_defaults(do=report)
     verb = verbs.add_parser("peers", help="list the engines")

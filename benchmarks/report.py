@@ -86,7 +86,7 @@ def speeds(results: Results, workload: str) -> str:
 
 
 def by_limit(results: Results, workload: str, show: Callable[[Cell], str]) -> str:
-    cells = [c for c in results.cells if c.workload == workload]
+    cells = [c for c in results.joined() if c.workload == workload]
     limits = [limit for limit in results.limits() if any(c.limit_bytes == limit for c in cells)]
     rows = []
     for peer in results.peers():
@@ -112,7 +112,7 @@ def compared(results: Results) -> str:
 
 def time_spent(results: Results) -> str:
     rows = []
-    for cell in results.cells:
+    for cell in results.joined():
         spent, hidden = cost(cell), overlap(results, cell)
         if spent is None or hidden is None or spent.read_bytes is None or spent.stall_seconds is None:
             continue
@@ -141,7 +141,7 @@ def time_spent(results: Results) -> str:
 
 def every_cell(results: Results) -> str:
     rows = []
-    for cell in results.cells:
+    for cell in results.joined():
         rate = cell.rate()
         message = f": {cell.message.replace('|', ' ')}" if cell.message else ""
         peak = format_bytes(cell.peak_bytes) if cell.peak_bytes else ""
