@@ -9,27 +9,24 @@ from __future__ import annotations
 
 import argparse
 import os
-import random
 import sys
-from dataclasses import dataclass
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from transformers import AutoConfig, AutoTokenizer
 
-from benchmarks.facts import machine_facts, processor_facts, processor_folder
+from benchmarks.facts import processor_facts, processor_folder
 from benchmarks.limits import can_limit
-from benchmarks.measure import Cell, run_cell
-from benchmarks.peers import Peer, Variant
+from benchmarks.peers import Peer
 from benchmarks.peers.llama_based import LlamaCpp
 from benchmarks.peers.transformers_based import Accelerate, Fate
 from benchmarks.pictures import plot
-from benchmarks.report import cell_text, limit_name, markdown
-from benchmarks.results import Results, code_state, model_facts
-from benchmarks.workloads import WORKLOADS, Workload, context_tokens, samples
+from benchmarks.report import markdown
+from benchmarks.results import Results, model_facts
+from benchmarks.rounds import Planned, begin_or_continue, run_rounds
+from benchmarks.workloads import WORKLOADS
 from fate_moe.units import parse_amount
 
 PEERS: dict[str, Callable[[], Peer]] = {
@@ -71,33 +68,16 @@ are real text, cut to length; every engine gets the context length that the work
 
 def default_workloads(limit: str) -> list[str]:
     """Decoding and one prompt length at every limit, the other workloads without one and at a middle one, to save hours."""
-    return list(WORKLOADS) if limit in ("none", "52%") else ["decode", "prefill-512"]
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A cell that is to be measured, by which peer (with its interpreter and its copy of the model) and with which settings."""
-
-    peer: Peer
-    python: Path
-    model: Path
-    variant: Variant
-    workload: Workload
-    limit_bytes: int | None
+    every = [name for name in WORKLOADS if name != "prefill-256"]  # the paper's (benchmarks.paper)
+    return every if limit in ("none", "52%") else ["decode", "prefill-512"]
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Install and prepare each peer once, then measure every cell once a round, in an order drawn anew for each round."""
     console = Console(stderr=True)
-    facts, code, processor = model_facts(arguments.checkpoint), code_state(), processor_facts()
-    results_file: Path = arguments.results or RESULTS / processor_folder(processor) / f"{facts.name}.json"
-    if results_file.exists():
-        results = Results.load(results_file)
-        results.refuse_others(facts, processor, code)
-    else:
-        largest = max(arguments.checkpoint.glob("*.safetensors"), key=lambda path: path.stat().st_size)
-        results = Results(facts, machine_facts(largest, arguments.threads), code=code)
-        results_file.parent.mkdir(parents=True, exist_ok=True)
+    facts = model_facts(arguments.checkpoint)
+    results_file: Path = arguments.results or RESULTS / processor_folder(processor_facts()) / f"{facts.name}.json"
+    results = begin_or_continue(results_file, facts, arguments.checkpoint, arguments.threads)
     limits = [None if text == "none" else parse_amount(text, facts.model_bytes) for text in arguments.limits]
     if (reason := can_limit()) and any(limits):
         console.print(reason)
@@ -119,40 +99,11 @@ def run(arguments: argparse.Namespace) -> None:
         for peer, python, model in ready
         for variant in peer.variants(model, limit)
     ]
-    for number in range(arguments.rounds):
-        for job in shuffled(planned, number):
-            cell = Cell(job.peer.name, job.variant.name, job.workload.name, job.limit_bytes, number)
-            if results.has(cell.key, number):
-                continue
-            if code_state() != code:
-                sys.exit("the code changed while it was measured; start again with an empty result file")
-            measure(job, cell, samples(job.workload, tokenizer, vocab_size), arguments)
-            results.add(cell)
-            results.save(results_file)
-            label = f"{limit_name(job.limit_bytes)}, {job.workload.name}, {job.peer.name} {job.variant.name}".rstrip()
-            console.print(f"{number + 1}/{arguments.rounds} {label}: {cell_text(cell)} {cell.message}", highlight=False)
+    scratch = arguments.home / "scratch" / arguments.checkpoint.name
+    run_rounds(
+        planned, results, results_file, tokenizer, vocab_size, arguments.rounds, arguments.threads, arguments.seconds, scratch
+    )
     print(results_file)
-
-
-def shuffled(planned: Sequence[Planned], number: int) -> list[Planned]:
-    """The order of round ``number``: the same whenever a run is continued."""
-    return random.Random(number).sample(planned, len(planned))
-
-
-def measure(planned: Planned, cell: Cell, prompts: list[list[list[int]]], arguments: argparse.Namespace) -> None:
-    """Run one cell in its own process; fills ``cell``."""
-    job: dict[str, Any] = {
-        "model": str(planned.model),
-        "workload": planned.workload.kind,
-        "samples": prompts,
-        "new_tokens": planned.workload.new_tokens,
-        "context_tokens": context_tokens(planned.workload, prompts),
-        "threads": arguments.threads,
-        "limit_bytes": planned.limit_bytes,
-        "settings": planned.variant.settings,
-        "scratch": str(arguments.home / "scratch" / arguments.checkpoint.name),
-    }
-    run_cell(planned.python, planned.peer.worker, job, cell, planned.workload, arguments.seconds)
 
 
 def report(arguments: argparse.Namespace) -> None:
@@ -173,7 +124,9 @@ def main(argv: list[str] | None = None) -> None:
     verb = verbs.add_parser("run", help="measure")
     verb.add_argument("checkpoint", type=Path, help="a Hugging Face checkpoint folder")
     verb.add_argument("--home", type=Path, required=True, help="folder for environments, stores and GGUF files, which are large")
-    verb.add_argument("--results", type=Path, help="result file, continued if it exists; default: docs/results/PROCESSOR/MODEL.json")
+    verb.add_argument(
+        "--results", type=Path, help="result file, continued if it exists; default: docs/results/PROCESSOR/MODEL.json"
+    )
     verb.add_argument("--tokenizer", type=Path, help="folder of the tokenizer; default: the checkpoint")
     verb.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS))
     verb.add_argument("--limits", nargs="+", default=list(LIMITS), help="sizes, fractions of the INT4 size, or none")

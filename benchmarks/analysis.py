@@ -47,9 +47,7 @@ def memory_floor(results: Results) -> float:
 def cost(cell: Cell) -> Cost | None:
     """Medians over the measured samples; None without one."""
     prefill = cell.workload.startswith("prefill")
-    units = [
-        _prompt(sample) if prefill else _token(sample, cell.batch) for sample in cell.measured() if prefill or sample.count
-    ]
+    units = [_prompt(sample) if prefill else _token(sample, cell.batch) for sample in cell.measured() if prefill or sample.count]
     if not units:
         return None
     reads = [unit.read_bytes for unit in units if unit.read_bytes is not None]

@@ -69,7 +69,7 @@ def processor_facts() -> dict[str, Any]:
 
 
 def processor_folder(facts: dict[str, Any]) -> str:
-    """A name for the folder of a processor's results, of ``processor_facts``; AMX is named, as it divides one model name's kinds."""
+    """A folder's name for the results of a processor, of ``processor_facts``; AMX is named, which the same name may have or not."""
     words = re.sub(r"\((r|tm)\)", " ", facts["processor"].lower())
     amx = "-amx" if "amx_int8" in facts["instructions"] else ""
     return (re.sub(r"[^a-z0-9]+", "-", words).strip("-") or "processor") + amx

@@ -10,7 +10,7 @@ from benchmarks.measure import Cell
 from benchmarks.results import Results
 from fate_moe.units import format_bytes
 
-__all__ = ["cell_text", "limit_name", "markdown"]
+__all__ = ["cell_text", "facts_line", "limit_name", "markdown", "number", "table"]
 
 # The speeds that are compared: presets of this engine, and what a user would run instead.
 OURS = ("fate", "best")
@@ -22,6 +22,7 @@ def limit_name(limit_bytes: int | None) -> str:
 
 
 def number(value: float) -> str:
+    """Three digits."""
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
@@ -49,7 +50,7 @@ def cell_rates(cell: Cell) -> list[float]:
 
 def markdown(results: Results) -> str:
     """The section of the page about one model."""
-    parts = [facts(results)]
+    parts = [facts_line(results)]
     for workload in results.workloads():
         parts.append(speeds(results, workload))
     parts += [compared(results), time_spent(results), every_cell(results)]
@@ -57,11 +58,13 @@ def markdown(results: Results) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
     lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
     return "\n".join(lines) + "\n"
 
 
-def facts(results: Results) -> str:
+def facts_line(results: Results) -> str:
+    """The heading of a model's section, and what the model and the machine are."""
     model, machine = results.model, results.machine
     return (
         f"## {model.name}\n\n"

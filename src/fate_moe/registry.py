@@ -68,8 +68,8 @@ class Preset:
     """A choice that works together: ``policy`` and ``predictor`` on the CPU, ``device`` on a GPU.
 
     On a GPU ``policy`` orders what is in RAM where experts come from the disk; what is in VRAM goes by ``device``.
-    ``keeps_experts``: experts use what room the budget leaves. Else there is room for one token's experts of one layer, whatever the
-    budget, so that nothing is left of a layer when the next token comes to it; not on a GPU, whose slots belong to a layer each.
+    ``keeps_experts``: experts use what room the budget leaves. Else there is room for one token's experts of one layer, whatever
+    the budget, so that nothing is left of a layer when the next token comes to it; not on a GPU, whose slots belong to layers.
     """
 
     summary: str

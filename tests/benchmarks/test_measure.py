@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from benchmarks.__main__ import Planned, shuffled
 from benchmarks.analysis import Cost, cost, memory_floor, overlap, ratio
 from benchmarks.facts import processor_folder
 from benchmarks.limits import can_limit
@@ -19,6 +18,7 @@ from benchmarks.peers import Variant
 from benchmarks.pictures import plot
 from benchmarks.report import cell_text, limit_name, markdown
 from benchmarks.results import ModelFacts, Results
+from benchmarks.rounds import Planned, shuffled
 from benchmarks.workloads import WORKLOADS, Workload
 from tests.support.pictures import labels, lines, num_colors, saved_figures
 
