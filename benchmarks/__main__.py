@@ -33,6 +33,7 @@ PEERS: dict[str, Callable[[], Peer]] = {
     **{preset: partial(Fate, preset) for preset in ("load-on-demand", "eap", "fate", "best")},
     "llama.cpp": lambda: LlamaCpp("llama.cpp", "llama-cpp-python==0.3.36"),
     "llama.cpp-wheel": lambda: LlamaCpp("llama.cpp (wheel)", "xllamacpp==2026.10.11549"),
+    "ik_llama.cpp": lambda: LlamaCpp("ik_llama.cpp", "ik-llama-cpp-python==0.1.5"),
     "accelerate": Accelerate,
 }
 LIMITS = ("none", "78%", "65%", "52%", "39%")

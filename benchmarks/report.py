@@ -14,7 +14,7 @@ __all__ = ["cell_text", "facts_line", "limit_name", "markdown", "number", "table
 
 # The speeds that are compared: presets of this engine, and what a user would run instead.
 OURS = ("fate", "best")
-OTHERS = ("load-on-demand", "eap", "llama.cpp", "llama.cpp (wheel)")
+OTHERS = ("load-on-demand", "eap", "llama.cpp", "llama.cpp (wheel)", "ik_llama.cpp")
 
 
 def limit_name(limit_bytes: int | None) -> str:
