@@ -55,7 +55,7 @@ are real text, cut to length; every engine gets the context length that the work
 - `llama.cpp`: llama-cpp-python, compiled for the processor it runs on (AVX-512 with VNNI and BF16; its AMX kernels crash and are
   disabled). `llama.cpp (wheel)`: xllamacpp's prebuilt AVX2 wheel. Both use Q4_0 of the same checkpoint and mmap, repacked (the
   default) or not. llama.cpp's qwen2moe graph does not normalize routing weights, so smollm2-wide, which needs that, is written
-  for the bailingmoe graph, which does and computes the same function (see gguf_export).
+  for the ernie4_5-moe graph, which does and computes the same function (see gguf_export).
 - All cells of this engine use the same kernels (AMX, GFNI). Cells of one table are often from different hours of one day. They are
   from before the extension counted the policy, except decode of `best` and `load-on-demand` at 5, 4 and 3 GiB of qwen-geometry,
   which had more time and cover several prompts. This engine was cut at 28 to 70 s, llama.cpp at 45 to 110 s. This engine reads an
