@@ -54,14 +54,27 @@ docs: $(VENV)/.installed-docs
 	$(BIN)/python docs/scripts/one_token.py
 	$(BIN)/mkdocs build --strict --quiet
 
-# This engine, llama.cpp and accelerate on the same real weights (10.6 B parameters, upcycled), under real memory limits: hours, and
-# 50 GB under BENCH. Stopped, it goes on where it was.
+# This engine and others on the same real weights (10.6 B parameters, upcycled), under real memory limits, every cell three times:
+# hours, and 50 GB under BENCH. Stopped, it goes on where it was. bench-quick is the heart of it in half an hour, once the model is
+# made (a quarter of an hour); bench-paper is the paper's experiment.
 BENCH ?= build/bench
-bench: $(VENV)/.installed-bench
-	test -f $(BENCH)/smollm2-wide/model.safetensors.index.json || \
-	  $(BIN)/python -m benchmarks.upcycle $(BENCH)/smollm2-wide --hidden 2304 --expert-width 768 --shared-width 1536
-	$(BIN)/python -m benchmarks run $(BENCH)/smollm2-wide --home $(BENCH) --results docs/results/benchmarks/smollm2-wide.json
-	$(BIN)/python -m benchmarks report docs/results/benchmarks/*.json --page docs/results/benchmarks.md
+BENCH_MODEL := $(BENCH)/smollm2-wide
+.PHONY: bench-quick bench-paper
+bench: $(BENCH_MODEL)/model.safetensors.index.json
+	$(BIN)/python -m benchmarks run $(BENCH_MODEL) --home $(BENCH)
+	$(BIN)/python -m benchmarks report
+
+bench-quick: $(BENCH_MODEL)/model.safetensors.index.json
+	$(BIN)/python -m benchmarks run $(BENCH_MODEL) --home $(BENCH) --peers best load-on-demand llama.cpp-wheel ik_llama.cpp \
+	  --limits none 52% --workloads decode prefill-512 --seconds 45
+	$(BIN)/python -m benchmarks report
+
+bench-paper: $(BENCH_MODEL)/model.safetensors.index.json
+	$(BIN)/python -m benchmarks.paper run $(BENCH_MODEL) --home $(BENCH)
+	$(BIN)/python -m benchmarks.paper report
+
+$(BENCH_MODEL)/model.safetensors.index.json: | $(VENV)/.installed-bench
+	$(BIN)/python -m benchmarks.upcycle $(BENCH_MODEL) --hidden 2304 --expert-width 768 --shared-width 1536
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -159,15 +172,29 @@ ARM_CXX ?= aarch64-linux-gnu-g++
 ARM_RUN ?= ASAN_OPTIONS=detect_leaks=0 qemu-aarch64-static -L /usr/aarch64-linux-gnu
 CSRC := src/fate_moe/kernels/csrc
 ARM_FLAGS := -std=c++17 -O1 -g -Wall -Wextra -Wno-psabi -Wno-missing-field-initializers $(SANITIZE) -ffp-contract=off -I $(CSRC)
-test-arm:
+ARM_SOURCES := $(filter-out $(wildcard $(CSRC)/module*.cpp),$(wildcard $(CSRC)/*.cpp))
+ARM_OBJECTS := $(patsubst $(CSRC)/%.cpp,build/arm/%.o,$(ARM_SOURCES)) build/arm/check_ops.o
+build/arm/neon_dot.o: ARM_FLAGS += -march=armv8.2-a+dotprod
+build/arm/neon_i8mm.o: ARM_FLAGS += -march=armv8.2-a+dotprod+i8mm
+build/arm/check_ops.o: tests/kernels/csrc/check_ops.cpp
 	mkdir -p build/arm
-	$(ARM_CXX) $(ARM_FLAGS) -march=armv8.2-a+dotprod -c $(CSRC)/neon_dot.cpp -o build/arm/neon_dot.o
-	$(ARM_CXX) $(ARM_FLAGS) -march=armv8.2-a+dotprod+i8mm -c $(CSRC)/neon_i8mm.cpp -o build/arm/neon_i8mm.o
-	$(ARM_CXX) $(ARM_FLAGS) -pthread -o build/arm/check_ops tests/kernels/csrc/check_ops.cpp build/arm/neon_dot.o build/arm/neon_i8mm.o \
-	  $(filter-out $(wildcard $(CSRC)/module*.cpp) %/neon_dot.cpp %/neon_i8mm.cpp,$(wildcard $(CSRC)/*.cpp)) -ldl
-	$(ARM_RUN) -cpu cortex-a53 build/arm/check_ops neon portable
-	$(ARM_RUN) -cpu cortex-a76 build/arm/check_ops neon-dot neon portable
-	$(ARM_RUN) -cpu max build/arm/check_ops neon-i8mm neon-dot neon portable
+	$(ARM_CXX) $(ARM_FLAGS) -pthread -c $< -o $@
+build/arm/%.o: $(CSRC)/%.cpp
+	mkdir -p build/arm
+	$(ARM_CXX) $(ARM_FLAGS) -pthread -c $< -o $@
+$(ARM_OBJECTS): $(wildcard $(CSRC)/*.h $(CSRC)/*.inc tests/kernels/csrc/*.h)
+build/arm/check_ops: $(ARM_OBJECTS)
+	$(ARM_CXX) $(ARM_FLAGS) -pthread -o $@ $^ -ldl
+
+# Each instruction set on a processor on which it is the best.
+.PHONY: test-arm-neon test-arm-dot test-arm-i8mm
+test-arm-neon: build/arm/check_ops
+	$(ARM_RUN) -cpu cortex-a53 $< neon portable
+test-arm-dot: build/arm/check_ops
+	$(ARM_RUN) -cpu cortex-a76 $< neon-dot
+test-arm-i8mm: build/arm/check_ops
+	$(ARM_RUN) -cpu max $< neon-i8mm
+test-arm: test-arm-neon test-arm-dot test-arm-i8mm
 
 # A wheel with the extension for this machine's Python, under dist/ (for all platforms: cibuildwheel, see pyproject.toml).
 wheel:

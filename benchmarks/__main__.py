@@ -1,13 +1,14 @@
 """Compares engines: the same weights, memory limit and machine for each, in one run.
 
-python -m benchmarks run CHECKPOINT --home DIR --results FILE.json    measure; continues an interrupted run
-python -m benchmarks report FILE.json ... --page docs/results/benchmarks.md   tables and pictures
+python -m benchmarks run CHECKPOINT --home DIR [--results FILE.json]  measure; continues an interrupted run
+python -m benchmarks report [FILE.json ...] [--page PAGE.md]          tables and pictures, of all results by default
 python -m benchmarks peers                                            list the engines
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -16,25 +17,27 @@ from pathlib import Path
 from rich.console import Console
 from transformers import AutoConfig, AutoTokenizer
 
-from benchmarks.facts import machine_facts
+from benchmarks.facts import processor_facts, processor_folder
 from benchmarks.limits import can_limit
-from benchmarks.measure import Cell, run_cell
 from benchmarks.peers import Peer
 from benchmarks.peers.llama_based import LlamaCpp
 from benchmarks.peers.transformers_based import Accelerate, Fate
 from benchmarks.pictures import plot
-from benchmarks.report import cell_text, limit_name, markdown
+from benchmarks.report import markdown
 from benchmarks.results import Results, model_facts
-from benchmarks.workloads import WORKLOADS, context_tokens, samples
+from benchmarks.rounds import Planned, begin_or_continue, run_rounds
+from benchmarks.workloads import WORKLOADS
 from fate_moe.units import parse_amount
 
 PEERS: dict[str, Callable[[], Peer]] = {
     **{preset: partial(Fate, preset) for preset in ("load-on-demand", "eap", "fate", "best")},
     "llama.cpp": lambda: LlamaCpp("llama.cpp", "llama-cpp-python==0.3.36"),
     "llama.cpp-wheel": lambda: LlamaCpp("llama.cpp (wheel)", "xllamacpp==2026.10.11549"),
+    "ik_llama.cpp": lambda: LlamaCpp("ik_llama.cpp", "ik-llama-cpp-python==0.1.5"),
     "accelerate": Accelerate,
 }
 LIMITS = ("none", "78%", "65%", "52%", "39%")
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
 HEADER = """# Benchmarks
 
 Made by `python -m benchmarks report` from the result files beside the pictures. Every cell is its own process, started with cold
@@ -52,7 +55,7 @@ are real text, cut to length; every engine gets the context length that the work
 - `llama.cpp`: llama-cpp-python, compiled for the processor it runs on (AVX-512 with VNNI and BF16; its AMX kernels crash and are
   disabled). `llama.cpp (wheel)`: xllamacpp's prebuilt AVX2 wheel. Both use Q4_0 of the same checkpoint and mmap, repacked (the
   default) or not. llama.cpp's qwen2moe graph does not normalize routing weights, so smollm2-wide, which needs that, is written
-  for the bailingmoe graph, which does and computes the same function (see gguf_export).
+  for the ernie4_5-moe graph, which does and computes the same function (see gguf_export).
 - All cells of this engine use the same kernels (AMX, GFNI). Cells of one table are often from different hours of one day. They are
   from before the extension counted the policy, except decode of `best` and `load-on-demand` at 5, 4 and 3 GiB of qwen-geometry,
   which had more time and cover several prompts. This engine was cut at 28 to 70 s, llama.cpp at 45 to 110 s. This engine reads an
@@ -66,21 +69,16 @@ are real text, cut to length; every engine gets the context length that the work
 
 def default_workloads(limit: str) -> list[str]:
     """Decoding and one prompt length at every limit, the other workloads without one and at a middle one, to save hours."""
-    return list(WORKLOADS) if limit in ("none", "52%") else ["decode", "prefill-512"]
+    every = [name for name in WORKLOADS if name != "prefill-256"]  # the paper's (benchmarks.paper)
+    return every if limit in ("none", "52%") else ["decode", "prefill-512"]
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Install and prepare each peer once, then measure cell after cell, the peers taking turns at each limit."""
+    """Install and prepare each peer once, then measure every cell once a round, in an order drawn anew for each round."""
     console = Console(stderr=True)
-    results_file: Path = arguments.results
     facts = model_facts(arguments.checkpoint)
-    if results_file.exists():
-        results = Results.load(results_file)
-        if results.model != facts:
-            sys.exit(f"{results_file} has results of {results.model.name}, not of {facts.name}; give another file")
-    else:
-        largest = max(arguments.checkpoint.glob("*.safetensors"), key=lambda path: path.stat().st_size)
-        results = Results(facts, machine_facts(largest, arguments.threads))
+    results_file: Path = arguments.results or RESULTS / processor_folder(processor_facts()) / f"{facts.name}.json"
+    results = begin_or_continue(results_file, facts, arguments.checkpoint, arguments.threads)
     limits = [None if text == "none" else parse_amount(text, facts.model_bytes) for text in arguments.limits]
     if (reason := can_limit()) and any(limits):
         console.print(reason)
@@ -95,40 +93,28 @@ def run(arguments: argparse.Namespace) -> None:
             ready.append((peer, peer.install(arguments.home), peer.prepare(arguments.checkpoint, arguments.home)))
         except (RuntimeError, OSError) as error:
             console.print(f"{name}: skipped, {error}")
-    for limit, limit_text in zip(limits, arguments.limits, strict=False):
-        for workload in (WORKLOADS[name] for name in arguments.workloads or default_workloads(limit_text)):
-            prompts = samples(workload, tokenizer, vocab_size)
-            for peer, python, model in ready:
-                for variant in peer.variants(model, limit):
-                    cell = Cell(peer.name, variant.name, workload.name, limit)
-                    if results.has(cell.key) and not arguments.again:
-                        continue
-                    job = {
-                        "model": str(model),
-                        "workload": workload.kind,
-                        "samples": prompts,
-                        "new_tokens": workload.new_tokens,
-                        "context_tokens": context_tokens(workload, prompts),
-                        "threads": arguments.threads,
-                        "limit_bytes": limit,
-                        "settings": variant.settings,
-                        "scratch": str(arguments.home / "scratch" / arguments.checkpoint.name),
-                    }
-                    run_cell(python, peer.worker, job, cell, workload, arguments.seconds)
-                    results.add(cell)
-                    results.save(results_file)
-                    label = f"{limit_name(limit)}, {workload.name}, {peer.name} {variant.name}".rstrip()
-                    console.print(f"{label}: {cell_text(cell)} {cell.message}", highlight=False)
+    planned = [
+        Planned(peer, python, model, variant, WORKLOADS[name], limit)
+        for limit, limit_text in zip(limits, arguments.limits, strict=False)
+        for name in arguments.workloads or default_workloads(limit_text)
+        for peer, python, model in ready
+        for variant in peer.variants(model, limit)
+    ]
+    scratch = arguments.home / "scratch" / arguments.checkpoint.name
+    run_rounds(
+        planned, results, results_file, tokenizer, vocab_size, arguments.rounds, arguments.threads, arguments.seconds, scratch
+    )
+    print(results_file)
 
 
 def report(arguments: argparse.Namespace) -> None:
     """Write the page and its pictures from result files."""
     page: Path = arguments.page
     text = HEADER
-    for file in arguments.files:
+    for file in arguments.files or sorted(RESULTS.glob("*/*.json")):
         results = Results.load(file)
-        pictures = plot(results, page.parent / "benchmarks")
-        text += markdown(results) + "\n" + "\n".join(f"![{p.stem}](benchmarks/{p.name})" for p in pictures) + "\n\n"
+        links = [f"![{picture.stem}]({os.path.relpath(picture, page.parent)})" for picture in plot(results, file.parent)]
+        text += markdown(results) + "\n" + "\n".join(links) + "\n\n"
     page.write_text(text.rstrip() + "\n")
     print(page)
 
@@ -139,7 +125,9 @@ def main(argv: list[str] | None = None) -> None:
     verb = verbs.add_parser("run", help="measure")
     verb.add_argument("checkpoint", type=Path, help="a Hugging Face checkpoint folder")
     verb.add_argument("--home", type=Path, required=True, help="folder for environments, stores and GGUF files, which are large")
-    verb.add_argument("--results", type=Path, required=True, help="result file; continued if it exists")
+    verb.add_argument(
+        "--results", type=Path, help="result file, continued if it exists; default: docs/results/PROCESSOR/MODEL.json"
+    )
     verb.add_argument("--tokenizer", type=Path, help="folder of the tokenizer; default: the checkpoint")
     verb.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS))
     verb.add_argument("--limits", nargs="+", default=list(LIMITS), help="sizes, fractions of the INT4 size, or none")
@@ -148,10 +136,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     verb.add_argument("--threads", type=int, default=2)
     verb.add_argument("--seconds", type=float, default=240, help="time limit of a cell")
-    verb.add_argument("--again", action="store_true", help="measure cells again that the result file has")
+    verb.add_argument("--rounds", type=int, default=3, help="how often each cell is measured")
     verb.set_defaults(do=run)
     verb = verbs.add_parser("report", help="tables and pictures from result files")
-    verb.add_argument("files", type=Path, nargs="+")
+    verb.add_argument("files", type=Path, nargs="*", help="result files; default: all under docs/results")
     verb.add_argument("--page", type=Path, default=Path("docs/results/benchmarks.md"))
     verb.set_defaults(do=report)
     verb = verbs.add_parser("peers", help="list the engines")

@@ -47,12 +47,7 @@ def memory_floor(results: Results) -> float:
 def cost(cell: Cell) -> Cost | None:
     """Medians over the measured samples; None without one."""
     prefill = cell.workload.startswith("prefill")
-    earlier = dict(zip(map(id, cell.samples[1:]), cell.samples, strict=False))
-    units = [
-        _prompt(sample, earlier.get(id(sample))) if prefill else _token(sample, cell.batch)
-        for sample in cell.measured()
-        if prefill or sample.count
-    ]
+    units = [_prompt(sample) if prefill else _token(sample, cell.batch) for sample in cell.measured() if prefill or sample.count]
     if not units:
         return None
     reads = [unit.read_bytes for unit in units if unit.read_bytes is not None]
@@ -62,7 +57,7 @@ def cost(cell: Cell) -> Cost | None:
 
 def overlap(results: Results, cell: Cell) -> Overlap | None:
     """The overlap of a cell; None if the engine counts no bytes or has no cell without a limit, which gives the compute time."""
-    unlimited = next((c for c in results.cells if c.key == (*cell.key[:3], None)), None)
+    unlimited = next((c for c in results.joined() if c.key == (*cell.key[:3], None)), None)
     here, free = cost(cell), cost(unlimited) if unlimited else None
     if here is None or free is None or here.read_bytes is None:
         return None
@@ -88,8 +83,9 @@ def _token(sample: Sample, batch: int) -> Cost:
     return Cost(sample.seconds / tokens, read / tokens, stall / tokens)
 
 
-def _prompt(sample: Sample, earlier: Sample | None) -> Cost:
-    before = earlier.counters.get("experts") if earlier else {"bytes_read": 0, "stall_seconds": 0.0}
+def _prompt(sample: Sample) -> Cost:
+    nothing = {"bytes_read": 0, "stall_seconds": 0.0}
+    before = nothing if sample.counters_before is None else sample.counters_before.get("experts")
     after = sample.counters_at_first.get("experts")
     if not before or not after:
         return Cost(sample.first_seconds, None, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import platform
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["disk_bandwidth", "machine_facts", "memory_bandwidth", "processor_facts"]
+__all__ = ["disk_bandwidth", "machine_facts", "memory_bandwidth", "processor_facts", "processor_folder"]
 
 _READ_BYTES = 4 << 20  # the size of a typical expert
 
@@ -65,6 +66,13 @@ def processor_facts() -> dict[str, Any]:
     flags = set(cpu.get("flags", cpu.get("Features", "")).split())
     known = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "asimddp", "i8mm")
     return {"processor": cpu.get("model name", platform.processor()), "instructions": [flag for flag in known if flag in flags]}
+
+
+def processor_folder(facts: dict[str, Any]) -> str:
+    """A folder's name for the results of a processor, of ``processor_facts``; AMX is named, which the same name may have or not."""
+    words = re.sub(r"\((r|tm)\)", " ", facts["processor"].lower())
+    amx = "-amx" if "amx_int8" in facts["instructions"] else ""
+    return (re.sub(r"[^a-z0-9]+", "-", words).strip("-") or "processor") + amx
 
 
 def machine_facts(file: Path, threads: int) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Tensor names and quantization are the `gguf` package's; peak memory is one layer
 placeholders, because every workload uses token ids.
 
 llama.cpp's qwen2moe graph does not normalize the routing weights, whatever `norm_topk_prob` is. A checkpoint that needs this (the
-upcycled one does) is written as bailingmoe, whose graph normalizes them. It computes the same function if biases are zero and the
+upcycled one does) is written as ernie4_5-moe, whose graph normalizes them. It computes the same function if biases are zero and the
 shared expert's gate is always one half (which is folded into its down projection).
 """
 
@@ -39,7 +39,7 @@ ARCHITECTURES = {
 }
 
 
-# Tensors that bailingmoe does not have; they must be zero.
+# Tensors that ernie4_5-moe does not have; they must be zero.
 FOLDED = ("q_proj.bias", "k_proj.bias", "v_proj.bias", "shared_expert_gate.weight")
 
 
@@ -51,7 +51,7 @@ def export(folder: Path, file: Path) -> Path:
     arch, checkpoint = ARCHITECTURES[config.model_type], Checkpoint(folder)
     normalized = config.model_type == "qwen2_moe" and config.norm_topk_prob
     if normalized:
-        arch = gguf.MODEL_ARCH.BAILINGMOE
+        arch = gguf.MODEL_ARCH.ERNIE4_5_MOE
         check_foldable(checkpoint, config)
     pieces = stacks(checkpoint, arch, config.num_hidden_layers)
     folded = partial(fold, config=config) if normalized else lambda gguf_name, weight: weight
@@ -84,7 +84,7 @@ def stacks(checkpoint: Checkpoint, arch: gguf.MODEL_ARCH, num_layers: int) -> di
     known = gguf.get_tensor_name_map(arch, num_layers)
     by_expert: dict[str, dict[int, str]] = defaultdict(dict)
     for name in checkpoint.names:
-        if arch is gguf.MODEL_ARCH.BAILINGMOE and name.endswith(FOLDED):
+        if arch is gguf.MODEL_ARCH.ERNIE4_5_MOE and name.endswith(FOLDED):
             continue
         expert = re.search(r"\.experts\.(\d+)\.", name)
         gguf_name = known.get_name(name.replace(expert[0], ".experts.") if expert else name, try_suffixes=(".weight", ".bias"))
@@ -106,16 +106,14 @@ def form(checkpoint: Checkpoint, gguf_name: str, names: list[str]) -> tuple[tupl
 
 
 def check_foldable(checkpoint: Checkpoint, config: Any) -> None:
-    """Raise UnsupportedModelError unless bailingmoe's graph computes this qwen2_moe checkpoint with normalized routing weights."""
+    """Raise UnsupportedModelError unless ernie4_5-moe's graph computes this qwen2_moe checkpoint with normalized routing weights."""
     for name in checkpoint.names:
         if name.endswith(FOLDED) and checkpoint.read(name).any():
             raise UnsupportedModelError(f"{checkpoint.folder}: llama.cpp cannot normalize routing weights where {name} is not zero")
-    if config.shared_expert_intermediate_size % config.moe_intermediate_size:
-        raise UnsupportedModelError(f"{checkpoint.folder}: the shared expert's width must be a multiple of the experts'")
 
 
 def fold(gguf_name: str, weight: torch.Tensor, config: Any) -> torch.Tensor:
-    """Adapt ``weight`` to bailingmoe: its rotary embedding pairs neighbouring rows, not halves; its shared expert has no gate."""
+    """Adapt ``weight`` to ernie4_5-moe: its rotary embedding pairs neighbouring rows, not halves; its shared expert has no gate."""
     if gguf_name.endswith(("attn_q.weight", "attn_k.weight")):
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return weight.view(-1, 2, size // 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
@@ -123,9 +121,7 @@ def fold(gguf_name: str, weight: torch.Tensor, config: Any) -> torch.Tensor:
 
 
 def describe_normalized(writer: gguf.GGUFWriter, config: Any) -> None:
-    writer.add_expert_weights_norm(True)
-    writer.add_expert_weights_scale(1.0)
-    writer.add_expert_shared_count(config.shared_expert_intermediate_size // config.moe_intermediate_size)
+    writer.add_interleave_moe_layer_step(1)
     writer.add_leading_dense_block_count(0)
     writer.add_rope_dimension_count(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 

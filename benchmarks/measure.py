@@ -8,7 +8,7 @@ import subprocess
 import tempfile
 import threading
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,30 +21,39 @@ __all__ = ["Cell", "Sample", "run_cell"]
 
 @dataclass
 class Sample:
-    """A prompt, turn or batch of prompts: ``count`` tokens per prompt came in ``seconds`` after the first token."""
+    """A prompt, turn or batch of prompts: ``count`` tokens per prompt came in ``seconds`` after the first token.
+
+    The engine's counters when it began (None: those of a process that had just loaded), at its first token and at its last.
+    """
 
     prompt_tokens: int = 0
     first_seconds: float = math.nan
     count: int = 0
     seconds: float = math.nan
+    counters_before: dict[str, Any] | None = None
     counters_at_first: dict[str, Any] = field(default_factory=dict)
     counters: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class Cell:
-    """The result. ``outcome``: "ok", "killed" (by the limit), "slow" (stopped at the time limit; its tokens count), "failed"."""
+    """The result. ``outcome``: "ok", "killed" (by the limit), "slow" (stopped at the time limit; its tokens count), "failed".
+
+    ``round``: every cell of a run is measured once a round; ``joined`` makes one of the rounds of a cell.
+    """
 
     peer: str
     variant: str
     workload: str
     limit_bytes: int | None
+    round: int = 0
     outcome: str = "failed"
     message: str = ""
     load_seconds: float = math.nan
     peak_bytes: int | None = None
     batch: int = 1
     samples: list[Sample] = field(default_factory=list)
+    chosen: list[Sample] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -54,12 +63,28 @@ class Cell:
 
     def measured(self) -> list[Sample]:
         """The complete samples except the first, which warms up; else those at least a quarter complete; else the first."""
+        if self.chosen is not None:
+            return self.chosen
         begun = [sample for sample in self.samples if not math.isnan(sample.first_seconds)]
         longest = max((sample.count for sample in begun), default=0)
         for divisor in (1, 4):
             if advanced := [sample for sample in begun[1:] if divisor * sample.count >= longest]:
                 return advanced
         return begun[:1]
+
+    @classmethod
+    def joined(cls, rounds: list[Cell]) -> Cell:
+        """One cell of several rounds: the samples that each of those with the best outcome counts; the highest peak."""
+        ranks = ("ok", "slow", "killed", "failed")
+        best = min(rounds, key=lambda cell: ranks.index(cell.outcome))
+        counted = [cell for cell in rounds if cell.outcome == best.outcome]
+        peaks = [cell.peak_bytes for cell in rounds if cell.peak_bytes]
+        return replace(
+            best,
+            samples=[sample for cell in counted for sample in cell.samples],
+            chosen=[sample for cell in counted for sample in cell.measured()],
+            peak_bytes=max(peaks, default=None),
+        )
 
     def decode_rates(self) -> list[float]:
         """New tokens per second of all prompts of the batch together, for each sample."""
@@ -77,7 +102,9 @@ class Cell:
         return median(rates) if rates else None
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        fields = asdict(self)
+        del fields["chosen"]
+        return fields
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Cell:
@@ -152,7 +179,7 @@ def _take(message: dict[str, Any], cell: Cell) -> None:
     event = message.get("event")
     if event in ("first", "tokens", "counters"):
         while len(cell.samples) <= message["sample"]:
-            cell.samples.append(Sample())
+            cell.samples.append(Sample(counters_before=cell.samples[-1].counters if cell.samples else None))
         sample = cell.samples[message["sample"]]
     if event == "loaded":
         cell.load_seconds = message["seconds"]

@@ -10,11 +10,11 @@ from benchmarks.measure import Cell
 from benchmarks.results import Results
 from fate_moe.units import format_bytes
 
-__all__ = ["cell_text", "limit_name", "markdown"]
+__all__ = ["cell_text", "facts_line", "limit_name", "markdown", "number", "table"]
 
 # The speeds that are compared: presets of this engine, and what a user would run instead.
 OURS = ("fate", "best")
-OTHERS = ("load-on-demand", "eap", "llama.cpp", "llama.cpp (wheel)")
+OTHERS = ("load-on-demand", "eap", "llama.cpp", "llama.cpp (wheel)", "ik_llama.cpp")
 
 
 def limit_name(limit_bytes: int | None) -> str:
@@ -22,6 +22,7 @@ def limit_name(limit_bytes: int | None) -> str:
 
 
 def number(value: float) -> str:
+    """Three digits."""
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
@@ -49,7 +50,7 @@ def cell_rates(cell: Cell) -> list[float]:
 
 def markdown(results: Results) -> str:
     """The section of the page about one model."""
-    parts = [facts(results)]
+    parts = [facts_line(results)]
     for workload in results.workloads():
         parts.append(speeds(results, workload))
     parts += [compared(results), time_spent(results), every_cell(results)]
@@ -57,11 +58,13 @@ def markdown(results: Results) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
     lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
     return "\n".join(lines) + "\n"
 
 
-def facts(results: Results) -> str:
+def facts_line(results: Results) -> str:
+    """The heading of a model's section, and what the model and the machine are."""
     model, machine = results.model, results.machine
     return (
         f"## {model.name}\n\n"
@@ -86,7 +89,7 @@ def speeds(results: Results, workload: str) -> str:
 
 
 def by_limit(results: Results, workload: str, show: Callable[[Cell], str]) -> str:
-    cells = [c for c in results.cells if c.workload == workload]
+    cells = [c for c in results.joined() if c.workload == workload]
     limits = [limit for limit in results.limits() if any(c.limit_bytes == limit for c in cells)]
     rows = []
     for peer in results.peers():
@@ -112,7 +115,7 @@ def compared(results: Results) -> str:
 
 def time_spent(results: Results) -> str:
     rows = []
-    for cell in results.cells:
+    for cell in results.joined():
         spent, hidden = cost(cell), overlap(results, cell)
         if spent is None or hidden is None or spent.read_bytes is None or spent.stall_seconds is None:
             continue
@@ -141,7 +144,7 @@ def time_spent(results: Results) -> str:
 
 def every_cell(results: Results) -> str:
     rows = []
-    for cell in results.cells:
+    for cell in results.joined():
         rate = cell.rate()
         message = f": {cell.message.replace('|', ' ')}" if cell.message else ""
         peak = format_bytes(cell.peak_bytes) if cell.peak_bytes else ""

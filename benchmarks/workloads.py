@@ -30,6 +30,7 @@ WORKLOADS = {
         Workload("decode", "decode", 64, 128),
         Workload("decode-batch-4", "decode", 64, 64, batch=4, num_samples=3),
         Workload("prefill-128", "prefill", 128, 1),
+        Workload("prefill-256", "prefill", 256, 1),
         Workload("prefill-512", "prefill", 512, 1),
         Workload("prefill-2048", "prefill", 2048, 1, num_samples=3),
         Workload("chat", "chat", 32, 64, num_samples=4),

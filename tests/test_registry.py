@@ -6,6 +6,7 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -82,7 +83,7 @@ def test_presets_mean_something_on_each_device() -> None:
     assert (PRESETS["best"].policy, PRESETS["best"].predictor) == ("co-activation", "combined")
     assert OffloadConfig(preset="load-on-demand").policy_name == "lru"
     assert OffloadConfig(preset="load-on-demand", policy="lfu").policy_name == "lfu"
-    devices = [preset.device for preset in PRESETS.values()]
+    devices = [preset.device for preset in PRESETS.values() if preset.keeps_experts]
     assert len({repr(device) for device in devices}) == len(devices)
     assert PRESETS["load-on-demand"].device.limit == 0
     assert PRESETS["eap"].device.activation_path
@@ -118,8 +119,24 @@ def test_your_own(registered: None) -> None:
     assert POLICIES["mine"].summary == "what I do now"
 
 
-def test_your_own_runs(registered: None, loaded: Callable[..., object]) -> None:
+def test_your_own_runs(registered: None, loaded: Callable[..., Any]) -> None:
     loaded("qwen2_moe", policy="mine", predictor="mine", expert_cache="50%")
+
+
+def test_the_papers_load_on_demand_keeps_nothing_between_tokens(loaded: Callable[..., Any]) -> None:
+    model = loaded("qwen2_moe", precision="int4", preset="lod-paper")
+    assert model.fate.plan.num_slots == model.config.num_experts_per_tok
+    before = model.fate.report().experts
+    model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=6, do_sample=False)
+    experts = model.fate.report().experts
+    assert (experts.hits - before.hits, experts.in_flight - before.in_flight) == (0, 0)
+    assert experts.misses - before.misses >= 5 * model.config.num_hidden_layers * model.config.num_experts_per_tok
+
+
+@pytest.mark.parametrize("beside", [{"expert_cache": "25%"}, {"device": "cuda"}])
+def test_the_papers_load_on_demand_refuses_what_it_cannot_mean(beside: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="preset lod-paper"):
+        OffloadConfig(preset="lod-paper", **beside)
 
 
 def test_names_of_the_package_stay() -> None:

@@ -1,4 +1,4 @@
-"""llama.cpp, built for this processor (llama-cpp-python) and as a prebuilt AVX2 wheel (xllamacpp)."""
+"""llama.cpp, built for this processor (llama-cpp-python) and as a prebuilt AVX2 wheel (xllamacpp); ik_llama.cpp's wheel."""
 
 from __future__ import annotations
 

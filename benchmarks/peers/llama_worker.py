@@ -1,7 +1,12 @@
-"""One job on llama.cpp, through llama-cpp-python (built for this CPU) or xllamacpp (a prebuilt wheel). See peers/__init__.py."""
+"""One job on llama.cpp, through llama-cpp-python (built for this CPU) or xllamacpp (a prebuilt wheel), or on ik_llama.cpp.
+
+See peers/__init__.py.
+"""
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
 import json
 import os
 import re
@@ -33,14 +38,17 @@ class Clock:
 class LlamaCppPython:
     """llama.cpp's C functions; a batch has one sequence per prompt."""
 
+    module, repacks = "llama_cpp", "use_extra_bufts"
+
     def __init__(self, job: dict[str, Any]) -> None:
-        import llama_cpp as lib
         import numpy as np
 
-        self.lib, self.np, self.batch_size = lib, np, len(job["samples"][0])
+        self.lib = lib = importlib.import_module(self.module)
+        self.np, self.batch_size = np, len(job["samples"][0])
         lib.llama_backend_init()
         model = lib.llama_model_default_params()
-        model.n_gpu_layers, model.use_mmap, model.use_extra_bufts = 0, job["settings"]["mmap"], job["settings"]["repack"]
+        model.n_gpu_layers, model.use_mmap = 0, job["settings"]["mmap"]
+        setattr(model, self.repacks, job["settings"]["repack"])
         self.model = lib.llama_model_load_from_file(job["model"].encode(), model)
         if not self.model:
             raise RuntimeError("llama.cpp could not load the model")
@@ -59,6 +67,10 @@ class LlamaCppPython:
     def version(self) -> dict[str, str]:
         return {"llama-cpp-python": self.lib.__version__, "system": self.lib.llama_print_system_info().decode().strip()}
 
+    def forget(self) -> None:
+        """Empty the KV cache."""
+        self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
+
     def _decode(self, rows: list[tuple[int, int, int, bool]]) -> None:
         """``rows``: (token, position, sequence, whether to compute its logits)."""
         self.batch.n_tokens = len(rows)
@@ -74,7 +86,7 @@ class LlamaCppPython:
 
     def run(self, prompts: list[list[int]], new_tokens: int, keep_history: bool, clock: Clock) -> None:
         if not keep_history:
-            self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
+            self.forget()
             self.past = 0
         length = len(prompts[0])
         rows = [
@@ -94,6 +106,18 @@ class LlamaCppPython:
             chosen = [self._greedy(sequence) for sequence in range(len(prompts))]
             self.past += 1
             clock.tick()
+
+
+class IkLlamaCpp(LlamaCppPython):
+    """ik_llama.cpp's C functions, which are llama.cpp's of an earlier year."""
+
+    module, repacks = "ik_llama_cpp._ctypes_api", "repack_tensors"
+
+    def version(self) -> dict[str, str]:
+        return {"ik-llama-cpp-python": importlib.metadata.version("ik-llama-cpp-python")}
+
+    def forget(self) -> None:
+        self.lib.llama_kv_cache_clear(self.context)
 
 
 class Xllamacpp:
@@ -146,7 +170,8 @@ class Xllamacpp:
 def main() -> None:
     job = json.load(sys.stdin)
     start = time.perf_counter()
-    engine: Any = {"llama-cpp-python": LlamaCppPython, "xllamacpp": Xllamacpp}[job["settings"]["engine"]](job)
+    engines = {"llama-cpp-python": LlamaCppPython, "ik-llama-cpp-python": IkLlamaCpp, "xllamacpp": Xllamacpp}
+    engine: Any = engines[job["settings"]["engine"]](job)
     say("loaded", seconds=time.perf_counter() - start)
     keep_history = job["workload"] == "chat"
     for index, prompts in enumerate(job["samples"]):

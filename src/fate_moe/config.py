@@ -102,6 +102,8 @@ class OffloadConfig:
         if self.vram is not None and self.device == "cpu":
             raise ConfigError("vram is memory of a GPU; omit it, or omit device cpu")
         parse_host_compute(self.host_compute)
+        if not self.keeps_experts and self.expert_cache is not None:
+            raise ConfigError(f"preset {self.preset} keeps no experts; omit expert_cache, or choose another preset")
         if self.on_gpu:
             self._check_gpu()
         else:
@@ -109,6 +111,8 @@ class OffloadConfig:
 
     def _check_gpu(self) -> None:
         """Refuse what has no meaning on a GPU."""
+        if not self.keeps_experts:
+            raise ConfigError(f"preset {self.preset} is for the CPU; omit vram, or choose another preset")
         if self.predictor is not None:
             raise ConfigError("on a GPU the next layer's router predicts; choose with preset, or run on the CPU")
         if self.look_ahead != 1:
@@ -148,6 +152,11 @@ class OffloadConfig:
     def predictor_name(self) -> str:
         """The predictor that is in force."""
         return self.predictor or PRESETS[self.preset].predictor
+
+    @property
+    def keeps_experts(self) -> bool:
+        """Whether experts use what room the budget leaves (see registry.Preset)."""
+        return PRESETS[self.preset].keeps_experts
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> OffloadConfig:

@@ -68,6 +68,8 @@ class Preset:
     """A choice that works together: ``policy`` and ``predictor`` on the CPU, ``device`` on a GPU.
 
     On a GPU ``policy`` orders what is in RAM where experts come from the disk; what is in VRAM goes by ``device``.
+    ``keeps_experts``: experts use what room the budget leaves. Else there is room for one token's experts of one layer, whatever
+    the budget, so that nothing is left of a layer when the next token comes to it; not on a GPU, whose slots belong to layers.
     """
 
     summary: str
@@ -75,6 +77,7 @@ class Preset:
     predictor: str
     device: DeviceOptions = field(default_factory=DeviceOptions)
     built_in: bool = False
+    keeps_experts: bool = True
 
 
 def _policy(function: str, summary: str) -> Entry:
@@ -131,6 +134,13 @@ PRESETS = {
         "none",
         DeviceOptions(eviction="recency", limit=0, overlap=False),
         built_in=True,
+    ),
+    "lod-paper": Preset(
+        "no cache: every expert is read for every token, as the Fate paper's load-on-demand must have done",
+        "lru",
+        "none",
+        built_in=True,
+        keeps_experts=False,
     ),
 }
 

@@ -54,7 +54,7 @@ def test_a_tied_head_is_written_twice(tmp_path: Path) -> None:
     np.testing.assert_array_equal(tensors["output.weight"].data, tensors["token_embd.weight"].data)
 
 
-def test_normalized_routing_is_written_as_bailingmoe(tmp_path: Path) -> None:
+def test_normalized_routing_is_written_for_a_graph_that_normalizes(tmp_path: Path) -> None:
     folder = tiny_checkpoint("qwen2_moe", tmp_path / "normalized", norm_topk_prob=True, qkv_bias=False)
     with pytest.raises(UnsupportedModelError, match=r"shared_expert_gate.weight is not zero"):
         export(folder, tmp_path / "model.gguf")
@@ -62,7 +62,9 @@ def test_normalized_routing_is_written_as_bailingmoe(tmp_path: Path) -> None:
     half_open = {name: torch.zeros_like(w) if "shared_expert_gate" in name else w for name, w in weights.items()}
     save_file(half_open, folder / "model.safetensors")
     reader = gguf.GGUFReader(export(folder, tmp_path / "model.gguf"))
-    assert reader.fields["bailingmoe.expert_weights_norm"].contents() is True
+    assert reader.fields["general.architecture"].contents() == "ernie4_5-moe"
+    assert reader.fields["ernie4_5-moe.interleave_moe_layer_step"].contents() == 1
+    assert reader.fields["ernie4_5-moe.expert_shared_feed_forward_length"].contents() > 0
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     config = AutoConfig.from_pretrained(folder)
     size = config.hidden_size // config.num_attention_heads

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks.analysis import Cost, cost, memory_floor, overlap, ratio
+from benchmarks.facts import processor_folder
 from benchmarks.limits import can_limit
 from benchmarks.measure import Cell, Sample, run_cell
+from benchmarks.peers import Variant
 from benchmarks.pictures import plot
 from benchmarks.report import cell_text, limit_name, markdown
 from benchmarks.results import ModelFacts, Results
+from benchmarks.rounds import Planned, shuffled
 from benchmarks.workloads import WORKLOADS, Workload
 from tests.support.pictures import labels, lines, num_colors, saved_figures
 
@@ -60,7 +64,7 @@ def test_a_peer_that_hangs_is_cut_and_what_came_counts() -> None:
 
 def test_a_sample_cut_after_a_few_tokens_does_not_count() -> None:
     samples = [Sample(4, 1.0, count, seconds) for count, seconds in ((100, 50.0), (100, 20.0), (24, 12.0))]
-    cell = Cell("peer", "", "decode", None, "slow", samples=samples)
+    cell = Cell("peer", "", "decode", None, outcome="slow", samples=samples)
     assert cell.decode_rates() == [5.0]
     samples[1].count = 40
     assert cell.decode_rates() == [40 / 20], "none came to its end"
@@ -84,13 +88,13 @@ def made(peer: str, workload: str, limit: int | None, seconds: float, read: floa
     counters = [{"experts": {"bytes_read": b, "stall_seconds": s}} for b, s in ((0, 0), (5, 1), (5 + read, 1 + stall))]
     if prefill:
         samples = [
-            Sample(10, 1.0, 0, math.nan, counters[0], counters[1]),
-            Sample(10, seconds, 0, math.nan, counters[2], counters[2]),
+            Sample(10, 1.0, 0, math.nan, None, counters[0], counters[1]),
+            Sample(10, seconds, 0, math.nan, counters[1], counters[2], counters[2]),
         ]
     else:
         ten = [{"experts": {key: 10 * value for key, value in c["experts"].items()}} for c in counters]
-        samples = [Sample(10, 1.0, 10, 9.0, ten[0], ten[1]), Sample(10, 1.0, 10, 10 * seconds, ten[1], ten[2])]
-    return Cell(peer, "", workload, limit, "ok", samples=samples)
+        samples = [Sample(10, 1.0, 10, 9.0, None, ten[0], ten[1]), Sample(10, 1.0, 10, 10 * seconds, ten[1], ten[1], ten[2])]
+    return Cell(peer, "", workload, limit, outcome="ok", samples=samples)
 
 
 FACTS = ModelFacts("model", "qwen2_moe", 1000, 2, 8, 2, model_bytes=500, expert_bytes=20, active_bytes=120)
@@ -107,7 +111,7 @@ def test_overlap_by_hand(workload: str) -> None:
     results.add(made("fate", workload, None, seconds=2.5, read=3, stall=0.5))
     results.add(made("fate", workload, 100, seconds=5.0, read=40, stall=2.0))
     results.add(made("eap", workload, 100, seconds=10.0, read=40, stall=2.0))
-    hidden = overlap(results, results.cells[1])
+    hidden = overlap(results, results.joined()[1])
     assert hidden is not None
     assert (hidden.seconds, hidden.compute_seconds, hidden.read_seconds) == pytest.approx((5.0, 2.0, 4.0))
     assert hidden.efficiency == pytest.approx(0.8)
@@ -147,7 +151,7 @@ def test_pictures_show_every_peer_and_limit(tmp_path: Path) -> None:
 
 def test_best_is_the_fastest_that_came_through(tmp_path: Path) -> None:
     results = Results(FACTS, MACHINE)
-    results.add(Cell("llama.cpp", "repacked", "decode", 100, "killed"))
+    results.add(Cell("llama.cpp", "repacked", "decode", 100, outcome="killed"))
     assert cell_text(results.best("llama.cpp", "decode", 100)) == "killed"
     slow, fast = (made("llama.cpp", "decode", 100, seconds, 0, 0) for seconds in (2.0, 1.0))
     slow.variant, fast.variant = "slow", "fast"
@@ -158,6 +162,52 @@ def test_best_is_the_fastest_that_came_through(tmp_path: Path) -> None:
     assert best.variant == "fast"
     results.save(tmp_path / "results.json")
     assert repr(Results.load(tmp_path / "results.json")) == repr(results)  # nan is not equal to itself
+
+
+@pytest.mark.parametrize("workload", ["decode", "prefill-128"])
+def test_a_cell_of_several_rounds_counts_what_each_counts(workload: str, tmp_path: Path) -> None:
+    """Warm-up samples of no round count; a round that was killed beside others that came through does not either."""
+    results = Results(FACTS, MACHINE, code="state")
+    for number, seconds in enumerate((4.0, 1.0, 2.0)):
+        results.add(replace(made("fate", workload, 100, seconds, read=40, stall=0.5), round=number, peak_bytes=number + 1))
+    results.add(Cell("fate", "", workload, 100, 3, outcome="killed", peak_bytes=9))
+    assert results.has(("fate", "", workload, 100), 3)
+    assert not results.has(("fate", "", workload, 100), 4)
+    (cell,) = results.joined()
+    assert (cell.outcome, cell.rate(), cell.peak_bytes) == ("ok", {"decode": 0.5, "prefill-128": 5.0}[workload], 9)
+    assert len(cell.measured()) == 3
+    assert cost(cell) == Cost(2.0, 40.0, 0.5)
+    results.save(tmp_path / "results.json")
+    again = Results.load(tmp_path / "results.json")
+    assert repr(again) == repr(results)
+    assert repr(again.best("fate", workload, 100)) == repr(cell)
+
+
+def test_results_of_another_model_processor_or_code_are_refused() -> None:
+    results = Results(FACTS, MACHINE, code="state")
+    here = {"processor": "P", "instructions": ["avx2"]}
+    results.refuse_others(FACTS, here, "state")
+    with pytest.raises(ValueError, match="not of other"):
+        results.refuse_others(replace(FACTS, name="other"), here, "state")
+    with pytest.raises(ValueError, match="another processor"):
+        results.refuse_others(FACTS, {**here, "instructions": ["avx2", "amx_int8"]}, "state")
+    with pytest.raises(ValueError, match="another state of the code"):
+        results.refuse_others(FACTS, here, "later state")
+
+
+def test_each_processor_has_its_folder() -> None:
+    xeon = {"processor": "Intel(R) Xeon(R) Processor", "instructions": ["avx2", "amx_int8"]}
+    assert processor_folder(xeon) == "intel-xeon-processor-amx"
+    assert processor_folder({"processor": "AMD EPYC 9R14", "instructions": ["avx2"]}) == "amd-epyc-9r14"
+
+
+def test_each_round_measures_every_cell_in_an_order_of_its_own() -> None:
+    peer: Any = None
+    planned = [Planned(peer, Path(), Path(), Variant(str(n), {}), WORKLOADS["decode"], None) for n in range(8)]
+    first, second = shuffled(planned, 0), shuffled(planned, 1)
+    assert sorted(job.variant.name for job in first) == sorted(job.variant.name for job in second) == [str(n) for n in range(8)]
+    assert first != second
+    assert shuffled(planned, 0) == first, "a run that is continued keeps the order"
 
 
 def test_every_workload_that_can_be_asked_for_is_one_the_workers_know() -> None:

@@ -286,7 +286,9 @@ def make_plan(needs: Footprint, config: OffloadConfig) -> Plan:
     activations += needs.exact_scratch_bytes if config.exact_activations else needs.scratch_bytes
     fixed = runtime + needs.dense_bytes + kv + activations
     smallest_slots = fewest(needs.slots, needs.min_slots)
-    if config.expert_cache is None:
+    if not config.keeps_experts:
+        wanted = slots = smallest_slots
+    elif config.expert_cache is None:
         wanted, slots = smallest_slots, divide(budget - fixed, needs.slots, needs.min_slots)
     else:
         amount = parse_amount(config.expert_cache, needs.expert_bytes)
