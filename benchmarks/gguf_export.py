@@ -106,7 +106,7 @@ def form(checkpoint: Checkpoint, gguf_name: str, names: list[str]) -> tuple[tupl
 
 
 def check_foldable(checkpoint: Checkpoint, config: Any) -> None:
-    """Raise UnsupportedModelError unless ernie4_5-moe's graph computes this qwen2_moe checkpoint with normalized routing weights."""
+    """Raise UnsupportedModelError unless ernie4_5-moe's graph computes this qwen2_moe checkpoint, which normalizes routing."""
     for name in checkpoint.names:
         if name.endswith(FOLDED) and checkpoint.read(name).any():
             raise UnsupportedModelError(f"{checkpoint.folder}: llama.cpp cannot normalize routing weights where {name} is not zero")

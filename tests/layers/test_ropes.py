@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from fate_moe.layers.model_step import _Angles, around_reasons
+from fate_moe.layers.angles import Angles
+from fate_moe.layers.model_step import around_reasons
 from fate_moe.store.convert import convert
 from tests.support.bits import assert_same
 from tests.support.checkpoints import tiny_model
@@ -61,5 +62,5 @@ def test_the_native_step_has_the_angles_of_the_model(kind: str) -> None:
     assert not around_reasons(model)
     positions = torch.tensor([[0, 5, 31, 32, 100, 127]])
     want = model.model.rotary_emb(torch.empty(0, dtype=torch.bfloat16), positions)
-    for got, wanted in zip(_Angles(model.model.rotary_emb).at(positions[0]), want, strict=True):
+    for got, wanted in zip(Angles(model.model.rotary_emb).at(positions[0]), want, strict=True):
         assert_same(got, wanted[0].float())

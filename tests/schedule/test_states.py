@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from fate_moe.kernels.native import native
-from fate_moe.schedule.batching import executor_of
 from fate_moe.schedule.blocks import OutOfBlocksError
 from fate_moe.schedule.executor import ModelExecutor, Rows
+from fate_moe.schedule.executors import executor_of
 from fate_moe.schedule.pool import PoolExecutor
 from fate_moe.store import dense
 from fate_moe.store.convert import convert

@@ -12,9 +12,9 @@ from torch import nn
 from fate_moe.adapter.meta_model import ExpertStack, parameter_dtypes
 from fate_moe.config import OffloadConfig
 from fate_moe.core import KV_BLOCK
+from fate_moe.engine.kv_bytes import int8_kv_bytes_per_token, kv_bytes_per_token, rotary_width, state_bytes, width
 from fate_moe.errors import BudgetError, ConfigError
 from fate_moe.kernels.activations import find_activation
-from fate_moe.kernels.attention import row_width
 from fate_moe.kernels.cpu import SMALL
 from fate_moe.kernels.native import native
 from fate_moe.layers.model_step import reads_in_pieces
@@ -232,7 +232,7 @@ def footprint(
     itemsize = model.dtype.itemsize
     top_k = max(stack.top_k for stack in stacks)
     at_once = min(top_k, *(stack.num_experts for stack in stacks))
-    inner = max(_width(text, "intermediate_size"), *(shape[0] for stack in stacks for shape in stack.parameters.values()))
+    inner = max(width(text, "intermediate_size"), *(shape[0] for stack in stacks for shape in stack.parameters.values()))
     # One layer's transients per token at prefill: residual, norm in fp32, q k v o (about 8 hidden vectors), the experts' outputs by
     # (token, choice) and their weighted copy, and the widest MLP three times. The experts' inputs in 8 bits take less than q k v o,
     # which are gone by then.
@@ -243,8 +243,8 @@ def footprint(
         dense_bytes=dense_bytes - row_bytes,
         row_bytes=row_bytes,
         tied_bytes=sum(size for name, size in held.items() if name in tied.values() and _is_embedding(model, name)),
-        kv_bytes_per_token=_kv_bytes_per_token(text, itemsize),
-        int8_kv_bytes_per_token=_int8_kv_bytes_per_token(text),
+        kv_bytes_per_token=kv_bytes_per_token(text, itemsize),
+        int8_kv_bytes_per_token=int8_kv_bytes_per_token(text),
         activation_bytes_per_token=activation,
         slots=slot_classes(lengths, at_once),
         min_slots=at_once,
@@ -253,9 +253,9 @@ def footprint(
         inner_bytes_per_token=top_k * max(shape[0] for stack in stacks for shape in stack.output_rows_first().values()) * itemsize,
         scratch_bytes=_scratch_bytes(model, stacks, precision, exact=False),
         exact_scratch_bytes=_scratch_bytes(model, stacks, precision, exact=True),
-        state_bytes=_state_bytes(text),
+        state_bytes=state_bytes(text),
         in_pieces=_in_pieces(model, stacks, precision, quantized),
-        angle_bytes_per_token=_ANGLE_BYTES * max(_rotary_width(layer) for layer in _layers_of(text)),
+        angle_bytes_per_token=_ANGLE_BYTES * rotary_width(text),
     )
 
 
@@ -355,57 +355,3 @@ def _scratch_bytes(model: PreTrainedModel, stacks: list[ExpertStack], precision:
     # Of each row what the first matrix gives in fp32, and the inputs of both in 8 bits with their scales, as they come and packed.
     widest: int = max(4 * max(rows for rows, _ in both) + 3 * sum(cols for _, cols in both) for both in matrices)
     return PASS_ROWS * widest
-
-
-def _kv_bytes_per_token(text: Any, itemsize: int) -> int:
-    """Upper bound over all layers: sliding windows and layers without a KV cache count as full ones."""
-    return sum(_kv_width(layer) for layer in _layers_of(text)) * itemsize
-
-
-def _layers_of(text: Any) -> list[Any]:
-    """The configuration of each layer."""
-    return text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text] * text.num_hidden_layers
-
-
-def _rotary_width(layer: Any) -> int:
-    """Channels of a head that turn, at most."""
-    return _width(layer, "qk_rope_head_dim") or _width(layer, "head_dim") or layer.hidden_size // layer.num_attention_heads
-
-
-def _int8_kv_bytes_per_token(text: Any) -> int:
-    """As above, of layers that the extension runs: others have no int8 cache."""
-    return sum(_int8_kv_bytes(layer) for layer in _layers_of(text))
-
-
-def _int8_kv_bytes(layer: Any) -> int:
-    if rank := _width(layer, "kv_lora_rank"):
-        return row_width("int8", rank + layer.qk_rope_head_dim)
-    heads = layer.num_attention_heads
-    head_dim = _width(layer, "head_dim") or layer.hidden_size // heads
-    of_window = 2 * _width(layer, "swa_num_key_value_heads") * row_width("int8", _width(layer, "swa_head_dim"))
-    return max(2 * (_width(layer, "num_key_value_heads") or heads) * row_width("int8", head_dim), of_window)
-
-
-def _state_bytes(text: Any) -> int:
-    """Of one sequence in all layers with a gated delta rule: the convolution's inputs in bf16 and the states in fp32."""
-    names = ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_kernel_dim")
-    key_heads, value_heads, key_dim, value_dim, kernel = (_width(text, f"linear_{name}") for name in names)
-    channels = 2 * key_heads * key_dim + value_heads * value_dim
-    layers = list(getattr(text, "layer_types", None) or ()).count("linear_attention")
-    return layers * (2 * channels * kernel + 4 * value_heads * key_dim * value_dim)
-
-
-def _kv_width(layer: Any) -> int:
-    """Numbers cached by one layer for one token; multi-head latent attention is cached expanded, an indexer caches one key."""
-    heads = layer.num_attention_heads
-    index = _width(layer, "index_head_dim") or _width(layer, "indexer_head_dim")
-    if _width(layer, "kv_lora_rank"):
-        return int(heads * (layer.qk_nope_head_dim + layer.qk_rope_head_dim + layer.v_head_dim) + index)
-    head_dim = _width(layer, "head_dim") or layer.hidden_size // heads
-    of_window = 2 * _width(layer, "swa_num_key_value_heads") * _width(layer, "swa_head_dim")
-    return max(2 * (_width(layer, "num_key_value_heads") or heads) * head_dim, of_window) + index
-
-
-def _width(config: Any, name: str) -> int:
-    value = getattr(config, name, None) or 0
-    return max(value) if isinstance(value, list | tuple) else value

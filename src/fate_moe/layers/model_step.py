@@ -25,8 +25,9 @@ from fate_moe.kernels.attention import row_width
 from fate_moe.kernels.cpu import SMALL
 from fate_moe.kernels.native import native
 from fate_moe.kernels.plain_layer import Attention, Norm, PlainLayer
-from fate_moe.layers.attentions import cos_and_sin, projections_of
-from fate_moe.layers.canonical import HEADS, ROPES, TRUNKS, HeadCode, TrunkCode, meaning_of
+from fate_moe.layers.angles import angle_reasons, angles_of
+from fate_moe.layers.attentions import projections_of
+from fate_moe.layers.canonical import HEADS, TRUNKS, HeadCode, TrunkCode, meaning_of
 from fate_moe.layers.cpu_step import CpuStep, state_shapes
 from fate_moe.layers.modules import accelerated_by, matrices_of
 from fate_moe.layers.plain import NotPlain, plain_decoder
@@ -41,7 +42,6 @@ __all__ = ["ROWS_AT_ONCE", "ModelStep", "Pool", "SequenceRows", "around_reasons"
 Pool: TypeAlias = "tuple[torch.Tensor, ...]"
 # Rows of one native call: what it keeps of a layer's rows bounds a prompt's memory, and on_read and Ctrl-C wait for no more.
 ROWS_AT_ONCE = 512
-_MORE_ANGLES = 4096  # positions that a table of angles is ahead: of long texts it has megabytes
 _RECORDS = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
@@ -74,7 +74,7 @@ def around_reasons(model: Any) -> list[str]:
         return [f"{type(model).__name__} makes logits in a way that is not known"]
     if trunk is None or meaning_of(type(trunk), TRUNKS) is None:
         return [f"{type(trunk).__name__} runs its layers in a way that is not known"]
-    reasons = _angle_reasons(trunk)
+    reasons = angle_reasons(trunk)
     if getattr(model.lm_head, "bias", None) is not None:
         reasons.append("its head has a bias")
     return reasons
@@ -128,7 +128,7 @@ class ModelStep(StandIn):
         self._divisor = float(getattr(model.config, head_code.divisor)) if head_code.divisor else 1.0
         self.on_read: Callable[[int, int], None] | None = None
         self.most_whole = sys.maxsize
-        self._angles, kinds = _angles_of(self._trunk, steps)
+        self._angles, kinds = angles_of(self._trunk, [step.index for step in steps])
         head = native.Head.make(native_norm(self._trunk.norm, norm), weight_of(model.lm_head))
         self.of = native.Step.make([step.step_layer(kind) for step, kind in zip(steps, kinds, strict=True)], head)
 
@@ -354,63 +354,3 @@ def _pooled_kv(states: torch.Tensor) -> tuple[int, ...]:
     keys, size = states.data_ptr(), heads * BLOCK * row
     values = keys + (parts - 1) * size * states.itemsize
     return keys, values, 0, parts * size, BLOCK * row, int(states.dtype == torch.uint8)
-
-
-def _angle_reasons(trunk: Any) -> list[str]:
-    """Why no table of angles serves all calls of a known ``trunk``; none if one does."""
-    reasons = list[str]()
-    for rope in _ropes_of(trunk):
-        code, kinds = meaning_of(type(rope), ROPES), getattr(rope, "rope_type", "default")
-        if code is None:
-            reasons.append(f"{type(rope).__name__} makes rotary frequencies in a way that is not known")
-            continue
-        others = (set(kinds.values()) if isinstance(kinds, dict) else {kinds}) - code.kinds
-        reasons += [f"its rotary frequencies ({kind}) depend on how long a text is" for kind in sorted(others)]
-        parameters = getattr(rope.config, "rope_parameters", None) or {}
-        if code.long_scales and len({parameters.get(name) for name in code.long_scales}) > 1:
-            reasons.append("its rotary angles are scaled otherwise in long texts")
-    return reasons
-
-
-def _ropes_of(trunk: Any) -> list[Any]:
-    return list(getattr(trunk, "rotary_embs", ())) or [trunk.rotary_emb]
-
-
-def _angles_of(trunk: Any, steps: Sequence[CpuStep]) -> tuple[list[_Angles], list[int]]:
-    """All kinds of angles that layers turn by, and the kind of each of ``steps``."""
-    code, config = meaning_of(type(trunk), TRUNKS), trunk.config
-    if code is not None and code.by_kind:
-        names = list(dict.fromkeys(config.layer_types))
-        return [_Angles(trunk.rotary_emb, name) for name in names], [names.index(config.layer_types[step.index]) for step in steps]
-    if code is not None and code.by_base:
-        bases = [rope.config.rope_parameters["rope_theta"] for rope in trunk.rotary_embs]
-        of_layers = [config.layer_rope_theta[step.index] for step in steps]
-        return list(map(_Angles, trunk.rotary_embs)), [bases.index(base) if base else 0 for base in of_layers]
-    return [_Angles(trunk.rotary_emb)], [0] * len(steps)
-
-
-class _Angles:
-    """cos and sin of positions fp32 [n, num_angles], from a table that the model's own module makes; of a ``kind`` of layer, if it
-    knows several."""
-
-    def __init__(self, rope: Any, kind: str | None = None) -> None:
-        self._rope, self._kind = rope, [] if kind is None else [kind]
-        self._names = [f"{kind}_{name}" if kind else name for name in ("inv_freq", "attention_scaling")]
-        self._found = [getattr(rope, name) for name in self._names]
-        self._table = (torch.empty(0, 0), torch.empty(0, 0))
-
-    def same(self) -> bool:
-        """Whether the module is as it was found."""
-        frequencies, scaling = (getattr(self._rope, name) for name in self._names)
-        return frequencies is self._found[0] and scaling == self._found[1]
-
-    def at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of ``positions`` int64 [n]."""
-        last = int(positions[-1]) if len(positions) == 1 else int(positions.max())
-        if last >= len(self._table[0]):
-            every = torch.arange(max(256, min(last + last // 2, last + _MORE_ANGLES)))[None]
-            cos, sin = cos_and_sin(self._rope(torch.empty(0, dtype=torch.bfloat16), every, *self._kind))
-            self._table = cos[0].float().contiguous(), sin[0].float().contiguous()
-        if len(positions) == 1:
-            return self._table[0][last], self._table[1][last]
-        return self._table[0][positions], self._table[1][positions]
