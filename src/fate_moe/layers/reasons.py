@@ -62,7 +62,7 @@ def _layer_cuda_reasons(model: Any, plain: PlainLayer) -> Iterable[str]:
         return
     if attention.gated or attention.norm_after_rope or attention.scale_every:
         yield "its attention is of another kind"
-    if attention.rope not in ("halves", "pairs") or attention.half_angles:
+    if attention.rope not in ("halves", "pairs"):
         yield "its rotary embedding is of another kind"
     if any(norm.offset for norm in (plain.input_norm, plain.post_norm)):
         yield "its norms are of another kind"
