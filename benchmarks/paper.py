@@ -53,6 +53,7 @@ Here its systems are presets of one engine, with the same weights, kernels and p
   lossless `lod-paper` over what the bytes that this system reads take alone, or computing alone, whichever is longer: the physical
   bound of the ratio.
 - Cells are medians of all rounds; systems took turns in random order, each cell its own process with cold caches.
+- smollm2-wide is of 30 November 2026: decode at two budgets, one round, cut at 30 s; lossless experts were not run.
 
 """
 

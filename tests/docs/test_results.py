@@ -12,10 +12,10 @@ from benchmarks.report import markdown
 from benchmarks.results import Results
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
-FILES = sorted((RESULTS / "benchmarks").glob("*.json"))
+FILES = sorted(RESULTS.glob("*/*.json"))
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}-{file.stem}")
 def test_the_page_is_written_from_the_result_files(file: Path) -> None:
     page = (RESULTS / "benchmarks.md").read_text()
     assert page.startswith(HEADER)
