@@ -40,32 +40,32 @@ LIMITS = ("none", "78%", "65%", "52%", "39%")
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 HEADER = """# Benchmarks
 
-Made by `python -m benchmarks report` from the result files beside the pictures, one folder a processor. Every cell is its own process,
-started with cold caches in a control group with the given limit (page cache included). *killed*: by the limit. *slow*: no token in
-time. *cut*: stopped at the time limit; the complete samples are counted, or the incomplete ones if there are no others. The first
-prompt of a cell warms up and is counted only if there is no other. A run measures every cell once a round, in a random order, and is
-refused if the code changes meanwhile. Of several variants of an engine the fastest is shown; all are listed at the end. Decoding is
-greedy; prompts are real text, cut to length; every engine gets the context length that the workload needs. The checkpoints and the
-cells:
+Made by `python -m benchmarks report` from the result files beside the pictures, one folder a processor. Every cell is its own
+process, started with cold caches in a control group with the given limit (page cache included). *killed*: by the limit.
+*slow*: no token in time. *cut*: stopped at the time limit; the complete samples are counted, or the incomplete ones if there
+are no others. The first prompt of a cell warms up and is counted only if there is no other. A run measures every cell once a
+round, in a random order, and is refused if the code changes meanwhile. Of several variants of an engine the fastest is shown;
+all are listed at the end. Decoding is greedy; prompts are real text, cut to length; every engine gets the context length that
+the workload needs. The checkpoints and the cells:
 
     python -m benchmarks.random_checkpoint Qwen1.5-MoE-A2.7B/config.json DIR/qwen-geometry --tokenizer src/fate_moe/demo/model
     python -m benchmarks.upcycle DIR/smollm2-wide --hidden 2304 --expert-width 768 --shared-width 1536
     python -m benchmarks run DIR/NAME --home DIR --workloads decode --limits none 52% --rounds 1
 
-- `load-on-demand`, `eap`, `fate`, `best`: presets of this engine, experts and dense weights INT4. The budget is the limit minus
-  256 MiB for the page cache of Python's and torch's libraries.
-- `llama.cpp`: llama-cpp-python, compiled for the processor it runs on (AVX-512 with VNNI and BF16; its AMX kernels crash and are
-  disabled). `llama.cpp (wheel)`: xllamacpp's prebuilt AVX2 wheel. `ik_llama.cpp`: ik-llama-cpp-python's wheel; it crashes with four
-  sequences. All use Q4_0 of the same checkpoint and mmap, repacked (the default) or not. llama.cpp's qwen2moe graph does not normalize
-  routing weights, so smollm2-wide, which needs that, is written for the ernie4_5-moe graph, which does and computes the same function
-  (see gguf_export).
+- `load-on-demand`, `eap`, `fate`, `best`: presets of this engine, experts and dense weights INT4. The budget is the limit
+  minus 256 MiB for the page cache of Python's and torch's libraries.
+- `llama.cpp`: llama-cpp-python, compiled for the processor it runs on (AVX-512 with VNNI and BF16; its AMX kernels crash and
+  are disabled). `llama.cpp (wheel)`: xllamacpp's prebuilt AVX2 wheel. `ik_llama.cpp`: ik-llama-cpp-python's wheel; it crashes
+  with four sequences. All use Q4_0 of the same checkpoint and mmap, repacked (the default) or not. llama.cpp's qwen2moe graph
+  does not normalize routing weights, so smollm2-wide, which needs that, is written for the ernie4_5-moe graph, which does and
+  computes the same function (see gguf_export).
 - smollm2-wide is of 30 November 2026: one round, this engine and llama.cpp cut at 25 s a cell.
-- qwen-geometry is older, from different hours of one day and before much of this engine; this engine was cut at 28 to 70 s, llama.cpp
-  at 45 to 110 s, on the same kind of processor.
-- This engine reads an expert at its first use, also without a limit, so the first prompts of a cell are slower (llama.cpp loads for
-  44 s first).
-- `transformers + accelerate`: bf16, with the weights that do not fit offloaded to disk. Its one cell ran beside other work for a
-  quarter of an hour. A peer without a row was not run on that model.
+- qwen-geometry is older, from different hours of one day and before much of this engine; this engine was cut at 28 to 70 s,
+  llama.cpp at 45 to 110 s, on the same kind of processor.
+- This engine reads an expert at its first use, also without a limit, so the first prompts of a cell are slower (llama.cpp
+  loads for 44 s first).
+- `transformers + accelerate`: bf16, with the weights that do not fit offloaded to disk. Its one cell ran beside other work for
+  a quarter of an hour. A peer without a row was not run on that model.
 - Omitted: kt-kernel 0.7.2 installs but contains only kernels; its engine, sglang-kt, needs CUDA.
 
 """

@@ -193,7 +193,7 @@ def test_generate_runs_all_layers_in_one_call(model: Any, rows_run: list[int], o
 
 
 def test_a_prefix_that_is_there_gives_the_same_logits(model: Any) -> None:
-    """Behind the blocks of another text, in every layer: whole ones, windows and latent rows. A state is of its last token alone."""
+    """Behind the blocks of another text, in every layer: whole ones, windows, latent rows. A state is of its last token."""
     kept = 0 if prefix_reasons(model) else 128
     scheduler = BatchScheduler(lambda: (model, load_tokenizer(demo.MODEL)), parallel=2)
     prompt = tuple(tokens_of(150)[0].tolist())
