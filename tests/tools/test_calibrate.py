@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from fate_moe.store.learned import load_view_losses
 from fate_moe.store.open import open_store
 from fate_moe.tools import calibrate as module
 from fate_moe.tools.calibrate import calibrate, measure_errors, measure_view_losses
-from tests.support.checkpoints import tiny_model
+from tests.support.checkpoints import tiny_checkpoint, tiny_model
 from tests.support.engines import load_model
 
 pytestmark = pytest.mark.slow
@@ -141,13 +142,19 @@ def test_auto_bits_needs_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "--calibrate" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_auto_bits_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The experts fit the size, and the remainder upgrades some layers but not all."""
     monkeypatch.setattr("fate_moe.quant.compensate.DESCENTS", 0)  # which take most of the time
-    limit = 30 << 20  # all of the embedded model's INT8 experts take about 38 MiB, INT4 20 MiB
-    options = ["--auto-bits", "30MiB", "--calibrate", str(BOOKS), "--calibrate-tokens", "64", "--solver", "minmax"]
-    assert main(["convert", str(demo.MODEL), str(tmp_path / "store"), "--precision", "int4", *options]) == 0
+    source = tiny_checkpoint("qwen2_moe", tmp_path / "source", vocab_size=8192, num_hidden_layers=4)
+    for file in demo.MODEL.glob("tokenizer*.json"):
+        shutil.copy(file, source)
+    least, most = (
+        open_store(convert(source, tmp_path / precision, precision, solver="minmax")).manifest.expert_bytes
+        for precision in ("int4", "int8")
+    )
+    limit = (least + most) // 2
+    options = ["--auto-bits", str(limit), "--calibrate", str(BOOKS), "--calibrate-tokens", "64", "--solver", "minmax"]
+    assert main(["convert", str(source), str(tmp_path / "store"), "--precision", "int4", *options]) == 0
     manifest = open_store(tmp_path / "store").manifest
-    assert 0.9 * limit < manifest.expert_bytes <= limit
+    assert least < manifest.expert_bytes <= limit
     assert len(manifest.layers_by_precision()) > 1
