@@ -15,6 +15,7 @@ from fate_moe.adapter.meta_model import expert_stacks
 from fate_moe.engine.prepare import store_for
 from fate_moe.kernels.native import native
 from fate_moe.kernels.plain_layer import Latent, PlainLayer, SharedExpert
+from fate_moe.layers.angles import on_axes
 from fate_moe.layers.attentions import cos_and_sin
 from fate_moe.layers.canonical import ATTENTIONS, BLOCKS, HEADS, LAYERS, MLPS, NORMS, ROPES, ROUTERS, TRUNKS, _canonical, meaning_of
 from fate_moe.layers.cpu_step import CpuStep
@@ -65,7 +66,7 @@ class OwnLayer:
         rotary = next(module for module in model.modules() if type(module).__name__.endswith("RotaryEmbedding"))
         self.recurrent = plain.attention.delta is not None
         kind = {"layer_type": model.config.layer_types[plain.attention.index]} if "mellum" in model.config.model_type else {}
-        self.positions = rotary(self.x.unsqueeze(0), torch.arange(count).unsqueeze(0), **kind)
+        self.positions = rotary(self.x.unsqueeze(0), on_axes(rotary, torch.arange(count).unsqueeze(0)), **kind)
         self.cos, self.sin = cos_and_sin(self.positions)
         at = torch.arange(count)
         seen = (at <= at.unsqueeze(1)) & (at > at.unsqueeze(1) - (plain.attention.window or count))

@@ -10,7 +10,7 @@ import torch
 from fate_moe.layers.attentions import cos_and_sin
 from fate_moe.layers.canonical import ROPES, TRUNKS, meaning_of
 
-__all__ = ["Angles", "angle_reasons", "angles_of"]
+__all__ = ["Angles", "angle_reasons", "angles_of", "on_axes"]
 
 _MORE_ANGLES = 4096  # positions that a table of angles is ahead: of long texts it has megabytes
 
@@ -29,6 +29,12 @@ def angle_reasons(trunk: Any) -> list[str]:
         if code.long_scales and len({parameters.get(name) for name in code.long_scales}) > 1:
             reasons.append("its rotary angles are scaled otherwise in long texts")
     return reasons
+
+
+def on_axes(rope: Any, positions: torch.Tensor) -> torch.Tensor:
+    """``positions`` int64 [batch, n] of a text as ``rope`` takes them: these, or [axes, batch, n]."""
+    code = meaning_of(type(rope), ROPES)
+    return positions if code is None or not code.axes else positions.expand(code.axes, *positions.shape)
 
 
 def _ropes_of(trunk: Any) -> list[Any]:
@@ -67,7 +73,7 @@ class Angles:
         """Of ``positions`` int64 [n]."""
         last = int(positions[-1]) if len(positions) == 1 else int(positions.max())
         if last >= len(self._table[0]):
-            every = torch.arange(max(256, min(last + last // 2, last + _MORE_ANGLES)))[None]
+            every = on_axes(self._rope, torch.arange(max(256, min(last + last // 2, last + _MORE_ANGLES)))[None])
             cos, sin = cos_and_sin(self._rope(torch.empty(0, dtype=torch.bfloat16), every, *self._kind))
             self._table = cos[0].float().contiguous(), sin[0].float().contiguous()
         if len(positions) == 1:

@@ -164,10 +164,12 @@ class TrunkCode:
 @dataclass(frozen=True)
 class RopeCode:
     """Rotary frequencies that depend on the position alone, where ``rope_type`` is one of ``kinds``. ``long_scales``: fields of
-    ``rope_parameters`` that must be equal; with others, long texts turn otherwise than short ones."""
+    ``rope_parameters`` that must be equal; with others, long texts turn otherwise than short ones. ``axes``: it is given a position
+    on so many axes, which are the same in a text (0: a position alone)."""
 
     kinds: frozenset[str] = frozenset({"default", "linear", "llama3", "yarn"})
     long_scales: tuple[str, str] | None = None
+    axes: int = 0
 
 
 @dataclass(frozen=True)
@@ -309,7 +311,7 @@ ROPES: Mapping[str, RopeCode] = {
     "ernie4_5_moe.Ernie4_5_MoeRotaryEmbedding": RopeCode(),
     "deepseek_v2.DeepseekV2RotaryEmbedding": RopeCode(),
     "mellum.MellumRotaryEmbedding": RopeCode(),
-    "qwen3_5_moe.Qwen3_5MoeTextRotaryEmbedding": RopeCode(),
+    "qwen3_5_moe.Qwen3_5MoeTextRotaryEmbedding": RopeCode(axes=3),
     "phimoe.PhimoeRotaryEmbedding": RopeCode(frozenset({"default", "longrope"}), ("short_mscale", "long_mscale")),
 }
 HEADS: Mapping[str, HeadCode] = {
