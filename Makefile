@@ -54,8 +54,8 @@ docs: $(VENV)/.installed-docs
 	$(BIN)/python docs/scripts/one_token.py
 	$(BIN)/mkdocs build --strict --quiet
 
-# This engine and others on the same real weights (10.6 B parameters, upcycled), under real memory limits, every cell three times:
-# hours, and 50 GB under BENCH. Stopped, it goes on where it was. bench-quick is the heart of it in half an hour, once the model is
+# This engine and others on the same real weights (10.4 B parameters, upcycled), under real memory limits, every cell three times:
+# hours, and 50 GB under BENCH. Stopped, it goes on where it was. bench-quick is one round of its heart, in 20 minutes once the model is
 # made (a quarter of an hour); bench-paper is the paper's experiment.
 BENCH ?= build/bench
 BENCH_MODEL := $(BENCH)/smollm2-wide
@@ -66,7 +66,7 @@ bench: $(BENCH_MODEL)/model.safetensors.index.json
 
 bench-quick: $(BENCH_MODEL)/model.safetensors.index.json
 	$(BIN)/python -m benchmarks run $(BENCH_MODEL) --home $(BENCH) --peers best load-on-demand llama.cpp-wheel ik_llama.cpp \
-	  --limits none 52% --workloads decode prefill-512 --seconds 45
+	  --limits none 52% --workloads decode prefill-512 --seconds 45 --rounds 1
 	$(BIN)/python -m benchmarks report
 
 bench-paper: $(BENCH_MODEL)/model.safetensors.index.json

@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 
 from rich.console import Console
-from transformers import AutoConfig, AutoTokenizer
 
 from benchmarks.facts import processor_facts, processor_folder
 from benchmarks.limits import can_limit
@@ -25,7 +24,7 @@ from benchmarks.peers.transformers_based import Accelerate, Fate
 from benchmarks.pictures import plot
 from benchmarks.report import markdown
 from benchmarks.results import Results, model_facts
-from benchmarks.rounds import Planned, begin_or_continue, run_rounds
+from benchmarks.rounds import Planned, add_options, begin_or_continue, run_rounds
 from benchmarks.workloads import WORKLOADS
 from fate_moe.units import parse_amount
 
@@ -42,15 +41,17 @@ HEADER = """# Benchmarks
 
 Made by `python -m benchmarks report` from the result files beside the pictures, one folder a processor. Every cell is its own
 process, started with cold caches in a control group with the given limit (page cache included). *killed*: by the limit.
-*slow*: no token in time. *cut*: stopped at the time limit; the complete samples are counted, or the incomplete ones if there
-are no others. The first prompt of a cell warms up and is counted only if there is no other. A run measures every cell once a
-round, in a random order, and is refused if the code changes meanwhile. Of several variants of an engine the fastest is shown;
-all are listed at the end. Decoding is greedy; prompts are real text, cut to length; every engine gets the context length that
-the workload needs. The checkpoints and the cells:
+*slow*: stopped at the time limit; its complete samples are counted, or the incomplete ones if there are no others; without a
+rate no token came in time. The first prompt of a cell warms up and is counted only if there is no other. A run measures its cells
+once a round, in a random order, and is refused if the code changes meanwhile. Of several variants of an engine the fastest is
+shown; all are listed at the end. Decoding is greedy; prompts are real text, cut to length; every engine gets the context length
+that the workload needs. The checkpoints and the cells:
 
     python -m benchmarks.random_checkpoint Qwen1.5-MoE-A2.7B/config.json DIR/qwen-geometry --tokenizer src/fate_moe/demo/model
     python -m benchmarks.upcycle DIR/smollm2-wide --hidden 2304 --expert-width 768 --shared-width 1536
-    python -m benchmarks run DIR/NAME --home DIR --workloads decode --limits none 52% --rounds 1
+    python -m benchmarks run DIR/smollm2-wide --home DIR --results FILE.json --peers best llama.cpp llama.cpp-wheel ik_llama.cpp \\
+      --limits none --workloads decode decode-batch-4 prefill-512 --rounds 1 --seconds 25
+    python -m benchmarks run DIR/smollm2-wide --home DIR --results FILE.json --limits 52% --workloads decode --rounds 1 --seconds 25
 
 - `load-on-demand`, `eap`, `fate`, `best`: presets of this engine, experts and dense weights INT4. The budget is the limit
   minus 256 MiB for the page cache of Python's and torch's libraries.
@@ -59,7 +60,8 @@ the workload needs. The checkpoints and the cells:
   with four sequences. All use Q4_0 of the same checkpoint and mmap, repacked (the default) or not. llama.cpp's qwen2moe graph
   does not normalize routing weights, so smollm2-wide, which needs that, is written for the ernie4_5-moe graph, which does and
   computes the same function (see gguf_export).
-- smollm2-wide is of 30 November 2026: one round, this engine and llama.cpp cut at 25 s a cell.
+- At 2.84 GiB llama.cpp and ik_llama.cpp wrote three or four tokens of smollm2-wide in the time of a cell, so ratios there are
+  rough.
 - qwen-geometry is older, from different hours of one day and before much of this engine; this engine was cut at 28 to 70 s,
   llama.cpp at 45 to 110 s, on the same kind of processor.
 - This engine reads an expert at its first use, also without a limit, so the first prompts of a cell are slower (llama.cpp
@@ -82,13 +84,11 @@ def run(arguments: argparse.Namespace) -> None:
     console = Console(stderr=True)
     facts = model_facts(arguments.checkpoint)
     results_file: Path = arguments.results or RESULTS / processor_folder(processor_facts()) / f"{facts.name}.json"
-    results = begin_or_continue(results_file, facts, arguments.checkpoint, arguments.threads)
+    results = begin_or_continue(results_file, facts, arguments)
     limits = [None if text == "none" else parse_amount(text, facts.model_bytes) for text in arguments.limits]
     if (reason := can_limit()) and any(limits):
         console.print(reason)
         limits = [None]
-    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer or arguments.checkpoint)
-    vocab_size = AutoConfig.from_pretrained(arguments.checkpoint).get_text_config().vocab_size
     arguments.home.mkdir(parents=True, exist_ok=True)
     ready: list[tuple[Peer, Path, Path]] = []
     for name in arguments.peers:
@@ -104,10 +104,7 @@ def run(arguments: argparse.Namespace) -> None:
         for peer, python, model in ready
         for variant in peer.variants(model, limit)
     ]
-    scratch = arguments.home / "scratch" / arguments.checkpoint.name
-    run_rounds(
-        planned, results, results_file, tokenizer, vocab_size, arguments.rounds, arguments.threads, arguments.seconds, scratch
-    )
+    run_rounds(planned, results, results_file, arguments)
     print(results_file)
 
 
@@ -127,20 +124,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure engines side by side.")
     verbs = parser.add_subparsers(dest="verb", required=True)
     verb = verbs.add_parser("run", help="measure")
-    verb.add_argument("checkpoint", type=Path, help="a Hugging Face checkpoint folder")
-    verb.add_argument("--home", type=Path, required=True, help="folder for environments, stores and GGUF files, which are large")
-    verb.add_argument(
-        "--results", type=Path, help="result file, continued if it exists; default: docs/results/PROCESSOR/MODEL.json"
-    )
-    verb.add_argument("--tokenizer", type=Path, help="folder of the tokenizer; default: the checkpoint")
+    add_options(verb, "docs/results/PROCESSOR/MODEL.json")
     verb.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS))
     verb.add_argument("--limits", nargs="+", default=list(LIMITS), help="sizes, fractions of the INT4 size, or none")
     verb.add_argument(
         "--workloads", nargs="+", choices=list(WORKLOADS), help="default: decode and prefill-512 at every limit, all at some"
     )
-    verb.add_argument("--threads", type=int, default=2)
-    verb.add_argument("--seconds", type=float, default=240, help="time limit of a cell")
-    verb.add_argument("--rounds", type=int, default=3, help="how often each cell is measured")
     verb.set_defaults(do=run)
     verb = verbs.add_parser("report", help="tables and pictures from result files")
     verb.add_argument("files", type=Path, nargs="*", help="result files; default: all under docs/results")

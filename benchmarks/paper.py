@@ -18,8 +18,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer
-
 from benchmarks.analysis import cost
 from benchmarks.facts import processor_facts, processor_folder
 from benchmarks.measure import Cell
@@ -27,10 +25,10 @@ from benchmarks.peers import Variant
 from benchmarks.peers.transformers_based import Fate
 from benchmarks.report import facts_line, number, table
 from benchmarks.results import Results, model_facts
-from benchmarks.rounds import Planned, begin_or_continue, run_rounds
+from benchmarks.rounds import Planned, add_options, begin_or_continue, run_rounds
 from benchmarks.workloads import WORKLOADS
 
-__all__ = ["CLAIMS", "System", "markdown"]
+__all__ = ["HEADER", "System", "markdown"]
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 BUDGETS = ("25%", "39%", "52%", "66%", "80%", "94%")
@@ -45,15 +43,14 @@ Made by `python -m benchmarks.paper report`. Fate (arXiv 2502.12224) reports, ov
 as fast as load-on-demand and expert-activation-path, prefill up to 4.5 and 1.9 times, and 99 % of the experts ready when needed.
 Here its systems are presets of one engine, with the same weights, kernels and precision; experts come from the disk to RAM.
 
-- `lod-paper`: no expert stays between tokens; each is read when its router has spoken (while the first of a layer is computed,
-  the others are still read: faster than strictly in turn). The paper's recorded rates fit this with lossless experts.
-- `load-on-demand`: ours, an LRU cache over the whole budget. `eap`, `fate`: as published. `best`: what is fastest here.
+- `lod-paper`: no expert stays between tokens; each is read after routing (while the first of a layer is computed,
+  the others are still read: faster than strictly in turn).
+- `load-on-demand`: ours, an LRU cache over the whole budget. `eap`, `fate`: as published. `best`: this engine's default.
 - A budget is the fraction of the experts that have a slot. `lod-paper` uses one layer's slots whatever the budget.
 - *Ready*: resident or on their way when needed, the paper's count; in brackets resident, ours. *At most*: the time of a token with
   lossless `lod-paper` over what the bytes that this system reads take alone, or computing alone, whichever is longer: the physical
   bound of the ratio.
 - Cells are medians of all rounds; systems took turns in random order, each cell its own process with cold caches.
-- smollm2-wide is of 30 November 2026: decode at two budgets, one round, cut at 30 s; lossless experts were not run.
 
 """
 
@@ -84,9 +81,10 @@ class System(Fate):
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Prepare the stores once, then measure every system at every budget, once a round."""
     facts = model_facts(arguments.checkpoint)
     file: Path = arguments.results or RESULTS / processor_folder(processor_facts()) / "paper" / f"{facts.name}.json"
-    results = begin_or_continue(file, facts, arguments.checkpoint, arguments.threads)
+    results = begin_or_continue(file, facts, arguments)
     systems = [System(name, arguments.budgets) for name in arguments.systems]
     planned = [
         Planned(system, system.install(arguments.home), model, variant, WORKLOADS[workload], None)
@@ -95,10 +93,7 @@ def run(arguments: argparse.Namespace) -> None:
         for variant in system.variants(model, None)
         for workload in arguments.workloads
     ]
-    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
-    vocab_size = AutoConfig.from_pretrained(arguments.checkpoint).get_text_config().vocab_size
-    scratch = arguments.home / "scratch" / arguments.checkpoint.name
-    run_rounds(planned, results, file, tokenizer, vocab_size, arguments.rounds, arguments.threads, arguments.seconds, scratch)
+    run_rounds(planned, results, file, arguments)
     print(file)
 
 
@@ -112,8 +107,9 @@ def markdown(results: Results) -> str:
         text += f"\n### {workload}: {what} by budget\n\n"
         text += _by_budget(cells, workload, budgets, lambda cell: number(cell.rate() or 0.0) if cell.rate() else cell.outcome)
     text += "\n### Experts ready when needed, decode\n\n" + _by_budget(cells, "decode", budgets, _ready)
-    text += "\n### At most: how many times faster than lossless `lod-paper` physics allows, decode\n\n"
-    text += _by_budget(cells, "decode", budgets, lambda cell: _bound(results, cells, cell))
+    if (NO_CACHE[0], "", "decode") in cells:
+        text += "\n### At most: how many times faster than lossless `lod-paper` physics allows, decode\n\n"
+        text += _by_budget(cells, "decode", budgets, lambda cell: _bound(results, cells, cell))
     return text + "\n### The four ratios\n\n" + _ratios(cells, budgets)
 
 
@@ -190,15 +186,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.paper", description="The Fate paper's experiment.")
     verbs = parser.add_subparsers(required=True)
     verb = verbs.add_parser("run", help="measure; continues an interrupted run")
-    verb.add_argument("checkpoint", type=Path, help="a Hugging Face checkpoint folder, from benchmarks.upcycle")
-    verb.add_argument("--home", type=Path, required=True, help="folder for stores, which are large")
-    verb.add_argument("--results", type=Path, help="default: docs/results/PROCESSOR/paper/MODEL.json")
+    add_options(verb, "docs/results/PROCESSOR/paper/MODEL.json")
     verb.add_argument("--systems", nargs="+", choices=[*NO_CACHE, *CACHED], default=[*NO_CACHE, *CACHED])
     verb.add_argument("--budgets", nargs="+", default=list(BUDGETS), help="fractions of the experts")
     verb.add_argument("--workloads", nargs="+", choices=WORKLOADS_OF_PAPER, default=list(WORKLOADS_OF_PAPER))
-    verb.add_argument("--rounds", type=int, default=3, help="how often each cell is measured")
-    verb.add_argument("--threads", type=int, default=2)
-    verb.add_argument("--seconds", type=float, default=240, help="time limit of a cell")
     verb.set_defaults(do=run)
     verb = verbs.add_parser("report", help="the page, from result files")
     verb.add_argument("files", type=Path, nargs="*", help="default: all under docs/results")

@@ -66,6 +66,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def facts_line(results: Results) -> str:
     """The heading of a model's section, and what the model and the machine are."""
     model, machine = results.model, results.machine
+    rounds = 1 + max((cell.round for cell in results.cells), default=0)
+    cut = f"; cells cut at {machine['cell_seconds']:g} s, loading included" if "cell_seconds" in machine else ""
+    begun = f" Begun on {machine['date']}, {rounds} round{'s' * (rounds > 1)}{cut}." if "date" in machine else ""
     return (
         f"## {model.name}\n\n"
         f"{model.family}, {model.parameters / 1e9:.2f} B parameters, {model.num_layers} MoE layers x {model.num_experts} experts, "
@@ -73,7 +76,7 @@ def facts_line(results: Results) -> str:
         f"{format_bytes(model.active_bytes)}. {machine['processor']}, {machine['threads']} threads of {machine['cores']} cores "
         f"({', '.join(machine['instructions'])}), memory {machine['memory_bytes_per_second'] / 1e9:.1f} GB/s, disk "
         f"{machine['disk_bytes_per_second'] / 1e9:.2f} GB/s (both measured in this run). Memory floor of INT4 decode: "
-        f"{1 / memory_floor(results):.1f} tokens/s.\n"
+        f"{1 / memory_floor(results):.1f} tokens/s.{begun}\n"
     )
 
 
@@ -155,5 +158,5 @@ def every_cell(results: Results) -> str:
         rows.append([cell.peer, cell.variant, cell.workload, name, cell.outcome + message, *speed, peak])
     versions = {cell.peer: cell.versions for cell in results.cells if cell.versions}
     listed = "; ".join(f"{peer}: " + ", ".join(f"{k} {v}" for k, v in used.items()) for peer, used in versions.items())
-    head = ["engine", "variant", "workload", "limit", "outcome", "rate", "peak memory"]
+    head = ["engine", "variant", "workload", "limit", "outcome", "rate", "lowest", "highest", "peak memory"]
     return f"### Every cell\n\n{table(head, rows)}\nVersions: {listed}\n"

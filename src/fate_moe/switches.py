@@ -4,8 +4,8 @@
 variable      values                         meaning
 ============  =============================  ===================================================================================
 FATE_API_KEY  any text                       what clients of ``fate serve`` must send, where no option gives a key
-FATE_HOME     a folder                       where converted stores and measurements live; default: ~/.cache/fate if it is there,
-                                             else ``fate`` in $XDG_CACHE_HOME or ~/.cache
+FATE_HOME     a folder                       where converted stores, sessions, prefixes and measurements live; default:
+                                             ~/.cache/fate if it is there, else ``fate`` in $XDG_CACHE_HOME or ~/.cache
 FATE_LOG      debug, info, warning           what the command ``fate`` says on stderr; -v is info, -vv debug; default: warning
 FATE_KERNELS  portable, avx2, avx-vnni,      which CPU kernels run; read when ``fate_moe.kernels.native`` is first imported;
               avx512, amx, neon, neon-dot,   default: the best that this processor has (``fate doctor`` lists them)

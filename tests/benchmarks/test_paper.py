@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks.measure import Cell, Sample
-from benchmarks.paper import CLAIMS, System, markdown
+from benchmarks.paper import System, markdown
 from benchmarks.results import ModelFacts, Results
 
 FACTS = ModelFacts("model", "qwen2_moe", 1000, 2, 8, 2, model_bytes=500, expert_bytes=20, active_bytes=120)
@@ -49,4 +49,3 @@ def test_each_system_has_the_budgets_that_mean_something_to_it() -> None:
     ]
     variants = System("fate", ["25%", "80%"]).variants(Path(), None)
     assert [variant.settings["expert_cache"] for variant in variants] == ["25%", "80%"]
-    assert set(CLAIMS) == {(kind, other) for kind in ("decode", "prefill") for other in ("lod", "eap")}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import paper
 from benchmarks.__main__ import HEADER
 from benchmarks.report import markdown
 from benchmarks.results import Results
@@ -20,6 +21,22 @@ def test_the_page_is_written_from_the_result_files(file: Path) -> None:
     page = (RESULTS / "benchmarks.md").read_text()
     assert page.startswith(HEADER)
     assert markdown(Results.load(file)) in page
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("*/paper/*.json")), ids=lambda file: f"{file.parents[1].name}-{file.stem}")
+def test_the_papers_page_is_written_from_its_result_files(file: Path) -> None:
+    page = (RESULTS / "paper.md").read_text()
+    assert page.startswith(paper.HEADER)
+    assert paper.markdown(Results.load(file)).rstrip() in page
+
+
+@pytest.mark.parametrize("name", ["benchmarks", "gpu", "paper", "quality"])
+def test_rows_of_a_table_have_as_many_cells_as_its_head(name: str) -> None:
+    columns = 0
+    for line in (RESULTS / f"{name}.md").read_text().splitlines():
+        found = line.count("|") if line.startswith("|") else 0
+        assert not columns or not found or found == columns, line
+        columns = found
 
 
 @pytest.mark.parametrize("name", ["benchmarks", "gpu", "quality"])

@@ -241,7 +241,7 @@ def test_watching_changes_no_token() -> None:
 
             while thread.is_alive() or sum(used.values()) < sum(engine.report().uses_by_bits.values()):
                 tick = await take(streams[0], "tick")
-                ticks += 1
+                ticks += thread.is_alive()
                 update(tick)
                 for layer, expert, count in tick.get("used", []):
                     used[layer, expert] += count
@@ -259,7 +259,7 @@ def test_watching_changes_no_token() -> None:
 
         watched, used, ticks = asyncio.run(watch())
         assert watched == unwatched
-        assert ticks > 1
+        assert ticks > 0, "nothing was seen while the model wrote"
         assert {expert: count for expert, count in used.items() if count} == {
             tuple(expert): count for (expert, _), count in engine.bits_used().items()
         }

@@ -156,5 +156,5 @@ def test_auto_bits_on_the_command_line(tmp_path: Path, monkeypatch: pytest.Monke
     options = ["--auto-bits", str(limit), "--calibrate", str(BOOKS), "--calibrate-tokens", "64", "--solver", "minmax"]
     assert main(["convert", str(source), str(tmp_path / "store"), "--precision", "int4", *options]) == 0
     manifest = open_store(tmp_path / "store").manifest
-    assert least < manifest.expert_bytes <= limit
+    assert limit - (most - least) // 4 < manifest.expert_bytes <= limit, "one of four layers more would not fit"
     assert len(manifest.layers_by_precision()) > 1

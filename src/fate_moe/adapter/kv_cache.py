@@ -3,7 +3,7 @@ int8 (``kernels/attention.py``)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -161,7 +161,14 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
             super().reorder_cache(beam_idx)
         else:
             index = beam_idx.to(self.device)
-            self._room = self._room[0].index_select(0, index), self._room[1].index_select(0, index)
+            self._each(lambda states: states.index_select(0, index))
+
+    def _each(self, act: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Put what ``act`` makes of each buffer in its place; one that serves keys and values stays one."""
+        assert self._room is not None
+        keys, values = self._room
+        made = act(keys)
+        self._room = made, made if values is keys else act(values)
 
     def holds(self, batch: int, dtype: torch.dtype) -> bool:
         """Whether this is ``batch`` sequences', in ``dtype``, with something in it."""
@@ -207,13 +214,13 @@ class Int8Layer(RoomyLayer):
         if self._room is None:
             super().batch_repeat_interleave(repeats)
         else:
-            self._room = self._room[0].repeat_interleave(repeats, 0), self._room[1].repeat_interleave(repeats, 0)
+            self._each(lambda states: states.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         if self._room is None:
             super().batch_select_indices(indices)
         else:
-            self._room = self._room[0][indices], self._room[1][indices]
+            self._each(lambda states: states[indices])
 
 
 class RoomySlidingLayer(RoomyLayer):

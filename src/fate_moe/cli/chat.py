@@ -104,7 +104,8 @@ def _go_on(session: Session, arguments: argparse.Namespace) -> None:
     if arguments.model is None:
         arguments.model = session.model
     elif session.messages and session.model != _absolute(arguments.model):
-        say(f"session {session.name} was with {session.model or 'the embedded model'} and goes on with {arguments.model}")
+        before = session.model or "the embedded model"
+        say(one_line(f"session {session.name} was with {before} and goes on with {arguments.model}"))
     for name, usual in arguments.usual.items():
         if getattr(arguments, name) == usual and name in session.options:
             setattr(arguments, name, session.options[name])
@@ -181,6 +182,7 @@ def _talk(talk: Talk) -> None:
         elif re.fullmatch(r"/\w+", line):
             if line == "/reset":
                 messages.clear()
+                full = None
                 _keep(session)
             elif line == "/drop":
                 say("nothing has to be dropped")
@@ -194,6 +196,7 @@ def _talk(talk: Talk) -> None:
         except KeyboardInterrupt:  # stop the answer, not the conversation
             print()
             messages.pop()
+            _keep(session)
         except _FullError as error:
             say(f"fate: {error}")
             left_out = messages.pop()["content"]
@@ -204,6 +207,7 @@ def _talk(talk: Talk) -> None:
             failed = str(error) if isinstance(error, FateError) else f"{type(error).__name__}: {error}"
             say(f"fate: this turn failed and is forgotten: {one_line(failed)}")
             messages.pop()
+            _keep(session)
         else:
             messages.append({"role": "assistant", "content": answer})
             _keep(session)
@@ -232,17 +236,17 @@ def _turn(talk: Talk, messages: Sequence[dict[str, str]]) -> str:
                 turns = "the oldest turn" if oldest == 1 else f"the oldest {oldest} turns"
                 raise _FullError(f"{said}; /drop forgets {turns} and answers, /reset forgets all", oldest)
         raise _FullError(f"{said}; the message alone is too long, say less", 0)
-    reading = ReadingLine()
+    reading, text = ReadingLine(), ids
     try:
         answer = talk.answering.answer(ids, min(talk.max_new_tokens, room - len(ids)), printer(reading), reading)
+        text = [*ids, *answer.tokens]
     finally:
         reading.end()
+        if talk.session is not None:  # an interrupted turn, too, leaves what it read
+            talk.session.tokens = len(text)
+            talk.session.kept = list(dict.fromkeys([*talk.session.kept, *talk.answering.kept_files(text)]))
     print(flush=True)
     _log.info("%d of %d tokens were there", answer.cached_tokens, answer.prompt_tokens)
-    if talk.session is not None:
-        ids += answer.tokens
-        talk.session.tokens = len(ids)
-        talk.session.kept = list(dict.fromkeys([*talk.session.kept, *talk.answering.kept_files(ids)]))
     return answer.text
 
 
@@ -300,7 +304,7 @@ def _list(arguments: argparse.Namespace) -> None:
     for title in ("name", "model", "turns", "tokens", "last used"):
         table.add_column(title, justify="right" if title in ("turns", "tokens") else "left", overflow="fold")
     for one in sessions:
-        table.add_row(one.name, one.model or "embedded", str(one.turns), str(one.tokens), ago(one.updated))
+        table.add_row(one.name, one_line(one.model or "embedded"), str(one.turns), str(one.tokens), ago(one.updated))
     draw_table(table)
 
 

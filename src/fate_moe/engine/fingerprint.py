@@ -6,6 +6,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 import torch
+import transformers
 import xxhash
 
 from fate_moe.config import OffloadConfig
@@ -23,14 +24,14 @@ def kv_fingerprint(store: Path, config: OffloadConfig) -> bytes | None:
     """A digest of 16 bytes of the model in ``store`` and of the arithmetic; None where keys and values are no function of these.
 
     ``fate.json`` has the checksums of all weights, ``config.json`` says how they are run. The extension's own bytes stand for its
-    arithmetic; torch and the processor decide the bits of rotary angles. A precision policy that reads fewer bits makes keys
-    depend on what was in memory. Adapters are not known here: a model that has some does not run whole in the extension. Raises
-    OSError where the files are gone.
+    arithmetic; torch, transformers and the processor decide the bits of rotary angles. A precision policy that reads fewer bits
+    makes keys depend on what was in memory. Adapters are not known here: a model that has some does not run whole in the extension.
+    Raises OSError where the files are gone.
     """
     if native is None or config.precision_policy != "full":
         return None
     extension = xxhash.xxh3_128_hexdigest(read_bounded(Path(native.__file__), _MOST_BYTES))
-    machine = f"{torch.__version__} {torch.backends.cpu.get_cpu_capability()}"
+    machine = f"{torch.__version__} {transformers.__version__} {torch.backends.cpu.get_cpu_capability()}"
     digest = blake2b(f"{ARITHMETIC} {extension} {machine} {config.exact_activations}".encode(), digest_size=16)
     for name in ("fate.json", "config.json"):
         data = read_bounded(store / name, _MOST_BYTES)

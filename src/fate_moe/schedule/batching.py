@@ -66,7 +66,7 @@ class BatchScheduler(Scheduler):
         self._order = self._num_steps = self._num_rows = self._generated = 0
         self._changed = threading.Condition()  # reentrant: ending a request may cancel another
         self._savings = Savings()
-        self._is_closed = False
+        self._is_closed, self._why_closed = False, "the server is shutting down"
         self._thread = threading.Thread(target=self._run, name="fate-inference", daemon=True)
         self._thread.start()
 
@@ -105,13 +105,14 @@ class BatchScheduler(Scheduler):
         executor = self._steps.executor if self._steps is not None else None
         if executor is None or executor.disk is None or executor.prefixes is None:
             return []
-        return [executor.disk.files.path_of(name) for name in executor.prefixes.names(tokens)]
+        names = executor.prefixes.names([*tokens, 0])  # all full blocks: names() leaves a token to be read
+        return [executor.disk.files.path_of(name) for name in names]
 
     def submit(self, request: Request) -> QueueTicket:
         ticket = QueueTicket(self._end_cancelled)
         with self._changed:
             if self._is_closed:
-                raise StoppedError("the server is shutting down")
+                raise StoppedError(self._why_closed)
             self._drop_cancelled()
             if len(self._waiting) >= self.capacity:
                 seconds = len(self._waiting) * statistics.fmean(self._seconds or [0.0]) / self.parallel
@@ -206,7 +207,7 @@ class BatchScheduler(Scheduler):
         except Exception as error:
             self._on_loaded(error)
             with self._changed:
-                self._is_closed = True
+                self._is_closed, self._why_closed = True, str(error)
                 for left in self._waiting:
                     self._end(left, "error", str(error))
                 self._waiting.clear()

@@ -1,12 +1,13 @@
-"""Blocks of KV caches as files, for any number of processes: at the bound the oldest go, and what is not whole is not there.
+"""Blocks of KV caches as files that any number of processes share. At the bound the oldest are removed; a file that is not
+whole counts as missing.
 
     HOME/lock                   held while a process writes; its bytes say who wrote last
     HOME/MODEL/NAME.kv          a block: a line of text, the digest of line and block (xxh3, 128 bits), the block
 
 MODEL is the digest of all that the bits of keys and values depend on besides tokens, NAME that of the tokens up to the block's end
 (schedule/prefixes.py); both are in the line, so a file under another name is foreign. A block is as many bytes as its format says;
-nothing in a file is parsed. Files are not synced: what a power failure tears has another digest. A file's time of modification is
-when the block was last used; of one text the end goes first, so those who use it say an earlier time for a later block.
+nothing in a file is parsed. Files are not synced: the digest shows one that a power failure tore. A file's modification time is
+when its block was last used. Of one text the last block is removed first, so a later block is given an earlier time.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 _DIGEST_BYTES = 16
 _MODEL, _NAME = re.compile("[0-9a-f]{32}"), re.compile(r"[0-9a-f]{32}\.kv(\.[0-9-]+\.tmp)?")
-_FILLED = 0.95  # of the bound, after old blocks went: each time costs a listing
+_FILLED = 0.95  # of the bound, once old blocks are removed: each removal lists all files
 _LEFT_FREE = 256 << 20  # of the disk, for others
 _LEFT_SECONDS = 60  # a temporary file of this age is of a process that was killed
 
@@ -45,7 +46,7 @@ class BlockFiles:
     """
 
     def __init__(self, home: Path, model: str, form: str, block_bytes: int, most_bytes: int) -> None:
-        self.read_bytes = self.written_bytes = self.damaged = 0
+        self.read_bytes = self.written_bytes = 0
         self.num_bytes = 0  # of all models' files, when this process last wrote
         self.is_writing = True
         self._home, self._folder = home, home / model
@@ -70,7 +71,6 @@ class BlockFiles:
         except OSError:
             return False
         if not whole or found[: len(head)] != head or found[len(head) :] != _digest(head, into):
-            self.damaged += 1
             _log.info("%s is not whole, or not what its name says, and is removed", path)
             with suppress(OSError):
                 path.unlink()
@@ -107,9 +107,7 @@ class BlockFiles:
         """Write nothing any more, and say so."""
         if self.is_writing:
             self.is_writing = False
-            _log.warning(
-                "prefixes of texts are not kept on the disk from now on (%s); --prefix-cache-disk off says nothing", reason
-            )
+            _log.warning("prefixes are no longer kept on the disk (%s); --prefix-cache-disk off turns this message off", reason)
 
     def _write(self, handle: int, name: bytes, used: int, parts: Sequence[memoryview]) -> None:
         """Under the lock, whose file is ``handle``."""
@@ -203,7 +201,7 @@ def _write_whole(handle: int, left: memoryview) -> None:
 
 
 def _fill(handle: int, into: Sequence[memoryview]) -> bool:
-    """Read the file from its begin into ``into``; whether it has so many bytes."""
+    """Fill ``into`` from the start of the file; False if the file is shorter."""
     place = 0
     for part in into:
         left = part

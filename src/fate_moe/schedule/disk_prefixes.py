@@ -1,4 +1,4 @@
-"""Prefixes on the disk: what of them is to be written, and reading them back. Where they are is block_files.py's."""
+"""Prefixes on the disk: which blocks are still to be written, and reading them back. block_files.py has the files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class DiskPrefixes:
         self.files = files
         self._prefixes, self._memory = prefixes, memory
         self._waiting: dict[bytes, int] = {}  # blocks to be written, or noted as used, and when they were
-        self._next = 0.0  # when it may be tried again
+        self._next = self._next_beside = 0.0  # when it may be tried again, and beside requests
 
     @property
     def has_work(self) -> bool:
@@ -64,9 +64,9 @@ class DiskPrefixes:
     def save_beside(self) -> None:
         """As ``save``, between two steps of requests that run: rarely."""
         began = time.monotonic()
-        if self._waiting and began >= self._next:
+        if self._waiting and began >= max(self._next, self._next_beside):
             self.save()
-            self._next = max(self._next, (ended := time.monotonic()) + _SHARE * (ended - began))
+            self._next_beside = (ended := time.monotonic()) + _SHARE * (ended - began)
 
     def save_all(self, seconds: float) -> None:
         """Write what waits, for ``seconds`` at most."""

@@ -58,7 +58,7 @@ class Gate:
     def __init__(self, most: int = 8, allowance: float = 0.005) -> None:
         """``most`` drafted tokens in a pass."""
         self.most = most
-        self.passes = self.probes = 0
+        self.probes = 0
         self._allowance = allowance
         self._seconds: dict[int, _Mean] = {}  # of a pass by its rows
         self._kinds: dict[Hashable, _Kind] = {}
@@ -92,7 +92,6 @@ class Gate:
         """A pass of ``drafted + 1`` rows took ``seconds``, drafting included; the first ``accepted`` drafts were right."""
         self._seconds.setdefault(drafted + 1, _Mean()).add(seconds)
         self._total += seconds
-        self.passes += 1
         if not drafted:
             return
         means = self._kinds.setdefault(kind, _Kind()).accepted

@@ -1,4 +1,4 @@
-"""How long reading would have taken of tokens that did not have to be read."""
+"""How much time was saved by tokens that did not have to be read."""
 
 from __future__ import annotations
 

@@ -15,9 +15,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fate_moe.adapter.sampling import RANGES
 from fate_moe.errors import ConfigError, FateError, StoreError
 from fate_moe.io.bounded import load_json
-from fate_moe.io.checked import items, require, text
+from fate_moe.io.checked import count, items, require, text
 from fate_moe.io.files import atomic_file, lock
 from fate_moe.switches import cache_home
 
@@ -102,8 +103,8 @@ def delete_session(name: str) -> None:
             for kept in session.kept if session is not None else ():
                 with suppress(OSError):
                     (cache_home() / "kv" / kept).unlink()
-        path.unlink()
-        path.with_suffix(".lock").unlink()
+        path.unlink(missing_ok=True)
+        path.with_suffix(".lock").unlink(missing_ok=True)
 
 
 @contextmanager
@@ -118,7 +119,7 @@ def _alone(name: str) -> Iterator[None]:
             f"{path} cannot be written ({error.strerror}); set FATE_HOME to another folder, or omit --session"
         ) from error
     try:
-        if not lock(handle):
+        if not lock(handle) or os.fstat(handle).st_nlink == 0:  # a session that was deleted meanwhile takes its lock along
             raise StoreError(f"session {name} is open in another process; end that first, or choose another name")
         yield
     finally:
@@ -139,8 +140,12 @@ def _checked(name: str, data: Any) -> Session:
     model, options, times = data["model"], data["options"], (data["began"], data["updated"])
     require(model is None or isinstance(model, str), "its model is no text")
     require(isinstance(options, dict), "its options are none")
-    require(all(type(value) in (int, float) for value in (*times, data["tokens"])), "its times are no numbers")
+    for option, value in options.items():
+        require(type(value) in (bool, int, float, str), f"its {option} is {value!r}")
+        require(option not in RANGES or RANGES[option].holds(value), f"its {option} is {value!r}")
+        require(option not in ("max_new_tokens", "context_length") or count(value) == value, f"its {option} is {value!r}")
+    require(all(type(value) in (int, float) and 0 <= value < 1 << 63 for value in times), "its times are no numbers")
     messages = [{"role": text(one["role"]), "content": text(one["content"])} for one in items(data["messages"])]
     kept = [text(one) for one in items(data["kept"])]
     require(all(map(_KEPT.fullmatch, kept)), "it names files that are not its own")
-    return Session(name, model, options, messages, kept, data["tokens"], *times)
+    return Session(name, model, options, messages, kept, count(data["tokens"]), *times)

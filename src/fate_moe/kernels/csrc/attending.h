@@ -150,12 +150,13 @@ class Attending {
     };
     const Span& span = *span_of_[t];
     const int64_t position = span.past + t - span.begin, block = position / kPositions;
+    const float scale = a_.scales.empty() ? 1.0f : a_.scale_at(position);
     for (int64_t h = begin; h < end; ++h) {
       for (int64_t i = h * group; i < (h + 1) * group; ++i) {
         float* const head = query + i * dim;
         if (a_.gated) std::copy_n(rows_ + t * width_ + 2 * i * dim, dim, head);
         finish(head, a_.q_norm, norms_);
-        for (int64_t c = 0; !a_.scales.empty() && c < dim; ++c) head[c] *= a_.scale_at(position);
+        for (int64_t c = 0; !a_.scales.empty() && c < dim; ++c) head[c] *= scale;
       }
       finish(key + h * dim, a_.k_norm, key_norm);
       if (a_.clip != 0.0f) clip(value + h * dim, dim);

@@ -90,7 +90,7 @@ std::shared_ptr<Residency> Residency::make(std::shared_ptr<Source> source, std::
 
 void Residency::enter(Lock& lock) {
   while (!lock.try_lock()) {
-    const Outside outside;  // which may stay for ever: without the lock
+    const Outside outside;  // its end may never come while the interpreter ends: the mutex is free by then
     lock.lock();
     lock.unlock();
   }
