@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 
 from fate_moe.cli import main
 from fate_moe.tools.harness import register, score
+from tests.support.harness_task import write_task
 
 CONTEXT, END = [5, 9, 11, 4], [7, 3]
 
@@ -41,28 +41,7 @@ def test_a_local_task_runs_offline(tmp_path: Path) -> None:
     from lm_eval.tasks import TaskManager
 
     register()
-    questions = [
-        {"question": "Once upon a", "choices": [" time", " zebra"], "answer": 0},
-        {"question": "He opened the door and went", "choices": [" 77", " out"], "answer": 1},
-    ]
-    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, questions)))
-    (tmp_path / "tiny.yaml").write_text(
-        f"""
-task: tiny
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {tmp_path}/data.jsonl
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: answer
-target_delimiter: ""
-metric_list:
-  - metric: acc
-"""
-    )
+    write_task(tmp_path)
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
     result = lm_eval.simple_evaluate(model="fate", model_args={"precision": "int4"}, tasks=["tiny"], task_manager=manager)
     assert result["results"]["tiny"]["acc,none"] == 1.0
