@@ -14,8 +14,10 @@ demo: $(VENV)/.installed
 chat: $(VENV)/.installed-serve
 	$(BIN)/fate serve demo-chat --open
 
+# One worker more than the two processors of a small machine: many tests wait for a process or a disk.
+WORKERS ?= 3
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 --dist worksteal tests
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests
 
 .PHONY: test-fast test-newest
 test-fast: $(VENV)/.installed-dev
@@ -118,7 +120,8 @@ native:
 # The C++ library is preloaded too, or the sanitizer does not find what throws; torch and Python leak by design.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 SANITIZED := build/sanitize/src/fate_moe
-sanitize: $(VENV)/.installed-dev
+.PHONY: sanitized
+sanitized:
 	$(PYTHON) -m venv build/tools
 	build/tools/bin/python -m pip install --quiet --disable-pip-version-check nanobind cmake ninja
 	mkdir -p $(SANITIZED)
@@ -127,14 +130,17 @@ sanitize: $(VENV)/.installed-dev
 	printf 'import sys\nsys.meta_path[:] = [f for f in sys.meta_path if type(f).__name__ != "ScikitBuildInplaceFinder"]\n' \
 	  > build/sanitize/src/sitecustomize.py
 	PATH="$(CURDIR)/build/tools/bin:$$PATH" cmake -S $(SANITIZED)/kernels/csrc -B build/sanitize/native -G Ninja \
-	  -DPython_EXECUTABLE="$(CURDIR)/build/tools/bin/python" -DCMAKE_BUILD_TYPE=Debug -DFATE_OPTIMIZE=-O1 \
-	  -DCMAKE_CXX_FLAGS="$(SANITIZE)" -DFATE_CHECK_OPS="$(CURDIR)/tests/kernels/csrc/check_ops.cpp"
+	  -DPython_EXECUTABLE="$(CURDIR)/build/tools/bin/python" -DCMAKE_BUILD_TYPE=None -DFATE_OPTIMIZE=-O1 \
+	  -DCMAKE_CXX_FLAGS="$(SANITIZE) -g1" -DFATE_CHECK_OPS="$(CURDIR)/tests/kernels/csrc/check_ops.cpp"
 	PATH="$(CURDIR)/build/tools/bin:$$PATH" cmake --build build/sanitize/native
+
+sanitize: sanitized $(VENV)/.installed-dev
 	build/sanitize/native/check_ops
 	PYTHONPATH=build/sanitize/src ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
-	  $(BIN)/python -m pytest -n 2 --dist worksteal -p no:cacheprovider tests/kernels/test_cpu.py tests/kernels/test_layers.py tests/kernels/test_attention.py tests/kernels/test_elementary.py \
-	    tests/layers/test_modules.py tests/gpu/test_host_compute.py tests/memory/test_expert_memory.py tests/memory/test_sources.py
+	  $(BIN)/python -m pytest -n 2 --dist worksteal -p no:cacheprovider tests/kernels/test_cpu.py tests/kernels/test_layers.py \
+	    tests/kernels/test_attention.py tests/kernels/test_elementary.py tests/layers/test_modules.py tests/gpu/test_host_compute.py \
+	    tests/memory/test_expert_memory.py tests/memory/test_sources.py
 
 # What runs on several threads under ThreadSanitizer, in a program without Python: the portable kernels, thread team and host compute.
 .PHONY: tsan
@@ -171,7 +177,7 @@ sbom: $(VENV)/.installed-serve $(VENV)/.audit/bin/pip-audit
 ARM_CXX ?= aarch64-linux-gnu-g++
 ARM_RUN ?= ASAN_OPTIONS=detect_leaks=0 qemu-aarch64-static -L /usr/aarch64-linux-gnu
 CSRC := src/fate_moe/kernels/csrc
-ARM_FLAGS := -std=c++17 -O1 -g -Wall -Wextra -Wno-psabi -Wno-missing-field-initializers $(SANITIZE) -ffp-contract=off -I $(CSRC)
+ARM_FLAGS := -std=c++17 -O1 -g1 -Wall -Wextra -Wno-psabi -Wno-missing-field-initializers $(SANITIZE) -ffp-contract=off -I $(CSRC)
 ARM_SOURCES := $(filter-out $(wildcard $(CSRC)/module*.cpp),$(wildcard $(CSRC)/*.cpp))
 ARM_OBJECTS := $(patsubst $(CSRC)/%.cpp,build/arm/%.o,$(ARM_SOURCES)) build/arm/check_ops.o
 build/arm/neon_dot.o: ARM_FLAGS += -march=armv8.2-a+dotprod
