@@ -55,8 +55,8 @@ def answers(scheduler: BatchScheduler, *requests: Request) -> list[list[Event]]:
     return asyncio.run(run())
 
 
-def alone(request: Request, any_cut: bool = True) -> list[Event]:
-    scheduler = scheduler_on(FakeExecutor(64, any_cut), parallel=1)
+def alone(request: Request, any_cut: bool = True, num_states: int = 0) -> list[Event]:
+    scheduler = scheduler_on(FakeExecutor(64, any_cut, num_states=num_states), parallel=1)
     try:
         return answers(scheduler, request)[0]
     finally:
@@ -89,12 +89,15 @@ actions = st.lists(
 
 
 @settings(max_examples=40, deadline=None)
-@given(actions, st.integers(1, 4), st.integers(5, 12), st.sampled_from(["any cut", "on disk", "whole prompts"]))
+@given(actions, st.integers(1, 4), st.integers(5, 12), st.sampled_from(["any cut", "on disk", "states", "whole prompts"]))
 def test_a_text_is_what_it_is_alone(actions: list[Any], parallel: int, num_blocks: int, kind: str) -> None:
     """Whatever else comes, is cancelled, fails, or has to give its blocks away, and whenever it does."""
     any_cut = kind != "whole prompts"
-    files = BlockFiles(Path(_KEPT.name), "a" * 32, "fake", 8 * KV_BLOCK, 20_000) if kind == "on disk" else None
-    executor = FakeExecutor(num_blocks, any_cut, is_open=False, files=files)
+    states = parallel + num_blocks % 3 if kind == "states" else 0
+    home = Path(_KEPT.name)
+    files = BlockFiles(home, ("b" if states else "a") * 32, "fake", 8 * KV_BLOCK, 20_000) if kind in ("on disk", "states") else None
+    state_files = BlockFiles(home, "c" * 32, "fake", 8, 20_000) if states else None
+    executor = FakeExecutor(num_blocks, any_cut, is_open=False, files=files, num_states=states, state_files=state_files)
     scheduler = scheduler_on(executor, parallel=parallel, capacity=8)
     taken: list[tuple[Request, Ticket]] = []
     left: set[Ticket] = set()
@@ -133,7 +136,7 @@ def test_a_text_is_what_it_is_alone(actions: list[Any], parallel: int, num_block
         if POISON in request.prompt:
             assert end.reason in ("error", "cancelled")
             continue
-        want = alone(request, any_cut)
+        want = alone(request, any_cut, states)
         if end.reason == "cancelled":
             assert ticket in left
             assert text_of(want).startswith(text_of(events))

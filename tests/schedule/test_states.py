@@ -40,7 +40,6 @@ def test_sequences_beside_one_another_give_their_logits_alone(model: Any) -> Non
     found = list[list[torch.Tensor]]()
     for executor in (ModelExecutor(model, 12), PoolExecutor(model, model.fate.step, 12)):
         assert executor.any_cut
-        assert executor.prefixes is None, "a state is that of the last token: there is none of a prefix"
         first, second = executor.new(), executor.new()
         logits = step(executor, Rows(first, range(1, 71)), Rows(second, [5]))
         third = executor.fork(first)

@@ -36,7 +36,7 @@ from fate_moe.layers.rows import BLOCK, batch_rows, padding_of, state_kv
 from fate_moe.layers.snapshot import ModuleSnapshot, StandIn, Watch
 from fate_moe.layers.weights import MOST_FEW, native_norm, takes_many, weight_of
 
-__all__ = ["ROWS_AT_ONCE", "ModelStep", "Pool", "SequenceRows", "around_reasons", "model_step", "prefix_reasons", "reads_in_pieces"]
+__all__ = ["ROWS_AT_ONCE", "ModelStep", "Pool", "SequenceRows", "around_reasons", "model_step", "prefixes_kept", "reads_in_pieces"]
 
 # Of one decoder layer: keys and values in blocks, or the inputs and states that sequences keep.
 Pool: TypeAlias = "tuple[torch.Tensor, ...]"
@@ -48,12 +48,13 @@ _RECORDS = ("output_hidden_states", "output_attentions", "output_router_logits")
 @dataclass(frozen=True)
 class SequenceRows:
     """``count`` rows of a sequence that has ``past`` positions in its ``blocks``, which have room for past + count. ``state`` is
-    its entry in the pool of layers that keep a state."""
+    its entry in the pool of layers that keep a state; what is there after ``marks``' positions (ascending) goes to their entries."""
 
     count: int
     past: int
     blocks: Sequence[int]
     state: int = 0
+    marks: Sequence[tuple[int, int]] = ()
 
 
 def model_step(model: Any, steps: Sequence[CpuStep]) -> ModelStep | None:
@@ -80,11 +81,15 @@ def around_reasons(model: Any) -> list[str]:
     return reasons
 
 
-def prefix_reasons(model: Any) -> list[str]:
-    """Why no text of ``model``, whose layers all run whole, is read from where it differs from earlier ones; none if it is."""
-    if any(isinstance(plain, PlainLayer) and plain.attention.delta is not None for plain in plain_decoder(model)):
-        return ["its layers keep a state, which is that of the last token"]
-    return around_reasons(model)
+def prefixes_kept(model: Any) -> str:
+    """What servers and chats keep of texts of ``model`` (which may have no weights) that runs whole, in words."""
+    attentions = [plain.attention for plain in plain_decoder(model) if isinstance(plain, PlainLayer)]
+    parts = [
+        ("latent rows" if any(of.latent for of in attentions) else "keys and values", lambda of: of.delta is None),
+        ("windows too", lambda of: of.window),
+        ("checkpoints of states", lambda of: of.delta is not None),
+    ]
+    return ", ".join(words for words, has in parts if any(map(has, attentions)))
 
 
 def reads_in_pieces(model: Any, quantized: Container[str]) -> bool:
@@ -302,6 +307,7 @@ class ModelStep(StandIn):
             [one.state for one in sequences],
             [0] * len(sequences),
             [list(one.blocks) for one in sequences],
+            [list(one.marks) for one in sequences] if any(one.marks for one in sequences) else [],
         )
         kv = [number for states in pool for number in (state_kv(*states) if len(states) == 2 else _pooled_kv(*states))]
         x = self._embedded(torch.tensor([list(tokens)]))

@@ -106,7 +106,7 @@ class BatchScheduler(Scheduler):
         if executor is None or executor.disk is None or executor.prefixes is None:
             return []
         names = executor.prefixes.names([*tokens, 0])  # all full blocks: names() leaves a token to be read
-        return [executor.disk.files.path_of(name) for name in names]
+        return executor.disk.paths_of(names)
 
     def submit(self, request: Request) -> QueueTicket:
         ticket = QueueTicket(self._end_cancelled)
@@ -187,9 +187,10 @@ class BatchScheduler(Scheduler):
         executor = self._steps.executor if self._steps is not None else None
         if executor is None or (prefixes := executor.prefixes) is None:
             return None
-        files = executor.disk.files if executor.disk is not None else None
-        on_disk = (files.num_bytes, files.read_bytes, files.written_bytes) if files is not None else (0, 0, 0)
+        on_disk = executor.disk.traffic if executor.disk is not None else (0, 0, 0)
         kept_bytes = len(prefixes) * executor.block_bytes
+        if prefixes.states is not None:
+            kept_bytes += len(prefixes.states) * executor.state_bytes
         return PrefixReport(prefixes.lookups, prefixes.hits, kept_bytes, *on_disk, self._savings.seconds)
 
     # What follows runs in the inference thread.

@@ -19,6 +19,7 @@ from fate_moe.schedule.blocks import Blocks
 from fate_moe.schedule.disk_prefixes import DiskPrefixes
 from fate_moe.schedule.prefixes import Prefixes
 from fate_moe.schedule.sampling import prepared
+from fate_moe.schedule.states import Mark
 
 __all__ = ["Executor", "ModelExecutor", "Result", "Rows", "watched"]
 
@@ -31,16 +32,19 @@ class Rows:
     """``tokens`` (at least one) are read behind what ``sequence`` has; the logits of the last ``wanted`` of them are asked for.
 
     ``watch``: called now and then, where the executor can, with the share of the rows' work that is done; what it raises ends them.
+    ``marks``: checkpoints to be made on the way, where ``prefixes`` has states and they find room.
     """
 
     sequence: int
     tokens: Sequence[int]
     wanted: int = 1
     watch: Callable[[float], None] | None = None
+    marks: Sequence[Mark] = ()
 
 
 class Executor(Protocol):
     """Holds sequences in ``blocks`` of the KV cache, of ``block_bytes`` each (or 0), and computes steps. Used from one thread.
+    ``state_bytes``: of what a sequence keeps in layers that have a state.
 
     ``on_pass`` is called when a pass is about to leave the interpreter, as late as can be: for what others may do meanwhile.
 
@@ -57,6 +61,7 @@ class Executor(Protocol):
     prefixes: Prefixes | None
     disk: DiskPrefixes | None
     block_bytes: int
+    state_bytes: int
     on_pass: Callable[[], None]
     any_cut: bool
     takes_drafts: bool
@@ -65,6 +70,9 @@ class Executor(Protocol):
 
     def new(self) -> int:
         """The name of an empty sequence."""
+
+    def begin(self, tokens: Sequence[int]) -> tuple[int, int]:
+        """The name of a sequence for ``tokens``, and how many of them it has already. Only where there are ``prefixes``."""
 
     def fork(self, sequence: int) -> int:
         """The name of a sequence that goes on from where ``sequence`` is."""
@@ -98,7 +106,7 @@ class ModelExecutor:
     """
 
     shares_passes = takes_drafts = False
-    block_bytes = 0
+    block_bytes = state_bytes = 0
 
     def __init__(self, model: Any, num_blocks: int) -> None:
         self.blocks = Blocks(num_blocks)
@@ -122,6 +130,9 @@ class ModelExecutor:
             cache = stack.enter_context(decode.sequence())
             self._own[name] = _Own({**self._prepared, "past_key_values": cache}, end=stack.close)
         return name
+
+    def begin(self, tokens: Sequence[int]) -> tuple[int, int]:
+        raise NotImplementedError("there are no prefixes")
 
     def fork(self, sequence: int) -> int:
         name, own = self.blocks.fork(sequence), self._own[sequence]

@@ -53,4 +53,7 @@ def default_parallel(executor: Executor) -> int:
     """How many requests run at once unless somebody says: by the KV cache, and by whether they make a step cheaper."""
     fitting = executor.blocks.num_blocks * KV_BLOCK // _TOKENS_EACH
     useful = _PARALLEL if executor.shares_passes else _PARALLEL_APART
-    return max(1, min(useful, fitting, executor.most_sequences or useful))
+    states = executor.most_sequences or useful
+    if executor.prefixes is not None and executor.prefixes.states is not None:
+        states = (states + 1) // 2  # the others hold checkpoints
+    return max(1, min(useful, fitting, states))
