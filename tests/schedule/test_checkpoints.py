@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 from pathlib import Path
 
 import pytest
 
 from fate_moe.core import KV_BLOCK
+from fate_moe.schedule import block_files
 from fate_moe.schedule.block_files import BlockFiles
 from fate_moe.schedule.blocks import OutOfBlocksError
 from fate_moe.schedule.request import Request, Sampling
@@ -113,3 +116,20 @@ def test_checkpoints_are_there_after_a_restart(tmp_path: Path) -> None:
     after_a_start(0)
     after_a_start(256)
     assert len(set(found)) == 1
+
+
+def test_a_disk_that_takes_nothing_is_said_once_and_answers_go_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "it is full")
+
+    monkeypatch.setattr(block_files, "_write_whole", fail)
+    files, states = (BlockFiles(tmp_path, letter * 32, "fake", size, 1 << 20) for letter, size in (("a", 8 * KV_BLOCK), ("b", 8)))
+    scheduler = scheduler_on(FakeExecutor(16, files=files, num_states=2, state_files=states), parallel=1)
+    with caplog.at_level(logging.WARNING):
+        found = [text_of(answers(scheduler, request(*(1, 2, 3) * 90))[0]) for _ in range(3)]
+        scheduler.close()
+    assert len(set(found)) == 1
+    assert ["no longer kept on the disk" in record.message for record in caplog.records] == [True]
+    assert (files.is_writing, states.is_writing) == (False, False)

@@ -47,7 +47,7 @@ class Asking:
 
         def noted(rows: Any) -> Any:
             results = read(rows)
-            self.logits += [result for one, result in zip(rows, results, strict=True) if one.wanted]
+            self.logits += [result for result in results if isinstance(result, torch.Tensor) and len(result)]
             return results
 
         executor.step = noted  # type: ignore[method-assign]

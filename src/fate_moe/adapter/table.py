@@ -17,8 +17,8 @@ class Family:
 
     ``look_ahead`` is the share of MoE blocks whose router, asked before it runs, named the experts that it then used ("4/4");
     ``keys`` are the checkpoint's names of one layer's experts, as they were read. ``layers`` is "recognised" if all layers are
-    plain (layers/plain.py), else the reasons of those that are not. ``prefixes`` is "reused: " and what is kept if servers and chats read a text
-    from where it differs from earlier ones (with quantized weights, on the CPU), else why not.
+    plain (layers/plain.py), else the reasons of those that are not. ``prefixes`` is "reused: " and what is kept if servers and
+    chats read a text from where it differs from earlier ones (with quantized weights, on the CPU), else why not.
     """
 
     family: str

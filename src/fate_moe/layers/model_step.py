@@ -48,7 +48,7 @@ _RECORDS = ("output_hidden_states", "output_attentions", "output_router_logits")
 @dataclass(frozen=True)
 class SequenceRows:
     """``count`` rows of a sequence that has ``past`` positions in its ``blocks``, which have room for past + count. ``state`` is
-    its entry in the pool of layers that keep a state; what is there after ``marks``' positions (ascending) goes to their entries."""
+    its entry in the pool of layers that keep a state; ``marks`` are (position, entry), ascending: what it is there goes there."""
 
     count: int
     past: int

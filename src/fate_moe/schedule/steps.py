@@ -26,7 +26,7 @@ _PASSING = 1024
 
 @dataclass
 class _Restoring:
-    """The disk may have the blocks ``names``, which follow the ``begun`` first tokens; a text with states begins behind ``last``."""
+    """The disk may have the blocks ``names``, which follow the ``begun`` first tokens; behind ``last`` is a checkpoint."""
 
     names: deque[bytes]
     begun: int
@@ -45,8 +45,8 @@ class Steps:
     The oldest always goes on. Requests with one prompt (several answers to a question) have it read once: the younger ones wait for
     the oldest, and fork. What a request leaves is kept for those that begin alike, until its blocks are wanted.
 
-    Where layers keep a state, it is written down at ends of blocks (``Mark``): the last one of the prompt, the last one of the text so
-    far, where a text parts from one that is kept, and in passing.
+    Where layers keep a state, it is written down at ends of blocks (``Mark``): the last one of the prompt, the last one of the
+    text so far, where a text parts from one that is kept, and in passing.
     """
 
     executor: Executor

@@ -1,0 +1,29 @@
+"""The benchmark of conversations: its turns find what is kept, and a model that was made for less is stretched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.conversation import Job, kept, stretched
+from fate_moe.adapter.config_rules import longest_context
+from fate_moe.engine.prepare import prepare, store_for
+
+
+@pytest.mark.slow
+def test_turns_behind_a_prefix_and_after_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, text = store_for(None, "int4"), [5 + number % 90 for number in range(1300)]
+    monkeypatch.setenv("FATE_HOME", str(tmp_path))
+    with stretched(store, 1280) as used:
+        config = prepare(used).model.config
+        assert (longest_context(config), config.rope_parameters["rope_type"]) == (2048, "yarn")
+        found = kept(Job(used, text, 1088, turns=2))
+    assert not used.exists()
+    assert found["cached_tokens"] == [0, 1088]
+    assert found["restart_cached_tokens"] == 1088
+    assert len(found["first_ms"]) == 2
+    assert found["decode_ms"] > 0
+    assert found["disk_bytes"] > 1088 * 6144
+    with stretched(store, 1024) as same:
+        assert same == store
