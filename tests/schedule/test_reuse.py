@@ -79,6 +79,9 @@ def test_every_way_to_a_beginning_gives_the_same_logits(family: str, tmp_path: P
             nothing, want = first.ask(ASKED)
             ways = [(KEPT, first.ask(ASKED))]  # from memory
             first.scheduler.close()
+            kept_files = first.scheduler.kept_files(ASKED.prompt)  # what a session knows of
+            assert len(kept_files) == KEPT // 64 + ("states" in FAMILIES[family])
+            assert all((tmp_path / "kv" / path).is_file() for path in kept_files)
             second = Asking(model)
             ways.append((KEPT, second.ask(ASKED)))  # from the disk
             second.ask(OTHER)

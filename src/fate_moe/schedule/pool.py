@@ -44,6 +44,7 @@ class PoolExecutor:
         self.blocks = Blocks(num_blocks)
         self._model, self._step = model, step
         self.on_pass: Callable[[], None] = lambda: None
+        self._has_begun = False  # whether a pass may have changed the pool
         self.any_cut = step.most_rows == sys.maxsize
         self.takes_drafts = self.any_cut and not step.state_bytes  # a state cannot be taken back to where it was
         self.disk: DiskPrefixes | None = None
@@ -145,14 +146,16 @@ class PoolExecutor:
             yield taken
 
     def _run(self, rows: list[Rows], marks: _Marks) -> dict[int, Result]:
-        """One pass. Where it fails, each of ``rows`` gets another: one's error is not the others'."""
+        """One pass. Where it fails, each of ``rows`` gets another: one's error is not the others'. But states that a pass has begun
+        to write cannot be gone on from."""
+        self._has_begun = False
         try:
             if len(rows[0].tokens) > self._step.most_rows:
                 return {rows[0].sequence: self._forward(rows[0])}
             return self._run_rows(rows, marks)
         except BaseException as error:  # a panic of a library in Rust is no Exception
-            if len(rows) == 1:
-                return {rows[0].sequence: error}
+            if len(rows) == 1 or (self._has_begun and self.states is not None):
+                return dict.fromkeys((one.sequence for one in rows), error)
             return {one.sequence: self._run([one], marks)[one.sequence] for one in rows}
 
     def _run_rows(self, rows: list[Rows], marks: _Marks) -> dict[int, Result]:
@@ -167,8 +170,12 @@ class PoolExecutor:
         with torch.inference_mode():
             if not self._step.is_unchanged():
                 raise UnsupportedCallError("the model was changed while it was served; serve it again")
-            logits = self._model.fate.run_rows(tokens, sequences, self.pool, wanted, self.on_pass)
+            logits = self._model.fate.run_rows(tokens, sequences, self.pool, wanted, self._begin_pass)
         return dict(zip((one.sequence for one in rows), logits.split([one.wanted for one in rows]), strict=True))
+
+    def _begin_pass(self) -> None:
+        self._has_begun = True
+        self.on_pass()
 
     def _entry(self, sequence: int) -> int:
         return self.states.entry(sequence) if self.states is not None else 0
