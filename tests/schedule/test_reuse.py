@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +65,22 @@ class Asking:
 TOKENIZER = load_tokenizer(demo.MODEL)
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny models take longer with more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_way_to_a_beginning_gives_the_same_logits(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From memory, from the disk after a restart, after other texts took its room, in other pieces; keys in both formats."""
     monkeypatch.setenv("FATE_HOME", str(tmp_path))
     monkeypatch.setattr(dense, "MIN_QUANTIZED_ELEMENTS", 1)
     text_part(tiny_model(family)).to(torch.bfloat16).save_pretrained(tmp_path / "checkpoint")
-    store = convert(tmp_path / "checkpoint", tmp_path / "store", "int4")
+    store = convert(tmp_path / "checkpoint", tmp_path / "store", "int4", solver="minmax")
     found = []
     for kv_cache in ("bf16", "int8"):
         model = load_model(store, context_length=512, kv_cache=kv_cache, prefix_cache_disk="64MiB")
