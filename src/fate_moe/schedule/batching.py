@@ -200,6 +200,7 @@ class BatchScheduler(Scheduler):
             executor = self._make_executor(model)
             executor.on_pass = self._ring
             self.speculation.counts = getattr(model.fate, "drafts", self.speculation.counts)
+            self.speculation.assistant = self.speculation.assistant or getattr(model.fate, "assistant", None)
             most = executor.most_sequences or executor.blocks.num_blocks
             drafts = self.speculation if self.speculation.mode != "off" and executor.takes_drafts else None
             self._steps = Steps(executor, min(self._parallel or default_parallel(executor), most), drafts)

@@ -17,10 +17,11 @@ from fate_moe.core import Drafts
 from fate_moe.schedule.gate import Gate, Offer
 from fate_moe.schedule.lookup import PromptLookup
 
-__all__ = ["MODES", "Assistant", "Draftable", "Drafter", "Mode", "Speculation", "Text"]
+__all__ = ["DEFAULT", "MODES", "Assistant", "Draftable", "Drafter", "Mode", "Speculation", "Text"]
 
 Mode: TypeAlias = Literal["auto", "off", "lookup", "assistant"]
 MODES: tuple[Mode, ...] = ("auto", "off", "lookup", "assistant")
+DEFAULT: Mode = "off"  # where nobody says
 _MOST = 8  # drafted tokens of a pass: with the one before them few enough for the kernels of few rows
 _LONG = 8  # tokens of a match from which on its drafts are accepted alike
 _RATE = 0.1  # of the mean of what a draft of the assistant costs
@@ -47,6 +48,7 @@ class Drafter:
         mode, assistant = speculation.mode, speculation.assistant
         self._index = PromptLookup() if mode in ("auto", "lookup") else None
         self._text = assistant.text() if assistant is not None and mode in ("auto", "assistant") else None
+        self.has_begun = False  # the small model has read the text's beginning
 
     def found(self, tokens: Sequence[int], room: int) -> tuple[list[int], int]:
         """At most ``room`` tokens that followed the same ones as end ``tokens``, and how many those are. ``tokens`` begin with
@@ -63,6 +65,7 @@ class Drafter:
 
     def written(self, tokens: Sequence[int], most: int) -> list[int]:
         """What the small model would write."""
+        self.has_begun = True
         return self._text.draft(tokens, most) if self._text is not None and most else []
 
 
@@ -107,10 +110,11 @@ class Speculation:
         counts = self.gate.choose(offers) if self.mode == "auto" else [offer.tokens for offer in offers]
         for index, (text, offer, count) in enumerate(zip(texts, offers, counts, strict=True)):
             if offer.kind == "assistant" and count:
-                asked = time.perf_counter()
+                asked, counts_now = time.perf_counter(), text.drafter.has_begun
                 drafts[index] = text.drafter.written(text.tokens, count)
-                seconds = (time.perf_counter() - asked) / count
-                self._written += (_RATE if self._written else 1.0) * (seconds - self._written)
+                if counts_now:
+                    seconds = (time.perf_counter() - asked) / count
+                    self._written += (_RATE if self._written else 1.0) * (seconds - self._written)
             else:
                 del drafts[index][count:]
         self._kinds, self._drafted = [offer.kind for offer in offers], [len(draft) for draft in drafts]
