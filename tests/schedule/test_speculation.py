@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import json
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,6 +20,9 @@ from fate_moe.schedule.drafted import drafted
 from fate_moe.schedule.lookup import PromptLookup
 from fate_moe.schedule.request import Event, Finished, Piece, Request, Sampling
 from fate_moe.schedule.speculation import Mode, Speculation
+from fate_moe.serve.card import ModelCard
+from fate_moe.serve.constraint import constraint, json_grammar
+from fate_moe.tools.generate import generate
 from tests.support.batching import VOCAB, FakeExecutor, FakeModel, FakeTokenizer
 
 
@@ -228,36 +233,65 @@ def test_what_a_grammar_forces_needs_no_pass(temperature: float) -> None:
     assert speculation.counts.by_source == {"grammar": (34, 34)}
 
 
-@pytest.mark.slow
-def test_a_real_model_writes_the_same() -> None:
-    """Rows of one pass have the bits of single rows: sampled, greedy, and with log probabilities."""
+@pytest.fixture(scope="module")
+def loaded() -> Iterator[Any]:
     model, tokenizer = fate_moe.load(precision="int4", context_length=512)
+    yield model, tokenizer
+    model.fate.close()
+
+
+def written(loaded: Any, mode: Mode, *requests: Request) -> tuple[list[Any], Speculation]:
+    speculation = Speculation(mode)
+    scheduler = BatchScheduler(lambda: loaded, parallel=len(requests), speculation=speculation)
+    found = answers(scheduler, *requests)
+    scheduler.close()
+    return [said(events) for events in found], speculation
+
+
+@pytest.mark.slow
+def test_a_real_model_writes_the_same(loaded: Any) -> None:
+    """Rows of one pass have the bits of single rows: sampled, greedy, with log probabilities, alone and beside others."""
+    model, tokenizer = loaded
     text = "The cat sat on the mat. The dog sat on the rug. The cat sat on the"
     prompt = tuple(tokenizer(text)["input_ids"])
-    wanted = [
-        Request(prompt, 48, Sampling(temperature, repetition_penalty=1.0, seed=3), ignore_eos=True, top_logprobs=2)
-        for temperature in (0.0, 0.3, 1.0)
+    requests = [
+        Request(prompt[place:], 32, Sampling(temperature, repetition_penalty=1.0, seed=3), ignore_eos=True, top_logprobs=2)
+        for place, temperature in enumerate((0.0, 0.5))
     ]
-    speculation = Speculation("lookup")
-    plain = BatchScheduler(lambda: (model, tokenizer), parallel=1)
-    drafting = BatchScheduler(lambda: (model, tokenizer), parallel=1, speculation=speculation)
-    for request in wanted:
-        want = said(answers(plain, request)[0])
-        assert said(answers(drafting, request)[0]) == want
-        options: dict[str, Any] = {"max_new_tokens": 48, "repetition_penalty": 1.0, "eos_token_id": None}
-        if request.sampling.temperature:
-            options |= {"do_sample": True, "temperature": request.sampling.temperature}
-        else:
-            options["do_sample"] = False
+    want = [written(loaded, "off", request)[0][0] for request in requests]
+    counts = model.fate.report().drafts
+    assert written(loaded, "lookup", *requests)[0] == want
+    assert written(loaded, "auto", *requests)[0] == want
+    drafts = model.fate.report().drafts
+    assert counts.accepted < drafts.accepted < drafts.drafted
+    for temperature in (0.0, 0.5):
+        options: dict[str, Any] = {"max_new_tokens": 32, "repetition_penalty": 1.0, "eos_token_id": None}
+        options |= {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
         texts = []
-        for loop in (None, drafted(Speculation("lookup", counts=speculation.counts))):
+        for loop in ({}, {"custom_generate": drafted(Speculation("lookup"))}):
             torch.manual_seed(7)
-            texts.append(model.generate(torch.tensor([prompt]), custom_generate=loop, **options)[0].tolist())
+            printed: list[str] = []
+            made = generate(model, tokenizer, torch.tensor([prompt]), printed.append, **options, **loop)
+            texts.append((made.tokens, "".join(printed)))
         assert texts[0] == texts[1]
-        if not request.sampling.temperature:
-            assert texts[0][len(prompt) :] == [record.token for record in want[1]]
-    assert model.fate.report().drafts == speculation.counts
-    assert 0 < speculation.counts.accepted < speculation.counts.drafted
-    plain.close()
-    drafting.close()
-    model.fate.close()
+        if not temperature:
+            assert texts[0][0] == [record.token for record in want[0][1]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_json_of_a_schema_is_the_same(loaded: Any, temperature: float) -> None:
+    """What a real grammar forces: names of fields, quotes and commas."""
+    model, tokenizer = loaded
+    fields = {"description": {"enum": ["an old lighthouse", "a small harbour"]}, "visited_before": {"type": "boolean"}}
+    schema = {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
+    prompt = tuple(tokenizer("A place as JSON: ")["input_ids"])
+    made = constraint(ModelCard.of("embedded", model, tokenizer), json_grammar(schema), len(prompt), "response_format")
+    request = Request(prompt, 64, Sampling(temperature, repetition_penalty=1.0, seed=5), top_logprobs=1, constraint=made)
+    want, _ = written(loaded, "off", request)
+    for mode in ("auto", "lookup"):
+        found, speculation = written(loaded, mode, request)
+        assert found == want
+    assert set(json.loads(want[0][0])) == set(fields)
+    drafts, kept = speculation.counts.by_source["grammar"]
+    assert 5 < kept <= drafts

@@ -20,10 +20,12 @@ def drafted(speculation: Speculation) -> Callable[..., Any]:
 
     The text is that of ``generate()`` without it, with the same random numbers. What it cannot draft for goes through
     transformers' own loop: batches, recorded outputs, given caches, models that do not run whole in the extension with quantized
-    weights.
+    weights. A streamer has to be given as ``loop_streamer`` too: transformers keeps ``streamer`` from loops of one's own.
     """
 
-    def generate(model: Any, input_ids: torch.Tensor, **options: Any) -> Any:
+    def generate(model: Any, input_ids: torch.Tensor, loop_streamer: Any = None, **options: Any) -> Any:
+        if loop_streamer is not None:
+            options["streamer"] = loop_streamer
         if speculation.mode == "off" or not _takes_drafts(model, input_ids, options):
             return model._sample(input_ids, **options)
         return _loop(model, input_ids, speculation, **options)
