@@ -46,7 +46,15 @@ class _Kind:
         position = min(position, _ALIKE - 1)
         if position < len(self.accepted):
             return self.accepted[position].value
+        return self.last
+
+    @property
+    def last(self) -> float:
+        """Of the furthest position that was seen."""
         return self.accepted[-1].value if self.accepted else _UNKNOWN
+
+
+_UNSEEN = _Kind()
 
 
 class Gate:
@@ -81,7 +89,11 @@ class Gate:
         counts, single = [0] * len(offers), self._seconds.get((len(offers), 0))
         if single is None or single.count < _FEW:
             return counts
-        drafts = sorted(self._drafts(offers), key=lambda draft: -draft[0])
+        drafts = self._drafts(offers)
+        if not drafts:
+            return counts
+        if len(offers) > 1:
+            drafts.sort(key=lambda draft: -draft[0])
         best, worth, cost, best_cost = 0, 0.0, 0.0, 0.0
         expected = float(len(offers))
         for count, (chain, text) in enumerate(drafts, 1):
@@ -152,20 +164,24 @@ class Gate:
             means[at].add(float(position < accepted))
 
     def _drafts(self, offers: Sequence[Offer]) -> list[tuple[float, int]]:
-        """The chance that a draft and all before it are accepted, and its text; by position, so that texts take turns."""
-        chains, found = [1.0] * len(offers), list[tuple[float, int]]()
-        for position in range(min(self.most, max((offer.tokens for offer in offers), default=0))):
-            for text, offer in enumerate(offers):
-                if position < offer.tokens:
-                    chains[text] *= self._kinds.setdefault(offer.kind, _Kind()).chance(position)
-                    found.append((chains[text], text))
+        """The chance that a draft and all before it are accepted, and its text."""
+        found = list[tuple[float, int]]()
+        for text, offer in enumerate(offers):
+            if not offer.tokens:
+                continue
+            chain, chances = 1.0, self._kinds.get(offer.kind, _UNSEEN)
+            for position in range(min(offer.tokens, self.most)):
+                chain *= chances.chance(position) if position < _ALIKE else chances.last
+                found.append((chain, text))
         return found
 
     def _pass_seconds(self, texts: int, drafts: int) -> float:
         """Of a pass: as measured, or as hoped for."""
-        single, mean = self._seconds[texts, 0].value, self._seconds.get((texts, drafts), _Mean())
-        hoped, alike = single * (1 + _CLOSE * drafts), self._by_rows.get(texts + drafts)
-        if not mean.count and alike is not None and texts > 1:
-            hoped = max(single, alike.value)
-        known = min(mean.count, _TRUSTED)
-        return (known * mean.value + (_TRUSTED - known) * hoped) / _TRUSTED
+        mean = self._seconds.get((texts, drafts))
+        if mean is not None and mean.count >= _TRUSTED:
+            return mean.value
+        single, alike = self._seconds[texts, 0].value, self._by_rows.get(texts + drafts)
+        hoped = single * (1 + _CLOSE * drafts)
+        if mean is None:
+            return max(single, alike.value) if alike is not None and texts > 1 else hoped
+        return (mean.count * mean.value + (_TRUSTED - mean.count) * hoped) / _TRUSTED
