@@ -91,6 +91,7 @@ class FakeExecutor:
         self.memory = [array("q", [0] * KV_BLOCK) for _ in range(num_blocks)]
         self.steps: list[list[Rows]] = []
         self.cuts = 0
+        self.learned: list[list[int]] = []
 
     def new(self) -> int:
         return self._entered(self.blocks.new())
@@ -118,6 +119,10 @@ class FakeExecutor:
     def cut(self, sequence: int, length: int) -> None:
         self.blocks.cut(sequence, length)
         self.cuts += 1
+
+    def learn(self, kept: Sequence[int]) -> None:
+        assert all(0 <= count <= one.drafted for count, one in zip(kept, self.steps[-1], strict=True))
+        self.learned.append(list(kept))
 
     def step(self, rows: Sequence[Rows]) -> list[Result]:
         while not self.is_open and not self.gate.acquire(timeout=0.01):

@@ -29,7 +29,8 @@ Result: TypeAlias = "torch.Tensor | BaseException"
 
 @dataclass(frozen=True)
 class Rows:
-    """``tokens`` (at least one) are read behind what ``sequence`` has; the logits of the last ``wanted`` of them are asked for.
+    """``tokens`` (at least one) are read behind what ``sequence`` has; the logits of the last ``wanted`` of them are asked for. The
+    last ``drafted`` may be taken back (``Executor.cut``).
 
     ``watch``: called now and then, where the executor can, with the share of the rows' work that is done; what it raises ends them.
     ``marks``: checkpoints to be made on the way, where ``prefixes`` has states and they find room.
@@ -39,6 +40,7 @@ class Rows:
     tokens: Sequence[int]
     wanted: int = 1
     watch: Callable[[float], None] | None = None
+    drafted: int = 0
     marks: Sequence[Mark] = ()
 
 
@@ -82,6 +84,10 @@ class Executor(Protocol):
 
     def cut(self, sequence: int, length: int) -> None:
         """Take back what ``sequence`` read behind its first ``length`` tokens. Only where ``takes_drafts``."""
+
+    def learn(self, kept: Sequence[int]) -> None:
+        """Of the drafts of each entry of the last step, the first ``kept`` are part of its text: the experts' memory may learn of
+        them, and not of others. Only where ``takes_drafts``."""
 
     def step(self, rows: Sequence[Rows]) -> list[Result]:
         """Read ``rows``, at most one entry a sequence. An error of one entry stands in its place; its sequence can only be dropped.
@@ -145,6 +151,9 @@ class ModelExecutor:
         self._own.pop(sequence).end()
 
     def cut(self, sequence: int, length: int) -> None:
+        raise NotImplementedError("takes_drafts is False")
+
+    def learn(self, kept: Sequence[int]) -> None:
         raise NotImplementedError("takes_drafts is False")
 
     def step(self, rows: Sequence[Rows]) -> list[Result]:

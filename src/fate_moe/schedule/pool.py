@@ -117,6 +117,9 @@ class PoolExecutor:
     def cut(self, sequence: int, length: int) -> None:
         self.blocks.cut(sequence, length)
 
+    def learn(self, kept: Sequence[int]) -> None:
+        self._model.fate.learn(kept)
+
     def step(self, rows: Sequence[Rows]) -> list[Result]:
         for old, new in self.blocks.append_all([(one.sequence, len(one.tokens)) for one in rows]):
             for states in (of[0] for of in self.pool if len(of) == 1):
@@ -166,7 +169,7 @@ class PoolExecutor:
             count = len(one.tokens)
             past, entry = self.blocks.length(one.sequence) - count, self._entry(one.sequence)
             places = [(mark.position, to) for mark, to in marks.get(one.sequence, ())]
-            sequences.append(SequenceRows(count, past, self.blocks.table(one.sequence), entry, places))
+            sequences.append(SequenceRows(count, past, self.blocks.table(one.sequence), entry, one.drafted, places))
         with torch.inference_mode():
             if not self._step.is_unchanged():
                 raise UnsupportedCallError("the model was changed while it was served; serve it again")

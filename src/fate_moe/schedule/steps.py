@@ -11,6 +11,7 @@ from fate_moe.core import KV_BLOCK
 from fate_moe.schedule.blocks import blocks_for
 from fate_moe.schedule.executor import Executor, Rows
 from fate_moe.schedule.sequence import TextSequence
+from fate_moe.schedule.speculation import Draftable, Speculation
 from fate_moe.schedule.states import Mark, States
 
 __all__ = ["Steps"]
@@ -51,6 +52,7 @@ class Steps:
 
     executor: Executor
     parallel: int
+    speculation: Speculation | None = None
 
     def __post_init__(self) -> None:
         self.run: list[TextSequence] = []
@@ -168,22 +170,28 @@ class Steps:
                     count = min(count, _LOGIT_ROWS)
                 step.append((sequence, count))
                 budget -= count
-        if len(step) == 1 and decoding:
-            self._draft(decoding[0])
+        if self.speculation is not None and decoding and len(step) == len(decoding):
+            self._draft(self.speculation, decoding)
         return [(sequence, self._rows(sequence, count)) for sequence, count in step]
 
-    def _draft(self, sequence: TextSequence) -> None:
-        """``sequence``, which runs alone, reads more than its last token.
-
-        Beside others it does not: each of their rows gives a token, and a draft may not.
-        """
-        drafter, name = sequence.drafter, sequence.name
-        if drafter is None or name is None or sequence.target - sequence.read != 1 or not sequence.generated:
-            return
-        blocks, room = self.executor.blocks, sequence.request.max_new_tokens - sequence.generated - 1
-        if blocks.needed(name, 1 + drafter.most) > blocks.free:  # others have a better use for the blocks that are kept
-            room = min(room, len(blocks.table(name)) * KV_BLOCK - blocks.length(name) - 1)
-        sequence.draft = drafter.draft(sequence.tokens, max(0, room))
+    def _draft(self, speculation: Speculation, sequences: list[TextSequence]) -> None:
+        """``sequences``, which all read their last token, read more than that."""
+        blocks, texts = self.executor.blocks, list[Draftable]()
+        spare = blocks.free - self._growth()  # others have a better use for the blocks that are kept
+        for sequence in sequences:
+            drafter, name = sequence.drafter, sequence.name
+            if drafter is None or name is None or sequence.target - sequence.read != 1 or not sequence.generated:
+                return
+            room = sequence.request.max_new_tokens - sequence.generated - 1
+            more = blocks.needed(name, 1 + speculation.most_forced) - blocks.needed(name, 1)
+            if more > spare:
+                room = min(room, len(blocks.table(name)) * KV_BLOCK - blocks.length(name) - 1)
+            else:
+                spare -= more
+            assert sequence.sampler is not None
+            texts.append(Draftable(drafter, sequence.tokens, max(0, room), sequence.sampler.forced() if room > 0 else ()))
+        for sequence, draft in zip(sequences, speculation.draft(texts), strict=True):
+            sequence.draft = draft
 
     def _one_by_one(self, sequence: TextSequence) -> bool:
         """Whether ``sequence``, read again, has to be read as it was written for its numbers to be the same."""
@@ -197,7 +205,7 @@ class Steps:
         watch: Callable[[float], None] | None = sequence.progress if count > 1 else None
         drafted = len(sequence.draft)
         tokens = sequence.tokens[sequence.read : end] + sequence.draft
-        return Rows(sequence.name, tokens, wanted + drafted, watch, self._marks(sequence, end))
+        return Rows(sequence.name, tokens, wanted + drafted, watch, drafted, self._marks(sequence, end))
 
     def _begin(self, sequence: TextSequence) -> None:
         """``sequence`` gets a name, and what is kept of its tokens."""

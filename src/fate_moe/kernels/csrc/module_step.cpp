@@ -55,7 +55,8 @@ std::unique_ptr<StepLayer> make_layer(int64_t index, const Layer& layer, const M
 // `angles`: the addresses of cos and sin of each kind of rotary embedding. `kv`: of each layer the addresses of keys and values, the strides
 // of batch, blocks and heads, and the format.
 void step(const Step& of, uintptr_t x, const Spans& rows, const std::vector<uintptr_t>& angles, const std::vector<int64_t>& kv,
-          const std::vector<int64_t>& wanted, uintptr_t logits, ExpertMemory& memory, bool exact, bool team, int num_threads) {
+          const std::vector<int64_t>& wanted, const std::vector<int64_t>& depths, uintptr_t logits, ExpertMemory& memory, bool exact, bool team,
+          int num_threads) {
   std::vector<Kv> kvs;
   for (size_t i = 0; i + 6 <= kv.size(); i += 6)
     kvs.push_back({reinterpret_cast<void*>(kv[i]), reinterpret_cast<void*>(kv[i + 1]), kv[i + 2], kv[i + 3], kv[i + 4], KvFormat(kv[i + 5])});
@@ -67,7 +68,7 @@ void step(const Step& of, uintptr_t x, const Spans& rows, const std::vector<uint
   if (kvs.size() != of.layers.size() || rows.spans.empty()) throw std::invalid_argument("a step without rows, or with another number of layers");
   const Unlocked unlocked;
   run_step(used_ops(), of,
-           {reinterpret_cast<void*>(x), rows.spans, turned, kvs, wanted, reinterpret_cast<void*>(logits)},
+           {reinterpret_cast<void*>(x), rows.spans, turned, kvs, wanted, depths, reinterpret_cast<void*>(logits)},
            memory, exact, team, num_threads);
 }
 
