@@ -45,7 +45,8 @@ def step(experts: DeviceExperts, model: Model, layer: int, x: torch.Tensor) -> t
     logits = model.routers[layer] @ x[0]
     weights, out = torch.zeros(1, model.top_k), torch.zeros_like(x)
     stage_kernel[(1,)](x, experts.state.staged, cols=x.shape[1], groups=x.shape[1] // 64)
-    experts.route(layer, logits, model.routers[-1] @ x[0], x[0], weights, Router(len(logits), model.top_k, normalize=True))
+    one, router = torch.ones(1, dtype=torch.int32), Router(len(logits), model.top_k, normalize=True)
+    experts.route(layer, logits[None], (model.routers[-1] @ x[0])[None], x, weights, router, one)
     experts.run(layer, weights, out)
     return out, weights, torch.topk(logits, model.top_k).indices[None]
 
