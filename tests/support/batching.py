@@ -57,16 +57,24 @@ class FakeExecutor:
 
     ``files``: where prefixes are kept too.
 
-    Without ``any_cut`` what comes next depends on the cut too: on where the step that read a token began.
+    Without ``any_cut`` what comes next depends on the cut too: on where the step that read a token began. ``chunk``: see Executor.
     """
 
     shares_passes = True
     block_bytes = 8 * KV_BLOCK
     most_sequences: int | None = None
 
-    def __init__(self, num_blocks: int, any_cut: bool = True, is_open: bool = True, files: BlockFiles | None = None) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        any_cut: bool = True,
+        is_open: bool = True,
+        files: BlockFiles | None = None,
+        chunk: int | None = None,
+    ) -> None:
         self.blocks, self.any_cut, self.is_open = Blocks(num_blocks), any_cut, is_open
-        self.prefixes = Prefixes(self.blocks) if any_cut else None
+        self.chunk = chunk
+        self.prefixes = Prefixes(self.blocks, several=(chunk or KV_BLOCK) // KV_BLOCK) if any_cut or chunk else None
         self.disk: DiskPrefixes | None = None
         if files is not None and self.prefixes is not None:
             self.disk = DiskPrefixes(files, self.prefixes, lambda block: [memoryview(self.memory[block]).cast("B")])

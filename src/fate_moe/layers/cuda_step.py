@@ -144,17 +144,24 @@ class FusedStep:
         )
         self._rows = self._all.first(1)  # those of the step that is being enqueued
         self.most_rows = experts.most_tokens(MOST_ROWS)
-        self.ids, self.positions = torch.zeros(2, MOST_ROWS, dtype=torch.int64, device=device)
+        self.numbers = torch.zeros(2, MOST_ROWS, dtype=torch.int64, device=device)
+        self.ids, self.positions = self.numbers
         self.token, self.position = self.ids[:1], self.positions[:1]
         self.all_logits, self.logits = self._all.logits, self._all.logits[0]
         self.live = torch.ones(1, dtype=torch.int32, device=device)
-        self.table = torch.arange(triton.cdiv(self._length, KV_BLOCK), dtype=torch.int32, device=device).repeat(MOST_ROWS, 1)
+        self.table = torch.empty(MOST_ROWS, triton.cdiv(self._length, KV_BLOCK), dtype=torch.int32, device=device)
+        self.whole()
         self.tokens = torch.zeros(self._length + 1, dtype=torch.int64, device=device)
         # For measurements: int64 [length + 1], tokens to go on with instead of the likeliest, and fp32 [layers, experts], what to
         # predict layers by instead of their routers.
         self.script: torch.Tensor | None = None
         self.predicted: torch.Tensor | None = None
         self._graphs = dict[int, Any]()
+
+    def whole(self) -> None:
+        """The cache is one sequence, and steps are of one row."""
+        self.live.fill_(1)
+        self.table.copy_(torch.arange(self.table.shape[1]))
 
     def begin(self, token: int, position: int) -> None:
         """The next step is given ``token`` at ``position`` (tokens already in the cache)."""

@@ -31,12 +31,12 @@ class Prefixes:
     """Keeps full blocks of sequences that ended, in ``blocks``; the least useful ones go when room is wanted.
 
     What goes first is what was used longest ago, and of one text its end: a block is of no use without those before it. At most
-    ``most`` blocks are kept. ``model`` says what else the keys and values depend on: model, precision, version of the arithmetic.
+    ``most`` blocks are kept. A text begins with a multiple of ``several`` of them. ``model`` says what else the keys and values depend on: model, precision, version of the arithmetic.
     """
 
-    def __init__(self, blocks: Blocks, model: bytes = b"", most: int | None = None) -> None:
+    def __init__(self, blocks: Blocks, model: bytes = b"", most: int | None = None, several: int = 1) -> None:
         self.hits = self.lookups = 0  # tokens that were found, and that were asked for
-        self._blocks, self._model = blocks, model
+        self._blocks, self._model, self._several = blocks, model, several
         self._most = blocks.num_blocks if most is None else most
         self._kept: OrderedDict[bytes, _Kept] = OrderedDict()  # what goes first is first
         self._clock = 0
@@ -56,12 +56,13 @@ class Prefixes:
             if name not in self._kept:
                 break
             found.append(name)
+        del found[len(found) // self._several * self._several :]
         self._use(found)
         return [self._kept[name].block for name in found]
 
     def names(self, tokens: Sequence[int]) -> list[bytes]:
         """Of the blocks that a text beginning with ``tokens`` may begin with, which leave a token to compute."""
-        return self._names(tokens, (len(tokens) - 1) // KV_BLOCK)
+        return self._names(tokens, (len(tokens) - 1) // KV_BLOCK // self._several * self._several)
 
     def block_of(self, name: bytes) -> int | None:
         """The kept block of this ``name``."""
