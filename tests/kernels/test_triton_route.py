@@ -41,7 +41,7 @@ def test_same_choice_slots_and_lists_as_the_twin(weighed: bool, seed: int, quota
                 HALF_LIFE, TOP_K, 0.0, LIMIT, lists[1], lists[1], lists[1], lists[1], 0, 0, logits, logits, logits, 1.0, 0.0, 0.0,
                 num_experts=EXPERTS, top_k=TOP_K, cols=EXPERTS, TOKENS=1, SCORES="softmax", CORRECTED=False,
                 GROUPS=1, TOP_GROUPS=1, GROUP_BEST=1, NORMALIZE=False, ROUNDS=True,
-                SIGMOID_NEXT=False, FREQUENCY=True, WEIGHED=weighed, HOST=False, ADMITS=False, MOST=0, SPILLS=False, E=8, R=2,
+                SIGMOID_NEXT=False, FREQUENCY=True, WEIGHED=weighed, HOST=False, ADMITS=False, MOST=0, E=8, R=2,
             )  # fmt: skip
             probabilities = logits.softmax(0)
             best = probabilities.topk(TOP_K)

@@ -96,7 +96,7 @@ class DeviceExperts:
         if host_compute is not None:
             self._host_results.follow(self._main)
             with self._host_results:
-                host_compute.collect(state.pending)
+                host_compute.collect(state.pending[: tokens * state.top_k])
         if not whole:
             self._demands.follow(self._main)
             with self._demands:
@@ -152,14 +152,14 @@ class DeviceExperts:
 
         ``corrections``: this layer's and the next one's, [num_experts], where the router has them. ``predicted``: ``next_logits``
         [num_experts] are logarithms of probabilities, not those of the next layer's router. ``hidden`` [tokens, hidden] is the
-        router input, which the host is given if it computes misses; it does of one token's. At most ``most_tokens`` at once.
+        router input, which the host is given if it computes misses. At most ``most_tokens`` at once.
         """
         state, tables, options, mail = self.state, self.state.tables, self.state.options, self.state.host_compute
         tokens, top_k = routing_weights.shape
         ahead, listed = self._looks_ahead_to(layer + 1), self._ahead[(layer + 1) % 2]
         by_router = not predicted and (not ahead or state.fitted[layer + 1] is None)  # a fitted gate's logits have only an order
         softmax, (correction, next_correction) = router.scores == "softmax", corrections
-        self._requested = mail is not None and not state.is_whole(layer) and tokens == 1
+        self._requested = mail is not None and not state.is_whole(layer)
         questions, asked, most = (mail.questions, mail.asked, mail.most) if mail is not None else (listed, listed, 0)
         experts, rows = triton.next_power_of_2(tables.num_experts), triton.next_power_of_2(tokens * top_k)
         correction = logits if correction is None else correction
@@ -182,7 +182,7 @@ class DeviceExperts:
             correction, logits if next_correction is None else next_correction, router.scale, router.floor, router.spread,
             cols=state.layouts[layer].cols, TOKENS=tokens, SIGMOID_NEXT=by_router and router.scores == "sigmoid",
             FREQUENCY=options.eviction != "recency", WEIGHED=softmax and options.eviction == "probability",
-            HOST=self._requested, ADMITS=self._requested and options.admit_every > 0, MOST=most, SPILLS=tokens > 1, R=rows, **rule,
+            HOST=self._requested, ADMITS=self._requested and options.admit_every > 0, MOST=most, R=rows, **rule,
             num_warps=4 if rows * experts <= 4096 else 16,
         )  # fmt: skip
         if ahead:

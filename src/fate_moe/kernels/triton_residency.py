@@ -64,6 +64,7 @@ def _assign_slots(
     admit_every,
     spare,
     x,
+    tokens,
     num_experts: tl.constexpr,
     num_rows: tl.constexpr,
     cols: tl.constexpr,
@@ -72,7 +73,7 @@ def _assign_slots(
     HOST: tl.constexpr,
     ADMITS: tl.constexpr,
     MOST: tl.constexpr,
-    SPILLS: tl.constexpr,
+    TOKENS: tl.constexpr,
     E: tl.constexpr,
     R: tl.constexpr,
 ):
@@ -80,13 +81,14 @@ def _assign_slots(
 
     With WEIGHED every expert's use grows by the root of its ``probability`` [E], else the chosen ones' by 1.
 
-    With HOST the host is asked for as many misses as ``shares`` int32 [num_rows + 1] says of their number (``ask_experts``), those
-    of lowest score; their slots stay -1, and ``pending_rows`` is 2 + their place in its answer. The others are listed. With ADMITS,
+    With HOST the host is asked for as many misses as ``shares`` int32 [num_experts + 1] says of their number, those of lowest score,
+    on the router inputs ``x`` [tokens, cols] (``ask_experts``; choices of TOKENS, of which ``tokens`` are there); their slots stay
+    -1, and ``pending_rows`` is 2 + their place in its answer. The others are listed. With ADMITS,
     where nothing else is copied, the one of highest score still gets a slot for the next token, if its turn (one layer of
     ``admit_every``) has come and its score is above the victim's: ``behind`` int32 [2, 2] is its pair and their number.
 
-    With SPILLS there may be more misses than slots that can be given away: the others are copied to slots from ``spare`` on, for
-    this step alone.
+    Where several tokens miss more than there are slots that can be given away, the others are copied to slots from ``spare`` on,
+    for this step alone.
     """
     expert = tl.arange(0, E)
     known = expert < num_experts
@@ -127,11 +129,11 @@ def _assign_slots(
         victim = _lowest(value, (slot >= 0) & ~routed & ~under_way, expert, E)
         freed = tl.max(tl.where(expert == victim, slot, -1), axis=0)
         gets = expert == incoming
-        if SPILLS:
+        if TOKENS > 1:
             lent = tl.where(gets & (victim == E), spare, lent)
             gets = gets & (victim < E)
         slot = tl.where(expert == victim, -1, tl.where(gets, freed, slot))
-        if SPILLS:
+        if TOKENS > 1:
             freed = tl.where(victim == E, spare, freed)
             spare += (victim == E).to(tl.int32)
         waiting = tl.where(expert == victim, 0, waiting)
@@ -139,8 +141,8 @@ def _assign_slots(
         tl.store(wanted + 2 * i, layer * num_experts + incoming)
         tl.store(wanted + 2 * i + 1, freed)
     tl.store(count, num_copied)
-    place = tl.maximum(slot, lent) if SPILLS else slot
-    tl.store(slots + r, tl.max(tl.where(chosen, place[None, :], -1), axis=1), mask=r < num_rows)
+    here = tl.maximum(slot, lent) if TOKENS > 1 else slot
+    tl.store(slots + r, tl.max(tl.where(chosen, here[None, :], -1), axis=1), mask=r < num_rows)
     counted = counters + layer * 5
     if ADMITS:
         incoming = _highest(value, missing, expert, E)
@@ -159,10 +161,16 @@ def _assign_slots(
     tl.store(score + at, value, mask=known)
     tl.store(unused + at, waiting, mask=known)
     state = pending.to(tl.int32)
+    states = tl.where(chosen, state[None, :], 0)
     if HOST:
-        answer = ask_experts(questions, asked, missing.to(tl.int32), at, x, cols, MOST, 1024)
-        state = tl.where(missing, 2 + answer, state)
-    tl.store(pending_rows + r, tl.max(tl.where(chosen, state[None, :], 0), axis=1), mask=r < num_rows)
+        hosted = missing.to(tl.int32)
+        mine = chosen.to(tl.int32)
+        masks = tl.sum(mine << (r // (num_rows // TOKENS))[:, None], axis=0)
+        ask_experts(questions, asked, hosted, masks, at, x, tokens, cols, MOST, 1024)
+        pairs = hosted * tl.sum(mine, axis=0)
+        place = tl.cumsum(pairs, axis=0) - pairs
+        states = tl.where(chosen & missing[None, :], 1 + place[None, :] + tl.cumsum(mine, axis=0), states)
+    tl.store(pending_rows + r, tl.max(states, axis=1), mask=r < num_rows)
     tl.store(counted, tl.load(counted) + num_routed - num_missing)
     tl.store(counted + 1, tl.load(counted + 1) + num_missing)
     tl.store(counted + 3, tl.load(counted + 3) + num_used)
@@ -210,7 +218,7 @@ def residency_kernel(
         choice = tl.load(index + r, mask=r < num_rows, other=-1).to(tl.int32)
         _assign_slots(
             choice, choice, slots, pending_rows, wanted, count, slot_of, score, unused, counters, clock, layer, last, half_life,
-            count, count, count, count, 0, 0, hidden, num_experts, num_rows, cols, FREQUENCY, False, False, False, 0, False, E, R,
+            count, count, count, count, 0, 0, hidden, 1, num_experts, num_rows, cols, FREQUENCY, False, False, False, 0, 1, E, R,
         )  # fmt: skip
 
 
@@ -337,7 +345,7 @@ def route_kernel(
     num_experts: tl.constexpr, top_k: tl.constexpr, cols: tl.constexpr, TOKENS: tl.constexpr, SCORES: tl.constexpr,
     CORRECTED: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, GROUP_BEST: tl.constexpr, NORMALIZE: tl.constexpr,
     ROUNDS: tl.constexpr, SIGMOID_NEXT: tl.constexpr, FREQUENCY: tl.constexpr, WEIGHED: tl.constexpr, HOST: tl.constexpr,
-    ADMITS: tl.constexpr, MOST: tl.constexpr, SPILLS: tl.constexpr, E: tl.constexpr, R: tl.constexpr
+    ADMITS: tl.constexpr, MOST: tl.constexpr, E: tl.constexpr, R: tl.constexpr
 ):  # fmt: skip
     """For TOKENS tokens (a power of two), of which the first ``live`` int32 [1] are there, a router (``kernels/routing.py``), its
     residency step and the next layer's prefetch. Grid (1) or (2).
@@ -346,8 +354,8 @@ def route_kernel(
     ``stride`` and ``next_stride``. Program 0 writes ``routing_weights`` [top_k] (see ``choose``; of several tokens
     ``choose_kernel`` has, to these and to ``choices`` and ``chances``), and does what ``residency_kernel`` does; program 1 what
     ``prefetch_kernel`` does for ``layer + 1``, into ``ahead`` and ``ahead_count``; with SIGMOID_NEXT from the sigmoids of
-    ``next_logits`` plus ``next_correction`` [num_experts]. With HOST the host is asked for misses on the router input ``x``
-    [cols], and with ADMITS some of them get slots behind the step: see ``_assign_slots``, for SPILLS too.
+    ``next_logits`` plus ``next_correction`` [num_experts]. With HOST the host is asked for misses on the router inputs ``x``
+    [TOKENS, cols], and with ADMITS some of them get slots behind the step: see ``_assign_slots``.
     """
     if tl.program_id(0) == 1:
         _look_ahead(
@@ -370,6 +378,6 @@ def route_kernel(
             p = tl.max(tl.load(at, mask=expert < num_experts, other=0.0), axis=0)
         _assign_slots(
             choice, p, slots, pending_rows, wanted, count, slot_of, score, unused, counters, clock, layer, last, half_life,
-            shares, questions, asked, behind, admit_every, spare, x, num_experts, TOKENS * top_k, cols, FREQUENCY, WEIGHED, HOST,
-            ADMITS, MOST, SPILLS, E, R,
+            shares, questions, asked, behind, admit_every, spare, x, 1 if TOKENS == 1 else tl.load(live), num_experts,
+            TOKENS * top_k, cols, FREQUENCY, WEIGHED, HOST, ADMITS, MOST, TOKENS, E, R,
         )  # fmt: skip
