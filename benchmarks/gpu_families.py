@@ -96,19 +96,15 @@ def _equalities(check: Check, row: dict[str, Any]) -> None:
 def _several(model: Any) -> tuple[bool, float]:
     """Whether each of a few texts has the logits that ``generate()`` gives it, and tokens a second of 16."""
     texts = [prompt(model)[0, first : first + 20].tolist() for first in range(0, 24, 8)]
-    said = [
-        model.generate(
-            torch.tensor([text], device=model.device), max_new_tokens=_STEPS, output_logits=True, return_dict_in_generate=True, **GREEDY
-        )
-        for text in texts
-    ]  # fmt: skip
+    options = {"max_new_tokens": _STEPS, "output_logits": True, "return_dict_in_generate": True, **GREEDY}
+    said = [model.generate(torch.tensor([text], device=model.device), **options) for text in texts]
     want = [torch.cat(one.logits).float() for one in said]
     answers = [one.sequences[0, 20:].tolist() for one in said]
     executor = executor_of(model)
     assert isinstance(executor, DevicePoolExecutor)
     names = [executor.new() for _ in texts]
     logits = [[_checked(each)] for each in executor.step([Rows(name, text) for name, text in zip(names, texts, strict=True)])]
-    for at in range(0, _STEPS - 1):
+    for at in range(_STEPS - 1):
         rows = [Rows(name, answer[at : at + 1]) for name, answer in zip(names, answers, strict=True)]
         rows[0] = Rows(names[0], [answers[0][at], 5, 6], 3)  # a draft that nobody accepts
         for found, each in zip(logits, executor.step(rows), strict=True):

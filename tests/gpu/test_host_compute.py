@@ -92,8 +92,8 @@ def test_misses_of_several_tokens_are_served_once(model: Model, computing: HostC
         out, weights, index = step(experts, model, layer, x, live=3)
         assert torch.equal(out[:3], twin(model, layer, x[:3], index[:3], weights[:3]))
         assert not out[3].any()
-        missing = len(index[:3].unique()) - 5
-        assert missing <= experts.state.counters().misses - before <= len(index[:3].unique())
+        wanted = len(set(index[:3].flatten().tolist()))
+        assert wanted - 5 <= experts.state.counters().misses - before <= wanted
     experts.state.tables.check_integrity()
     assert (experts.state.tables.hosted() > 0) == (host_compute > 0)
 

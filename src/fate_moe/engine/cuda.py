@@ -244,7 +244,9 @@ class CudaParts:
         stack, manifest = self._stacks[0], self._prepared.store.manifest
         module, shapes = self._model.get_submodule(stack.name), stack.output_rows_first()
         try:
-            return HostCompute(manifest.layouts[0], shapes, module, self._arena, self._top_k, self._device, tokens=MAX_DECODE_TOKENS)
+            return HostCompute(
+                manifest.layouts[0], shapes, module, self._arena, self._top_k, self._device, tokens=MAX_DECODE_TOKENS
+            )
         except UnsupportedModelError as reason:
             if self._plan.host_compute is not None:
                 raise

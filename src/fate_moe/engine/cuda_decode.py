@@ -172,7 +172,9 @@ class CapturedDecode:
         self._experts.state.host.check()  # closed, or broken
         made = []
         for first in range(0, len(tokens), self.most_rows):
-            made.append(self._read(*(each[first : first + self.most_rows] for each in (tokens, positions, tables))))
+            some = slice(first, first + self.most_rows)
+            made.append(self._read(tokens[some], positions[some], tables[some]))
+        self._experts.state.host.check()
         return made[0] if len(made) == 1 else torch.cat(made)
 
     def _read(self, tokens: Sequence[int], positions: Sequence[int], tables: Sequence[Sequence[int]]) -> torch.Tensor:

@@ -28,7 +28,7 @@ _BLOCK = 512  # words of a collecting program: 4 KiB
 
 
 class HostCompute:
-    """Threads that compute experts of ``arena``, all of ``layout``, for up to ``top_k`` choices of each of up to ``tokens`` at a time.
+    """Threads that compute experts of ``arena``, all of ``layout``, for up to ``top_k`` choices of up to ``tokens`` each.
 
     ``threads`` (None: all usable processors but two, which are left to the driver and Python) spin while questions come.
     """

@@ -34,7 +34,7 @@ def _weights(
         z = tl.load(zero + row * groups + g[None, :], mask=mask, other=0.0).to(tl.float32)
         return w, s, z
     at = weight + (n[:, None] * cols + k[None, :])
-    if whole:
+    if whole:  # noqa: SIM108 (one line would be too long)
         w = tl.load(at).to(tl.float32)
     else:
         w = tl.load(at, mask=n_mask[:, None] & (k < cols)[None, :], other=0.0).to(tl.float32)

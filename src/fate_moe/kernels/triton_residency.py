@@ -81,11 +81,11 @@ def _assign_slots(
 
     With WEIGHED every expert's use grows by the root of its ``probability`` [E], else the chosen ones' by 1.
 
-    With HOST the host is asked for as many misses as ``shares`` int32 [num_experts + 1] says of their number, those of lowest score,
-    on the router inputs ``x`` [tokens, cols] (``ask_experts``; choices of TOKENS, of which ``tokens`` are there); their slots stay
-    -1, and ``pending_rows`` is 2 + their place in its answer. The others are listed. With ADMITS,
-    where nothing else is copied, the one of highest score still gets a slot for the next token, if its turn (one layer of
-    ``admit_every``) has come and its score is above the victim's: ``behind`` int32 [2, 2] is its pair and their number.
+    With HOST the host is asked for as many misses as ``shares`` int32 [num_experts + 1] says of their number, those of lowest
+    score, on the router inputs ``x`` [tokens, cols] (``ask_experts``; choices of TOKENS, of which ``tokens`` are there); their
+    slots stay -1, and ``pending_rows`` is 2 + their place in its answer. The others are listed. With ADMITS, where nothing else is
+    copied, the one of highest score still gets a slot for the next token, if its turn (one layer of ``admit_every``) has come and
+    its score is above the victim's: ``behind`` int32 [2, 2] is its pair and their number.
 
     Where several tokens miss more than there are slots that can be given away, the others are copied to slots from ``spare`` on,
     for this step alone.

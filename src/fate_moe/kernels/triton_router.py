@@ -72,14 +72,15 @@ def choose(
 
 @triton.jit
 def choose_kernel(
-    logits, correction, live, x, choices, weights, chances, stride, scale, floor, spread, num_experts: tl.constexpr, top_k: tl.constexpr,
-    SCORES: tl.constexpr, CORRECTED: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, GROUP_BEST: tl.constexpr,
-    NORMALIZE: tl.constexpr, ROUNDS: tl.constexpr, E: tl.constexpr, R: tl.constexpr
+    logits, correction, live, x, choices, weights, chances, stride, scale, floor, spread, num_experts: tl.constexpr,
+    top_k: tl.constexpr, SCORES: tl.constexpr, CORRECTED: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr,
+    GROUP_BEST: tl.constexpr, NORMALIZE: tl.constexpr, ROUNDS: tl.constexpr, E: tl.constexpr, R: tl.constexpr
 ):  # fmt: skip
     """``choose`` for several tokens: ``choices`` int32 and ``weights`` [tokens, top_k], ``chances`` fp32 [tokens, num_experts].
     Grid (tokens).
 
-    Logits of a token begin every ``stride``; ``x`` has the router input's dtype. The first ``live`` int32 [1] tokens are there; others choose no expert.
+    Logits of a token begin every ``stride``; ``x`` has the router input's dtype. The first ``live`` int32 [1] tokens are there;
+    others choose no expert.
     """
     token = tl.program_id(0)
     r = tl.arange(0, R)

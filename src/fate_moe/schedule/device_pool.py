@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ from fate_moe.schedule.prefixes import Prefixes
 
 __all__ = ["DevicePoolExecutor"]
 
-# Tokens of a prompt that transformers' layers read at once. Their products depend on how many these are, so it is the same for every
-# text and every budget. Fewer let texts share shorter beginnings, and copy missing experts more often.
+# Tokens of a prompt that transformers' layers read at once. Their products depend on how many these are, so it is the same for
+# every text and every budget. Fewer let texts share shorter beginnings, and copy missing experts more often.
 CHUNK = 512
 
 
@@ -28,7 +29,8 @@ class DevicePoolExecutor:
     as in ``generate()``; what follows goes through the captured step, where a row's bits do not depend on others."""
 
     shares_passes = takes_drafts = True
-    any_cut, chunk = False, CHUNK
+    any_cut = False
+    chunk: int | None = CHUNK
     disk: DiskPrefixes | None = None
     most_sequences: int | None = None
 
@@ -78,13 +80,13 @@ class DevicePoolExecutor:
 
     def step(self, rows: Sequence[Rows]) -> list[Result]:
         self._decode.copy_blocks(self.blocks.append_all([(one.sequence, len(one.tokens)) for one in rows]))
-        results = {one.sequence: self._guarded(lambda one=one: self._forward(one)) for one in rows if not self._is_decode(one)}
+        results = {one.sequence: self._guarded(partial(self._forward, one)) for one in rows if not self._is_decode(one)}
         if decoded := [one for one in rows if self._is_decode(one)]:
             made = self._guarded(lambda: self._rows(decoded))
             if isinstance(made, BaseException):
                 results |= dict.fromkeys((one.sequence for one in decoded), made)
             else:
-                parts = made.split([len(one.tokens) for one in decoded])
+                parts = torch.split(made, [len(one.tokens) for one in decoded])
                 results |= {one.sequence: part[len(part) - one.wanted :] for one, part in zip(decoded, parts, strict=True)}
         return [results[one.sequence] for one in rows]
 

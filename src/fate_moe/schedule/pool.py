@@ -41,7 +41,8 @@ class PoolExecutor:
         self.blocks = Blocks(num_blocks)
         self._model, self._step = model, step
         self.on_pass: Callable[[], None] = lambda: None
-        self.any_cut, self.chunk = step.most_rows == sys.maxsize, None
+        self.any_cut = step.most_rows == sys.maxsize
+        self.chunk: int | None = None
         self.takes_drafts = self.any_cut and not step.state_bytes  # a state cannot be taken back to where it was
         keeps = self.any_cut and most_kept != 0 and not step.state_bytes
         self.prefixes = Prefixes(self.blocks, most=most_kept) if keeps else None

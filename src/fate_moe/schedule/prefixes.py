@@ -31,7 +31,8 @@ class Prefixes:
     """Keeps full blocks of sequences that ended, in ``blocks``; the least useful ones go when room is wanted.
 
     What goes first is what was used longest ago, and of one text its end: a block is of no use without those before it. At most
-    ``most`` blocks are kept. A text begins with a multiple of ``several`` of them. ``model`` says what else the keys and values depend on: model, precision, version of the arithmetic.
+    ``most`` blocks are kept; a text begins with a multiple of ``several`` of them. ``model`` says what else the keys and values
+    depend on: model, precision, version of the arithmetic.
     """
 
     def __init__(self, blocks: Blocks, model: bytes = b"", most: int | None = None, several: int = 1) -> None:
