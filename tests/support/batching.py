@@ -59,7 +59,7 @@ class FakeExecutor:
     ``files``: where prefixes are kept too. ``num_states``: what comes next depends on a state too, of which there are so many, kept
     on the disk in ``state_files``.
 
-    Without ``any_cut`` what comes next depends on the cut too: on where the step that read a token began.
+    Without ``any_cut`` what comes next depends on the cut too: on where the step that read a token began. ``chunk``: see Executor.
     """
 
     shares_passes = True
@@ -74,12 +74,15 @@ class FakeExecutor:
         files: BlockFiles | None = None,
         num_states: int = 0,
         state_files: BlockFiles | None = None,
+        chunk: int | None = None,
     ) -> None:
         self.blocks, self.any_cut, self.is_open = Blocks(num_blocks), any_cut, is_open
+        self.chunk = chunk
         self.states = States(num_states) if num_states else None
         self.held = array("q", [-1] * num_states)
         self.most_sequences = num_states or None
-        self.prefixes = Prefixes(self.blocks, states=self.states) if any_cut else None
+        several = (chunk or KV_BLOCK) // KV_BLOCK
+        self.prefixes = Prefixes(self.blocks, states=self.states, several=several) if any_cut or chunk else None
         self.disk: DiskPrefixes | None = None
         if files is not None and self.prefixes is not None:
             self.disk = DiskPrefixes(files, self.prefixes, lambda block: [memoryview(self.memory[block]).cast("B")])

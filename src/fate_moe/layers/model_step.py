@@ -48,8 +48,8 @@ _RECORDS = ("output_hidden_states", "output_attentions", "output_router_logits")
 @dataclass(frozen=True)
 class SequenceRows:
     """``count`` rows of a sequence that has ``past`` positions in its ``blocks``, which have room for past + count. ``state`` is
-    its entry in the pool of layers that keep a state. The last ``drafted`` rows may turn out to be no part of its text. ``marks`` are
-    (position, entry), ascending: the state of that place goes there too."""
+    its entry in the pool of layers that keep a state. The last ``drafted`` rows may turn out to be no part of its text. ``marks``
+    are (position, entry), ascending: the state of that place goes there too."""
 
     count: int
     past: int

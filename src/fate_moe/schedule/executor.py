@@ -52,7 +52,9 @@ class Executor(Protocol):
 
     ``any_cut``: logits do not depend on how a sequence is cut into steps. Where they may, whoever asks for the same numbers reads a
     prompt in one step and what follows token by token. Where they do not, ``prefixes`` (None: the executor has none) keeps
-    what ended for texts that begin alike, and ``disk`` (None: nobody) on the disk.
+    what ended for texts that begin alike, and ``disk`` (None: nobody) on the disk. Where they may and there is a ``chunk``, a
+    multiple of KV_BLOCK, prompts are read in steps that end at the multiples of it, and ``prefixes`` keeps what was read in whole
+    ones.
 
     ``takes_drafts``: rows of a sequence may be taken back, and have the bits of passes of their own. ``most_sequences`` may exist
     at once (None: as many as there are blocks);
@@ -66,6 +68,7 @@ class Executor(Protocol):
     state_bytes: int
     on_pass: Callable[[], None]
     any_cut: bool
+    chunk: int | None
     takes_drafts: bool
     most_sequences: int | None
     shares_passes: bool
@@ -119,6 +122,7 @@ class ModelExecutor:
         self.prefixes: Prefixes | None = None  # a sequence's cache is its own
         self.disk: DiskPrefixes | None = None
         self.any_cut = _reads_in_any_cut(model)
+        self.chunk: int | None = None
         self.most_sequences = 1 if isinstance(model.fate.plan, DevicePlan) else None
         self._model, self._own = model, dict[int, _Own]()
         inputs = torch.zeros(1, 1, dtype=torch.int64, device=model.device)

@@ -11,6 +11,7 @@ from fate_moe.engine.fingerprint import kv_fingerprint
 from fate_moe.errors import FateError
 from fate_moe.io.files import is_writable
 from fate_moe.schedule.blocks import blocks_for
+from fate_moe.schedule.device_pool import DevicePoolExecutor
 from fate_moe.schedule.executor import Executor, ModelExecutor
 from fate_moe.schedule.pool import PoolExecutor
 from fate_moe.switches import cache_home
@@ -29,12 +30,19 @@ def executor_of(model: Any) -> Executor:
     """The best executor for a loaded model, within the KV cache of its plan."""
     engine = model.fate
     num_blocks, step = blocks_for(engine.plan.context_length), getattr(engine, "step", None)
+    decode = getattr(engine, "decode", None)
+    if decode is not None and decode.most_rows > 1 and decode.is_unchanged():
+        return DevicePoolExecutor(model, decode, num_blocks, _most_kept(engine, num_blocks))
     if step is None or not step.is_unchanged():
         return ModelExecutor(model, num_blocks)
-    executor = PoolExecutor(model, step, num_blocks, num_blocks * engine.plan.prefix_cache_bytes // engine.plan.kv_cache_bytes)
+    executor = PoolExecutor(model, step, num_blocks, _most_kept(engine, num_blocks))
     if engine.config.prefix_disk_bytes:
         _keep_on_disk(executor, engine)
     return executor
+
+
+def _most_kept(engine: Any, num_blocks: int) -> int:
+    return int(num_blocks * engine.plan.prefix_cache_bytes // engine.plan.kv_cache_bytes)
 
 
 def _keep_on_disk(executor: PoolExecutor, engine: CpuEngine) -> None:

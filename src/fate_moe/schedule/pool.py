@@ -46,6 +46,7 @@ class PoolExecutor:
         self.on_pass: Callable[[], None] = lambda: None
         self._has_begun = False  # whether a pass may have changed the pool
         self.any_cut = step.most_rows == sys.maxsize
+        self.chunk: int | None = None
         self.takes_drafts = self.any_cut and not step.state_bytes  # a state cannot be taken back to where it was
         self.disk: DiskPrefixes | None = None
         self.kv_format: str = model.fate.config.kv_cache

@@ -32,14 +32,17 @@ class Prefixes:
     """Keeps full blocks of sequences that ended, in ``blocks``; the least useful ones go when room is wanted.
 
     What goes first is what was used longest ago, and of one text its end: a block is of no use without those before it. At most
-    ``most`` blocks are kept. ``model`` says what else the keys and values depend on: model, precision, version of the arithmetic.
-    ``states``: of a model with layers that keep a state; a text begins where one of its checkpoints is.
+    ``most`` blocks are kept; a text begins with a multiple of ``several`` of them. ``model`` says what else the keys and values
+    depend on: model, precision, version of the arithmetic. ``states``: of a model with layers that keep a state; a text begins where
+    one of its checkpoints is.
     """
 
-    def __init__(self, blocks: Blocks, model: bytes = b"", most: int | None = None, states: States | None = None) -> None:
+    def __init__(
+        self, blocks: Blocks, model: bytes = b"", most: int | None = None, states: States | None = None, several: int = 1
+    ) -> None:
         self.hits = self.lookups = 0  # tokens that were found, and that were asked for
         self.states = states
-        self._blocks, self._model = blocks, model
+        self._blocks, self._model, self._several = blocks, model, several
         self._most = blocks.num_blocks if most is None else most
         self._kept: OrderedDict[bytes, _Kept] = OrderedDict()  # what goes first is first
         self._clock = 0
@@ -55,7 +58,7 @@ class Prefixes:
         """
         self._clock += 1
         names = self.names(tokens)
-        found = names[: self.matching(names)]
+        found = names[: self.matching(names) // self._several * self._several]
         while self.states is not None and found and found[-1] not in self.states:
             found.pop()
         self._use(found)
@@ -67,7 +70,7 @@ class Prefixes:
 
     def names(self, tokens: Sequence[int]) -> list[bytes]:
         """Of the blocks that a text beginning with ``tokens`` may begin with, which leave a token to compute."""
-        return self._names(tokens, (len(tokens) - 1) // KV_BLOCK)
+        return self._names(tokens, (len(tokens) - 1) // KV_BLOCK // self._several * self._several)
 
     def name_at(self, tokens: Sequence[int], position: int) -> bytes:
         """Of the block that ends at ``position``, a multiple of its length."""

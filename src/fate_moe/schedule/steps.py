@@ -121,7 +121,7 @@ class Steps:
             self.run.remove(sequence)
         if sequence.name is not None:
             if (prefixes := self.executor.prefixes) is not None:
-                names = prefixes.keep(sequence.name, sequence.tokens[: sequence.read])
+                names = prefixes.keep(sequence.name, sequence.tokens[: self._lasting(sequence)])
                 if self.executor.disk is not None:
                     self.executor.disk.note(names)
             self.executor.drop(sequence.name)
@@ -160,8 +160,8 @@ class Steps:
         reading = [sequence for sequence in left if left[sequence] > 0 and sequence not in decoding]
         step = [(sequence, 1) for sequence in decoding]
         budget = (_ROWS_BESIDE_DECODE if decoding else _ROWS) - len(decoding)
-        if not self.executor.any_cut:  # prompts whole, one a step
-            step += [(sequence, len(sequence.request.prompt)) for sequence in reading[:1]]
+        if not self.executor.any_cut:  # one prompt a step, always cut alike
+            step += [(sequence, self._next_chunk(sequence)) for sequence in reading[:1]]
         else:
             shares = sorted(reading, key=lambda sequence: left[sequence])
             for index, sequence in enumerate(shares):
@@ -192,6 +192,17 @@ class Steps:
             texts.append(Draftable(drafter, sequence.tokens, max(0, room), sequence.sampler.forced() if room > 0 else ()))
         for sequence, draft in zip(sequences, speculation.draft(texts), strict=True):
             sequence.draft = draft
+
+    def _next_chunk(self, sequence: TextSequence) -> int:
+        """How much of its prompt ``sequence`` reads next."""
+        chunk, left = self.executor.chunk, len(sequence.request.prompt) - sequence.read
+        return left if chunk is None else min(left, chunk - sequence.read % chunk)
+
+    def _lasting(self, sequence: TextSequence) -> int:
+        """How many of its tokens ``sequence`` has read as any other text would that begins with them."""
+        if self.executor.any_cut:
+            return sequence.read
+        return min(sequence.read, len(sequence.request.prompt)) // (chunk := self.executor.chunk or 1) * chunk
 
     def _one_by_one(self, sequence: TextSequence) -> bool:
         """Whether ``sequence``, read again, has to be read as it was written for its numbers to be the same."""
