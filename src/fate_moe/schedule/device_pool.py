@@ -85,6 +85,9 @@ class DevicePoolExecutor:
     def cut(self, sequence: int, length: int) -> None:
         self.blocks.cut(sequence, length)
 
+    def learn(self, kept: Sequence[int]) -> None:
+        """The captured step itself has counted all rows."""
+
     def step(self, rows: Sequence[Rows]) -> list[Result]:
         self._decode.copy_blocks(self.blocks.append_all([(one.sequence, len(one.tokens)) for one in rows]))
         results = {one.sequence: self._guarded(partial(self._forward, one)) for one in rows if not self._is_decode(one)}

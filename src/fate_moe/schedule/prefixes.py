@@ -33,8 +33,8 @@ class Prefixes:
 
     What goes first is what was used longest ago, and of one text its end: a block is of no use without those before it. At most
     ``most`` blocks are kept; a text begins with a multiple of ``several`` of them. ``model`` says what else the keys and values
-    depend on: model, precision, version of the arithmetic. ``states``: of a model with layers that keep a state; a text begins where
-    one of its checkpoints is.
+    depend on: model, precision, version of the arithmetic. ``states``: of a model with layers that keep a state; a text begins
+    where one of its checkpoints is.
     """
 
     def __init__(
