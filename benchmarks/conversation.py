@@ -49,7 +49,7 @@ from fate_moe.switches import cache_home
 from fate_moe.tools.evaluate import perplexity
 from fate_moe.tools.tokens import token_ids
 
-__all__ = ["Job", "Talk", "kept", "llama", "slots", "stretched", "without"]
+__all__ = ["Job", "Talk", "kept", "llama", "long_gguf", "slots", "stretched", "without"]
 
 _ASKED, _ANSWERED, _DECODED = 24, 8, 48  # tokens of a question, of an answer, and of the answer whose speed is measured
 _CELLS = ("kept", "without", "perplexity", "slots", "llama", "llama-without")
@@ -166,7 +166,7 @@ def llama(job: Job, is_cached: bool = True) -> dict[str, Any]:
         samples.append([history if turn == 0 or not is_cached else job.asked(turn)])
         history += job.text[:_ANSWERED]  # as long as an answer
     facts = {"engine": "xllamacpp", "mmap": True, "repack": True}
-    asked = {"model": str(_long_gguf(job.gguf, job.context)), "settings": facts, "samples": samples, "new_tokens": _ANSWERED}
+    asked = {"model": str(long_gguf(job.gguf, job.context)), "settings": facts, "samples": samples, "new_tokens": _ANSWERED}
     asked |= {"workload": "chat" if is_cached else "prompts", "threads": torch.get_num_threads(), "context_tokens": job.context}
     worker = Path(__file__).parent / "peers" / "llama_worker.py"
     done = subprocess.run([job.python, str(worker)], input=json.dumps(asked), capture_output=True, text=True, check=False)
@@ -182,7 +182,7 @@ def _llama_without(job: Job) -> dict[str, Any]:
     return llama(job, is_cached=False)
 
 
-def _long_gguf(file: Path, tokens: int) -> Path:
+def long_gguf(file: Path, tokens: int) -> Path:
     """``file``, or a copy beside it that says it was made for so many tokens: the server takes no more."""
     import gguf
 

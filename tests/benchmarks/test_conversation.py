@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 
-from benchmarks.conversation import Job, kept, stretched
+from benchmarks.conversation import Job, kept, long_gguf, stretched
 from fate_moe.adapter.config_rules import longest_context
 from fate_moe.engine.prepare import prepare, store_for
 
@@ -31,3 +33,18 @@ def test_a_model_that_was_made_for_less_is_stretched() -> None:
     assert not used.exists()
     with stretched(store, 1024) as same:
         assert same == store
+
+
+def test_a_gguf_file_that_was_made_for_less_gets_a_copy(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(file, "qwen2moe")
+    writer.add_context_length(1024)
+    writer.add_tensor("output.weight", np.ones((4, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    made = long_gguf(file, 4096)
+    assert made == long_gguf(file, 4096) != file
+    assert [gguf.GGUFReader(one).fields["qwen2moe.context_length"].contents() for one in (file, made)] == [1024, 4096]
+    assert long_gguf(file, 1000) == file
