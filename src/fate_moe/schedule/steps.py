@@ -168,6 +168,7 @@ class Steps:
             texts.append(Draftable(drafter, sequence.tokens, max(0, room), sequence.sampler.forced() if room > 0 else ()))
         for sequence, draft in zip(sequences, speculation.draft(texts), strict=True):
             sequence.draft = draft
+            sequence.drafted += len(draft)
 
     def _one_by_one(self, sequence: TextSequence) -> bool:
         """Whether ``sequence``, read again, has to be read as it was written for its numbers to be the same."""
