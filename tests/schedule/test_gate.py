@@ -81,5 +81,16 @@ def test_acceptance_that_changes_is_followed() -> None:
     assert gate.acceptance()[0] < 0.05
 
 
+def test_a_bad_moment_is_not_remembered_for_ever() -> None:
+    """The first passes of eight drafts met another program; that is noticed though four pay as well."""
+    gate, chosen = Gate(), list[int]()
+    for index in range(3000):
+        count = gate.choose([Offer(8)])[0]
+        slow = 5.0 if index < 60 and count == 8 else 1.0
+        gate.passed((1 + 0.05 * count) * slow, (count,), (count,))
+        chosen.append(count)
+    assert chosen[-500:].count(8) > 450
+
+
 def test_nothing_is_drafted_before_a_single_pass_was_timed() -> None:
     assert Gate().choose([Offer(4)]) == [0]

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -95,10 +96,8 @@ class BatchScheduler(Scheduler):
         blocks, prefixes = steps.executor.blocks, steps.executor.prefixes
         kept = len(prefixes) if prefixes is not None else 0
         report = self._prefix_report() or PrefixReport()
-        drafts = self.speculation.counts.drafted, self.speculation.counts.accepted
-        return Load(
-            self._num_steps, self._num_rows, steps.preemptions, blocks.used, blocks.num_blocks, kept, *drafts, prefixes=report
-        )
+        drafts = replace(self.speculation.counts)
+        return Load(self._num_steps, self._num_rows, steps.preemptions, blocks.used, blocks.num_blocks, kept, drafts, report)
 
     def kept_files(self, tokens: Sequence[int]) -> list[str]:
         """Where what is kept of a text of ``tokens`` is or will be on the disk; none where nothing is kept there."""
@@ -315,6 +314,7 @@ class BatchScheduler(Scheduler):
                     self._guarded(self._follow, sequence, token, row)
                     if sequence in self._tickets and place < len(sequence.draft) and token == sequence.draft[place]:
                         sequence.read += 1
+                        sequence.accepted += 1
                         accepted[sequence] += 1
                         going_on.append((sequence, logits))
             ready, place = going_on, place + 1

@@ -12,6 +12,7 @@ _FEW = 4  # single passes that are timed before anything is drafted
 _UNKNOWN, _BELIEF = 0.5, 2  # the chance of a first draft before one was checked, and as how many measurements it counts
 _ALIKE = 3  # positions of a draft from here on are accepted alike: figures of far ones would grow old while fewer are drafted
 _CLOSE = 0.05  # of a single pass's time: what a further row is taken to cost before passes of so many rows were timed
+_OLD = 64  # passes after which a figure is believed half as much, by probes
 _TRUSTED = 3  # timed passes of a number of rows that are believed; fewer count beside what was hoped for
 
 
@@ -30,9 +31,11 @@ class _Mean:
 
     value: float = 0.0
     count: int = 0
+    at: int = 0  # the last measurement
 
-    def add(self, value: float) -> None:
+    def add(self, value: float, at: int = 0) -> None:
         self.count += 1
+        self.at = at
         self.value += max(_RATE, 1 / self.count) * (value - self.value)
 
 
@@ -67,9 +70,10 @@ class Gate:
         (n + sum over texts of (a1 + a1 a2 + ...)) / n * T(n, 0) / (T(n, m) + drafting)
 
     passes without drafts. Of the m drafts that are the likeliest to be accepted, the best m among 1, 2, 4, ... is taken if that is
-    more than one. Else nothing is drafted, but for probes that keep the figures fresh: one is made only while all that probes have
-    lost stays below ``allowance`` of the whole time. Passes that were never timed are taken to be as those of as many rows, or
-    cheap, so that each is tried: a second row may double the experts of a pass, and a ninth add few.
+    more than one, else none. Probes keep the figures fresh: another m is tried that would be the best if figures were forgotten
+    with time, but only while all that probes have lost stays below ``allowance`` of the whole time. Passes that were never timed
+    are taken to be as those of as many rows, or cheap, so that each is tried: a second row may double the experts of a pass, and a
+    ninth add few.
     """
 
     def __init__(self, most: int = 8, allowance: float = 0.005) -> None:
@@ -82,6 +86,8 @@ class Gate:
         self._kinds: dict[Hashable, _Kind] = {}
         self._total = self._lost = 0.0  # seconds of all passes; of these, what probes lost
         self._is_probe = False
+        self._rate = 1.0  # what the pass would have been worth if it was no probe
+        self._passes = 0
 
     def choose(self, offers: Sequence[Offer]) -> list[int]:
         """How many tokens of each of ``offers``, one a text, to check in the next pass."""
@@ -94,21 +100,24 @@ class Gate:
             return counts
         if len(offers) > 1:
             drafts.sort(key=lambda draft: -draft[0])
-        best, worth, cost, best_cost = 0, 0.0, 0.0, 0.0
+        best, worth, other, other_worth, other_gives, other_seconds, cost = 0, 1.0, 0, 0.0, 0.0, 0.0, 0.0
         expected = float(len(offers))
         for count, (chain, text) in enumerate(drafts, 1):
             expected += chain
             cost += offers[text].seconds
             if count & (count - 1) and count != self.most:  # few numbers of rows, so that each is timed soon
                 continue
-            value = expected / len(offers) * single.value / (self._pass_seconds(len(offers), count) + cost)
-            if value > worth:
-                best, worth, best_cost = count, value, cost
-        if worth <= 1.0:
-            risk = self._pass_seconds(len(offers), best) + best_cost - single.value
-            self._is_probe = best > 0 and self._lost + risk <= self._allowance * self._total
-            if not self._is_probe:
-                return counts
+            gives, seconds = expected / len(offers) * single.value, self._pass_seconds(len(offers), count) + cost
+            if gives / seconds > worth:
+                best, worth = count, gives / seconds
+            hoped = gives / (self._pass_seconds(len(offers), count, fresh=True) + cost)
+            if hoped > other_worth:
+                other, other_worth, other_gives, other_seconds = count, hoped, gives, seconds
+        if other != best and (other_worth > worth or not best):
+            risk = max(0.0, other_seconds - other_gives / worth)
+            self._is_probe = self._lost + risk <= self._allowance * self._total
+            if self._is_probe:
+                best, self._rate = other, worth
         for _, text in drafts[:best]:
             counts[text] += 1
         return counts
@@ -137,7 +146,8 @@ class Gate:
         """A pass took ``seconds``, and making its drafts ``drafting``; of the ``drafted`` tokens of each text the first
         ``accepted`` were right."""
         texts, drafts = len(drafted), sum(drafted)
-        self._seconds.setdefault((texts, drafts), _Mean()).add(seconds)
+        self._passes += 1
+        self._seconds.setdefault((texts, drafts), _Mean()).add(seconds, self._passes)
         self._by_rows.setdefault(texts + drafts, _Mean()).add(seconds)
         self._total += seconds + drafting
         for count, right, kind in zip(drafted, accepted, kinds, strict=True):
@@ -146,7 +156,7 @@ class Gate:
         if drafts and self._is_probe:
             self.probes += 1
             given = (texts + sum(accepted)) / texts
-            self._lost += max(0.0, seconds + drafting - given * self._seconds[texts, 0].value)
+            self._lost += max(0.0, seconds + drafting - given * self._seconds[texts, 0].value / self._rate)
 
     def acceptance(self) -> list[float]:
         """By position, the share of drafts that are accepted if those before them were: the mean over the kinds seen. The last one
@@ -175,13 +185,14 @@ class Gate:
                 found.append((chain, text))
         return found
 
-    def _pass_seconds(self, texts: int, drafts: int) -> float:
-        """Of a pass: as measured, or as hoped for."""
+    def _pass_seconds(self, texts: int, drafts: int, fresh: bool = False) -> float:
+        """Of a pass: as measured, or as hoped for. ``fresh``: what was measured long ago is forgotten by and by."""
         mean = self._seconds.get((texts, drafts))
-        if mean is not None and mean.count >= _TRUSTED:
+        if mean is not None and mean.count >= _TRUSTED and not fresh:
             return mean.value
         single, alike = self._seconds[texts, 0].value, self._by_rows.get(texts + drafts)
         hoped = single * (1 + _CLOSE * drafts)
         if mean is None:
             return max(single, alike.value) if alike is not None and texts > 1 else hoped
-        return (mean.count * mean.value + (_TRUSTED - mean.count) * hoped) / _TRUSTED
+        known = min(mean.count, _TRUSTED) * (0.5 ** ((self._passes - mean.at) / _OLD) if fresh else 1.0)
+        return (known * mean.value + (_TRUSTED - known) * hoped) / _TRUSTED

@@ -17,10 +17,11 @@ from fate_moe.core import Drafts
 from fate_moe.schedule.gate import Gate, Offer
 from fate_moe.schedule.lookup import PromptLookup
 
-__all__ = ["DEFAULT", "MODES", "Assistant", "Draftable", "Drafter", "Mode", "Speculation", "Text"]
+__all__ = ["DEFAULT", "MODES", "SOURCES", "Assistant", "Draftable", "Drafter", "Mode", "Speculation", "Text"]
 
 Mode: TypeAlias = Literal["auto", "off", "lookup", "assistant"]
 MODES: tuple[Mode, ...] = ("auto", "off", "lookup", "assistant")
+SOURCES = ("lookup", "grammar", "assistant")
 DEFAULT: Mode = "off"  # where nobody says
 _MOST = 8  # drafted tokens of a pass: with the one before them few enough for the kernels of few rows
 _LONG = 8  # tokens of a match from which on its drafts are accepted alike

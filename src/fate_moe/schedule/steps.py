@@ -192,6 +192,7 @@ class Steps:
             texts.append(Draftable(drafter, sequence.tokens, max(0, room), sequence.sampler.forced() if room > 0 else ()))
         for sequence, draft in zip(sequences, speculation.draft(texts), strict=True):
             sequence.draft = draft
+            sequence.drafted += len(draft)
 
     def _next_chunk(self, sequence: TextSequence) -> int:
         """How much of its prompt ``sequence`` reads next."""
