@@ -80,13 +80,13 @@ def test_same_sums_as_the_twin_and_only_the_links_misses_move_in(model: Model, c
     experts.state.tables.check_integrity()
 
 
-@pytest.mark.parametrize("host_compute", [1.0, 0.5, 0.0])
+@pytest.mark.parametrize("host_compute", [0.5, 0.0])
 def test_misses_of_several_tokens_are_served_once(model: Model, computing: HostCompute, host_compute: float) -> None:
     """Of four rows the last is idle. All experts are wanted and a layer has five slots, so the link needs spare ones too."""
     experts = model.experts(10, DeviceOptions(limit=1, host_compute=host_compute), num_staging=4, host_compute=computing)
     assert experts.most_tokens(16) == 16
     random = torch.Generator().manual_seed(7)
-    for layer in (0, 1, 0):
+    for layer in (0, 1):
         before = experts.state.counters().misses
         x = torch.randn(4, 128, generator=random)
         out, weights, index = step(experts, model, layer, x, live=3)

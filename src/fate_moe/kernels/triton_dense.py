@@ -18,40 +18,41 @@ __all__ = ["attend_kernel", "combine_kernel", "heads_kernel", "matvec_kernel", "
 @triton.jit
 def _weights(
     weight, scale, zero, n, n_mask, start: tl.constexpr, cols: tl.constexpr, whole: tl.constexpr, CODES: tl.constexpr,
-    BK: tl.constexpr
+    BK: tl.constexpr, W: tl.constexpr
 ):  # fmt: skip
-    """Rows ``n`` of a matrix from column ``start`` on, fp32 [BN, BK]; of byte codes these, scales and zeros [BN, BK / 64]. All rows
-    and columns are there if ``whole``."""
-    k = start + tl.arange(0, BK)
+    """Rows ``n`` of a matrix from column ``start`` on, as numbers fp32 [BK / W, BN, W]. All rows and columns are there if
+    ``whole``.
+
+    W is what a warp reads of a row at once. Of a row a warp has all columns, so that a lane adds up most of what it multiplies.
+    """
+    k = start + tl.arange(0, BK // W)[:, None, None] * W + tl.arange(0, W)[None, None, :]
     if CODES:
         groups: tl.constexpr = (cols + 63) // 64
-        g = start // 64 + tl.arange(0, BK // 64)
-        row = n.to(tl.int64)[:, None]
-        mask = n_mask[:, None] & (k < groups * 64)[None, :]
-        w = tl.load(weight + row * (groups * 64) + k[None, :], mask=mask, other=0).to(tl.float32)
-        mask = n_mask[:, None] & (g < groups)[None, :]
-        s = tl.load(scale + row * groups + g[None, :], mask=mask, other=0.0).to(tl.float32)
-        z = tl.load(zero + row * groups + g[None, :], mask=mask, other=0.0).to(tl.float32)
-        return w, s, z
-    at = weight + (n[:, None] * cols + k[None, :])
-    if whole:  # noqa: SIM108 (one line would be too long)
-        w = tl.load(at).to(tl.float32)
+        steps: tl.constexpr = BK // W
+        bn: tl.constexpr = n.shape[0]
+        g = start // 64 + tl.arange(0, steps)[:, None, None] * (W // 64) + tl.arange(0, W // 64)[None, None, :]
+        row = n.to(tl.int64)[None, :, None]
+        w = tl.load(weight + row * (groups * 64) + k, mask=n_mask[None, :, None] & (k < groups * 64), other=0).to(tl.float32)
+        mask = n_mask[None, :, None] & (g < groups)
+        s = tl.load(scale + row * groups + g, mask=mask, other=0.0).to(tl.float32)
+        z = tl.load(zero + row * groups + g, mask=mask, other=0.0).to(tl.float32)
+        w = tl.reshape(w, (steps, bn, W // 64, 64))
+        w = tl.fma(w, tl.broadcast_to(s[:, :, :, None], w.shape), tl.broadcast_to(-z[:, :, :, None], w.shape))
+        numbers = tl.reshape(w, (steps, bn, W))
+    elif whole:
+        numbers = tl.load(weight + (n[None, :, None] * cols + k)).to(tl.float32)
     else:
-        w = tl.load(at, mask=n_mask[:, None] & (k < cols)[None, :], other=0.0).to(tl.float32)
-    return w, w, w
+        mask = n_mask[None, :, None] & (k < cols)
+        numbers = tl.load(weight + (n[None, :, None] * cols + k), mask=mask, other=0.0).to(tl.float32)
+    return numbers
 
 
 @triton.jit
-def _dot(weights, xs, CODES: tl.constexpr):
+def _dot(w, xs):
     """[BN]: what ``_weights`` read times ``xs`` [BK], which is x from the same column on and 0 beyond its end."""
-    w, s, z = weights
-    if CODES:
-        bn: tl.constexpr = w.shape[0]
-        bk: tl.constexpr = w.shape[1]
-        dot = tl.sum(tl.reshape(w * xs[None, :], (bn, bk // 64, 64)), axis=2)
-        x_sum = tl.sum(tl.reshape(xs, (bk // 64, 64)), axis=1)
-        return tl.sum(s * dot - z * x_sum[None, :], axis=1)
-    return tl.sum(w * xs[None, :], axis=1)
+    steps: tl.constexpr = w.shape[0]
+    W: tl.constexpr = w.shape[2]
+    return tl.sum(tl.sum(w * tl.reshape(xs, (steps, 1, W)), axis=0), axis=1)
 
 
 @triton.jit
@@ -125,6 +126,7 @@ def matvec_kernel(
     kind: tl.constexpr = x.dtype.element_ty
     groups: tl.constexpr = (cols + 63) // 64
     whole: tl.constexpr = cols % BK == 0 and rows % BN == 0
+    W: tl.constexpr = 256 if BK > 256 else BK
     first = tl.program_id(0) * TOKENS
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     moments = ()
@@ -136,9 +138,9 @@ def matvec_kernel(
         seconds += (tl.zeros((BN,), tl.float32),)
     for start in tl.static_range(0, cols, BK):
         k = start + tl.arange(0, BK)
-        w = _weights(weight, scale, zero, n, n < rows, start, cols, whole, CODES, BK)
+        w = _weights(weight, scale, zero, n, n < rows, start, cols, whole, CODES, BK, W)
         if SILU:
-            w_up = _weights(weight, scale, zero, n + rows, n < rows, start, cols, whole, CODES, BK)
+            w_up = _weights(weight, scale, zero, n + rows, n < rows, start, cols, whole, CODES, BK, W)
         sums = ()
         sums_up = ()
         for t in tl.static_range(TOKENS):
@@ -159,9 +161,9 @@ def matvec_kernel(
                         tl.store(normed + (first + t) * cols + k, xs.to(kind), mask=k < cols)
                     if tl.program_id(1) == 1:
                         stage(staged + (first + t) * (groups * 64), xs, start, groups, STAGE_PLANES, BK)
-            sums += (totals[t] + _dot(w, xs, CODES),)
+            sums += (totals[t] + _dot(w, xs),)
             if SILU:
-                sums_up += (seconds[t] + _dot(w_up, xs, CODES),)
+                sums_up += (seconds[t] + _dot(w_up, xs),)
         totals = sums
         if SILU:
             seconds = sums_up
@@ -254,8 +256,8 @@ def place_kernel(
     """
     head, token = tl.program_id(0), tl.program_id(1)
     heads: tl.constexpr = num_kv * group
+    at = tl.load(position + token)  # beside what it may not be needed for: neither load waits for the other
     if token < tl.load(live):
-        at = tl.load(position + token)
         d = tl.arange(0, D)[None, :]
         base = qkv + (token * (heads + 2 * num_kv) + head) * D + tl.zeros((1, 1), tl.int32)
         slot = tl.load(table + token * blocks + at // BLOCK) * BLOCK + (at % BLOCK).to(tl.int32)
@@ -305,10 +307,10 @@ def attend_kernel(
     d = tl.arange(0, D)[None, :]
     i = tl.arange(0, GP)
     heads: tl.constexpr = num_kv * group
+    at = tl.load(position + token).to(tl.int32)
+    query = queries + (token * heads + head * group + tl.minimum(i, group - 1))[:, None] * D
+    q = tl.load(query + d).to(DOT)  # [GP, D]
     if token < tl.load(live):
-        at = tl.load(position + token).to(tl.int32)
-        query = queries + (token * heads + head * group + tl.minimum(i, group - 1))[:, None] * D
-        q = tl.load(query + d).to(DOT)  # [GP, D]
         top = tl.zeros((GP,), tl.float32) - float("inf")
         total = tl.zeros((GP,), tl.float32)
         acc = tl.zeros((GP, D), tl.float32)

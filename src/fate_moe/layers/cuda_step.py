@@ -28,6 +28,7 @@ __all__ = ["MOST_ROWS", "FusedStep"]
 
 MOST_ROWS = 16
 MATVEC_TOKENS = 4  # for which a program reads its weights once
+MATVEC_FUSES = False  # products and sums of a matrix-vector product; what is staged for experts is rounded step by step
 ATTEND_ROWS = 32
 NO_NORM = Norm(0.0)
 _SPLITS = 16  # of the KV cache's length, per head: 64 programs for 4 key-value heads
@@ -299,7 +300,7 @@ class FusedStep:
             NORM_BIAS=of.bias, BIAS=bias is not None,
             RESIDUAL=residual is not None, GATE=gate is not None, SILU=silu, STAGE=stage,
             STAGE_PLANES=self._experts.state.layouts[0].planes, BN=block, BK=wide, TOKENS=tokens, num_warps=warps,
-            enable_fp_fusion=False,
+            enable_fp_fusion=MATVEC_FUSES and not stage,
         )  # fmt: skip
 
 

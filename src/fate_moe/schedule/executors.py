@@ -24,6 +24,7 @@ _log = logging.getLogger(__name__)
 # passes gain nothing but that a new one does not wait for the others. Each should find room for so many tokens, or they preempt
 # one another.
 _PARALLEL, _PARALLEL_APART, _TOKENS_EACH = 8, 4, 512
+_PARALLEL_ON_GPU = 16  # rows of a captured step
 
 
 def executor_of(model: Any) -> Executor:
@@ -61,6 +62,8 @@ def default_parallel(executor: Executor) -> int:
     """How many requests run at once unless somebody says: by the KV cache, and by whether they make a step cheaper."""
     fitting = executor.blocks.num_blocks * KV_BLOCK // _TOKENS_EACH
     useful = _PARALLEL if executor.shares_passes else _PARALLEL_APART
+    if isinstance(executor, DevicePoolExecutor):
+        useful = _PARALLEL_ON_GPU
     states = executor.most_sequences or useful
     if executor.prefixes is not None and executor.prefixes.states is not None:
         states = (states + 1) // 2  # the others hold checkpoints
