@@ -100,7 +100,7 @@ def decode(
     row = {
         "tokens_per_second": 1e3 / took,
         "ms": took,
-        "hosted_of": "/".join(map(str, experts.state.shares.tolist())),
+        "hosted_of": "/".join(map(str, experts.state.shares[: experts.state.top_k + 1].tolist())),
         "trial_seconds": trial_seconds,
         "copied_ahead": experts.state.options.limit,
         "admit_every": experts.state.options.admit_every,

@@ -99,13 +99,14 @@ class Check:
     cpu: bool
     cells: dict[str, dict[str, Any]] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
+    context: int = CONTEXT
     exact: torch.Tensor | None = None
 
     @contextmanager
     def loaded(self, **options: Any) -> Iterator[Any]:
         """The model of ``folder``, closed and freed afterwards."""
         where = {} if self.cpu else {"vram": VRAM}
-        model, _ = fate_moe.load(self.folder, context_length=CONTEXT, **where, **options)
+        model, _ = fate_moe.load(self.folder, context_length=self.context, **where, **options)
         try:
             yield model
         finally:

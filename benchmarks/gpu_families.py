@@ -4,7 +4,8 @@
 
 One line a stage, and one a family: how far the captured step's logits are from those of transformers' own layers on the same card
 with the same experts (in fp32, and in bf16 where the rounding of a router's logits may choose another expert), and whether they are
-equal in every bit with 25 % of the experts in VRAM, all misses copied or divided between link and host. Exit code 1 if not.
+equal in every bit with 25 % of the experts in VRAM, all misses copied or divided between link and host; and whether several texts
+that are decoded together, one of them with drafts, have the bits of ``generate()`` for each. Exit code 1 if not.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from benchmarks.gpu_check import GREEDY, MODELS, Check, checkpoint, error, measured, prompt
+from benchmarks.gpu_check import CONTEXT, GREEDY, MODELS, Check, checkpoint, error, measured, prompt
+from fate_moe.schedule.device_pool import DevicePoolExecutor
+from fate_moe.schedule.executor import Rows
+from fate_moe.schedule.executors import executor_of
 
 _FAMILIES = [name for name in MODELS if name not in ("medium", "deepseek_v2")]
 _TRACE_SECONDS = 100  # where each thread is, so often: a device that waits for the host for ever shows nothing else
@@ -45,8 +49,9 @@ def main() -> int:
                     _say(name, "loaded in fp32", row, began)
                     row["fp32"] = f"{_off_its_layers(model):.1e}"
                 _say(name, "compared in fp32", row, began)
-            _equalities(Check(checkpoint(name, arguments.folder / name), cpu=False), row)
-            wrong = not row["equal"] or not row["fused"] or float(row.get("fp32", 0.0)) > _ALLOWED
+            context = 2048 if name == "medium" else CONTEXT
+            _equalities(Check(checkpoint(name, arguments.folder / name), cpu=False, context=context), row)
+            wrong = not row["equal"] or not row["together"] or not row["fused"] or float(row.get("fp32", 0.0)) > _ALLOWED
         except Exception as problem:  # one family's fault hides no other's
             row["failed"], wrong = f"{type(problem).__name__}: {problem}"[:600], True
         failed |= wrong
@@ -72,9 +77,12 @@ def _equalities(check: Check, row: dict[str, Any]) -> None:
             row["fused"] = model.fate.decode is not None
             if cell == "100%":
                 row["bf16"] = f"{_off_its_layers(model):.1e}"
+            together = _several(model)
+            row["together"] = row.get("together", True) and together[0]
+            row[f"tok/s of 16, {cell}"] = round(together[1])
             state = model.fate.experts.state
             if "measured" in cell:
-                row["shares"] = "/".join(map(str, state.shares.tolist()))
+                row["shares"] = "/".join(map(str, state.shares[: state.top_k + 1].tolist()))
             if found.get("hosted"):
                 row[f"hosted, {cell}"] = found["hosted"]
             if "tokens_per_second" in found:
@@ -83,6 +91,49 @@ def _equalities(check: Check, row: dict[str, Any]) -> None:
             row["equal"] = False
             row[f"error, {cell}"] = f"{error(logits[cell], logits['100%']):.1e}"
         _say(check.folder.name, cell, row, began)
+
+
+def _several(model: Any) -> tuple[bool, float]:
+    """Whether each of a few texts has the logits that ``generate()`` gives it, and tokens a second of 16."""
+    texts = [prompt(model)[0, first : first + 20].tolist() for first in range(0, 24, 8)]
+    options = {"max_new_tokens": _STEPS, "output_logits": True, "return_dict_in_generate": True, **GREEDY}
+    said = [model.generate(torch.tensor([text], device=model.device), **options) for text in texts]
+    want = [torch.cat(one.logits).float() for one in said]
+    answers = [one.sequences[0, 20:].tolist() for one in said]
+    executor = executor_of(model)
+    assert isinstance(executor, DevicePoolExecutor)
+    names = [executor.new() for _ in texts]
+    logits = [[_checked(each)] for each in executor.step([Rows(name, text) for name, text in zip(names, texts, strict=True)])]
+    for at in range(_STEPS - 1):
+        rows = [Rows(name, answer[at : at + 1]) for name, answer in zip(names, answers, strict=True)]
+        rows[0] = Rows(names[0], [answers[0][at], 5, 6], 3)  # a draft that nobody accepts
+        for found, each in zip(logits, executor.step(rows), strict=True):
+            found.append(_checked(each)[:1])
+        executor.cut(names[0], 20 + at + 1)
+    same = all(torch.equal(torch.cat(found).float(), exact) for found, exact in zip(logits, want, strict=True))
+    for name in names:
+        executor.drop(name)
+    if model.fate.plan.context_length < 16 * 64:
+        return same, 0.0
+    names = [executor.new() for _ in range(16)]
+    for name in names:
+        executor.step([Rows(name, texts[0])])
+    for at in range(2):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for step in range(16):
+            executor.step([Rows(name, [3 + (7 * number + step + 16 * at) % 900]) for number, name in enumerate(names)])
+        torch.cuda.synchronize()
+        took = time.perf_counter() - began
+    for name in names:
+        executor.drop(name)
+    return same, 16 * 16 / took
+
+
+def _checked(result: torch.Tensor | BaseException) -> torch.Tensor:
+    if isinstance(result, BaseException):
+        raise result
+    return result
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ from fate_moe.gpu.host_compute import HostCompute
 from fate_moe.gpu.layout import DeviceLayout, device_layout
 from fate_moe.gpu.memory import PinnedArena, VramPool
 from fate_moe.gpu.options import DeviceOptions
-from fate_moe.gpu.state import DeviceState
+from fate_moe.gpu.state import MAX_DECODE_TOKENS, DeviceState
 from fate_moe.gpu.tables import ResidencyTables, layer_quotas
 from fate_moe.store.format import blob_layout
 
@@ -132,7 +132,7 @@ class RandomModel:
         if self.host is None:
             module, top_k = self.model.get_submodule(self.stacks[0].name), self.model.config.num_experts_per_tok
             shapes = self.stacks[0].output_rows_first()
-            self.host = HostCompute(self.layout, shapes, module, self.arena, top_k, torch.device("cuda"))
+            self.host = HostCompute(self.layout, shapes, module, self.arena, top_k, torch.device("cuda"), tokens=MAX_DECODE_TOKENS)
         return self.host
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 if TYPE_CHECKING:
@@ -106,6 +106,14 @@ class Drafts:
 
     drafted: int = 0
     accepted: int = 0
+    by_source: dict[str, tuple[int, int]] = field(default_factory=dict)  # the same of each source: "lookup", "grammar", ...
+
+    def count(self, source: str, drafted: int, accepted: int) -> None:
+        """``accepted`` of ``drafted`` more tokens."""
+        if drafted:
+            self.drafted, self.accepted = self.drafted + drafted, self.accepted + accepted
+            before = self.by_source.get(source, (0, 0))
+            self.by_source = {**self.by_source, source: (before[0] + drafted, before[1] + accepted)}
 
 
 @dataclass

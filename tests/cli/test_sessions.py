@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -73,6 +76,19 @@ def test_a_conversation_goes_on_where_it_was(talk: Callable[..., tuple[str, list
     delete_session("sea")
     assert not any(path.exists() for path in kept)
     assert list((home / "sessions").iterdir()) == []
+
+
+@pytest.mark.slow
+def test_another_process_goes_on_without_reading_the_prompt_again(talk: Callable[..., tuple[str, list[Answer]]]) -> None:
+    whole, (_, _, uninterrupted) = talk([3 * LONG, "And then?", "Why?"], "--prefix-cache", "off")
+    first, _ = talk([3 * LONG, "And then?"], "--session", "sea")
+    command = [sys.executable, "-m", "fate_moe", "chat", "--session", "sea", "-v"]
+    done = subprocess.run(command, input="Why?\n", capture_output=True, text=True, timeout=240, check=True)
+    assert first + done.stdout.replace("> ", "").rstrip() == whole.rstrip()
+    found = re.search(r"(\d+) of (\d+) tokens were there", done.stderr)
+    assert found is not None, done.stderr
+    assert int(found[2]) == uninterrupted.prompt_tokens
+    assert int(found[1]) >= 64 * ((int(found[2]) - 20) // 64) >= 256
 
 
 @pytest.mark.slow

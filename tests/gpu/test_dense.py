@@ -28,10 +28,10 @@ def quantized(precision: str, rows: int, cols: int, seed: int = 0) -> tuple[Byte
 def matvec(matrix: ByteLinear, x: torch.Tensor, norm: torch.Tensor | None = None, silu: bool = False) -> torch.Tensor:
     rows = matrix.out_features // (2 if silu else 1)
     out = torch.zeros(rows)
-    matvec_kernel[(-(-rows // 4),)](
-        x, out if norm is None else norm, out, matrix.codes, matrix.scale, matrix.zero, out, out, out, out, out, out, 1e-6,
+    matvec_kernel[(1, -(-rows // 4))](
+        x, out if norm is None else norm, out, matrix.codes, matrix.scale, matrix.zero, out, out, out, out, out, out, 1e-6, rows, 0,
         cols=matrix.in_features, rows=rows, CODES=True, NORM=norm is not None, ROUNDS=True, CENTERED=False, NORM_BIAS=False,
-        BIAS=False, RESIDUAL=False, GATE=False, SILU=silu, STAGE=False, STAGE_PLANES=0, BN=4, BK=64,
+        BIAS=False, RESIDUAL=False, GATE=False, SILU=silu, STAGE=False, STAGE_PLANES=0, BN=4, BK=64, TOKENS=1,
     )  # fmt: skip
     return out
 

@@ -35,24 +35,28 @@ def model() -> Model:
 
 @pytest.fixture
 def computing(model: Model) -> Iterator[HostCompute]:
-    made = HostCompute(model.layout, model.shapes, SwiGLU(), model.arena, model.top_k, CPU, threads=2)
+    made = HostCompute(model.layout, model.shapes, SwiGLU(), model.arena, model.top_k, CPU, threads=2, tokens=4)
     yield made
     made.close()
 
 
-def step(experts: DeviceExperts, model: Model, layer: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One token through ``route`` and ``run``: output, routing weights and chosen experts."""
-    logits = model.routers[layer] @ x[0]
-    weights, out = torch.zeros(1, model.top_k), torch.zeros_like(x)
-    stage_kernel[(1,)](x, experts.state.staged, cols=x.shape[1], groups=x.shape[1] // 64)
-    experts.route(layer, logits, model.routers[-1] @ x[0], x[0], weights, Router(len(logits), model.top_k, normalize=True))
+def step(
+    experts: DeviceExperts, model: Model, layer: int, x: torch.Tensor, live: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens through ``route`` and ``run``: output, routing weights and chosen experts."""
+    tokens, router = len(x), Router(model.num_experts, model.top_k, normalize=True)
+    logits = x @ model.routers[layer].T
+    weights, out = torch.zeros(tokens, model.top_k), torch.zeros_like(x)
+    stage_kernel[(tokens,)](x, experts.state.staged, cols=x.shape[1], groups=x.shape[1] // 64)
+    there = torch.tensor([live or tokens], dtype=torch.int32)
+    experts.route(layer, logits, x @ model.routers[-1].T, x, weights, router, there)
     experts.run(layer, weights, out)
-    return out, weights, torch.topk(logits, model.top_k).indices[None]
+    return out, weights, torch.topk(logits, model.top_k).indices
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def stage_kernel(hidden: Any, staged: Any, cols: tl.constexpr, groups: tl.constexpr) -> None:
-    stage_token(hidden, staged, 0, cols, groups, 3, 64)
+    stage_token(hidden, staged, tl.program_id(0), cols, groups, 3, 64)
 
 
 @pytest.mark.parametrize("host_compute", [1.0, 0.5])
@@ -74,6 +78,24 @@ def test_same_sums_as_the_twin_and_only_the_links_misses_move_in(model: Model, c
     counted = experts.state.counters()
     assert counted.bytes_read == (counted.misses - hosted + counted.prefetched) * model.layout.length
     experts.state.tables.check_integrity()
+
+
+@pytest.mark.parametrize("host_compute", [0.5, 0.0])
+def test_misses_of_several_tokens_are_served_once(model: Model, computing: HostCompute, host_compute: float) -> None:
+    """Of four rows the last is idle. All experts are wanted and a layer has five slots, so the link needs spare ones too."""
+    experts = model.experts(10, DeviceOptions(limit=1, host_compute=host_compute), num_staging=4, host_compute=computing)
+    assert experts.most_tokens(16) == 16
+    random = torch.Generator().manual_seed(7)
+    for layer in (0, 1):
+        before = experts.state.counters().misses
+        x = torch.randn(4, 128, generator=random)
+        out, weights, index = step(experts, model, layer, x, live=3)
+        assert torch.equal(out[:3], twin(model, layer, x[:3], index[:3], weights[:3]))
+        assert not out[3].any()
+        wanted = len(set(index[:3].flatten().tolist()))
+        assert wanted - 5 <= experts.state.counters().misses - before <= wanted
+    experts.state.tables.check_integrity()
+    assert (experts.state.tables.hosted() > 0) == (host_compute > 0)
 
 
 def test_what_the_host_computes_moves_in_behind_the_step(model: Model, computing: HostCompute) -> None:

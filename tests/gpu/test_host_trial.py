@@ -55,7 +55,7 @@ def test_the_trial_serves_as_many_as_it_says_from_both_sides() -> None:
     x, one = torch.ones(1, model.hidden), torch.ones(1, 1)
     assert torch.equal(host.outside[:1], twin(model, 0, x, torch.tensor([[97 % 8]]), one))
     run_host_trial(experts)
-    assert state.shares.tolist() == [0, 1, 1, 2, 2]
+    assert state.shares.tolist() == [0, 1, 1, 2, 2, 2, 3, 3, 4]
     state.stop_host_compute()
     assert state.host_compute is None
     assert not state.shares.any()

@@ -82,9 +82,11 @@ class OwnDelta:
         made, state = delta_attention(self.delta, raw, self.convolution, self.bias, self.rates, self.norm, empty_state(self.delta))
         return linear_bf16(made, self.out), state[0].T, state[1]
 
-    def run(self, passes: list[dict[int, tuple[int, int]]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def run(
+        self, passes: list[dict[int, tuple[int, int]]], marks: dict[int, list[tuple[int, int]]] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Of three entries, which see the same tokens: results [3, 300, HIDDEN] and what they keep, after ``passes`` with rows
-        (first, end) of some entries each."""
+        (first, end) of some entries each. ``marks`` by entry: (position, entry)."""
         delta, out = self.delta, torch.full((3, 300, HIDDEN), math.nan)
         inputs = torch.full((3, delta.channels, delta.kernel), math.nan, dtype=torch.bfloat16)
         states = torch.full((3, delta.value_heads, delta.key_dim, delta.value_dim), math.nan)
@@ -92,7 +94,8 @@ class OwnDelta:
         for rows in passes:
             x = torch.cat([self.x[first:end] for first, end in rows.values()])
             counts, firsts = [end - first for first, end in rows.values()], [first for first, _ in rows.values()]
-            got, spans = torch.empty_like(x), native.Spans.make(counts, firsts, list(rows), [0] * len(rows))
+            places = [marks.get(entry, []) for entry in rows] if marks else []
+            got, spans = torch.empty_like(x), native.Spans.make(counts, firsts, list(rows), [0] * len(rows), [], places)
             native.attention(self.of, x.data_ptr(), 0, spans, 0, 0, kv, got.data_ptr(), True, 2)
             for (entry, (first, end)), part in zip(rows.items(), torch.split(got, counts), strict=True):
                 out[entry, first:end] = part
@@ -119,3 +122,18 @@ def test_more_rows_than_go_through_at_once() -> None:
     whole, parts = layer.run([{0: (0, 300)}]), layer.run([{0: (0, 120)}, {0: (120, 300)}])
     for one, other in zip(whole, parts, strict=True):
         assert_same(one[0], other[0])
+
+
+@needs_native
+@pytest.mark.parametrize("passes", [[{0: (0, 300)}], [{0: (0, 7)}, {0: (7, 260)}, {0: (260, 300)}]], ids=["whole", "parts"])
+def test_a_mark_has_the_state_of_its_position(instructions: str, passes: list[dict[int, tuple[int, int]]]) -> None:
+    """Within a pass, at its end, and beyond the rows that go through at once; the rows behind it are what they are without."""
+    layer = OwnDelta(True)
+    plain = layer.run(passes)
+    for position in (1, 7, 260, 299, 300):
+        out, inputs, states = layer.run(passes, {0: [(position, 2)]})
+        _, want_inputs, want_states = layer.run([{1: (0, position)}])
+        assert_same(out[0], plain[0][0])
+        assert_same(inputs[2], want_inputs[1])
+        assert_same(states[2], want_states[1])
+        assert_same(states[0], plain[2][0])

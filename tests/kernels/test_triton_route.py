@@ -29,16 +29,17 @@ def test_same_choice_slots_and_lists_as_the_twin(weighed: bool, seed: int, quota
     tables = ResidencyTables(quotas, EXPERTS, CPU)
     lists = torch.zeros(2, EXPERTS + 1, 2, dtype=torch.int32)
     slots, pending, weights = torch.zeros(TOP_K, dtype=torch.int32), torch.zeros(TOP_K, dtype=torch.int32), torch.zeros(1, TOP_K)
+    one = torch.ones(1, dtype=torch.int32)
     for now in range(1, 9):
         policy.now = now
         for layer in (0, 1):
             logits, ahead = 2 * torch.randn(2, EXPERTS, generator=random)
             looks = layer == 0 and quotas[1] < EXPERTS
             route_kernel[(1 + looks,)](
-                logits, ahead, weights, slots, pending, lists[0], lists[0, -1], lists[1], lists[1, -1],
-                tables.slot_of, tables.score, tables.unused, tables.counters, tables.clock, layer, 1, HALF_LIFE,
-                TOP_K, 0.0, LIMIT, lists[1], lists[1], lists[1], lists[1], 0, logits, logits, logits, 1.0, 0.0, 0.0,
-                num_experts=EXPERTS, top_k=TOP_K, cols=EXPERTS, SCORES="softmax", CORRECTED=False,
+                logits, ahead, slots, weights, one, weights, slots, pending, lists[0], lists[0, -1], lists[1], lists[1, -1],
+                tables.slot_of, tables.score, tables.unused, tables.counters, tables.clock, layer, 1, EXPERTS, EXPERTS,
+                HALF_LIFE, TOP_K, 0.0, LIMIT, lists[1], lists[1], lists[1], lists[1], 0, 0, logits, logits, logits, 1.0, 0.0, 0.0,
+                num_experts=EXPERTS, top_k=TOP_K, cols=EXPERTS, TOKENS=1, SCORES="softmax", CORRECTED=False,
                 GROUPS=1, TOP_GROUPS=1, GROUP_BEST=1, NORMALIZE=False, ROUNDS=True,
                 SIGMOID_NEXT=False, FREQUENCY=True, WEIGHED=weighed, HOST=False, ADMITS=False, MOST=0, E=8, R=2,
             )  # fmt: skip

@@ -15,7 +15,7 @@ from fate_moe.engine.prepare import load_tokenizer
 from fate_moe.kernels.native import native
 from fate_moe.layers import model_step
 from fate_moe.layers.cpu_step import CpuStep
-from fate_moe.layers.model_step import SequenceRows, prefix_reasons
+from fate_moe.layers.model_step import SequenceRows
 from fate_moe.schedule.batching import BatchScheduler
 from fate_moe.schedule.request import Request, Sampling
 from fate_moe.store import dense
@@ -193,8 +193,7 @@ def test_generate_runs_all_layers_in_one_call(model: Any, rows_run: list[int], o
 
 
 def test_a_prefix_that_is_there_gives_the_same_logits(model: Any) -> None:
-    """Behind the blocks of another text, in every layer: whole ones, windows, latent rows. A state is of its last token."""
-    kept = 0 if prefix_reasons(model) else 128
+    """Behind the blocks of another text, in every layer: whole ones, windows, latent rows, checkpoints of states."""
     scheduler = BatchScheduler(lambda: (model, load_tokenizer(demo.MODEL)), parallel=2)
     prompt = tuple(tokens_of(150)[0].tolist())
     request = Request((*prompt, 9, 8), 6, Sampling(temperature=0), ignore_eos=True, top_logprobs=3)
@@ -203,7 +202,7 @@ def test_a_prefix_that_is_there_gives_the_same_logits(model: Any) -> None:
         assert end_of(alone).usage.cached_tokens == 0
         answers(scheduler, Request((*prompt[:130], 5), 3, Sampling(temperature=0), ignore_eos=True))
         again = answers(scheduler, request)[0]
-        assert end_of(again).usage.cached_tokens == kept
+        assert end_of(again).usage.cached_tokens == 128
         assert tokens_of_answer(again) == tokens_of_answer(alone)
     finally:
         scheduler.close()

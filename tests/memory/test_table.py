@@ -63,23 +63,30 @@ class Model:
         self.locks: Counter[ExpertId] = Counter()
         self.protected: set[ExpertId] = set()
         self.unused: set[ExpertId] = set()
+        self.drafts: set[ExpertId] = set()
         self.counted: Counter[str] = Counter()
 
     def route(
         self, experts: list[ExpertId], counts: list[int] | None, num_tokens: int, wanted: dict[ExpertId, int]
     ) -> list[Lookup]:
+        self.teach(experts, counts, num_tokens)
+        self.protected = {e for e in self.protected if not experts or e.layer != experts[0].layer}
+        return [self.look_up(expert, wanted.get(expert, WHOLE)) for expert in experts]
+
+    def teach(self, experts: list[ExpertId], counts: list[int] | None, num_tokens: int) -> None:
         if not experts:
-            return []
+            return
         if not 0 < self.num_experts <= sum(state != "missing" for state in self.state.values()):
             self.policy.routed(experts[0].layer, [e.expert for e in experts], counts, num_tokens)
-        self.protected = {e for e in self.protected if e.layer != experts[0].layer}
-        return [self.look_up(expert, wanted.get(expert, WHOLE)) for expert in experts]
+        self.drafts -= set(experts)
+        for expert in experts:
+            if expert in self.slot:
+                self.policy.touched(expert)
 
     def look_up(self, expert: ExpertId, wanted: int) -> Lookup:
         if self.state[expert] == "missing":
             self.counted["misses"] += 1
             return MISS
-        self.policy.touched(expert)
         self.counted["prefetch_used"] += expert in self.unused
         self.unused.discard(expert)
         if self.state[expert] == "in flight":
@@ -125,10 +132,11 @@ class Model:
             assert slot in free
         assert slot is not None
         self.slot[expert], self.state[expert] = slot, "in flight"
-        self.policy.admitted(expert, prefetched=not demand)
-        if demand:
+        self.policy.admitted(expert, prefetched=not demand or expert in self.drafts)
+        if demand and expert not in self.drafts:
             self.policy.touched(expert)
-        else:
+        self.drafts.discard(expert)
+        if not demand:
             self.counted["prefetched"] += 1
             self.unused.add(expert)
             self.protected.add(expert)
@@ -159,6 +167,9 @@ class Native:
         wanted = [sections.get(expert, WHOLE) for expert in experts] if sections else None
         codes = self.native.route(experts, counts, num_tokens, wanted)
         return dict(zip(experts, [(HIT, IN_FLIGHT, MISS)[code] for code in codes], strict=True))
+
+    def look_up(self, experts: list[ExpertId]) -> dict[ExpertId, Lookup]:
+        return dict(zip(experts, [(HIT, IN_FLIGHT, MISS)[code] for code in self.native.look_up(experts, None)], strict=True))
 
     def lock(self, experts: list[ExpertId]) -> None:
         for expert in experts:
@@ -256,6 +267,27 @@ class TableMachine(RuleBasedStateMachine):
         found = self.table.route(experts, counts, num_tokens, sections or None)
         assert list(found) == experts
         assert list(found.values()) == self.model.route(experts, counts, num_tokens, sections)
+
+    @rule(
+        layer=st.integers(0, NUM_LAYERS - 1),
+        numbers=st.lists(st.integers(0, NUM_EXPERTS - 1), unique=True),
+        certain=st.integers(0, NUM_EXPERTS),
+        kept=st.lists(st.integers(0, NUM_EXPERTS - 1), unique=True),
+    )
+    def read_drafts(self, layer: int, numbers: list[int], certain: int, kept: list[int]) -> None:
+        """A step of which the first ``certain`` experts are of a text's own token; then some drafts turn out to be right."""
+        experts = [ExpertId(layer, number) for number in numbers]
+        self.table.draft(experts)
+        self.model.drafts |= {expert for expert in experts if expert not in self.model.slot}
+        for some in (experts[:certain], None, [ExpertId(layer, number) for number in kept]):
+            if some is not None:
+                self.table.teach(some, None, 1)
+                self.model.teach(some, None, 1)
+                continue
+            found = self.table.look_up(experts)
+            if experts:
+                self.model.protected = {e for e in self.model.protected if e.layer != layer}
+            assert list(found.values()) == [self.model.look_up(expert, WHOLE) for expert in experts]
 
     @rule(experts=st.lists(st.sampled_from(ALL), unique=True, max_size=3))
     def lock(self, experts: list[ExpertId]) -> None:
@@ -398,6 +430,20 @@ def test_a_prefetch_is_counted_and_its_first_use_too() -> None:
     for _ in range(2):
         slots.route([A])
     assert (slots.counters.prefetched, slots.counters.prefetch_used) == (1, 1)
+
+
+def test_what_only_drafts_asked_for_is_not_used_until_they_are_right() -> None:
+    for is_right, goes in ((False, B), (True, A)):
+        slots = table(2)
+        fill(slots, A)
+        slots.draft([A, B])
+        slots.teach([A])
+        assert list(slots.look_up([A, B]).values()) == [HIT, MISS]
+        fill(slots, B)
+        if is_right:
+            slots.teach([B])
+        slots.begin(C)
+        assert not slots.is_resident(goes)
 
 
 def test_two_locks_need_two_unlocks() -> None:

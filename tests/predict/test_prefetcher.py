@@ -131,5 +131,10 @@ def test_a_predictor_that_cannot_win_is_left_alone() -> None:
         predictor.now += 0.01
     assert (predictor.asked, predictor.told) == (3 * Trial.BLOCK, 3 * Trial.BLOCK)
     assert not prefetcher.predicted
-    prefetcher.embedded(torch.zeros(9, 4))
-    assert predictor.asked == 3 * Trial.BLOCK + 1, "a prompt is another matter"
+    for _ in range(50):  # passes with drafts between them are tried by themselves
+        for num_tokens in (9, 1, 3):
+            prefetcher.embedded(torch.zeros(num_tokens, 4))
+            predictor.now += 0.01
+    assert predictor.asked == 3 * Trial.BLOCK + 2 * Trial.BLOCK
+    prefetcher.embedded(torch.zeros(90, 4))
+    assert predictor.asked == 5 * Trial.BLOCK + 1, "a prompt is another matter"

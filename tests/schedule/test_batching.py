@@ -55,8 +55,8 @@ def answers(scheduler: BatchScheduler, *requests: Request) -> list[list[Event]]:
     return asyncio.run(run())
 
 
-def alone(request: Request, any_cut: bool = True) -> list[Event]:
-    scheduler = scheduler_on(FakeExecutor(64, any_cut), parallel=1)
+def alone(request: Request, any_cut: bool = True, num_states: int = 0, chunk: int | None = None) -> list[Event]:
+    scheduler = scheduler_on(FakeExecutor(64, any_cut, num_states=num_states, chunk=chunk), parallel=1)
     try:
         return answers(scheduler, request)[0]
     finally:
@@ -64,7 +64,7 @@ def alone(request: Request, any_cut: bool = True) -> list[Event]:
 
 
 _KEPT = tempfile.TemporaryDirectory()  # what one example leaves on the disk, the next one finds
-COMMON = [[3] * 70, [4] * 128, [5, 6]]  # prompts that several requests have
+COMMON = [[3] * 70, [4] * 128, [4] * 150, [5, 6]]  # prompts that several requests have
 
 
 @st.composite
@@ -89,12 +89,14 @@ actions = st.lists(
 
 
 @settings(max_examples=40, deadline=None)
-@given(actions, st.integers(1, 4), st.integers(5, 12), st.sampled_from(["any cut", "on disk", "whole prompts"]))
+@given(actions, st.integers(1, 4), st.integers(5, 12), st.sampled_from(["any cut", "on disk", "states", "whole prompts", "chunks"]))
 def test_a_text_is_what_it_is_alone(actions: list[Any], parallel: int, num_blocks: int, kind: str) -> None:
     """Whatever else comes, is cancelled, fails, or has to give its blocks away, and whenever it does."""
-    any_cut = kind != "whole prompts"
-    files = BlockFiles(Path(_KEPT.name), "a" * 32, "fake", 8 * KV_BLOCK, 20_000) if kind == "on disk" else None
-    executor = FakeExecutor(num_blocks, any_cut, is_open=False, files=files)
+    any_cut, chunk = kind in ("any cut", "on disk", "states"), 2 * KV_BLOCK if kind == "chunks" else None
+    states, home = parallel + num_blocks % 3 if kind == "states" else 0, Path(_KEPT.name)
+    files = BlockFiles(home, ("b" if states else "a") * 32, "fake", 8 * KV_BLOCK, 20_000) if kind in ("on disk", "states") else None
+    state_files = BlockFiles(home, "c" * 32, "fake", 8, 20_000) if states else None
+    executor = FakeExecutor(num_blocks, any_cut, False, files, num_states=states, state_files=state_files, chunk=chunk)
     scheduler = scheduler_on(executor, parallel=parallel, capacity=8)
     taken: list[tuple[Request, Ticket]] = []
     left: set[Ticket] = set()
@@ -133,7 +135,7 @@ def test_a_text_is_what_it_is_alone(actions: list[Any], parallel: int, num_block
         if POISON in request.prompt:
             assert end.reason in ("error", "cancelled")
             continue
-        want = alone(request, any_cut)
+        want = alone(request, any_cut, states, chunk)
         if end.reason == "cancelled":
             assert ticket in left
             assert text_of(want).startswith(text_of(events))

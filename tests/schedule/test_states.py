@@ -40,7 +40,6 @@ def test_sequences_beside_one_another_give_their_logits_alone(model: Any) -> Non
     found = list[list[torch.Tensor]]()
     for executor in (ModelExecutor(model, 12), PoolExecutor(model, model.fate.step, 12)):
         assert executor.any_cut
-        assert executor.prefixes is None, "a state is that of the last token: there is none of a prefix"
         first, second = executor.new(), executor.new()
         logits = step(executor, Rows(first, range(1, 71)), Rows(second, [5]))
         third = executor.fork(first)
@@ -72,3 +71,23 @@ def test_the_plan_has_room_for_a_sequences_state(model: Any) -> None:
     tokens = 2 * 2 * model.config.num_key_value_heads * model.config.head_dim * len(step.attentions) * 1024
     assert plan.kv_cache_bytes == tokens + step.state_bytes
     assert sum(each[:1].nbytes for of in step.new_pool(1, 1) if len(of) == 2 for each in of) == step.state_bytes > 0
+
+
+def test_states_that_a_failed_pass_has_written_are_not_gone_on_from(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error before the pass is one sequence's; one within it is that of all, for which states are part of the pass."""
+    executor = PoolExecutor(model, model.fate.step, 12)
+    names = [executor.new() for _ in range(2)]
+    want = step(executor, *(Rows(name, range(1, 11)) for name in names))
+    result, error = executor.step([Rows(names[0], [7]), Rows(names[1], [1 << 20])])  # no such token
+    assert isinstance(error, Exception)
+    assert isinstance(result, torch.Tensor)
+    executor.drop(names[1])
+    again = executor.new()
+    assert_same(step(executor, Rows(again, range(1, 11)))[0], want[0])
+    assert_same(step(executor, Rows(again, [7]))[0], result)
+
+    def fail(*arguments: Any) -> None:
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(native, "step", fail)
+    assert [type(result) for result in executor.step([Rows(again, [8]), Rows(names[0], [8])])] == [OSError, OSError]

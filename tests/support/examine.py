@@ -18,7 +18,7 @@ from fate_moe.checkpoints.source import Checkpoint
 from fate_moe.engine.attach import routers_of
 from fate_moe.engine.patches import Patches
 from fate_moe.engine.prepare import prepare
-from fate_moe.layers.model_step import prefix_reasons
+from fate_moe.layers.model_step import around_reasons, prefixes_kept
 from fate_moe.layers.plain import NotPlain, plain_decoder
 from fate_moe.layers.reasons import attention_reasons
 from fate_moe.store.convert import convert
@@ -89,7 +89,7 @@ def prefixes_of(model: Any) -> str:
     """As ``Family.prefixes``."""
     if _recognised(model) != "recognised":
         return "its layers are not run whole"
-    return "; ".join(prefix_reasons(model)) or "reused"
+    return "; ".join(around_reasons(model)) or f"reused: {prefixes_kept(model)}"
 
 
 def _recognised(model: Any) -> str:

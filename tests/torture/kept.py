@@ -75,13 +75,16 @@ def _write_blocks(home: Path, seed: int, turns: int) -> None:
 def _talk(home: Path, seed: int, turns: int) -> None:
     """Requests that begin alike: their texts are what they are without anything kept."""
     dice, shared = Random(seed), [Random(1).randrange(1, POISON) for _ in range(4 * KV_BLOCK)]
-    scheduler = BatchScheduler(
-        lambda: (FakeModel(), FakeTokenizer()), make_executor=lambda model: FakeExecutor(12, files=_files(home)), parallel=2
-    )
+    states = 3 * (seed % 2)  # of a model that has some
+    state_files = BlockFiles(home / "kv", "e" * 32, "fake", 8, _MOST_BYTES) if states else None
+    executor = FakeExecutor(12, files=_files(home), num_states=states, state_files=state_files)
+    scheduler = BatchScheduler(lambda: (FakeModel(), FakeTokenizer()), make_executor=lambda model: executor, parallel=2)
     for _ in range(turns):
         prompt = [*shared[: dice.randrange(1, len(shared))], *[dice.randrange(1, 4)] * dice.randrange(1, 80)]
         request = Request(tuple(prompt), 4, Sampling(seed=1), ignore_eos=True)
-        plain = BatchScheduler(lambda: (FakeModel(), FakeTokenizer()), make_executor=lambda model: FakeExecutor(12))
+        plain = BatchScheduler(
+            lambda: (FakeModel(), FakeTokenizer()), make_executor=lambda model: FakeExecutor(12, num_states=states)
+        )
         if (told := _text(scheduler, request)) != (want := _text(plain, request)):
             raise WrongError(f"the text is {told!r}, not {want!r}")
         plain.close()

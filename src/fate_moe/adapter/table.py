@@ -17,8 +17,8 @@ class Family:
 
     ``look_ahead`` is the share of MoE blocks whose router, asked before it runs, named the experts that it then used ("4/4");
     ``keys`` are the checkpoint's names of one layer's experts, as they were read. ``layers`` is "recognised" if all layers are
-    plain (layers/plain.py), else the reasons of those that are not. ``prefixes`` is "reused" if servers and chats read a text from
-    where it differs from earlier ones (with quantized weights, on the CPU), else why not.
+    plain (layers/plain.py), else the reasons of those that are not. ``prefixes`` is "reused: " and what is kept if servers and
+    chats read a text from where it differs from earlier ones (with quantized weights, on the CPU), else why not.
     """
 
     family: str
@@ -35,7 +35,8 @@ class Family:
             return ""
         if self.layers != "recognised":
             return f"MoE block only: {self.layers.partition('; ')[0]}"
-        return f"whole layers, prefixes {'reused' if self.prefixes == 'reused' else f'read again: {self.prefixes}'}"
+        word, _, kept = self.prefixes.partition(": ")
+        return f"whole layers, prefixes {f'reused ({kept})' if word == 'reused' else f'read again: {self.prefixes}'}"
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)

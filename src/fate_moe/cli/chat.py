@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fate_moe.adapter.config_rules import longest_context, refuse_beyond
+from fate_moe.cli.assisted import add_speculation, plan_with_assistant, speculation_of
 from fate_moe.cli.listing import ago
 from fate_moe.cli.net import one_line, say, uninterrupted
 from fate_moe.cli.options import (
     add_model,
     add_offload_options,
     add_sampling_options,
-    add_speculation,
     draw_table,
     generate_options,
     offload_config,
@@ -131,15 +131,17 @@ def _converse(arguments: argparse.Namespace, session: Session | None) -> None:
     beams, longest = beams_of(arguments, prepared.model), longest_context(prepared.model.config)
     refuse_beyond(arguments.context_length, prepared.model.config, beams)
     usual = OffloadConfig.context_length
+    speculate = speculation_of(arguments)
     config = offload_config(arguments, usual if longest is None else min(usual, longest * beams))
-    plan = prepared.plan(config)
+    config, plan, assistant = plan_with_assistant(arguments, prepared, config, tokenizer)
     say(plan.line())
     model = build(prepared, plan, config)
+    model.fate.assistant = assistant
     with uninterrupted(model.fate.close):
         if not tokenizer.chat_template:
             say("this model has no chat template: it continues the conversation as plain text")
         context_length = config.context_length // beams
-        answering = Answering(model, tokenizer, generate_options(arguments), arguments.seed, arguments.speculate)
+        answering = Answering(model, tokenizer, generate_options(arguments), arguments.seed, speculate)
         with uninterrupted(answering.close):
             _talk(Talk(model, tokenizer, answering, context_length, arguments.max_new_tokens, session))
         say(f"\n{model.fate.report()}")

@@ -19,7 +19,6 @@ from fate_moe.config import COUNTS, DEVICES, PRECISION_POLICIES, OffloadConfig
 from fate_moe.core import KV_FORMATS, PRECISIONS
 from fate_moe.errors import ConfigError
 from fate_moe.registry import POLICIES, PREDICTORS, PRESETS, Entry, Preset
-from fate_moe.schedule.speculation import MODES as SPECULATE
 from fate_moe.store.home import find_store
 
 __all__ = [
@@ -29,7 +28,6 @@ __all__ = [
     "add_model",
     "add_offload_options",
     "add_sampling_options",
-    "add_speculation",
     "add_verbosity",
     "check_options",
     "draw_table",
@@ -216,18 +214,6 @@ def add_sampling_options(parser: argparse.ArgumentParser, max_new_tokens: int) -
         kind = RANGES[name]
         group.add_argument(_option(name), type=Number(kind), metavar="INT" if kind.whole else "FLOAT", help=text)
     group.add_argument("--seed", type=count(0, (1 << 64) - 1), metavar="N", help="make sampling repeatable")
-
-
-def add_speculation(group: Any) -> None:
-    """``--speculate``, for an argument group or a parser."""
-    group.add_argument(
-        "--speculate",
-        choices=SPECULATE,
-        default="off",
-        help="check in the pass of the last token those that may follow it, because they followed the same words before (lookup), "
-        "as many as are measured to pay (auto), or none; the text is the same. For models that run whole in the extension with "
-        "quantized weights; default: %(default)s",
-    )
 
 
 def _option(name: str) -> str:

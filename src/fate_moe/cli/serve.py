@@ -8,11 +8,11 @@ from typing import Any
 
 from fate_moe import switches
 from fate_moe.adapter.config_rules import longest_context
+from fate_moe.cli.assisted import add_speculation, plan_with_assistant, speculation_of
 from fate_moe.cli.net import say
 from fate_moe.cli.options import (
     add_model,
     add_offload_options,
-    add_speculation,
     offload_config,
     quiet_transformers,
     require_gpu,
@@ -104,7 +104,7 @@ def _serve(arguments: argparse.Namespace) -> None:
         log_requests=arguments.log_requests or arguments.log_prompts,
         log_prompts=arguments.log_prompts,
         drain_seconds=arguments.drain_seconds,
-        speculate=arguments.speculate,
+        speculate=speculation_of(arguments),
     )
     require_gpu(arguments)  # what is misspelt or missing is said before anything is bound
     listener, url = bind(options)
@@ -140,6 +140,9 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
 
     prepared = prepare(store_of(arguments))
     config = offload_config(arguments, min(longest_context(prepared.model.config) or _CONTEXT_LENGTH, _CONTEXT_LENGTH))
-    plan = prepared.plan(config)
+    tokenizer = load_tokenizer(prepared.store.path)
+    config, plan, assistant = plan_with_assistant(arguments, prepared, config, tokenizer)
     say(plan.line())
-    return build(prepared, plan, config), load_tokenizer(prepared.store.path)
+    model = build(prepared, plan, config)
+    model.fate.assistant = assistant
+    return model, tokenizer

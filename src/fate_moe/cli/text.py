@@ -10,12 +10,12 @@ from typing import Any
 
 from fate_moe import demo
 from fate_moe.adapter.config_rules import longest_context, refuse_beyond
+from fate_moe.cli.assisted import add_speculation, plan_with_assistant, speculation_of
 from fate_moe.cli.net import say, uninterrupted
 from fate_moe.cli.options import (
     add_model,
     add_offload_options,
     add_sampling_options,
-    add_speculation,
     generate_options,
     offload_config,
     print_json,
@@ -26,6 +26,7 @@ from fate_moe.cli.options import (
 from fate_moe.cli.parser import file_path
 from fate_moe.cli.reading import Shown, argument_text, is_piped, read_stdin, read_text
 from fate_moe.errors import ConfigError
+from fate_moe.schedule.speculation import Mode
 
 __all__ = ["add_verbs", "beams_of", "printer"]
 
@@ -117,14 +118,15 @@ def _run(arguments: argparse.Namespace) -> None:
     beams = beams_of(arguments, prepared.model)
     refuse_beyond(arguments.context_length, prepared.model.config, beams)
     needed = _needed(inputs.shape[1], arguments.max_new_tokens, beams, arguments.context_length)
-    config = offload_config(arguments, needed)
-    plan = prepared.plan(config)
+    speculate, config = speculation_of(arguments), offload_config(arguments, needed)
+    config, plan, assistant = plan_with_assistant(arguments, prepared, config, tokenizer)
     say(plan.line())
     if longest is not None and needed > longest * beams:
         say(f"prompt and answer take {needed // beams} tokens; this model was made for {longest}")
     model = build(prepared, plan, config)
+    model.fate.assistant = assistant
     with uninterrupted(model.fate.close):
-        options, reading = {**generate_options(arguments), **_drafts(arguments, model)}, ReadingLine()
+        options, reading = {**generate_options(arguments), **_drafts(speculate, beams, model)}, ReadingLine()
         if arguments.json:
             answer = generate(model, tokenizer, inputs, on_read=reading, **options)
             reading.end()
@@ -173,16 +175,17 @@ class ReadingLine:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
-def _drafts(arguments: argparse.Namespace, model: Any) -> dict[str, Any]:
+def _drafts(mode: Mode, beams: int, model: Any) -> dict[str, Any]:
     """The option of ``generate()`` that makes it draft. Raises ConfigError where nothing can be drafted."""
     from fate_moe.schedule.drafted import drafted
     from fate_moe.schedule.speculation import Speculation
 
-    if arguments.speculate == "off":
+    if mode == "off":
         return {}
-    if beams_of(arguments, model) > 1:
+    if beams > 1:
         raise ConfigError("--speculate is for one continuation; omit it, or --num-beams")
-    return {"custom_generate": drafted(Speculation(arguments.speculate, counts=getattr(model.fate, "drafts", None)))}
+    speculation = Speculation(mode, counts=getattr(model.fate, "drafts", None), assistant=model.fate.assistant)
+    return {"custom_generate": drafted(speculation)}
 
 
 def beams_of(arguments: argparse.Namespace, model: Any) -> int:

@@ -321,11 +321,11 @@ def make_plan(needs: Footprint, config: OffloadConfig) -> Plan:
         slots=slots,
         tied_bytes=needs.tied_bytes,
         kv_format=config.kv_cache,
-        prefix_cache_bytes=_prefix_bytes(config, kv),
+        prefix_cache_bytes=prefix_bytes(config, kv),
     )
 
 
-def _prefix_bytes(config: OffloadConfig, kv_bytes: int) -> int:
+def prefix_bytes(config: OffloadConfig, kv_bytes: int) -> int:
     """What prefixes may take of the KV cache. Raises ConfigError for more than it has."""
     if config.prefix_cache == "off":
         return 0

@@ -95,6 +95,12 @@ class CpuEngine(Engine):
         with self.calls.one_pass("cpu"):
             return self.step.run_rows(tokens, sequences, pool, wanted, on_pass)
 
+    def learn(self, kept: Sequence[int]) -> None:
+        """Let the expert cache learn of the last pass's drafts that are right: the first ``kept`` of each sequence's."""
+        if self.step is not None:
+            with self.runtime.passing:
+                self.step.learn(kept)
+
     def counters(self) -> Counters:
         return replace(self.runtime.residency.counters)
 

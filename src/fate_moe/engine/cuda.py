@@ -34,7 +34,7 @@ from fate_moe.gpu.host_trial import run_host_trial
 from fate_moe.gpu.layout import DeviceLayout, device_layout
 from fate_moe.gpu.memory import PinnedArena, VramPool
 from fate_moe.gpu.prefetch_trial import run_prefetch_trial
-from fate_moe.gpu.state import DeviceState
+from fate_moe.gpu.state import MAX_DECODE_TOKENS, DeviceState
 from fate_moe.gpu.tables import ResidencyTables, layer_quotas
 from fate_moe.io.progress import progress_bar
 from fate_moe.journal import Observer
@@ -244,7 +244,9 @@ class CudaParts:
         stack, manifest = self._stacks[0], self._prepared.store.manifest
         module, shapes = self._model.get_submodule(stack.name), stack.output_rows_first()
         try:
-            return HostCompute(manifest.layouts[0], shapes, module, self._arena, self._top_k, self._device)
+            return HostCompute(
+                manifest.layouts[0], shapes, module, self._arena, self._top_k, self._device, tokens=MAX_DECODE_TOKENS
+            )
         except UnsupportedModelError as reason:
             if self._plan.host_compute is not None:
                 raise

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
 from transformers import StaticCache
+from transformers.cache_utils import StaticLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from fate_moe.adapter.contract import is_experts
 from fate_moe.adapter.kv_cache import whole_cache
-from fate_moe.core import Patcher
+from fate_moe.core import KV_BLOCK, Patcher
 from fate_moe.engine.attach import refuse_longer
 from fate_moe.errors import UnsupportedCallError
 from fate_moe.gpu.experts import DeviceExperts
@@ -48,16 +49,20 @@ class CapturedDecode:
         config = model.config
         self._model, self._experts, self._length = model, experts, length
         self._bytes_per_token = bytes_per_token
+        length = -(-length // KV_BLOCK) * KV_BLOCK
         self._forward, self._generate, self._prepare = model.forward, model.generate, model.prepare_inputs_for_generation
         self.cache = whole_cache(config, length)
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.cache.early_initialization(1, config.num_key_value_heads, dim, model.dtype, model.device)
         self._step = (PathStep if paths else FusedStep)(model, experts, self.cache)
         self._graph = graph and model.device.type == "cuda" and length > 2
+        self._recorded = [1]  # numbers of rows
+        self._is_whole = True  # the step takes the cache for one sequence, and one row
         self._held = 0  # tokens in the cache
         self._lent = False  # the cache was given away with a result
         self._writing: bool | None = None  # whether the generate() that has the cache may take the step; None: none has it
         self.steps = 0
+        self.uses = 0  # how often somebody began to write to the cache
         patcher.replace(model, "forward", _in_place_of(self._forward, self._pass))
         patcher.replace(model, "generate", _in_place_of(self._generate, self._write))
         patcher.replace(model, "prepare_inputs_for_generation", _in_place_of(self._prepare, self._inputs))
@@ -65,8 +70,24 @@ class CapturedDecode:
     def record(self) -> None:
         """Compile the step, record it with the experts' options of now, and empty the cache."""
         if self._graph:
-            self._step.capture()
+            for rows in self._recorded:
+                self._step.capture(rows)
         self.cache.reset()
+
+    @property
+    def most_rows(self) -> int:
+        """How many rows one pass of ``read`` computes."""
+        return self._step.most_rows
+
+    def record_rows(self) -> None:
+        """Record steps of several rows too, for ``read``; others compute them as they come."""
+        if not self._is_whole:
+            self._step.whole()
+            self._is_whole = True
+        more = [rows for rows in _powers(self.most_rows) if rows not in self._recorded]
+        for rows in more if self._graph else []:
+            self._step.capture(rows)
+        self._recorded += more
 
     def note_model(self) -> None:
         """Remember the model as it is now, so that later changes are noticed. Comes after all changes of the engine's own."""
@@ -75,13 +96,13 @@ class CapturedDecode:
     def one_token(self) -> None:
         """A step of always the same token, for measurements; ``record`` afterwards."""
         self._step.begin(0, 0)
-        self._run()
+        self._run(1)
 
-    def _run(self) -> None:
+    def _run(self, rows: int) -> None:
         if self._graph:
-            self._step.replay()
+            self._step.replay(rows)
         else:
-            self._step.step()
+            self._step.step(rows)
 
     def _write(self, inputs: torch.Tensor | None = None, *args: Any, **options: Any) -> Any:
         """``model.generate``: with our cache where it is one sequence without padding, nobody brings a cache.
@@ -102,17 +123,74 @@ class CapturedDecode:
     @contextmanager
     def sequence(self) -> Iterator[StaticCache]:
         """The cache, empty: meanwhile passes over it may be the fused step. One such sequence at a time."""
-        self._take_back_cache()
-        self.cache.reset()
-        self._held = 0
-        self._writing = self._is_unchanged()
-        try:
+        with self.blocks():
+            self.cache.reset()
+            self._held = 0
             yield self.cache
-        finally:
-            self._writing = None
         self._tell_cache()
         if isinstance(self._step, PathStep):
             self._step.keep()
+
+    @contextmanager
+    def blocks(self) -> Iterator[None]:
+        """The cache's memory, for one at a time; meanwhile ``read`` and ``layers`` may take it for blocks of any sequences. Those
+        of whoever had it before are as they were left only while ``uses`` is."""
+        self._take_back_cache()
+        self.uses += 1
+        self._writing = self.is_unchanged()
+        try:
+            yield
+        finally:
+            self._writing = None
+
+    def check_unchanged(self) -> None:
+        """Raises UnsupportedCallError where the model is not what the step was made from."""
+        if not self.is_unchanged():
+            raise UnsupportedCallError("the model was changed while it was served; serve it again")
+
+    def layers(self, table: Sequence[int], past: int) -> list[StaticLayer]:
+        """Layers of a cache in which a sequence has ``past`` tokens in the blocks ``table``, for a pass of transformers' layers."""
+        places = torch.zeros(self.cache.layers[0].max_cache_len, dtype=torch.int64)
+        within = torch.arange(KV_BLOCK)
+        for number, block in enumerate(table):
+            places[number * KV_BLOCK : (number + 1) * KV_BLOCK] = block * KV_BLOCK + within
+        places = places.to(self._model.device)
+        return [_BlockLayer(layer, places, past) for layer in self.cache.layers]
+
+    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy blocks, each (from, to)."""
+        for old, new in copies:
+            for layer in self.cache.layers:
+                for states in (layer.keys, layer.values):
+                    of = states[0].unflatten(1, (-1, KV_BLOCK))
+                    of[:, new] = of[:, old]
+
+    @torch.no_grad()
+    def read(self, tokens: Sequence[int], positions: Sequence[int], tables: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Logits fp32 [rows, vocabulary] of ``tokens``, each at its position of the sequence in its table's blocks. Rows of one
+        sequence follow each other."""
+        self._experts.state.host.check()  # closed, or broken
+        made = []
+        for first in range(0, len(tokens), self.most_rows):
+            some = slice(first, first + self.most_rows)
+            made.append(self._read(tokens[some], positions[some], tables[some]))
+        self._experts.state.host.check()
+        return made[0] if len(made) == 1 else torch.cat(made)
+
+    def _read(self, tokens: Sequence[int], positions: Sequence[int], tables: Sequence[Sequence[int]]) -> torch.Tensor:
+        step, count = self._step, len(tokens)
+        rows = next(rows for rows in _powers(self.most_rows) if rows >= count)
+        numbers = torch.zeros(2, count, dtype=torch.int64)
+        numbers[0], numbers[1] = torch.tensor(tokens), torch.tensor(positions)
+        longest = max(map(len, tables))
+        places = torch.tensor([[*table, *[0] * (longest - len(table))] for table in tables], dtype=torch.int32)
+        step.numbers[:, :count] = numbers.to(step.numbers.device)
+        step.table[:count, :longest] = places.to(step.table.device)
+        step.live.fill_(count)
+        self._is_whole = False
+        self._run(rows)
+        self.steps += 1
+        return step.all_logits[:count].clone()
 
     def _take_back_cache(self) -> None:
         """Before another sequence is written: whoever was given the cache with an earlier one finds that it is gone."""
@@ -135,9 +213,9 @@ class CapturedDecode:
         return plain and not several and not special and options.get("assistant_model") is None
 
     def _may_step(self) -> bool:
-        return self._is_unchanged() if self._writing is None else self._writing
+        return self.is_unchanged() if self._writing is None else self._writing
 
-    def _is_unchanged(self) -> bool:
+    def is_unchanged(self) -> bool:
         """Whether the model is what the step was made from: no adapters, hooks or other settings. In generate() asked once."""
         return not self._snapshot.hooked() and self._snapshot.same()
 
@@ -168,13 +246,42 @@ class CapturedDecode:
 
     def _decode(self, input_ids: torch.Tensor) -> Any:
         step = self._step
+        if not self._is_whole:
+            step.whole()
+            self._is_whole = True
         step.token.copy_(input_ids[0])
         step.position.fill_(self._held)
-        self._run()
+        self._run(1)
         self._held += 1
         self.steps += 1
         logits = step.logits.clone().view(1, 1, -1)
         return MoeCausalLMOutputWithPast(logits=logits, past_key_values=self.cache)
+
+
+class _BlockLayer(StaticLayer):  # type: ignore[misc]
+    """``whole``, for one pass: a sequence of ``past`` tokens whose position p lies at ``places[p]``. Keys and values are given as
+    such a layer of its own would give them, so that its bits are those of ``generate()``."""
+
+    def __init__(self, whole: StaticLayer, places: torch.Tensor, past: int) -> None:
+        super().__init__(max_cache_len=whole.max_cache_len)
+        self.keys, self.values, self.dtype, self.device = whole.keys, whole.values, whole.dtype, whole.device
+        self.is_initialized, self._places = True, places
+        self.cumulative_length = torch.tensor(past, device=whole.device)
+        self._past = past
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        count = key_states.shape[-2]
+        here = self._places[self._past : self._past + count]
+        self._past += count
+        self.cumulative_length.add_(count)
+        self.keys.index_copy_(2, here, key_states)
+        self.values.index_copy_(2, here, value_states)
+        return self.keys.index_select(2, self._places), self.values.index_select(2, self._places)
+
+
+def _powers(most: int) -> list[int]:
+    """1, 2, 4, ... up to ``most``."""
+    return [1 << bit for bit in range(most.bit_length())]
 
 
 def _in_place_of(method: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fate_moe.config import OffloadConfig
-from fate_moe.engine.budget import AUTO_FRACTION, SPREAD_BYTES, Footprint
+from fate_moe.core import KV_BLOCK
+from fate_moe.engine.budget import AUTO_FRACTION, SPREAD_BYTES, Footprint, prefix_bytes
 from fate_moe.errors import BudgetError
 from fate_moe.gpu.device import CONTEXT_BYTES, Gpu
 from fate_moe.gpu.options import DeviceOptions
@@ -33,8 +34,9 @@ class DevicePlan:
     ``budget_bytes``, ``runtime_bytes``, ``passing_bytes`` and host slots are RAM.
 
     ``passing_bytes``: dense weights on their way to the GPU, given back before the host slots are filled. ``host_compute``: of the
-    experts missing in VRAM, how many the CPU computes (None: as many as is measured while loading). ``unread``: tensors of the
-    checkpoint that the model does not use, and why.
+    experts missing in VRAM, how many the CPU computes (None: as many as is measured while loading). ``prefix_cache_bytes`` of
+    the KV cache may hold beginnings of texts that ended. ``unread``: tensors of the checkpoint that the model does not use, and
+    why.
     """
 
     family: str
@@ -55,6 +57,7 @@ class DevicePlan:
     passing_bytes: int
     num_host_slots: int
     host_compute: float | None
+    prefix_cache_bytes: int = 0
     unread: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -151,7 +154,7 @@ def make_device_plan(needs: Footprint, config: OffloadConfig, gpu: Gpu, options:
         else parse_amount(config.vram or 0, gpu.free_bytes)
     )
     runtime = (CONTEXT_BYTES if gpu.device.type == "cuda" else 0) + VRAM_RESERVE_BYTES
-    kv = needs.kv_bytes_per_token * config.context_length
+    kv = needs.kv_bytes_per_token * -(-config.context_length // KV_BLOCK) * KV_BLOCK  # in whole blocks
     # Beyond what the CPU needs: attention's mask, as a bool and as numbers, and the experts' inner vectors by (token, choice).
     activations = (
         needs.activation_bytes_per_token + needs.inner_bytes_per_token + 3 * config.context_length
@@ -205,6 +208,7 @@ def make_device_plan(needs: Footprint, config: OffloadConfig, gpu: Gpu, options:
         vram_runtime_bytes=runtime,
         dense_bytes=needs.device_bytes,
         kv_cache_bytes=kv,
+        prefix_cache_bytes=prefix_bytes(config, kv),
         activation_bytes=activations,
         num_staging=staging,
         num_slots=num_slots,

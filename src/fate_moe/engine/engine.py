@@ -51,6 +51,7 @@ class Engine(Protocol):
     patches: Patches
     model: Any
     calls: Calls
+    assistant: Any = None  # a small model that drafts for this one (schedule/assistant.py)
     _end: weakref.finalize[..., Any]
     _ended: bool = False
 

@@ -76,7 +76,14 @@ class Report:
             },
             **({"disk": self.disk.as_dict()} if self.disk is not None else {}),
             **({"prefixes": asdict(self.prefixes)} if self.prefixes is not None else {}),
-            "drafts": {"drafted": self.drafts.drafted, "accepted": self.drafts.accepted},
+            "drafts": {
+                "drafted": self.drafts.drafted,
+                "accepted": self.drafts.accepted,
+                "by_source": {
+                    source: {"drafted": drafted, "accepted": accepted}
+                    for source, (drafted, accepted) in self.drafts.by_source.items()
+                },
+            },
             "memory": memory,
             "config": {
                 "policy": self.policy,
@@ -101,8 +108,11 @@ class Report:
         bits = ", ".join(f"{count / uses:.1%} of uses with {bits} bits" for bits, count in self.uses_by_bits.items())
         by_policy = f"{self.precision_policy}: {bits}, {experts.upgrades} upgrades\n" if self.precision_policy != "full" else ""
         prefixes = f"{self.prefixes}\n" if self.prefixes is not None and self.prefixes.prompt_tokens else ""
+        sources = ", ".join(f"{source} {kept} of {drafted}" for source, (drafted, kept) in self.drafts.by_source.items())
         drafts = (
-            f"speculation: {self.drafts.accepted} of {self.drafts.drafted} drafted tokens kept\n" if self.drafts.drafted else ""
+            f"speculation: {self.drafts.accepted} of {self.drafts.drafted} drafted tokens kept ({sources})\n"
+            if self.drafts.drafted
+            else ""
         )
         return (
             f"experts: {experts.ready_on_time:.1%} of {experts.lookups} ready on time, {experts.in_flight} in flight, "

@@ -22,6 +22,7 @@ from fate_moe.kernels.plain_layer import Router
 from fate_moe.kernels.triton_experts import down_kernel, gate_up_kernel
 from fate_moe.kernels.triton_fetch import fetch_kernel
 from fate_moe.kernels.triton_residency import logits_kernel, prefetch_kernel, residency_kernel, route_kernel
+from fate_moe.kernels.triton_router import choose_kernel
 
 __all__ = ["DeviceExperts"]
 
@@ -44,6 +45,8 @@ class DeviceExperts:
         widest = max(padded(layout.width) for layout in state.layouts)
         self._inner = torch.zeros(MAX_DECODE_TOKENS * state.top_k, widest, dtype=torch.float32, device=device)
         self._logits = torch.zeros(MAX_DECODE_TOKENS, tables.num_experts, dtype=torch.float32, device=device)
+        self._choices = torch.zeros(MAX_DECODE_TOKENS * state.top_k, dtype=torch.int32, device=device)
+        self._chances = torch.zeros_like(self._logits)
         lists = torch.zeros(3, tables.num_experts + 1, 2, dtype=torch.int32, device=device)
         self._demand = lists[0]  # pairs (blob, slot); the last row's first entry is their number
         self._ahead = lists[1], lists[2]  # for even and odd layers: one is still read while the next is written
@@ -93,7 +96,7 @@ class DeviceExperts:
         if host_compute is not None:
             self._host_results.follow(self._main)
             with self._host_results:
-                host_compute.collect(state.pending)
+                host_compute.collect(state.pending[: tokens * state.top_k])
         if not whole:
             self._demands.follow(self._main)
             with self._demands:
@@ -140,40 +143,64 @@ class DeviceExperts:
         hidden: torch.Tensor,
         routing_weights: torch.Tensor,
         router: Router,
+        live: torch.Tensor,
         corrections: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
         predicted: bool = False,
     ) -> None:
-        """One token's routing, residency step and prefetch list from logits of ``router``: see ``route_kernel``. Then ``run``.
+        """Routing, residency step and prefetch list of tokens, of which the first ``live`` int32 [1] are there, from logits
+        [tokens, num_experts] of ``router``: see ``route_kernel``. Then ``run``.
 
         ``corrections``: this layer's and the next one's, [num_experts], where the router has them. ``predicted``: ``next_logits``
-        are logarithms of probabilities, not those of the next layer's router. ``hidden`` [hidden] is the router input, which the
-        host is given if it computes misses.
+        [num_experts] are logarithms of probabilities, not those of the next layer's router. ``hidden`` [tokens, hidden] is the
+        router input, which the host is given if it computes misses. At most ``most_tokens`` at once.
         """
         state, tables, options, mail = self.state, self.state.tables, self.state.options, self.state.host_compute
+        tokens, top_k = routing_weights.shape
         ahead, listed = self._looks_ahead_to(layer + 1), self._ahead[(layer + 1) % 2]
         by_router = not predicted and (not ahead or state.fitted[layer + 1] is None)  # a fitted gate's logits have only an order
         softmax, (correction, next_correction) = router.scores == "softmax", corrections
         self._requested = mail is not None and not state.is_whole(layer)
         questions, asked, most = (mail.questions, mail.asked, mail.most) if mail is not None else (listed, listed, 0)
+        experts, rows = triton.next_power_of_2(tables.num_experts), triton.next_power_of_2(tokens * top_k)
+        correction = logits if correction is None else correction
+        rule: dict[str, Any] = {
+            "num_experts": tables.num_experts, "top_k": top_k, "SCORES": router.scores, "CORRECTED": router.correction is not None,
+            "GROUPS": router.groups, "TOP_GROUPS": router.top_groups, "GROUP_BEST": router.group_best,
+            "NORMALIZE": router.normalize, "ROUNDS": router.rounds_logits, "E": experts,
+        }  # fmt: skip
+        if tokens > 1:
+            choose_kernel[(tokens,)](
+                logits, correction, live, hidden, self._choices, routing_weights, self._chances, logits.stride(0),
+                router.scale, router.floor, router.spread, R=triton.next_power_of_2(top_k), **rule, num_warps=4,
+            )  # fmt: skip
         route_kernel[(1 + ahead,)](
-            logits, next_logits, routing_weights, state.slots, state.pending, self._demand, self._demand[-1], listed, listed[-1],
-            tables.slot_of, tables.score, tables.unused, tables.counters, tables.clock, layer, len(state.layouts) - 1,
-            options.half_life, options.num_predicted or state.top_k,
-            options.min_probability if predicted or (by_router and softmax) else 0.0, options.limit,
-            state.shares, questions, asked, self._behind[layer], options.admit_every, hidden,
-            logits if correction is None else correction,
-            logits if next_correction is None else next_correction, router.scale, router.floor, router.spread,
-            num_experts=tables.num_experts, top_k=state.top_k, cols=state.layouts[layer].cols, SCORES=router.scores,
-            CORRECTED=router.correction is not None, GROUPS=router.groups, TOP_GROUPS=router.top_groups,
-            GROUP_BEST=router.group_best, NORMALIZE=router.normalize, ROUNDS=router.rounds_logits,
-            SIGMOID_NEXT=by_router and router.scores == "sigmoid",
+            logits, next_logits, self._choices, self._chances, live, routing_weights, state.slots, state.pending, self._demand,
+            self._demand[-1], listed, listed[-1], tables.slot_of, tables.score, tables.unused, tables.counters, tables.clock, layer,
+            len(state.layouts) - 1, logits.stride(0), 0 if predicted else next_logits.stride(0), options.half_life,
+            options.num_predicted or top_k, options.min_probability if predicted or (by_router and softmax) else 0.0,
+            options.limit, state.shares, questions, asked, self._behind[layer], options.admit_every, state.pool.num_slots, hidden,
+            correction, logits if next_correction is None else next_correction, router.scale, router.floor, router.spread,
+            cols=state.layouts[layer].cols, TOKENS=tokens, SIGMOID_NEXT=by_router and router.scores == "sigmoid",
             FREQUENCY=options.eviction != "recency", WEIGHED=softmax and options.eviction == "probability",
-            HOST=self._requested, ADMITS=self._requested and options.admit_every > 0, MOST=most,
-            E=triton.next_power_of_2(tables.num_experts), R=triton.next_power_of_2(state.top_k), num_warps=4,
+            HOST=self._requested, ADMITS=self._requested and options.admit_every > 0, MOST=most, R=rows, **rule,
+            num_warps=4 if rows * experts <= 4096 else 16,
         )  # fmt: skip
         if ahead:
             self._prefetches.follow(self._main)
             self._listed = True
+
+    def most_tokens(self, wanted: int) -> int:
+        """How many tokens ``route`` takes at once: a power of two up to ``wanted`` (one always).
+
+        Their experts find slots in each layer beside one layer's prefetches, and spare ones.
+        """
+        state, experts = self.state, self.state.tables.num_experts
+        partial = [quota for quota in state.tables.quotas if quota < experts]
+        room = min([state.host.most, *(quota - state.options.limit + state.pool.num_staging for quota in partial)])
+        count = 1
+        while 2 * count <= min(wanted, MAX_DECODE_TOKENS) and (not partial or min(2 * count * state.top_k, experts) <= room):
+            count *= 2
+        return count
 
     def fetch(self, wanted: torch.Tensor) -> None:
         """Enqueue the copies of the (place, slot) pairs in ``wanted``: see ``fetch_kernel``."""

@@ -28,7 +28,7 @@ _BLOCK = 512  # words of a collecting program: 4 KiB
 
 
 class HostCompute:
-    """Threads that compute experts of ``arena``, all of ``layout``, for up to ``top_k`` choices of one token at a time.
+    """Threads that compute experts of ``arena``, all of ``layout``, for up to ``top_k`` choices of up to ``tokens`` each.
 
     ``threads`` (None: all usable processors but two, which are left to the driver and Python) spin while questions come.
     """
@@ -42,6 +42,7 @@ class HostCompute:
         top_k: int,
         device: torch.device,
         threads: int | None = None,
+        tokens: int = 1,
     ) -> None:
         """``shapes`` ([out, in] by name) and ``experts`` (the transformers module) as for ``device_layout``.
 
@@ -52,14 +53,14 @@ class HostCompute:
             why = kernel if isinstance(kernel, str) else "the family combines gate and up in its own way"
             raise UnsupportedModelError(f"the host cannot compute these experts: {why}; omit --host-compute")
         self.cols = shapes["down_proj"][0]
-        self.most = top_k
-        question, answer = 1 + top_k + self.cols, top_k * self.cols
+        self.most = most = tokens * top_k
+        question, answer = 1 + 2 * most + tokens * self.cols, most * self.cols
         self._arena = arena  # the threads read it by address
         self._mail = PinnedArena(1, -(-8 * (question + answer) // 4096) * 4096, device)
         words = self._mail.bytes.view(torch.int64)
         self.questions, self.answers = words[:question], words[question : question + answer]
         self.asked = torch.zeros(1, dtype=torch.int32, device=device)
-        self.outside = torch.zeros(top_k, self.cols, dtype=torch.float32, device=device)
+        self.outside = torch.zeros(most, self.cols, dtype=torch.float32, device=device)
         threads = threads or max(1, usable_cpus() - 2)
         self._team: Any = native.HostCompute.make(
             kernel.whole,
@@ -67,13 +68,14 @@ class HostCompute:
             layout.length,
             self.questions.data_ptr(),
             self.answers.data_ptr(),
-            top_k,
+            most,
+            tokens,
             threads,
         )
 
     def collect(self, pending_rows: torch.Tensor) -> None:
         """Enqueue the copy of the answer to the last question to the rows of ``outside`` that ``pending_rows`` names."""
-        grid = (self.most, -(-self.cols // _BLOCK))
+        grid = (pending_rows.numel(), -(-self.cols // _BLOCK))
         collect_kernel[grid](pending_rows, self.asked, self.answers, self.outside, cols=self.cols, BLOCK=_BLOCK, num_warps=4)
 
     def __del__(self) -> None:

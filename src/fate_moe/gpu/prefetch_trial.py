@@ -65,7 +65,7 @@ def run_prefetch_trial(experts: DeviceExperts, record: Callable[[], object], one
     """
     state = experts.state
     limit = state.options.limit
-    hosted = state.shares.tolist()
+    hosted = state.shares[: state.top_k + 1].tolist()
     if (limit or hosted[-1]) and state.device.type == "cuda":
         state.options = replace(state.options, limit=0, admit_every=0)
         state.share([0] * len(hosted))

@@ -32,7 +32,7 @@ class DeviceState:
     layer from the router input before, better than its router does; None where the router does. precision: how many bits of each
     missing expert prefill copies (None: all). host_compute: computes on the CPU what ``shares`` gives it, else None.
 
-    shares int32 [top_k + 1]: of m misses of a layer, the host computes ``shares[m]``.
+    shares int32 [num_experts + 1]: of m misses of a layer, the host computes ``shares[m]``.
 
     Decode's buffers: staged fp32 [MAX_DECODE_TOKENS, padded hidden], the activations in the kernels' order; slots and pending int32
     [rows], of each choice row (token * top_k + choice) its slot (-1: none) and whether its expert is on its way (see
@@ -67,7 +67,7 @@ class DeviceState:
         self.host_compute = host_compute if self.options.host_compute != 0 else None
         if self.host_compute is not None and not isinstance(self.host, WholeHost):
             raise ValueError("the host computes misses only where it holds every expert at its own place")
-        self.shares = torch.zeros(top_k + 1, dtype=torch.int32, device=self.device)
+        self.shares = torch.zeros(tables.num_experts + 1, dtype=torch.int32, device=self.device)
         self.share(self.options.hosted(top_k))
         rows = MAX_DECODE_TOKENS * top_k
         self.staged = torch.zeros(MAX_DECODE_TOKENS, padded(self.layouts[0].cols), dtype=torch.float32, device=self.device)
@@ -80,9 +80,12 @@ class DeviceState:
         return self.pool.bytes.device
 
     def share(self, hosted: Sequence[int]) -> None:
-        """Of m misses of a layer let the host compute ``hosted[m]``; from the next step on, recorded or not."""
-        self.hosted_most = hosted[-1]
-        self.shares.copy_(torch.tensor(hosted, dtype=torch.int32))
+        """Of m misses of a layer let the host compute ``hosted[m]``, of more than one token has that part of them; from the next
+        step on, recorded or not."""
+        most = min(self.top_k, len(hosted) - 1)
+        self.hosted_most = hosted[most]
+        more = (misses * hosted[most] // most for misses in range(most + 1, self.tables.num_experts + 1))
+        self.shares.copy_(torch.tensor([*hosted[: most + 1], *more], dtype=torch.int32))
 
     def stop_host_compute(self) -> None:
         """Let the link bring every miss; the device must have ended its work, and steps be recorded anew."""

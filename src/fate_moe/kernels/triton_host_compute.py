@@ -14,10 +14,13 @@ __all__ = ["ask_experts", "collect_kernel", "trial_kernel"]
 
 
 @triton.jit
-def ask_experts(questions, asked, hosted, blob, x, cols: tl.constexpr, MOST: tl.constexpr, BLOCK: tl.constexpr):
-    """Ask for the experts where ``hosted`` [E] is 1, whose blobs are ``blob`` int32 [E], on the activation ``x`` [cols].
+def ask_experts(
+    questions, asked, hosted, masks, blob, x, tokens, cols: tl.constexpr, MOST: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Ask for the experts where ``hosted`` [E] is 1, whose blobs are ``blob`` int32 [E], on the activations ``x`` [tokens, cols]:
+    each on those whose bits are set in its ``masks`` [E].
 
-    ``asked`` int32 [1] counts questions; ``questions`` int64 [1 + MOST + cols]. Returns each expert's place in the answer [E].
+    ``asked`` int32 [1] counts questions; ``questions`` int64 [1 + 2 MOST + tokens cols] (csrc/host_compute.h).
     """
     place = tl.cumsum(hosted, axis=0) - 1
     count = tl.sum(hosted, axis=0)
@@ -26,12 +29,14 @@ def ask_experts(questions, asked, hosted, blob, x, cols: tl.constexpr, MOST: tl.
         tl.store(asked, number)
         tag = number.to(tl.int64) << 32
         tl.store(questions + 1 + place, tag | blob.to(tl.int64), mask=hosted > 0)
-        for start in tl.static_range(0, cols, BLOCK):
-            c = start + tl.arange(0, BLOCK)
-            bits = tl.load(x + c, mask=c < cols, other=0.0).to(tl.float32).to(tl.int32, bitcast=True)
-            tl.store(questions + 1 + MOST + c, tag | (bits.to(tl.int64) & 0xFFFFFFFF), mask=c < cols)
-        tl.store(questions, tag | count.to(tl.int64))
-    return place
+        tl.store(questions + 1 + MOST + place, tag | masks.to(tl.int64), mask=hosted > 0)
+        for token in range(tokens):
+            for start in tl.static_range(0, cols, BLOCK):
+                c = start + tl.arange(0, BLOCK)
+                bits = tl.load(x + token * cols + c, mask=c < cols, other=0.0).to(tl.float32).to(tl.int32, bitcast=True)
+                to = questions + 1 + 2 * MOST + token * cols + c
+                tl.store(to, tag | (bits.to(tl.int64) & 0xFFFFFFFF), mask=c < cols)
+        tl.store(questions, tag | (tokens * 65536 + count).to(tl.int64))
 
 
 @triton.jit
@@ -77,5 +82,6 @@ def trial_kernel(
     tl.store(wanted + 2 * (i - asks), blob, mask=copied)
     tl.store(wanted + 2 * (i - asks) + 1, staging + (i - asks) % num_staging, mask=copied)
     tl.store(count, most - asks)
-    place = ask_experts(questions, asked, (i < asks).to(tl.int32), blob, x, cols, MOST, 1024)
-    tl.store(pending_rows + i, tl.where(i < asks, 2 + place, 0), mask=i < MOST)
+    one = (i < asks).to(tl.int32)
+    ask_experts(questions, asked, one, one, blob, x, 1, cols, MOST, 1024)
+    tl.store(pending_rows + i, tl.where(i < asks, 2 + i, 0))

@@ -62,7 +62,9 @@ def _assign_slots(
     asked,
     behind,
     admit_every,
+    spare,
     x,
+    tokens,
     num_experts: tl.constexpr,
     num_rows: tl.constexpr,
     cols: tl.constexpr,
@@ -71,6 +73,7 @@ def _assign_slots(
     HOST: tl.constexpr,
     ADMITS: tl.constexpr,
     MOST: tl.constexpr,
+    TOKENS: tl.constexpr,
     E: tl.constexpr,
     R: tl.constexpr,
 ):
@@ -78,10 +81,14 @@ def _assign_slots(
 
     With WEIGHED every expert's use grows by the root of its ``probability`` [E], else the chosen ones' by 1.
 
-    With HOST the host is asked for as many misses as ``shares`` int32 [num_rows + 1] says of their number (``ask_experts``), those
-    of lowest score; their slots stay -1, and ``pending_rows`` is 2 + their place in its answer. The others are listed. With ADMITS,
-    where nothing else is copied, the one of highest score still gets a slot for the next token, if its turn (one layer of
-    ``admit_every``) has come and its score is above the victim's: ``behind`` int32 [2, 2] is its pair and their number.
+    With HOST the host is asked for as many misses as ``shares`` int32 [num_experts + 1] says of their number, those of lowest
+    score, on the router inputs ``x`` [tokens, cols] (``ask_experts``; choices of TOKENS, of which ``tokens`` are there); their
+    slots stay -1, and ``pending_rows`` is 2 + their place in its answer. The others are listed. With ADMITS, where nothing else is
+    copied, the one of highest score still gets a slot for the next token, if its turn (one layer of ``admit_every``) has come and
+    its score is above the victim's: ``behind`` int32 [2, 2] is its pair and their number.
+
+    Where several tokens miss more than there are slots that can be given away, the others are copied to slots from ``spare`` on,
+    for this step alone.
     """
     expert = tl.arange(0, E)
     known = expert < num_experts
@@ -114,19 +121,28 @@ def _assign_slots(
     num_copied = num_missing
     if HOST:
         num_copied = num_missing - tl.load(shares + num_missing)
+    lent = tl.zeros((E,), tl.int32) - 1
     for i in range(num_copied):
         incoming = tl.min(tl.where(missing, expert, E), axis=0)
         if HOST:
             incoming = _highest(value, missing, expert, E)
         victim = _lowest(value, (slot >= 0) & ~routed & ~under_way, expert, E)
         freed = tl.max(tl.where(expert == victim, slot, -1), axis=0)
-        slot = tl.where(expert == victim, -1, tl.where(expert == incoming, freed, slot))
+        gets = expert == incoming
+        if TOKENS > 1:
+            lent = tl.where(gets & (victim == E), spare, lent)
+            gets = gets & (victim < E)
+        slot = tl.where(expert == victim, -1, tl.where(gets, freed, slot))
+        if TOKENS > 1:
+            freed = tl.where(victim == E, spare, freed)
+            spare += (victim == E).to(tl.int32)
         waiting = tl.where(expert == victim, 0, waiting)
         missing = missing & (expert != incoming)
         tl.store(wanted + 2 * i, layer * num_experts + incoming)
         tl.store(wanted + 2 * i + 1, freed)
     tl.store(count, num_copied)
-    tl.store(slots + r, tl.max(tl.where(chosen, slot[None, :], -1), axis=1), mask=r < num_rows)
+    here = tl.maximum(slot, lent) if TOKENS > 1 else slot
+    tl.store(slots + r, tl.max(tl.where(chosen, here[None, :], -1), axis=1), mask=r < num_rows)
     counted = counters + layer * 5
     if ADMITS:
         incoming = _highest(value, missing, expert, E)
@@ -145,10 +161,16 @@ def _assign_slots(
     tl.store(score + at, value, mask=known)
     tl.store(unused + at, waiting, mask=known)
     state = pending.to(tl.int32)
+    states = tl.where(chosen, state[None, :], 0)
     if HOST:
-        place = ask_experts(questions, asked, missing.to(tl.int32), at, x, cols, MOST, 1024)
-        state = tl.where(missing, 2 + place, state)
-    tl.store(pending_rows + r, tl.max(tl.where(chosen, state[None, :], 0), axis=1), mask=r < num_rows)
+        hosted = missing.to(tl.int32)
+        mine = chosen.to(tl.int32)
+        masks = tl.sum(mine << (r // (num_rows // TOKENS))[:, None], axis=0)
+        ask_experts(questions, asked, hosted, masks, at, x, tokens, cols, MOST, 1024)
+        pairs = hosted * tl.sum(mine, axis=0)
+        place = tl.cumsum(pairs, axis=0) - pairs
+        states = tl.where(chosen & missing[None, :], 1 + place[None, :] + tl.cumsum(mine, axis=0), states)
+    tl.store(pending_rows + r, tl.max(states, axis=1), mask=r < num_rows)
     tl.store(counted, tl.load(counted) + num_routed - num_missing)
     tl.store(counted + 1, tl.load(counted + 1) + num_missing)
     tl.store(counted + 3, tl.load(counted + 3) + num_used)
@@ -196,7 +218,7 @@ def residency_kernel(
         choice = tl.load(index + r, mask=r < num_rows, other=-1).to(tl.int32)
         _assign_slots(
             choice, choice, slots, pending_rows, wanted, count, slot_of, score, unused, counters, clock, layer, last, half_life,
-            count, count, count, count, 0, hidden, num_experts, num_rows, cols, FREQUENCY, False, False, False, 0, E, R,
+            count, count, count, count, 0, 0, hidden, 1, num_experts, num_rows, cols, FREQUENCY, False, False, False, 0, 1, E, R,
         )  # fmt: skip
 
 
@@ -228,6 +250,7 @@ def _look_ahead(
     clock,
     layer,
     num_tokens,
+    stride,
     num_predicted,
     min_probability,
     limit,
@@ -238,13 +261,13 @@ def _look_ahead(
     SIGMOID: tl.constexpr = False,
     CORRECTED: tl.constexpr = False,
 ):
-    """See ``prefetch_kernel``; with SIGMOID scores are what the softmax is of."""
+    """See ``prefetch_kernel``; with SIGMOID scores are what the softmax is of. A token's logits begin every ``stride``."""
     expert = tl.arange(0, E)
     known = expert < num_experts
     at = layer * num_experts + expert
     none = tl.zeros((E,), tl.float32) + 1.0
     for token in range(num_tokens):
-        x = tl.load(logits + token * num_experts + expert, mask=known, other=float("-inf"))
+        x = tl.load(logits + token * stride + expert, mask=known, other=float("-inf"))
         if SIGMOID:
             x = tl.where(known, tl.sigmoid(x), float("-inf"))
             if CORRECTED:
@@ -309,85 +332,52 @@ def prefetch_kernel(
     likeliest of the others get slots and are listed in ``wanted`` and ``count`` as ``residency_kernel`` does.
     """
     _look_ahead(
-        logits, wanted, count, slot_of, score, unused, counters, clock, layer, num_tokens, num_predicted, min_probability,
-        limit, num_experts, FREQUENCY, E,
+        logits, wanted, count, slot_of, score, unused, counters, clock, layer, num_tokens, num_experts, num_predicted,
+        min_probability, limit, num_experts, FREQUENCY, E,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["layer", "last", "num_predicted", "limit", "admit_every"])
+@triton.jit(do_not_specialize=["layer", "last", "num_predicted", "limit", "admit_every", "spare"])
 def route_kernel(
-    logits,
-    next_logits,
-    routing_weights,
-    slots,
-    pending_rows,
-    wanted,
-    count,
-    ahead,
-    ahead_count,
-    slot_of,
-    score,
-    unused,
-    counters,
-    clock,
-    layer,
-    last,
-    half_life,
-    num_predicted,
-    min_probability,
-    limit,
-    shares,
-    questions,
-    asked,
-    behind,
-    admit_every,
-    x,
-    correction,
-    next_correction,
-    scale,
-    floor,
-    spread,
-    num_experts: tl.constexpr,
-    top_k: tl.constexpr,
-    cols: tl.constexpr,
-    SCORES: tl.constexpr,
-    CORRECTED: tl.constexpr,
-    GROUPS: tl.constexpr,
-    TOP_GROUPS: tl.constexpr,
-    GROUP_BEST: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    ROUNDS: tl.constexpr,
-    SIGMOID_NEXT: tl.constexpr,
-    FREQUENCY: tl.constexpr,
-    WEIGHED: tl.constexpr,
-    HOST: tl.constexpr,
-    ADMITS: tl.constexpr,
-    MOST: tl.constexpr,
-    E: tl.constexpr,
-    R: tl.constexpr,
-):
-    """For one token, a router (``kernels/routing.py``), its residency step and the next layer's prefetch. Grid (1) or (2).
+    logits, next_logits, choices, chances, live, routing_weights, slots, pending_rows, wanted, count, ahead, ahead_count, slot_of,
+    score, unused, counters, clock, layer, last, stride, next_stride, half_life, num_predicted, min_probability, limit, shares,
+    questions, asked, behind, admit_every, spare, x, correction, next_correction, scale, floor, spread,
+    num_experts: tl.constexpr, top_k: tl.constexpr, cols: tl.constexpr, TOKENS: tl.constexpr, SCORES: tl.constexpr,
+    CORRECTED: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, GROUP_BEST: tl.constexpr, NORMALIZE: tl.constexpr,
+    ROUNDS: tl.constexpr, SIGMOID_NEXT: tl.constexpr, FREQUENCY: tl.constexpr, WEIGHED: tl.constexpr, HOST: tl.constexpr,
+    ADMITS: tl.constexpr, MOST: tl.constexpr, E: tl.constexpr, R: tl.constexpr
+):  # fmt: skip
+    """For TOKENS tokens (a power of two), of which the first ``live`` int32 [1] are there, a router (``kernels/routing.py``), its
+    residency step and the next layer's prefetch. Grid (1) or (2).
 
-    ``logits`` fp32 [num_experts] are this layer's, ``next_logits`` the next one's on the same router input. Program 0 writes
-    ``routing_weights`` [top_k] (see ``choose``), and does what ``residency_kernel`` does; program 1 what ``prefetch_kernel`` does
-    for ``layer + 1``, into ``ahead`` and ``ahead_count``; with SIGMOID_NEXT from the sigmoids of ``next_logits`` plus
-    ``next_correction`` [num_experts]. With HOST the host is asked for misses on the router input ``x`` [cols], and with ADMITS some
-    of them get slots behind the step: see ``_assign_slots``.
+    ``logits`` fp32 [num_experts] are this layer's, ``next_logits`` the next one's on the same router input; a token's begin every
+    ``stride`` and ``next_stride``. Program 0 writes ``routing_weights`` [top_k] (see ``choose``; of several tokens
+    ``choose_kernel`` has, to these and to ``choices`` and ``chances``), and does what ``residency_kernel`` does; program 1 what
+    ``prefetch_kernel`` does for ``layer + 1``, into ``ahead`` and ``ahead_count``; with SIGMOID_NEXT from the sigmoids of
+    ``next_logits`` plus ``next_correction`` [num_experts]. With HOST the host is asked for misses on the router inputs ``x``
+    [TOKENS, cols], and with ADMITS some of them get slots behind the step: see ``_assign_slots``.
     """
     if tl.program_id(0) == 1:
         _look_ahead(
-            next_logits, ahead, ahead_count, slot_of, score, unused, counters, clock, layer + 1, 1, num_predicted,
-            min_probability, limit, num_experts, FREQUENCY, E, next_correction, SIGMOID_NEXT, CORRECTED,
+            next_logits, ahead, ahead_count, slot_of, score, unused, counters, clock, layer + 1,
+            tl.load(live) if next_stride > 0 else 1, next_stride, num_predicted, min_probability, limit, num_experts, FREQUENCY, E,
+            next_correction, SIGMOID_NEXT, CORRECTED,
         )  # fmt: skip
     else:
         r = tl.arange(0, R)
-        choice, weight, p = choose(
-            logits, correction, x.dtype.element_ty, scale, floor, spread, num_experts, top_k, SCORES, CORRECTED, GROUPS, TOP_GROUPS,
-            GROUP_BEST, NORMALIZE, ROUNDS, E, R,
-        )  # fmt: skip
-        tl.store(routing_weights + r, weight.to(routing_weights.dtype.element_ty), mask=r < top_k)
+        if TOKENS == 1:
+            choice, weight, p = choose(
+                logits, correction, x.dtype.element_ty, scale, floor, spread, num_experts, top_k, SCORES, CORRECTED, GROUPS,
+                TOP_GROUPS, GROUP_BEST, NORMALIZE, ROUNDS, E, R,
+            )  # fmt: skip
+            tl.store(routing_weights + r, weight.to(routing_weights.dtype.element_ty), mask=r < top_k)
+        else:
+            choice = tl.load(choices + r, mask=r < TOKENS * top_k, other=-1)
+            expert = tl.arange(0, E)[None, :]
+            at = chances + tl.arange(0, TOKENS)[:, None] * num_experts + expert
+            p = tl.max(tl.load(at, mask=expert < num_experts, other=0.0), axis=0)
         _assign_slots(
             choice, p, slots, pending_rows, wanted, count, slot_of, score, unused, counters, clock, layer, last, half_life,
-            shares, questions, asked, behind, admit_every, x, num_experts, top_k, cols, FREQUENCY, WEIGHED, HOST, ADMITS, MOST,
-            E, R,
+            shares, questions, asked, behind, admit_every, spare, x, 1 if TOKENS == 1 else tl.load(live), num_experts,
+            TOKENS * top_k, cols, FREQUENCY, WEIGHED, HOST, ADMITS, MOST, TOKENS, E, R,
         )  # fmt: skip

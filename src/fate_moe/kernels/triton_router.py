@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["choose"]
+__all__ = ["choose", "choose_kernel"]
 
 
 @triton.jit
@@ -68,3 +68,28 @@ def choose(
     if NORMALIZE:
         weight = weight / tl.maximum(tl.sum(weight, axis=0), floor)
     return choice, weight * scale, p
+
+
+@triton.jit
+def choose_kernel(
+    logits, correction, live, x, choices, weights, chances, stride, scale, floor, spread, num_experts: tl.constexpr,
+    top_k: tl.constexpr, SCORES: tl.constexpr, CORRECTED: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr,
+    GROUP_BEST: tl.constexpr, NORMALIZE: tl.constexpr, ROUNDS: tl.constexpr, E: tl.constexpr, R: tl.constexpr
+):  # fmt: skip
+    """``choose`` for several tokens: ``choices`` int32 and ``weights`` [tokens, top_k], ``chances`` fp32 [tokens, num_experts].
+    Grid (tokens).
+
+    Logits of a token begin every ``stride``; ``x`` has the router input's dtype. The first ``live`` int32 [1] tokens are there;
+    others choose no expert.
+    """
+    token = tl.program_id(0)
+    r = tl.arange(0, R)
+    expert = tl.arange(0, E)
+    choice, weight, p = choose(
+        logits + token * stride, correction, x.dtype.element_ty, scale, floor, spread, num_experts, top_k, SCORES, CORRECTED,
+        GROUPS, TOP_GROUPS, GROUP_BEST, NORMALIZE, ROUNDS, E, R,
+    )  # fmt: skip
+    there = token < tl.load(live)
+    tl.store(choices + token * top_k + r, tl.where(there, choice, -1), mask=r < top_k)
+    tl.store(weights + token * top_k + r, tl.where(there, weight, 0.0).to(weights.dtype.element_ty), mask=r < top_k)
+    tl.store(chances + token * num_experts + expert, tl.where(there, p, 0.0), mask=expert < num_experts)

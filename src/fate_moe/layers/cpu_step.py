@@ -154,12 +154,20 @@ class Shared:
     masks: Masks
 
     def run(
-        self, step: Any, x: int, spans: Any, angles: Sequence[torch.Tensor], kv: Sequence[int], wanted: list[int], logits: int
+        self,
+        step: Any,
+        x: int,
+        spans: Any,
+        angles: Sequence[torch.Tensor],
+        kv: Sequence[int],
+        wanted: list[int],
+        logits: int,
+        depths: Sequence[int] = (),
     ) -> None:
         """Run the extension's ``step`` on the rows at ``x``, which become those after it; csrc/step.h has the rest."""
         team = not self.runtime.is_watched  # Python in between may want threads of its own
         native.step(
-            step, x, spans, [of.data_ptr() for of in angles], kv, wanted, logits, self.runtime.memory, self.exact, team,
+            step, x, spans, [of.data_ptr() for of in angles], kv, wanted, depths, logits, self.runtime.memory, self.exact, team,
             torch.get_num_threads(),
         )  # fmt: skip
 

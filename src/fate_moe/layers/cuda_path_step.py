@@ -29,17 +29,17 @@ class PathStep(FusedStep):
         score = experts.state.tables.score
         self.collection = score.new_zeros(COLLECTION, *score.shape) if collection is None else collection
         self.predicted = torch.zeros_like(score)
-        self._kept = 0
+        self._kept, self.most_rows = 0, 1  # the tables' use is one sequence's
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, rows: int = 1) -> None:
         running = self._running()
         nearest = (self.collection.flatten(1) @ running.flatten()).argmax(0, keepdim=True)
         match = self.collection.index_select(0, nearest)[0]
         match = torch.where(match.sum() > 0, match, running)
         assert self.predicted is not None
         self.predicted.copy_((match / match.sum(1, keepdim=True).clamp(min=1e-9) + 1e-9).log())
-        super().step()
+        super().step(rows)
 
     def keep(self) -> None:
         """The sequence has ended: its matrix joins the collection, in the oldest one's place if that is full."""

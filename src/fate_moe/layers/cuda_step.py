@@ -1,4 +1,4 @@
-"""A whole decode step of plain decoder layers in a dozen launches a layer, captured in one CUDA graph.
+"""A whole decode step of plain decoder layers in a dozen launches a layer, captured in a CUDA graph for each number of rows.
 
 ``plain.py`` says which models' layers are plain and which of them this step can run; for all others the transformers modules run as
 they are (``engine/cuda.py``).
@@ -14,17 +14,21 @@ from typing import Any
 import torch
 import triton
 
+from fate_moe.core import KV_BLOCK
 from fate_moe.errors import UnsupportedModelError
 from fate_moe.gpu.dense import ByteLinear, Matrix, joined
 from fate_moe.gpu.experts import DeviceExperts
 from fate_moe.gpu.prefill import dot_dtype
 from fate_moe.kernels.plain_layer import Norm, PlainLayer
-from fate_moe.kernels.triton_dense import attend_kernel, combine_kernel, heads_kernel, matvec_kernel
+from fate_moe.kernels.triton_dense import attend_kernel, combine_kernel, heads_kernel, matvec_kernel, place_kernel
 from fate_moe.layers.plain import plain_decoder, recognise_norm
 from fate_moe.layers.reasons import cuda_reasons
 
-__all__ = ["FusedStep"]
+__all__ = ["MOST_ROWS", "FusedStep"]
 
+MOST_ROWS = 16
+MATVEC_TOKENS = 4  # for which a program reads its weights once
+MATVEC_FUSES = False  # products and sums of a matrix-vector product; what is staged for experts is rounded step by step
 ATTEND_ROWS = 32
 NO_NORM = Norm(0.0)
 _SPLITS = 16  # of the KV cache's length, per head: 64 programs for 4 key-value heads
@@ -61,12 +65,38 @@ class _Layer:
     values: torch.Tensor
 
 
-class FusedStep:
-    """``step()`` turns the token in ``token`` int64 [1] at ``position`` int64 [1] into ``logits`` fp32 [vocabulary] and the next
-    token.
+@dataclass
+class _Buffers:
+    """What a step works in, [rows, ...] each."""
 
-    It reads and extends ``cache`` (transformers' StaticCache of one sequence, already used once), writes the likeliest next token
-    to ``token`` and to ``tokens[position]``, and advances ``position``. ``capture`` records the step; ``replay`` runs the record.
+    x: torch.Tensor
+    normed: torch.Tensor
+    qkv: torch.Tensor
+    queries: torch.Tensor
+    attended: torch.Tensor
+    most: torch.Tensor
+    sums: torch.Tensor
+    parts: torch.Tensor
+    router_logits: torch.Tensor
+    weights: torch.Tensor
+    inner: torch.Tensor
+    logits: torch.Tensor
+
+    def first(self, rows: int) -> _Buffers:
+        """The first ``rows`` rows."""
+        return _Buffers(**{name: value[:rows] for name, value in vars(self).items()})
+
+
+class FusedStep:
+    """``step(rows)`` turns the tokens in ``ids`` int64 [MOST_ROWS] at ``positions`` int64 [MOST_ROWS] into ``all_logits`` fp32
+    [MOST_ROWS, vocabulary] and the next tokens. ``token``, ``position`` and ``logits`` are the first row's, of which alone is told
+    where not more is said.
+
+    It reads and extends ``cache`` (transformers' StaticCache of one sequence, already used once), whose positions are KV_BLOCK at a
+    time the blocks of ``table`` int32 [MOST_ROWS, blocks]: a row's sequence has position p in block table[row, p // KV_BLOCK]. At
+    first the cache is one sequence. Of ``rows`` only the first ``live`` int32 [1] are there; rows of one sequence see those before
+    them. A row's logits have the same bits in any company. The likeliest next tokens are written to ``ids`` (the first row's to
+    ``tokens[position]`` as well), and ``positions`` advance. ``capture`` records steps; ``replay`` runs the record.
     """
 
     def __init__(self, model: Any, experts: DeviceExperts, cache: Any) -> None:
@@ -83,7 +113,7 @@ class FusedStep:
         self._length = self._layers[0].keys.shape[1]
         device, dtype = model.device, model.dtype
         self._dot = dot_dtype(dtype, device)
-        self._rows = plain.router.num_experts + (plain.shared is not None and plain.shared.gate is not None)
+        self._router_rows = plain.router.num_experts + (plain.shared is not None and plain.shared.gate is not None)
         self._routers = _routers(model, with_experts, experts.state.fitted)
         self._corrections = [*(layer.correction for layer in self._layers if not layer.plain.is_dense), None]
         rope = model.model.rotary_emb
@@ -93,26 +123,46 @@ class FusedStep:
         hidden = plain.hidden
 
         def empty(*shape: int, kind: torch.dtype = torch.float32) -> torch.Tensor:
-            return torch.zeros(shape, dtype=kind, device=device)
+            return torch.zeros(MOST_ROWS, *shape, dtype=kind, device=device)
 
-        self._x, self._normed = empty(1, hidden, kind=dtype), empty(hidden, kind=dtype)
-        self._qkv, self._attended = empty(_shape(self._layers[0].qkv)[0], kind=dtype), empty(self._heads * self._dim, kind=dtype)
-        self._most, self._sums = empty(self._heads, _SPLITS), empty(self._heads, _SPLITS)
-        self._parts = empty(self._heads, _SPLITS, self._dim)
-        self._router_logits = empty(2 * self._rows)
-        self._weights = empty(1, experts.state.top_k, kind=dtype if plain.router.rounds_weights else torch.float32)
-        self._inner = empty(max(1 if layer.mlp_down is None else _shape(layer.mlp_down)[1] for layer in self._layers), kind=dtype)
+        inner = max(1 if layer.mlp_down is None else _shape(layer.mlp_down)[1] for layer in self._layers)
         last = recognise_norm(model.model.norm)
         assert isinstance(last, Norm)
         self._last_norm, self._head = _norm(last, model.model.norm), joined([model.lm_head])
-        self.token, self.position = empty(1, kind=torch.int64), empty(1, kind=torch.int64)
-        self.logits = empty(_shape(self._head)[0])
-        self.tokens = empty(self._length + 1, kind=torch.int64)
+        self._all = _Buffers(
+            x=empty(hidden, kind=dtype),
+            normed=empty(hidden, kind=dtype),
+            qkv=empty(_shape(self._layers[0].qkv)[0], kind=dtype),
+            queries=empty(self._heads * self._dim, kind=dtype),
+            attended=empty(self._heads * self._dim, kind=dtype),
+            most=empty(self._heads, _SPLITS),
+            sums=empty(self._heads, _SPLITS),
+            parts=empty(self._heads, _SPLITS, self._dim),
+            router_logits=empty(2 * self._router_rows),
+            weights=empty(experts.state.top_k, kind=dtype if plain.router.rounds_weights else torch.float32),
+            inner=empty(inner, kind=dtype),
+            logits=empty(_shape(self._head)[0]),
+        )
+        self._rows = self._all.first(1)  # those of the step that is being enqueued
+        self.most_rows = experts.most_tokens(MOST_ROWS)
+        self.numbers = torch.zeros(2, MOST_ROWS, dtype=torch.int64, device=device)
+        self.ids, self.positions = self.numbers
+        self.token, self.position = self.ids[:1], self.positions[:1]
+        self.all_logits, self.logits = self._all.logits, self._all.logits[0]
+        self.live = torch.ones(1, dtype=torch.int32, device=device)
+        self.table = torch.empty(MOST_ROWS, triton.cdiv(self._length, KV_BLOCK), dtype=torch.int32, device=device)
+        self.whole()
+        self.tokens = torch.zeros(self._length + 1, dtype=torch.int64, device=device)
         # For measurements: int64 [length + 1], tokens to go on with instead of the likeliest, and fp32 [layers, experts], what to
         # predict layers by instead of their routers.
         self.script: torch.Tensor | None = None
         self.predicted: torch.Tensor | None = None
-        self._graph: Any = None
+        self._graphs = dict[int, Any]()
+
+    def whole(self) -> None:
+        """The cache is one sequence, and steps are of one row."""
+        self.live.fill_(1)
+        self.table.copy_(torch.arange(self.table.shape[1]))
 
     def begin(self, token: int, position: int) -> None:
         """The next step is given ``token`` at ``position`` (tokens already in the cache)."""
@@ -120,94 +170,106 @@ class FusedStep:
         self.position.fill_(position)
 
     @torch.no_grad()
-    def step(self) -> None:
-        torch.index_select(self._model.model.embed_tokens.weight, 0, self.token, out=self._x)
+    def step(self, rows: int = 1) -> None:
+        """Enqueue a step of ``rows``, a power of two up to ``most_rows``."""
+        self._rows = here = self._all.first(rows)
+        ids, positions = self.ids[:rows], self.positions[:rows]
+        torch.index_select(self._model.model.embed_tokens.weight, 0, ids, out=here.x)
         number = 0
         for layer in self._layers:
             self._attend(layer)
             if layer.plain.is_dense:
-                self._mlp(layer, self._x, layer.post_norm)
+                self._mlp(layer, here.x, layer.post_norm)
             else:
                 self._moe(number, layer)
                 number += 1
-        self._matvec(self._x, self._head, self.logits, norm=self._last_norm, bias=self._model.lm_head.bias)
-        torch.argmax(self.logits, 0, keepdim=True, out=self.token)
-        self.position.add_(1)
-        self.tokens.index_copy_(0, self.position, self.token)
-        if self.script is not None:
-            torch.index_select(self.script, 0, self.position, out=self.token)
+        self._matvec(here.x, self._head, here.logits, norm=self._last_norm, bias=self._model.lm_head.bias)
+        torch.argmax(here.logits, 1, out=ids)
+        positions.add_(1)
+        if rows == 1:
+            self.tokens.index_copy_(0, self.position, self.token)
+            if self.script is not None:
+                torch.index_select(self.script, 0, self.position, out=self.token)
 
     @torch.no_grad()
-    def capture(self) -> None:
-        """Record one step; the model's state afterwards is as before, except for residency, which moves."""
-        token, position = self.token.clone(), self.position.clone()
+    def capture(self, rows: int = 1) -> None:
+        """Record one step of ``rows``; the model's state afterwards is as before, except for residency, which moves."""
+        ids, positions = self.ids.clone(), self.positions.clone()
         side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(2):  # compiles what is not compiled yet
-                self.step()
+                self.step(rows)
         torch.cuda.current_stream().wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self.step()
-        self.token.copy_(token)
-        self.position.copy_(position)
+        self._graphs[rows] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graphs[rows]):
+            self.step(rows)
+        self.ids.copy_(ids)
+        self.positions.copy_(positions)
 
-    def replay(self) -> None:
-        """Run the recorded step."""
-        self._graph.replay()
+    def replay(self, rows: int = 1) -> None:
+        """Run the recorded step of ``rows``."""
+        self._graphs[rows].replay()
 
     def _attend(self, layer: _Layer) -> None:
-        attention = layer.plain.attention
-        self._matvec(self._x, layer.qkv, self._qkv, norm=layer.norm, bias=layer.qkv_bias)
-        group, norm, none = self._heads // self._kv, attention.qk_norm, self._qkv
+        attention, here = layer.plain.attention, self._rows
+        self._matvec(here.x, layer.qkv, here.qkv, norm=layer.norm, bias=layer.qkv_bias)
+        group, norm, none, rows = self._heads // self._kv, attention.qk_norm, here.qkv, len(here.x)
         q_norm, k_norm = (none if weight is None else weight for weight in (layer.q_norm, layer.k_norm))
         eps = 0.0 if norm is None else norm.eps
         if attention.norm_over_heads or attention.clip is not None:
-            heads_kernel[(3,)](
-                self._qkv, q_norm, k_norm, eps, attention.clip or 0.0, Q=self._heads * self._dim, K=self._kv * self._dim,
+            heads_kernel[(3, rows)](
+                here.qkv, q_norm, k_norm, eps, attention.clip or 0.0, Q=self._heads * self._dim, K=self._kv * self._dim,
                 NORM=attention.norm_over_heads, CLIP=attention.clip is not None,
                 BLOCK=triton.next_power_of_2(self._heads * self._dim), num_warps=8,
             )  # fmt: skip
-        attend_kernel[(self._kv, _SPLITS)](
-            self._qkv, q_norm, k_norm, self._inv_freq, self.position,
-            layer.keys, layer.values, self._most, self._sums, self._parts, eps, attention.scaling, self._rope_scale, self._length,
-            num_kv=self._kv, group=group, NORM=norm is not None and not attention.norm_over_heads, TURNED=attention.rotary_dim,
-            PAIRS=attention.rope == "pairs", ROUNDS=self._rounds_angles, WINDOW=attention.window or 0,
-            D=self._dim, GP=max(16, triton.next_power_of_2(group)), DOT=self._dot,
-            CHUNK=triton.cdiv(self._length, _SPLITS), BS=ATTEND_ROWS, num_warps=4,
+        blocks = self.table.shape[1]
+        place_kernel[(self._heads + 2 * self._kv, rows)](
+            here.qkv, q_norm, k_norm, self._inv_freq, self.positions, self.table, self.live, here.queries, layer.keys, layer.values,
+            eps, self._rope_scale, self._length, blocks, num_kv=self._kv, group=group,
+            NORM=norm is not None and not attention.norm_over_heads, TURNED=attention.rotary_dim, PAIRS=attention.rope == "pairs",
+            ROUNDS=self._rounds_angles, BLOCK=KV_BLOCK, D=self._dim, num_warps=1,
         )  # fmt: skip
-        combine_kernel[(self._heads,)](
-            self._most, self._sums, self._parts, none if layer.sinks is None else layer.sinks, self._attended, _SPLITS,
+        attend_kernel[(self._kv, _SPLITS, rows)](
+            here.queries, self.positions, self.table, self.live, layer.keys, layer.values, here.most, here.sums, here.parts,
+            attention.scaling, self._length, blocks, num_kv=self._kv, group=group, WINDOW=attention.window or 0, DOT=self._dot,
+            D=self._dim, GP=max(16, triton.next_power_of_2(group)), CHUNK=triton.cdiv(blocks, _SPLITS) * KV_BLOCK, BLOCK=KV_BLOCK,
+            BS=ATTEND_ROWS, num_warps=4,
+        )  # fmt: skip
+        combine_kernel[(self._heads, rows)](
+            here.most, here.sums, here.parts, none if layer.sinks is None else layer.sinks, self.live, here.attended, _SPLITS,
             SINKS=layer.sinks is not None, D=self._dim, SP=triton.next_power_of_2(_SPLITS), num_warps=4,
         )  # fmt: skip
-        self._matvec(self._attended, layer.out, self._x, bias=layer.out_bias, residual=self._x)
+        self._matvec(here.attended, layer.out, here.x, bias=layer.out_bias, residual=here.x)
 
     def _mlp(self, layer: _Layer, x: torch.Tensor, norm: _Norm | None, gate: torch.Tensor | None = None) -> None:
         """Add the MLP of ``x`` to the residual stream."""
         assert layer.mlp_gate_up is not None
         assert layer.mlp_down is not None
-        self._matvec(x, layer.mlp_gate_up, self._inner, norm=norm, silu=True)
-        self._matvec(self._inner, layer.mlp_down, self._x, residual=self._x, gate=gate)
+        here = self._rows
+        inner = here.inner.flatten()[: len(x) * _shape(layer.mlp_down)[1]].view(len(x), -1)
+        self._matvec(x, layer.mlp_gate_up, inner, norm=norm, silu=True)
+        self._matvec(inner, layer.mlp_down, here.x, residual=here.x, gate=gate)
 
     def _moe(self, number: int, layer: _Layer) -> None:
-        last = number == len(self._routers) - 1
+        here, last = self._rows, number == len(self._routers) - 1
         rows, bias = self._routers[number]
-        self._matvec(self._x, rows, self._router_logits, norm=layer.post_norm, bias=bias, stage=True)
+        self._matvec(here.x, rows, here.router_logits, norm=layer.post_norm, bias=bias, stage=True)
         predicted = self.predicted is not None and not last
-        ahead = self.predicted[number + 1] if predicted and self.predicted is not None else self._router_logits[self._rows :]
-        corrections = self._corrections[number], self._corrections[number + 1]
+        ahead = self.predicted[number + 1, None] if predicted and self.predicted is not None else None
+        own = self._router_rows
         self._experts.route(
-            number, self._router_logits, ahead, self._normed, self._weights, self._router, corrections, predicted=predicted
-        )
+            number, here.router_logits, here.router_logits[:, own:] if ahead is None else ahead, here.normed, here.weights,
+            self._router, self.live, (self._corrections[number], self._corrections[number + 1]), predicted=predicted,
+        )  # fmt: skip
         beside, shared = None, layer.plain.shared
         if shared is not None:
-            gate = self._router_logits[self._rows - 1 :] if shared.gate is not None else None
+            gate = here.router_logits[:, own - 1 :] if shared.gate is not None else None
 
             def beside() -> None:
-                self._mlp(layer, self._normed, None, gate)
+                self._mlp(layer, here.normed, None, gate)
 
-        self._experts.run(number, self._weights, self._x, add=True, beside=beside)
+        self._experts.run(number, here.weights, here.x, add=True, beside=beside)
 
     def _matvec(
         self,
@@ -229,15 +291,16 @@ class FusedStep:
         weight, scale, zero = (matrix.codes, matrix.scale, matrix.zero) if isinstance(matrix, ByteLinear) else (matrix, none, none)
         of = NO_NORM if norm is None else norm.kind
         block, wide, warps = matvec_tile(rows, cols)
-        matvec_kernel[(triton.cdiv(rows, block),)](
+        tokens = min(len(x), MATVEC_TOKENS)
+        matvec_kernel[(len(x) // tokens, triton.cdiv(rows, block))](
             x, none if norm is None else norm.weight, none if norm is None or norm.bias is None else norm.bias, weight, scale, zero,
-            none if bias is None else bias,
-            none if residual is None else residual, none if gate is None else gate, self._normed, self._experts.state.staged, out,
-            of.eps, cols=cols, rows=rows, CODES=codes, NORM=norm is not None, ROUNDS=of.rounds_first, CENTERED=of.centered,
+            none if bias is None else bias, none if residual is None else residual, none if gate is None else gate,
+            self._rows.normed, self._experts.state.staged, out, of.eps, out.stride(0), 0 if gate is None else gate.stride(0),
+            cols=cols, rows=rows, CODES=codes, NORM=norm is not None, ROUNDS=of.rounds_first, CENTERED=of.centered,
             NORM_BIAS=of.bias, BIAS=bias is not None,
             RESIDUAL=residual is not None, GATE=gate is not None, SILU=silu, STAGE=stage,
-            STAGE_PLANES=self._experts.state.layouts[0].planes, BN=block, BK=wide, num_warps=warps,
-            enable_fp_fusion=False,
+            STAGE_PLANES=self._experts.state.layouts[0].planes, BN=block, BK=wide, TOKENS=tokens, num_warps=warps,
+            enable_fp_fusion=MATVEC_FUSES and not stage,
         )  # fmt: skip
 
 

@@ -36,7 +36,7 @@ from fate_moe.layers.rows import BLOCK, batch_rows, padding_of, state_kv
 from fate_moe.layers.snapshot import ModuleSnapshot, StandIn, Watch
 from fate_moe.layers.weights import MOST_FEW, native_norm, takes_many, weight_of
 
-__all__ = ["ROWS_AT_ONCE", "ModelStep", "Pool", "SequenceRows", "around_reasons", "model_step", "prefix_reasons", "reads_in_pieces"]
+__all__ = ["ROWS_AT_ONCE", "ModelStep", "Pool", "SequenceRows", "around_reasons", "model_step", "prefixes_kept", "reads_in_pieces"]
 
 # Of one decoder layer: keys and values in blocks, or the inputs and states that sequences keep.
 Pool: TypeAlias = "tuple[torch.Tensor, ...]"
@@ -48,12 +48,15 @@ _RECORDS = ("output_hidden_states", "output_attentions", "output_router_logits")
 @dataclass(frozen=True)
 class SequenceRows:
     """``count`` rows of a sequence that has ``past`` positions in its ``blocks``, which have room for past + count. ``state`` is
-    its entry in the pool of layers that keep a state."""
+    its entry in the pool of layers that keep a state. The last ``drafted`` rows may turn out to be no part of its text. ``marks``
+    are (position, entry), ascending: the state of that place goes there too."""
 
     count: int
     past: int
     blocks: Sequence[int]
     state: int = 0
+    drafted: int = 0
+    marks: Sequence[tuple[int, int]] = ()
 
 
 def model_step(model: Any, steps: Sequence[CpuStep]) -> ModelStep | None:
@@ -80,11 +83,15 @@ def around_reasons(model: Any) -> list[str]:
     return reasons
 
 
-def prefix_reasons(model: Any) -> list[str]:
-    """Why no text of ``model``, whose layers all run whole, is read from where it differs from earlier ones; none if it is."""
-    if any(isinstance(plain, PlainLayer) and plain.attention.delta is not None for plain in plain_decoder(model)):
-        return ["its layers keep a state, which is that of the last token"]
-    return around_reasons(model)
+def prefixes_kept(model: Any) -> str:
+    """What servers and chats keep of texts of ``model`` (which may have no weights) that runs whole, in words."""
+    attentions = [plain.attention for plain in plain_decoder(model) if isinstance(plain, PlainLayer)]
+    parts = [
+        ("latent rows" if any(of.latent for of in attentions) else "keys and values", lambda of: of.delta is None),
+        ("windows too", lambda of: of.window),
+        ("checkpoints of states", lambda of: of.delta is not None),
+    ]
+    return ", ".join(words for words, has in parts if any(map(has, attentions)))
 
 
 def reads_in_pieces(model: Any, quantized: Container[str]) -> bool:
@@ -127,6 +134,8 @@ class ModelStep(StandIn):
         self._counting = next((i for i, step in enumerate(steps) if step.plain.attention.delta is None), 0)
         self._divisor = float(getattr(model.config, head_code.divisor)) if head_code.divisor else 1.0
         self.on_read: Callable[[int, int], None] | None = None
+        self._coming: list[tuple[int, int]] = []  # by sequence, rows and drafts among them: of the next pass, if it has drafts
+        self._read: list[tuple[int, int]] = []  # and of the last one
         self.most_whole = sys.maxsize
         self._angles, kinds = angles_of(self._trunk, [step.index for step in steps])
         head = native.Head.make(native_norm(self._trunk.norm, norm), weight_of(model.lm_head))
@@ -302,8 +311,10 @@ class ModelStep(StandIn):
             [one.state for one in sequences],
             [0] * len(sequences),
             [list(one.blocks) for one in sequences],
+            [list(one.marks) for one in sequences] if any(one.marks for one in sequences) else [],
         )
         kv = [number for states in pool for number in (state_kv(*states) if len(states) == 2 else _pooled_kv(*states))]
+        self.has_drafts([(one.count, one.drafted) for one in sequences])
         x = self._embedded(torch.tensor([list(tokens)]))
         return self._run(x.reshape(len(tokens), self._hidden), spans, positions, kv, list(wanted), on_pass)
 
@@ -321,6 +332,8 @@ class ModelStep(StandIn):
         native_head = self._many_logits or len(wanted) <= MOST_FEW
         logits = torch.empty(len(wanted), self._vocabulary, dtype=torch.bfloat16)
         tables = [table for angles in self._angles for table in angles.at(positions)]
+        read, self._coming = self._coming, []
+        self._read = read = read if sum(count for count, _ in read) == len(x) else []
         on_pass()
         shared.run(
             self.of,
@@ -330,15 +343,36 @@ class ModelStep(StandIn):
             kv,
             wanted if native_head else [],
             logits.data_ptr(),
+            [depth for count, drafted in read for depth in _depths(count, drafted)],
         )
         if not native_head:
             logits = self._model.lm_head(self._trunk.norm(x[torch.tensor(wanted)]))
         return logits if self._divisor == 1.0 else logits / self._divisor
 
+    def has_drafts(self, counts: Sequence[tuple[int, int]]) -> None:
+        """Of the next pass's rows, by sequence how many there are and how many of them, the last ones, are drafts.
+
+        What these choose teaches the experts' memory nothing (csrc/expert_memory.h) until ``learn``.
+        """
+        self._coming = list(counts) if any(drafted for _, drafted in counts) else []
+
+    def learn(self, kept: Sequence[int]) -> None:
+        """Of the drafts of the last pass, the first ``kept`` of each sequence are part of its text. In a turn of the engine."""
+        read, self._read = self._read, []
+        if read:
+            self._shared.runtime.memory.learn(
+                [0 < depth <= most for (count, drafted), most in zip(read, kept, strict=True) for depth in _depths(count, drafted)]
+            )
+
     def _embedded(self, tokens: torch.Tensor) -> torch.Tensor:
         """bf16 [..., hidden]."""
         x: torch.Tensor = self._trunk.embed_tokens(tokens)
         return x if self._multiplier == 1.0 else x * self._multiplier
+
+
+def _depths(count: int, drafted: int) -> list[int]:
+    """Of a sequence's rows, how far each is behind the last token of its text: 0 for what is no draft."""
+    return [max(0, row + 1 - count + drafted) for row in range(count)]
 
 
 def _held(rooms: Sequence[Any]) -> list[torch.Tensor]:

@@ -25,11 +25,14 @@ class SlotTable:
     read takes one if nothing else is left. Which of several it is, the policy says; it may refuse a prefetch that is less probable
     than what would go. A prefetched expert is protected from the moment it gets its slot.
 
-    Operations. ``route``, ``lock``, ``unlock``, ``expect``, ``protect``, ``begin``, ``finish`` and ``fail`` change the table, and
-    the policy is called by them alone, and by ``can_begin``, which changes nothing. Callers make one call at a time (Residency
-    holds its lock). ``is_resident``, ``slot_of``, ``sections_of`` and ``class_of`` may be called by any thread at any time; what
-    they say of an expert that the caller has locked stays true, but that more sections may arrive. A call that breaks the contract
-    raises KeyError or ValueError.
+    What only drafted tokens chose (``draft``) gets its slot without the policy taking it for used: that is said (``teach``) once
+    the tokens are known to be right.
+
+    Operations. ``route`` (``teach`` and ``look_up``), ``draft``, ``lock``, ``unlock``, ``expect``, ``protect``, ``begin``,
+    ``finish`` and ``fail`` change the table, and the policy is called by them alone, and by ``can_begin``, which changes nothing.
+    Callers make one call at a time (Residency holds its lock). ``is_resident``, ``slot_of``, ``sections_of`` and ``class_of`` may
+    be called by any thread at any time; what they say of an expert that the caller has locked stays true, but that more sections
+    may arrive. A call that breaks the contract raises KeyError or ValueError.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class SlotTable:
         self._locks: dict[ExpertId, int] = {}
         self._protected: dict[int, set[ExpertId]] = {}  # by layer
         self._unused: set[ExpertId] = set()
+        self._drafts: set[ExpertId] = set()  # missing, and asked for by drafted tokens alone
         self._unlocked = [self._candidates(number, spare=False) for number in range(self._last_class + 1)]  # by class
         self._unprotected = [self._candidates(number, spare=True) for number in range(self._last_class + 1)]
 
@@ -81,20 +85,38 @@ class SlotTable:
         resident expert that holds fewer ``sections`` than are wanted (default: all) is a miss, counted as an upgrade too. Nothing
         of this layer is protected afterwards. Of no experts there is no layer: nothing happens.
         """
+        self.teach(experts, counts, num_tokens)
+        return self.look_up(experts, sections)
+
+    def teach(self, experts: Sequence[ExpertId], counts: Sequence[int] | None = None, num_tokens: int = 1) -> None:
+        """The policy's part of ``route``."""
+        if not experts:
+            return
+        if not self.holds_all:
+            self._policy.routed(experts[0].layer, [expert.expert for expert in experts], counts, num_tokens)
+        touched, slots, drafts = self._policy.touched, self._slots, self._drafts
+        for expert in experts:
+            drafts.discard(expert)
+            if expert in slots:
+                touched(expert)
+
+    def draft(self, experts: Sequence[ExpertId]) -> None:
+        """Those of ``experts`` that are missing are asked for by drafted tokens, until ``teach`` names them."""
+        self._drafts.difference_update(experts)
+        self._drafts.update(expert for expert in experts if expert not in self._slots)
+
+    def look_up(self, experts: Sequence[ExpertId], sections: Mapping[ExpertId, int] | None = None) -> dict[ExpertId, Lookup]:
+        """The rest of ``route``."""
         found: dict[ExpertId, Lookup] = {}
         if not experts:
             return found
-        layer = experts[0].layer
-        if not self.holds_all:
-            self._policy.routed(layer, [expert.expert for expert in experts], counts, num_tokens)
-        touched, slots, in_flight, short, unused = self._policy.touched, self._slots, self._in_flight, self._short, self._unused
+        slots, in_flight, short, unused = self._slots, self._in_flight, self._short, self._unused
         counters, misses, arriving = self.counters, 0, 0
         for expert in experts:
             if expert not in slots:
                 found[expert] = _MISS
                 misses += 1
                 continue
-            touched(expert)
             if unused and expert in unused:
                 unused.remove(expert)
                 counters.prefetch_used += 1
@@ -110,7 +132,7 @@ class SlotTable:
         counters.hits += len(found) - misses - arriving
         counters.misses += misses
         counters.in_flight += arriving
-        self._protected.pop(layer, None)
+        self._protected.pop(experts[0].layer, None)
         return found
 
     def lock(self, experts: Iterable[ExpertId]) -> None:
@@ -178,9 +200,12 @@ class SlotTable:
             slot = self._remove(victim)
         self._in_flight.add(expert)  # before it has a slot, for those who look without a lock
         self._slots[expert] = slot
-        self._policy.admitted(expert, prefetched=not demand)
+        is_draft = expert in self._drafts
+        self._drafts.discard(expert)
+        self._policy.admitted(expert, prefetched=not demand or is_draft)
         if demand:
-            self._policy.touched(expert)
+            if not is_draft:
+                self._policy.touched(expert)
         else:
             self.counters.prefetched += 1
             self._unused.add(expert)
@@ -276,6 +301,7 @@ class SlotTable:
             "sections are more than none and fewer than all": all(0 < held < WHOLE for held in self._short.values()),
             "protected experts have slots": all(expert in slots and expert.layer == layer for layer, expert in protected),
             "unused experts have slots": self._unused <= slots.keys(),
+            "drafted tokens' experts have none": not self._drafts & slots.keys(),
             "locks are counted": all(count > 0 for count in self._locks.values()),
         }
         broken = [name for name, holds in books.items() if not holds]

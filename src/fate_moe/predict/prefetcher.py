@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["Prefetcher", "Slots", "Trial"]
 
 MAX_MISSING = 8  # experts: a further layer is predicted now only if reading so many takes longer than the layers in between
+MOST_ROWS = 16  # a pass of more tokens reads a prompt; of fewer, it is a step of one text with drafts, or of several texts
 PROTECTED_FROM = 0.25  # a resident expert with this probability or more is protected from prefetches until its layer has run
 
 
@@ -76,6 +77,12 @@ class Trial:
             self._decide()
         return self.prefetching
 
+    def leave(self, now: float, lost: float = float("inf"), predicting: float = 0.0) -> None:
+        """A step of another kind begins: what was measured so far stays."""
+        if self._last[0]:
+            self.token(now, lost, predicting)
+            self._last = (0.0, 0.0, 0.0)
+
     def pause(self) -> None:
         """What follows is not comparable: a prompt is read, or time has passed."""
         self._last = (0.0, 0.0, 0.0)
@@ -134,7 +141,10 @@ class Prefetcher:
         self._residency = residency
         self._num_layers = num_layers
         self._furthest = look_ahead
-        self._trial = Trial() if predictor.gives_probabilities and not self.idle else None
+        self._trials: dict[int, Trial] | None = {} if predictor.gives_probabilities and not self.idle else None
+        self._trial: Trial | None = (
+            None  # of the pass that has begun: by num_tokens.bit_length(), so that it compares what is alike
+        )
         self._prefetching = not self.idle
         self._preloading = False
         self._wasted = (0, 0.0)  # prefetches that were not used (yet), and the seconds that they cost other reads
@@ -155,17 +165,21 @@ class Prefetcher:
             self._prefetching = False
             if self._trial is not None:
                 self._trial.pause()
-        elif self._trial is not None:
-            if embeddings.shape[0] == 1:
-                self._prefetching = self._trial.token(self._clock(), self._lost(), self._residency.counters.predicting_seconds)
-            else:
-                self._trial.pause()
-                self._prefetching = True
+        elif self._trials is not None:
+            self._prefetching = self._tried(embeddings.shape[0], self._trials)
         else:
             self._prefetching = not self.idle
         self._begin()
         if self._prefetching:
             self._read(-1, embeddings)
+
+    def _tried(self, num_tokens: int, trials: dict[int, Trial]) -> bool:
+        """Whether to prefetch in a pass of ``num_tokens`` that begins, by what was measured in those that are alike."""
+        before, self._trial = self._trial, trials.setdefault(num_tokens.bit_length(), Trial()) if num_tokens <= MOST_ROWS else None
+        moment = self._clock(), self._lost(), self._residency.counters.predicting_seconds
+        if before is not None and before is not self._trial:
+            before.leave(*moment) if self._trial is not None else before.pause()
+        return self._trial.token(*moment) if self._trial is not None else True
 
     def _begin(self) -> None:
         """Nothing is known of this pass."""

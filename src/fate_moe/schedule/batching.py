@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -95,10 +96,8 @@ class BatchScheduler(Scheduler):
         blocks, prefixes = steps.executor.blocks, steps.executor.prefixes
         kept = len(prefixes) if prefixes is not None else 0
         report = self._prefix_report() or PrefixReport()
-        drafts = self.speculation.counts.drafted, self.speculation.counts.accepted
-        return Load(
-            self._num_steps, self._num_rows, steps.preemptions, blocks.used, blocks.num_blocks, kept, *drafts, prefixes=report
-        )
+        drafts = replace(self.speculation.counts)
+        return Load(self._num_steps, self._num_rows, steps.preemptions, blocks.used, blocks.num_blocks, kept, drafts, report)
 
     def kept_files(self, tokens: Sequence[int]) -> list[str]:
         """Where what is kept of a text of ``tokens`` is or will be on the disk; none where nothing is kept there."""
@@ -106,7 +105,7 @@ class BatchScheduler(Scheduler):
         if executor is None or executor.disk is None or executor.prefixes is None:
             return []
         names = executor.prefixes.names([*tokens, 0])  # all full blocks: names() leaves a token to be read
-        return [executor.disk.files.path_of(name) for name in names]
+        return executor.disk.paths_of(names)
 
     def submit(self, request: Request) -> QueueTicket:
         ticket = QueueTicket(self._end_cancelled)
@@ -187,9 +186,10 @@ class BatchScheduler(Scheduler):
         executor = self._steps.executor if self._steps is not None else None
         if executor is None or (prefixes := executor.prefixes) is None:
             return None
-        files = executor.disk.files if executor.disk is not None else None
-        on_disk = (files.num_bytes, files.read_bytes, files.written_bytes) if files is not None else (0, 0, 0)
+        on_disk = executor.disk.traffic if executor.disk is not None else (0, 0, 0)
         kept_bytes = len(prefixes) * executor.block_bytes
+        if prefixes.states is not None:
+            kept_bytes += len(prefixes.states) * executor.state_bytes
         return PrefixReport(prefixes.lookups, prefixes.hits, kept_bytes, *on_disk, self._savings.seconds)
 
     # What follows runs in the inference thread.
@@ -200,8 +200,10 @@ class BatchScheduler(Scheduler):
             executor = self._make_executor(model)
             executor.on_pass = self._ring
             self.speculation.counts = getattr(model.fate, "drafts", self.speculation.counts)
+            self.speculation.assistant = self.speculation.assistant or getattr(model.fate, "assistant", None)
             most = executor.most_sequences or executor.blocks.num_blocks
-            self._steps = Steps(executor, min(self._parallel or default_parallel(executor), most))
+            drafts = self.speculation if self.speculation.mode != "off" and executor.takes_drafts else None
+            self._steps = Steps(executor, min(self._parallel or default_parallel(executor), most), drafts)
             model.fate.prefixes = self._prefix_report
             self._on_loaded((model, tokenizer))
         except Exception as error:
@@ -263,7 +265,7 @@ class BatchScheduler(Scheduler):
         assert steps is not None
         seed = request.sampling.seed if request.sampling.seed is not None else secrets.randbits(63)
         sequence.begin(model, tokenizer, seed)
-        if self.speculation.mode != "off" and steps.executor.takes_drafts:
+        if steps.speculation is not None:
             sequence.drafter = Drafter(self.speculation)
         if request.prompt_logprobs and not steps.executor.any_cut:
             with torch.inference_mode():
@@ -299,7 +301,7 @@ class BatchScheduler(Scheduler):
                 self._fail(sequence, result)
             else:
                 self._guarded(self._take, sequence, one, result, ready)
-        drafting = [sequence for sequence, _ in ready if sequence.drafter is not None and len(step) == 1]
+        accepted = dict.fromkeys((sequence for sequence, _ in step), 0)
         place = 0  # among the rows
         while ready:
             rows_now = [logits[place] for _, logits in ready]
@@ -312,22 +314,26 @@ class BatchScheduler(Scheduler):
                     self._guarded(self._follow, sequence, token, row)
                     if sequence in self._tickets and place < len(sequence.draft) and token == sequence.draft[place]:
                         sequence.read += 1
+                        sequence.accepted += 1
+                        accepted[sequence] += 1
                         going_on.append((sequence, logits))
             ready, place = going_on, place + 1
-        for sequence in drafting:
-            self._guarded(self._end_draft, sequence, place - 1)
+        if steps.speculation is not None:
+            self._end_drafts(steps.speculation, accepted)
         if steps.executor.disk is not None:
             steps.executor.disk.save_beside()
 
-    def _end_draft(self, sequence: TextSequence, accepted: int) -> None:
-        """Of the draft of ``sequence``, which ran alone, the first ``accepted`` tokens are part of its text."""
-        steps, drafter = self._steps, sequence.drafter
+    def _end_drafts(self, speculation: Speculation, accepted: dict[TextSequence, int]) -> None:
+        """Of the drafts of the step's sequences the first ``accepted`` tokens are part of their texts."""
+        steps = self._steps
         assert steps is not None
-        if sequence.name is not None and sequence in self._tickets and accepted < len(sequence.draft):
-            steps.executor.cut(sequence.name, sequence.read)
-        sequence.draft = []
-        if drafter is not None:
-            drafter.passed(accepted)
+        if any(sequence.draft for sequence in accepted):
+            steps.executor.learn(list(accepted.values()))
+        for sequence, count in accepted.items():
+            if sequence.name is not None and sequence in self._tickets and count < len(sequence.draft):
+                steps.executor.cut(sequence.name, sequence.read)
+            sequence.draft = []
+        speculation.passed(list(accepted.values()))
 
     def _take(
         self, sequence: TextSequence, rows: Rows, logits: torch.Tensor, ready: list[tuple[TextSequence, torch.Tensor]]

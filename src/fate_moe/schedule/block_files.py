@@ -48,6 +48,7 @@ class BlockFiles:
     def __init__(self, home: Path, model: str, form: str, block_bytes: int, most_bytes: int) -> None:
         self.read_bytes = self.written_bytes = 0
         self.num_bytes = 0  # of all models' files, when this process last wrote
+        self.last_written = 0.0  # time.monotonic()
         self.is_writing = True
         self._home, self._folder = home, home / model
         self._line, self._block_bytes, self._most = f"fate kv 1 {model} {form} {block_bytes} ", block_bytes, most_bytes
@@ -77,6 +78,10 @@ class BlockFiles:
             return False
         self.read_bytes += self._block_bytes
         return True
+
+    def has(self, name: bytes) -> bool:
+        """Whether there is a file of block ``name``, which may not be whole."""
+        return os.path.exists(self._path(name))
 
     def use(self, name: bytes, used: int) -> bool:
         """Block ``name`` was used at ``used`` (Unix time in ns); whether it is there."""
@@ -138,6 +143,7 @@ class BlockFiles:
                 temporary.unlink()
         self.use(name, used)
         self.num_bytes += size
+        self.last_written = time.monotonic()
         self.written_bytes += self._block_bytes
 
     def _make_room(self, size: int) -> bool:

@@ -10,7 +10,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from fate_moe.adapter.kv_cache import RoomyLayer
-from fate_moe.schedule.speculation import Drafter, Speculation
+from fate_moe.schedule.speculation import Draftable, Drafter, Speculation
 
 __all__ = ["drafted"]
 
@@ -20,13 +20,15 @@ def drafted(speculation: Speculation) -> Callable[..., Any]:
 
     The text is that of ``generate()`` without it, with the same random numbers. What it cannot draft for goes through
     transformers' own loop: batches, recorded outputs, given caches, models that do not run whole in the extension with quantized
-    weights.
+    weights. A streamer has to be given as ``loop_streamer`` too: transformers keeps ``streamer`` from loops of one's own.
     """
 
-    def generate(model: Any, input_ids: torch.Tensor, **options: Any) -> Any:
+    def generate(model: Any, input_ids: torch.Tensor, loop_streamer: Any = None, **options: Any) -> Any:
+        if loop_streamer is not None:
+            options["streamer"] = loop_streamer
         if speculation.mode == "off" or not _takes_drafts(model, input_ids, options):
             return model._sample(input_ids, **options)
-        return _loop(model, input_ids, Drafter(speculation), **options)
+        return _loop(model, input_ids, speculation, **options)
 
     return generate
 
@@ -55,7 +57,7 @@ def _takes_drafts(model: Any, input_ids: torch.Tensor, options: dict[str, Any]) 
 def _loop(
     model: Any,
     input_ids: torch.Tensor,
-    drafter: Drafter,
+    speculation: Speculation,
     logits_processor: Any,
     stopping_criteria: Any,
     generation_config: Any,
@@ -63,10 +65,11 @@ def _loop(
     streamer: Any = None,
     **others: Any,
 ) -> torch.Tensor:
-    """As transformers' ``_sample``, with ``drafter``'s tokens behind the last one. Ids int64 [1, tokens]."""
-    text, draft = input_ids[0].tolist(), list[int]()
+    """As transformers' ``_sample``, with drafted tokens behind the last one. Ids int64 [1, tokens]."""
+    text, draft, drafter = input_ids[0].tolist(), list[int](), Drafter(speculation)
     rows, most = input_ids, len(text) + generation_config.max_new_tokens if generation_config.max_new_tokens else None
     while True:
+        model.fate.step.has_drafts([(rows.shape[1], len(draft))])
         logits = model(rows, past_key_values=past_key_values, use_cache=True, logits_to_keep=1 + len(draft)).logits[0]
         place, is_over = 0, False
         while True:
@@ -84,12 +87,14 @@ def _loop(
         if place < len(draft):
             for layer in past_key_values.layers:
                 layer.take_back(len(draft) - place)
-        drafter.passed(place)
+        if draft:
+            model.fate.learn([place])
+        speculation.passed([place])
         if is_over:
             break
         can_take_back = all(isinstance(layer, RoomyLayer) for layer in past_key_values.layers)
-        room = (drafter.most if most is None else most - len(text) - 1) if can_take_back else 0
-        draft = drafter.draft(text, max(0, room))
+        room = (speculation.most if most is None else most - len(text) - 1) if can_take_back else 0
+        draft = speculation.draft([Draftable(drafter, text, max(0, room))])[0]
         rows = torch.tensor([[text[-1], *draft]], device=input_ids.device)
     if streamer is not None:
         streamer.end()

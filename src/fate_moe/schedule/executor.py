@@ -19,6 +19,7 @@ from fate_moe.schedule.blocks import Blocks
 from fate_moe.schedule.disk_prefixes import DiskPrefixes
 from fate_moe.schedule.prefixes import Prefixes
 from fate_moe.schedule.sampling import prepared
+from fate_moe.schedule.states import Mark
 
 __all__ = ["Executor", "ModelExecutor", "Result", "Rows", "watched"]
 
@@ -28,25 +29,32 @@ Result: TypeAlias = "torch.Tensor | BaseException"
 
 @dataclass(frozen=True)
 class Rows:
-    """``tokens`` (at least one) are read behind what ``sequence`` has; the logits of the last ``wanted`` of them are asked for.
+    """``tokens`` (at least one) are read behind what ``sequence`` has; the logits of the last ``wanted`` of them are asked for. The
+    last ``drafted`` may be taken back (``Executor.cut``).
 
     ``watch``: called now and then, where the executor can, with the share of the rows' work that is done; what it raises ends them.
+    ``marks``: checkpoints to be made on the way, where ``prefixes`` has states and they find room.
     """
 
     sequence: int
     tokens: Sequence[int]
     wanted: int = 1
     watch: Callable[[float], None] | None = None
+    drafted: int = 0
+    marks: Sequence[Mark] = ()
 
 
 class Executor(Protocol):
     """Holds sequences in ``blocks`` of the KV cache, of ``block_bytes`` each (or 0), and computes steps. Used from one thread.
+    ``state_bytes``: of what a sequence keeps in layers that have a state.
 
     ``on_pass`` is called when a pass is about to leave the interpreter, as late as can be: for what others may do meanwhile.
 
     ``any_cut``: logits do not depend on how a sequence is cut into steps. Where they may, whoever asks for the same numbers reads a
     prompt in one step and what follows token by token. Where they do not, ``prefixes`` (None: the executor has none) keeps
-    what ended for texts that begin alike, and ``disk`` (None: nobody) on the disk.
+    what ended for texts that begin alike, and ``disk`` (None: nobody) on the disk. Where they may and there is a ``chunk``, a
+    multiple of KV_BLOCK, prompts are read in steps that end at the multiples of it, and ``prefixes`` keeps what was read in whole
+    ones.
 
     ``takes_drafts``: rows of a sequence may be taken back, and have the bits of passes of their own. ``most_sequences`` may exist
     at once (None: as many as there are blocks);
@@ -57,14 +65,19 @@ class Executor(Protocol):
     prefixes: Prefixes | None
     disk: DiskPrefixes | None
     block_bytes: int
+    state_bytes: int
     on_pass: Callable[[], None]
     any_cut: bool
+    chunk: int | None
     takes_drafts: bool
     most_sequences: int | None
     shares_passes: bool
 
     def new(self) -> int:
         """The name of an empty sequence."""
+
+    def begin(self, tokens: Sequence[int]) -> tuple[int, int]:
+        """The name of a sequence for ``tokens``, and how many of them it has already. Only where there are ``prefixes``."""
 
     def fork(self, sequence: int) -> int:
         """The name of a sequence that goes on from where ``sequence`` is."""
@@ -74,6 +87,10 @@ class Executor(Protocol):
 
     def cut(self, sequence: int, length: int) -> None:
         """Take back what ``sequence`` read behind its first ``length`` tokens. Only where ``takes_drafts``."""
+
+    def learn(self, kept: Sequence[int]) -> None:
+        """Of the drafts of each entry of the last step, the first ``kept`` are part of its text: the experts' memory may learn of
+        them, and not of others. Only where ``takes_drafts``."""
 
     def step(self, rows: Sequence[Rows]) -> list[Result]:
         """Read ``rows``, at most one entry a sequence. An error of one entry stands in its place; its sequence can only be dropped.
@@ -98,13 +115,14 @@ class ModelExecutor:
     """
 
     shares_passes = takes_drafts = False
-    block_bytes = 0
+    block_bytes = state_bytes = 0
 
     def __init__(self, model: Any, num_blocks: int) -> None:
         self.blocks = Blocks(num_blocks)
         self.prefixes: Prefixes | None = None  # a sequence's cache is its own
         self.disk: DiskPrefixes | None = None
         self.any_cut = _reads_in_any_cut(model)
+        self.chunk: int | None = None
         self.most_sequences = 1 if isinstance(model.fate.plan, DevicePlan) else None
         self._model, self._own = model, dict[int, _Own]()
         inputs = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
@@ -123,6 +141,9 @@ class ModelExecutor:
             self._own[name] = _Own({**self._prepared, "past_key_values": cache}, end=stack.close)
         return name
 
+    def begin(self, tokens: Sequence[int]) -> tuple[int, int]:
+        raise NotImplementedError("there are no prefixes")
+
     def fork(self, sequence: int) -> int:
         name, own = self.blocks.fork(sequence), self._own[sequence]
         with torch.inference_mode():
@@ -134,6 +155,9 @@ class ModelExecutor:
         self._own.pop(sequence).end()
 
     def cut(self, sequence: int, length: int) -> None:
+        raise NotImplementedError("takes_drafts is False")
+
+    def learn(self, kept: Sequence[int]) -> None:
         raise NotImplementedError("takes_drafts is False")
 
     def step(self, rows: Sequence[Rows]) -> list[Result]:

@@ -49,4 +49,6 @@ class PromptLookup:
                 length += 1
             if length > longest:
                 best, longest = place, length
+                if longest == _LONGEST:
+                    break
         return (text[best : best + most], longest) if longest else ([], 0)

@@ -14,6 +14,7 @@ from hashlib import blake2b
 
 from fate_moe.core import KV_BLOCK
 from fate_moe.schedule.blocks import Blocks
+from fate_moe.schedule.states import States
 
 __all__ = ["Prefixes"]
 
@@ -31,12 +32,17 @@ class Prefixes:
     """Keeps full blocks of sequences that ended, in ``blocks``; the least useful ones go when room is wanted.
 
     What goes first is what was used longest ago, and of one text its end: a block is of no use without those before it. At most
-    ``most`` blocks are kept. ``model`` says what else the keys and values depend on: model, precision, version of the arithmetic.
+    ``most`` blocks are kept; a text begins with a multiple of ``several`` of them. ``model`` says what else the keys and values
+    depend on: model, precision, version of the arithmetic. ``states``: of a model with layers that keep a state; a text begins
+    where one of its checkpoints is.
     """
 
-    def __init__(self, blocks: Blocks, model: bytes = b"", most: int | None = None) -> None:
+    def __init__(
+        self, blocks: Blocks, model: bytes = b"", most: int | None = None, states: States | None = None, several: int = 1
+    ) -> None:
         self.hits = self.lookups = 0  # tokens that were found, and that were asked for
-        self._blocks, self._model = blocks, model
+        self.states = states
+        self._blocks, self._model, self._several = blocks, model, several
         self._most = blocks.num_blocks if most is None else most
         self._kept: OrderedDict[bytes, _Kept] = OrderedDict()  # what goes first is first
         self._clock = 0
@@ -51,17 +57,24 @@ class Prefixes:
         At least one token is left to compute, whose logits are wanted.
         """
         self._clock += 1
-        found = []
-        for name in self.names(tokens):
-            if name not in self._kept:
-                break
-            found.append(name)
+        names = self.names(tokens)
+        found = names[: self.matching(names) // self._several * self._several]
+        while self.states is not None and found and found[-1] not in self.states:
+            found.pop()
         self._use(found)
         return [self._kept[name].block for name in found]
 
+    def matching(self, names: Sequence[bytes]) -> int:
+        """How many blocks are kept of those called ``names``, of one text from its begin."""
+        return next((count for count, name in enumerate(names) if name not in self._kept), len(names))
+
     def names(self, tokens: Sequence[int]) -> list[bytes]:
         """Of the blocks that a text beginning with ``tokens`` may begin with, which leave a token to compute."""
-        return self._names(tokens, (len(tokens) - 1) // KV_BLOCK)
+        return self._names(tokens, (len(tokens) - 1) // KV_BLOCK // self._several * self._several)
+
+    def name_at(self, tokens: Sequence[int], position: int) -> bytes:
+        """Of the block that ends at ``position``, a multiple of its length."""
+        return self._names(tokens, position // KV_BLOCK)[-1]
 
     def block_of(self, name: bytes) -> int | None:
         """The kept block of this ``name``."""
@@ -79,8 +92,8 @@ class Prefixes:
         """``sequence``, whose positions hold ``tokens``, is about to be dropped: keep its full blocks. Returns their names."""
         self._clock += 1
         table, before, used = self._blocks.table(sequence), self._model, list[bytes]()
-        full = min(self._blocks.length(sequence), len(tokens)) // KV_BLOCK
-        for depth, name in enumerate(self._names(tokens, full)):
+        names = self._names(tokens, min(self._blocks.length(sequence), len(tokens)) // KV_BLOCK)
+        for depth, name in enumerate(names):
             kept = self._kept.get(name)
             if kept is None:
                 if len(self._kept) >= self._most and not self._drop_one(spare=self._clock):
@@ -93,6 +106,9 @@ class Prefixes:
             used.append(name)
             before = name
         self._use(used)
+        if self.states is not None:
+            for name in names[len(used) :]:  # a checkpoint is of no use without the blocks before it
+                self.states.forget(name)
         return used
 
     def free(self, wanted: int) -> bool:
@@ -104,8 +120,10 @@ class Prefixes:
 
     def clear(self) -> None:
         """Nothing is kept any more."""
-        for kept in self._kept.values():
+        for name, kept in self._kept.items():
             self._blocks.forget(kept.block)
+            if self.states is not None:
+                self.states.forget(name)
         self._kept.clear()
 
     def check_integrity(self) -> None:
@@ -118,6 +136,8 @@ class Prefixes:
                 followers[kept.before] += 1
         if any(kept.followers != followers[name] for name, kept in self._kept.items()) or len(self._kept) > self._most:
             raise RuntimeError("kept blocks are miscounted")
+        if self.states is not None:
+            self.states.check_integrity()
 
     def _use(self, names: Sequence[bytes]) -> None:
         """``names``, of one text from its begin, are used now."""
@@ -138,6 +158,8 @@ class Prefixes:
         if gone.before in self._kept:
             self._kept[gone.before].followers -= 1
         self._blocks.forget(gone.block)
+        if self.states is not None:
+            self.states.forget(name)
         return True
 
     def _names(self, tokens: Sequence[int], count: int) -> list[bytes]:

@@ -88,11 +88,14 @@ class Piece:
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of the prompt, of those from a cache, and generated ones (the one that ended the text among them)."""
+    """Tokens of the prompt, of those from a cache, and generated ones (the one that ended the text among them); drafted ones that
+    were checked, and those of them that are part of the text."""
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True)

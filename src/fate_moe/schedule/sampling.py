@@ -113,6 +113,16 @@ class Sampler:
             scores = processor(self._ids[:, : self._length], scores)
         return scores[0]
 
+    def forced(self) -> list[int]:
+        """Tokens that one of its processors (``forced``) expects next, whatever the scores; mostly none."""
+        for processor in self._own:
+            if (ask := getattr(processor, "forced", None)) is not None:
+                try:
+                    return list(ask(self._ids[:, : self._length]))
+                except Exception:  # it will raise again when it is asked for scores
+                    return []
+        return []
+
     def pick(self, scores: torch.Tensor) -> int:
         """The next token, by its final ``scores`` [vocab]."""
         draw = torch.multinomial(scores.softmax(-1), 1, generator=self._random) if self._samples else scores.argmax(-1)

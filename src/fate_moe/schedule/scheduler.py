@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from fate_moe.core import Drafts
 from fate_moe.engine.report import PrefixReport
 from fate_moe.errors import FateError
 from fate_moe.schedule.request import Event, Request
@@ -29,7 +30,7 @@ class StoppedError(FateError):
 class Load:
     """Since the scheduler was started: steps, their rows, and how often a request gave its blocks of the KV cache to others.
     ``blocks_used`` of ``blocks`` are taken now, ``blocks_kept`` of these by what ended, of which ``prefixes`` tells the use;
-    ``accepted_tokens`` of ``drafted_tokens`` were kept."""
+    ``drafts`` are the model's."""
 
     steps: int = 0
     rows: int = 0
@@ -37,8 +38,7 @@ class Load:
     blocks_used: int = 0
     blocks: int = 0
     blocks_kept: int = 0
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0
+    drafts: Drafts = field(default_factory=Drafts)
     prefixes: PrefixReport = field(default_factory=PrefixReport)
 
 

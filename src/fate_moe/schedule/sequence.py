@@ -46,6 +46,7 @@ class TextSequence:
         self.name: int | None = None
         self.sampler: Sampler | None = None
         self.drafter: Drafter | None = None
+        self.drafted = self.accepted = 0  # tokens of all passes
         self.draft: list[int] = []  # tokens that may follow ``tokens``, read in the pass under way
         self.prompt_records: list[TokenRecord] = []
         self._submitted = submitted
@@ -140,7 +141,7 @@ class TextSequence:
 
     def finished(self, reason: Reason, message: str = "") -> Finished:
         """The last event; before it, text that was held back is delivered where the text is whole."""
-        usage = Usage(len(self.request.prompt), self.generated, self.cached or 0)
+        usage = Usage(len(self.request.prompt), self.generated, self.cached or 0, self.drafted, self.accepted)
         now = time.perf_counter()
         if self._began is None:
             return Finished(reason, usage, Timings(queued_seconds=now - self._submitted), message=message)

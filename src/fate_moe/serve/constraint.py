@@ -33,11 +33,20 @@ class Constraint(LogitsProcessor):  # type: ignore[misc]
             self._matcher = llguidance.LLMatcher(tokenizer, grammar)
         self._seen = prompt_tokens
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    def forced(self, input_ids: torch.Tensor) -> list[int]:
+        """The tokens of what the grammar leaves no choice about next, as the tokenizer would write it. Ids [1, tokens]."""
+        with _no_panic():
+            self._consume(input_ids)
+            return [] if self._matcher.is_error() else self._matcher.compute_ff_tokens()
+
+    def _consume(self, input_ids: torch.Tensor) -> None:
         tokens = input_ids[0, self._seen :].tolist()
         self._seen += len(tokens)
+        self._matcher.consume_tokens(tokens)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         with _no_panic():
-            self._matcher.consume_tokens(tokens)
+            self._consume(input_ids)
             if self._matcher.is_error():
                 raise ValueError(f"the grammar failed: {self._matcher.get_error()}")
             bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)

@@ -12,6 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from fate_moe.core import KV_BLOCK
 from fate_moe.machine import resident_memory
 from fate_moe.schedule.request import Finished, Request
+from fate_moe.schedule.speculation import SOURCES
 
 if TYPE_CHECKING:
     from fate_moe.serve.service import Service
@@ -101,8 +102,17 @@ class _Engine:
         yield _gauge("fate_prefix_disk_bytes", "Bytes that are kept on the disk, of all models.", load.prefixes.disk_bytes)
         yield _counter("fate_prefix_disk_read_bytes", "Bytes that were read from there.", load.prefixes.disk_read_bytes)
         yield _counter("fate_prefix_disk_written_bytes", "Bytes that were written there.", load.prefixes.disk_written_bytes)
-        yield _counter("fate_draft_tokens", "Drafted tokens that were checked beside a text's last one.", load.drafted_tokens)
-        yield _counter("fate_draft_tokens_accepted", "Of those, the ones that became part of a text.", load.accepted_tokens)
+        drafted = CounterMetricFamily(
+            "fate_draft_tokens", "Drafted tokens that were checked beside a text's last one, by their source.", labels=["source"]
+        )
+        accepted = CounterMetricFamily(
+            "fate_draft_tokens_accepted", "Of those, the ones that became part of a text.", labels=["source"]
+        )
+        for source in SOURCES:
+            for family, number in zip((drafted, accepted), load.drafts.by_source.get(source, (0, 0)), strict=True):
+                family.add_metric([source], number)
+        yield drafted
+        yield accepted
         experts = report.experts
         lookups = CounterMetricFamily("fate_expert_lookups", "Lookups of experts, by what was found.", labels=["result"])
         for result, number in (("hit", experts.hits), ("in_flight", experts.in_flight), ("miss", experts.misses)):

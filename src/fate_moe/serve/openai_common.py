@@ -148,6 +148,10 @@ def usage_of(ends: Sequence[Finished]) -> dict[str, Any]:
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": sum(end.usage.cached_tokens for end in ends)},
+        "completion_tokens_details": {
+            "accepted_prediction_tokens": sum(end.usage.accepted_tokens for end in ends),
+            "rejected_prediction_tokens": sum(end.usage.drafted_tokens - end.usage.accepted_tokens for end in ends),
+        },
     }
 
 

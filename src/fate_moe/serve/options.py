@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from fate_moe.errors import ConfigError
+from fate_moe.schedule.speculation import DEFAULT, Mode
 from fate_moe.schedule.speculation import MODES as SPECULATE
-from fate_moe.schedule.speculation import Mode
 
 __all__ = ["ServeOptions", "is_loopback"]
 
@@ -31,7 +31,7 @@ class ServeOptions:
     log_prompts: bool = False
     drain_seconds: float = 30.0
     keep_alive_seconds: float = 5.0
-    speculate: Mode = "off"
+    speculate: Mode = DEFAULT
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:

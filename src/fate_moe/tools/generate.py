@@ -56,7 +56,9 @@ def generate(
     """
     in_beams = (options.get("num_beams") or model.generation_config.num_beams or 1) > 1
     clock = _Clock(_Printer(tokenizer, on_text) if on_text and not in_beams else None)
-    watch = {"stopping_criteria": [_Ticks(clock)]} if in_beams else {"streamer": clock}
+    watch: dict[str, Any] = {"stopping_criteria": [_Ticks(clock)]} if in_beams else {"streamer": clock}
+    if "custom_generate" in options:
+        watch["loop_streamer"] = clock  # schedule/drafted.py
     if model.generation_config.pad_token_id is None and "pad_token_id" not in options:
         options["pad_token_id"] = tokenizer.eos_token_id
     with torch.inference_mode(), _reading(model, on_read):

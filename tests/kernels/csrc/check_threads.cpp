@@ -126,30 +126,43 @@ void check_products(const Ops& ops) {
 
 // The other side of the mail, as the GPU is: words in any order, each with the question's number.
 void check_host_compute(const Ops& ops, int num_threads) {
+  constexpr size_t kTokens = 6, kMost = kTokens * kMostChosen;
   const Experts experts;
-  std::vector<uint64_t> questions(1 + kMostChosen + kHidden), answers(kMostChosen * kHidden);
+  std::vector<uint64_t> questions(1 + 2 * kMost + kTokens * kHidden), answers(kMost * kHidden);
   const HostCompute computing(ops, experts.place, experts.address(0), Experts::blob() * 2,
-                              {questions.data(), answers.data(), kMostChosen}, num_threads);
+                              {questions.data(), answers.data(), kMost, kTokens}, num_threads);
   for (uint64_t question = 1; question <= 40; ++question) {
-    const std::vector<float> x = numbers(kHidden, unsigned(question));
+    const size_t tokens = question % 3 ? 1 : kTokens;
+    const std::vector<float> x = numbers(tokens * kHidden, unsigned(question));
     std::vector<int64_t> chosen;
     for (uint64_t i = 0; i <= question % kMostChosen; ++i) chosen.push_back(int64_t((question + i * 5) % kExperts));
     const auto put = [&](size_t at, uint32_t bits) { __atomic_store_n(&questions[at], question << 32 | bits, __ATOMIC_RELEASE); };
-    for (size_t i = 0; i < kHidden; ++i) {
+    for (size_t i = 0; i < tokens * kHidden; ++i) {
       uint32_t bits;
       std::memcpy(&bits, &x[i], 4);
-      put(1 + kMostChosen + i, bits);
-      if (i == kHidden / 2) put(0, uint32_t(chosen.size()));
+      put(1 + 2 * kMost + i, bits);
+      if (i == kHidden / 2) put(0, uint32_t(tokens << 16 | chosen.size()));
     }
-    for (size_t i = 0; i < chosen.size(); ++i) put(1 + i, uint32_t(chosen[i]));
-    std::vector<float> got(chosen.size() * kHidden);
+    std::vector<float> want;
+    for (size_t e = 0; e < chosen.size(); ++e) {
+      const uint32_t mask = tokens == 1 ? 1 : uint32_t(0x2F >> e | 1 << e);
+      put(1 + e, uint32_t(chosen[e]));
+      put(1 + kMost + e, mask & ((1u << tokens) - 1));
+      for (size_t t = 0; t < tokens; ++t) {
+        if (!(mask >> t & 1)) continue;
+        const std::vector<float> one(x.begin() + int64_t(t * kHidden), x.begin() + int64_t((t + 1) * kHidden));
+        const std::vector<float> its = experts.run(ops, one, {chosen[e]}, 1);
+        want.insert(want.end(), its.begin(), its.end());
+      }
+    }
+    std::vector<float> got(want.size());
     for (size_t i = 0; i < got.size(); ++i) {
       uint64_t word;
       while ((word = __atomic_load_n(&answers[i], __ATOMIC_ACQUIRE)) >> 32 != question) std::this_thread::yield();
       const uint32_t bits = uint32_t(word);
       std::memcpy(&got[i], &bits, 4);
     }
-    check(got == experts.run(ops, x, chosen, 1), "host compute");
+    check(got == want, "host compute");
   }
 }
 

@@ -1,6 +1,7 @@
 // What a step asks of the experts' memory.
 #pragma once
 #include <cstdint>
+#include <vector>
 
 namespace fate {
 
@@ -15,6 +16,10 @@ class ExpertMemory {
   };
 
   virtual ~ExpertMemory() = default;
+
+  // A step begins. `depths` by row: how far behind its text's last token a drafted one is, 0 for what is no draft. What drafts choose is
+  // read and computed as all else, and teaches nothing until somebody says that they are right. Empty: there are none.
+  virtual void hold_back(const std::vector<int64_t>& depths) { (void)depths; }
 
   // The routers of MoE block `layer` chose the n distinct `experts`, for `counts` of num_rows rows. They are looked up, counted and
   // locked; reads of those that are missing begin. `inputs` bf16 [num_rows, hidden] is what the routers were given, `chosen` and

@@ -3,13 +3,13 @@
 #include <chrono>
 #include <cstring>
 
-#include "inputs.h"
 #include "threads.h"
 
 namespace fate {
 namespace {
 
 constexpr int64_t kRows = 16;
+constexpr int64_t kMostTokens = 16;  // of a question
 constexpr int kPatience = 1 << 12;  // looks between two looks at the clock
 
 uint64_t look(const uint64_t* word) { return __atomic_load_n(word, __ATOMIC_ACQUIRE); }
@@ -99,9 +99,18 @@ class Split {
 
 }  // namespace
 
+// What a question asks of one expert: tokens[k]'s output is row first + k of the answer.
+struct HostCompute::Asked {
+  uint64_t blob;
+  int64_t first, count;
+  int64_t tokens[kMostTokens];
+};
+
 struct HostCompute::Own {
   Inputs token, inner;
-  std::vector<float> rows, pair;  // what products write; gate and up rows side by side
+  std::vector<float> rows, pair;  // what products write, of each token; gate and up rows side by side
+  std::vector<Asked> asked;
+  int64_t gated;  // the expert whose inner values are in `inner`
 };
 
 HostCompute::HostCompute(const Ops& ops, const ExpertPlace& place, uint64_t arena, int64_t blob_bytes, const Mail& mail,
@@ -134,34 +143,64 @@ bool HostCompute::await(uint32_t last, uint64_t& head) const {
 
 void HostCompute::serve(int64_t number) {
   Own own;
-  own.token.resize(1, place_.up.cols, place_.up.group);
-  own.inner.resize(1, place_.down.cols, place_.down.group);
-  own.rows.resize(std::max(place_.up.rows, place_.down.rows));
+  own.token.resize(mail_.tokens, place_.up.cols, place_.up.group);
+  own.inner.resize(mail_.tokens, place_.down.cols, place_.down.group);
+  own.rows.resize(mail_.tokens * std::max(place_.up.rows, place_.down.rows));
   own.pair.resize(place_.up.rows);
   uint64_t head = 0;
   uint32_t last = 0;
   for (int64_t turn = 1; await(last, head); ++turn) {
     last = number_of(head);
-    answer(own, number, last, int64_t(uint32_t(head)), turn);
+    answer(own, number, last, int64_t(head & 0xFFFF), int64_t(head >> 16 & 0xFFFF), turn);
   }
 }
 
-void HostCompute::answer(Own& own, int64_t number, uint32_t question, int64_t count, int64_t turn) {
-  const int64_t inner = place_.down.cols;
-  const auto blob = [&](int64_t e) { return arena_ + uint64_t(read(mail_.questions + 1 + e, question)) * blob_bytes_; };
-  take(mail_.questions + 1 + mail_.most, place_.up.cols, question, own.token.x(0));
-  own.token.finish(ops_, 0, place_.up.kind, integers_);
-  const Token token = own.token.token(0, integers_, own.rows.data());
+// `own.rows` of the tokens that `inputs` has at `places`: rows [begin, end) of `m` times each.
+void HostCompute::multiply(Own& own, const Inputs& inputs, const int64_t* places, int64_t count, const Matrix& m, int64_t begin,
+                           int64_t end) const {
+  constexpr int64_t kAtOnce = 4;
+  for (int64_t first = 0; first < count; first += kAtOnce) {
+    Token tokens[kAtOnce];
+    const int64_t n = std::min(kAtOnce, count - first);
+    for (int64_t k = 0; k < n; ++k) {
+      tokens[k] = inputs.token(places[first + k], integers_, own.rows.data() + (first + k) * (own.rows.size() / mail_.tokens));
+    }
+    ops_.product(m, tokens, n, begin, end);
+  }
+}
+
+void HostCompute::answer(Own& own, int64_t number, uint32_t question, int64_t count, int64_t tokens, int64_t turn) {
+  const int64_t inner = place_.down.cols, stride = int64_t(own.rows.size()) / mail_.tokens;
+  own.asked.resize(count);
+  int64_t pairs = 0;
+  for (int64_t e = 0; e < count; ++e) {
+    Asked& asked = own.asked[e];
+    asked.blob = arena_ + uint64_t(read(mail_.questions + 1 + e, question)) * blob_bytes_;
+    const uint32_t mask = read(mail_.questions + 1 + mail_.most + e, question);
+    asked.first = pairs, asked.count = 0;
+    for (int64_t t = 0; t < tokens; ++t) {
+      if (mask >> t & 1) asked.tokens[asked.count++] = t;
+    }
+    pairs += asked.count;
+  }
+  for (int64_t t = 0; t < tokens; ++t) {
+    take(mail_.questions + 1 + 2 * mail_.most + t * place_.up.cols, place_.up.cols, question, own.token.x(t));
+    own.token.finish(ops_, t, place_.up.kind, integers_);
+  }
   const auto up = [&](int64_t e, int64_t begin, int64_t end) {
-    const Matrix m = place_.up.at(blob(e), int(place_.up.kind));
+    const Asked& asked = own.asked[e];
+    const Matrix m = place_.up.at(asked.blob, int(place_.up.kind));
     const int64_t n = end - begin;
     const int64_t each = place_.activation.gated && place_.activation.interleaved ? 2 : 1;  // rows side by side in the matrix too
     const bool apart = place_.activation.gated && each == 1;
-    ops_.product(m, &token, 1, each * begin, each * end);
-    if (apart) ops_.product(m, &token, 1, inner + begin, inner + end);
-    std::copy_n(own.rows.data() + each * begin, each * n, own.pair.data());
-    if (apart) std::copy_n(own.rows.data() + inner + begin, n, own.pair.data() + n);
-    ops_.activate(place_.activation, own.pair.data(), n, inner_.data() + e * inner + begin);
+    multiply(own, own.token, asked.tokens, asked.count, m, each * begin, each * end);
+    if (apart) multiply(own, own.token, asked.tokens, asked.count, m, inner + begin, inner + end);
+    for (int64_t k = 0; k < asked.count; ++k) {
+      const float* const rows = own.rows.data() + k * stride;
+      std::copy_n(rows + each * begin, each * n, own.pair.data());
+      if (apart) std::copy_n(rows + inner + begin, n, own.pair.data() + n);
+      ops_.activate(place_.activation, own.pair.data(), n, inner_.data() + (asked.first + k) * inner + begin);
+    }
   };
   const Split ups(count, inner), downs(count, place_.down.rows);
   ups.own(number, num_threads_, up);
@@ -169,24 +208,27 @@ void HostCompute::answer(Own& own, int64_t number, uint32_t question, int64_t co
   met_.fetch_add(1, std::memory_order_acq_rel);
   // The others' last rows take a while: memory need not wait for them.
   downs.own(number, num_threads_, [&](int64_t e, int64_t begin, int64_t end) {
-    bring(place_.down.at(blob(e), int(place_.down.kind)), begin, end);
+    bring(place_.down.at(own.asked[e].blob, int(place_.down.kind)), begin, end);
   });
   while (met_.load(std::memory_order_acquire) < turn * num_threads_) pause();
-  int64_t gated = -1;  // the expert whose inner values are in own.inner
+  own.gated = -1;
   const auto down = [&](int64_t e, int64_t begin, int64_t end) {
-    if (gated != e) {
-      std::copy_n(inner_.data() + e * inner, inner, own.inner.x(0));
-      own.inner.finish(ops_, 0, place_.down.kind, integers_);
-      gated = e;
+    static constexpr int64_t kInOrder[kMostTokens] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const Asked& asked = own.asked[e];
+    for (int64_t k = 0; k < asked.count && own.gated != e; ++k) {
+      std::copy_n(inner_.data() + (asked.first + k) * inner, inner, own.inner.x(k));
+      own.inner.finish(ops_, k, place_.down.kind, integers_);
     }
-    const Token token = own.inner.token(0, integers_, own.rows.data());
-    ops_.product(place_.down.at(blob(e), int(place_.down.kind)), &token, 1, begin, end);
-    uint64_t* const answers = mail_.answers + e * place_.down.rows;
-    for (int64_t row = begin; row < end; ++row) {
-      uint32_t bits;
-      std::memcpy(&bits, own.rows.data() + row, 4);
-      // Release: the next question, which overwrites inner_, comes after all answers.
-      __atomic_store_n(answers + row, uint64_t(question) << 32 | bits, __ATOMIC_RELEASE);
+    own.gated = e;
+    multiply(own, own.inner, kInOrder, asked.count, place_.down.at(asked.blob, int(place_.down.kind)), begin, end);
+    for (int64_t k = 0; k < asked.count; ++k) {
+      uint64_t* const answers = mail_.answers + (asked.first + k) * place_.down.rows;
+      for (int64_t row = begin; row < end; ++row) {
+        uint32_t bits;
+        std::memcpy(&bits, own.rows.data() + k * stride + row, 4);
+        // Release: the next question, which overwrites inner_, comes after all answers.
+        __atomic_store_n(answers + row, uint64_t(question) << 32 | bits, __ATOMIC_RELEASE);
+      }
     }
   };
   downs.own(number, num_threads_, down);

@@ -6,17 +6,20 @@
 #include <thread>
 #include <vector>
 
+#include "inputs.h"
 #include "products.h"
 
 namespace fate {
 
 // Every word of the mail carries the number of the question in its upper half, so that nothing depends on the order in which words
-// become visible: a word counts when its number is right. Questions: the number of experts; that many blobs (of room for `most`);
-// the activation, `hidden` fp32 numbers. Answers: [most, hidden] fp32, expert by expert in the question's order.
+// become visible: a word counts when its number is right. Questions: the number of experts, and of tokens in the bits from 16 on; that
+// many blobs (of room for `most`); for each which tokens it is for, a bit each (of room for `most`); the tokens' activations, `hidden`
+// fp32 numbers each. Answers: [most, hidden] fp32, by expert in the question's order, and by token of each.
 struct Mail {
   const uint64_t* questions;
   uint64_t* answers;
   int64_t most;
+  int64_t tokens;  // at most, up to 16
 };
 
 // Owns threads that poll the mail without pause while questions come (a wake-up takes longer than an expert), and once a millisecond
@@ -28,10 +31,12 @@ class HostCompute {
   ~HostCompute();  // no question may be open
 
  private:
+  struct Asked;
   struct Own;  // one thread's memory
   void serve(int64_t number);
   bool await(uint32_t last, uint64_t& head) const;
-  void answer(Own& own, int64_t number, uint32_t question, int64_t count, int64_t turn);
+  void multiply(Own& own, const Inputs& inputs, const int64_t* places, int64_t count, const Matrix& m, int64_t begin, int64_t end) const;
+  void answer(Own& own, int64_t number, uint32_t question, int64_t count, int64_t tokens, int64_t turn);
 
   const Ops& ops_;
   const ExpertPlace place_;

@@ -24,7 +24,7 @@ void cut_spans(const std::vector<Span>& spans, int64_t first, std::vector<Span>&
   out.clear();
   for (const Span& span : spans) {
     const int64_t begin = std::max(span.begin, first), end = std::min(span.end, first + kMostRows);
-    if (begin < end) out.push_back({begin - first, end - first, span.past + begin - span.begin, span.entry, span.first, span.blocks});
+    if (begin < end) out.push_back({begin - first, end - first, span.past + begin - span.begin, span.entry, span.first, span.blocks, span.marks});
   }
 }
 

@@ -89,11 +89,32 @@ struct Kv {
   }
 };
 
+// What a sequence keeps in a layer with a state, as it is once it has `position` positions, is written to `entry` too.
+struct Mark {
+  int64_t position, entry;
+};
+
 // Rows [begin, end) of a call that follow one another in one sequence, of which `past` positions are in the KV cache before them.
 struct Span {
   int64_t begin, end, past;
   int64_t entry, first;   // of the batch, and the positions there that are not the sequence's (padding)
   const int32_t* blocks;  // the ids of its blocks; null: 0, 1, 2, ...
+  const std::vector<Mark>* marks = nullptr;  // ascending; those that its rows do not reach mean nothing
+
+  // Calls run(first, count) for the rows between marks, counted from `begin`, and after those up to a mark reached(its entry).
+  template <class Run, class Reached>
+  void each_part(Run run, Reached reached) const {
+    int64_t done = 0;
+    for (size_t i = 0; marks && i < marks->size(); ++i) {
+      const Mark& mark = (*marks)[i];
+      const int64_t count = mark.position - past;
+      if (count <= done || count > end - begin) continue;
+      run(done, count - done);
+      reached(mark.entry);
+      done = count;
+    }
+    if (done < end - begin) run(done, end - begin - done);
+  }
 };
 
 // out [num_tokens, n] of dtype, as x.

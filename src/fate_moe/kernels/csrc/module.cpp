@@ -240,8 +240,8 @@ NB_MODULE(_native, m) {
     return ExpertPlace{up, down, activation};
   });
   nb::class_<HostCompute>(m, "HostCompute").def_static("make", [](const ExpertPlace& place, uint64_t arena, int64_t blob_bytes, uintptr_t questions,
-                                                      uintptr_t answers, int64_t most, int num_threads) {
-    const Mail mail = {reinterpret_cast<const uint64_t*>(questions), reinterpret_cast<uint64_t*>(answers), most};
+                                                      uintptr_t answers, int64_t most, int64_t tokens, int num_threads) {
+    const Mail mail = {reinterpret_cast<const uint64_t*>(questions), reinterpret_cast<uint64_t*>(answers), most, tokens};
     return std::make_unique<HostCompute>(*chosen, place, arena, blob_bytes, mail, num_threads);
   });
   m.def("experts", &experts);

@@ -12,10 +12,11 @@ namespace fate {
 // The instruction set that is used.
 const Ops& used_ops();
 
-// Rows of the sequences of one pass; keeps the ids of their blocks.
+// Rows of the sequences of one pass; keeps the ids of their blocks, and their marks.
 struct Spans {
   std::vector<Span> spans;
   std::vector<std::vector<int32_t>> blocks;
+  std::vector<std::vector<Mark>> marks;
 };
 
 void bind_step(nanobind::module_& m);

@@ -251,9 +251,23 @@ std::shared_ptr<RoutingStatistics> make_statistics(int64_t num_layers, int64_t w
   return made;
 }
 
-std::vector<int> route(SlotTable& of, const Pairs& experts, const std::optional<Numbers>& counts, int64_t num_tokens, const std::optional<Numbers>& wanted) {
+Numbers numbers_of(const Pairs& experts) {
   Numbers numbers;
   for (const Pair& pair : experts) numbers.push_back(pair.second);
+  return numbers;
+}
+
+std::vector<int> look_up(SlotTable& of, const Pairs& experts, const std::optional<Numbers>& wanted) {
+  const Numbers numbers = numbers_of(experts);
+  std::vector<Found> found(experts.size());
+  of.look_up(experts.empty() ? 0 : experts[0].first, numbers.data(), int64_t(numbers.size()), wanted ? wanted->data() : nullptr, found.data());
+  std::vector<int> codes;
+  for (Found one : found) codes.push_back(int(one));
+  return codes;
+}
+
+std::vector<int> route(SlotTable& of, const Pairs& experts, const std::optional<Numbers>& counts, int64_t num_tokens, const std::optional<Numbers>& wanted) {
+  const Numbers numbers = numbers_of(experts);
   std::vector<Found> found(experts.size());
   of.route(experts.empty() ? 0 : experts[0].first, numbers.data(), int64_t(numbers.size()), counts ? counts->data() : nullptr, num_tokens,
            wanted ? wanted->data() : nullptr, found.data());
@@ -293,6 +307,15 @@ void bind_table(nb::module_& m) {
       })
       .def_prop_ro("counters", [](SlotTable& of) -> Counters& { return of.counters; }, nb::rv_policy::reference_internal)
       .def("route", &route, nb::arg("experts"), nb::arg("counts").none(), nb::arg("num_tokens"), nb::arg("wanted").none())
+      .def("teach", [](SlotTable& of, const Pairs& experts, const std::optional<Numbers>& counts, int64_t num_tokens) {
+        const Numbers numbers = numbers_of(experts);
+        of.teach(experts.empty() ? 0 : experts[0].first, numbers.data(), int64_t(numbers.size()), counts ? counts->data() : nullptr, num_tokens);
+      }, nb::arg("experts"), nb::arg("counts").none(), nb::arg("num_tokens"))
+      .def("draft", [](SlotTable& of, const Pairs& experts) {
+        const Numbers numbers = numbers_of(experts);
+        of.draft(experts.empty() ? 0 : experts[0].first, numbers.data(), int64_t(numbers.size()));
+      })
+      .def("look_up", &look_up, nb::arg("experts"), nb::arg("wanted").none())
       .def("lock", [](SlotTable& of, const Pair& expert) { of.lock(key_of(expert)); })
       .def("unlock", [](SlotTable& of, const Pair& expert) { of.unlock(key_of(expert)); })
       .def("expect", [](SlotTable& of, const Pair& expert) { return of.expect(key_of(expert)); })
@@ -412,6 +435,8 @@ void bind_residency(nb::module_& m) {
       })
       .def("release", [](Residency& of, Lease& lease) { of.release(lease); })
       .def("forget_leases", &Residency::forget_leases)
+      .def("hold_back", &Residency::hold_back)
+      .def("learn", &Residency::learn)
       .def("prefetch", [](Residency& of, const Pairs& expected, int64_t most, const std::optional<std::vector<double>>& probabilities) {
         return of.prefetch(keys_of(expected), most, probabilities ? &*probabilities : nullptr);
       }, nb::arg("expected"), nb::arg("most"), nb::arg("probabilities").none())

@@ -18,8 +18,9 @@ struct Own {
 
 enum { kQ, kK, kV, kZ, kB, kA };
 
-// Channels [begin, end) of a span's rows: silu of their convolution with the rows before them; and what the next call finds before its own.
-void run_convolution(const Ops& ops, const Delta& d, const Span& span, const float* inputs, void* history, int64_t begin, int64_t end,
+// Channels [begin, end) of a span's rows: silu of their convolution with the rows before them; and what the next call finds before its own,
+// in the span's entry of `kv` and in those of its marks.
+void run_convolution(const Ops& ops, const Delta& d, const Span& span, const float* inputs, const Kv& kv, int64_t begin, int64_t end,
                      float* out) {
   static thread_local Scratch scratch;
   static thread_local std::vector<const float*> rows;
@@ -30,17 +31,22 @@ void run_convolution(const Ops& ops, const Delta& d, const Span& span, const flo
   for (int64_t t = 0; t < count; ++t) rows[size_t(before + t)] = inputs + (span.begin + t) * channels + begin;
   for (int64_t c = 0; c < n; ++c) {
     if (span.past)
-      ops.to_float(at(history, Dtype::kBf16, (begin + c) * d.kernel), Dtype::kBf16, d.kernel, one);
+      ops.to_float(at(kv.keys, Dtype::kBf16, span.entry * kv.batch_stride + (begin + c) * d.kernel), Dtype::kBf16, d.kernel, one);
     else
       std::fill_n(one, d.kernel, 0.0f);
     for (int64_t j = 0; j < before; ++j) earlier[j * n + c] = one[j + 1];
   }
   for (int64_t t = 0; t < count; ++t)
     ops.steps->convolve(rows.data() + t, d.convolution.data() + begin, channels, d.kernel, n, out + (span.begin + t) * channels + begin);
-  for (int64_t c = 0; c < n; ++c) {  // the last `kernel` inputs, the newest last
-    for (int64_t j = 0; j < d.kernel; ++j) one[j] = rows[size_t(count - 1 + j)][c];
-    ops.from_float(one, d.kernel, at(history, Dtype::kBf16, (begin + c) * d.kernel), Dtype::kBf16);
-  }
+  int64_t read = 0;
+  const auto keep = [&](int64_t entry) {  // the last `kernel` inputs, the newest last
+    for (int64_t c = 0; c < n; ++c) {
+      for (int64_t j = 0; j < d.kernel; ++j) one[j] = rows[size_t(read - 1 + j)][c];
+      ops.from_float(one, d.kernel, at(kv.keys, Dtype::kBf16, entry * kv.batch_stride + (begin + c) * d.kernel), Dtype::kBf16);
+    }
+  };
+  span.each_part([&](int64_t, int64_t number) { read += number; }, keep);
+  keep(span.entry);
 }
 
 }  // namespace
@@ -102,8 +108,7 @@ void run_delta(const Ops& ops, const Attention& a, const std::vector<Span>& span
     phases.each(4, pieces * int64_t(spans.size()), [&](int64_t i) {
       const Span& span = spans[size_t(i / pieces)];
       const int64_t begin = i % pieces * kChannelsOfTask;
-      run_convolution(ops, d, span, mixed, at(kv.keys, Dtype::kBf16, span.entry * kv.batch_stride), begin,
-                      std::min(channels, begin + kChannelsOfTask), convolved);
+      run_convolution(ops, d, span, mixed, kv, begin, std::min(channels, begin + kChannelsOfTask), convolved);
     });
     phases.each(5, n * d.key_heads, [&](int64_t i) {
       float* const query = convolved + i / d.key_heads * channels + i % d.key_heads * d.key_dim;
@@ -113,18 +118,28 @@ void run_delta(const Ops& ops, const Attention& a, const std::vector<Span>& span
     phases.each(6, parts * d.value_heads * int64_t(spans.size()), [&](int64_t i) {
       const Span& span = spans[size_t(i / (parts * d.value_heads))];
       const int64_t head = i / parts % d.value_heads, column = i % parts * kColumnsOfTask;
-      const float* const first = convolved + span.begin * channels;
-      float* const states = static_cast<float*>(kv.values) + span.entry * kv.block_stride + head * d.key_dim * d.value_dim + column;
+      const auto states_of = [&](int64_t entry) {
+        return static_cast<float*>(kv.values) + entry * kv.block_stride + head * d.key_dim * d.value_dim + column;
+      };
+      float* const states = states_of(span.entry);
       DeltaRows rows = {};
       rows.columns = std::min(kColumnsOfTask, d.value_dim - column);
       if (!span.past)
         for (int64_t j = 0; j < d.key_dim; ++j) std::fill_n(states + j * d.value_dim, rows.columns, 0.0f);
-      rows.q = first + head / group * d.key_dim, rows.k = rows.q + keys, rows.v = first + 2 * keys + head * d.value_dim + column;
-      rows.decay = decays + span.begin * d.value_heads + head, rows.beta = betas + span.begin * d.value_heads + head;
-      rows.key_stride = rows.value_stride = channels, rows.gate_stride = d.value_heads;
-      rows.out = mixed + span.begin * channels + head * d.value_dim + column, rows.out_stride = channels;  // its inputs are no longer needed
-      rows.state = states, rows.state_stride = d.value_dim, rows.num_rows = span.end - span.begin, rows.key_dim = d.key_dim;
-      ops.steps->delta(rows);
+      rows.key_stride = rows.value_stride = rows.out_stride = channels, rows.gate_stride = d.value_heads;
+      rows.state = states, rows.state_stride = d.value_dim, rows.key_dim = d.key_dim;
+      const auto run = [&](int64_t begin, int64_t count) {
+        const int64_t t = span.begin + begin;
+        const float* const first = convolved + t * channels;
+        rows.q = first + head / group * d.key_dim, rows.k = rows.q + keys, rows.v = first + 2 * keys + head * d.value_dim + column;
+        rows.decay = decays + t * d.value_heads + head, rows.beta = betas + t * d.value_heads + head;
+        rows.out = mixed + t * channels + head * d.value_dim + column;  // its inputs are no longer needed
+        rows.num_rows = count;
+        ops.steps->delta(rows);
+      };
+      span.each_part(run, [&](int64_t entry) {
+        for (int64_t j = 0; j < d.key_dim; ++j) std::copy_n(states + j * d.value_dim, rows.columns, states_of(entry) + j * d.value_dim);
+      });
     });
     phases.each(7, n, [&](int64_t t) {
       float* const to = of.attended.x(t);

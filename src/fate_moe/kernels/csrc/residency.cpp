@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <numeric>
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
@@ -120,8 +121,68 @@ void Residency::acquire(int64_t layer, const int64_t* experts, const int64_t* co
   ran_.clear();
   planes_.clear();
   const std::shared_ptr<Watcher> watcher = watcher_;
-  current_ = watcher ? watcher->acquire(layer, experts, counts, n, num_rows, inputs, chosen, weights)
-                     : lease(layer, experts, n, num_rows == 1 ? nullptr : counts, num_rows, nullptr);
+  if (!depths_.empty() && int64_t(depths_.size()) == num_rows) {
+    chosen_ = chosen;
+    top_k_ = std::accumulate(counts, counts + n, int64_t(0)) / num_rows;
+  }
+  try {
+    current_ = watcher ? watcher->acquire(layer, experts, counts, n, num_rows, inputs, chosen, weights)
+                       : lease(layer, experts, n, num_rows == 1 ? nullptr : counts, num_rows, nullptr);
+  } catch (...) {
+    chosen_ = nullptr;
+    throw;
+  }
+  chosen_ = nullptr;
+}
+
+void Residency::hold_back(const std::vector<int64_t>& depths) {
+  depths_ = depths;
+  held_back_.clear();
+}
+
+void Residency::learn(const std::vector<bool>& kept) {
+  Lock lock(mutex_, std::defer_lock);
+  enter(lock);
+  const std::vector<int64_t> depths = std::exchange(depths_, {});
+  const std::vector<Chosen> of_layers = std::exchange(held_back_, {});
+  if (depths.size() != kept.size()) return;  // another step has come between
+  const int64_t deepest = depths.empty() ? 0 : *std::max_element(depths.begin(), depths.end());
+  for (int64_t depth = 1; depth <= deepest; ++depth) {
+    std::vector<int64_t> rows;
+    for (size_t row = 0; row < kept.size(); ++row)
+      if (kept[row] && depths[row] == depth) rows.push_back(int64_t(row));
+    if (rows.empty()) return;
+    for (const Chosen& of : of_layers) teach_rows(of.layer, of.experts.data(), of.top_k, rows);
+  }
+}
+
+// A lookup for a step with drafts, of which the rows that are none teach.
+void Residency::route_rows(int64_t layer, const int64_t* experts, int64_t n, const int64_t* wanted, Found* found) {
+  std::vector<int64_t> rows;
+  for (size_t row = 0; row < depths_.size(); ++row)
+    if (!depths_[row]) rows.push_back(int64_t(row));
+  table_.draft(layer, experts, n);
+  teach_rows(layer, chosen_, top_k_, rows);
+  table_.look_up(layer, experts, n, wanted, found);
+  held_back_.push_back({layer, top_k_, {chosen_, chosen_ + int64_t(depths_.size()) * top_k_}});
+}
+
+// As a step of these `rows` alone would: step.cpp has the order.
+void Residency::teach_rows(int64_t layer, const int64_t* chosen, int64_t top_k, const std::vector<int64_t>& rows) {
+  std::vector<std::pair<int64_t, int64_t>> found;  // experts and counts
+  for (const int64_t row : rows)
+    for (int64_t i = 0; i < top_k; ++i) {
+      const int64_t expert = chosen[row * top_k + i];
+      const auto known = std::find_if(found.begin(), found.end(), [&](const auto& one) { return one.first == expert; });
+      if (known == found.end())
+        found.emplace_back(expert, 1);
+      else
+        ++known->second;
+    }
+  std::stable_sort(found.begin(), found.end(), [](const auto& a, const auto& b) { return a.second > b.second; });
+  std::vector<int64_t> experts, counts;
+  for (const auto& [expert, count] : found) experts.push_back(expert), counts.push_back(count);
+  table_.teach(layer, experts.data(), int64_t(experts.size()), rows.size() == 1 ? nullptr : counts.data(), int64_t(rows.size()));
 }
 
 int64_t Residency::arrived(Arrived* out) {
@@ -160,7 +221,10 @@ std::shared_ptr<Lease> Residency::lease(int64_t layer, const int64_t* experts, i
   Lock lock(mutex_, std::defer_lock);
   enter(lock);
   if (closed_) throw ClosedMemory("");
-  table_.route(layer, experts, n, counts, num_tokens, wanted, found.data());
+  if (chosen_)
+    route_rows(layer, experts, n, wanted, found.data());
+  else
+    table_.route(layer, experts, n, counts, num_tokens, wanted, found.data());
   made->generation = generation_;
   made->asked = now();
   for (int64_t i = 0; i < n; ++i) {
@@ -235,6 +299,7 @@ void Residency::forget_leases() {
   demands_.clear();
   ++generation_;
   current_.reset();
+  hold_back({});
   slot_freed();
   arrival_.notify_all();
 }

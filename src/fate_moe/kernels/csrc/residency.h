@@ -104,6 +104,9 @@ class Residency final : public ExpertMemory, public std::enable_shared_from_this
                const int64_t* chosen, const float* weights) override;
   int64_t arrived(Arrived* out) override;
   void release() override;
+  void hold_back(const std::vector<int64_t>& depths) override;
+  // Of the drafts of the last step, those that are `kept` (by row) were right: teach what they chose, as if they had come one by one.
+  void learn(const std::vector<bool>& kept);
 
   // Leases. `wanted` null: all sections.
   std::shared_ptr<Lease> lease(int64_t layer, const int64_t* experts, int64_t n, const int64_t* counts, int64_t num_tokens, const int64_t* wanted);
@@ -158,6 +161,8 @@ class Residency final : public ExpertMemory, public std::enable_shared_from_this
   int64_t wait_for(Lease& lease, Lock& lock);
   Lease::Given given(const Lease& lease, int64_t index) const;
   void unlock(Lease& lease, Lease::Item& item);
+  void route_rows(int64_t layer, const int64_t* experts, int64_t n, const int64_t* wanted, Found* found);
+  void teach_rows(int64_t layer, const int64_t* chosen, int64_t top_k, const std::vector<int64_t>& rows);
   void run();
   bool take(Next& next);
   bool comes_next(bool begin, Next& next);
@@ -192,6 +197,14 @@ class Residency final : public ExpertMemory, public std::enable_shared_from_this
   std::shared_ptr<Lease> current_;  // of the step
   int64_t layer_ = 0;
   std::vector<int64_t> ran_, planes_;
+  struct Chosen {  // by all rows of a step, in one layer
+    int64_t layer, top_k;
+    std::vector<int64_t> experts;
+  };
+  std::vector<int64_t> depths_;          // of the rows of a step with drafts
+  std::vector<Chosen> held_back_;        // of that step
+  const int64_t* chosen_ = nullptr;      // while `acquire` of a step with drafts runs
+  int64_t top_k_ = 0;
   int64_t* uses_ = nullptr;
   std::shared_ptr<void> owner_of_uses_;
   std::vector<int64_t> first_use_;

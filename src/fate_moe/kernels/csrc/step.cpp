@@ -99,6 +99,7 @@ void run_step(const Ops& ops, const Step& step, const StepRows& rows, ExpertMemo
   static thread_local Between of_thread;
   Between& own = of_thread;
   std::exception_ptr error;
+  memory.hold_back(rows.depths);
   auto pass = [&] {
     try {
       for (size_t i = 0; i < step.layers.size(); ++i) run_one(ops, step.layers[i], rows, rows.kv[i], own, memory, exact, num_threads);

@@ -39,6 +39,7 @@ struct StepRows {
   const std::vector<Angles>& angles;  // of each kind of rotary embedding
   const std::vector<Kv>& kv;    // by layer
   const std::vector<int64_t>& wanted;  // the rows whose logits are computed
+  const std::vector<int64_t>& depths;  // of drafts: ExpertMemory::hold_back
   void* logits;                 // bf16 [wanted, vocabulary]
 };
 

@@ -43,15 +43,36 @@ SlotTable::SlotTable(std::unique_ptr<Policy> policy, std::vector<int> class_of_s
 
 void SlotTable::route(int64_t layer, const int64_t* experts, int64_t n, const int64_t* counts, int64_t num_tokens,
                       const int64_t* wanted, Found* found) {
+  teach(layer, experts, n, counts, num_tokens);
+  look_up(layer, experts, n, wanted, found);
+}
+
+void SlotTable::teach(int64_t layer, const int64_t* experts, int64_t n, const int64_t* counts, int64_t num_tokens) {
   if (!n) return;
   if (!holds_all()) policy_->routed(layer, experts, n, counts, num_tokens);
+  for (int64_t i = 0; i < n; ++i) {
+    const ExpertKey key = {layer, experts[i]};
+    Entry& entry = at(key);
+    entry.is_draft = false;
+    if (entry.slot >= 0) policy_->touched(key);
+  }
+}
+
+void SlotTable::draft(int64_t layer, const int64_t* experts, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    Entry& entry = at({layer, experts[i]});
+    entry.is_draft = entry.slot < 0;
+  }
+}
+
+void SlotTable::look_up(int64_t layer, const int64_t* experts, int64_t n, const int64_t* wanted, Found* found) {
+  if (!n) return;
   int64_t hits = 0, arriving = 0;
   for (int64_t i = 0; i < n; ++i) {
     const ExpertKey key = {layer, experts[i]};
     Entry& entry = at(key);
     found[i] = Found::miss;
     if (entry.slot < 0) continue;
-    policy_->touched(key);
     if (entry.unused) {
       entry.unused = false;
       Counters::add<int64_t>(counters.prefetch_used, 1);
@@ -127,9 +148,10 @@ int64_t SlotTable::begin(const ExpertKey& key, bool demand, double probability) 
   mine.in_flight = true;
   ++num_in_flight_;
   placed_.insert(key);
-  policy_->admitted(key, !demand);
+  const bool is_draft = std::exchange(mine.is_draft, false);
+  policy_->admitted(key, !demand || is_draft);
   if (demand) {
-    policy_->touched(key);
+    if (!is_draft) policy_->touched(key);
   } else {
     Counters::add<int64_t>(counters.prefetched, 1);
     mine.unused = true;
@@ -209,6 +231,7 @@ std::string SlotTable::broken() const {
         continue;
       }
       put(entry.slot);
+      held = held && !entry.is_draft;
       own_class = own_class && class_of_slot_[size_t(entry.slot)] == class_of(key);
       sections = sections && entry.sections >= 0 && entry.sections <= kWhole && (entry.in_flight || entry.sections);
     }

@@ -42,8 +42,11 @@ class SlotTable {
   // where that is not known.
   SlotTable(std::unique_ptr<Policy> policy, std::vector<int> class_of_slot, Classes class_of_expert, int64_t num_experts);
 
-  // Of `layer`, n distinct ones; `wanted` null: all sections of all.
+  // Of `layer`, n distinct ones; `wanted` null: all sections of all. Teaches the policy, and looks up.
   void route(int64_t layer, const int64_t* experts, int64_t n, const int64_t* counts, int64_t num_tokens, const int64_t* wanted, Found* found);
+  void teach(int64_t layer, const int64_t* experts, int64_t n, const int64_t* counts, int64_t num_tokens);
+  void look_up(int64_t layer, const int64_t* experts, int64_t n, const int64_t* wanted, Found* found);
+  void draft(int64_t layer, const int64_t* experts, int64_t n);
   void lock(const ExpertKey& key);
   void unlock(const ExpertKey& key);
   void unlock_all();
@@ -75,7 +78,7 @@ class SlotTable {
     int64_t slot = -1;
     int64_t sections = 0;  // that the slot holds: kWhole all; not what a read is bringing
     int locks = 0;
-    bool in_flight = false, is_protected = false, unused = false;
+    bool in_flight = false, is_protected = false, unused = false, is_draft = false;
   };
   class Unlocked;
 

@@ -183,8 +183,10 @@ function answered(messages) {
 function statistics(counted) {
   const { completion_tokens: tokens, decode_tokens_per_second: speed, ready_on_time: ready, bytes_read: read } = counted;
   const [prompt, cached] = [counted.prompt_tokens, counted.prompt_tokens_details?.cached_tokens];
+  const { accepted_prediction_tokens: kept, rejected_prediction_tokens: lost } = counted.completion_tokens_details ?? {};
   return [
     tokens !== undefined && `${tokens} tokens`,
+    kept + lost > 0 && `${kept} of ${kept + lost} drafts kept`,
     cached && `${cached} of ${prompt} read before`,
     speed !== undefined && `${speed.toFixed(1)} a second`,
     ready !== undefined && `${percent(ready)} of experts ready on time`,
