@@ -33,12 +33,12 @@ def add_speculation(group: Any) -> None:
     )
 
 
-def speculation_of(arguments: argparse.Namespace) -> Mode:
-    """What is drafted. Raises ConfigError for options that contradict each other."""
+def speculation_of(arguments: argparse.Namespace, beams: int = 1) -> Mode:
+    """What is drafted; nothing for ``beams``, where nobody says. Raises ConfigError for options that contradict each other."""
     if arguments.assistant is None:
         if arguments.speculate == "assistant":
             raise ConfigError("--speculate assistant needs the small model: give --assistant MODEL")
-        return arguments.speculate or DEFAULT
+        return arguments.speculate or (DEFAULT if beams == 1 else "off")
     if arguments.speculate in ("off", "lookup"):
         raise ConfigError(f"--assistant is not asked with --speculate {arguments.speculate}; omit one of them")
     return arguments.speculate or "auto"

@@ -131,7 +131,7 @@ def _converse(arguments: argparse.Namespace, session: Session | None) -> None:
     beams, longest = beams_of(arguments, prepared.model), longest_context(prepared.model.config)
     refuse_beyond(arguments.context_length, prepared.model.config, beams)
     usual = OffloadConfig.context_length
-    speculate = speculation_of(arguments)
+    speculate = speculation_of(arguments, beams)
     config = offload_config(arguments, usual if longest is None else min(usual, longest * beams))
     config, plan, assistant = plan_with_assistant(arguments, prepared, config, tokenizer)
     say(plan.line())

@@ -118,7 +118,7 @@ def _run(arguments: argparse.Namespace) -> None:
     beams = beams_of(arguments, prepared.model)
     refuse_beyond(arguments.context_length, prepared.model.config, beams)
     needed = _needed(inputs.shape[1], arguments.max_new_tokens, beams, arguments.context_length)
-    speculate, config = speculation_of(arguments), offload_config(arguments, needed)
+    speculate, config = speculation_of(arguments, beams), offload_config(arguments, needed)
     config, plan, assistant = plan_with_assistant(arguments, prepared, config, tokenizer)
     say(plan.line())
     if longest is not None and needed > longest * beams:
