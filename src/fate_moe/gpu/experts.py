@@ -43,9 +43,6 @@ class DeviceExperts:
         device, tables = state.device, state.tables
         widest = max(padded(layout.width) for layout in state.layouts)
         self._inner = torch.zeros(MAX_DECODE_TOKENS * state.top_k, widest, dtype=torch.float32, device=device)
-        rows = MAX_DECODE_TOKENS * state.top_k
-        self._raw = torch.zeros(rows, widest, dtype=torch.float32, device=device)  # of groups that several programs make
-        self._arrived = torch.zeros(rows, widest // 64, dtype=torch.int32, device=device)  # how many have, over all launches
         self._logits = torch.zeros(MAX_DECODE_TOKENS, tables.num_experts, dtype=torch.float32, device=device)
         lists = torch.zeros(3, tables.num_experts + 1, 2, dtype=torch.int32, device=device)
         self._demand = lists[0]  # pairs (blob, slot); the last row's first entry is their number
@@ -225,61 +222,54 @@ class DeviceExperts:
         self._listed = True
 
     def _early(self, layer: int) -> bool:
-        """Whether down is launched while gate_up runs and reads its weights meanwhile; then nothing else may come between them."""
+        """Whether gate_up is launched while the kernel before it ends, and down while gate_up runs and reads its weights meanwhile;
+        then nothing else may come between these two."""
         return self._launches_early and self.state.layouts[layer].planes > 0 and self.state.is_whole(layer)
 
     def _gate_up(self, layer: int, tokens: int, phase: int) -> None:
-        state, layout, early = self.state, self.state.layouts[layer], self._early(layer)
-        tile = gate_up_tile(layout)
-        gate_up_kernel[(tokens * state.top_k, triton.cdiv(padded(layout.width), tile["BN"]))](
-            state.pool.bytes, state.slots, state.pending, state.staged, self._inner, self._raw, self._arrived,
-            state.pool.slot_bytes, *layout.gate_up,
+        state, layout = self.state, self.state.layouts[layer]
+        block, groups, rows, warps = gate_up_tile(layout)
+        early = self._early(layer)
+        gate_up_kernel[(tokens * state.top_k, triton.cdiv(padded(layout.width), block))](
+            state.pool.bytes, state.slots, state.pending, state.staged, self._inner, state.pool.slot_bytes, *layout.gate_up,
             top_k=state.top_k, cols=layout.cols, width=layout.width, DTYPE=layout.dtype, PLANES=layout.planes,
-            PHASE=phase, **layout.gate_constants, EARLY=early, **tile, enable_fp_fusion=False,
-            **({"launch_pdl": True} if early else {}),
+            PHASE=phase, **layout.gate_constants, BN=block, GB=groups, ROWS=rows, EARLY=early, num_warps=warps,
+            enable_fp_fusion=False, **({"launch_pdl": True} if early else {}),
         )  # fmt: skip
 
     def _down(
         self, layer: int, routing_weights: torch.Tensor, out: torch.Tensor, add: bool, host_compute: HostCompute | None = None
     ) -> None:
-        state, layout, early = self.state, self.state.layouts[layer], self._early(layer)
-        tile = down_tile(layout, state.top_k)
-        down_kernel[(out.shape[0], triton.cdiv(layout.cols, tile["BN"]))](
+        state, layout = self.state, self.state.layouts[layer]
+        choices, block, groups, rows, warps = down_tile(layout, state.top_k)
+        early = self._early(layer)
+        down_kernel[(out.shape[0], triton.cdiv(layout.cols, block))](
             state.pool.bytes, state.slots, state.pending, self._inner,
             self._inner if host_compute is None else host_compute.outside, routing_weights, out, out, state.pool.slot_bytes,
             *layout.down, top_k=state.top_k, cols=layout.cols, width=layout.width,
             DTYPE=layout.dtype, PLANES=layout.planes, **layout.down_constants, RESIDUAL=add, HOST=host_compute is not None,
-            EARLY=early, **tile, enable_fp_fusion=False, **({"launch_pdl": True} if early else {}),
+            KP=choices, BN=block, GB=groups, ROWS=rows, EARLY=early, num_warps=warps, enable_fp_fusion=False,
+            **({"launch_pdl": True} if early else {}),
         )  # fmt: skip
 
 
-def gate_up_tile(layout: DeviceLayout) -> dict[str, int]:
-    """How ``gate_up_kernel`` is cut: BN inner values a program, GB lanes of a row (or groups at once of unquantized experts), ROWS
-    rows at once, AHEAD steps that are read ahead."""
+def gate_up_tile(layout: DeviceLayout) -> tuple[int, int, int, int]:
+    """(inner values of a program, lanes of a row or groups at once of unquantized experts, rows at once, warps)."""
     if layout.planes:
         lanes, warps = _lanes(layout.planes, layout.cols), 16
-        ahead = 4 if layout.planes == 8 else 2
-        return {
-            "BN": 64, "GB": lanes, "ROWS": min(64, warps * 32 // lanes), "AHEAD": ahead, "UNROLL": 4, "num_warps": warps,
-        }  # fmt: skip
-    lanes = min(32, triton.next_power_of_2(padded(layout.cols) // 64))
-    return {"BN": 4, "GB": lanes, "ROWS": 1, "AHEAD": 1, "UNROLL": 1, "num_warps": 4}
+        return 64, lanes, min(64, warps * 32 // lanes), warps
+    return 4, min(32, triton.next_power_of_2(padded(layout.cols) // 64)), 1, 4
 
 
-def down_tile(layout: DeviceLayout, top_k: int) -> dict[str, int]:
-    """The same of ``down_kernel``, whose tiles have a row for each of KP choices (rounded up) and output."""
+def down_tile(layout: DeviceLayout, top_k: int) -> tuple[int, int, int, int, int]:
+    """(choices, rounded up; output rows of a program; lanes of a row or groups at once; rows at once; warps): a tile of 32 rows,
+    one per choice and output."""
     choices = triton.next_power_of_2(top_k)
     if layout.planes:
         lanes, warps = _lanes(layout.planes, layout.width), 4
-        rows, ahead = max(choices, warps * 32 // lanes), 4 if layout.planes == 8 else 3
-        return {
-            "KP": choices, "BN": max(32, rows) // choices, "GB": lanes, "ROWS": rows, "AHEAD": ahead, "UNROLL": 2,
-            "NEXT": 0, "num_warps": warps,
-        }  # fmt: skip
-    lanes = min(4, triton.next_power_of_2(padded(layout.width) // 64))
-    return {
-        "KP": choices, "BN": max(1, 32 // choices), "GB": lanes, "ROWS": 1, "AHEAD": 1, "UNROLL": 1, "NEXT": 0, "num_warps": 4,
-    }  # fmt: skip
+        rows = max(choices, warps * 32 // lanes)
+        return choices, max(32, rows) // choices, lanes, rows, warps
+    return choices, max(1, 32 // choices), min(4, triton.next_power_of_2(padded(layout.width) // 64)), 1, 4
 
 
 def _lanes(planes: int, cols: int) -> int:

@@ -44,22 +44,12 @@ def _dense_dot(
 
 
 @triton.jit
-def _store_inner(to, value, g, inner_groups: tl.constexpr, PLANES: tl.constexpr):
-    """Stage ``value`` [64], group ``g`` of a row's inner values, at ``to``."""
-    codes, scale, total = quantize_groups(tl.reshape(value, (1, 64)))
-    g = g + tl.zeros((1, 1), tl.int32)
-    store_group(to, codes, scale, total, g, g < inner_groups, inner_groups, PLANES)
-
-
-@triton.jit
 def gate_up_kernel(
     pool,
     slots,
     pending,
     staged,
     inner,
-    raw,
-    arrived,
     slot_bytes,
     scale_at,
     zero_at,
@@ -83,8 +73,6 @@ def gate_up_kernel(
     GB: tl.constexpr,
     ROWS: tl.constexpr,
     EARLY: tl.constexpr,
-    AHEAD: tl.constexpr,
-    UNROLL: tl.constexpr,
 ):
     """inner[r] = act(gate(x)) * up(x), staged, for choice row r = token * top_k + choice. Grid (choice rows, width / BN).
 
@@ -92,12 +80,12 @@ def gate_up_kernel(
     expert is there, 1 those whose expert is being copied when the residency step ends, 2 all (above 1: the host computes them).
     ``width`` is the experts' inner size; PLANES 0 means unquantized, 8 one byte a code. Of quantized experts BN is 64: a program
     has a whole group of inner values; with MIXED gate and up rows take turns, and with BIAS_AT not negative there are biases of
-    dtype BIAS in the blob. GB: lanes of a row, of unquantized experts groups at once; ROWS: rows at once. With EARLY the next
-    kernel may begin at once; it must wait before it reads ``inner``.
+    dtype BIAS in the blob. GB: lanes of a row, of unquantized experts groups at once; ROWS: rows at once. With EARLY the launch
+    overlaps the end of the kernel before it, and the next kernel may begin at once; it must wait before it reads ``inner``.
     """
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
+    if EARLY:  # down reads slots before it waits, so it may begin only when what wrote them has ended
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     r = tl.program_id(0)
     slot = tl.load(slots + r)
     wanted = True
@@ -117,13 +105,13 @@ def gate_up_kernel(
                 both = _dense_dot(blob, row, place < width, x, scale_at, cols, groups, DTYPE, 2 * BN, GB)
                 gate, up = tl.split(tl.trans(tl.reshape(both, (2, BN))))
             else:
-                place = tl.program_id(1) * BN + tl.arange(0, ROWS)[:, None]
+                place = tl.program_id(1) * 64 + tl.arange(0, ROWS)[:, None]
                 y = products(
                     blob + tl.zeros_like(place), place, 1 if MIXED else width, width, place >= 0, x + tl.zeros((1, 1), tl.int32), x,
-                    scale_at, zero_at, h_at, m_at, l_at, groups, PLANES, BN // ROWS, 2 * BN // ROWS, ROWS, GB,
-                    AHEAD, UNROLL, False, 2 if MIXED else 1,
+                    scale_at, zero_at, h_at, m_at, l_at, groups, PLANES, 64 // ROWS, 128 // ROWS, ROWS, GB,
+                    4 if PLANES == 8 else 2, 4, False, 2 if MIXED else 1,
                 )  # fmt: skip
-                gate, up = tl.split(tl.trans(tl.reshape(y, (2, BN))))
+                gate, up = tl.split(tl.trans(tl.reshape(y, (2, 64))))
                 if BIAS_AT >= 0:
                     bias = (blob + BIAS_AT).to(tl.pointer_type(BIAS))
                     gate += tl.load(bias + (2 * n if MIXED else n), mask=n < width, other=0.0).to(tl.float32)
@@ -136,16 +124,9 @@ def gate_up_kernel(
         if PLANES == 0:
             tl.store(to + n, value, mask=n < inner_groups * 64)
         else:
-            parts: tl.constexpr = 64 // BN  # programs of a group
-            if parts == 1:
-                _store_inner(to, value, tl.program_id(1), inner_groups, PLANES)
-            else:
-                values, g = raw + r * (inner_groups * 64), tl.program_id(1) // parts
-                tl.store(values + n, value)
-                tl.debug_barrier()
-                if tl.atomic_add(arrived + r * inner_groups + g, 1, sem="acq_rel") % parts == parts - 1:
-                    whole = tl.load(values + g * 64 + tl.arange(0, 64), cache_modifier=".cg")
-                    _store_inner(to, whole, g, inner_groups, PLANES)
+            codes, scale, total = quantize_groups(tl.reshape(value, (1, 64)))
+            g = tl.program_id(1) + tl.zeros((1, 1), tl.int32)
+            store_group(to, codes, scale, total, g, g < inner_groups, inner_groups, PLANES)
 
 
 @triton.jit
@@ -178,9 +159,6 @@ def down_kernel(
     GB: tl.constexpr,
     ROWS: tl.constexpr,
     EARLY: tl.constexpr,
-    AHEAD: tl.constexpr,
-    UNROLL: tl.constexpr,
-    NEXT: tl.constexpr,
 ):
     """out[t] = the sum of routing weight times down(inner) over choices, in routing order (``reference.combine``). Grid (tokens,
     cols / BN).
@@ -189,8 +167,6 @@ def down_kernel(
     RESIDUAL plus ``residual`` [T, cols], which it may be. With EARLY the launch overlaps ``gate_up_kernel``'s. With HOST the rows
     with ``pending`` 2 or more are taken as they are from ``outside`` fp32 [rows, cols].
     """
-    if NEXT:
-        tl.extra.cuda.gdc_launch_dependents()
     token = tl.program_id(0)
     inner_groups: tl.constexpr = (width + 63) // 64
     i = tl.arange(0, KP * BN)[None, :] if PLANES == 0 else tl.arange(0, ROWS)[:, None]
@@ -207,7 +183,7 @@ def down_kernel(
         x_of_row = first + tl.minimum(tl.arange(0, KP * BN) % KP, top_k - 1) * (inner_groups * 64)
         y = products(
             blob, row, 0, cols, slot >= 0, x, x_of_row, scale_at, zero_at, h_at, m_at, l_at, inner_groups, PLANES,
-            BN * KP // ROWS, BN * KP // ROWS, ROWS // KP, GB, AHEAD, UNROLL, EARLY,
+            BN * KP // ROWS, BN * KP // ROWS, ROWS // KP, GB, 4 if PLANES == 8 else 3, 2, EARLY,
         )  # fmt: skip
     y = tl.reshape(y, (BN, KP))
     n = tl.program_id(1) * BN + tl.arange(0, BN)
