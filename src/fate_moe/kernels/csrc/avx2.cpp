@@ -210,9 +210,10 @@ inline __m256i masked(__m256i bytes, int mask) { return _mm256_and_si256(bytes, 
 struct Fields {
   __m256i field[4];
 };
+template <int low, int high>
 inline Fields fields_of(__m256i bytes) {
   const __m256i upper = _mm256_srli_epi16(bytes, 4);
-  return {{masked(bytes, 3), masked(bytes, 12), masked(upper, 3), masked(upper, 12)}};
+  return {{masked(bytes, low), masked(bytes, high), masked(upper, low), masked(upper, high)}};
 }
 inline __m256i sums_of(const Fields& fields, const int8_t* q, int i) {
   return _mm256_add_epi16(_mm256_maddubs_epi16(fields.field[i], load_q(q + 32 * i)), _mm256_maddubs_epi16(fields.field[i + 2], load_q(q + 32 * i + 64)));
@@ -234,21 +235,19 @@ FATE_INLINE void multiply_block(const Planes& planes, const Token* tokens, int64
     }
     return;
   }
-  const Fields h = fields_of(planes.h);
+  const Fields h = fields_of<3, 12>(planes.h);
   Fields low;
   if constexpr (kind != Kind::kPlanes1) {
     // Of even elements m comes beside l, of odd ones l beside m; then each group's even and odd ones lie together.
     const __m256i even = _mm256_setr_epi32(1, 1, 1, 1, 0, 0, 0, 0), odd = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
     __m256i pairs = _mm256_sllv_epi32(_mm256_broadcastsi128_si256(planes.m), even);
-    if constexpr (kind == Kind::kPlanes3) {
+    if constexpr (kind == Kind::kPlanes3) {  // else the fields' masks choose
       const __m256i l = _mm256_srlv_epi32(_mm256_broadcastsi128_si256(planes.l), odd);
       pairs = _mm256_xor_si256(l, masked(_mm256_xor_si256(l, pairs), 0xaa));
-    } else {
-      pairs = masked(pairs, 0xaa);
     }
     if constexpr (G == 64) pairs = _mm256_permute4x64_epi64(pairs, 0xd8);
     if constexpr (G == 32) pairs = _mm256_permutevar8x32_epi32(pairs, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-    low = fields_of(pairs);
+    low = kind == Kind::kPlanes3 ? fields_of<3, 12>(pairs) : fields_of<2, 8>(pairs);
   }
   FATE_UNROLL
   for (int t = 0; t < T; ++t) {
