@@ -61,7 +61,7 @@ template <Kind kind, int64_t G>
 FATE_INLINE Codes codes_of(__m256i h, __m128i m, __m128i l) {
   const __m256i upper = _mm256_set1_epi8(12);
   if constexpr (kind == Kind::kPlanes1) return {{pick<1, 0, 8, 8>(h), _mm256_and_si256(h, upper), pick<5, 4, 8, 8>(h), pick<7, 6, 8, 8>(h)}};
-  __m256i pairs = _mm256_set_m128i(_mm_unpackhi_epi8(m, l), _mm_unpacklo_epi8(m, l));
+  __m256i pairs = kind == Kind::kPlanes2 ? _mm256_cvtepu8_epi16(m) : _mm256_set_m128i(_mm_unpackhi_epi8(m, l), _mm_unpacklo_epi8(m, l));
   if constexpr (G == 128) pairs = _mm256_permutevar8x32_epi32(pairs, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
   const __m128i order = G == 32 ? _mm_setr_epi8(4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11)
                                 : _mm_setr_epi8(8, 9, 12, 13, 0, 1, 4, 5, 10, 11, 14, 15, 2, 3, 6, 7);

@@ -48,7 +48,7 @@ struct Matrix {
 // One token's input to a product. With int8 activations x = scale * q in each group; with exact ones scale is null.
 struct Token {
   const int8_t* q;     // [padded * group] where padded is groups rounded up to a multiple of 16; zero beyond cols
-  const int8_t* pairs; // the same in the order of the 1-bit planes (kPairs in loops.inc), where the instruction set reads them so
+  const int8_t* pairs;  // the same in the order of the 1-bit planes (kPairs in loops.inc), where the instruction set reads them so
   const float* scale;  // [padded]
   const float* sum;    // [padded]: the sum of the group's q, or of its x with exact activations
   const float* x;      // [padded * group] fp32, zero beyond cols (exact activations and bf16 weights)
