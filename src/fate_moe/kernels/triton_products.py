@@ -124,9 +124,10 @@ def _term(read, x, PLANES: tl.constexpr, LANES: tl.constexpr):
     D += _dot16(h0, h1, h2, h3, x[4], -0x3F3F3F40) >> 4
     if PLANES == 2 or PLANES == 3:
         # Bits b, b + 1 = 2 m + l of element b: of even b in `even`, of odd b (one place lower) in `odd`.
-        even, odd = (m << 1) & -0x55555556, m & -0x55555556
-        if PLANES == 3:
-            even, odd = even | (low & 0x55555555), odd | ((low >> 1) & 0x55555555)
+        if PLANES == 3:  # (a & M) | (b & ~M), which is one instruction as it stands here
+            even, odd = low ^ ((low ^ (m << 1)) & -0x55555556), (low >> 1) ^ (((low >> 1) ^ m) & -0x55555556)
+        else:
+            even, odd = (m << 1) & -0x55555556, m & -0x55555556
         e0, e1 = two(even, LANES)
         o0, o1 = two(odd, LANES)
         D += _dot16(e0, e1, o0, o1, x[5], 0x03030303)

@@ -152,7 +152,7 @@ Products product_of(const Ops& ops, const Example& of, const std::vector<float>&
   std::vector<int8_t> q(size_t(m.groups * m.group));
   std::vector<float> scale(size_t(m.groups)), sum(size_t(m.groups));
   for (int64_t t = 0; t < tokens; ++t) {
-    portable_ops()->quantize(inputs.x(t), m.groups, m.group, false, q.data(), scale.data(), sum.data());
+    portable_ops()->quantize(inputs.x(t), m.groups, m.group, false, q.data(), nullptr, scale.data(), sum.data());
     for (int64_t row = 0; row < m.rows; ++row) {
       const double bias = of_half(of.bias[row]);
       double want = bias, terms = std::fabs(bias);
@@ -228,7 +228,7 @@ void check_loops(const Ops& ops) {
       std::vector<float> made[2];
       for (int i = 0; i < 2; ++i) {
         q[i].resize(size_t(17 * group)), made[i].resize(3 * 17);
-        (i ? ops : plain).quantize(x.data(), 17, group, false, q[i].data(), made[i].data(), made[i].data() + 17);
+        (i ? ops : plain).quantize(x.data(), 17, group, false, q[i].data(), nullptr, made[i].data(), made[i].data() + 17);
         (i ? ops : plain).sum_groups(x.data(), 17, group, made[i].data() + 34);
       }
       same(q[0].data(), q[1].data(), 17 * group, "quantize");

@@ -19,6 +19,11 @@ namespace fate {
 namespace {
 
 constexpr const Steps& kOwnSteps = kAvx2Steps;
+#if defined(__AVXVNNI__)
+constexpr bool kPairs = false;
+#else
+constexpr bool kPairs = true;
+#endif
 
 template <int64_t G>
 constexpr int64_t kBlock = 128 / G;
@@ -56,7 +61,7 @@ template <Kind kind, int64_t G>
 FATE_INLINE Codes codes_of(__m256i h, __m128i m, __m128i l) {
   const __m256i upper = _mm256_set1_epi8(12);
   if constexpr (kind == Kind::kPlanes1) return {{pick<1, 0, 8, 8>(h), _mm256_and_si256(h, upper), pick<5, 4, 8, 8>(h), pick<7, 6, 8, 8>(h)}};
-  __m256i pairs = _mm256_set_m128i(_mm_unpackhi_epi8(m, l), _mm_unpacklo_epi8(m, l));
+  __m256i pairs = kind == Kind::kPlanes2 ? _mm256_cvtepu8_epi16(m) : _mm256_set_m128i(_mm_unpackhi_epi8(m, l), _mm_unpacklo_epi8(m, l));
   if constexpr (G == 128) pairs = _mm256_permutevar8x32_epi32(pairs, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
   const __m128i order = G == 32 ? _mm_setr_epi8(4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11)
                                 : _mm_setr_epi8(8, 9, 12, 13, 0, 1, 4, 5, 10, 11, 14, 15, 2, 3, 6, 7);
@@ -97,34 +102,55 @@ inline __m256i load32(const uint8_t* from) { return _mm256_loadu_si256(reinterpr
 inline __m128i load16(const uint8_t* from) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)); }
 inline __m128i load8(const uint8_t* from) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)); }
 
+// A block's planes; of groups that are not there zeros.
+struct Planes {
+  __m256i h;
+  __m128i m, l;
+};
+
+template <Kind kind, int64_t G>
+FATE_INLINE Planes planes_at(const Matrix& m, int64_t at) {
+  const __m128i none = _mm_setzero_si128();
+  return {load32(m.planes[0] + at * (G / 4)), kind == Kind::kPlanes1 ? none : load16(m.planes[1] + at * (G / 8)),
+          kind == Kind::kPlanes3 ? load16(m.planes[2] + at * (G / 8)) : none};
+}
+
+template <Kind kind, int64_t G>
+inline Planes some_planes(const Matrix& m, int64_t at, int64_t n) {  // one group of 64, up to three of 32
+  static_assert(G != 128);
+  const __m128i none = _mm_setzero_si128();
+  if constexpr (G == 32) {
+    alignas(32) uint8_t planes[3][32] = {};
+    for (int i = 0; i < int(kind); ++i) std::memcpy(planes[i], m.planes[i] + at * (i ? 4 : 8), size_t(n * (i ? 4 : 8)));
+    return {load32(planes[0]), load16(planes[1]), load16(planes[2])};
+  }
+  return {_mm256_zextsi128_si256(load16(m.planes[0] + at * 16)), kind == Kind::kPlanes1 ? none : load8(m.planes[1] + at * 8),
+          kind == Kind::kPlanes3 ? load8(m.planes[2] + at * 8) : none};
+}
+
 template <Kind kind, int64_t G>
 FATE_INLINE Codes decode(const Matrix& m, int64_t at) {
   if constexpr (kind == Kind::kInt8) {
     const uint8_t* from = m.planes[0] + at * G;
     return {{load32(from), load32(from + 32), load32(from + 64), load32(from + 96)}};
+  } else {
+    const Planes planes = planes_at<kind, G>(m, at);
+    return codes_of<kind, G>(planes.h, planes.m, planes.l);
   }
-  const __m128i none = _mm_setzero_si128();
-  return codes_of<kind, G>(load32(m.planes[0] + at * (G / 4)), kind == Kind::kPlanes1 ? none : load16(m.planes[1] + at * (G / 8)),
-                           kind == Kind::kPlanes3 ? load16(m.planes[2] + at * (G / 8)) : none);
 }
 
 template <Kind kind, int64_t G>
-inline Codes decode_some(const Matrix& m, int64_t at, int64_t n) {  // one group of 64, up to three of 32, all of a block of 128
-  if constexpr (G == 128) return decode<kind, G>(m, at);
-  if constexpr (kind == Kind::kInt8) {
+inline Codes decode_some(const Matrix& m, int64_t at, int64_t n) {  // all of a block of 128
+  if constexpr (G == 128) {
+    return decode<kind, G>(m, at);
+  } else if constexpr (kind == Kind::kInt8) {
     const uint8_t* from = m.planes[0] + at * G;
     const auto load = [&](int64_t i) { return 32 * i < n * G ? load32(from + 32 * i) : _mm256_setzero_si256(); };
     return {{load(0), load(1), load(2), load(3)}};
+  } else {
+    const Planes planes = some_planes<kind, G>(m, at, n);
+    return codes_of<kind, G>(planes.h, planes.m, planes.l);
   }
-  const __m128i none = _mm_setzero_si128();
-  if constexpr (G == 32) {
-    alignas(32) uint8_t planes[3][32] = {};
-    for (int i = 0; i < int(kind); ++i) std::memcpy(planes[i], m.planes[i] + at * (i ? 4 : 8), size_t(n * (i ? 4 : 8)));
-    return codes_of<kind, G>(load32(planes[0]), load16(planes[1]), load16(planes[2]));
-  }
-  return codes_of<kind, G>(_mm256_zextsi128_si256(load16(m.planes[0] + at * 16)),
-                           kind == Kind::kPlanes1 ? none : load8(m.planes[1] + at * 8),
-                           kind == Kind::kPlanes3 ? load8(m.planes[2] + at * 8) : none);
 }
 
 inline __m256i add_bytes(__m256i sums, __m256i codes, __m256i q) {  // codes to 255
@@ -163,56 +189,128 @@ FATE_INLINE __m256i eight_sums(const __m256i* p) {
   }
 }
 
-inline __m256i multiply_codes(const Codes& codes, const int8_t* q) {
 #if defined(__AVXVNNI__)
-  __m256i sums = _mm256_dpbusd_avx_epi32(_mm256_setzero_si256(), codes.part[0], load_q(q));
+template <Kind kind, int64_t G, int T>
+FATE_INLINE void multiply_block(const Planes& planes, const Token* tokens, int64_t at, __m256i (*sums)[8], int64_t b) {
+  const Codes codes = codes_of<kind, G>(planes.h, planes.m, planes.l);
   FATE_UNROLL
-  for (int j = 1; j < 4; ++j) sums = _mm256_dpbusd_avx_epi32(sums, codes.part[j], load_q(q + 32 * j));
-  return sums;
+  for (int t = 0; t < T; ++t) {
+    const int8_t* const q = tokens[t].q + at;
+    __m256i sum = _mm256_dpbusd_avx_epi32(_mm256_setzero_si256(), codes.part[0], load_q(q));
+    FATE_UNROLL
+    for (int j = 1; j < 4; ++j) sum = _mm256_dpbusd_avx_epi32(sum, codes.part[j], load_q(q + 32 * j));
+    sums[t][b] = sum;
+  }
+}
 #else
-  __m256i sixteen = _mm256_maddubs_epi16(codes.part[0], load_q(q));  // at most 4 * 2 * 15 * 127 in 16 bits
-  FATE_UNROLL
-  for (int j = 1; j < 4; ++j) sixteen = _mm256_add_epi16(sixteen, _mm256_maddubs_epi16(codes.part[j], load_q(q + 32 * j)));
-  return _mm256_madd_epi16(sixteen, _mm256_set1_epi16(1));
-#endif
+inline __m256i masked(__m256i bytes, int mask) { return _mm256_and_si256(bytes, _mm256_set1_epi8(char(mask))); }
+
+// Products of the four 2-bit fields of each byte, sums of two bytes in 16 bits: those of the fields that stand as they are, at most
+// 4 * 3 * 127, and four times those of the others.
+struct Fields {
+  __m256i field[4];
+};
+template <int low, int high>
+inline Fields fields_of(__m256i bytes) {
+  const __m256i upper = _mm256_srli_epi16(bytes, 4);
+  return {{masked(bytes, low), masked(bytes, high), masked(upper, low), masked(upper, high)}};
+}
+inline __m256i sums_of(const Fields& fields, const int8_t* q, int i) {
+  return _mm256_add_epi16(_mm256_maddubs_epi16(fields.field[i], load_q(q + 32 * i)), _mm256_maddubs_epi16(fields.field[i + 2], load_q(q + 32 * i + 64)));
 }
 
+// The planes are multiplied as they lie: D = 4 h . q + (2 m + l) . q, the second product with q in the order of the 1-bit planes. For
+// four tokens codes are joined once.
 template <Kind kind, int64_t G, int T>
-FATE_INLINE void group_sums(const Matrix& m, int64_t at, int64_t n, const Token* tokens, int64_t first, int32_t (*out)[64]) {
-  constexpr int64_t blocks = 8 / kBlock<G>;  // of 8 groups
-  const auto store = [](int32_t* to, __m256i sums) { _mm256_store_si256(reinterpret_cast<__m256i*>(to), sums); };
-  for (int64_t g = 0; g < n; g += 8) {
-    if constexpr (kind == Kind::kInt8) {
+FATE_INLINE void multiply_block(const Planes& planes, const Token* tokens, int64_t at, __m256i (*sums)[8], int64_t b) {
+  if constexpr (T > 2 && kind != Kind::kPlanes1) {
+    const Codes codes = codes_of<kind, G>(planes.h, planes.m, planes.l);
+    FATE_UNROLL
+    for (int t = 0; t < T; ++t) {
+      const int8_t* const q = tokens[t].q + at;
+      __m256i sixteen = _mm256_maddubs_epi16(codes.part[0], load_q(q));  // at most 4 * 2 * 15 * 127 in 16 bits
       FATE_UNROLL
-      for (int t = 0; t < T; ++t) {
-        __m256i p[8];
-        FATE_UNROLL
-        for (int64_t i = 0; i < 8; ++i) {
-          p[i] = _mm256_setzero_si256();
-          if (g + i >= n) continue;
-          const uint8_t* const from = m.planes[0] + (at + g + i) * G;
-          const int8_t* const q = tokens[t].q + (first + g + i) * G;
-          FATE_UNROLL
-          for (int64_t j = 0; j < G; j += 32) p[i] = add_bytes(p[i], load32(from + j), load_q(q + j));
-        }
-        store(out[t] + g, eight_sums<kind, G>(p));
-      }
-    } else {
-      __m256i p[T][blocks];
-      FATE_UNROLL
-      for (int64_t b = 0; b < blocks; ++b) {
-        const int64_t group = g + b * kBlock<G>, rest = n - group;
-        if (rest <= 0) {
-          for (int t = 0; t < T; ++t) p[t][b] = _mm256_setzero_si256();
-          continue;
-        }
-        const Codes codes = rest >= kBlock<G> ? decode<kind, G>(m, at + group) : decode_some<kind, G>(m, at + group, rest);
-        FATE_UNROLL
-        for (int t = 0; t < T; ++t) p[t][b] = multiply_codes(codes, tokens[t].q + (first + group) * G);
-      }
-      FATE_UNROLL
-      for (int t = 0; t < T; ++t) store(out[t] + g, eight_sums<kind, G>(p[t]));
+      for (int j = 1; j < 4; ++j) sixteen = _mm256_add_epi16(sixteen, _mm256_maddubs_epi16(codes.part[j], load_q(q + 32 * j)));
+      sums[t][b] = _mm256_madd_epi16(sixteen, _mm256_set1_epi16(1));
     }
+    return;
+  }
+  const Fields h = fields_of<3, 12>(planes.h);
+  Fields low;
+  if constexpr (kind != Kind::kPlanes1) {
+    // Of even elements m comes beside l, of odd ones l beside m; then each group's even and odd ones lie together.
+    const __m256i even = _mm256_setr_epi32(1, 1, 1, 1, 0, 0, 0, 0), odd = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
+    __m256i pairs = _mm256_sllv_epi32(_mm256_broadcastsi128_si256(planes.m), even);
+    if constexpr (kind == Kind::kPlanes3) {  // else the fields' masks choose
+      const __m256i l = _mm256_srlv_epi32(_mm256_broadcastsi128_si256(planes.l), odd);
+      pairs = _mm256_xor_si256(l, masked(_mm256_xor_si256(l, pairs), 0xaa));
+    }
+    if constexpr (G == 64) pairs = _mm256_permute4x64_epi64(pairs, 0xd8);
+    if constexpr (G == 32) pairs = _mm256_permutevar8x32_epi32(pairs, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    low = kind == Kind::kPlanes3 ? fields_of<3, 12>(pairs) : fields_of<2, 8>(pairs);
+  }
+  FATE_UNROLL
+  for (int t = 0; t < T; ++t) {
+    const int8_t* const q = tokens[t].q + at;
+    __m256i sixteen = _mm256_add_epi16(_mm256_slli_epi16(sums_of(h, q, 0), 2), sums_of(h, q, 1));  // at most 4 * 8 * 3 * 127
+    if constexpr (kind != Kind::kPlanes1) {
+      const int8_t* const in_pairs = tokens[t].pairs + at;
+      sixteen = _mm256_add_epi16(sixteen, _mm256_add_epi16(sums_of(low, in_pairs, 0), _mm256_srai_epi16(sums_of(low, in_pairs, 1), 2)));
+    }
+    sums[t][b] = _mm256_madd_epi16(sixteen, _mm256_set1_epi16(1));
+  }
+}
+#endif
+
+#define FATE_OWN_TERMS
+constexpr int64_t kAtOnce = 8;
+
+// What products with groups at .. at + n leave in lanes, of each token: what eight_sums adds.
+template <Kind kind, int64_t G, int T, bool whole>
+FATE_INLINE void group_products(const Matrix& m, int64_t at, int64_t n, const Token* tokens, int64_t first, __m256i (*p)[8]) {
+  if constexpr (kind == Kind::kInt8) {
+    FATE_UNROLL
+    for (int t = 0; t < T; ++t) {
+      FATE_UNROLL
+      for (int64_t i = 0; i < 8; ++i) {
+        p[t][i] = _mm256_setzero_si256();
+        if (!whole && i >= n) continue;
+        const uint8_t* const from = m.planes[0] + (at + i) * G;
+        const int8_t* const q = tokens[t].q + (first + i) * G;
+        FATE_UNROLL
+        for (int64_t j = 0; j < G; j += 32) p[t][i] = add_bytes(p[t][i], load32(from + j), load_q(q + j));
+      }
+    }
+  } else {
+    FATE_UNROLL
+    for (int64_t b = 0; b < 8 / kBlock<G>; ++b) {
+      const int64_t group = b * kBlock<G>, rest = n - group;
+      if (!whole && rest <= 0) {
+        for (int t = 0; t < T; ++t) p[t][b] = _mm256_setzero_si256();
+        continue;
+      }
+      if constexpr (whole || G == 128) {
+        multiply_block<kind, G, T>(planes_at<kind, G>(m, at + group), tokens, (first + group) * G, p, b);
+      } else {
+        const Planes planes = rest >= kBlock<G> ? planes_at<kind, G>(m, at + group) : some_planes<kind, G>(m, at + group, rest);
+        multiply_block<kind, G, T>(planes, tokens, (first + group) * G, p, b);
+      }
+    }
+  }
+}
+
+template <Kind kind, int64_t G, int T, bool whole>
+FATE_INLINE void some_terms(const Matrix& m, int64_t at, int64_t n, const uint16_t* scales, const uint16_t* zeros, float middle,
+                            const Token* tokens, int64_t first, float* out) {
+  __m256i p[T][8];
+  group_products<kind, G, T, whole>(m, at, n, tokens, first, p);
+  const auto numbers = [](const uint16_t* from) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))); };
+  const __m256 scale = numbers(scales), zero = numbers(zeros);
+  const __m256 offset = _mm256_sub_ps(_mm256_mul_ps(scale, _mm256_set1_ps(middle)), zero);
+  FATE_UNROLL
+  for (int t = 0; t < T; ++t) {
+    const __m256 added = _mm256_mul_ps(offset, _mm256_loadu_ps(tokens[t].sum + first));
+    _mm256_store_ps(out + t * kTermsApart, _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(eight_sums<kind, G>(p[t])), added));
   }
 }
 

@@ -12,6 +12,7 @@ namespace fate {
 namespace {
 
 constexpr const Steps& kOwnSteps = kAvx512Steps;
+constexpr bool kPairs = false;
 
 using Sums = __m512;
 
@@ -64,45 +65,54 @@ FATE_INLINE __m512i multiply_codes(const Codes& codes, const int8_t* q) {
   return sums;
 }
 
-template <Kind kind, int64_t G, int T>
-FATE_INLINE void group_sums(const Matrix& m, int64_t at, int64_t n, const Token* tokens, int64_t first, int32_t (*out)[64]) {
-  constexpr int64_t blocks = 16 / kBlock<G>;  // of 16 groups
-  for (int64_t g = 0; g < n; g += 16) {
-    const bool whole = g + 16 <= n;
-    if constexpr (kind == Kind::kInt8) {
-      constexpr int64_t parts = G == 128 ? 2 : 1, count = G == 32 ? 8 : 16;  // registers of a sum, sums
-      FATE_UNROLL
-      for (int t = 0; t < T; ++t) {
-        __m512i p[16];
-        for (int64_t i = 0; i < count; ++i) {
-          p[i] = _mm512_setzero_si512();
-          FATE_UNROLL
-          for (int64_t j = 0; j < parts; ++j) {
-            const int64_t byte = 64 * (parts * i + j), rest = (n - g) * G - byte;
-            if (rest <= 0) continue;
-            const uint8_t* const from = m.planes[0] + (at + g) * G + byte;
-            const __m512i codes = rest >= 64 ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi8((1ull << rest) - 1, from);
-            p[i] = _mm512_dpbusd_epi32(p[i], codes, _mm512_loadu_si512(tokens[t].q + (first + g) * G + byte));
-          }
-        }
-        _mm512_store_si512(out[t] + g, sixteen_sums<kind, G>(p));
-      }
-    } else {
-      __m512i p[T][blocks];
-      FATE_UNROLL
-      for (int64_t b = 0; b < blocks; ++b) {
-        const int64_t group = g + b * kBlock<G>, rest = n - group;
-        if (!whole && rest <= 0) {
-          for (int t = 0; t < T; ++t) p[t][b] = _mm512_setzero_si512();
-          continue;
-        }
-        const Codes codes = whole || rest >= kBlock<G> ? decode<kind, G>(m, at + group) : decode_some<kind, G>(m, at + group, rest);
+#define FATE_OWN_TERMS
+constexpr int64_t kAtOnce = 16;
+
+// What products with groups at .. at + n leave in lanes, of each token: what sixteen_sums adds.
+template <Kind kind, int64_t G, int T, bool whole>
+FATE_INLINE void group_products(const Matrix& m, int64_t at, int64_t n, const Token* tokens, int64_t first, __m512i (*p)[16]) {
+  if constexpr (kind == Kind::kInt8) {
+    constexpr int64_t parts = G == 128 ? 2 : 1, count = G == 32 ? 8 : 16;  // registers of a sum, sums
+    FATE_UNROLL
+    for (int t = 0; t < T; ++t)
+      for (int64_t i = 0; i < count; ++i) {
+        p[t][i] = _mm512_setzero_si512();
         FATE_UNROLL
-        for (int t = 0; t < T; ++t) p[t][b] = multiply_codes<kind>(codes, tokens[t].q + (first + group) * G);
+        for (int64_t j = 0; j < parts; ++j) {
+          const int64_t byte = 64 * (parts * i + j), rest = n * G - byte;
+          if (!whole && rest <= 0) continue;
+          const uint8_t* const from = m.planes[0] + at * G + byte;
+          const __m512i codes = whole || rest >= 64 ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi8((1ull << rest) - 1, from);
+          p[t][i] = _mm512_dpbusd_epi32(p[t][i], codes, _mm512_loadu_si512(tokens[t].q + first * G + byte));
+        }
       }
+  } else {
+    FATE_UNROLL
+    for (int64_t b = 0; b < 16 / kBlock<G>; ++b) {
+      const int64_t group = b * kBlock<G>, rest = n - group;
+      if (!whole && rest <= 0) {
+        for (int t = 0; t < T; ++t) p[t][b] = _mm512_setzero_si512();
+        continue;
+      }
+      const Codes codes = whole || rest >= kBlock<G> ? decode<kind, G>(m, at + group) : decode_some<kind, G>(m, at + group, rest);
       FATE_UNROLL
-      for (int t = 0; t < T; ++t) _mm512_store_si512(out[t] + g, sixteen_sums<kind, G>(p[t]));
+      for (int t = 0; t < T; ++t) p[t][b] = multiply_codes<kind>(codes, tokens[t].q + (first + group) * G);
     }
+  }
+}
+
+template <Kind kind, int64_t G, int T, bool whole>
+FATE_INLINE void some_terms(const Matrix& m, int64_t at, int64_t n, const uint16_t* scales, const uint16_t* zeros, float middle,
+                            const Token* tokens, int64_t first, float* out) {
+  __m512i p[T][16];
+  group_products<kind, G, T, whole>(m, at, n, tokens, first, p);
+  const auto numbers = [](const uint16_t* from) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))); };
+  const __m512 scale = numbers(scales), zero = numbers(zeros);
+  const __m512 offset = _mm512_sub_ps(_mm512_mul_ps(scale, _mm512_set1_ps(middle)), zero);
+  FATE_UNROLL
+  for (int t = 0; t < T; ++t) {
+    const __m512 added = _mm512_mul_ps(offset, _mm512_loadu_ps(tokens[t].sum + first));
+    _mm512_store_ps(out + t * kTermsApart, _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(sixteen_sums<kind, G>(p[t])), added));
   }
 }
 

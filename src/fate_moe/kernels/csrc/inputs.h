@@ -53,7 +53,7 @@ class Inputs {
     cols_ = cols, group_ = group, groups_ = (groups_of(cols, group) + 15) / 16 * 16;  // padded to whole blocks and registers
     kept_ = values;
     if (values) x_ = values_.of<float>(count * groups_ * group);
-    q_ = codes_.of<int8_t>(count * groups_ * group);
+    q_ = codes_.of<int8_t>(2 * count * groups_ * group), pairs_ = q_ + count * groups_ * group;
     scale_ = scales_.of<float>(count * groups_);
     sum_ = sums_.of<float>(count * groups_);
   }
@@ -75,14 +75,15 @@ class Inputs {
     }
     const int64_t at = i * groups_ + begin / group_, count = (end - begin) / group_;
     if (integers) {
-      ops.quantize(x(i) + begin, count, group_, kind != Kind::kInt8, q_ + at * group_, scale_ + at, sum_ + at);
+      ops.quantize(x(i) + begin, count, group_, kind != Kind::kInt8, q_ + at * group_, pairs_ + at * group_, scale_ + at, sum_ + at);
     } else if (!is_numbers(kind)) {
       ops.sum_groups(x(i) + begin, count, group_, sum_ + at);
     }
   }
 
   Token token(int64_t i, bool integers, float* out) const {
-    return {q_ + i * groups_ * group_, integers ? scale_ + i * groups_ : nullptr, sum_ + i * groups_, kept_ ? x(i) : nullptr, out};
+    const int64_t at = i * groups_ * group_;
+    return {q_ + at, pairs_ + at, integers ? scale_ + i * groups_ : nullptr, sum_ + i * groups_, kept_ ? x(i) : nullptr, out};
   }
 
   int64_t padded_groups() const { return groups_; }
@@ -92,7 +93,7 @@ class Inputs {
   bool kept_ = true;
   Scratch values_, codes_, scales_, sums_;
   float *x_ = nullptr, *scale_ = nullptr, *sum_ = nullptr;
-  int8_t* q_ = nullptr;
+  int8_t *q_ = nullptr, *pairs_ = nullptr;
 };
 
 // Tokens of a pass, 16 side by side, for products with many.

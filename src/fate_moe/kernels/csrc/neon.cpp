@@ -17,6 +17,7 @@ namespace fate {
 namespace {
 
 constexpr const Steps& kOwnSteps = kNeonSteps;
+constexpr bool kPairs = false;
 
 template <int64_t G>
 constexpr int64_t kBlock = G < 64 ? 64 / G : 1;

@@ -23,6 +23,9 @@ namespace fate {
 
 constexpr int64_t kGroup = 64;  // the step in which unquantized rows are read, and what counts as their group
 constexpr int64_t kMostGroups = 512;  // of a pass, 32768 columns in groups of 64; longer rows are summed in passes
+constexpr int64_t kChains = 16;  // rows whose chains of groups run side by side (loops.inc)
+constexpr int64_t kStage = 64;   // groups between sums and chains: what is kept of them stays in the nearest cache
+constexpr int64_t kTermsApart = kChains * kStage;
 constexpr int64_t kTokens = 4;  // tokens of one pass over a row: 2 rows x 4 tokens fill the accumulators of AVX2
 
 enum class Kind : int32_t { kPlanes1 = 1, kPlanes2 = 2, kPlanes3 = 3, kInt8 = 8, kBf16 = 16, kF32 = 32 };  // kPlanesN: N planes of 2+1+1
@@ -45,6 +48,7 @@ struct Matrix {
 // One token's input to a product. With int8 activations x = scale * q in each group; with exact ones scale is null.
 struct Token {
   const int8_t* q;     // [padded * group] where padded is groups rounded up to a multiple of 16; zero beyond cols
+  const int8_t* pairs;  // the same in the order of the 1-bit planes (kPairs in loops.inc), where the instruction set reads them so
   const float* scale;  // [padded]
   const float* sum;    // [padded]: the sum of the group's q, or of its x with exact activations
   const float* x;      // [padded * group] fp32, zero beyond cols (exact activations and bf16 weights)
@@ -87,9 +91,9 @@ struct Ops {
   const char* name;
   // out[row] of each token for rows [begin, end), bias included.
   void (*product)(const Matrix&, const Token* tokens, int64_t num_tokens, int64_t begin, int64_t end);
-  // One token's groups of `group` values: int8 codes, scale = amax / 127, and the sum of codes. Blocked: in the order in which this
+  // One token's groups of `group` values: int8 codes, scale = amax / 127, and the sum of codes. Blocked: in the orders in which this
   // instruction set reads planes (see loops.inc), else as they come (kInt8).
-  void (*quantize)(const float* x, int64_t groups, int64_t group, bool blocked, int8_t* q, float* scale, float* sum);
+  void (*quantize)(const float* x, int64_t groups, int64_t group, bool blocked, int8_t* q, int8_t* pairs, float* scale, float* sum);
   // Sums of x in each group, for exact activations.
   void (*sum_groups)(const float* x, int64_t groups, int64_t group, float* sum);
   // inner [n] of gate_up [2n] (or [n] without a gate).

@@ -7,6 +7,7 @@ namespace fate {
 namespace {
 
 constexpr const Steps& kOwnSteps = kPortableSteps;
+constexpr bool kPairs = false;
 
 template <int64_t G>
 constexpr int64_t kBlock = 1;
