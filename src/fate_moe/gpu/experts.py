@@ -249,19 +249,17 @@ class DeviceExperts:
         self._listed = True
 
     def _early(self, layer: int) -> bool:
-        """Whether gate_up is launched while the kernel before it ends, and down while gate_up runs and reads its weights meanwhile;
-        then nothing else may come between these two."""
+        """Whether down is launched while gate_up runs and reads its weights meanwhile; then nothing else may come between them."""
         return self._launches_early and self.state.layouts[layer].planes > 0 and self.state.is_whole(layer)
 
     def _gate_up(self, layer: int, tokens: int, phase: int) -> None:
         state, layout = self.state, self.state.layouts[layer]
         block, groups, rows, warps = gate_up_tile(layout)
-        early = self._early(layer)
         gate_up_kernel[(tokens * state.top_k, triton.cdiv(padded(layout.width), block))](
             state.pool.bytes, state.slots, state.pending, state.staged, self._inner, state.pool.slot_bytes, *layout.gate_up,
             top_k=state.top_k, cols=layout.cols, width=layout.width, DTYPE=layout.dtype, PLANES=layout.planes,
-            PHASE=phase, **layout.gate_constants, BN=block, GB=groups, ROWS=rows, EARLY=early, num_warps=warps,
-            enable_fp_fusion=False, **({"launch_pdl": True} if early else {}),
+            PHASE=phase, **layout.gate_constants, BN=block, GB=groups, ROWS=rows, EARLY=self._early(layer),
+            num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
 
     def _down(

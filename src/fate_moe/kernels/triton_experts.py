@@ -80,11 +80,10 @@ def gate_up_kernel(
     expert is there, 1 those whose expert is being copied when the residency step ends, 2 all (above 1: the host computes them).
     ``width`` is the experts' inner size; PLANES 0 means unquantized, 8 one byte a code. Of quantized experts BN is 64: a program
     has a whole group of inner values; with MIXED gate and up rows take turns, and with BIAS_AT not negative there are biases of
-    dtype BIAS in the blob. GB: lanes of a row, of unquantized experts groups at once; ROWS: rows at once. With EARLY the launch
-    overlaps the end of the kernel before it, and the next kernel may begin at once; it must wait before it reads ``inner``.
+    dtype BIAS in the blob. GB: lanes of a row, of unquantized experts groups at once; ROWS: rows at once. With EARLY the next
+    kernel may begin at once; it must wait before it reads ``inner``.
     """
-    if EARLY:  # down reads slots before it waits, so it may begin only when what wrote them has ended
-        tl.extra.cuda.gdc_wait()
+    if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     r = tl.program_id(0)
     slot = tl.load(slots + r)
