@@ -190,6 +190,10 @@ class DeviceExperts:
             self._prefetches.follow(self._main)
             self._listed = True
 
+    def note_pass(self) -> None:
+        """A step of several tokens was enqueued, which may read the prompts' slots."""
+        self._prefill.lend()
+
     def most_tokens(self, wanted: int) -> int:
         """How many tokens ``route`` takes at once: a power of two up to ``wanted`` (one always).
 
