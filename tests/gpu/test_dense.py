@@ -31,7 +31,7 @@ def matvec(matrix: ByteLinear, x: torch.Tensor, norm: torch.Tensor | None = None
     matvec_kernel[(1, -(-rows // 4))](
         x, out if norm is None else norm, out, matrix.codes, matrix.scale, matrix.zero, out, out, out, out, out, out, 1e-6, rows, 0,
         cols=matrix.in_features, rows=rows, CODES=True, NORM=norm is not None, ROUNDS=True, CENTERED=False, NORM_BIAS=False,
-        BIAS=False, RESIDUAL=False, GATE=False, SILU=silu, STAGE=False, STAGE_PLANES=0, BN=4, BK=64, TOKENS=1,
+        BIAS=False, RESIDUAL=False, GATE=False, SILU=silu, STAGE=False, STAGE_PLANES=0, BN=4, BK=64,
     )  # fmt: skip
     return out
 

@@ -189,6 +189,7 @@ class CapturedDecode:
         step.live.fill_(count)
         self._is_whole = False
         self._run(rows)
+        self._experts.note_pass()
         self.steps += 1
         return step.all_logits[:count].clone()
 

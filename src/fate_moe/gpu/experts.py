@@ -30,6 +30,7 @@ Beside = Callable[[], None] | None
 
 # 16 KiB a program and step: with 8 warps four 16-byte loads are in flight per thread.
 _FETCH_WORDS = 4096
+_CHOICES = 1 << 14  # rows of choices times experts that routing's one program can have: it sums them up in 64 KiB
 
 
 class DeviceExperts:
@@ -189,16 +190,22 @@ class DeviceExperts:
             self._prefetches.follow(self._main)
             self._listed = True
 
+    def note_pass(self) -> None:
+        """A step of several tokens was enqueued, which may read the prompts' slots."""
+        self._prefill.lend()
+
     def most_tokens(self, wanted: int) -> int:
         """How many tokens ``route`` takes at once: a power of two up to ``wanted`` (one always).
 
-        Their experts find slots in each layer beside one layer's prefetches, and spare ones.
+        Their experts find slots in each layer beside one layer's prefetches, and spare ones; one program knows all their choices.
         """
         state, experts = self.state, self.state.tables.num_experts
         partial = [quota for quota in state.tables.quotas if quota < experts]
         room = min([state.host.most, *(quota - state.options.limit + state.pool.num_staging for quota in partial)])
-        count = 1
-        while 2 * count <= min(wanted, MAX_DECODE_TOKENS) and (not partial or min(2 * count * state.top_k, experts) <= room):
+        tile, count = triton.next_power_of_2(experts), 1
+        while 2 * count <= min(wanted, MAX_DECODE_TOKENS) and triton.next_power_of_2(2 * count * state.top_k) * tile <= _CHOICES:
+            if partial and min(2 * count * state.top_k, experts) > room:
+                break
             count *= 2
         return count
 

@@ -97,6 +97,10 @@ class Prefill:
         )  # fmt: skip
         return out
 
+    def lend(self) -> None:
+        """What is enqueued so far may read all staging slots: they are written again after it."""
+        self._free = [self._main.mark()] * 2
+
     def _run_missing(self, rows: _Pass) -> None:
         """Stream and compute what has no slot (without overlap residents too), and begin with the next layer's."""
         layer, state, num_experts = rows.layer, self._state, self._state.tables.num_experts

@@ -16,66 +16,19 @@ __all__ = ["attend_kernel", "combine_kernel", "heads_kernel", "matvec_kernel", "
 
 
 @triton.jit
-def _weights(
-    weight, scale, zero, n, n_mask, start: tl.constexpr, cols: tl.constexpr, whole: tl.constexpr, CODES: tl.constexpr,
-    BK: tl.constexpr, W: tl.constexpr
-):  # fmt: skip
-    """Rows ``n`` of a matrix from column ``start`` on, as numbers fp32 [BK / W, BN, W]. All rows and columns are there if
-    ``whole``.
-
-    W is what a warp reads of a row at once. Of a row a warp has all columns, so that a lane adds up most of what it multiplies.
-    """
-    k = start + tl.arange(0, BK // W)[:, None, None] * W + tl.arange(0, W)[None, None, :]
-    if CODES:
-        groups: tl.constexpr = (cols + 63) // 64
-        steps: tl.constexpr = BK // W
-        bn: tl.constexpr = n.shape[0]
-        g = start // 64 + tl.arange(0, steps)[:, None, None] * (W // 64) + tl.arange(0, W // 64)[None, None, :]
-        row = n.to(tl.int64)[None, :, None]
-        w = tl.load(weight + row * (groups * 64) + k, mask=n_mask[None, :, None] & (k < groups * 64), other=0).to(tl.float32)
-        mask = n_mask[None, :, None] & (g < groups)
-        s = tl.load(scale + row * groups + g, mask=mask, other=0.0).to(tl.float32)
-        z = tl.load(zero + row * groups + g, mask=mask, other=0.0).to(tl.float32)
-        w = tl.reshape(w, (steps, bn, W // 64, 64))
-        w = tl.fma(w, tl.broadcast_to(s[:, :, :, None], w.shape), tl.broadcast_to(-z[:, :, :, None], w.shape))
-        numbers = tl.reshape(w, (steps, bn, W))
-    elif whole:
-        numbers = tl.load(weight + (n[None, :, None] * cols + k)).to(tl.float32)
-    else:
-        mask = n_mask[None, :, None] & (k < cols)
-        numbers = tl.load(weight + (n[None, :, None] * cols + k), mask=mask, other=0.0).to(tl.float32)
-    return numbers
-
-
-@triton.jit
-def _dot(w, xs):
-    """[BN]: what ``_weights`` read times ``xs`` [BK], which is x from the same column on and 0 beyond its end."""
-    steps: tl.constexpr = w.shape[0]
-    W: tl.constexpr = w.shape[2]
-    return tl.sum(tl.sum(w * tl.reshape(xs, (steps, 1, W)), axis=0), axis=1)
-
-
-@triton.jit
-def _moments(x, eps, cols: tl.constexpr, NORM: tl.constexpr, CENTERED: tl.constexpr, BK: tl.constexpr):
-    """What a norm takes off ``x`` [cols], and multiplies the rest with."""
-    rstd = 1.0
-    mean = 0.0
-    if CENTERED:
-        sums = tl.zeros((BK,), tl.float32)
-        for start in tl.static_range(0, cols, BK):
-            k = start + tl.arange(0, BK)
-            sums += tl.load(x + k, mask=k < cols, other=0.0).to(tl.float32)
-        mean = tl.sum(sums, axis=0) / cols
-    if NORM:
-        squares = tl.zeros((BK,), tl.float32)
-        for start in tl.static_range(0, cols, BK):
-            k = start + tl.arange(0, BK)
-            part = tl.load(x + k, mask=k < cols, other=0.0).to(tl.float32)
-            if CENTERED:
-                part = tl.where(k < cols, part - mean, 0.0)
-            squares += part * part
-        rstd = tl.rsqrt(tl.sum(squares, axis=0) / cols + eps)
-    return mean, rstd
+def _codes_dot(codes, scale, zero, n, n_mask, xs, start: tl.constexpr, groups: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """[BN]: rows ``n`` of byte codes times ``xs`` [BK], which is x from column ``start`` on and 0 beyond its end."""
+    k = start + tl.arange(0, BK)
+    g = start // 64 + tl.arange(0, BK // 64)
+    row = n.to(tl.int64)[:, None]
+    mask = n_mask[:, None] & (k < groups * 64)[None, :]
+    q = tl.load(codes + row * (groups * 64) + k[None, :], mask=mask, other=0).to(tl.float32)
+    dot = tl.sum(tl.reshape(q * xs[None, :], (BN, BK // 64, 64)), axis=2)
+    x_sum = tl.sum(tl.reshape(xs, (BK // 64, 64)), axis=1)
+    mask = n_mask[:, None] & (g < groups)[None, :]
+    s = tl.load(scale + row * groups + g[None, :], mask=mask, other=0.0).to(tl.float32)
+    z = tl.load(zero + row * groups + g[None, :], mask=mask, other=0.0).to(tl.float32)
+    return tl.sum(s * dot - z * x_sum[None, :], axis=1)
 
 
 @triton.jit
@@ -110,12 +63,12 @@ def matvec_kernel(
     STAGE_PLANES: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
-    TOKENS: tl.constexpr,
 ):
-    """out[t, n] = f(weight[n] . x[t]), n < rows; ``x`` [tokens, cols], ``weight`` [rows, cols]. Grid (tokens / TOKENS, rows / BN).
+    """out[t, n] = f(weight[n] . x[t]), n < rows; ``x`` [tokens, cols], ``weight`` [rows, cols]. Grid (tokens, rows / BN):
+    programs with the same weights are neighbours, so that one of them reads these from memory, and a token has a program of its
+    own, so that its sums are the same in any company.
 
-    A program reads its weights once for TOKENS tokens; each one's sums are those of a program of its own. CODES: ``weight`` is
-    uint8 [rows, groups * 64] under ``scale`` and ``zero`` fp16 [rows, groups] (gpu/dense.py).
+    CODES: ``weight`` is uint8 [rows, groups * 64] under ``scale`` and ``zero`` fp16 [rows, groups] (gpu/dense.py).
     NORM: x is RMS-normalized first (times ``norm`` [cols]; with ROUNDS it is rounded before that, with CENTERED its mean is taken
     off before, with NORM_BIAS ``norm_bias`` [cols] is added). BIAS: plus ``bias`` [rows]. SILU: ``weight`` has 2 * rows rows and
     out = silu(first half) * second half. GATE: times the shared gate's sigmoid (``gate``, a token's every ``gate_stride``).
@@ -125,61 +78,76 @@ def matvec_kernel(
     """
     kind: tl.constexpr = x.dtype.element_ty
     groups: tl.constexpr = (cols + 63) // 64
-    whole: tl.constexpr = cols % BK == 0 and rows % BN == 0
-    W: tl.constexpr = 256 if BK > 256 else BK
-    first = tl.program_id(0) * TOKENS
+    token = tl.program_id(0)
+    x += token * cols
+    rstd = 1.0
+    mean = 0.0
+    if CENTERED:
+        sums = tl.zeros((BK,), tl.float32)
+        for start in tl.static_range(0, cols, BK):
+            k = start + tl.arange(0, BK)
+            sums += tl.load(x + k, mask=k < cols, other=0.0).to(tl.float32)
+        mean = tl.sum(sums, axis=0) / cols
+    if NORM:
+        squares = tl.zeros((BK,), tl.float32)
+        for start in tl.static_range(0, cols, BK):
+            k = start + tl.arange(0, BK)
+            part = tl.load(x + k, mask=k < cols, other=0.0).to(tl.float32)
+            if CENTERED:
+                part = tl.where(k < cols, part - mean, 0.0)
+            squares += part * part
+        rstd = tl.rsqrt(tl.sum(squares, axis=0) / cols + eps)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
-    moments = ()
-    totals = ()
-    seconds = ()
-    for t in tl.static_range(TOKENS):
-        moments += (_moments(x + (first + t) * cols, eps, cols, NORM, CENTERED, BK),)
-        totals += (tl.zeros((BN,), tl.float32),)
-        seconds += (tl.zeros((BN,), tl.float32),)
+    total = tl.zeros((BN,), tl.float32)
+    second = tl.zeros((BN,), tl.float32)
     for start in tl.static_range(0, cols, BK):
         k = start + tl.arange(0, BK)
-        w = _weights(weight, scale, zero, n, n < rows, start, cols, whole, CODES, BK, W)
-        if SILU:
-            w_up = _weights(weight, scale, zero, n + rows, n < rows, start, cols, whole, CODES, BK, W)
-        sums = ()
-        sums_up = ()
-        for t in tl.static_range(TOKENS):
-            xs = tl.load(x + (first + t) * cols + k, mask=k < cols, other=0.0).to(tl.float32)
-            if NORM:
-                factor = tl.load(norm + k, mask=k < cols, other=0.0).to(tl.float32)
-                if CENTERED:
-                    xs = tl.where(k < cols, xs - moments[t][0], 0.0)
-                xs = xs * moments[t][1]
-                if ROUNDS:
-                    xs = xs.to(kind).to(tl.float32)
-                xs = xs * factor
-                if NORM_BIAS:
-                    xs += tl.load(norm_bias + k, mask=k < cols, other=0.0).to(tl.float32)
+        xs = tl.load(x + k, mask=k < cols, other=0.0).to(tl.float32)
+        if NORM:
+            factor = tl.load(norm + k, mask=k < cols, other=0.0).to(tl.float32)
+            if CENTERED:
+                xs = tl.where(k < cols, xs - mean, 0.0)
+            xs = xs * rstd
+            if ROUNDS:
                 xs = xs.to(kind).to(tl.float32)
-                if STAGE:
-                    if tl.program_id(1) == 0:
-                        tl.store(normed + (first + t) * cols + k, xs.to(kind), mask=k < cols)
-                    if tl.program_id(1) == 1:
-                        stage(staged + (first + t) * (groups * 64), xs, start, groups, STAGE_PLANES, BK)
-            sums += (totals[t] + _dot(w, xs),)
+            xs = xs * factor
+            if NORM_BIAS:
+                xs += tl.load(norm_bias + k, mask=k < cols, other=0.0).to(tl.float32)
+            xs = xs.to(kind).to(tl.float32)
+            if STAGE:
+                if tl.program_id(1) == 0:
+                    tl.store(normed + token * cols + k, xs.to(kind), mask=k < cols)
+                if tl.program_id(1) == 1:
+                    stage(staged + token * (groups * 64), xs, start, groups, STAGE_PLANES, BK)
+        at = n[:, None] * cols + k[None, :]
+        if CODES:
+            total += _codes_dot(weight, scale, zero, n, n < rows, xs, start, groups, BN, BK)
             if SILU:
-                sums_up += (seconds[t] + _dot(w_up, xs),)
-        totals = sums
-        if SILU:
-            seconds = sums_up
-    for t in tl.static_range(TOKENS):
-        total = totals[t]
-        if BIAS:
-            total += tl.load(bias + n, mask=n < rows, other=0.0).to(tl.float32)
-        if SILU:
-            total = total.to(kind).to(tl.float32)
-            total = (total * tl.sigmoid(total)).to(kind).to(tl.float32) * seconds[t].to(kind).to(tl.float32)
-        if GATE:
-            total = total.to(kind).to(tl.float32) * tl.sigmoid(tl.load(gate + (first + t) * gate_stride).to(tl.float32))
-        if RESIDUAL:
-            total = total.to(kind).to(tl.float32)
-            total += tl.load(residual + (first + t) * rows + n, mask=n < rows, other=0.0).to(tl.float32)
-        tl.store(out + (first + t) * out_stride + n, total.to(out.dtype.element_ty), mask=n < rows)
+                second += _codes_dot(weight, scale, zero, n + rows, n < rows, xs, start, groups, BN, BK)
+        elif cols % BK == 0 and rows % BN == 0:
+            w = tl.load(weight + at).to(tl.float32)
+            total += tl.sum(w * xs[None, :], axis=1)
+            if SILU:
+                w = tl.load(weight + rows * cols + at).to(tl.float32)
+                second += tl.sum(w * xs[None, :], axis=1)
+        else:
+            mask = (n < rows)[:, None] & (k < cols)[None, :]
+            w = tl.load(weight + at, mask=mask, other=0.0).to(tl.float32)
+            total += tl.sum(w * xs[None, :], axis=1)
+            if SILU:
+                w = tl.load(weight + rows * cols + at, mask=mask, other=0.0).to(tl.float32)
+                second += tl.sum(w * xs[None, :], axis=1)
+    if BIAS:
+        total += tl.load(bias + n, mask=n < rows, other=0.0).to(tl.float32)
+    if SILU:
+        total = total.to(kind).to(tl.float32)
+        total = (total * tl.sigmoid(total)).to(kind).to(tl.float32) * second.to(kind).to(tl.float32)
+    if GATE:
+        total = total.to(kind).to(tl.float32) * tl.sigmoid(tl.load(gate + token * gate_stride).to(tl.float32))
+    if RESIDUAL:
+        total = total.to(kind).to(tl.float32)
+        total += tl.load(residual + token * rows + n, mask=n < rows, other=0.0).to(tl.float32)
+    tl.store(out + token * out_stride + n, total.to(out.dtype.element_ty), mask=n < rows)
 
 
 @triton.jit

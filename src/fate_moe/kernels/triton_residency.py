@@ -161,9 +161,12 @@ def _assign_slots(
     tl.store(score + at, value, mask=known)
     tl.store(unused + at, waiting, mask=known)
     state = pending.to(tl.int32)
+    hosted = missing.to(tl.int32)
+    if HOST and TOKENS == 1:
+        ask_experts(questions, asked, hosted, hosted, at, x, tokens, cols, MOST, 1024)
+        state = tl.where(missing, 1 + tl.cumsum(hosted, axis=0), state)
     states = tl.where(chosen, state[None, :], 0)
-    if HOST:
-        hosted = missing.to(tl.int32)
+    if HOST and TOKENS > 1:  # an answer has a row for each of an expert's tokens
         mine = chosen.to(tl.int32)
         masks = tl.sum(mine << (r // (num_rows // TOKENS))[:, None], axis=0)
         ask_experts(questions, asked, hosted, masks, at, x, tokens, cols, MOST, 1024)

@@ -27,8 +27,6 @@ from fate_moe.layers.reasons import cuda_reasons
 __all__ = ["MOST_ROWS", "FusedStep"]
 
 MOST_ROWS = 16
-MATVEC_TOKENS = 4  # for which a program reads its weights once
-MATVEC_FUSES = False  # products and sums of a matrix-vector product; what is staged for experts is rounded step by step
 ATTEND_ROWS = 32
 NO_NORM = Norm(0.0)
 _SPLITS = 16  # of the KV cache's length, per head: 64 programs for 4 key-value heads
@@ -291,16 +289,15 @@ class FusedStep:
         weight, scale, zero = (matrix.codes, matrix.scale, matrix.zero) if isinstance(matrix, ByteLinear) else (matrix, none, none)
         of = NO_NORM if norm is None else norm.kind
         block, wide, warps = matvec_tile(rows, cols)
-        tokens = min(len(x), MATVEC_TOKENS)
-        matvec_kernel[(len(x) // tokens, triton.cdiv(rows, block))](
+        matvec_kernel[(len(x), triton.cdiv(rows, block))](
             x, none if norm is None else norm.weight, none if norm is None or norm.bias is None else norm.bias, weight, scale, zero,
             none if bias is None else bias, none if residual is None else residual, none if gate is None else gate,
             self._rows.normed, self._experts.state.staged, out, of.eps, out.stride(0), 0 if gate is None else gate.stride(0),
             cols=cols, rows=rows, CODES=codes, NORM=norm is not None, ROUNDS=of.rounds_first, CENTERED=of.centered,
             NORM_BIAS=of.bias, BIAS=bias is not None,
             RESIDUAL=residual is not None, GATE=gate is not None, SILU=silu, STAGE=stage,
-            STAGE_PLANES=self._experts.state.layouts[0].planes, BN=block, BK=wide, TOKENS=tokens, num_warps=warps,
-            enable_fp_fusion=MATVEC_FUSES and not stage,
+            STAGE_PLANES=self._experts.state.layouts[0].planes, BN=block, BK=wide, num_warps=warps,
+            enable_fp_fusion=False,
         )  # fmt: skip
 
 
