@@ -45,7 +45,7 @@ def test_chat(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_sweep_budgets(capsys: pytest.CaptureFixture[str]) -> None:
     module = example("sweep_budgets")
-    rows = module.main(new_tokens=8)
+    rows = module.main(new_tokens=24)
     assert [row.expert_cache for row in rows] == list(module.SHARES)
     assert len({row.text for row in rows}) == 1, "text does not depend on the budget"
     sizes = [row.cache_bytes for row in rows]
