@@ -27,7 +27,7 @@ class Mark:
 
 class States:
     """``num_entries``, of which each sequence has one. The others may hold checkpoints, ``most_kept`` at most: those in passing go
-    first, then what was made or begun from longest ago. Not for several threads at once."""
+    first, then what was made or used longest ago. Not for several threads at once."""
 
     def __init__(self, num_entries: int, most_kept: int | None = None) -> None:
         self.num_entries = num_entries
