@@ -125,7 +125,7 @@ sanitized:
 	$(PYTHON) -m venv build/tools
 	build/tools/bin/python -m pip install --quiet --disable-pip-version-check nanobind cmake ninja
 	mkdir -p $(SANITIZED)
-	cp -R src/fate_moe/. $(SANITIZED)/ && rm -f $(SANITIZED)/kernels/_native*
+	cp -Rp src/fate_moe/. $(SANITIZED)/ && rm -f $(SANITIZED)/kernels/_native*
 	# An editable install's finder comes before PYTHONPATH: without this the checkout's own extension would be tested.
 	printf 'import sys\nsys.meta_path[:] = [f for f in sys.meta_path if type(f).__name__ != "ScikitBuildInplaceFinder"]\n' \
 	  > build/sanitize/src/sitecustomize.py
