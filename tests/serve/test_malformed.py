@@ -221,7 +221,7 @@ def test_nine_thousand_mutated_bodies() -> None:
     source = random.Random(20)
 
     async def check(client: httpx2.AsyncClient) -> None:
-        for number in range(9000):
+        for number in range(9100):
             await is_answered(client, *mutated(source))
             if number % 500 == 0:
                 await is_well(client)
@@ -240,7 +240,7 @@ JSON = st.recursive(
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.tuples(st.sampled_from(sorted(BODIES)), st.integers(0, 10**6), JSON), min_size=15, max_size=15))
 def test_any_json_anywhere(changes: list[tuple[str, int, Any]]) -> None:
-    """Some nine hundred more, which hypothesis makes smaller where one fails."""
+    """Nine hundred more, ten thousand in all, which hypothesis makes smaller where one fails."""
 
     async def check(client: httpx2.AsyncClient) -> None:
         for route, number, value in changes:
