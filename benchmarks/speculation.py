@@ -2,11 +2,11 @@
 
     python -m benchmarks.speculation --expert-cache 52%
 
-One model, one request at a time, greedy. In each round every workload is answered by all settings one after the other, so that
-all see the same machine; the first round warms up and does not count. "beside off" is the median over the rounds of a setting's
-tokens/s beside those of "off" in the same round. "accepted" is by position: how often a draft was right if those before it were.
-The text must be the same in every cell. ``--seconds`` ends the run behind the cell that is under way. The last line is one JSON
-object.
+One model, one request at a time, greedy unless ``--temperature`` says otherwise. In each round every workload is answered by all
+settings one after the other, so that all see the same machine; the first round warms up and does not count. "beside off" is the
+median over the rounds of a setting's tokens/s beside those of "off" in the same round. "accepted" is by position: how often a draft
+was right if those before it were. The text must be the same in every cell. ``--seconds`` ends the run after the cell that is under
+way. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -122,12 +122,13 @@ def measure(
     tokens: int,
     rounds: int,
     seconds: float = float("inf"),
+    temperature: float = 0.0,
 ) -> dict[str, dict[str, Cell]]:
     """By workload and setting, what was measured in ``seconds``. Raises RuntimeError where a text is not that of the others."""
     until = time.monotonic() + seconds
     speculations = {name: _Recorded(*SETTINGS[name]) for name in settings}
     schedulers = {name: BatchScheduler(lambda: loaded, parallel=1, speculation=of) for name, of in speculations.items()}
-    requests = {workload: _request(*loaded, workload, tokens) for workload in workloads}
+    requests = {workload: _request(*loaded, workload, tokens, temperature) for workload in workloads}
     found = {workload: {name: Cell() for name in settings} for workload in workloads}
     texts: dict[str, str] = {}
     try:
@@ -153,14 +154,15 @@ def measure(
     return found
 
 
-def _request(model: Any, tokenizer: Any, workload: str, tokens: int) -> Request:
+def _request(model: Any, tokenizer: Any, workload: str, tokens: int, temperature: float) -> Request:
     question, lead, schema = WORKLOADS[workload]
     text = chat_text(tokenizer, [{"role": "user", "content": question}]) if tokenizer.chat_template else f"{question}\n\n"
     prompt = tuple(tokenizer(text + lead)["input_ids"])
     card = ModelCard.of("benchmark", model, tokenizer)
     made = constraint(card, json_grammar(schema), len(prompt), "schema") if schema else None
     # A penalty on repeating would be one on what is drafted.
-    return Request(prompt, tokens, Sampling(0.0, repetition_penalty=1.0), ignore_eos=schema is None, constraint=made)
+    sampling = Sampling(temperature, repetition_penalty=1.0, seed=3)
+    return Request(prompt, tokens, sampling, ignore_eos=schema is None, constraint=made)
 
 
 async def _answer(scheduler: BatchScheduler, request: Request) -> tuple[str, Finished]:
@@ -187,6 +189,7 @@ def main() -> None:
     parser.add_argument("--expert-cache", help="a size or percentage; default: all experts")
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--temperature", type=float, default=0.0, help="of sampling; default: greedy")
     for name, known in (("settings", list(SETTINGS)), ("workloads", list(WORKLOADS))):
         parser.add_argument(f"--{name}", default=known, type=partial(_names, known), help=f"of {','.join(known)}; default: all")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no cell afterwards")
@@ -197,7 +200,9 @@ def main() -> None:
     began = time.monotonic()
     loaded = fate_moe.load(arguments.model, precision=arguments.precision, expert_cache=arguments.expert_cache, context_length=1024)
     left = arguments.seconds - (time.monotonic() - began)
-    found = measure(loaded, arguments.settings, arguments.workloads, arguments.tokens, arguments.rounds, left)
+    found = measure(
+        loaded, arguments.settings, arguments.workloads, arguments.tokens, arguments.rounds, left, arguments.temperature
+    )
     facts: dict[str, Any] = {}
     for workload, cells in found.items():
         print(workload)

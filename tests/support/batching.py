@@ -102,8 +102,7 @@ class FakeExecutor:
     def begin(self, tokens: Sequence[int]) -> tuple[int, int]:
         assert self.prefixes is not None
         sequence, read = self.prefixes.begin(tokens)
-        begun = self.states.use(self.prefixes.name_at(tokens, read)) if self.states is not None and read else None
-        return self._entered(sequence, begun), read
+        return self._entered(sequence, self.prefixes.use_state(tokens, read)), read
 
     def fork(self, sequence: int) -> int:
         return self._entered(self.blocks.fork(sequence), self.states.entry(sequence) if self.states is not None else None)

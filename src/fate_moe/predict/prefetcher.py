@@ -142,9 +142,8 @@ class Prefetcher:
         self._num_layers = num_layers
         self._furthest = look_ahead
         self._trials: dict[int, Trial] | None = {} if predictor.gives_probabilities and not self.idle else None
-        self._trial: Trial | None = (
-            None  # of the pass that has begun: by num_tokens.bit_length(), so that it compares what is alike
-        )
+        # Of the pass that has begun. Passes are told apart by num_tokens.bit_length(), so that alike ones are compared.
+        self._trial: Trial | None = None
         self._prefetching = not self.idle
         self._preloading = False
         self._wasted = (0, 0.0)  # prefetches that were not used (yet), and the seconds that they cost other reads

@@ -76,6 +76,11 @@ class Prefixes:
         """Of the block that ends at ``position``, a multiple of its length."""
         return self._names(tokens, position // KV_BLOCK)[-1]
 
+    def use_state(self, tokens: Sequence[int], read: int) -> int | None:
+        """The entry of the checkpoint behind the first ``read`` of ``tokens``, which a sequence begins from; None if it begins from
+        none."""
+        return self.states.use(self.name_at(tokens, read)) if self.states is not None and read else None
+
     def block_of(self, name: bytes) -> int | None:
         """The kept block of this ``name``."""
         kept = self._kept.get(name)

@@ -111,9 +111,9 @@ class Speculation:
         counts = self.gate.choose(offers) if self.mode == "auto" else [offer.tokens for offer in offers]
         for index, (text, offer, count) in enumerate(zip(texts, offers, counts, strict=True)):
             if offer.kind == "assistant" and count:
-                asked, counts_now = time.perf_counter(), text.drafter.has_begun
+                asked, had_begun = time.perf_counter(), text.drafter.has_begun
                 drafts[index] = text.drafter.written(text.tokens, count)
-                if counts_now:
+                if had_begun:  # the first draft reads the prompt too
                     seconds = (time.perf_counter() - asked) / count
                     self._written += (_RATE if self._written else 1.0) * (seconds - self._written)
             else:
